@@ -1,0 +1,82 @@
+"""What a reducer sees: the visual tokens of a batch of images, one row an image, crop or frame."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class VisualContext:
+    """The visual tokens of B rows (images, crops or frames), and what a reducer may ask to know about them.
+
+    Args:
+        features: `(B, N, D)` what the language model would receive, after the projector.
+        encoder_features: `(B, N, Dv)` what the vision tower gave, before the projector.
+        valid: bool `(B, N)`, false on padding. All tokens are valid when left out.
+        grid: long `(B, 3)`, frames, rows and columns of tokens after any patch merging. When left out, one frame,
+            square if N is a square number and a single line otherwise.
+        group: long `(B,)`, the image or sample that a row belongs to, for budgets that crops share.
+        seed: long `(B,)`, the row's seed for stochastic reducers. When left out they derive one from the features.
+        saliency: `(B, N)`, how much attention the encoder pays to each token.
+        keys: `(B, N, Dk)`, the encoder's attention keys.
+        relevance: `(B, N)`, how relevant each token is to the user's words.
+
+    The last three are filled only when the reducer's `needs` names them.
+
+    Raises:
+        ValueError: if a tensor's leading shape does not fit `features`.
+    """
+
+    features: Tensor
+    encoder_features: Tensor | None = None
+    valid: Tensor | None = None
+    grid: Tensor | None = None
+    group: Tensor | None = None
+    seed: Tensor | None = None
+    saliency: Tensor | None = None
+    keys: Tensor | None = None
+    relevance: Tensor | None = None
+    dense: bool = field(init=False)
+    """Whether every token is valid, known without looking at the device's memory."""
+
+    def __post_init__(self) -> None:
+        if self.features.dim() != 3:
+            raise ValueError(f"features has shape {tuple(self.features.shape)}, expected (rows, tokens, width)")
+        rows, tokens, _ = self.features.shape
+        device = self.features.device
+        self.dense = self.valid is None
+        if self.valid is None:
+            self.valid = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        if self.grid is None:
+            side = math.isqrt(tokens)
+            shape = (1, side, side) if side * side == tokens else (1, 1, tokens)
+            self.grid = torch.tensor(shape, dtype=torch.long, device=device).expand(rows, 3)
+        if self.group is None:
+            self.group = torch.arange(rows, device=device)
+        expected = {
+            "encoder_features": (rows, tokens),
+            "valid": (rows, tokens),
+            "grid": (rows, 3),
+            "group": (rows,),
+            "seed": (rows,),
+            "saliency": (rows, tokens),
+            "keys": (rows, tokens),
+            "relevance": (rows, tokens),
+        }
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape[: len(shape)]) != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected it to start with {shape}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(B, N, D)`."""
+        return self.features.shape
+
+    def select_rows(self, rows: Tensor) -> "VisualContext":
+        """The context of the given rows only: `rows` is a long or bool index over B."""
+        names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
+        values = {name: getattr(self, name) for name in names}
+        return VisualContext(**{name: value[rows] for name, value in values.items() if value is not None})

@@ -1,0 +1,44 @@
+"""What a reducer returns: which tokens stay and, for merging methods, what flows into them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Reduction:
+    """The tokens kept of each row, in raster order, and how to compute them.
+
+    Args:
+        index: long `(B, K)`, ascending; -1 pads the end of a row that keeps fewer than K tokens.
+        weight: None for selection, or `(B, K, N)` for merging: output token k is `weight[k] @ x`. Rows of padding are
+            zero.
+        dense: whether no entry of `index` is -1. Reducers that know it say so, which spares a device-to-host copy.
+    """
+
+    index: Tensor
+    weight: Tensor | None = None
+    dense: bool = False
+
+    @property
+    def valid(self) -> Tensor:
+        """bool `(B, K)`, false on padding."""
+        return self.index >= 0
+
+    @property
+    def counts(self) -> Tensor:
+        """long `(B,)`, the number of tokens kept in each row."""
+        return self.valid.sum(dim=1)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding comes out as zeros."""
+        if self.weight is not None:
+            return torch.bmm(self.weight.to(x.dtype), x)
+        return gather_selected(x, self.index, dense=self.dense)
+
+
+def gather_selected(x: Tensor, index: Tensor, dense: bool = False) -> Tensor:
+    """Rows `index` `(B, K)` of `x` `(B, N, D)` as `(B, K, D)`, zeros where the index is -1."""
+    picked = x.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return picked if dense else picked.masked_fill((index < 0).unsqueeze(-1), 0)
