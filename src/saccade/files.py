@@ -1,0 +1,97 @@
+"""Writing files so that a half-written one never looks whole."""
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
+
+    The parent folders are made. The temporary name keeps the suffix, from which writers such as PIL and matplotlib
+    guess the format, and starts with a dot. A file that was at `path` stays as it was until the rename.
+
+    Raises:
+        FileNotFoundError: if the block ends without having written the temporary file.
+        OSError: if the folder cannot be made or the file cannot be written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not `mkstemp`: it makes the file itself, readable by its owner only, and the rename would keep that mode. The
+    # stem is cut short since a name that just fits the file system would not fit with the random part.
+    temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """Write `text` as UTF-8 to `path`, whole or not at all, and return the path.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json_atomically(path: str | os.PathLike[str], obj: Any) -> Path:
+    """Write `obj` as indented JSON to `path`, whole or not at all, and return the path.
+
+    Paths become strings, sets sorted lists, and scalars of numpy and torch plain numbers. NaN and infinity become
+    null, since JSON has neither and strict readers refuse the whole file over one.
+
+    Raises:
+        TypeError: if something in `obj` has no JSON form.
+        OSError: if the file cannot be written.
+    """
+    return write_text_atomically(path, to_json(obj) + "\n")
+
+
+def to_json(obj: Any) -> str:
+    """`obj` as the indented JSON text that `write_json_atomically` writes.
+
+    Raises:
+        TypeError: if something in `obj` has no JSON form.
+    """
+    return json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(obj: Any) -> Any:
+    """`obj` in dicts, lists, strings, finite numbers, booleans and None."""
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if obj is None or isinstance(obj, (str, bool, int)):
+        return obj
+    if isinstance(obj, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, (set, frozenset)):
+        return sorted((_plain(value) for value in obj), key=str)
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if hasattr(obj, "tolist"):
+        return _plain(obj.tolist())
+    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Wait until the bytes of `path` are on disk: a rename may otherwise survive a power cut that they do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
