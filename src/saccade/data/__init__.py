@@ -1,0 +1,19 @@
+"""The embedded task: scenes of real handwritten digits, with questions about them, generated from a seed."""
+
+from saccade.data.digits import SPLITS, digit_samples, split_indices
+from saccade.data.questions import KINDS
+from saccade.data.rows import digit_scenes, scene_specs, write_jsonl
+from saccade.data.scenes import PATCH_SIZE, patch_labels, render_scene
+
+__all__ = [
+    "KINDS",
+    "PATCH_SIZE",
+    "SPLITS",
+    "digit_samples",
+    "digit_scenes",
+    "patch_labels",
+    "render_scene",
+    "scene_specs",
+    "split_indices",
+    "write_jsonl",
+]

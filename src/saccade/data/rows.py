@@ -1,0 +1,159 @@
+"""Digit scenes as a `datasets.Dataset` with the columns TRL takes; images are drawn when a row is read."""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from saccade.data.digits import SPLITS
+from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_several, caption
+from saccade.data.scenes import check_grid, render_scene, sample_scene
+
+STAGES = ("pretrain", "sft")
+MAX_DIGITS = 4
+
+# Two images double the visual tokens of every row in their padded batch, so they are kept rare.
+_SHARES = dict.fromkeys(SINGLE_KINDS, 0.08) | {"multi_turn": 0.08, "two_images": 0.01, "text_only": 0.03}
+_FEATURES = Features(
+    {
+        "images": List(List(Value("int64"))),
+        "messages": List({"role": Value("string"), "content": Value("string")}),
+        "kind": Value("string"),
+        "answer": Value("string"),
+        "num_digits": Value("int64"),
+    }
+)
+
+
+def digit_scenes(
+    stage: str,
+    split: str,
+    num_rows: int,
+    seed: int = 0,
+    grid: int | tuple[int, int] = 12,
+    kinds: Sequence[str] | None = None,
+) -> Dataset:
+    """Scenes of handwritten digits with captions or questions.
+
+    Row i depends on the other arguments and i alone: a longer dataset starts with the shorter one.
+    Digit samples, and so scenes, are disjoint between the splits.
+
+    Args:
+        stage: "pretrain" for captions, "sft" for questions.
+        split: "train", "validation" or "test".
+        num_rows: rows to make; they are drawn when read, so many cost little.
+        seed: which stream of scenes.
+        grid: patches of 8 px a side, or (rows, cols); 12 is a 96 x 96 px image.
+        kinds: for "sft", only these of `KINDS`, in equal shares; None for all in their usual shares.
+
+    Returns:
+        Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
+        plain strings without image placeholders), `kind`, `answer` (the last assistant turn) and `num_digits` (of all images).
+
+    Raises:
+        ValueError: unknown `stage`, `split` or kind, a negative `num_rows`, or a `grid` too small.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+    if not isinstance(num_rows, int) or num_rows < 0:
+        raise ValueError(f"num_rows is {num_rows!r}: give an int of at least 0")
+    sides = check_grid(grid)
+    shares = _shares(stage, kinds)
+    names, weights = list(shares), list(shares.values())
+    columns: dict[str, list] = {name: [] for name in _FEATURES}
+    for number in range(num_rows):
+        rng = random.Random(f"{stage}/{split}/{seed}/{number}")
+        row = _make_row(rng.choices(names, weights)[0], rng, split, sides)
+        for name, value in row.items():
+            columns[name].append(value)
+    return Dataset.from_dict(columns, features=_FEATURES).with_transform(_render_images)
+
+
+def scene_specs(dataset: Dataset) -> list[list[tuple[int, ...]]]:
+    """The specs each row's images are drawn from, for `render_scene` and `patch_labels`."""
+    rows = dataset.select_columns("images").with_format(None)["images"]
+    return [[tuple(spec) for spec in specs] for specs in rows]
+
+
+def write_jsonl(dataset: Dataset, folder: str | os.PathLike) -> Path:
+    """Write a dataset as PNG files and `data.jsonl`, one row {"messages", "images": [relative paths]} a line.
+
+    Returns:
+        The path of `data.jsonl`, written last, so that it never names a missing image.
+    """
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(dataset):
+        paths = []
+        for part, image in enumerate(row["images"]):
+            path = f"images/{number:06d}_{part}.png"
+            image.save(folder / path)
+            paths.append(path)
+        lines.append(json.dumps({"messages": row["messages"], "images": paths}) + "\n")
+    target = folder / "data.jsonl"
+    aside = folder / f".data.jsonl.{os.getpid()}"
+    aside.write_text("".join(lines), encoding="utf-8")
+    os.replace(aside, target)
+    return target
+
+
+def _shares(stage: str, kinds: Sequence[str] | None) -> dict[str, float]:
+    if stage == "pretrain":
+        if kinds is not None:
+            raise ValueError(f"kinds is {kinds!r}: the pretrain stage has captions only, leave it out")
+        return {"caption": 1.0}
+    if kinds is None:
+        return _SHARES
+    unknown = [kind for kind in kinds if kind not in _SHARES]
+    if unknown or not kinds:
+        raise ValueError(f"kinds is {list(kinds)!r}: choose from {', '.join(k for k in KINDS if k in _SHARES)}")
+    return dict.fromkeys(kinds, 1.0)
+
+
+def _make_row(kind: str, rng: random.Random, split: str, grid: tuple[int, int]) -> dict[str, Any]:
+    if kind == "text_only":
+        return _row(kind, [], [arithmetic(rng)], 0)
+    while True:
+        count = rng.randint(1, 2) if kind == "sum" else rng.randint(1, MAX_DIGITS)
+        spec, digits = sample_scene(rng, split, grid, count)
+        specs = [spec]
+        if kind == "caption":
+            turns = [caption(digits)]
+        elif kind == "multi_turn":
+            turns = [turn for _, turn in ask_several(digits, rng, rng.randint(2, 3))]
+        elif kind == "two_images":
+            other = rng.choice([number for number in range(1, MAX_DIGITS + 1) if number != count])
+            specs.append(sample_scene(rng, split, grid, other)[0])
+            turns = [("which image has more digits ?", "first" if count > other else "second")]
+            count += other
+        else:
+            turns = [SINGLE_KINDS[kind](digits, rng)]
+        if turns[0] is not None:
+            return _row(kind, specs, turns, count)
+
+
+def _row(kind: str, specs: list[tuple[int, ...]], turns: list[Turn], num_digits: int) -> dict[str, Any]:
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {
+        "images": specs,
+        "messages": messages,
+        "kind": kind,
+        "answer": turns[-1][1],
+        "num_digits": num_digits,
+    }
+
+
+def _render_images(batch: dict[str, list]) -> dict[str, list]:
+    """Turn specs into images; the other columns, whichever are left, pass through."""
+    if "images" in batch:
+        batch = batch | {"images": [[render_scene(spec) for spec in specs] for specs in batch["images"]]}
+    return batch

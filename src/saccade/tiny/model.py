@@ -1,0 +1,166 @@
+"""The tiny LLaVA and its processor: built in code, saved and loaded as an ordinary Hugging Face folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch.nn.functional import interpolate
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from saccade.data.scenes import PATCH_SIZE
+from saccade.tiny.vocabulary import CHAT_TEMPLATE, END, IMAGE, PAD, START, build_tokenizer
+
+CHECKPOINT_GRID = 12
+VISION_WIDTH, VISION_LAYERS = 96, 4
+TEXT_WIDTH, TEXT_LAYERS = 96, 4
+TEXT_MLP = 256
+
+
+def build_tiny_processor(grid: int = CHECKPOINT_GRID) -> LlavaProcessor:
+    """The processor of a tiny LLaVA that sees `grid` x `grid` patches of 8 px; any image is resized to that square.
+
+    Raises:
+        ValueError: `grid` is no positive int.
+    """
+    side = _check_grid(grid) * PATCH_SIZE
+    image_processor = CLIPImageProcessorPil(
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        image_mean=[0.35] * 3,
+        image_std=[0.25] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE,
+        num_additional_image_tokens=1,
+    )
+
+
+def build_tiny_llava(
+    processor: LlavaProcessor, grid: int = CHECKPOINT_GRID, seed: int = 0
+) -> LlavaForConditionalGeneration:
+    """A tiny LLaVA with random weights in float32, in evaluation mode.
+
+    Args:
+        processor: from `build_tiny_processor`; its tokenizer gives the vocabulary and the special ids.
+        grid: patches a side the tower sees; the language model receives `grid ** 2` visual tokens an image.
+        seed: of the weights; the global random state is left as it was.
+
+    Raises:
+        ValueError: `grid` is no positive int.
+    """
+    _check_grid(grid)
+    tokenizer = processor.tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("pad", PAD), ("bos", START), ("eos", END))}
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=2 * VISION_WIDTH,
+        num_hidden_layers=VISION_LAYERS,
+        num_attention_heads=4,
+        image_size=grid * PATCH_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=VISION_WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=TEXT_MLP,
+        num_hidden_layers=TEXT_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        pad_token_id=ids["pad"],
+        bos_token_id=ids["bos"],
+        eos_token_id=ids["eos"],
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=grid * grid,
+        pad_token_id=ids["pad"],
+        bos_token_id=ids["bos"],
+        eos_token_id=ids["eos"],
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    return model.eval()
+
+
+def tiny_checkpoint() -> Path:
+    """The folder with the pretrained tiny LLaVA that ships in the package; `from_pretrained` takes it."""
+    return Path(__file__).parent / "checkpoint"
+
+
+def load_tiny(
+    grid: int = CHECKPOINT_GRID, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The shipped tiny LLaVA: tower and language model pretrained, projector random.
+
+    Args:
+        grid: patches a side; other than 12, the tower's position embeddings are interpolated, which costs it accuracy.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: `grid` is no positive int.
+    """
+    _check_grid(grid)
+    folder = tiny_checkpoint()
+    stored = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    if grid == CHECKPOINT_GRID:
+        return stored.eval(), AutoProcessor.from_pretrained(folder)
+    processor = build_tiny_processor(grid)
+    model = build_tiny_llava(processor, grid).to(dtype)
+    weights = stored.state_dict()
+    name = next(name for name in weights if name.endswith("embeddings.position_embedding.weight"))
+    weights[name] = _interpolate_positions(weights[name], grid)
+    model.load_state_dict(weights)
+    return model.eval(), processor
+
+
+def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | os.PathLike) -> Path:
+    """Write model (float16) and processor as one Hugging Face folder, aside first, then renamed into place.
+
+    The model itself is left as it is. Returns the folder.
+    """
+    folder = Path(folder)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    half = build_tiny_llava(processor, model.config.vision_config.image_size // PATCH_SIZE)
+    half.load_state_dict(model.state_dict())
+    half.half().save_pretrained(aside)
+    processor.save_pretrained(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(aside, folder)
+    return folder
+
+
+def _check_grid(grid: int) -> int:
+    if not isinstance(grid, int) or grid < 1:
+        raise ValueError(f"grid is {grid!r}: give a positive int, the number of patches a side")
+    return grid
+
+
+def _interpolate_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """Position table (1 + old ** 2, D), CLS first, to (1 + grid ** 2, D)."""
+    old = int((table.shape[0] - 1) ** 0.5)
+    square = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    square = interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:1], square.flatten(2)[0].T.to(table.dtype)])
