@@ -1,0 +1,138 @@
+"""`saccade VERB`: finds the verb's module, parses its arguments, and turns the user's errors into one line.
+
+A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`, the
+flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error.
+"""
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import NoReturn
+
+from saccade.errors import SaccadeError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
+    "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
+    "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
+    "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
+    "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
+}
+
+OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises on bad input, so that every error takes the same way out."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint, with the command that shows the usage.
+
+        Raises:
+            SaccadeError: always.
+        """
+        raise SaccadeError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0 is success; 1 a full disk or a closed pipe; 2 bad input; 130 an interruption. Any other exception is a bug of
+    ours and leaves with its traceback.
+    """
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        # A closed pipe or a full disk shows when the buffer is written, which Python leaves until after this function.
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # how argparse ends after --help and --version
+        return stop.code if isinstance(stop.code, int) else OK
+    except SaccadeError as error:
+        return _complain(f"error: {error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader, `head` say, has seen enough. Python would complain once more when it closes the output itself.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        return _complain(f"error: no space left on the disk{place}: free some, or give another folder", FAILED)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        top = _top_parser()
+        top.parse_args(argv)
+        top.print_help(sys.stderr)
+        return BAD_INPUT
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise SaccadeError(f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}")
+    module = import_module(VERBS[verb][0])
+    parser = Parser(
+        prog=f"saccade {verb}",
+        description=_sentence(VERBS[verb][1]),
+        epilog=f"examples:\n{_indent(module.EXAMPLES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation would swallow an override whose name happens to start like a flag of the verb.
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    return module.run(_parse(parser, module, rest))
+
+
+def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Namespace:
+    args, unknown = parser.parse_known_args(argv)
+    passes = getattr(module, "PASS_UNKNOWN", False)
+    if unknown and (not passes or not unknown[0].startswith("--")):
+        kind = "flag" if unknown[0].startswith("-") else "argument"
+        parser.error(f"unknown {kind} {unknown[0]!r}")
+    if passes:
+        args.overrides = unknown
+    return args
+
+
+def _top_parser() -> Parser:
+    width = max(map(len, VERBS))
+    listing = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    parser = Parser(
+        prog="saccade",
+        usage="saccade VERB ...",
+        description="Train and serve vision-language models on a fraction of their visual tokens.",
+        epilog=f"verbs:\n{listing}\n\n`saccade VERB --help` shows a verb's arguments, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"saccade {_version()}")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("saccade")
+    except PackageNotFoundError:  # run from a source folder that was never installed
+        return "unknown"
+
+
+def _complain(message: str, status: int) -> int:
+    print("saccade: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.strip().splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

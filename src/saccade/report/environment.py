@@ -1,0 +1,139 @@
+"""Where a run took place: versions, machine, and what is known to go wrong with them."""
+
+import importlib.util
+import os
+import platform
+import subprocess
+from contextlib import suppress
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("saccade", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and warnings, ready for JSON, so that every result can say where it came from.
+
+    Keys: `python`, `platform`, `packages` (name to version, None where it is not installed), `commit` (None outside a
+    checkout; ends in "+" when tracked files differ from it), `cpu`, `cores` that this process may use, `memory_gib`
+    that it may use, `gpus` (name and `memory_gib` each), `cuda` (the CUDA version of the torch build), `threads` of
+    torch, `mm_encoder_outputs` (whether transformers takes features that were encoded before), `warnings`.
+    """
+    torch = _import_torch()
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "gpus": _gpus(torch),
+        "cuda": torch.version.cuda if torch else None,
+        "threads": torch.get_num_threads() if torch else None,
+        "mm_encoder_outputs": _takes_encoded_features(),
+    }
+    found["warnings"] = _warnings(found)
+    return found
+
+
+def _import_torch() -> Any:
+    try:
+        return import_module("torch")
+    except Exception:  # a broken torch is a finding of this report, not its end
+        return None
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of Saccade's own checkout, "+" added when tracked files differ from it."""
+    package = Path(__file__).resolve().parent.parent
+    top = _git(package, "rev-parse", "--show-toplevel")
+    # A package in site-packages may lie inside somebody else's checkout, whose commit says nothing about Saccade.
+    if top is None or Path(top).resolve() / "src" / "saccade" != package:
+        return None
+    head = _git(package, "rev-parse", "HEAD")
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if head and changed else head
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    """Memory of the machine, or of the container where that is less."""
+    sizes = []
+    with suppress(AttributeError, OSError, ValueError):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # absent, or "max"
+        sizes.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return round(min(sizes) / 2**30, 1) if sizes else None
+
+
+def _gpus(torch: Any) -> list[dict[str, Any]]:
+    if torch is None or not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [{"name": entry.name, "memory_gib": round(entry.total_memory / 2**30, 1)} for entry in properties]
+
+
+def _takes_encoded_features() -> bool | None:
+    """Whether LLaVA's forward takes `mm_encoder_outputs`, read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return None
+    source = Path(spec.origin).parent / "models" / "llava" / "modeling_llava.py"
+    return source.is_file() and "mm_encoder_outputs" in source.read_text(encoding="utf-8")
+
+
+def _torchvision_fault() -> str | None:
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        import_module("torchvision")
+    except Exception as error:  # missing CUDA libraries show as OSError, RuntimeError or ImportError
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    packages, warnings = found["packages"], []
+    if found["threads"] is None:
+        warnings.append("torch cannot be imported: `pip install torch`, then look at `python -c 'import torch'`")
+    if packages["transformers"] is None:
+        warnings.append("transformers is not installed: `pip install 'transformers>=5.18,<6'`")
+    elif not found["mm_encoder_outputs"]:
+        warnings.append(
+            f"transformers {packages['transformers']} does not take mm_encoder_outputs: "
+            "`pip install 'transformers>=5.18,<6'`"
+        )
+    fault = _torchvision_fault()
+    if fault:
+        warnings.append(
+            f"torchvision is installed but broken ({fault}), which breaks the model classes of transformers: "
+            "`pip uninstall torchvision`, Saccade does not need it"
+        )
+    return warnings

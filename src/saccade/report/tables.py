@@ -1,0 +1,87 @@
+"""Tables, for the terminal and for Markdown."""
+
+from collections.abc import Sequence
+from typing import IO, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+# Off a terminal there is no width to fit, and a table squeezed into 80 columns is no use to `grep`.
+WIDTH_OFF_TERMINAL = 160
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], file: IO[str] | None = None
+) -> None:
+    """Print a table to `file`, the standard output when left out. Columns of numbers are aligned to the right.
+
+    Raises:
+        ValueError: if a row does not have one cell a column.
+    """
+    cells = _cells(columns, rows)
+    console = Console(file=file)
+    if not console.is_terminal:
+        console = Console(file=file, width=WIDTH_OFF_TERMINAL)
+    table = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for number, column in enumerate(columns):
+        align = "right" if _is_numeric([row[number] for row in rows]) else "left"
+        table.add_column(Text(column), justify=align, overflow="fold")
+    for row in cells:
+        # As `Text`, since rich would read square brackets in a plain string as markup.
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A GitHub table, ending in a newline. Columns of numbers are aligned to the right.
+
+    Raises:
+        ValueError: if a row does not have one cell a column.
+    """
+    cells = _cells(columns, rows)
+    rules = ["---:" if _is_numeric([row[number] for row in rows]) else "---" for number in range(len(columns))]
+    lines = [list(columns), rules, *cells]
+    return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _cells(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns: {row!r}")
+    return [[_text(value) for value in row] for row in rows]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (set, frozenset)):
+        return ", ".join(sorted(str(entry) for entry in value)) or "-"
+    return str(value)
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    """Whether a column holds nothing but numbers, as numbers or as text such as "12.5 %" and "1.9x"."""
+    known = [value for value in values if value is not None]
+    return bool(known) and all(_looks_numeric(value) for value in known)
+
+
+def _looks_numeric(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, (int, float)):
+        return True
+    try:
+        float(str(value).strip().rstrip("%sx").strip())
+    except ValueError:
+        return False
+    return True
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
