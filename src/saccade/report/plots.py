@@ -1,0 +1,214 @@
+"""The plots of a comparison: what the training time bought, and how the loss went in each mode."""
+
+import os
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from saccade.files import atomic_path
+
+# Okabe and Ito's palette, told apart with every common kind of colour blindness; the shapes repeat what it says.
+STYLES: dict[str, tuple[str, str, str]] = {
+    "all_tokens": ("#000000", "s", "all tokens"),
+    "prune_only": ("#D55E00", "^", "pruning only"),
+    "dualspeed": ("#0072B2", "o", "DualSpeed"),
+}
+OTHER_STYLES = [("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
+MODE_STYLES = {"fast": ("#0072B2", "fast steps (pruned)"), "slow": ("#D55E00", "slow steps (all tokens)")}
+INK, FAINT = "#333333", "#8A8A8A"
+# 8 by 4.75 inches at 150 dots: text of 10 points stays readable when a page shows the picture 800 pixels wide.
+SIZE, DPI = (8.0, 4.75), 150
+LABEL_WIDTH, LABEL_LINE = 0.21, 0.047  # of the axes; what one line of a label takes
+
+
+def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw the accuracy on full inference over the training time, one point a method, as PNG.
+
+    Runs that differ in their seed only become one point at their mean, with whiskers from the least to the greatest. An
+    arrow leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
+
+    Args:
+        runs: each with `method`, `positions` ("original", "compact" or None), `seed`, `accuracy_full` and
+            `accuracy_pruned` in [0, 1] (`accuracy_pruned` may be None), `train_seconds`, `speedup` (None where it is
+            the baseline) and `label`.
+        path: the file to write.
+
+    Raises:
+        ValueError: if there are no runs.
+        KeyError: if a run lacks one of the keys.
+    """
+    groups = _group(runs)
+    if not groups:
+        raise ValueError("there are no runs to draw")
+    figure, axes = _figure()
+    styles = _styles([group["method"] for group in groups])
+    for group in groups:
+        _draw_point(axes, group, styles[group["method"]])
+    _limits(axes, groups)
+    _place_labels(axes, groups, styles)
+    axes.set_xlabel("training time (s)")
+    axes.set_ylabel("accuracy (%)")
+    _legend_of_points(axes, groups)
+    _save(figure, path)
+
+
+def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw the training loss of fast and of slow steps over the steps, as PNG, each with a running mean.
+
+    Args:
+        log_history: the trainer's log. Entries with `step` and `loss_fast` or `loss_slow` are drawn by mode; without
+            any such entry, `loss` is drawn as one curve.
+        path: the file to write.
+
+    Raises:
+        ValueError: if no entry holds a loss.
+    """
+    curves = {mode: _curve(log_history, f"loss_{mode}") for mode in MODE_STYLES}
+    drawn = {mode: (*MODE_STYLES[mode], curve) for mode, curve in curves.items() if curve}
+    if not drawn:
+        whole = _curve(log_history, "loss")
+        if not whole:
+            raise ValueError("the log holds no loss to draw")
+        drawn = {"all": (INK, "all steps", whole)}
+    figure, axes = _figure()
+    for color, label, curve in drawn.values():
+        steps, losses = zip(*curve, strict=True)
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
+        axes.plot(steps, _running_mean(losses), color=color, linewidth=2, label=label)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
+    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=10)
+    axes.xaxis.label.set(color=INK, size=11)
+    axes.yaxis.label.set(color=INK, size=11)
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _group(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with the seeds taken together, each number as (mean, least, greatest), accuracies in per cent."""
+    together: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        together.setdefault((run["method"], run["positions"], run["label"]), []).append(run)
+    groups = []
+    for (method, positions, label), members in together.items():
+        pruned = [100 * run["accuracy_pruned"] for run in members if run["accuracy_pruned"] is not None]
+        speedups = [run["speedup"] for run in members if run["speedup"] is not None]
+        groups.append(
+            {
+                "method": method,
+                "positions": positions,
+                "label": label,
+                "full": _spread([100 * run["accuracy_full"] for run in members]),
+                "seconds": _spread([run["train_seconds"] for run in members]),
+                "pruned": fmean(pruned) if pruned else None,
+                "speedup": fmean(speedups) if speedups else None,
+            }
+        )
+    return groups
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return fmean(values), min(values), max(values)
+
+
+def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    others = iter(OTHER_STYLES * len(methods))
+    return {method: STYLES[method][:2] if method in STYLES else next(others) for method in dict.fromkeys(methods)}
+
+
+def _draw_point(axes: Axes, group: dict[str, Any], style: tuple[str, str]) -> None:
+    color, marker = style
+    (x, x_low, x_high), (y, y_low, y_high) = group["seconds"], group["full"]
+    axes.errorbar(
+        x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="none", ecolor=color,
+        elinewidth=1.2, alpha=0.45, zorder=2,
+    )  # fmt: skip
+    if group["pruned"] is not None:
+        # A short dash at the arrow's end shows the value where the two are so near that no arrow can be seen.
+        arrow = {"arrowstyle": "-|>", "color": color, "alpha": 0.6, "shrinkA": 5, "shrinkB": 0, "linewidth": 1.2}
+        axes.annotate("", xy=(x, group["pruned"]), xytext=(x, y), arrowprops=arrow, zorder=2)
+        axes.plot(x, group["pruned"], marker="_", color=color, markersize=11, markeredgewidth=1.6, zorder=3)
+    hollow = group["positions"] == "compact"
+    axes.plot(
+        x, y, marker=marker, markersize=9, markeredgecolor=color, markeredgewidth=1.8,
+        markerfacecolor="white" if hollow else color, linestyle="none", zorder=4,
+    )  # fmt: skip
+
+
+def _limits(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
+    """From zero seconds, so that lengths compare as times do, and with room for the labels on the right."""
+    heights = [value for group in groups for value in (*group["full"], group["pruned"]) if value is not None]
+    low, high = min(heights), max(heights)
+    margin = max(2.0, 0.12 * (high - low))
+    axes.set_ylim(max(0, low - margin), min(102, high + margin))
+    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * (1 + LABEL_WIDTH) or 1)
+
+
+def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str, tuple[str, str]]) -> None:
+    """Write each point's label beside it, moved up or down where labels of near points would overlap."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float, float]] = []  # x, and the lower and upper end, of the labels placed so far
+    for group in sorted(groups, key=lambda group: -group["full"][0]):
+        x = (group["seconds"][0] - left) / (right - left)
+        y = (group["full"][0] - bottom) / (top - bottom)
+        text = group["label"]
+        if group["speedup"] is not None:
+            text += f"\n{group['full'][0]:.1f} %, {group['speedup']:.2g}x faster"
+        else:
+            text += f"\n{group['full'][0]:.1f} %"
+        height = LABEL_LINE * (text.count("\n") + 1)
+        y = min(y, 1 - height / 2)
+        for other, lower, upper in taken:
+            if abs(x - other) < LABEL_WIDTH and y + height / 2 > lower and y - height / 2 < upper:
+                y = lower - height / 2
+        taken.append((x, y - height / 2, y + height / 2))
+        axes.annotate(
+            text, xy=(x, y), xycoords="axes fraction", xytext=(10, 0), textcoords="offset points", va="center",
+            fontsize=9.5, linespacing=1.15, color=styles[group["method"]][0],
+        )  # fmt: skip
+
+
+def _legend_of_points(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
+    """What fill and arrow mean; the methods are named beside their points."""
+    plain = {"linestyle": "none", "color": FAINT, "markersize": 8}
+    entries = [Line2D([], [], marker="o", label="full inference", **plain)]
+    if {"compact", "original"} <= {group["positions"] for group in groups}:
+        entries[0].set_label("full inference, original positions")
+        entries.append(Line2D([], [], marker="o", markerfacecolor="white", label="compact positions", **plain))
+    if any(group["pruned"] is not None for group in groups):
+        entries.append(Line2D([], [], marker="_", markeredgewidth=1.6, label="pruned inference", **plain))
+    axes.legend(
+        handles=entries, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(entries), frameon=False,
+        fontsize=9.5, labelcolor=INK, handletextpad=0.3,
+    )  # fmt: skip
+
+
+def _curve(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None and "step" in entry]
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """The mean over a centred window of about a tenth of the curve, cut short at its ends."""
+    half = max(1, len(values) // 20)
+    return [fmean(values[max(0, number - half) : number + half + 1]) for number in range(len(values))]
