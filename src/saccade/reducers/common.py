@@ -1,0 +1,80 @@
+"""What reducers share: budgets per row, ranks among the valid tokens, unit vectors, ascending indices.
+
+Shapes: B rows, N tokens a row, K tokens kept at most.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.tokens import VisualContext
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens each row keeps.
+
+    Args:
+        width: K, the width of the reduction; no row keeps more.
+        counts: long `(B,)`, tokens that each row keeps, at most its number of valid ones.
+        available: long `(B,)`, each row's number of valid tokens.
+        uniform: whether every row is known to keep exactly K.
+    """
+
+    width: int
+    counts: Tensor
+    available: Tensor
+    uniform: bool
+
+
+def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
+    """Clamp `keep` to at least one token and to what each row has.
+
+    A tensor of budgets is read back to the host, since the width of the result depends on it; an int is not.
+
+    Raises:
+        SaccadeError: if `keep` is neither an int nor a long `(B,)`.
+    """
+    rows, tokens, _ = context.shape
+    device = context.features.device
+    if context.dense:
+        available = torch.full((rows,), tokens, dtype=torch.long, device=device)
+    else:
+        available = context.valid.sum(dim=1)
+    if isinstance(keep, Tensor):
+        if tuple(keep.shape) != (rows,) or keep.is_floating_point() or keep.dtype == torch.bool:
+            raise SaccadeError(
+                f"keep is {keep.dtype} of shape {tuple(keep.shape)}: expected an int or a long tensor ({rows},)"
+            )
+        counts = torch.minimum(keep.to(device).long().clamp(min=1), available)
+        least, most = torch.stack(counts.aminmax()).tolist() if rows else (0, 0)
+        return Budget(most, counts, available, uniform=least == most)
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise SaccadeError(f"keep={keep!r}: expected an int or a long tensor ({rows},)")
+    width = min(max(keep, 1), tokens)
+    return Budget(width, available.clamp(max=width), available, uniform=context.dense)
+
+
+def valid_rank(context: VisualContext) -> Tensor:
+    """A token's place among its row's valid tokens, counted from 0: long `(B, N)`, meaningless on padding."""
+    rows, tokens, _ = context.shape
+    if context.dense:
+        return torch.arange(tokens, device=context.features.device).expand(rows, tokens)
+    return context.valid.cumsum(dim=1) - 1
+
+
+def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
+    """Each row's first `budget.counts` candidates `(B, K)` in raster order, -1 behind them: long `(B, K)`."""
+    if budget.uniform:
+        return candidates.sort(dim=1).values
+    place = torch.arange(candidates.shape[1], device=candidates.device)
+    chosen = torch.where(place < budget.counts.unsqueeze(1), candidates, tokens).sort(dim=1).values
+    return chosen.masked_fill(chosen == tokens, -1)
+
+
+def unit_vectors(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` `(..., D)` scaled to length one in `dtype`; zero vectors stay zero."""
+    x = x.to(dtype)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,74 @@
+"""A uniformly random subset: the baseline that several designed methods fail to beat (UniPruneBench)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import ascending, row_budget, valid_rank
+from saccade.reducers.registry import register_reducer
+from saccade.tokens import Reduction, VisualContext
+
+WORD = 0xFFFFFFFF
+RANK_BITS = 24
+
+
+@register_reducer("random")
+@dataclass(frozen=True)
+class RandomSubset:
+    """Keeps a uniformly random subset, the same one whenever the same row is seen with the same seed.
+
+    No random generator is involved: the tokens with the smallest hash of (row seed, rank among the valid tokens) stay.
+    The row seed is `context.seed` or else a hash of the row's valid features in float32.
+
+    Args:
+        seed: any int; another one draws other subsets.
+    """
+
+    seed: int = 0
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise SaccadeError(f"reducer 'random': seed={self.seed!r} is not a whole number")
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of a random subset of each row's valid tokens."""
+        budget = row_budget(context, keep)
+        rank = valid_rank(context)
+        seed = _content_hash(context, rank) if context.seed is None else context.seed
+        seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)
+        # The rank in the low bits makes every key distinct, so no tie rule of `topk` matters.
+        key = (_mix((_mix((rank + seed) & WORD) + seed) & WORD) << RANK_BITS) + rank
+        if not context.dense:
+            key = key.masked_fill(~context.valid, torch.iinfo(torch.long).max)
+        lowest = key.topk(budget.width, dim=1, largest=False, sorted=True).indices
+        return Reduction(ascending(lowest, budget, context.shape[1]), dense=budget.uniform)
+
+    def _option_hash(self) -> int:
+        return _mix((self.seed & WORD) ^ _mix((self.seed >> 32) & WORD))
+
+
+def _mix(word: Tensor | int) -> Tensor | int:
+    """A bijection of 32-bit words, held in 64 bits, that spreads each bit over all of them."""
+    for _ in range(2):
+        word = ((word ^ (word >> 16)) * 0x045D9F3B) & WORD
+    return word ^ (word >> 16)
+
+
+def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
+    """A 32-bit hash of each row's valid features and their order: long `(B,)`.
+
+    Integer sums do not depend on the order of summation, so neither does the hash depend on device or batch.
+    """
+    bits = context.features.float().contiguous().view(torch.int32)
+    # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
+    bits = bits ^ (bits >> 16)
+    place = torch.arange(bits.shape[-1], device=bits.device) + 1
+    factor = ((_mix(place) >> 1) | 1).to(torch.int32)
+    token = (bits * factor).sum(dim=-1) & WORD
+    token = _mix((_mix(token) + rank * 2 + 1) & WORD)
+    return token.masked_fill(~context.valid, 0).sum(dim=1) & WORD

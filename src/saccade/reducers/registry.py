@@ -1,0 +1,122 @@
+"""Reducers by name: the built-in ones, and those that other packages offer through an entry point."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.tokens import Reduction, VisualContext
+
+ENTRY_POINT_GROUP = "saccade.reducers"
+CONTEXT_EXTRAS = frozenset({"encoder_features", "saliency", "keys", "relevance"})
+"""What a reducer may name in `needs`: the fields of `VisualContext` that are filled only on demand."""
+
+
+class Reducer(Protocol):
+    """Picks, and may merge, the visual tokens of each row.
+
+    An implementation is a class whose constructor takes the options by keyword, most easily a frozen dataclass. The
+    result for a row must not depend on the other rows, on where its padding lies or on whether the features come in a
+    narrower dtype, and with an int `keep` and a dense context no value may travel from the device to the host.
+    `tests/reducer_tester.py` checks this of every registered reducer.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    """The fields of `VisualContext`, beyond the features, that have to be filled: a subset of `CONTEXT_EXTRAS`."""
+
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Reduce each of the B rows of `context` to `keep` tokens.
+
+        Args:
+            context: B rows of N tokens.
+            keep: tokens to keep in every row, or long `(B,)`, one number a row. Clamped to at least one token and to
+                the row's number of valid tokens.
+        """
+        ...
+
+
+Class = TypeVar("Class", bound=type)
+_classes: dict[str, type[Reducer]] = {}
+_plugins_loaded = False
+
+
+def register_reducer(name: str) -> Callable[[Class], Class]:
+    """Class decorator that makes a `Reducer` known as `name`.
+
+    Raises:
+        SaccadeError: if another class holds the name, or `needs` names something a context does not have.
+        TypeError: if what is decorated is not a class with `needs` and `__call__`.
+    """
+
+    def register(cls: Class) -> Class:
+        if not inspect.isclass(cls) or not {"needs", "__call__"} <= set(dir(cls)):
+            raise TypeError(f"reducer {name!r}: {cls!r} is not a class with `needs` and `__call__`")
+        unknown = frozenset(cls.needs) - CONTEXT_EXTRAS
+        if unknown:
+            raise SaccadeError(
+                f"reducer {name!r}: needs names {sorted(unknown)}, a context offers {sorted(CONTEXT_EXTRAS)}"
+            )
+        holder = _classes.get(name)
+        if holder is not None and _path(holder) != _path(cls):
+            raise SaccadeError(f"reducer {name!r}: the name already belongs to {_path(holder)}, choose another")
+        _classes[name] = cls
+        return cls
+
+    return register
+
+
+def get_reducer(name: str, **options: Any) -> Reducer:
+    """The reducer called `name`, built with `options`.
+
+    Raises:
+        SaccadeError: if no reducer has this name, or it does not take one of the options.
+    """
+    _load_plugins()
+    if name not in _classes:
+        raise SaccadeError(f"reducer={name!r} is not known: choose one of {', '.join(list_reducers())}")
+    cls = _classes[name]
+    accepted = inspect.signature(cls).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    unknown = [option for option in options if option not in accepted]
+    if unknown and not takes_any:
+        offered = f"its options are {', '.join(accepted)}" if accepted else "it has no options"
+        raise SaccadeError(f"reducer {name!r} does not take the option {unknown[0]!r}: {offered}")
+    return cls(**options)
+
+
+def list_reducers() -> list[str]:
+    """The names that `get_reducer` knows, in alphabetical order."""
+    _load_plugins()
+    return sorted(_classes)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _load_plugins() -> None:
+    """Import what other packages offer in the entry-point group, once; what cannot be loaded costs a warning.
+
+    An entry point is either a reducer class, known by the entry point's name unless its module registers it under
+    another, or a module that registers its own.
+    """
+    global _plugins_loaded
+    if _plugins_loaded:
+        return
+    # Set first: a plug-in may itself ask for a reducer while it is imported.
+    _plugins_loaded = True
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            loaded = entry.load()
+            if inspect.isclass(loaded) and loaded not in _classes.values():
+                register_reducer(entry.name)(loaded)
+        except Exception as error:
+            warnings.warn(
+                f"reducer plug-in {entry.name!r} ({entry.value}) was left out: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
