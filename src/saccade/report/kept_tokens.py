@@ -16,7 +16,7 @@ Panel = tuple[str, Tensor, Tensor | None]
 
 GAP, TITLE_HEIGHT, PANELS_A_ROW = 16, 30, 4
 PAPER, INK, OUTLINE = (255, 255, 255), (40, 40, 40), (255, 214, 10)
-DARKENED = 0.22  # the share of its brightness that a dropped patch keeps: still to be guessed, never mistaken
+DARKENED = 0.28  # the share of its brightness that a dropped patch keeps: still to be guessed, never mistaken
 TINT = 0.45  # how much of a merged region's colour covers the image
 # Okabe and Ito's colours without black, which a dropped patch already has.
 REGION_COLORS = [

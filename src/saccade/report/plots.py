@@ -28,8 +28,8 @@ LABEL_WIDTH, LABEL_LINE = 0.21, 0.047  # of the axes; what one line of a label t
 def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draw the accuracy on full inference over the training time, one point a method, as PNG.
 
-    Runs that differ in their seed only become one point at their mean, with whiskers from the least to the greatest. An
-    arrow leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
+    Runs that differ in their seed only become one point at their mean, with whiskers from the least to the greatest.
+    An arrow leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
 
     Args:
         runs: each with `method`, `positions` ("original", "compact" or None), `seed`, `accuracy_full` and
@@ -174,7 +174,7 @@ def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str
         y = (group["full"][0] - bottom) / (top - bottom)
         text = group["label"]
         if group["speedup"] is not None:
-            text += f"\n{group['full'][0]:.1f} %, {group['speedup']:.2g}x faster"
+            text += f"\n{group['full'][0]:.1f} %, {group['speedup']:.1f}x faster"
         else:
             text += f"\n{group['full'][0]:.1f} %"
         height = LABEL_LINE * (text.count("\n") + 1)

@@ -1,0 +1,196 @@
+"""Tables, plots, pictures of kept tokens, and the environment, on made-up input."""
+
+import io
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from saccade.errors import SaccadeError
+from saccade.files import to_json
+from saccade.report import environment as environment_module
+from saccade.report.environment import environment
+from saccade.report.kept_tokens import DARKENED, GAP, OUTLINE, TITLE_HEIGHT, draw_kept_tokens
+from saccade.report.plots import _group, plot_accuracy_over_time, plot_loss_by_mode
+from saccade.report.tables import markdown_table, print_table
+
+
+def run_of(method: str, positions: str | None, seed: int, full: float, **changes: Any) -> dict[str, Any]:
+    run = {"method": method, "positions": positions, "seed": seed, "accuracy_full": full, "accuracy_pruned": 0.5}
+    return run | {"train_seconds": 100.0 + seed, "speedup": 2.0, "label": f"{method} {positions}"} | changes
+
+
+def opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.convert("RGB")
+
+
+def patch(sheet: Image.Image, token: int, columns: int, side: int, panel: int = 0) -> Image.Image:
+    """The pixels of a patch inside its outline."""
+    left = GAP + panel * (columns * side + GAP) + token % columns * side
+    top = GAP + TITLE_HEIGHT + token // columns * side
+    return sheet.crop((left + 3, top + 3, left + side - 3, top + side - 3))
+
+
+def mean_color(image: Image.Image) -> tuple[int, ...]:
+    return image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+
+
+class TestTables:
+    def test_markdown_is_aligned_and_escaped(self) -> None:
+        text = markdown_table(["name", "accuracy"], [["a|b", "81.5 %"], ["c\nd", None]])
+        assert text == "| name | accuracy |\n| --- | ---: |\n| a\\|b | 81.5 % |\n| c d | - |\n"
+
+    def test_values_are_written_for_people(self) -> None:
+        text = markdown_table(["a", "b", "c", "d"], [[True, 0.123456, frozenset({"keys", "grid"}), frozenset()]])
+        assert text.splitlines()[2] == "| yes | 0.1235 | grid, keys | - |"
+
+    def test_printed_text_is_never_read_as_markup(self) -> None:
+        out = io.StringIO()
+        print_table("Title", ["[bold]", "long"], [["[red]x[/red]", "y" * 100]], file=out)
+        assert "[bold]" in out.getvalue()
+        assert "[red]x[/red]" in out.getvalue()
+        assert "y" * 100 in out.getvalue()
+
+    @pytest.mark.parametrize("table", [markdown_table, lambda columns, rows: print_table("", columns, rows)])
+    def test_a_ragged_row_is_an_error(self, table: Any) -> None:
+        with pytest.raises(ValueError, match="1 cells in a table of 2 columns"):
+            table(["a", "b"], [["x"]])
+
+
+class TestPlots:
+    def test_seeds_become_one_point_with_a_spread(self) -> None:
+        runs = [run_of("dualspeed", "original", seed, full) for seed, full in enumerate((0.8, 0.9, 0.7))]
+        runs.append(run_of("dualspeed", "compact", 0, 0.6, accuracy_pruned=None, speedup=None))
+        original, compact = _group(runs)
+        assert original["full"] == pytest.approx((80, 70, 90))
+        assert original["seconds"] == pytest.approx((101, 100, 102))
+        assert original["pruned"] == pytest.approx(50)
+        assert (compact["pruned"], compact["speedup"]) == (None, None)
+
+    def test_accuracy_over_time_is_a_picture(self, tmp_path: Path) -> None:
+        runs = [
+            run_of("all_tokens", None, 0, 0.8, speedup=None, train_seconds=300.0),
+            run_of("prune_only", "compact", 0, 0.4),
+            run_of("dualspeed", "original", 0, 0.8, accuracy_pruned=None),
+            run_of("a method of tomorrow", None, 0, 0.0, train_seconds=0.0),
+        ]
+        plot_accuracy_over_time(runs, tmp_path / "new" / "accuracy.png")
+        assert opened(tmp_path / "new" / "accuracy.png").size == (1200, 712)
+
+    def test_loss_by_mode_differs_from_one_curve(self, tmp_path: Path) -> None:
+        log = [{"step": step, f"loss_{'slow' if step % 3 else 'fast'}": 3.0 - step / 50} for step in range(100)]
+        whole = [{"step": step, "loss": 3.0 - step / 50} for step in range(100)]
+        plot_loss_by_mode([*log, {"train_runtime": 3.0}], tmp_path / "modes.png")
+        plot_loss_by_mode(whole, tmp_path / "whole.png")
+        assert ImageChops.difference(opened(tmp_path / "modes.png"), opened(tmp_path / "whole.png")).getbbox()
+
+    def test_nothing_to_draw_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no runs"):
+            plot_accuracy_over_time([], tmp_path / "a.png")
+        with pytest.raises(ValueError, match="no loss"):
+            plot_loss_by_mode([{"step": 1, "learning_rate": 0.1}], tmp_path / "b.png")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestKeptTokens:
+    def test_kept_patches_are_clear_and_dropped_ones_dark(self, tmp_path: Path) -> None:
+        image = Image.new("RGB", (40, 30), (200, 120, 80))
+        index = torch.tensor([1, 6, -1])
+        panels = [("first", index, None), ("second", torch.tensor([11]), None)]
+        draw_kept_tokens(image, panels, (3, 4), tmp_path / "kept.png", panel_width=80)
+        sheet = opened(tmp_path / "kept.png")
+        assert sheet.size == (GAP + 2 * (80 + GAP), GAP + TITLE_HEIGHT + 60 + GAP)
+        dark = tuple(int(DARKENED * value) for value in (200, 120, 80))
+        for panel, kept in enumerate(({1, 6}, {11})):
+            for token in range(12):
+                expected = (200, 120, 80) if token in kept else dark
+                assert mean_color(patch(sheet, token, 4, 20, panel)) == pytest.approx(expected, abs=2)
+        assert sheet.getpixel((GAP + 20, GAP + TITLE_HEIGHT)) == OUTLINE
+
+    def test_a_merge_colours_regions_and_darkens_what_flows_nowhere(self, tmp_path: Path) -> None:
+        image = Image.new("RGB", (40, 40), (128, 128, 128))
+        weight = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1.0, 0]])
+        draw_kept_tokens(image, [("merge", torch.tensor([0, 2]), weight)], (2, 2), tmp_path / "m.png", panel_width=80)
+        sheet = opened(tmp_path / "m.png")
+        colors = [mean_color(patch(sheet, token, 2, 40)) for token in range(4)]
+        assert colors[0] == colors[1]
+        assert colors[0] != colors[2]
+        assert max(colors[3]) < 60
+
+    def test_labels_are_drawn(self, tmp_path: Path) -> None:
+        image, panels = Image.new("L", (40, 40), 90), [("labels", torch.tensor([0]), None)]
+        draw_kept_tokens(image, panels, (2, 2), tmp_path / "plain.png")
+        draw_kept_tokens(image, panels, (2, 2), tmp_path / "labelled.png", patch_labels={0: "7"})
+        assert ImageChops.difference(opened(tmp_path / "plain.png"), opened(tmp_path / "labelled.png")).getbbox()
+
+    @pytest.mark.parametrize(
+        ("panels", "message"),
+        [
+            ([], "panels="),
+            ([("x", torch.tensor([4]), None)], "panel 'x': index holds 4, but the grid has 4 tokens"),
+            ([("x", torch.tensor([[0]]), None)], r"panel 'x': index has shape \(1, 1\)"),
+            ([("x", torch.tensor([0]), torch.ones(1, 5))], r"weight has shape \(1, 5\), expected \(1, 4\)"),
+        ],
+    )
+    def test_what_does_not_fit_is_an_error(self, tmp_path: Path, panels: Any, message: str) -> None:
+        with pytest.raises(SaccadeError, match=message):
+            draw_kept_tokens(Image.new("RGB", (8, 8)), panels, (2, 2), tmp_path / "kept.png")
+
+
+class TestEnvironment:
+    def test_it_names_versions_and_machine(self) -> None:
+        found = json.loads(to_json(environment()))
+        assert found["packages"]["torch"] == torch.__version__
+        assert found["packages"]["saccade"]
+        assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+        assert found["threads"] == torch.get_num_threads()
+        assert found["mm_encoder_outputs"] is True
+        assert found["cores"] >= 1
+        assert found["memory_gib"] > 0
+        assert isinstance(found["gpus"], list)
+
+    def test_a_broken_torchvision_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "torchvision").mkdir()
+        broken = "raise RuntimeError('operator torchvision::nms does not exist')\n"
+        (tmp_path / "torchvision" / "__init__.py").write_text(broken)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+        (warning,) = environment()["warnings"]
+        assert "torchvision is installed but broken (RuntimeError: operator torchvision::nms" in warning
+        assert "pip uninstall torchvision" in warning
+
+    def test_old_transformers_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        llava = tmp_path / "transformers" / "models" / "llava"
+        llava.mkdir(parents=True)
+        (llava / "modeling_llava.py").write_text("def forward(pixel_values): ...\n")
+        origin = str(tmp_path / "transformers" / "__init__.py")
+        spec = types.SimpleNamespace(origin=origin)
+        find = environment_module.importlib.util.find_spec
+        monkeypatch.setattr(
+            environment_module.importlib.util,
+            "find_spec",
+            lambda name: spec if name == "transformers" else find(name),
+        )
+        found = environment()
+        assert found["mm_encoder_outputs"] is False
+        assert any("does not take mm_encoder_outputs" in warning for warning in found["warnings"])
+
+    def test_the_commit_of_a_foreign_checkout_is_not_ours(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package = tmp_path / "venv" / "saccade"
+        (package / "report").mkdir(parents=True)
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        commit = ["commit", "-q", "--allow-empty", "-m", "theirs"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *commit], check=True)
+        monkeypatch.setattr(environment_module, "__file__", str(package / "report" / "environment.py"))
+        assert environment()["commit"] is None
