@@ -1,0 +1,126 @@
+"""Checkpoints that are whole or not there, and a resume that refuses to go on from something else."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from saccade.errors import SaccadeError
+from saccade.files import write_json_atomically
+
+RUN_FILE = "dualspeed.json"
+PARTIAL_DIR = ".partial-checkpoint"
+
+
+def write_run_file(folder: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
+    """Write what the weights in `folder` were trained with."""
+    write_json_atomically(Path(folder) / RUN_FILE, {"config": dict(config), **facts})
+
+
+def read_run_file(folder: str | Path) -> dict[str, Any] | None:
+    """What `write_run_file` wrote, or None."""
+    path = Path(folder) / RUN_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step in `output_dir`.
+
+    Whole means that the trainer's state, which is written last, is there and reads as JSON, and that the run file is.
+    """
+    found = []
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.rpartition("-")[2]
+        if step.isdigit() and _is_whole(path):
+            found.append((int(step), path))
+    return max(found)[1] if found else None
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        json.loads((path / "trainer_state.json").read_text())
+        return read_run_file(path) is not None
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint to go on from: a path as given, the newest whole one for True, None for none.
+
+    Raises:
+        SaccadeError: if there is no whole checkpoint where one was asked for.
+    """
+    if resume is None or resume is False:
+        return None
+    if resume is True:
+        path = newest_checkpoint(output_dir)
+        if path is None:
+            raise SaccadeError(
+                f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} holds no whole checkpoint: "
+                "name one, or start anew without it"
+            )
+        return path
+    path = Path(resume)
+    if not _is_whole(path):
+        raise SaccadeError(
+            f"resume_from_checkpoint={str(path)!r} is not a whole checkpoint of a DualSpeed run: "
+            "name another, or pass True for the newest whole one"
+        )
+    return path
+
+
+def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Check that a run with `config` may go on from `checkpoint`.
+
+    Raises:
+        SaccadeError: naming every option that differs.
+    """
+    saved = (read_run_file(checkpoint) or {}).get("config", {})
+    # Through JSON, so that tuples and the like compare as they were written.
+    current = json.loads(json.dumps(dict(config)))
+    differing = [name for name in current if name in saved and saved[name] != current[name]]
+    if differing:
+        details = ", ".join(f"{name}={current[name]!r} (checkpoint: {saved[name]!r})" for name in differing)
+        raise SaccadeError(f"{details}: {checkpoint} was trained otherwise; use its values, or start anew")
+
+
+def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
+    """Move the finished checkpoint inside `partial` to its place in `output_dir`, and remove `partial`."""
+    (written,) = partial.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    target = output_dir / written.name
+    if target.exists():
+        shutil.rmtree(target)
+    written.rename(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: tuple[str, ...]) -> None:
+    """Load a stock checkpoint's weights into the stock model `model`, every key accounted for.
+
+    The weights go through `from_pretrained`, since checkpoints keep the key names that released ones have, which differ
+    from the module tree's; a plain `load_state_dict` would match none of them and say so in a warning only.
+
+    Args:
+        ignored: names of our own parameters, which the checkpoint does not hold.
+
+    Raises:
+        SaccadeError: if a key is missing or unexpected.
+    """
+    assert isinstance(model, PreTrainedModel)
+    loaded, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
+    if problems:
+        raise SaccadeError(f"resume_from_checkpoint={str(checkpoint)!r} does not fit the model: {problems}")
+    result = model.load_state_dict(loaded.state_dict(), strict=False)
+    missing = [name for name in result.missing_keys if name not in ignored]
+    if missing or result.unexpected_keys:
+        raise SaccadeError(
+            f"resume_from_checkpoint={str(checkpoint)!r} does not fit the model: missing {missing}, "
+            f"unexpected {result.unexpected_keys}"
+        )

@@ -1,0 +1,30 @@
+"""Run a method of ours inside the forward of a wrapped model, so that the hooks of DDP, FSDP2 and ZeRO fire."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+Result = TypeVar("Result")
+
+
+def redirect_forward(
+    wrapper: nn.Module, original: nn.Module, method: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """Call `wrapper(*args, **kwargs)` with `method` in the place of `original.forward`.
+
+    Args:
+        wrapper: the model as the engine wrapped it; `original` itself where nothing wraps it.
+        original: the module whose `forward` the wrapper ends up calling.
+        method: what to run there; it may call `original`'s submodules, but not `original` itself.
+    """
+    had_own = "forward" in original.__dict__
+    before = original.__dict__.get("forward")
+    original.forward = method
+    try:
+        return wrapper(*args, **kwargs)
+    finally:
+        if had_own:
+            original.forward = before
+        else:
+            del original.forward

@@ -1,0 +1,163 @@
+"""One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation."""
+
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
+from saccade.dualspeed.schedule import Mode
+from saccade.families import Encoded, Family
+from saccade.pruning import ModeIsolator, Shortened, reduce, shorten
+from saccade.reducers import Reducer
+from saccade.tokens import IGNORE_INDEX
+
+
+@dataclass
+class StepOutput:
+    """What one micro-batch gives.
+
+    Args:
+        loss: scalar with gradient, (CE + weight * KL) summed over label tokens and divided by the normaliser.
+        cross_entropy: its first term, without gradient.
+        kl: KL summed over label tokens and divided by the normaliser, without gradient; None without distillation.
+        tokens_full: long scalar, tokens of the batch as it came, padding not counted.
+        tokens_in: long scalar, tokens that the trained pass ran on.
+        tokens_teacher: long scalar, tokens that the teacher ran on; None without one.
+        samples: rows of the batch.
+        teacher_seconds: time of the teacher's pass; 0 without one.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    kl: Tensor | None
+    tokens_full: Tensor
+    tokens_in: Tensor
+    tokens_teacher: Tensor | None
+    samples: int
+    teacher_seconds: float
+
+
+@dataclass
+class DualSpeedStep:
+    """The loss of one micro-batch in either mode.
+
+    Args:
+        family: the model's family, over the stock model.
+        reducer: chooses the tokens of the fast sequence.
+        prune_ratio: share of visual tokens that it drops.
+        isolator: rows before each image in the fast sequence, or None.
+        distill_weight: weight of the KL term of slow steps; 0 runs no teacher.
+        distill_temperature: temperature of both distributions in the KL.
+        positions: "compact" or "original".
+        pad_id: id to pad shortened batches with.
+    """
+
+    family: Family
+    reducer: Reducer
+    prune_ratio: float
+    isolator: ModeIsolator | None
+    distill_weight: float
+    distill_temperature: float
+    positions: str
+    pad_id: int
+
+    def __call__(
+        self, mode: Mode, inputs: Mapping[str, Any], normaliser: Tensor | float, row_seed: int = 0
+    ) -> StepOutput:
+        """Run the micro-batch in `mode`.
+
+        Args:
+            inputs: processor outputs with `labels`; the labels of image placeholders are ignored.
+            normaliser: number of label tokens in the global batch.
+            row_seed: seed of the first feature row for stochastic reducers; the next rows count on from it.
+        """
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
+        has_images = self.family.has_images(inputs)
+        encoded = self.family.encode(inputs) if has_images else None
+        if encoded is not None:
+            rows = encoded.context.shape[0]
+            encoded.context.seed = torch.arange(rows, device=labels.device) + row_seed
+        text = self.family.without_vision(inputs)
+        kl, tokens_teacher, teacher_seconds = None, None, 0.0
+        if encoded is None:
+            hidden = self.family.hidden_states(**text)
+            rows, targets = label_rows(hidden, labels)
+            ce, tokens_in = cross_entropy_sum(rows, targets, self.family.logits), inputs["attention_mask"].sum()
+        elif mode == "fast":
+            short = self._shorten(encoded, text, labels)
+            rows, targets = label_rows(self.family.hidden_states(**short.inputs), short.labels)
+            ce, tokens_in = cross_entropy_sum(rows, targets, self.family.logits), short.inputs["attention_mask"].sum()
+        else:
+            teacher_rows = None
+            if self.distill_weight:
+                started = _now(labels.device)
+                teacher_rows, tokens_teacher = self._teacher_rows(encoded, text, labels)
+                teacher_seconds = _now(labels.device) - started
+            hidden = self.family.hidden_states(**text, mm_encoder_outputs=encoded.outputs)
+            rows, targets = label_rows(hidden, labels)
+            tokens_in = inputs["attention_mask"].sum()
+            if teacher_rows is None:
+                ce = cross_entropy_sum(rows, targets, self.family.logits)
+            else:
+                ce, kl = cross_entropy_and_kl_sum(
+                    rows, teacher_rows, targets, self.family.logits, self.distill_temperature
+                )
+        loss = ce if kl is None else ce + self.distill_weight * kl
+        if self.isolator is not None and (encoded is None or mode == "slow"):
+            # Engines need a gradient for every parameter: DDP fails without one, ZeRO-3 applies the previous step's.
+            loss = loss + 0 * self.isolator().sum()
+        return StepOutput(
+            loss=loss / normaliser,
+            cross_entropy=ce.detach() / normaliser,
+            kl=None if kl is None else kl.detach() / normaliser,
+            tokens_full=inputs["attention_mask"].sum(),
+            tokens_in=tokens_in,
+            tokens_teacher=tokens_teacher,
+            samples=labels.shape[0],
+            teacher_seconds=teacher_seconds,
+        )
+
+    def _shorten(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> Shortened:
+        return shorten(
+            self.family,
+            encoded,
+            {**text, "labels": labels},
+            reduce(encoded.context, self.reducer, self.prune_ratio),
+            isolator=None if self.isolator is None else self.isolator(),
+            positions=self.positions,
+            pad_id=self.pad_id,
+        )
+
+    @torch.no_grad()
+    def _teacher_rows(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Label rows `(M, D)` of the fast sequence, without gradient and without dropout, and its token count."""
+        with evaluating(self.family.model):
+            short = self._shorten(encoded, text, labels)
+            rows, _ = label_rows(self.family.hidden_states(**short.inputs), short.labels)
+        return rows, short.inputs["attention_mask"].sum()
+
+
+@contextmanager
+def evaluating(module: nn.Module):
+    """Switch every submodule to evaluation mode, and each back to its own mode afterwards."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def _now(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

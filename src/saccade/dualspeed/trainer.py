@@ -1,0 +1,300 @@
+"""`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from saccade.dualspeed.checkpoint import (
+    PARTIAL_DIR,
+    check_same_run,
+    load_weights_strictly,
+    publish_checkpoint,
+    resolve_resume,
+    write_run_file,
+)
+from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.metrics import ModeMeter, StepClock
+from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.schedule import Mode, ModeSchedule
+from saccade.dualspeed.step import DualSpeedStep, StepOutput
+from saccade.errors import SaccadeError
+from saccade.families import family_class, get_family, stock_model
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator
+from saccade.reducers import get_reducer
+
+ISOLATOR_NAME = "mode_isolator"
+
+
+class DualSpeedTrainer(SFTTrainer):
+    """
+    Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
+
+    Takes what [`~trl.SFTTrainer`] takes. The dataset has `messages` (or `prompt` and `completion`) and `images`.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            A stock model of a known family, or the folder or id to load it from.
+        args ([`DualSpeedConfig`]):
+            Options of the run.
+        kwargs:
+            `train_dataset`, `processing_class`, `peft_config` and the rest, as for [`~trl.SFTTrainer`].
+
+    Raises:
+        SaccadeError: on a model without a family, a dataset without images, or an isolator that does not fit.
+    """
+
+    _tag_names = ("trl", "saccade", "dualspeed")
+
+    def __init__(self, model: str | PreTrainedModel, args: DualSpeedConfig, *, train_dataset, **kwargs: Any) -> None:
+        config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
+        family_class(config)
+        columns = train_dataset.column_names or next(iter(train_dataset)).keys()
+        if not {"image", "images"} & set(columns):
+            raise SaccadeError(
+                f"train_dataset has the columns {sorted(columns)}, none of them images: DualSpeed needs an "
+                "'images' column, empty lists for text-only samples"
+            )
+        if args.assistant_only_loss is None:
+            args.assistant_only_loss = "messages" in columns
+        own_collator = kwargs.get("data_collator") is None
+        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        self.family = get_family(self.model)
+        if own_collator:
+            self.data_collator = DualSpeedCollator(
+                processor=self.processing_class,
+                max_length=args.max_length,
+                completion_only_loss=self.completion_only_loss,
+                pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None,
+                dataset_text_field=args.dataset_text_field,
+                assistant_only_loss=args.assistant_only_loss,
+                chat_template=self.chat_template,
+                placeholder_id=self.family.placeholder_id,
+            )
+        self._freeze()
+        self.schedule = self._stage_schedule()
+        self.is_ordinary = args.is_ordinary
+        self.isolator = self._attach_isolator()
+        self.meter = ModeMeter()
+        self.add_callback(StepClock(self))
+        self._micro_batches = 0
+        self._step = DualSpeedStep(
+            family=self.family,
+            reducer=get_reducer(args.reducer, **(args.reducer_options or {})),
+            prune_ratio=args.prune_ratio,
+            isolator=self.isolator,
+            distill_weight=args.distill_weight,
+            distill_temperature=args.distill_temperature,
+            positions=args.positions,
+            pad_id=self._tokenizer.pad_token_id,
+        )
+
+    def mode_of(self, step: int) -> Mode:
+        """The mode of optimizer step `step`, counted from 0."""
+        return self.schedule.mode(step)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.is_ordinary or return_outputs or not self.model.training:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.is_ordinary and self.model.training:
+                self._count_ordinary(inputs, loss)
+            return loss
+        normaliser = num_items_in_batch
+        if normaliser is None:
+            normaliser = (inputs["labels"][:, 1:] != -100).sum()
+        # An all-text batch of masked samples has no label at all and contributes a plain zero.
+        normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
+        mode = self.mode_of(self.state.global_step)
+        self._micro_batches += 1
+
+        def run(batch: dict[str, Any]) -> StepOutput:
+            # The engine's own autocast wraps the forward that is replaced here.
+            with self.accelerator.autocast():
+                return self._step(mode, batch, normaliser, self._row_seed())
+
+        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        scale = 1
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The normaliser counts every rank's tokens, and the engines average gradients over ranks.
+            scale = self.accelerator.num_processes
+        self.meter.add(mode, output)
+        return output.loss * scale
+
+    def _row_seed(self) -> int:
+        key = f"{self.args.seed} {self.state.global_step} {self._micro_batches} {self.args.process_index}"
+        return random.Random(key).getrandbits(60)
+
+    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor) -> None:
+        tokens = inputs["attention_mask"].sum()
+        scale = self.accelerator.num_processes
+        self.meter.add(
+            "slow", StepOutput(loss, loss.detach() / scale, None, tokens, tokens, None, len(inputs["labels"]), 0.0)
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training and "loss" in logs:
+            logs = {**logs, **{name: round(value, 6) for name, value in self.meter.read().items()}}
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if rate is None:
+            return optimizer
+        projector = {id(parameter) for parameter in self.family.projector.parameters()}
+        if self.isolator is not None:
+            projector |= {id(parameter) for parameter in self.isolator.parameters()}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in projector]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # Weights, isolator, checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """Train, from the start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir`.
+
+        Raises:
+            SaccadeError: if there is no whole checkpoint, or it was trained with other options.
+        """
+        checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.args.resume_state())
+        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.output_dir)
+        weight = None if self.isolator is None else _gathered(self.isolator.weight)
+        if self.args.should_save:
+            state = self.args.resume_state()
+            if self.isolator is not None:
+                self.isolator.save(folder, metadata=state, weight=weight)
+            write_run_file(folder, state, method="dualspeed", global_step=self.state.global_step)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = Path(self.args.output_dir)
+        partial = run_dir / PARTIAL_DIR
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.args.output_dir = str(partial)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            # What was written so far frees the room that the next attempt needs.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            self.args.output_dir = str(run_dir)
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).is_relative_to(partial):
+            self.state.best_model_checkpoint = str(run_dir / Path(best).relative_to(partial))
+        if self.args.should_save:
+            folder = partial / f"checkpoint-{self.state.global_step}"
+            if best != self.state.best_model_checkpoint:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+            publish_checkpoint(partial, run_dir)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        stock = self.model if model is None else model
+        if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:
+            load_weights_strictly(stock, checkpoint, ignored=(f"{ISOLATOR_NAME}.weight",))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.isolator is not None:
+            self._copy_isolator(ModeIsolator.load(checkpoint))
+
+    def _freeze(self) -> None:
+        """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
+        if self.model is not self.family.model:
+            return
+        parts = (
+            (self.args.freeze_vision_tower, self.family.vision_tower),
+            (self.args.freeze_projector, self.family.projector),
+            (self.args.freeze_language_model, self.family.language_model),
+            (self.args.freeze_language_model, self.family.model.get_output_embeddings()),
+        )
+        for frozen, module in parts:
+            if frozen:
+                module.requires_grad_(False)
+
+    def _stage_schedule(self) -> ModeSchedule:
+        """The configured schedule, or an always fast one if no parameter of the decoder layers trains."""
+        trains = any(parameter.requires_grad for parameter in self.family.language_layers.parameters())
+        if trains or self.args.is_ordinary:
+            return self.args.mode_schedule()
+        return ModeSchedule(self.args.seed, slow_probability=0)
+
+    def _attach_isolator(self) -> ModeIsolator | None:
+        if self.args.is_ordinary or self.args.isolator_length == 0:
+            return None
+        embeddings = self.family.model.get_input_embeddings().weight
+        dtype = next(self.family.projector.parameters()).dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+        isolator = ModeIsolator(self.args.isolator_length, embeddings.shape[-1], dtype)
+        self.isolator = isolator.to(embeddings.device)
+        source = self.args.isolator_path
+        if source is None:
+            beside = Path(self.family.model.config._name_or_path or ".") / ISOLATOR_FILE
+            source = str(beside) if beside.is_file() else None
+        if source is not None:
+            self._copy_isolator(ModeIsolator.load(source), source)
+        self.model.add_module(ISOLATOR_NAME, isolator)
+        for module in {self.model, self.family.model}:
+            if isinstance(module, PreTrainedModel):
+                ignored = set(module._keys_to_ignore_on_save or ())
+                module._keys_to_ignore_on_save = ignored | {f"{ISOLATOR_NAME}.weight"}
+        return isolator
+
+    def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:
+        if loaded.weight.shape != self.isolator.weight.shape:
+            raise SaccadeError(
+                f"isolator_length={self.isolator.length}: the isolator from {source} has shape "
+                f"{tuple(loaded.weight.shape)}, this run needs {tuple(self.isolator.weight.shape)}; "
+                "set isolator_length to fit, or isolator_path to another one"
+            )
+        with torch.no_grad():
+            self.isolator.weight.copy_(loaded.weight)
+
+
+def _load_config(model: str, args: DualSpeedConfig):
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise SaccadeError(f"model={model!r} cannot be loaded: {first_line}") from error
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """The whole of a parameter that an engine may have sharded. Every rank must call it."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight

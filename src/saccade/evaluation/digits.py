@@ -1,0 +1,122 @@
+"""Accuracy on the digit scenes by greedy generation: exact match of the last answer, in total and by kind."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import ProcessorMixin
+from trl import prepare_multimodal_messages
+
+from saccade.errors import SaccadeError
+from saccade.pruning import ModeIsolator, prune_inputs
+
+INFERENCES = ("full", "pruned", "pruned_isolator")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a model is run for evaluation.
+
+    Args:
+        name: "full", "pruned", or "pruned_isolator" with the trained mode isolator before each image.
+        reducer: method that chooses the kept tokens.
+        prune_ratio: share of visual tokens dropped.
+        positions: "compact" or "original".
+        isolator: the trained isolator, for "pruned_isolator".
+
+    Raises:
+        SaccadeError: on an unknown name, or a missing isolator.
+    """
+
+    name: str = "full"
+    reducer: str = "divprune"
+    prune_ratio: float = 0.9
+    positions: str = "compact"
+    isolator: ModeIsolator | Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in INFERENCES:
+            raise SaccadeError(f"inference={self.name!r} is unknown: use one of {', '.join(INFERENCES)}")
+        if self.name == "pruned_isolator" and self.isolator is None:
+            raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
+
+    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What `generate` takes for a processed batch."""
+        if self.name == "full":
+            return dict(inputs)
+        isolator = self.isolator if self.name == "pruned_isolator" else None
+        return prune_inputs(model, inputs, self.reducer, self.prune_ratio, isolator, self.positions)
+
+
+@torch.no_grad()
+def evaluate_digits(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    inference: Inference | None = None,
+    batch_size: int = 100,
+) -> dict[str, Any]:
+    """Generate the last answer of every row, and compare it with the gold one.
+
+    Args:
+        dataset: rows of `digit_scenes("sft", ...)`.
+
+    Returns:
+        `accuracy` and `accuracy_by_kind`, as shares of 1; `samples`; `mean_prompt_length` in tokens as the language
+        model sees it; `inference` and its settings.
+
+    Raises:
+        SaccadeError: if the dataset is empty.
+    """
+    inference = inference or Inference()
+    if not len(dataset):
+        raise SaccadeError("num_samples=0: evaluate at least one scene")
+    model.eval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    prompt_tokens = 0
+    # One token more than the longest answer, for the end of the turn.
+    longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in dataset["answer"])
+    for rows in _batches(dataset, batch_size):
+        inputs = inference.prepare(model, collate_prompts(processor, rows).to(model.device))
+        prompt_tokens += int(inputs["attention_mask"].sum())
+        outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+        texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            right[row["kind"]].append(text.split() == row["answer"].split())
+    every = [value for values in right.values() for value in values]
+    return {
+        "inference": inference.name,
+        "reducer": inference.reducer if inference.name != "full" else None,
+        "prune_ratio": inference.prune_ratio if inference.name != "full" else 0.0,
+        "positions": inference.positions,
+        "accuracy": sum(every) / len(every),
+        "accuracy_by_kind": {kind: sum(values) / len(values) for kind, values in sorted(right.items())},
+        "samples": len(every),
+        "mean_prompt_length": prompt_tokens / len(every),
+    }
+
+
+def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
+    """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
+    messages = [prepare_multimodal_messages(row["messages"][:-1], images=row["images"]) for row in rows]
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+    )
+
+
+def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of rows: those with the same number of images together, so that padding stays short."""
+    images = [len(specs) for specs in dataset.select_columns("images").with_format(None)["images"]]
+    order = sorted(range(len(images)), key=images.__getitem__)
+    for start in range(0, len(order), size):
+        yield [dataset[index] for index in order[start : start + size]]

@@ -1,0 +1,69 @@
+"""Model families: one file each, found by the model's `config.model_type`."""
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from saccade.errors import SaccadeError
+from saccade.families.base import Encoded, Family
+from saccade.families.llava import LlavaFamily
+
+_FAMILIES: dict[str, type[Family]] = {}
+
+
+def register_family(family: type[Family]) -> type[Family]:
+    """Make a family known for each of its `model_types`. Usable as a class decorator."""
+    for model_type in family.model_types:
+        _FAMILIES[model_type] = family
+    return family
+
+
+def list_families() -> list[str]:
+    """The values of `config.model_type` that a family is known for."""
+    return sorted(_FAMILIES)
+
+
+def family_class(config: PreTrainedConfig) -> type[Family]:
+    """The family of a model with this config.
+
+    Raises:
+        SaccadeError: if none is known; the message names those that are.
+    """
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise SaccadeError(
+            f"model_type={config.model_type!r} has no family in saccade; known: {', '.join(list_families())}. "
+            "docs/add-a-family.md says how to add one"
+        )
+    return family
+
+
+def get_family(model: nn.Module) -> Family:
+    """The family of a model, through PEFT and parallel wrappers.
+
+    Raises:
+        SaccadeError: if no family is known for it.
+    """
+    stock = stock_model(model)
+    return family_class(stock.config)(stock)
+
+
+def stock_model(model: nn.Module) -> PreTrainedModel:
+    """The stock transformers model inside DDP, compile and PEFT wrappers."""
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+register_family(LlavaFamily)
+
+__all__ = [
+    "Encoded",
+    "Family",
+    "LlavaFamily",
+    "family_class",
+    "get_family",
+    "list_families",
+    "register_family",
+    "stock_model",
+]

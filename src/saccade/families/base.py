@@ -1,0 +1,115 @@
+"""What a model family has to say about itself: one small class a family, on stock transformers classes.
+
+Shapes: B samples, L tokens, R feature rows (images, crops, frames) of N visual tokens each, width D.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from saccade.tokens import VisualContext
+
+
+@dataclass
+class Encoded:
+    """One encoding of a batch's images, used by every pass over that batch.
+
+    Args:
+        context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
+        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence.
+    """
+
+    context: VisualContext
+    outputs: dict[str, ModelOutput]
+
+
+class Family(ABC):
+    """Reads visual features out of a stock model, and hands shortened ones back to it.
+
+    Args:
+        model: the stock model, without PEFT or parallel wrappers.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    """The values of `config.model_type` that this family covers."""
+    vision_inputs: tuple[str, ...] = ("pixel_values",)
+    """Processor outputs that `encode` consumes and that a pass over encoded features must not get again."""
+    token_inputs: Mapping[str, int] = {}
+    """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def placeholder_id(self) -> int:
+        """The token id that stands for one visual token in `input_ids`."""
+
+    @abstractmethod
+    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        """Run the vision tower and the projector once over the batch's images."""
+
+    @abstractmethod
+    def wrap_features(self, features: Sequence[Tensor]) -> dict[str, ModelOutput]:
+        """`mm_encoder_outputs` for shortened features: one `(n_i, D)` tensor an image, in placeholder order."""
+
+    @abstractmethod
+    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Positions of the full sequence: long `(B, L)`, or `(P, B, L)` for several position axes."""
+
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        """The decoder layers of the language model."""
+        return self.model.base_model.language_model.layers
+
+    @property
+    def projector(self) -> nn.Module:
+        """The module between vision tower and language model."""
+        return self.model.base_model.multi_modal_projector
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.model.base_model.vision_tower
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The language model, without its head."""
+        return self.model.base_model.language_model
+
+    def has_images(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the batch holds any image."""
+        return any(inputs.get(name) is not None for name in self.vision_inputs)
+
+    def placeholder(self, input_ids: Tensor) -> Tensor:
+        """bool `(B, L)`, true on the placeholders of visual tokens."""
+        return input_ids == self.placeholder_id
+
+    def without_vision(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs less what `encode` consumed."""
+        return {name: value for name, value in inputs.items() if name not in self.vision_inputs}
+
+    def hidden_states(self, **inputs: Any) -> Tensor:
+        """Last hidden states `(B, L, D)` of the stock model, without its head."""
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """The head as the stock forward applies it: `(..., D)` to `(..., V)`."""
+        return self.model.get_output_embeddings()(hidden_states)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """One-dimensional positions as `generate` counts them: long `(B, L)`, zero on left padding."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def square_grid(rows: int, side_rows: int, side_columns: int, device: torch.device) -> Tensor:
+    """`VisualContext.grid` of `rows` single frames of the same shape: long `(rows, 3)`."""
+    return torch.tensor([[1, side_rows, side_columns]], device=device).expand(rows, 3)

@@ -1,0 +1,17 @@
+"""From a processed batch to its shorter form, for training and for inference."""
+
+from saccade.pruning.isolator import ISOLATOR_FILE, ModeIsolator
+from saccade.pruning.prune_inputs import prune_inputs
+from saccade.pruning.shorten import POSITIONS, Shortened, check_positions, keep_budget, reduce, shorten
+
+__all__ = [
+    "ISOLATOR_FILE",
+    "POSITIONS",
+    "ModeIsolator",
+    "Shortened",
+    "check_positions",
+    "keep_budget",
+    "prune_inputs",
+    "reduce",
+    "shorten",
+]

@@ -1,0 +1,84 @@
+"""The mode isolator: a learnable soft prompt before each image's kept tokens (DualSpeed, arXiv 2602.03815, Sec. 3).
+
+It lives in a file of its own beside the weights, `mode_isolator.safetensors`, and never in `model.safetensors`, so
+that what training saved stays a stock checkpoint.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+ISOLATOR_FILE = "mode_isolator.safetensors"
+
+
+class ModeIsolator(nn.Module):
+    """A table of `length` rows of width `hidden_size`, initialised U(-1/sqrt(D), 1/sqrt(D)).
+
+    Args:
+        length: number of rows before each image, the paper's l (4 by default there).
+        hidden_size: width D of the language model.
+    """
+
+    def __init__(self, length: int, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(hidden_size)
+        self.weight = nn.Parameter(torch.empty(length, hidden_size, dtype=dtype).uniform_(-bound, bound))
+
+    @property
+    def length(self) -> int:
+        """Number of rows before each image."""
+        return self.weight.shape[0]
+
+    def forward(self) -> Tensor:
+        """The rows, `(length, D)`. A call rather than a read of `.weight`, so that the hooks of ZeRO and FSDP fire."""
+        return self.weight * 1
+
+    def save(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
+        """Write `mode_isolator.safetensors` into `folder`, whole or not at all.
+
+        Args:
+            metadata: what the isolator was trained with, kept as JSON in the file's header.
+            weight: the gathered table, where this process holds only a shard of it.
+        """
+        path = Path(folder) / ISOLATOR_FILE
+        table = (self.weight if weight is None else weight).detach().cpu().contiguous()
+        with atomic_path(path) as partial:
+            save_file({"weight": table}, partial, metadata={"config": json.dumps(metadata or {})})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ModeIsolator":
+        """Read an isolator from its file, or from the folder that holds it.
+
+        Raises:
+            SaccadeError: if there is none, or it is not a whole safetensors file with a two-dimensional `weight`.
+        """
+        path = Path(path)
+        path = path / ISOLATOR_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise SaccadeError(f"isolator={str(path)!r} does not exist: name a folder or file that a training run wrote")
+        try:
+            with safe_open(path, framework="pt") as file:
+                weight = file.get_tensor("weight")
+        except SafetensorError as error:
+            raise SaccadeError(f"isolator={str(path)!r} is not a whole mode isolator file ({error})") from error
+        if weight.dim() != 2:
+            raise SaccadeError(f"isolator={str(path)!r} holds a weight of shape {tuple(weight.shape)}, expected (l, D)")
+        isolator = cls(*weight.shape, dtype=weight.dtype)
+        isolator.weight.data.copy_(weight)
+        return isolator
+
+    @staticmethod
+    def config_of(path: str | Path) -> dict:
+        """The `metadata` that `save` was given."""
+        path = Path(path)
+        with safe_open(path / ISOLATOR_FILE if path.is_dir() else path, framework="pt") as file:
+            return json.loads((file.metadata() or {}).get("config", "{}"))

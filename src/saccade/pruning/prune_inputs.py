@@ -1,0 +1,106 @@
+"""Pruned inference on any stock model: processor outputs in, inputs for `generate` or `forward` out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.pruning.isolator import ModeIsolator
+from saccade.pruning.shorten import check_positions, reduce, shorten
+from saccade.reducers import get_reducer
+from saccade.tokens.budget import check_prune_ratio
+
+
+@torch.no_grad()
+def prune_inputs(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    reducer: str = "divprune",
+    prune_ratio: float = 0.9,
+    isolator: ModeIsolator | Tensor | str | Path | None = None,
+    positions: str = "compact",
+    padding_side: str = "left",
+    reducer_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Drop visual tokens from a processed batch.
+
+    The outputs of `generate` on a pruned batch start with the shortened prompt: cut them at
+    `outputs[:, pruned["input_ids"].shape[1]:]`.
+
+    Args:
+        model: a stock model of a known family, PEFT-wrapped or not.
+        inputs: what the model's processor returned with `return_tensors="pt"`, for any number of samples and images.
+        reducer: name of the method that chooses the tokens, see `saccade reducers`.
+        prune_ratio: share of visual tokens to drop, in [0, 1).
+        isolator: the trained mode isolator to put before each image, or the folder or file it was saved in. None, as
+            published for inference, uses none.
+        positions: "compact" or "original", as the model was trained.
+        padding_side: "left" for `generate`, "right" for a plain forward.
+        reducer_options: keyword options of the reducer.
+
+    Returns:
+        `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
+
+    Raises:
+        SaccadeError: on an unknown family, reducer or position mode, a prune ratio outside [0, 1), an isolator of
+            another width, or placeholders that do not match the images.
+    """
+    prune_ratio = check_prune_ratio(prune_ratio)
+    check_positions(positions)
+    chosen = get_reducer(reducer, **(reducer_options or {}))
+    family = get_family(model)
+    missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
+    if missing:
+        raise SaccadeError(f"inputs has no {missing[0]!r}: pass what the processor returned with return_tensors='pt'")
+    if not family.has_images(inputs):
+        return dict(inputs)
+    rows = _isolator_rows(isolator, family.model.get_input_embeddings().weight)
+    encoded = family.encode(inputs)
+    reduction = reduce(encoded.context, chosen, prune_ratio)
+    pad_id = family.model.config.get_text_config().pad_token_id or 0
+    try:
+        shortened = shorten(
+            family,
+            encoded,
+            inputs,
+            reduction,
+            isolator=rows,
+            positions=positions,
+            padding_side=padding_side,
+            pad_id=pad_id,
+        ).inputs
+    except ValueError as error:
+        raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
+    if positions == "original" and padding_side == "left":
+        shortened = _pad_one_left(shortened, {**family.token_inputs, "input_ids": pad_id})
+    return shortened
+
+
+def _isolator_rows(isolator: ModeIsolator | Tensor | str | Path | None, embeddings: Tensor) -> Tensor | None:
+    """`(l, D)` on the model's device, or None."""
+    if isolator is None:
+        return None
+    if isinstance(isolator, (str, Path)):
+        isolator = ModeIsolator.load(isolator)
+    rows = isolator() if isinstance(isolator, nn.Module) else isolator
+    if rows.shape[-1] != embeddings.shape[-1]:
+        raise SaccadeError(
+            f"isolator has width {rows.shape[-1]}, the model {embeddings.shape[-1]}: it was trained for another model"
+        )
+    return rows.to(embeddings.device)
+
+
+def _pad_one_left(inputs: dict[str, Any], fills: Mapping[str, int]) -> dict[str, Any]:
+    """Add one column of left padding.
+
+    `generate` throws an all-ones mask away, and a forward with neither mask nor cache reads the gaps in the positions
+    as borders between packed sequences.
+    """
+    return {
+        name: torch.nn.functional.pad(value, (1, 0), value=fills.get(name, 0)) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }

@@ -1,0 +1,115 @@
+"""Encode, reduce, splice: the one path from a processed batch to its shorter form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family
+from saccade.reducers import Reducer, get_reducer
+from saccade.tokens import Reduction, Spliced, VisualContext, keep_count, splice
+
+POSITIONS = ("compact", "original")
+
+
+@dataclass
+class Shortened:
+    """A shortened batch.
+
+    Args:
+        inputs: what the stock forward takes: ids, mask, positions, per-token extras, `mm_encoder_outputs`.
+        labels: long `(B, S)` or None.
+        spliced: where each token came from.
+        reduction: which visual tokens stayed.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    spliced: Spliced
+    reduction: Reduction
+
+
+def check_positions(positions: str) -> str:
+    """Return `positions` if it is known.
+
+    Raises:
+        SaccadeError: otherwise.
+    """
+    if positions not in POSITIONS:
+        raise SaccadeError(f"positions={positions!r} is unknown: use one of {', '.join(POSITIONS)}")
+    return positions
+
+
+def keep_budget(context: VisualContext, prune_ratio: float) -> int | Tensor:
+    """Tokens to keep of each row: one int where all rows are whole, else long `(B,)` on the CPU."""
+    if context.dense:
+        return keep_count(context.shape[1], prune_ratio)
+    counts = context.valid.sum(dim=1).tolist()
+    return torch.tensor([keep_count(count, prune_ratio) for count in counts])
+
+
+def reduce(context: VisualContext, reducer: Reducer, prune_ratio: float) -> Reduction:
+    """Let `reducer` choose the share `1 - prune_ratio` of each row's tokens; everything stays at a ratio of 0."""
+    if prune_ratio == 0:
+        return get_reducer("none")(context, keep=context.shape[1])
+    return reducer(context, keep=keep_budget(context, prune_ratio))
+
+
+def shorten(
+    family: Family,
+    encoded: Encoded,
+    inputs: Mapping[str, Any],
+    reduction: Reduction,
+    *,
+    isolator: Tensor | None = None,
+    positions: str = "compact",
+    padding_side: str = "right",
+    pad_id: int = 0,
+) -> Shortened:
+    """Splice a batch down to the tokens that `reduction` kept.
+
+    Args:
+        inputs: processor outputs of the full batch: `input_ids`, `attention_mask`, perhaps `labels` and extras.
+        isolator: `(l, D)` rows to put before each image, or None.
+        positions: "compact" counts the shorter sequence from zero, as published; "original" lets each kept token
+            keep its place in the full sequence.
+
+    Raises:
+        ValueError: if placeholders and visual tokens differ in number.
+    """
+    length = 0 if isolator is None else isolator.shape[0]
+    spliced = splice(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        family.placeholder(inputs["input_ids"]),
+        encoded.context,
+        reduction,
+        isolator_length=length,
+        position_ids=family.full_positions(inputs) if positions == "original" else None,
+        labels=inputs.get("labels"),
+        pad_id=pad_id,
+        padding_side=padding_side,
+    )
+    new_inputs = {name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs}
+    new_inputs.update(
+        input_ids=spliced.input_ids,
+        attention_mask=spliced.attention_mask,
+        position_ids=spliced.position_ids,
+        mm_encoder_outputs=family.wrap_features(_features(encoded.context, reduction, isolator)),
+    )
+    return Shortened(new_inputs, spliced.labels, spliced, reduction)
+
+
+def _features(context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
+    """The rows that replace the placeholders, one `(n_i, D)` tensor a feature row, isolator included."""
+    kept = reduction.apply(context.features)  # (R, K, D)
+    rows = list(kept.unbind(0)) if reduction.dense else [row[keep] for row, keep in zip(kept, reduction.valid, strict=True)]
+    if isolator is None or isolator.shape[0] == 0:
+        return rows
+    isolator = isolator.to(kept.dtype)
+    group = context.group.tolist()
+    starts = [index == 0 or group[index] != group[index - 1] for index in range(len(rows))]
+    return [torch.cat((isolator, row)) if start else row for row, start in zip(rows, starts, strict=True)]
