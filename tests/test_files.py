@@ -48,6 +48,14 @@ def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("path", ["", "/", "folder"])
+def test_a_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError), atomic_path(path):
+        pytest.fail("the block ran")
+
+
 def test_the_mode_is_that_of_an_ordinary_new_file(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary.txt"
     ordinary.write_text("x")

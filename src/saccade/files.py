@@ -1,5 +1,6 @@
 """Writing files so that a half-written one never looks whole."""
 
+import errno
 import json
 import math
 import os
@@ -19,9 +20,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: if the block ends without having written the temporary file.
+        IsADirectoryError: before the block runs, if `path` is a folder.
         OSError: if the folder cannot be made or the file cannot be written.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not `mkstemp`: it makes the file itself, readable by its owner only, and the rename would keep that mode. The
     # stem is cut short since a name that just fits the file system would not fit with the random part.

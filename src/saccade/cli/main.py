@@ -1,7 +1,7 @@
 """`saccade VERB`: finds the verb's module, parses its arguments, and turns the user's errors into one line.
 
-A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`, the
-flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error.
+A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`
+the flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error.
 """
 
 import argparse
@@ -24,6 +24,16 @@ VERBS: dict[str, tuple[str, str]] = {
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }
 
+DISK_FAULTS: dict[int, str] = {
+    errno.ENOSPC: "no space left on the disk: free some, or give another folder",
+    errno.EDQUOT: "the disk quota is used up: free some, or give another folder",
+    errno.EROFS: "the file system is read-only: give another folder",
+    errno.EACCES: "permission denied: give a path that you may read and write",
+    errno.EISDIR: "this is a folder: give the path of a file",
+    errno.ENOTDIR: "a part of this path is a file, not a folder: give another path",
+    errno.EEXIST: "a part of this path is a file, not a folder: give another path",
+}
+
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -42,8 +52,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    0 is success; 1 a full disk or a closed pipe; 2 bad input; 130 an interruption. Any other exception is a bug of
-    ours and leaves with its traceback.
+    0 is success; 1 a full disk, a place that cannot be written or a closed pipe; 2 bad input; 130 an interruption. Any
+    other exception is a bug of ours and leaves with its traceback.
     """
     try:
         status = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -61,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FAULTS:
             raise
-        place = f" while writing {error.filename}" if error.filename else ""
-        return _complain(f"error: no space left on the disk{place}: free some, or give another folder", FAILED)
+        # A rename has two names, and the second is the one that the user gave.
+        place = error.filename2 or error.filename
+        where = f" ({place})" if place else ""
+        return _complain(f"error: {DISK_FAULTS[error.errno]}{where}", FAILED)
 
 
 def _dispatch(argv: list[str]) -> int:

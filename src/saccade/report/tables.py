@@ -24,7 +24,9 @@ def print_table(
     console = Console(file=file)
     if not console.is_terminal:
         console = Console(file=file, width=WIDTH_OFF_TERMINAL)
-    table = Table(title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    table = Table(
+        title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, show_edge=False
+    )
     for number, column in enumerate(columns):
         align = "right" if _is_numeric([row[number] for row in rows]) else "left"
         table.add_column(Text(column), justify=align, overflow="fold")

@@ -1,0 +1,102 @@
+"""`saccade reducers`: which token reducers there are, what they need and which options they take."""
+
+import argparse
+import inspect
+from typing import Any
+
+from saccade.files import to_json, write_json_atomically
+
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+EXAMPLES = """
+saccade reducers
+saccade reducers --json
+saccade reducers --output reducers.json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FILE", help="also write JSON to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the reducers as a table or as JSON."""
+    # Here and not above: it imports torch, which `saccade reducers --help` need not wait for.
+    from saccade.reducers import list_reducers
+
+    entries = [describe(name) for name in list_reducers()]
+    if args.output:
+        write_json_atomically(args.output, entries)
+    if args.json:
+        print(to_json(entries))
+        return 0
+    from saccade.report.tables import print_table
+
+    rows = [
+        (entry["name"], entry["kind"], ", ".join(entry["needs"]) or None, _options(entry), entry["description"])
+        for entry in entries
+    ]
+    print_table("", ["name", "kind", "needs", "options", "description"], rows)
+    return 0
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What there is to say of a reducer, ready for JSON.
+
+    Keys: `name`; `kind`, "select" or "merge", None where it cannot be tried out; `needs`; `options`, each with its
+    default, None where it has none; `description`, the first sentence of its class.
+
+    Raises:
+        SaccadeError: if no reducer has this name.
+    """
+    from saccade.reducers import get_reducer
+
+    try:
+        reducer = get_reducer(name)
+    except TypeError:  # a plug-in's option without a default
+        return {"name": name, "kind": None, "needs": [], "options": {}, "description": ""}
+    cls = type(reducer)
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        "name": name,
+        "kind": _kind(reducer),
+        "needs": sorted(reducer.needs),
+        "options": {entry.name: _default(entry) for entry in parameters if entry.kind in NAMED},
+        "description": _first_sentence(inspect.getdoc(cls) or ""),
+    }
+
+
+def _kind(reducer: Any) -> str | None:
+    """Whether a reducer merges, seen from what it returns for a made-up image of 4 x 4 tokens."""
+    import torch
+
+    from saccade.tokens import VisualContext
+
+    ramp = torch.arange(16.0)
+    features = torch.stack([ramp.sin(), ramp.cos(), (ramp * 3).sin(), (ramp * 5).cos()], dim=-1).unsqueeze(0)
+    extras = {"encoder_features": features, "saliency": features[..., 0].exp(), "keys": features}
+    extras["relevance"] = features[..., 1].exp()
+    context = VisualContext(features=features, **{field: extras[field] for field in reducer.needs})
+    try:
+        return "select" if reducer(context, 4).weight is None else "merge"
+    except Exception:  # a plug-in that fails must not keep the others from being listed
+        return None
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return None
+    return default if isinstance(default, (str, int, float, type(None))) else str(default)
+
+
+def _options(entry: dict[str, Any]) -> str | None:
+    return ", ".join(f"{name}={default}" for name, default in entry["options"].items()) or None
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    sentence, stop, _ = paragraph.partition(". ")
+    return (sentence + stop).rstrip(". ")

@@ -1,0 +1,216 @@
+"""What holds for every verb: exit statuses, errors in one line, quick start; and the verbs `reducers` and `env`."""
+
+import argparse
+import errno
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import saccade
+from saccade.cli import main as main_module
+from saccade.cli.main import VERBS, main
+from saccade.errors import SaccadeError
+from saccade.reducers import list_reducers
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Add a verb `probe` whose `run` is the given function."""
+
+    def add(run: Callable[[argparse.Namespace], int], **attributes: object) -> None:
+        module = types.ModuleType("saccade.cli.probe")
+        module.EXAMPLES = "saccade probe FILE"
+        module.add_arguments = _add_arguments
+        module.run = run
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(main_module.VERBS, "probe", (module.__name__, "probe the command line"))
+
+    return add
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE")
+    parser.add_argument("--output")
+
+
+def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+def one_line(text: str) -> str:
+    assert text.endswith("\n")
+    assert text.count("\n") == 1
+    return text[:-1]
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+class TestDispatch:
+    def test_help_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--help"]) == 0
+        out = capsys.readouterr().out
+        assert all(f"\n  {verb} " in out and text in out for verb, (_, text) in VERBS.items())
+
+    def test_no_verb_shows_the_help_and_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 2
+        assert "verbs:" in capsys.readouterr().err
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"saccade {saccade.__version__}\n"
+
+    def test_a_verbs_help_has_examples(self, install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+        install(lambda args: 0)
+        assert main(["probe", "--help"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith("usage: saccade probe ")
+        assert "Probe the command line." in out
+        assert "examples:\n  saccade probe FILE" in out
+
+    def test_the_status_is_that_of_the_verb(self, install: Install) -> None:
+        install(lambda args: 7)
+        assert main(["probe", "a"]) == 7
+
+    @pytest.mark.parametrize("verb", ["reducers", "env"])
+    def test_verbs_show_examples(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([verb, "--help"]) == 0
+        assert f"examples:\n  saccade {verb}\n" in capsys.readouterr().out
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, demo, eval"),
+            (["--frobnicate"], "--frobnicate"),
+            (["probe"], "the following arguments are required: FILE (see `saccade probe --help`)"),
+            (["probe", "a", "--speed", "9"], "unknown flag '--speed' (see `saccade probe --help`)"),
+            (["probe", "a", "--out", "b"], "unknown flag '--out'"),
+            (["probe", "a", "b"], "unknown argument 'b'"),
+        ],
+    )
+    def test_bad_arguments_name_the_argument(
+        self, install: Install, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+    ) -> None:
+        install(lambda args: pytest.fail("the verb ran"))
+        assert main(argv) == 2
+        line = one_line(capsys.readouterr().err)
+        assert line.startswith("saccade: error: ")
+        assert message in line
+
+    def test_a_saccade_error_is_one_line(self, install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+        install(raiser(SaccadeError("keep=0 is\n  too few: give 1")))
+        assert main(["probe", "a"]) == 2
+        assert one_line(capsys.readouterr().err) == "saccade: error: keep=0 is too few: give 1"
+
+    def test_an_interruption_is_130(self, install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+        install(raiser(KeyboardInterrupt()))
+        assert main(["probe", "a"]) == 130
+        assert one_line(capsys.readouterr().err) == "saccade: interrupted"
+
+    @pytest.mark.parametrize(
+        ("number", "message"),
+        [(errno.ENOSPC, "no space left on the disk"), (errno.EACCES, "permission denied")],
+    )
+    def test_a_disk_that_refuses_is_one_line(
+        self, install: Install, capsys: pytest.CaptureFixture[str], number: int, message: str
+    ) -> None:
+        install(raiser(OSError(number, "what the system says", "/data/model.safetensors")))
+        assert main(["probe", "a"]) == 1
+        line = one_line(capsys.readouterr().err)
+        assert line.startswith(f"saccade: error: {message}")
+        assert "/data/model.safetensors" in line
+
+    @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EBADF, "bug")])
+    def test_a_bug_keeps_its_traceback(self, install: Install, error: Exception) -> None:
+        install(raiser(error))
+        with pytest.raises(type(error), match="bug"):
+            main(["probe", "a"])
+
+    def test_a_closed_pipe_is_quiet(self) -> None:
+        code = "import sys; from saccade.cli.main import main; sys.exit(main(['env']))"
+        command = [sys.executable, "-c", code]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == 1
+
+
+class TestOverrides:
+    @pytest.mark.parametrize("overrides", [[], ["--speed", "9"], ["--a=1", "--out", "x", "--b", "-1", "--c", "-1e-3"]])
+    def test_a_verb_may_take_flags_it_did_not_declare(self, install: Install, overrides: list[str]) -> None:
+        seen: list[argparse.Namespace] = []
+        install(lambda args: seen.append(args) or 0, PASS_UNKNOWN=True)
+        assert main(["probe", "recipe.yaml", *overrides, "--output", "o"]) == 0
+        assert (seen[0].file, seen[0].output, seen[0].overrides) == ("recipe.yaml", "o", overrides)
+
+    def test_a_second_positional_is_still_an_error(self, install: Install, capsys: pytest.CaptureFixture[str]) -> None:
+        install(lambda args: pytest.fail("the verb ran"), PASS_UNKNOWN=True)
+        assert main(["probe", "recipe.yaml", "other.yaml"]) == 2
+        assert "unknown argument 'other.yaml'" in one_line(capsys.readouterr().err)
+
+
+class TestQuickStart:
+    def test_help_imports_no_torch(self) -> None:
+        code = (
+            "import sys; from saccade.cli.main import main; "
+            "[main(argv) for argv in (['--help'], ['reducers', '--help'], ['env', '--help'])]; "
+            "print({'torch', 'numpy', 'rich', 'matplotlib', 'transformers'} & set(sys.modules))"
+        )
+        assert run_python(code).splitlines()[-1] == "set()"
+
+    def test_reducers_imports_no_transformers(self) -> None:
+        code = (
+            "import sys; from saccade.cli.main import main; main(['reducers']); "
+            "print({'transformers', 'trl', 'matplotlib'} & set(sys.modules))"
+        )
+        assert run_python(code).splitlines()[-1] == "set()"
+
+
+class TestReducers:
+    def test_the_table_names_every_reducer(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["reducers"]) == 0
+        out = capsys.readouterr().out
+        assert all(f"\n{name} " in out for name in list_reducers())
+
+    def test_json_describes_every_reducer(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        target = tmp_path / "reducers.json"
+        assert main(["reducers", "--json", "--output", str(target)]) == 0
+        entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+        assert json.loads(target.read_text()) == list(entries.values())
+        assert sorted(entries) == list_reducers()
+        for name, entry in entries.items():
+            assert entry["kind"] in ("select", "merge"), name
+            assert len(entry["description"]) > 20, name
+        assert entries["divprune"]["kind"] == "select"
+        assert entries["avgpool"]["kind"] == "merge"
+        assert entries["random"]["options"] == {"seed": 0}
+
+
+class TestEnv:
+    def test_lines_name_versions(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env"]) == 0
+        names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert {"saccade", "python", "torch", "transformers", "trl", "cpu", "gpu"} <= set(names)
+
+    def test_json_goes_to_both(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        target = tmp_path / "folder" / "env.json"
+        assert main(["env", "--json", "--output", str(target)]) == 0
+        assert json.loads(target.read_text()) == json.loads(capsys.readouterr().out)
+
+    def test_an_output_that_is_a_folder_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["env", "--output", str(tmp_path)]) == 1
+        assert "this is a folder" in one_line(capsys.readouterr().err)
