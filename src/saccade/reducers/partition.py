@@ -93,7 +93,7 @@ def _region(
     before_segment = segment * count // segments
     in_segment = (segment + 1) * count // segments - before_segment
 
-    bands = _bands(count // segments, height, width, candidates=y.shape[1])
+    bands = _bands(count // segments, height, width, candidates=max(1, y.shape[1]))
     band = y * bands // height
     top = (band * height + bands - 1) // bands
     bottom = ((band + 1) * height + bands - 1) // bands

@@ -26,7 +26,7 @@ class VisualContext:
     The last three are filled only when the reducer's `needs` names them.
 
     Raises:
-        ValueError: if a tensor's leading shape does not fit `features`.
+        ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
     """
 
     features: Tensor
@@ -49,6 +49,8 @@ class VisualContext:
         self.dense = self.valid is None
         if self.valid is None:
             self.valid = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        if self.valid.dtype != torch.bool:
+            raise ValueError(f"valid is {self.valid.dtype}, expected torch.bool")
         if self.grid is None:
             side = math.isqrt(tokens)
             shape = (1, side, side) if side * side == tokens else (1, 1, tokens)

@@ -103,7 +103,7 @@ def splice(
     else:
         new_positions = _take(position_ids, torch.where(isolator, anchor, source), 0)
         if isolator_length and position_ids.dim() == 2:
-            new_positions = new_positions + _isolator_offsets(isolator, anchor, placeholder)
+            new_positions = new_positions + _isolator_offsets(isolator, anchor, placeholder, first)
     new_labels = None
     if labels is not None:
         new_labels = _take(labels.masked_fill(placeholder, IGNORE_INDEX), source, IGNORE_INDEX)
@@ -116,15 +116,14 @@ def _spread(context: VisualContext, reduction: Reduction, placeholder: Tensor) -
     kept = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=placeholder.device)
     kept.scatter_(1, torch.where(reduction.valid, reduction.index, tokens), True)
     kept = kept[:, :tokens]
-    starts_image = torch.ones(rows, dtype=torch.bool, device=placeholder.device)
-    starts_image[1:] = context.group[1:] != context.group[:-1]
-    first_valid = context.valid & (context.valid.cumsum(dim=1) == 1)
-    first = first_valid & starts_image.unsqueeze(1)
+    image = context.group.unsqueeze(1).expand(rows, tokens)
     if context.dense:
-        kept, first, available = kept.reshape(-1), first.reshape(-1), rows * tokens
+        kept, image = kept.reshape(-1), image.reshape(-1)
     else:
-        kept, first = kept[context.valid], first[context.valid]
-        available = kept.numel()
+        kept, image = kept[context.valid], image[context.valid]
+    first = torch.ones_like(image, dtype=torch.bool)
+    first[1:] = image[1:] != image[:-1]
+    available = kept.numel()
     # `masked_scatter` reads past the end without a word when there are fewer visual tokens than placeholders.
     wanted = int(placeholder.sum())
     if wanted != available:
@@ -133,17 +132,19 @@ def _spread(context: VisualContext, reduction: Reduction, placeholder: Tensor) -
     return empty.masked_scatter(placeholder, kept), empty.masked_scatter(placeholder, first)
 
 
-def _isolator_offsets(isolator: Tensor, anchor: Tensor, placeholder: Tensor) -> Tensor:
+def _isolator_offsets(isolator: Tensor, anchor: Tensor, placeholder: Tensor, first: Tensor) -> Tensor:
     """0, 1, 2, ... within each image's isolator rows, but never past the image's last position: long `(B, S)`."""
     count = isolator.long().cumsum(dim=1)
     begins = isolator & (anchor != torch.nn.functional.pad(anchor, (1, 0), value=-1)[:, :-1])
     before = torch.where(begins, count, 0).cummax(dim=1).values
     offset = count - before
-    # Length of the run of placeholders that starts at each column, for images shorter than the isolator.
-    reversed_run = placeholder.flip(1).long()
-    total = reversed_run.cumsum(dim=1)
-    run = (total - torch.where(reversed_run == 0, total, 0).cummax(dim=1).values).flip(1)
-    limit = _take(run, anchor, 1) - 1
+    # An image may be shorter than the isolator: its placeholders run up to the next token that is none of them.
+    length = placeholder.shape[1]
+    columns = torch.arange(length, device=placeholder.device)
+    stop = torch.where(first | ~placeholder, columns, length)
+    following = torch.nn.functional.pad(stop[:, 1:], (0, 1), value=length)
+    end = following.flip(1).cummin(dim=1).values.flip(1)
+    limit = _take(end - columns, anchor, 1) - 1
     return torch.where(isolator, torch.minimum(offset, limit), 0)
 
 
