@@ -4,6 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from saccade.errors import SaccadeError
+
 SPLITS = ("train", "validation", "test")
 # Share of each class, in the order of SPLITS.
 _SHARES = (0.70, 0.15, 0.15)
@@ -35,10 +37,10 @@ def split_indices(split: str) -> tuple[tuple[int, ...], ...]:
         Ten tuples of sample indices, one a digit class.
 
     Raises:
-        ValueError: `split` is none of the three.
+        SaccadeError: `split` is none of the three.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+        raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
     _, classes = digit_samples()
     generator = np.random.default_rng(0)
     part = SPLITS.index(split)

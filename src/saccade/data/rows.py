@@ -12,6 +12,8 @@ from datasets import Dataset, Features, List, Value
 from saccade.data.digits import SPLITS
 from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_several, caption
 from saccade.data.scenes import check_grid, render_scene, sample_scene
+from saccade.errors import SaccadeError
+from saccade.files import write_text_atomically
 
 STAGES = ("pretrain", "sft")
 MAX_DIGITS = 4
@@ -52,17 +54,17 @@ def digit_scenes(
 
     Returns:
         Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
-        plain strings without image placeholders), `kind`, `answer` (the last assistant turn) and `num_digits` (of all images).
+        plain strings without placeholders), `kind`, `answer` (the last assistant turn), `num_digits` (of all images).
 
     Raises:
-        ValueError: unknown `stage`, `split` or kind, a negative `num_rows`, or a `grid` too small.
+        SaccadeError: unknown `stage`, `split` or kind, a negative `num_rows`, or a `grid` too small.
     """
     if stage not in STAGES:
-        raise ValueError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
+        raise SaccadeError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
     if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+        raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
     if not isinstance(num_rows, int) or num_rows < 0:
-        raise ValueError(f"num_rows is {num_rows!r}: give an int of at least 0")
+        raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
     sides = check_grid(grid)
     shares = _shares(stage, kinds)
     names, weights = list(shares), list(shares.values())
@@ -97,23 +99,19 @@ def write_jsonl(dataset: Dataset, folder: str | os.PathLike) -> Path:
             image.save(folder / path)
             paths.append(path)
         lines.append(json.dumps({"messages": row["messages"], "images": paths}) + "\n")
-    target = folder / "data.jsonl"
-    aside = folder / f".data.jsonl.{os.getpid()}"
-    aside.write_text("".join(lines), encoding="utf-8")
-    os.replace(aside, target)
-    return target
+    return write_text_atomically(folder / "data.jsonl", "".join(lines))
 
 
 def _shares(stage: str, kinds: Sequence[str] | None) -> dict[str, float]:
     if stage == "pretrain":
         if kinds is not None:
-            raise ValueError(f"kinds is {kinds!r}: the pretrain stage has captions only, leave it out")
+            raise SaccadeError(f"kinds is {kinds!r}: the pretrain stage has captions only, leave it out")
         return {"caption": 1.0}
     if kinds is None:
         return _SHARES
     unknown = [kind for kind in kinds if kind not in _SHARES]
     if unknown or not kinds:
-        raise ValueError(f"kinds is {list(kinds)!r}: choose from {', '.join(k for k in KINDS if k in _SHARES)}")
+        raise SaccadeError(f"kinds is {list(kinds)!r}: choose from {', '.join(k for k in KINDS if k in _SHARES)}")
     return dict.fromkeys(kinds, 1.0)
 
 

@@ -13,13 +13,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from saccade.data.digits import digit_samples, split_indices
+from saccade.errors import SaccadeError
 
 PATCH_SIZE = 8
 PLACES = 3
 SMALLEST_GRID = 9
 DISTRACTOR, BACKGROUND, AMBIGUOUS = 10, 11, -1
 
-_DIGIT_PIXELS = (17, 24)
+# Two patches a side, set on the patch grid: at any offset, telling digits apart takes a tower far more training.
+_DIGIT_PATCHES = 2
+_DIGIT_PIXELS = (15, 16)
 _MAX_ROTATION = 10.0
 # A patch is called by its content from this share of ink on; between the two it is left ambiguous.
 _INK_CLEAR, _INK_NONE = 0.12, 0.02
@@ -38,11 +41,11 @@ def check_grid(grid: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of patches from a side or a pair.
 
     Raises:
-        ValueError: a side is no int, or under nine patches, where a place could not hold a digit.
+        SaccadeError: a side is no int, or under nine patches, where a place could not hold a digit.
     """
     sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
     if len(sides) != 2 or any(not isinstance(side, int) or side < SMALLEST_GRID for side in sides):
-        raise ValueError(f"grid is {grid!r}: give one int or two, each at least {SMALLEST_GRID} patches")
+        raise SaccadeError(f"grid is {grid!r}: give one int or two, each at least {SMALLEST_GRID} patches")
     return sides
 
 
@@ -66,9 +69,12 @@ def sample_scene(
     for cell, value in zip(cells, values, strict=True):
         row, column = divmod(cell, PLACES)
         size = rng.randint(*_DIGIT_PIXELS)
-        left, right = _place_edges(grid[1], column)
-        top, bottom = _place_edges(grid[0], row)
-        spec += [rng.choice(pools[value]), rng.randint(left, right - size), rng.randint(top, bottom - size), size]
+        spec += [
+            rng.choice(pools[value]),
+            _position(rng, grid[1], column, size),
+            _position(rng, grid[0], row, size),
+            size,
+        ]
         digits.append(PlacedDigit(value, row, column))
     return tuple(spec), tuple(digits)
 
@@ -108,6 +114,12 @@ def patch_labels(spec: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     return content, owner
 
 
+def _position(rng: random.Random, patches: int, place: int, size: int) -> int:
+    """First pixel of something `size` px long inside a place."""
+    low, high = (edge // PATCH_SIZE for edge in _place_edges(patches, place))
+    return rng.randint(low, high - _DIGIT_PATCHES) * PATCH_SIZE + rng.randint(0, _DIGIT_PATCHES * PATCH_SIZE - size)
+
+
 def _place_edges(patches: int, place: int) -> tuple[int, int]:
     """First pixel of a place and the first one after it; whole patches, so that a patch lies in one place."""
     return patches * place // PLACES * PATCH_SIZE, patches * (place + 1) // PLACES * PATCH_SIZE
@@ -127,10 +139,8 @@ def _stamps(spec: Sequence[int]) -> Iterator[tuple[Image.Image, int, int, int]]:
             rng.shuffle(free)
         row, column = free[number % len(free)]
         size = rng.randint(*_DIGIT_PIXELS)
-        left, right = _place_edges(cols, column)
-        top, bottom = _place_edges(rows, row)
         stamp = _enlarge(_distractor(rng), size, rng)
-        yield stamp, rng.randint(left, right - size), rng.randint(top, bottom - size), -1
+        yield stamp, _position(rng, cols, column, size), _position(rng, rows, row, size), -1
     for number, (sample, x, y, size) in enumerate(placed):
         yield _enlarge(Image.fromarray(images[sample]), size, rng), x, y, number
 

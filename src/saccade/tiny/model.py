@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from saccade.data.scenes import PATCH_SIZE
+from saccade.errors import SaccadeError
 from saccade.tiny.vocabulary import CHAT_TEMPLATE, END, IMAGE, PAD, START, build_tokenizer
 
 CHECKPOINT_GRID = 12
@@ -29,7 +30,7 @@ def build_tiny_processor(grid: int = CHECKPOINT_GRID) -> LlavaProcessor:
     """The processor of a tiny LLaVA that sees `grid` x `grid` patches of 8 px; any image is resized to that square.
 
     Raises:
-        ValueError: `grid` is no positive int.
+        SaccadeError: `grid` is no positive int.
     """
     side = _check_grid(grid) * PATCH_SIZE
     image_processor = CLIPImageProcessorPil(
@@ -60,7 +61,7 @@ def build_tiny_llava(
         seed: of the weights; the global random state is left as it was.
 
     Raises:
-        ValueError: `grid` is no positive int.
+        SaccadeError: `grid` is no positive int.
     """
     _check_grid(grid)
     tokenizer = processor.tokenizer
@@ -119,7 +120,7 @@ def load_tiny(
         dtype: of the weights.
 
     Raises:
-        ValueError: `grid` is no positive int.
+        SaccadeError: `grid` is no positive int.
     """
     _check_grid(grid)
     folder = tiny_checkpoint()
@@ -154,7 +155,7 @@ def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
 
 def _check_grid(grid: int) -> int:
     if not isinstance(grid, int) or grid < 1:
-        raise ValueError(f"grid is {grid!r}: give a positive int, the number of patches a side")
+        raise SaccadeError(f"grid is {grid!r}: give a positive int, the number of patches a side")
     return grid
 
 

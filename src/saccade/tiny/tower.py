@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPVisionModel, LlavaProcessor
 
-from saccade.data.scenes import AMBIGUOUS, DISTRACTOR, patch_labels, render_scene, sample_scene
+from saccade.data.scenes import AMBIGUOUS, BACKGROUND, DISTRACTOR, patch_labels, render_scene, sample_scene
 
 NUM_CONTENTS = 12
 # CLS tells none, one, two or more of a digit.
@@ -55,10 +55,13 @@ class TowerHeads(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy of patch contents at `READ_LAYER` plus that of the CLS counts there and at the end."""
         patches = self.content(hidden_states[READ_LAYER][:, 1:])
-        total = cross_entropy(patches.flatten(0, 1), content.flatten(), ignore_index=AMBIGUOUS)
+        # Background is most of a scene and soon learned.
+        weight = torch.ones(NUM_CONTENTS, device=patches.device)
+        weight[BACKGROUND] = 0.2
+        total = cross_entropy(patches.flatten(0, 1), content.flatten(), weight, ignore_index=AMBIGUOUS)
         for head, layer in zip(self.counts, (READ_LAYER, -1), strict=True):
             logits = head(hidden_states[layer][:, 0]).unflatten(-1, (10, COUNT_LEVELS))
-            total = total + 0.5 * cross_entropy(logits.flatten(0, 1), counts.flatten())
+            total = total + 0.25 * cross_entropy(logits.flatten(0, 1), counts.flatten())
         return total
 
 
@@ -76,6 +79,7 @@ def train_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = TowerHeads(tower.config.hidden_size)
+    _place_positions(tower)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -128,6 +132,21 @@ def probe_tower(
         "position_r2": (1 - residual / place.var(0)).min().item(),
         "cls_presence": (present == (counts > 0)).float().mean().item(),
     }
+
+
+@torch.no_grad()
+def _place_positions(tower: CLIPVisionModel) -> None:
+    """Start the position table as sines and cosines of row and column, as strong as the patches' own content.
+
+    CLIP's small random table leaves patches without a sense of their neighbours for thousands of steps, and a digit is
+    read from several patches joined.
+    """
+    table = next(weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight"))
+    bands = table.shape[1] // 4
+    frequency = 100.0 ** (-torch.arange(bands) / bands)
+    row, column = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
+    angles = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], -1)
+    table[1:] = 0.3 * torch.cat([angles.sin(), angles.cos()], -1)
 
 
 def _linear_fit(fit_x: torch.Tensor, fit_y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -26,15 +26,16 @@ PATCH_WORDS = tuple(content + place for content in CONTENTS for place in PLACE_C
 
 WORDS = (*SPECIAL, *NUMBERS, *ROW_WORDS, *COLUMN_WORDS, *SENTENCE_WORDS, *PATCH_WORDS)
 
-# Prompt and answer alternate; the generation block marks what `assistant_only_loss` trains on: answer and end of turn.
+# The generation block marks what `assistant_only_loss` trains on: the answer and its end of turn. It may not begin
+# with a space: its first character has to belong to a token for transformers to find the block.
 CHAT_TEMPLATE = (
     "{{ '<s>' }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ '<assistant>' }}"
+    "{{ '<assistant> ' }}"
     "{% generation %}"
-    "{% if message['content'] is string %}{{ ' ' + message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{{ ' ' + part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}"
     "{{ '</s>' }}"
     "{% endgeneration %}"
     "{% else %}"
