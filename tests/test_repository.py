@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from itertools import chain
@@ -210,3 +211,17 @@ def test_pages_link_to_files_that_exist() -> None:
         if not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_the_reducer_of_the_contributing_page_runs(tmp_path: Path) -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    example = tmp_path / "example.py"
+    # In a process of its own: the registry of this one would go on listing it to the other tests.
+    example.write_text(
+        re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+        + "\nfrom saccade.reducers import get_reducer\n"
+        + "features = torch.tensor([[[1.0], [-3.0], [0.0], [2.0]]])\n"
+        + "print(get_reducer('largest_norm')(VisualContext(features=features), 2).index.tolist())\n"
+    )
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[[1, 3]]\n"
