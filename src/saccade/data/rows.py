@@ -38,6 +38,7 @@ def digit_scenes(
     seed: int = 0,
     grid: int | tuple[int, int] = 12,
     kinds: Sequence[str] | None = None,
+    turns: int = 1,
 ) -> Dataset:
     """Scenes of handwritten digits with captions or questions.
 
@@ -51,13 +52,15 @@ def digit_scenes(
         seed: which stream of scenes.
         grid: patches of 8 px a side, or (rows, cols); 12 is a 96 x 96 px image.
         kinds: for "sft", only these of `KINDS`, in equal shares; None for all in their usual shares.
+        turns: for "sft", questions asked about one image, in one conversation, as LLaVA's training data has it; the
+            last one is of the row's `kind`. Scenes that fit fewer questions get fewer.
 
     Returns:
         Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
         plain strings without placeholders), `kind`, `answer` (the last assistant turn), `num_digits` (of all images).
 
     Raises:
-        SaccadeError: unknown `stage`, `split` or kind, a negative `num_rows`, or a `grid` too small.
+        SaccadeError: unknown `stage`, `split` or kind, a negative `num_rows`, `turns` below 1, or a `grid` too small.
     """
     if stage not in STAGES:
         raise SaccadeError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
@@ -65,13 +68,15 @@ def digit_scenes(
         raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
     if not isinstance(num_rows, int) or num_rows < 0:
         raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
+    if not isinstance(turns, int) or turns < 1:
+        raise SaccadeError(f"turns is {turns!r}: give an int of at least 1")
     sides = check_grid(grid)
     shares = _shares(stage, kinds)
     names, weights = list(shares), list(shares.values())
     columns: dict[str, list] = {name: [] for name in _FEATURES}
     for number in range(num_rows):
         rng = random.Random(f"{stage}/{split}/{seed}/{number}")
-        row = _make_row(rng.choices(names, weights)[0], rng, split, sides)
+        row = _make_row(rng.choices(names, weights)[0], rng, split, sides, turns)
         for name, value in row.items():
             columns[name].append(value)
     return Dataset.from_dict(columns, features=_FEATURES).with_transform(_render_images)
@@ -115,7 +120,7 @@ def _shares(stage: str, kinds: Sequence[str] | None) -> dict[str, float]:
     return dict.fromkeys(kinds, 1.0)
 
 
-def _make_row(kind: str, rng: random.Random, split: str, grid: tuple[int, int]) -> dict[str, Any]:
+def _make_row(kind: str, rng: random.Random, split: str, grid: tuple[int, int], number: int) -> dict[str, Any]:
     if kind == "text_only":
         return _row(kind, [], [arithmetic(rng)], 0)
     while True:
@@ -125,15 +130,17 @@ def _make_row(kind: str, rng: random.Random, split: str, grid: tuple[int, int]) 
         if kind == "caption":
             turns = [caption(digits)]
         elif kind == "multi_turn":
-            turns = [turn for _, turn in ask_several(digits, rng, rng.randint(2, 3))]
+            turns = [turn for _, turn in ask_several(digits, rng, max(number, rng.randint(2, 3)))]
         elif kind == "two_images":
             other = rng.choice([number for number in range(1, MAX_DIGITS + 1) if number != count])
             specs.append(sample_scene(rng, split, grid, other)[0])
             turns = [("which image has more digits ?", "first" if count > other else "second")]
             count += other
         else:
-            turns = [SINGLE_KINDS[kind](digits, rng)]
-        if turns[0] is not None:
+            last = SINGLE_KINDS[kind](digits, rng)
+            others = ask_several(digits, rng, number) if number > 1 else []
+            turns = [*[turn for other, turn in others if other != kind][: number - 1], last]
+        if turns[-1] is not None:
             return _row(kind, specs, turns, count)
 
 

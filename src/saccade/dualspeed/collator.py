@@ -1,12 +1,14 @@
 """Samples to a padded batch: TRL's collator, with image labels masked, images opened and everything checked."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.errors import SaccadeError
@@ -34,20 +36,49 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     placeholder_id: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        limit, self.max_length = self.max_length, None
-        try:
-            batch = super().torch_call([prepare_example(example) for example in examples])
-        finally:
-            self.max_length = limit
+        examples = [prepare_example(example) for example in examples]
+        stock = replace(self, max_length=None)
+        if self.assistant_only_loss and "messages" in examples[0]:
+            batch = _stock_call(replace(stock, assistant_only_loss=False), examples)
+            spoken = self._assistant_tokens(batch, examples)
+            if spoken is None:
+                batch = _stock_call(stock, examples)
+            else:
+                batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
+        else:
+            batch = _stock_call(stock, examples)
         is_image = batch["input_ids"] == self.placeholder_id
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
-        if limit is not None and batch["input_ids"].shape[1] > limit:
-            self._check_cut(is_image, batch["attention_mask"], limit)
-            width = batch["input_ids"].shape[1]
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            self._check_cut(is_image, batch["attention_mask"], self.max_length)
+            shape = batch["input_ids"].shape
             for name, value in batch.items():
-                if isinstance(value, Tensor) and value.dim() == 2 and value.shape == (len(examples), width):
-                    batch[name] = value[:, :limit]
+                if isinstance(value, Tensor) and value.shape == shape:
+                    batch[name] = value[:, : self.max_length]
         return batch
+
+    def _assistant_tokens(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> Tensor | None:
+        """bool `(B, L)`, true on the assistant's tokens, or None where only the processor can tell.
+
+        The processor finds them by walking over every character of every expanded placeholder, which takes longer
+        than a pruned training step. The tokenizer finds them in the text before expansion; the tokens other than
+        placeholders must then be the same in both, or the processor added some of its own.
+        """
+        chats = self.processor.tokenizer.apply_chat_template(
+            [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples],
+            chat_template=self.chat_template or self.processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        spoken = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        words = (batch["input_ids"] != self.placeholder_id) & batch["attention_mask"].bool()
+        for row, (ids, mask) in enumerate(zip(chats["input_ids"], chats["assistant_masks"], strict=True)):
+            pairs = [(token, flag) for token, flag in zip(ids, mask, strict=True) if token != self.placeholder_id]
+            if batch["input_ids"][row][words[row]].tolist() != [token for token, _ in pairs]:
+                return None
+            spoken[row, words[row]] = torch.tensor([bool(flag) for _, flag in pairs], dtype=torch.bool)
+        return spoken
 
     def _check_cut(self, is_image: Tensor, attention_mask: Tensor, limit: int) -> None:
         cut = is_image[:, limit:].any(dim=1).nonzero()
@@ -59,6 +90,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 f"max_length={limit} cuts image tokens: sample {row} of the batch has {length} tokens, "
                 f"its last image token is number {needed}; raise max_length to at least {length}, or set it to null"
             )
+
+
+_stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
 def prepare_example(example: dict[str, Any]) -> dict[str, Any]:

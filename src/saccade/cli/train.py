@@ -1,0 +1,25 @@
+"""`saccade train`: one recipe, one command."""
+
+import argparse
+
+PASS_UNKNOWN = True
+EXAMPLES = """
+saccade train tiny-digits/pretrain                      a shipped recipe, on the embedded model and scenes
+saccade train tiny-digits/sft --prune_ratio 0.8         any field can be overridden
+saccade train my.yaml --resume auto                     goes on from the newest whole checkpoint
+saccade train my.yaml --dataset data.jsonl --lora true  your own rows: {"messages": [...], "images": [...]}
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as tiny-digits/sft")
+    parser.epilog = f"Any field of the recipe can be given as --field value.\n\n{parser.epilog}"
+
+
+def run(args: argparse.Namespace) -> int:
+    from saccade.training import LOG_FILE, load_recipe, train_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    train_recipe(recipe)
+    print(f"saved {recipe.trainer.output_dir} (model, processor, isolator, {LOG_FILE})")
+    return 0

@@ -1,0 +1,132 @@
+"""The demo from start to report: each run in a process of its own, one after the other, so that times compare."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from saccade.demo.plan import DemoSettings, RunSpec, plan_runs
+from saccade.demo.summary import show, write_pictures, write_report
+from saccade.demo.worker import RESULT_FILE, SPEC_FILE
+from saccade.errors import SaccadeError
+from saccade.files import write_json_atomically
+
+QUICK = DemoSettings(pretrain_steps=100, sft_steps=600)
+FULL = DemoSettings(pretrain_steps=100, sft_steps=600)
+
+
+def run_demo(
+    output: str | Path, full: bool = False, seeds: int | None = None, settings: DemoSettings | None = None
+) -> dict[str, Any]:
+    """Train, evaluate, print the table, and write `report.json` and the pictures into `output`.
+
+    Runs that `output` already holds with the same settings are taken as they are, so an interrupted demo goes on where
+    it stopped.
+
+    Args:
+        full: three seeds by default, and the parts of the method added one by one.
+        seeds: number of seeds; 1, or 3 with `full`, when left out.
+        settings: the shared numbers; those of the quick or the full demo when left out.
+
+    Returns:
+        The report.
+
+    Raises:
+        SaccadeError: on a number of seeds below 1, or a run that failed.
+    """
+    output = Path(output)
+    if seeds is not None and seeds < 1:
+        raise SaccadeError(f"seeds={seeds}: train with at least one")
+    settings = settings or (FULL if full else QUICK)
+    runs = plan_runs(settings, seeds or (3 if full else 1), full)
+    output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    results = []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        whole = progress.add_task("all runs", total=sum(_weight(spec) for spec in runs))
+        for spec in runs:
+            results.append(_run_or_reuse(spec, output / "runs" / spec.name, progress, whole))
+    report = write_report(results, output, command=_command())
+    write_pictures(report, results, output)
+    show(report, console)
+    console.print(f"\nWritten to {output}: report.json, accuracy_over_time.png, kept_tokens.png, loss.png")
+    return report
+
+
+def _run_or_reuse(spec: RunSpec, folder: Path, progress: Progress, whole: Any) -> dict[str, Any]:
+    result = folder / RESULT_FILE
+    if result.is_file():
+        found = json.loads(result.read_text())
+        if found["spec"] == spec.as_json():
+            progress.console.print(f"{spec.name}: found, not trained again")
+            progress.advance(whole, _weight(spec))
+            return found
+    shutil.rmtree(folder, ignore_errors=True)
+    write_json_atomically(folder / SPEC_FILE, spec.as_json())
+    task = progress.add_task(spec.name, total=_weight(spec))
+    try:
+        _run(spec, folder, progress, task, whole)
+    finally:
+        progress.remove_task(task)
+    return json.loads(result.read_text())
+
+
+def _run(spec: RunSpec, folder: Path, progress: Progress, task: Any, whole: Any) -> None:
+    log = folder / "log.txt"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(spec.settings.threads), "TOKENIZERS_PARALLELISM": "false"}
+    weights = _stage_weights(spec)
+    done = dict.fromkeys(weights, 0.0)
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "saccade.demo.worker", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env=environment,
+        )
+        try:
+            for line in process.stdout:
+                words = line.split()
+                if len(words) == 4 and words[0] == "progress":
+                    stage, step, total = words[1], int(words[2]), int(words[3])
+                    before, done[stage] = done[stage], weights[stage] * step / total
+                    progress.advance(task, done[stage] - before)
+                    progress.advance(whole, done[stage] - before)
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    if status:
+        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+        raise SaccadeError(f"the run {spec.name} ended with status {status}: {' '.join(last)} (see {log})")
+
+
+def _stage_weights(spec: RunSpec) -> dict[str, float]:
+    """Rough seconds of each stage in relation to one another, for the time left."""
+    full = spec.method == "all_tokens"
+    settings = spec.settings
+    step = 1.0 if full else 0.35
+    return {"pretrain": settings.pretrain_steps * step, "sft": settings.sft_steps * step, "evaluate": 40.0}
+
+
+def _weight(spec: RunSpec) -> float:
+    return sum(_stage_weights(spec).values())
+
+
+def _command() -> str:
+    return " ".join(["saccade", *sys.argv[1:]])

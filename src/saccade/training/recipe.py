@@ -1,0 +1,190 @@
+"""A recipe: one flat YAML of model, data, LoRA and trainer options, with overrides from the command line."""
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+
+from saccade.dualspeed import DualSpeedConfig
+from saccade.errors import SaccadeError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass
+class ModelOptions:
+    """What to train and on what.
+
+    Args:
+        model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
+        dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
+        dataset: "digits" for the embedded scenes, a JSON or JSON-lines file, a folder that `save_to_disk` wrote, or a
+            hub id.
+        dataset_split: split to train on.
+        dataset_stage: for "digits": "pretrain" (captions) or "sft" (questions).
+        dataset_rows: for "digits": rows to make; for others the first so many, all when left out.
+        dataset_seed: for "digits": which stream of scenes.
+        dataset_grid: for "digits": patches a side.
+        dataset_turns: for "digits": questions about each image.
+        image_folder: folder that relative image paths start from; that of the data file when left out.
+        lora: train low-rank adapters of the language model, and the projector in full.
+        lora_r: rank of the adapters.
+        lora_alpha: scale of the adapters.
+        lora_dropout: dropout before the adapters.
+        resume: "auto" goes on from the newest whole checkpoint in `output_dir` if there is one; a path names one.
+    """
+
+    model: str = "tiny"
+    dtype: str = "auto"
+    dataset: str = "digits"
+    dataset_split: str = "train"
+    dataset_stage: str = "sft"
+    dataset_rows: int | None = None
+    dataset_seed: int = 0
+    dataset_grid: int = 12
+    dataset_turns: int = 1
+    image_folder: str | None = None
+    lora: bool = False
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    resume: str | None = None
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe.
+
+    Args:
+        options: model, data and LoRA.
+        trainer: everything that [`DualSpeedConfig`] takes.
+        given: the fields as written, for the record.
+    """
+
+    options: ModelOptions
+    trainer: DualSpeedConfig
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `--field value` overrides.
+
+    Args:
+        path: a YAML file, or the name of a shipped recipe such as "tiny-digits/sft".
+
+    Raises:
+        SaccadeError: on a missing or malformed file, an unknown field, or a value of the wrong type.
+    """
+    path = find_recipe(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
+    return make_recipe({**values, **parse_overrides(overrides)}, source=str(path))
+
+
+def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from a mapping of fields to values.
+
+    Raises:
+        SaccadeError: on an unknown field, or a value of the wrong type or range.
+    """
+    known = {entry.name: entry for cls in (ModelOptions, DualSpeedConfig) for entry in fields(cls) if entry.init}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "DualSpeedConfig and docs/recipes.md list the fields"
+            raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
+    typed = {name: _coerce(name, value, known[name].type) for name, value in values.items()}
+    own = {entry.name for entry in fields(ModelOptions)}
+    options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
+    settings = {name: value for name, value in typed.items() if name not in own}
+    settings.setdefault("output_dir", "out/train")
+    try:
+        trainer = DualSpeedConfig(**settings)
+    except SaccadeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise SaccadeError(f"{source}: {' '.join(str(error).split())}") from error
+    return Recipe(options, trainer, dict(values))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe, by path or by the name of a shipped one.
+
+    Raises:
+        SaccadeError: if there is neither.
+    """
+    path = Path(name)
+    shipped = RECIPES / path.with_suffix(".yaml")
+    for candidate in (path, shipped):
+        if candidate.is_file():
+            return candidate
+    names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
+    raise SaccadeError(f"recipe {str(name)!r} does not exist: give a YAML file, or one of {', '.join(names)}")
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`--field value` and `--field=value` pairs as a mapping; values are read as YAML.
+
+    Raises:
+        SaccadeError: on a word that is no field, or a field without a value.
+    """
+    values: dict[str, Any] = {}
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise SaccadeError(f"{word!r} is no field: overrides are written --field value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
+            text = words.pop(0)
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
+    return values
+
+
+def _coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type where YAML reads it otherwise, such as 1e-3, which YAML takes for a string."""
+    allowed = _types(annotation)
+    if value is None or not allowed:
+        return value
+    if float in allowed and not isinstance(value, bool):
+        if isinstance(value, (int, float)):
+            return value if int in allowed else float(value)
+        if isinstance(value, str) and str not in allowed:
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    basic = {bool, int, float, str} & allowed
+    if isinstance(value, bool) and bool not in allowed and basic:
+        raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(basic)}")
+    if len(basic) == len(allowed) and not isinstance(value, tuple(basic)):
+        if str in basic and isinstance(value, (int, float)):
+            return str(value)
+        raise SaccadeError(f"{name}={value!r} is a {type(value).__name__}, expected {_names(basic)}")
+    return value
+
+
+def _types(annotation: Any) -> set[type]:
+    """The plain types of an annotation; empty if it is not made of plain types."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [_types(member) for member in get_args(annotation) if member is not type(None)]
+        return set().union(*members) if all(members) else set()
+    origin = get_origin(annotation) or annotation
+    return {origin} if isinstance(origin, type) and origin is not MISSING else set()
+
+
+def _names(kinds: set[type]) -> str:
+    return " or ".join(sorted(kind.__name__ for kind in kinds))

@@ -1,0 +1,75 @@
+"""Train what a recipe describes, from its first check to the saved model."""
+
+from pathlib import Path
+
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from saccade.dualspeed import DualSpeedTrainer
+from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.files import write_json_atomically
+from saccade.training.recipe import Recipe
+from saccade.training.sources import load_model, load_rows
+
+LOG_FILE = "log.json"
+
+
+def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
+    """Train a recipe and save model, processor, isolator and log in its `output_dir`.
+
+    Returns:
+        The trainer after training.
+
+    Raises:
+        SaccadeError: on bad input, before training starts.
+    """
+    options, args = recipe.options, recipe.trainer
+    resume = _resume(options.resume, args.output_dir)
+    dataset = load_rows(options)
+    model, processor = load_model(options)
+    trainer = DualSpeedTrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=lora_config(model, recipe) if options.lora else None,
+        callbacks=callbacks,
+    )
+    # A bad first batch, such as a max_length below the image tokens, shows before the first step.
+    trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(args.output_dir)
+    if args.should_save:
+        write_json_atomically(
+            Path(args.output_dir) / LOG_FILE, {"recipe": recipe.given, "log_history": trainer.state.log_history}
+        )
+    return trainer
+
+
+def lora_config(model, recipe: Recipe) -> LoraConfig:
+    """Adapters on every linear layer of the decoder, the projector in full, as the published recipe has it."""
+    options = recipe.options
+    family = get_family(model)
+    names = {id(module): name for name, module in family.model.named_modules()}
+    layers = names[id(family.language_layers)]
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=rf"{layers}\.\d+\..*_proj".replace(".layers", r"\.layers"),
+        modules_to_save=None if recipe.trainer.freeze_projector else [names[id(family.projector)].rpartition(".")[2]],
+        task_type="CAUSAL_LM",
+    )
+
+
+def _resume(resume: str | None, output_dir: str) -> str | bool | None:
+    """What `DualSpeedTrainer.train` takes."""
+    if resume is None:
+        return None
+    if resume != "auto" and not Path(resume).is_dir():
+        raise SaccadeError(f"resume={resume!r} is no folder: name a checkpoint, or 'auto' for the newest whole one")
+    if resume == "auto":
+        return newest_checkpoint(output_dir) is not None
+    return resume
