@@ -22,7 +22,9 @@ MODE_STYLES = {"fast": ("#0072B2", "fast steps (pruned)"), "slow": ("#D55E00", "
 INK, FAINT = "#333333", "#8A8A8A"
 # 8 by 4.75 inches at 150 dots: text of 10 points stays readable when a page shows the picture 800 pixels wide.
 SIZE, DPI = (8.0, 4.75), 150
-LABEL_WIDTH, LABEL_LINE = 0.21, 0.047  # of the axes; what one line of a label takes
+# In shares of the axes, as matplotlib knows the extent of a text only after it has drawn it.
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+CHARACTER, MARKER, LABEL_GAP, LABEL_ROOM = (0.0098, 0.043), (0.01, 0.018), 0.019, 0.21
 
 
 def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -162,31 +164,57 @@ def _limits(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
     low, high = min(heights), max(heights)
     margin = max(2.0, 0.12 * (high - low))
     axes.set_ylim(max(0, low - margin), min(102, high + margin))
-    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * (1 + LABEL_WIDTH) or 1)
+    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * (1 + LABEL_ROOM) or 1)
 
 
 def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str, tuple[str, str]]) -> None:
-    """Write each point's label beside it, moved up or down where labels of near points would overlap."""
+    """Write each point's label beside it, at the nearest place where it covers no point, arrow or other label."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    taken: list[tuple[float, float, float]] = []  # x, and the lower and upper end, of the labels placed so far
+    taken: list[Box] = []
+    places = []
     for group in sorted(groups, key=lambda group: -group["full"][0]):
         x = (group["seconds"][0] - left) / (right - left)
-        y = (group["full"][0] - bottom) / (top - bottom)
-        text = group["label"]
+        heights = [group["full"][0], group["pruned"] if group["pruned"] is not None else group["full"][0]]
+        y, end = ((height - bottom) / (top - bottom) for height in heights)
+        taken.append((x - MARKER[0], min(y, end) - MARKER[1], x + MARKER[0], max(y, end) + MARKER[1]))
+        places.append((group, x, y))
+    for group, x, y in places:
+        text = f"{group['label']}\n{group['full'][0]:.1f} %"
         if group["speedup"] is not None:
-            text += f"\n{group['full'][0]:.1f} %, {group['speedup']:.1f}x faster"
-        else:
-            text += f"\n{group['full'][0]:.1f} %"
-        height = LABEL_LINE * (text.count("\n") + 1)
-        y = min(y, 1 - height / 2)
-        for other, lower, upper in taken:
-            if abs(x - other) < LABEL_WIDTH and y + height / 2 > lower and y - height / 2 < upper:
-                y = lower - height / 2
-        taken.append((x, y - height / 2, y + height / 2))
+            text += f", {group['speedup']:.1f}x faster"
+        lines = text.split("\n")
+        width, height = CHARACTER[0] * max(map(len, lines)), CHARACTER[1] * len(lines)
+        box, side = _free_box(x, y, width, height, taken)
+        taken.append(box)
+        shift = (box[1] + box[3]) / 2 - y
+        # A label that had to move far gets a line to its point, or one would take it for a neighbour's.
+        leader = {"arrowstyle": "-", "color": styles[group["method"]][0], "alpha": 0.5, "linewidth": 0.8, "shrinkA": 0}
         axes.annotate(
-            text, xy=(x, y), xycoords="axes fraction", xytext=(10, 0), textcoords="offset points", va="center",
-            fontsize=9.5, linespacing=1.15, color=styles[group["method"]][0],
+            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * LABEL_GAP, y + shift),
+            textcoords="axes fraction", va="center", ha="left" if side > 0 else "right", fontsize=9.5,
+            linespacing=1.15, color=styles[group["method"]][0],
+            arrowprops=leader | {"shrinkB": 5} if abs(shift) > height / 2 else None,
         )  # fmt: skip
+
+
+def _free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
+    """The nearest free place of a label beside (x, y), and its side: 1 right, -1 left. In shares of the axes."""
+    candidates = []
+    for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
+        for side in (1, -1):
+            near, far = x + side * LABEL_GAP, x + side * (LABEL_GAP + width)
+            low = min(max(y + shift - height / 2, 0), 1 - height)
+            candidates.append(((min(near, far), low, max(near, far), low + height), side))
+    free = (
+        (box, side)
+        for box, side in candidates
+        if box[0] >= 0 and box[2] <= 1.01 and not any(_overlap(box, other) for other in taken)
+    )
+    return next(free, candidates[0])
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _legend_of_points(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
