@@ -14,6 +14,8 @@ from reducer_tester import HostSyncs, ReducerTester, kept, make_context
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer, list_reducers, register_reducer, registry
+from saccade.reducers.common import unit_vectors
+from saccade.reducers.random import _content_hash
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -152,6 +154,14 @@ class TestRandom:
         assert not torch.equal(index[0], index[1])
         assert not torch.equal(index, get_reducer("random", seed=-1)(seeded, 16).index)
 
+    def test_content_hash_has_32_bits_on_bfloat16(self):
+        features = torch.randn(20000, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+        context = VisualContext(features)
+        hashes = _content_hash(context, torch.zeros(20000, 1, dtype=torch.long))
+        # 0.05 collisions are expected of 32 bits, thousands of 16.
+        assert hashes.unique().numel() >= 19998
+        assert 0 <= hashes.min() <= hashes.max() < 2**32
+
     def test_content_decides(self):
         features = torch.zeros(1, 36, 5).bfloat16()
         base = get_reducer("random")(VisualContext(features), 9).index
@@ -242,6 +252,12 @@ class TestPooling:
         centers = place[get_reducer("uniform")(context, keep).index[0]]
         # No token is much farther from a kept one than the diagonal of a square region.
         assert torch.cdist(place, centers).amin(dim=1).max() <= 1.45 * math.sqrt(576 / keep) + 1
+
+    def test_a_lattice_is_preferred_to_square_regions(self):
+        context = grid_context(1, 4, 6)
+        image = context.features.mT.reshape(1, 3, 4, 6)
+        pooled = torch.nn.functional.avg_pool2d(image, (2, 1)).flatten(2).mT
+        torch.testing.assert_close(get_reducer("avgpool")(context, 12).apply(context.features), pooled)
 
     def test_uniform_is_a_lattice(self):
         index = get_reducer("uniform")(grid_context(1, 24, 24), 64).index[0]
@@ -344,11 +360,36 @@ class TestDivPrune:
             assert smallest_margin > 1e-6
             assert found[row].tolist() == sorted(chosen)
 
+    def test_float32_option(self):
+        features = torch.randn(2, 200, 32, generator=torch.Generator().manual_seed(4))
+        features = features * torch.tensor([1e25, 1e-25]).view(2, 1, 1)
+        exact = get_reducer("divprune")(make_context(features), 50).index
+        assert torch.equal(get_reducer("divprune", precision="float32")(make_context(features), 50).index, exact)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(get_reducer("divprune", precision="float32")(make_context(features), 50).index, exact)
+        with pytest.raises(SaccadeError, match="precision='half'"):
+            get_reducer("divprune", precision="half")
+
+    def test_unit_vectors(self):
+        x = torch.tensor([[3.0, 4.0], [3e30, -4e30], [3e-30, 4e-30], [0.0, 0.0]]).bfloat16()
+        unit = unit_vectors(x)
+        assert unit.dtype == torch.float32
+        expected = torch.tensor([[0.6, 0.8], [0.6, -0.8], [0.6, 0.8], [0.0, 0.0]])
+        torch.testing.assert_close(unit, expected, rtol=0.01, atol=0)
+        torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
     def test_chunks_of_rows_give_the_same(self, monkeypatch):
         features = torch.randn(5, 20, 7, generator=torch.Generator().manual_seed(2))
         whole = get_reducer("divprune")(make_context(features), 6).index
         monkeypatch.setattr("saccade.reducers.divprune.CHUNK_ELEMENTS", 2 * 20 * 7)
         assert torch.equal(get_reducer("divprune")(make_context(features), 6).index, whole)
+
+    def test_padding_is_no_neighbour_of_the_first_pick(self):
+        # All similarities are negative, so a zero vector would be everyone's nearest.
+        angles = torch.tensor([230.0, 0.0, 130.0, 0.0]).deg2rad()
+        features = torch.stack([angles.cos(), angles.sin()], dim=1).unsqueeze(0)
+        valid = torch.tensor([[True, True, True, False]])
+        assert get_reducer("divprune")(make_context(features, valid=valid), 1).index.tolist() == [[1]]
 
     def test_first_pick_is_the_most_isolated(self):
         features = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [-1.0, 0.2], [1.0, 0.05]]])

@@ -74,7 +74,11 @@ def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
     return chosen.masked_fill(chosen == tokens, -1)
 
 
-def unit_vectors(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` `(..., D)` scaled to length one in `dtype`; zero vectors stay zero."""
-    x = x.to(dtype)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+def unit_vectors(x: Tensor) -> Tensor:
+    """`x` `(..., D)` scaled to length one, in float32; zero vectors stay zero.
+
+    Divided by the largest component first, since squares leave float32's range long before the numbers do.
+    """
+    x = x.float()
+    x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)

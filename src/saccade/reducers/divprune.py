@@ -6,13 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from saccade.errors import SaccadeError
 from saccade.reducers.common import ascending, row_budget, unit_vectors
 from saccade.reducers.registry import register_reducer
 from saccade.tokens import Reduction, VisualContext
 
-RESOLUTION = 2**24
-"""Steps per unit of cosine similarity: the spacing of float32 just below one. Similarities closer than that tie."""
-INDEX_RANGE = 2**20
+TIE = 2.0**-44
+"""How much less similar a token counts than the next one in raster order: above the rounding errors of float64 cosines
+(about 1e-15), below the resolution of float32 for up to a million tokens (2**20 * TIE)."""
 CHUNK_ELEMENTS = 2**25
 
 
@@ -26,11 +27,20 @@ class DivPrune:
     other. Of tokens that tie, the first in raster order is taken.
 
     The order in which a float32 matrix product sums depends on the shapes, and whether it may round to TF32 on global
-    flags; on ties either would let a row's batch mates decide. So similarities are computed in float64 and rounded to
-    2**-24, the resolution of float32, after which equal ones are equal on every device.
+    flags; on ties either would let a row's batch mates decide. So similarities are computed in float64 and ties broken
+    by a term that is larger than float64's rounding errors and smaller than what float32 resolves.
+
+    Args:
+        precision: "float64", or "float32" for devices with slow float64 (most but data-center GPUs, and CPUs): the
+            product takes about half the time on a CPU, and near ties may then fall differently from device to device.
     """
 
+    precision: str = "float64"
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float64", "float32"):
+            raise SaccadeError(f"reducer 'divprune': precision={self.precision!r} is neither 'float64' nor 'float32'")
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
@@ -40,7 +50,7 @@ class DivPrune:
         device = context.features.device
         if budget.width == 0 or rows == 0:
             return Reduction(torch.zeros(rows, budget.width, dtype=torch.long, device=device), dense=True)
-        similarity = _ranked_similarity(context)
+        similarity = _ranked_similarity(context, self.precision)
         diagonal = similarity.diagonal(dim1=1, dim2=2)
 
         diagonal.fill_(-torch.inf)
@@ -64,11 +74,8 @@ class DivPrune:
         return Reduction(ascending(index, budget, tokens), dense=budget.uniform)
 
 
-def _ranked_similarity(context: VisualContext) -> Tensor:
-    """float64 `(B, N, N)`: cosine similarity in units of 2**-24, times 2**20, plus the column's index.
-
-    All whole numbers below 2**53, hence exact; the index makes the smallest of a row unique, the first of equals.
-    """
+def _ranked_similarity(context: VisualContext, precision: str) -> Tensor:
+    """float64 `(B, N, N)`: cosine similarity plus TIE times the column: of equals, the first is smallest."""
     rows, tokens, width = context.shape
     features = context.features if context.dense else context.features.masked_fill(~context.valid.unsqueeze(2), 0)
     if features.device.type == "mps":  # has no float64
@@ -76,7 +83,15 @@ def _ranked_similarity(context: VisualContext) -> Tensor:
     similarity = torch.empty(rows, tokens, tokens, dtype=torch.float64, device=features.device)
     step = max(1, CHUNK_ELEMENTS // max(1, tokens * width))
     for start in range(0, rows, step):
-        unit = unit_vectors(features[start : start + step], torch.float64)
-        torch.bmm(unit, unit.transpose(1, 2), out=similarity[start : start + step])
-    similarity.mul_(RESOLUTION).round_().mul_(INDEX_RANGE)
-    return similarity.add_(torch.arange(tokens, dtype=torch.float64, device=features.device))
+        chunk = features[start : start + step]
+        if precision == "float64":
+            chunk = chunk.to(torch.float64)
+            torch.bmm(chunk, chunk.transpose(1, 2), out=similarity[start : start + step])
+            continue
+        with torch.autocast(chunk.device.type, enabled=False):
+            chunk = unit_vectors(chunk)
+            similarity[start : start + step] = torch.bmm(chunk, chunk.transpose(1, 2))
+    # The diagonal holds the squared lengths, so nothing of width D needs a second pass.
+    length = similarity.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=torch.finfo(torch.float64).tiny)
+    similarity.div_(length.unsqueeze(1)).div_(length.unsqueeze(2))
+    return similarity.add_(torch.arange(tokens, dtype=torch.float64, device=features.device) * TIE)
