@@ -64,9 +64,7 @@ def _row(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     for stage in result["stages"].values():
         for name, value in stage["tokens"].items():
             tokens[name] = tokens.get(name, 0.0) + value
-    samples = sum(
-        spec["settings"][f"{stage}_steps"] * spec["settings"]["batch_size"] for stage in ("pretrain", "sft")
-    )
+    samples = sum(spec["settings"][f"{stage}_steps"] * spec["settings"]["batch_size"] for stage in ("pretrain", "sft"))
     isolator = evaluations.get("pruned_isolator")
     return {
         "method": spec["method"],

@@ -103,8 +103,8 @@ def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
 def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: tuple[str, ...]) -> None:
     """Load a stock checkpoint's weights into the stock model `model`, every key accounted for.
 
-    The weights go through `from_pretrained`, since checkpoints keep the key names that released ones have, which differ
-    from the module tree's; a plain `load_state_dict` would match none of them and say so in a warning only.
+    The weights go through `from_pretrained`, since checkpoints keep the key names that released ones have, which
+    differ from the module tree's; a plain `load_state_dict` would match none of them and say so in a warning only.
 
     Args:
         ignored: names of our own parameters, which the checkpoint does not hold.

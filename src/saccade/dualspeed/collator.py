@@ -176,4 +176,3 @@ def _structured(message: dict[str, Any]) -> dict[str, Any]:
         if text.strip():
             parts.append({"type": "text", "text": text.strip("\n") if position else text})
     return {**message, "content": parts}
-

@@ -1,7 +1,7 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import SFTConfig
 
@@ -85,7 +85,9 @@ class DualSpeedConfig(SFTConfig):
     reducer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword options of the reducer, as a dict or as JSON."}
     )
-    prune_ratio: float = field(default=0.9, metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1)."})
+    prune_ratio: float = field(
+        default=0.9, metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1)."}
+    )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
     isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
@@ -106,9 +108,11 @@ class DualSpeedConfig(SFTConfig):
     assistant_only_loss: bool | None = field(
         default=None, metadata={"help": "Learn the assistant's words only; by default true for `messages` datasets."}
     )
-    max_length: int | None = field(default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."})
+    max_length: int | None = field(
+        default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
+    )
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options"]
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,7 +121,9 @@ class DualSpeedConfig(SFTConfig):
         self.mode_schedule()
         get_reducer(self.reducer, **(self.reducer_options or {}))
         if not isinstance(self.isolator_length, int) or self.isolator_length < 0:
-            raise SaccadeError(f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4")
+            raise SaccadeError(
+                f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
+            )
         if not self.distill_weight >= 0:
             raise SaccadeError(f"distill_weight={self.distill_weight!r} is negative: use 0 to switch it off")
         if not self.distill_temperature > 0:
@@ -128,8 +134,10 @@ class DualSpeedConfig(SFTConfig):
                 "freeze_projector=true trains the projector not at all"
             )
         if self.freeze_vision_tower and self.freeze_projector and self.freeze_language_model:
-            raise SaccadeError("freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
-                               "nothing would train, set one to false")
+            raise SaccadeError(
+                "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
+                "nothing would train, set one to false"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "

@@ -70,9 +70,7 @@ def cross_entropy_and_kl_sum(
         with torch.no_grad():
             teacher_log_probs = F.log_softmax(head(teacher).float() / temperature, dim=-1)
         ce = F.cross_entropy(logits, chunk_targets, reduction="sum")
-        kl = F.kl_div(
-            F.log_softmax(logits / temperature, dim=-1), teacher_log_probs, reduction="sum", log_target=True
-        )
+        kl = F.kl_div(F.log_softmax(logits / temperature, dim=-1), teacher_log_probs, reduction="sum", log_target=True)
         return torch.stack((ce, kl))
 
     ce, kl = _sum_chunks(chunk_losses, (student_rows, teacher_rows.detach(), targets), chunk_rows).unbind()

@@ -12,8 +12,12 @@ from torch import nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from saccade.dualspeed.checkpoint import read_run_file
+from saccade.dualspeed.collator import prepare_example
 from saccade.errors import SaccadeError
-from saccade.pruning import ModeIsolator, prune_inputs
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_positions, prune_inputs
+from saccade.reducers import get_reducer
+from saccade.tokens.budget import check_prune_ratio
 
 INFERENCES = ("full", "pruned", "pruned_isolator")
 
@@ -51,6 +55,39 @@ class Inference:
             return dict(inputs)
         isolator = self.isolator if self.name == "pruned_isolator" else None
         return prune_inputs(model, inputs, self.reducer, self.prune_ratio, isolator, self.positions)
+
+
+def plan_inferences(
+    model: str | Path,
+    names: list[str] | None = None,
+    reducer: str | None = None,
+    prune_ratio: float | None = None,
+    positions: str | None = None,
+) -> list[Inference]:
+    """The inferences to run on a trained model: what is left out is as it was trained.
+
+    Args:
+        model: the folder that training wrote, or anything else, which then has no trained settings and no isolator.
+        names: of `INFERENCES`; all that the folder allows when left out.
+
+    Raises:
+        SaccadeError: on a bad option, before any model is loaded.
+    """
+    folder = Path(model)
+    trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
+    isolator = folder if (folder / ISOLATOR_FILE).is_file() else None
+    options = {
+        "reducer": reducer or trained.get("reducer", "divprune"),
+        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
+        "prune_ratio": check_prune_ratio(
+            prune_ratio if prune_ratio is not None else trained.get("prune_ratio") or 0.9
+        ),
+        "positions": check_positions(positions or trained.get("positions", "compact")),
+    }
+    get_reducer(options["reducer"])
+    if names is None:
+        names = [name for name in INFERENCES if name != "pruned_isolator" or isolator]
+    return [Inference(name, **options, isolator=isolator if name == "pruned_isolator" else None) for name in names]
 
 
 @torch.no_grad()
@@ -103,7 +140,8 @@ def evaluate_digits(
 
 def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
     """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
-    messages = [prepare_multimodal_messages(row["messages"][:-1], images=row["images"]) for row in rows]
+    examples = [prepare_example({"messages": row["messages"][:-1], "images": row["images"]}) for row in rows]
+    messages = [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples]
     return processor.apply_chat_template(
         messages,
         add_generation_prompt=True,

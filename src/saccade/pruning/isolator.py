@@ -64,14 +64,18 @@ class ModeIsolator(nn.Module):
         path = Path(path)
         path = path / ISOLATOR_FILE if path.is_dir() else path
         if not path.is_file():
-            raise SaccadeError(f"isolator={str(path)!r} does not exist: name a folder or file that a training run wrote")
+            raise SaccadeError(
+                f"isolator={str(path)!r} does not exist: name a folder or file that a training run wrote"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 weight = file.get_tensor("weight")
         except SafetensorError as error:
             raise SaccadeError(f"isolator={str(path)!r} is not a whole mode isolator file ({error})") from error
         if weight.dim() != 2:
-            raise SaccadeError(f"isolator={str(path)!r} holds a weight of shape {tuple(weight.shape)}, expected (l, D)")
+            raise SaccadeError(
+                f"isolator={str(path)!r} holds a weight of shape {tuple(weight.shape)}, expected (l, D)"
+            )
         isolator = cls(*weight.shape, dtype=weight.dtype)
         isolator.weight.data.copy_(weight)
         return isolator

@@ -93,7 +93,9 @@ def shorten(
         pad_id=pad_id,
         padding_side=padding_side,
     )
-    new_inputs = {name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs}
+    new_inputs = {
+        name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs
+    }
     new_inputs.update(
         input_ids=spliced.input_ids,
         attention_mask=spliced.attention_mask,
@@ -106,7 +108,11 @@ def shorten(
 def _features(context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
     """The rows that replace the placeholders, one `(n_i, D)` tensor a feature row, isolator included."""
     kept = reduction.apply(context.features)  # (R, K, D)
-    rows = list(kept.unbind(0)) if reduction.dense else [row[keep] for row, keep in zip(kept, reduction.valid, strict=True)]
+    rows = (
+        list(kept.unbind(0))
+        if reduction.dense
+        else [row[keep] for row, keep in zip(kept, reduction.valid, strict=True)]
+    )
     if isolator is None or isolator.shape[0] == 0:
         return rows
     isolator = isolator.to(kept.dtype)

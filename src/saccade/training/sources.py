@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_from_disk
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from saccade.data import digit_scenes
@@ -17,7 +18,7 @@ _DIGIT_ROWS = 50_000
 
 
 def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model and its processor.
+    """The model and its processor; LoRA adapters are merged into the model that they were trained on.
 
     Raises:
         SaccadeError: if they cannot be loaded.
@@ -27,7 +28,12 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
     if options.model == "tiny":
         return load_tiny(grid=options.dataset_grid)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
+        if (Path(options.model) / "adapter_config.json").is_file():
+            base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
+            model = AutoModelForImageTextToText.from_pretrained(base, dtype=options.dtype)
+            model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
+        else:
+            model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
         return model, AutoProcessor.from_pretrained(options.model)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]

@@ -1,0 +1,37 @@
+"""`saccade demo`: the tiny model trained with all tokens, with pruning only, and with DualSpeed."""
+
+import argparse
+
+EXAMPLES = """
+saccade demo                                  about ten minutes on two cores
+saccade demo --output out/demo --full         three seeds, and the parts of the method one by one
+saccade demo --steps 60 --scenes 100          a glance, far too short to learn the task
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="out/demo", metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="three seeds, longer runs, and the ablation")
+    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 1, or 3 with --full)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of fine-tuning, for a shorter or longer run")
+    parser.add_argument("--scenes", type=int, metavar="N", help="scenes of the test split to evaluate on")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from saccade.demo.plan import shrink
+    from saccade.demo.run import FULL, QUICK, run_demo
+    from saccade.errors import SaccadeError
+
+    settings = FULL if args.full else QUICK
+    for name in ("steps", "scenes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SaccadeError(f"{name}={value}: give at least 1")
+    if args.steps is not None:
+        settings = shrink(settings, args.steps)
+    if args.scenes is not None:
+        settings = replace(settings, test_scenes=args.scenes)
+    run_demo(args.output, full=args.full, seeds=args.seeds, settings=settings)
+    return 0

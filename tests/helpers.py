@@ -1,0 +1,44 @@
+"""Small training runs that several test files share."""
+
+from pathlib import Path
+from typing import Any
+
+from saccade import DualSpeedConfig, DualSpeedTrainer
+from saccade.data import digit_scenes
+
+ORDINARY = {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0}
+PRUNE_ONLY = {"slow_probability": 0.0, "isolator_length": 0}
+
+
+def make_config(output_dir: str | Path, **options: Any) -> DualSpeedConfig:
+    """A config for a few steps on the CPU."""
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return DualSpeedConfig(output_dir=str(output_dir), **{**defaults, **options})
+
+
+def make_trainer(model, processor, output_dir, rows=None, peft_config=None, **options: Any) -> DualSpeedTrainer:
+    """A trainer on digit scenes."""
+    return DualSpeedTrainer(
+        model,
+        args=make_config(output_dir, **options),
+        train_dataset=digit_scenes("sft", "train", 64, seed=5) if rows is None else rows,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer) -> list[float]:
+    """The logged loss of each step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -1,0 +1,173 @@
+"""Invariants of splicing on the real forward: what a pruned pass must equal."""
+
+import pytest
+import torch
+
+from saccade import SaccadeError, prune_inputs
+from saccade.evaluation.digits import collate_prompts
+from saccade.families import get_family
+from saccade.pruning import ModeIsolator, keep_budget
+from saccade.reducers import get_reducer, list_reducers
+
+
+def forward(model, inputs):
+    return model(**inputs, use_cache=False).logits
+
+
+def real(logits, mask):
+    return logits[mask.bool()]
+
+
+@pytest.fixture
+def batch(collator, mixed_rows):
+    batch = dict(collator(mixed_rows))
+    batch.pop("labels")
+    return batch
+
+
+@pytest.fixture
+def prompts(processor, mixed_rows):
+    return dict(collate_prompts(processor, mixed_rows))
+
+
+@pytest.mark.parametrize("reducer", list_reducers())
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_ratio_zero_is_the_stock_model(model, batch, reducer, positions):
+    pruned = prune_inputs(model, batch, reducer, prune_ratio=0.0, positions=positions, padding_side="right")
+    assert torch.equal(pruned["input_ids"], batch["input_ids"])
+    got = real(forward(model, pruned), pruned["attention_mask"])
+    assert torch.equal(got, real(forward(model, batch), batch["attention_mask"]))
+
+
+@pytest.mark.parametrize("reducer", ["divprune", "random", "uniform"])
+def test_original_positions_equal_masking_the_dropped_tokens(model, batch, reducer):
+    """The full sequence with the dropped tokens hidden from attention gives the same logits on what stays."""
+    pruned = prune_inputs(model, batch, reducer, 0.8, positions="original", padding_side="right")
+    family = get_family(model)
+    encoded = family.encode(batch)
+    reduction = get_reducer(reducer)(encoded.context, keep=keep_budget(encoded.context, 0.8))
+    kept = torch.zeros(encoded.context.shape[:2], dtype=torch.bool).scatter_(1, reduction.index, True)
+    hidden = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    hidden[family.placeholder(batch["input_ids"])] = ~kept.reshape(-1)
+    mask = batch["attention_mask"].masked_fill(hidden, 0)
+    positions = torch.arange(mask.shape[1]).expand_as(mask)
+    full = forward(model, {**batch, "attention_mask": mask, "position_ids": positions})
+    torch.testing.assert_close(
+        real(forward(model, pruned), pruned["attention_mask"]), real(full, mask), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_compact_positions_do_differ_from_original(model, batch):
+    compact, original = (
+        prune_inputs(model, batch, "uniform", 0.8, positions=positions, padding_side="right")
+        for positions in ("compact", "original")
+    )
+    assert torch.equal(compact["input_ids"], original["input_ids"])
+    assert compact["position_ids"].max() < original["position_ids"].max()
+    assert not torch.allclose(forward(model, compact), forward(model, original), atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("length", [0, 4])
+def test_batch_equals_one_by_one(model, processor, mixed_rows, positions, length):
+    isolator = ModeIsolator(length, model.config.text_config.hidden_size) if length else None
+    together = dict(collate_prompts(processor, mixed_rows))
+    pruned = prune_inputs(model, together, "divprune", 0.9, isolator, positions)
+    logits = forward(model, pruned)[:, -1]
+    for row, expected in zip(mixed_rows, logits, strict=True):
+        alone = prune_inputs(model, dict(collate_prompts(processor, [row])), "divprune", 0.9, isolator, positions)
+        torch.testing.assert_close(forward(model, alone)[0, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "original"])
+def test_left_padding_equals_right_padding(model, batch, positions):
+    sides = [prune_inputs(model, batch, "divprune", 0.9, None, positions, side) for side in ("left", "right")]
+    left, right = (real(forward(model, side), side["attention_mask"]) for side in sides)
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reducer", ["divprune", "avgpool"])
+@pytest.mark.parametrize("positions", ["compact", "original"])
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(0, 1)], ids=["padded", "single"])
+def test_cached_generation_equals_uncached(model, processor, mixed_rows, reducer, positions, rows):
+    """A single row has no padding, and its all-ones mask is dropped by `generate`."""
+    inputs = dict(collate_prompts(processor, mixed_rows[rows]))
+    pruned = prune_inputs(model, inputs, reducer, 0.9, positions=positions)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    cached, uncached = (model.generate(**dict(pruned), **options, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+    assert cached.shape[1] == pruned["input_ids"].shape[1] + 8
+
+
+def test_beams(model, processor, mixed_rows):
+    pruned = prune_inputs(model, dict(collate_prompts(processor, mixed_rows)), prune_ratio=0.9, positions="original")
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    together = model.generate(**pruned, **options)[:, pruned["input_ids"].shape[1] :]
+    for row, expected in zip(mixed_rows, together, strict=True):
+        alone = prune_inputs(model, dict(collate_prompts(processor, [row])), prune_ratio=0.9, positions="original")
+        alone_out = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
+        assert torch.equal(alone_out, expected[: len(alone_out)])
+
+
+def test_isolator_rows_stand_before_each_image(model, prompts):
+    isolator = ModeIsolator(3, model.config.text_config.hidden_size)
+    family = get_family(model)
+    without = prune_inputs(model, prompts, "uniform", 0.9)
+    with_rows = prune_inputs(model, prompts, "uniform", 0.9, isolator)
+    images = prompts["pixel_values"].shape[0]
+    extra = family.placeholder(with_rows["input_ids"]).sum() - family.placeholder(without["input_ids"]).sum()
+    assert extra == 3 * images
+    for plain, isolated in zip(
+        without["mm_encoder_outputs"]["image"].pooler_output,
+        with_rows["mm_encoder_outputs"]["image"].pooler_output,
+        strict=True,
+    ):
+        assert torch.equal(isolated, torch.cat((isolator.weight, plain)))
+
+
+def test_text_only_batch_passes_through(model, processor, mixed_rows):
+    inputs = dict(collate_prompts(processor, mixed_rows[2:3]))
+    pruned = prune_inputs(model, inputs, "divprune", 0.9)
+    assert torch.equal(pruned["input_ids"], inputs["input_ids"])
+    assert torch.equal(forward(model, pruned), forward(model, inputs))
+
+
+def test_under_peft(model, prompts):
+    from peft import LoraConfig, get_peft_model
+
+    expected = prune_inputs(model, prompts, prune_ratio=0.9)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    got = prune_inputs(wrapped, prompts, prune_ratio=0.9)
+    assert torch.equal(got["input_ids"], expected["input_ids"])
+    wrapped.generate(**got, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_ratio": 1.0}, r"prune_ratio=1.0 is outside \[0, 1\)"),
+        ({"prune_ratio": float("nan")}, "prune_ratio"),
+        ({"reducer": "divprun"}, "divprune"),
+        ({"positions": "shifted"}, "compact, original"),
+        ({"isolator": "/nowhere"}, "does not exist"),
+        ({"isolator": torch.zeros(4, 7)}, "width 7"),
+    ],
+)
+def test_bad_options(model, prompts, options, message):
+    with pytest.raises(SaccadeError, match=message):
+        prune_inputs(model, prompts, **options)
+
+
+def test_placeholders_without_an_image(model, prompts):
+    with pytest.raises(SaccadeError, match="placeholders"):
+        prune_inputs(model, {**prompts, "pixel_values": prompts["pixel_values"][:-1]})
+
+
+def test_model_without_a_family():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, vocab_size=9)
+    )
+    with pytest.raises(SaccadeError, match=r"model_type='llama' has no family.*llava.*add-a-family"):
+        get_family(llama)

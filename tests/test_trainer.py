@@ -1,0 +1,246 @@
+"""The trainer: against stock TRL, its modes, what it trains, what it saves, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from helpers import ORDINARY, PRUNE_ONLY, losses, make_config, make_trainer
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+from trl import SFTConfig, SFTTrainer
+
+from saccade import DualSpeedTrainer, SaccadeError
+from saccade.data import digit_scenes
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator
+from saccade.tiny import build_tiny_llava
+
+
+def train(model, processor, output, **options):
+    trainer = make_trainer(model, processor, output, **options)
+    trainer.train()
+    return trainer
+
+
+def stock_losses(processor, output, collator, scenes, **options):
+    """TRL's own trainer on the same data, with image labels masked and the tower frozen."""
+    model = build_tiny_llava(processor, seed=0)
+    model.model.vision_tower.requires_grad_(False)
+    names = set(SFTConfig.__dataclass_fields__)
+    config = make_config(output, **options)
+    values = {name: getattr(config, name) for name in ("max_steps", "per_device_train_batch_size", "learning_rate")}
+    values |= {"gradient_accumulation_steps": config.gradient_accumulation_steps, "seed": config.seed}
+    assert set(values) <= names
+    args = SFTConfig(
+        output_dir=str(output),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=True,
+        activation_checkpointing=False,
+        disable_tqdm=True,
+        assistant_only_loss=True,
+        remove_unused_columns=True,
+        max_length=None,
+        **values,
+    )
+    trainer = SFTTrainer(model, args, data_collator=collator, train_dataset=scenes, processing_class=processor)
+    trainer.train()
+    return losses(trainer), trainer.model
+
+
+def test_ordinary_options_are_stock_fine_tuning_bit_for_bit(model, processor, collator, scenes, tmp_path):
+    """The collator's labels equal TRL's with images masked (tests/test_collator.py), and the losses are the same."""
+    ours = train(model, processor, tmp_path / "ours", rows=scenes, gradient_accumulation_steps=2, **ORDINARY)
+    theirs, their_model = stock_losses(
+        processor, tmp_path / "stock", collator, scenes, gradient_accumulation_steps=2
+    )
+    assert len(theirs) == 4
+    assert losses(ours) == theirs
+    for (name, mine), stock in zip(ours.model.state_dict().items(), their_model.state_dict().values(), strict=True):
+        assert torch.equal(mine, stock), name
+
+
+def test_our_slow_step_equals_stock_fine_tuning(model, processor, collator, scenes, tmp_path):
+    """Without distillation a slow step is ordinary fine-tuning; here it runs on our own loss."""
+    options = {"slow_probability": 1.0, "distill_weight": 0.0, "prune_ratio": 0.5, "gradient_accumulation_steps": 2}
+    trainer = train(model, processor, tmp_path / "ours", rows=scenes, **options)
+    assert not trainer.is_ordinary
+    theirs, _ = stock_losses(processor, tmp_path / "stock", collator, scenes, gradient_accumulation_steps=2)
+    torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(theirs), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path, mode):
+    """The normaliser is the number of labels of the whole step, so that long answers weigh as much anywhere."""
+    rate = 1.0 if mode == "slow" else 0.0
+    whole, parts = (
+        train(
+            build_tiny_llava(processor, seed=0),
+            processor,
+            tmp_path / f"{size}",
+            slow_probability=rate,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=3,
+        )
+        for size in (8, 2)
+    )
+    torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-4, atol=1e-4)
+
+
+def test_activation_checkpointing_on_equals_off(processor, tmp_path):
+    runs = [
+        train(
+            build_tiny_llava(processor, seed=0),
+            processor,
+            tmp_path / str(on),
+            slow_probability=0.5,
+            activation_checkpointing=on,
+        )
+        for on in (False, True)
+    ]
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)
+
+
+def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
+    trainer = train(model, processor, tmp_path, slow_probability=0.5, max_steps=8, logging_steps=2)
+    modes = [trainer.mode_of(step) for step in range(8)]
+    assert {"fast", "slow"} == set(modes)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for number, entry in enumerate(logs):
+        window = modes[2 * number : 2 * number + 2]
+        for mode in ("fast", "slow"):
+            assert (f"loss_{mode}" in entry) == (mode in window)
+            assert (f"step_seconds_{mode}" in entry) == (mode in window)
+            assert entry[f"steps_{mode}"] == modes[: 2 * number + 2].count(mode)
+        assert ("kl" in entry) == ("slow" in window)
+        assert entry["length_in"] <= entry["length_full"]
+        assert entry["tokens_per_second"] > 0
+    assert logs[-1]["speedup_tokens"] > 1
+    assert logs[-1]["speedup"] > 0
+
+
+def test_projector_stage_is_always_fast_and_trains_projector_and_isolator_alone(model, processor, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = digit_scenes("pretrain", "train", 32)
+    trainer = train(
+        model, processor, tmp_path, rows=rows, freeze_language_model=True, slow_probability=0.9, max_steps=3
+    )
+    assert all(trainer.mode_of(step) == "fast" for step in range(100))
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before.get(name, value))}
+    assert changed
+    assert all("multi_modal_projector" in name for name in changed)
+    fresh = ModeIsolator(4, 96)
+    assert trainer.isolator.weight.shape == fresh.weight.shape
+
+
+def test_isolator_moves_in_fast_steps_only(processor, tmp_path):
+    for rate, moves in ((0.0, True), (1.0, False)):
+        trainer = make_trainer(
+            build_tiny_llava(processor, seed=0), processor, tmp_path / str(rate), slow_probability=rate, max_steps=2
+        )
+        before = trainer.isolator.weight.detach().clone()
+        trainer.train()
+        assert torch.equal(trainer.isolator.weight, before) != moves
+
+
+def test_saved_model_is_stock(model, processor, tmp_path):
+    trainer = train(model, processor, tmp_path, slow_probability=0.5)
+    trainer.save_model(str(tmp_path / "final"))
+    # A user may also save the model by hand.
+    trainer.model.save_pretrained(tmp_path / "by_hand")
+    for folder in ("final", "by_hand"):
+        assert not any("isolator" in key for key in load_file(tmp_path / folder / "model.safetensors"))
+        loaded, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        batch = dict(trainer.data_collator([trainer.train_dataset[0]]))
+        batch.pop("labels")
+        assert torch.equal(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+    config = json.loads((tmp_path / "final" / "dualspeed.json").read_text())["config"]
+    assert config["prune_ratio"] == 0.9
+    assert ModeIsolator.config_of(tmp_path / "final") == config
+
+
+def test_isolator_carries_over_from_stage_one(model, processor, tmp_path):
+    first = train(model, processor, tmp_path / "one", freeze_language_model=True)
+    first.save_model(str(tmp_path / "one"))
+    for start in (str(tmp_path / "one"), LlavaForConditionalGeneration.from_pretrained(tmp_path / "one")):
+        second = make_trainer(start, processor, tmp_path / "two")
+        assert torch.equal(second.isolator.weight, first.isolator.weight)
+    with pytest.raises(SaccadeError, match=r"isolator_length=2.*shape \(4, 96\)"):
+        make_trainer(str(tmp_path / "one"), processor, tmp_path / "two", isolator_length=2)
+
+
+def test_projector_learning_rate(model, processor, tmp_path):
+    trainer = make_trainer(model, processor, tmp_path, projector_learning_rate=5e-3)
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    special = {*trainer.family.projector.parameters(), *trainer.isolator.parameters()}
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            assert rates.pop(id(parameter)) == (5e-3 if parameter in special else 1e-3)
+    assert not rates
+
+
+def test_lora_trains_and_saves_adapters_and_isolator(model, processor, tmp_path):
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
+    trainer = train(model, processor, tmp_path, peft_config=lora, slow_probability=0.5)
+    trainer.save_model(str(tmp_path / "final"))
+    keys = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert any("lora_A" in key for key in keys)
+    assert any("multi_modal_projector" in key for key in keys)
+    assert not any("isolator" in key for key in keys)
+    assert torch.equal(ModeIsolator.load(tmp_path / "final").weight, trainer.isolator.weight)
+    assert trainer.mode_of(0) in ("fast", "slow")
+    assert trainer.schedule.slow_probability == 0.5
+
+
+def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path):
+    rows = digit_scenes("sft", "validation", 8)
+    trainer = DualSpeedTrainer(
+        model,
+        args=make_config(tmp_path, per_device_eval_batch_size=8, **PRUNE_ONLY),
+        train_dataset=digit_scenes("sft", "train", 16),
+        eval_dataset=rows,
+        processing_class=processor,
+    )
+    result = trainer.evaluate()
+    batch = dict(trainer.data_collator([rows[index] for index in range(8)]))
+    assert result["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_ratio": 1.0}, r"prune_ratio=1.0 is outside \[0, 1\)"),
+        ({"prune_ratio": -0.1}, "prune_ratio"),
+        ({"slow_probability": 2}, r"slow_probability=2 is outside \[0, 1\]"),
+        ({"schedule": "annealed"}, "bernoulli, stratified"),
+        ({"reducer": "nope"}, "divprune"),
+        ({"reducer": "random", "reducer_options": {"sed": 1}}, "sed"),
+        ({"isolator_length": -1}, "isolator_length=-1"),
+        ({"distill_weight": -1.0}, "distill_weight=-1.0"),
+        ({"distill_temperature": 0.0}, "distill_temperature=0.0"),
+        ({"positions": "middle"}, "compact, original"),
+        ({"projector_learning_rate": 0.0}, "projector_learning_rate=0.0"),
+        ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
+        ({"loss_type": "dft"}, "loss_type='dft'"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(SaccadeError, match=message) as error:
+        make_config(tmp_path, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_dataset_without_images(model, processor, tmp_path, scenes):
+    with pytest.raises(SaccadeError, match="'images' column"):
+        make_trainer(model, processor, tmp_path, rows=scenes.remove_columns("images"))
+
+
+def test_model_that_does_not_exist(processor, tmp_path):
+    with pytest.raises(SaccadeError, match="cannot be loaded"):
+        make_trainer(str(tmp_path / "nowhere"), processor, tmp_path)
