@@ -361,8 +361,8 @@ class TestDivPrune:
             assert found[row].tolist() == sorted(chosen)
 
     def test_float32_option(self):
-        features = torch.randn(2, 200, 32, generator=torch.Generator().manual_seed(4))
-        features = features * torch.tensor([1e25, 1e-25]).view(2, 1, 1)
+        features = torch.randn(8, 200, 32, generator=torch.Generator().manual_seed(4))
+        features = features * torch.tensor([1e25, 1e-25]).repeat(4).view(8, 1, 1)
         exact = get_reducer("divprune")(make_context(features), 50).index
         assert torch.equal(get_reducer("divprune", precision="float32")(make_context(features), 50).index, exact)
         with torch.autocast("cpu", dtype=torch.bfloat16):

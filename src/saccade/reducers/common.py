@@ -80,5 +80,6 @@ def unit_vectors(x: Tensor) -> Tensor:
     Divided by the largest component first, since squares leave float32's range long before the numbers do.
     """
     x = x.float()
-    x = x / x.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
+    x = x / largest.clamp(min=torch.finfo(torch.float32).tiny)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
