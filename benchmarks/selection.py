@@ -189,9 +189,9 @@ def append(path: Path, rows: list[dict]) -> None:
 def show(console: Console, rows: list[dict], equal: str) -> None:
     first = rows[0]
     title = f"{first['shape']}  {first['device']}, {first['threads']} thread(s), load {first['load']}"
-    table = Table(title=title, min_width=100, caption=f"divprune chose the loop's tokens in {equal} rows")
-    for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "operations", "x loop "):
-        table.add_column(column, justify="left" if column == "provider" else "right")
+    table = Table(title=title, caption=f"divprune chose the loop's tokens in {equal} rows")
+    for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "ops", "x loop "):
+        table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     for timed, counted in zip(rows[::2], rows[1::2], strict=True):
         figures = [timed[column] for column in ("p20", "p50", "p80", "ratio_to_baseline")]
         table.add_row(timed["provider"], *figures, counted["p50"], counted["ratio_to_baseline"])
