@@ -21,7 +21,7 @@ def make_config(output_dir: str | Path, **options: Any) -> DualSpeedConfig:
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "seed": 3,
     }

@@ -90,14 +90,14 @@ def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path, mode):
     torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-4, atol=1e-4)
 
 
-def test_activation_checkpointing_on_equals_off(processor, tmp_path):
+def test_gradient_checkpointing_on_equals_off(processor, tmp_path):
     runs = [
         train(
             build_tiny_llava(processor, seed=0),
             processor,
             tmp_path / str(on),
             slow_probability=0.5,
-            activation_checkpointing=on,
+            gradient_checkpointing=on,
         )
         for on in (False, True)
     ]

@@ -33,7 +33,8 @@ class DemoSettings:
         slow_probability: r.
         isolator_length: l.
         reducer: method that chooses the tokens.
-        test_scenes: scenes of the test split that every model is evaluated on.
+        test_scenes: scenes that every model is evaluated on.
+        split: split of those scenes; settings are tuned on "validation".
         threads: threads a run computes with; one more process prepares its batches.
     """
 
@@ -48,6 +49,7 @@ class DemoSettings:
     isolator_length: int = 4
     reducer: str = "divprune"
     test_scenes: int = 1000
+    split: str = "test"
     threads: int = 1
 
 
@@ -120,7 +122,7 @@ class RunSpec:
             "report_to": "none",
             "bf16": False,
             "use_cpu": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "dataloader_num_workers": 1,
             "dataloader_persistent_workers": True,
             "disable_tqdm": True,

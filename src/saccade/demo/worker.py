@@ -44,7 +44,7 @@ def run_one(spec: RunSpec, folder: Path) -> dict[str, Any]:
             "step_seconds": trainer.meter.step_seconds,
             "log_history": history,
         }
-    samples = digit_scenes("sft", "test", spec.settings.test_scenes, seed=0)
+    samples = digit_scenes("sft", spec.settings.split, spec.settings.test_scenes, seed=0)
     return {
         "spec": spec.as_json(),
         "stages": stages,

@@ -115,6 +115,9 @@ class DualSpeedConfig(SFTConfig):
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options"]
 
     def __post_init__(self) -> None:
+        # transformers renamed the option and warns about the old name, which TRL's default still sets.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
         check_prune_ratio(self.prune_ratio)
         check_positions(self.positions)

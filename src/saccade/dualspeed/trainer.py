@@ -1,11 +1,14 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
+import errno
+import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
@@ -176,8 +179,19 @@ class DualSpeedTrainer(SFTTrainer):
         return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        """Save model, processor, isolator, and what they were trained with. All ranks must call it.
+
+        Raises:
+            OSError: if a file cannot be written, a full disk included.
+        """
         folder = Path(output_dir or self.args.output_dir)
+        try:
+            super().save_model(output_dir, _internal_call)
+        except SafetensorError as error:
+            # safetensors reports a full disk as an error of its own.
+            if "os error 28" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         weight = None if self.isolator is None else _gathered(self.isolator.weight)
         if self.args.should_save:
             state = self.args.resume_state()

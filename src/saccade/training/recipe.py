@@ -167,6 +167,8 @@ def _coerce(name: str, value: Any, annotation: Any) -> Any:
                 return float(value)
             except ValueError:
                 pass
+    if value is False and str in allowed and bool not in allowed:
+        return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
     basic = {bool, int, float, str} & allowed
     if isinstance(value, bool) and bool not in allowed and basic:
         raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(basic)}")

@@ -1,0 +1,98 @@
+"""The demo end to end at a size that learns nothing: every run, the report, the pictures, and going on after a stop."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.demo.plan import METHODS, DemoSettings, RunSpec, plan_runs
+from saccade.demo.run import FULL, QUICK, run_demo
+from saccade.demo.summary import COLUMNS, markdown
+
+SMALL = DemoSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
+KEYS = {
+    "method",
+    "positions",
+    "seed",
+    "accuracy_full",
+    "accuracy_pruned",
+    "share_of_all_tokens",
+    "train_seconds",
+    "speedup",
+    "mean_sequence_length",
+}
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    run_demo(folder, settings=SMALL)
+    return folder
+
+
+def test_report(output):
+    report = json.loads((output / "report.json").read_text())
+    assert {run["method"] for run in report["runs"]} == {"all_tokens", "prune_only", "dualspeed"}
+    assert {(run["method"], run["positions"]) for run in report["runs"]} >= {
+        ("dualspeed", "compact"),
+        ("dualspeed", "original"),
+    }
+    for run in report["runs"]:
+        assert run.keys() >= KEYS
+        assert 0 <= run["accuracy_full"] <= 1
+        assert run["train_seconds"] > 0
+    assert report["environment"]["packages"]["torch"]
+    lengths = {(run["method"], run["positions"]): run["mean_sequence_length"] for run in report["runs"]}
+    assert lengths["prune_only", "compact"] < lengths["dualspeed", "compact"] < lengths["all_tokens", "compact"]
+    baseline = next(run for run in report["runs"] if run["method"] == "all_tokens")
+    assert baseline["speedup"] == 1
+    assert baseline["speedup_tokens"] == pytest.approx(1)
+
+
+def test_pictures(output):
+    for name in ("accuracy_over_time.png", "kept_tokens.png", "loss.png"):
+        with Image.open(output / name) as image:
+            assert image.width >= 400
+
+
+def test_markdown_table(output):
+    table = markdown(json.loads((output / "report.json").read_text())).splitlines()
+    assert table[0].count("|") == len(COLUMNS) + 1
+    assert len(table) == 2 + 5
+
+
+def test_going_on_takes_finished_runs_as_they_are(output, capsys):
+    before = (output / "report.json").read_text()
+    (output / "runs" / "dualspeed-original-seed0" / "result.json").unlink()
+    report = run_demo(output, settings=SMALL)
+    printed = capsys.readouterr().out
+    assert len(re.findall("found, not trained again", printed)) == 4
+    accuracies = [run["accuracy_full"] for run in report["runs"]]
+    assert accuracies == [run["accuracy_full"] for run in json.loads(before)["runs"]]
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # ends the worker at its first warning
+    with pytest.raises(SaccadeError, match=r"the run all_tokens-compact-seed0 ended with status .* \(see .*log.txt\)"):
+        run_demo(tmp_path, settings=SMALL)
+
+
+def test_plan_of_the_full_demo():
+    runs = plan_runs(FULL, seeds=3, full=True)
+    assert {run.method for run in runs} == set(METHODS)
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        assert RunSpec.from_json(json.loads(json.dumps(run.as_json()))) == run
+    assert QUICK.split == FULL.split == "test"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--seeds", "0"], "seeds=0"), (["--steps", "-3"], "steps=-3"), (["--scenes", "0"], "scenes=0")],
+)
+def test_bad_flags(tmp_path, flags, message, capsys):
+    assert main(["demo", "--output", str(tmp_path), *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,175 @@
+"""Recipes: every shipped one parses, overrides work, and bad ones get one clear line."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.data import digit_scenes
+from saccade.data.rows import write_jsonl
+from saccade.families import get_family
+from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
+from saccade.training.recipe import RECIPES
+from saccade.training.run import lora_config
+
+SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+TINY = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_shipped_recipes_parse_and_comment_every_line(path):
+    recipe = load_recipe(path)
+    assert recipe.trainer.output_dir
+    for line in path.read_text().splitlines():
+        assert not line.strip() or "#" in line, line
+
+
+def test_recipes_are_there():
+    assert {path.stem for path in SHIPPED} >= {"pretrain", "sft", "sft_lora", "prune_only", "all_tokens"}
+
+
+def test_overrides_are_typed():
+    recipe = load_recipe(
+        "tiny-digits/sft",
+        ["--learning_rate", "2e-4", "--prune-ratio=0.8", "--lora", "true", "--resume", "auto", "--seed", "7"],
+    )
+    assert recipe.trainer.learning_rate == 2e-4
+    assert recipe.trainer.prune_ratio == 0.8
+    assert recipe.options.lora is True
+    assert recipe.options.resume == "auto"
+    assert recipe.trainer.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--prune_ration", "0.8"], "unknown field 'prune_ration': did you mean 'prune_ratio'"),
+        (["--prune_ratio", "1.5"], r"prune_ratio=1.5 is outside \[0, 1\)"),
+        (["--prune_ratio", "much"], "prune_ratio='much' is a str, expected float"),
+        (["--learning_rate", "fast"], "learning_rate='fast'"),
+        (["--max_steps", "many"], "max_steps='many'"),
+        (["--lora", "3"], "lora=3 is a int, expected bool"),
+        (["--seed"], "--seed has no value"),
+        (["seed", "3"], "'seed' is no field"),
+        (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+        (["--resume", "/nowhere"], "resume='/nowhere' is no folder"),
+        (["--dataset", "/nowhere.jsonl"], "nowhere.jsonl' does not exist"),
+        (["--dataset_stage", "tune"], "tune"),
+        (["--dtype", "int4"], "dtype='int4'"),
+        (["--model", "/nowhere"], "model='/nowhere'"),
+        (["--model", "tiny", "--max_length", "64"], "max_length=64 cuts image tokens"),
+    ],
+)
+def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path, capsys):
+    import re
+
+    status = main(["train", "tiny-digits/sft", "--output_dir", str(tmp_path / "out"), "--model", "tiny", *overrides])
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2
+    assert printed.startswith("saccade: error: ")
+    assert re.search(message, printed), printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- a\n- b", "must be a mapping"), ("", "must be a mapping")],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SaccadeError, match=message):
+        load_recipe(path)
+    with pytest.raises(SaccadeError, match="tiny-digits/sft"):
+        load_recipe(tmp_path / "other.yaml")
+
+
+def test_train_on_a_users_own_json_lines(tmp_path, capsys):
+    data = write_jsonl(digit_scenes("sft", "train", 6), tmp_path / "data")
+    output = tmp_path / "out"
+    status = main(
+        ["train", "tiny-digits/sft", "--model", "tiny", "--dataset", str(data), "--output_dir", str(output), *TINY]
+    )
+    assert status == 0, capsys.readouterr().err
+    names = {path.name for path in output.iterdir()}
+    assert {"model.safetensors", "mode_isolator.safetensors", "dualspeed.json", "log.json"} <= names
+    assert json.loads((output / "log.json").read_text())["recipe"]["dataset"] == str(data)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not valid JSON"),
+        ('{"images": []}', "line 2 has no 'messages' list"),
+        ('{"messages": [{"role": "user", "content": "a"}], "images": ["b.png"]}', "line 2: image '.*b.png' does not"),
+        (
+            '{"messages": [{"role": "user", "content": "<image> <image> a"}], "images": ["a.png"]}',
+            r"line 2: messages has 2 <image> placeholder\(s\) but images has 1",
+        ),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, line, message):
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": ["a.png"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
+    with pytest.raises(SaccadeError, match=message):
+        load_rows(ModelOptions(dataset=str(tmp_path / "data.jsonl")))
+
+
+def test_lora_covers_the_decoder_and_nothing_else(model):
+    import re
+
+    config = lora_config(model, make_recipe({"lora": True, "use_cpu": True, "bf16": False}))
+    names = [name for name, _ in get_family(model).model.named_modules() if re.fullmatch(config.target_modules, name)]
+    assert len(names) == 7 * len(get_family(model).language_layers)
+    assert all("language_model" in name for name in names)
+
+
+def test_both_stages_with_lora_then_eval(tmp_path, capsys):
+    common = ["--dataset_rows", "16", *TINY]
+    assert main(["train", "tiny-digits/pretrain", "--output_dir", str(tmp_path / "one"), *common]) == 0
+    lora = ["train", "tiny-digits/sft_lora", "--model", str(tmp_path / "one"), "--output_dir", str(tmp_path / "two")]
+    assert main([*lora, *common]) == 0, capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "two"), "--num-samples", "20", "--batch-size", "10"]) == 0
+    results = json.loads((tmp_path / "two" / "eval.json").read_text())["results"]
+    assert [result["inference"] for result in results] == ["full", "pruned", "pruned_isolator"]
+    assert results[1]["mean_prompt_length"] < results[2]["mean_prompt_length"] < results[0]["mean_prompt_length"]
+    assert all(result["samples"] == 20 for result in results)
+
+
+def test_resume_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(tmp_path):
+    values = {
+        "dataset_rows": 16,
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "resume": "auto",
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+    }
+    train_recipe(make_recipe(values))
+    trainer = train_recipe(make_recipe({**values, "max_steps": 3}))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prune-ratio", "1"], r"prune_ratio=1.0 is outside"),
+        (["--inference", "half"], "inference='half' is unknown"),
+        (["--inference", "pruned_isolator"], "needs an isolator"),
+        (["--reducer", "best"], "divprune"),
+        (["--num-samples", "0"], "num_samples=0"),
+        (["--split", "exam"], "exam"),
+    ],
+)
+def test_bad_eval_flags(flags, message, capsys):
+    import re
+
+    assert main(["eval", "tiny", *flags]) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])

@@ -1,0 +1,164 @@
+"""Kill -9 between and inside checkpoints, a full disk, a resume that must not go on."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import losses, make_trainer
+from safetensors.torch import load_file
+
+from saccade import SaccadeError
+from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint
+from saccade.tiny import build_tiny_llava
+
+SCRIPT = Path(__file__).parent / "training_process.py"
+OPTIONS = {"slow_probability": 0.4, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+
+
+def run(output, expect=0, **options):
+    values = {**OPTIONS, "output_dir": str(output), **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), json.dumps(values)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+
+
+def steps(output):
+    """The last record of each step."""
+    lines = (output / "steps.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+def unbroken(request, tmp_path_factory):
+    output = tmp_path_factory.mktemp("unbroken")
+    run(output, lora=request.param)
+    return output, request.param
+
+
+@pytest.mark.parametrize("kill", [{"kill_at_step": 5}, {"kill_in_checkpoint": 6}], ids=["between", "inside"])
+def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
+    reference, lora = unbroken
+    run(tmp_path, expect=-signal.SIGKILL, lora=lora, **kill)
+    # Either way only the checkpoint of step 3 is whole; the one that was being written does not look like one.
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (tmp_path / PARTIAL_DIR).exists() == ("kill_in_checkpoint" in kill)
+    run(tmp_path, lora=lora, resume=True)
+    got, expected = steps(tmp_path), steps(reference)
+    assert list(got) == list(expected) == list(range(1, 9))
+    assert {entry["mode"] for entry in got.values()} == {"fast", "slow"}
+    for step, entry in expected.items():
+        assert got[step].pop("mode") == entry.pop("mode"), step
+        assert got[step] == pytest.approx(entry, rel=1e-6), step
+    assert not (tmp_path / PARTIAL_DIR).exists()
+    for name in ("adapter_model.safetensors" if lora else "model.safetensors", "mode_isolator.safetensors"):
+        final, whole = (load_file(folder / "final" / name) for folder in (tmp_path, reference))
+        assert final.keys() == whole.keys()
+        for key in whole:
+            torch.testing.assert_close(final[key], whole[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.fixture
+def interrupted(model, processor, tmp_path):
+    """A folder with a whole checkpoint of step 2."""
+    trainer = make_trainer(model, processor, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    return tmp_path
+
+
+def again(processor, output, **options):
+    return make_trainer(build_tiny_llava(processor, seed=1), processor, output, **{"max_steps": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_ratio": 0.8}, r"prune_ratio=0.8 \(checkpoint: 0.9\)"),
+        ({"slow_probability": 0.2, "seed": 4}, r"slow_probability=0.2 .*seed=4 \(checkpoint: 3\)"),
+        ({"reducer": "random"}, "reducer='random'"),
+        ({"positions": "original"}, "positions='original'"),
+    ],
+)
+def test_resume_with_other_options_is_refused(interrupted, processor, options, message):
+    with pytest.raises(SaccadeError, match=message):
+        again(processor, interrupted, **options).train(resume_from_checkpoint=True)
+
+
+def test_half_written_checkpoints_are_passed_over(interrupted, processor):
+    whole = interrupted / "checkpoint-2"
+    for number, missing in ((4, "trainer_state.json"), (6, "dualspeed.json")):
+        shutil.copytree(whole, interrupted / f"checkpoint-{number}")
+        (interrupted / f"checkpoint-{number}" / missing).unlink()
+    cut = interrupted / "checkpoint-8"
+    shutil.copytree(whole, cut)
+    (cut / "trainer_state.json").write_text('{"global_step": 8, "log')
+    assert newest_checkpoint(interrupted) == whole
+    with pytest.raises(SaccadeError, match="not a whole checkpoint"):
+        again(processor, interrupted).train(resume_from_checkpoint=str(cut))
+
+
+def test_resume_without_a_checkpoint(model, processor, tmp_path):
+    with pytest.raises(SaccadeError, match="holds no whole checkpoint"):
+        make_trainer(model, processor, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_weights_that_do_not_fit_are_an_error(interrupted, processor):
+    """The stock trainer warns about missing keys and trains on from whatever is in memory."""
+    from safetensors.torch import save_file
+
+    path = interrupted / "checkpoint-2" / "model.safetensors"
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SaccadeError, match=r"missing_keys.*q_proj"):
+        again(processor, interrupted).train(resume_from_checkpoint=True)
+
+
+def test_full_disk_keeps_the_last_checkpoint(processor, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        build_tiny_llava(processor, seed=0), processor, tmp_path, max_steps=6, save_strategy="steps", save_steps=2
+    )
+    write = trainer._save_optimizer_and_scheduler
+
+    def full(folder):
+        write(folder)
+        if trainer.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / PARTIAL_DIR).exists()
+    resumed = again(processor, tmp_path, max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert len(losses(resumed)) == 6
+
+
+def test_a_really_full_disk(processor, tmp_path):
+    """The same on a file system that holds one checkpoint but not two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        trainer = make_trainer(
+            build_tiny_llava(processor, seed=0), processor, disk, max_steps=6, save_strategy="steps", save_steps=2
+        )
+        with pytest.raises(OSError, match="No space left") as error:
+            trainer.train()
+        assert error.value.errno == errno.ENOSPC
+        assert newest_checkpoint(disk) == disk / "checkpoint-2"
+        assert not (disk / PARTIAL_DIR).exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,74 @@
+"""A training run in a process of its own, which can be told to kill itself: `python training_process.py JSON`.
+
+Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `kill_in_checkpoint` (kill -9
+in the middle of writing the checkpoint of that step), `lora`, and options of the config. Each step's mode and loss is
+appended to `steps.jsonl` in `output_dir` as it happens.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from helpers import make_trainer
+
+from saccade.tiny import build_tiny_llava, build_tiny_processor
+
+torch.set_num_threads(1)
+
+
+class Recorder(TrainerCallback):
+    """Writes each logged step at once, and kills the process where it was told to."""
+
+    def __init__(self, trainer, kill_at_step):
+        self.trainer, self.kill_at_step = trainer, kill_at_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs and args.process_index == 0:
+            entry = {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "grad_norm": logs["grad_norm"],
+                "mode": self.trainer.mode_of(state.global_step - 1),
+            }
+            with (Path(args.output_dir) / "steps.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(options: dict) -> None:
+    resume = options.pop("resume", None)
+    kill_at_step, kill_in_checkpoint = options.pop("kill_at_step", None), options.pop("kill_in_checkpoint", None)
+    lora = options.pop("lora", False)
+    processor = build_tiny_processor()
+    model = build_tiny_llava(processor, seed=0)
+    config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
+    output = Path(options.pop("output_dir"))
+    output.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(model, processor, output, peft_config=config if lora else None, **options)
+    trainer.add_callback(Recorder(trainer, kill_at_step))
+    if kill_in_checkpoint is not None:
+        write = trainer._save_rng_state
+
+        def killed(folder):
+            if trainer.state.global_step == kill_in_checkpoint:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(folder)
+
+        trainer._save_rng_state = killed
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(output / "final"))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
