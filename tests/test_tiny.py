@@ -16,8 +16,8 @@ from saccade.tiny.text import IGNORED, conversation, score_text, text_batch
 from saccade.tiny.tower import probe_tower
 
 # What the weights must reach on validation digits and held-out text; docs/digit-scenes.md has what they do reach.
-TOWER_THRESHOLDS = {"digit_accuracy": 0.95, "distractor_accuracy": 0.95, "position_r2": 0.9, "cls_presence": 0.9}
-TEXT_THRESHOLD = 0.95
+TOWER_THRESHOLDS = {"digit_accuracy": 0.95, "distractor_accuracy": 0.95, "position_r2": 0.85, "cls_presence": 0.95}
+TEXT_THRESHOLD = 0.9
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ import torch
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.tiny.model import build_tiny_llava, build_tiny_processor, save_tiny
-from saccade.tiny.text import score_text, train_text
+from saccade.tiny.text import factor_embeddings, score_text, train_text
 from saccade.tiny.tower import probe_tower, train_tower
 
-TOWER_STEPS, TEXT_STEPS = 2500, 2500
+TOWER_STEPS, TEXT_STEPS = 1600, 2700
+# Share of the text steps and peak learning rate of each cycle.
+TEXT_CYCLES = ((2 / 3, 2e-3), (1 / 3, 1.5e-3))
 
 
 def pretrain(output: str | os.PathLike, tower_steps: int, text_steps: int, seed: int = 0) -> dict:
@@ -40,7 +42,10 @@ def pretrain(output: str | os.PathLike, tower_steps: int, text_steps: int, seed:
     processor = build_tiny_processor()
     model = build_tiny_llava(processor, seed=seed)
     train_tower(model.model.vision_tower, processor, tower_steps, seed, log=_log)
-    train_text(model, processor.tokenizer, text_steps, seed, log=_log)
+    factor_embeddings(model, processor.tokenizer, seed)
+    for cycle, (share, peak) in enumerate(TEXT_CYCLES):
+        steps = max(1, round(share * text_steps))
+        train_text(model, processor.tokenizer, steps, seed + cycle, learning_rate=peak, log=_log)
     report = {
         "tower": probe_tower(model.model.vision_tower, processor),
         "text": score_text(model, processor.tokenizer),

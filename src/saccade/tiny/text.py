@@ -74,7 +74,7 @@ def conversation(rng: random.Random, kind: str | None = None) -> Conversation:
         words, digits = text_world(rng, number)
         if kind is None:
             turns = ask_several(digits, rng, TURNS)
-            if rng.random() < 0.4:
+            if rng.random() < 0.2:
                 turns.append(("caption", caption(digits)))
         elif kind == "caption":
             turns = [(kind, caption(digits))]
@@ -125,12 +125,11 @@ def train_text(
     steps: int,
     seed: int = 0,
     learning_rate: float = 2e-3,
-    batch_size: int = 32,
+    batch_size: int = 48,
     log: Callable[[str], None] = print,
 ) -> None:
     """Train the language model and its head in place on text worlds; tower and projector are not touched."""
     rng = random.Random(f"text/{seed}")
-    _factor_embeddings(model, tokenizer, seed)
     parameters = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -165,8 +164,8 @@ def score_text(
 
 
 @torch.no_grad()
-def _factor_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Start each patch word as content + place, so that a projector finds one simple map to all of them."""
+def factor_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Set each patch word's embedding to content + place, so that a projector finds one simple map to all of them."""
     table = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
     parts = torch.randn(len(CONTENTS) + len(PLACE_CODES), table.shape[1], generator=generator) * 0.02
