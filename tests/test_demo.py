@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -74,10 +75,9 @@ def test_going_on_takes_finished_runs_as_they_are(output, capsys):
     assert accuracies == [run["accuracy_full"] for run in json.loads(before)["runs"]]
 
 
-def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONWARNINGS", "error")  # ends the worker at its first warning
-    with pytest.raises(SaccadeError, match=r"the run all_tokens-compact-seed0 ended with status .* \(see .*log.txt\)"):
-        run_demo(tmp_path, settings=SMALL)
+def test_a_run_that_fails_is_named(tmp_path):
+    with pytest.raises(SaccadeError, match=r"the run all_tokens-compact-seed0 ended with status 1: .*'nope'.*log.txt"):
+        run_demo(tmp_path, settings=replace(SMALL, reducer="nope"))
 
 
 def test_plan_of_the_full_demo():

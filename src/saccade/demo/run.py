@@ -63,7 +63,7 @@ def run_demo(
     report = write_report(results, output, command=_command())
     write_pictures(report, results, output)
     show(report, console)
-    console.print(f"\nWritten to {output}: report.json, accuracy_over_time.png, kept_tokens.png, loss.png")
+    console.print(f"\nWritten to {output}: report.json, table.md, accuracy_over_time.png, kept_tokens.png, loss.png")
     return report
 
 

@@ -10,7 +10,7 @@ from saccade.data import digit_scenes
 from saccade.demo.plan import MAIN_METHODS, METHODS, RunSpec
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
-from saccade.files import write_json_atomically
+from saccade.files import write_json_atomically, write_text_atomically
 from saccade.pruning import reduce
 from saccade.reducers import get_reducer
 from saccade.report.environment import environment
@@ -151,8 +151,10 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def write_pictures(report: dict[str, Any], results: list[dict[str, Any]], output: Path) -> None:
-    """Draw accuracy over time, the loss by mode, and a scene with the tokens that were kept."""
-    plot_accuracy_over_time(report["runs"] + report["ablation"], output / "accuracy_over_time.png")
+    """Write the table as Markdown; draw accuracy over time, the loss by mode, and a scene with its kept tokens."""
+    write_text_atomically(output / "table.md", markdown(report))
+    drawn = [{**row, "speedup": None} if row["method"] == "all_tokens" else row for row in report["runs"]]
+    plot_accuracy_over_time(drawn + report["ablation"], output / "accuracy_over_time.png")
     chosen = next(result for result in results if result["spec"]["method"] == "dualspeed")
     plot_loss_by_mode(chosen["stages"]["sft"]["log_history"], output / "loss.png")
     spec = RunSpec.from_json(chosen["spec"])
