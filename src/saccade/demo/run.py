@@ -17,8 +17,8 @@ from saccade.demo.worker import RESULT_FILE, SPEC_FILE
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 
-QUICK = DemoSettings(pretrain_steps=100, sft_steps=600)
-FULL = DemoSettings(pretrain_steps=100, sft_steps=600)
+QUICK = DemoSettings(pretrain_steps=80, sft_steps=350)
+FULL = DemoSettings(pretrain_steps=100, sft_steps=500, test_scenes=2000)
 
 
 def run_demo(

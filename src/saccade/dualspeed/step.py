@@ -43,6 +43,17 @@ class StepOutput:
 
 
 @dataclass
+class _Sums:
+    """Sums over the label tokens of a micro-batch, with gradient, and what they took."""
+
+    cross_entropy: Tensor
+    tokens_in: Tensor
+    kl: Tensor | None = None
+    tokens_teacher: Tensor | None = None
+    teacher_seconds: float = 0.0
+
+
+@dataclass
 class DualSpeedStep:
     """The loss of one micro-batch in either mode.
 
@@ -79,50 +90,48 @@ class DualSpeedStep:
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
-        has_images = self.family.has_images(inputs)
-        encoded = self.family.encode(inputs) if has_images else None
-        if encoded is not None:
-            rows = encoded.context.shape[0]
-            encoded.context.seed = torch.arange(rows, device=labels.device) + row_seed
         text = self.family.without_vision(inputs)
-        kl, tokens_teacher, teacher_seconds = None, None, 0.0
-        if encoded is None:
-            hidden = self.family.hidden_states(**text)
-            rows, targets = label_rows(hidden, labels)
-            ce, tokens_in = cross_entropy_sum(rows, targets, self.family.logits), inputs["attention_mask"].sum()
-        elif mode == "fast":
-            short = self._shorten(encoded, text, labels)
-            rows, targets = label_rows(self.family.hidden_states(**short.inputs), short.labels)
-            ce, tokens_in = cross_entropy_sum(rows, targets, self.family.logits), short.inputs["attention_mask"].sum()
+        if self.family.has_images(inputs):
+            encoded = self.family.encode(inputs)
+            encoded.context.seed = torch.arange(encoded.context.shape[0], device=labels.device) + row_seed
+            sums = (self._fast if mode == "fast" else self._slow)(encoded, text, labels)
         else:
-            teacher_rows = None
-            if self.distill_weight:
-                started = _now(labels.device)
-                teacher_rows, tokens_teacher = self._teacher_rows(encoded, text, labels)
-                teacher_seconds = _now(labels.device) - started
-            hidden = self.family.hidden_states(**text, mm_encoder_outputs=encoded.outputs)
-            rows, targets = label_rows(hidden, labels)
-            tokens_in = inputs["attention_mask"].sum()
-            if teacher_rows is None:
-                ce = cross_entropy_sum(rows, targets, self.family.logits)
-            else:
-                ce, kl = cross_entropy_and_kl_sum(
-                    rows, teacher_rows, targets, self.family.logits, self.distill_temperature
-                )
-        loss = ce if kl is None else ce + self.distill_weight * kl
+            # Without images the two sequences are the same, and a teacher would have nothing to teach.
+            encoded, sums = None, self._plain(text, labels)
+        loss = sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
         if self.isolator is not None and (encoded is None or mode == "slow"):
             # Engines need a gradient for every parameter: DDP fails without one, ZeRO-3 applies the previous step's.
             loss = loss + 0 * self.isolator().sum()
         return StepOutput(
             loss=loss / normaliser,
-            cross_entropy=ce.detach() / normaliser,
-            kl=None if kl is None else kl.detach() / normaliser,
+            cross_entropy=sums.cross_entropy.detach() / normaliser,
+            kl=None if sums.kl is None else sums.kl.detach() / normaliser,
             tokens_full=inputs["attention_mask"].sum(),
-            tokens_in=tokens_in,
-            tokens_teacher=tokens_teacher,
+            tokens_in=sums.tokens_in,
+            tokens_teacher=sums.tokens_teacher,
             samples=labels.shape[0],
-            teacher_seconds=teacher_seconds,
+            teacher_seconds=sums.teacher_seconds,
         )
+
+    def _plain(self, inputs: Mapping[str, Any], labels: Tensor) -> _Sums:
+        """Cross-entropy of one pass over `inputs`, whatever sequence they hold."""
+        rows, targets = label_rows(self.family.hidden_states(**inputs), labels)
+        return _Sums(cross_entropy_sum(rows, targets, self.family.logits), inputs["attention_mask"].sum())
+
+    def _fast(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
+        short = self._shorten(encoded, text, labels)
+        return self._plain(short.inputs, short.labels)
+
+    def _slow(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
+        full = {**text, "mm_encoder_outputs": encoded.outputs}
+        if not self.distill_weight:
+            return self._plain(full, labels)
+        started = _now(labels.device)
+        teacher_rows, tokens_teacher = self._teacher_rows(encoded, text, labels)
+        teacher_seconds = _now(labels.device) - started
+        rows, targets = label_rows(self.family.hidden_states(**full), labels)
+        ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
+        return _Sums(ce, text["attention_mask"].sum(), kl, tokens_teacher, teacher_seconds)
 
     def _shorten(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> Shortened:
         return shorten(
