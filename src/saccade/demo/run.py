@@ -82,7 +82,11 @@ def _run_or_reuse(spec: RunSpec, folder: Path, progress: Progress, whole: Any) -
         _run(spec, folder, progress, task, whole)
     finally:
         progress.remove_task(task)
-    return json.loads(result.read_text())
+    found = json.loads(result.read_text())
+    seconds = sum(stage["seconds"] for stage in found["stages"].values())
+    accuracy = found["evaluations"]["full"]["accuracy"]
+    progress.console.print(f"{spec.name}: trained in {seconds:.0f} s, accuracy {100 * accuracy:.1f} %")
+    return found
 
 
 def _run(spec: RunSpec, folder: Path, progress: Progress, task: Any, whole: Any) -> None:
