@@ -52,9 +52,18 @@ class Family(ABC):
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`."""
 
+    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = frozenset()) -> Encoded:
+        """Run the vision tower and the projector once over the batch's images.
+
+        Args:
+            inputs: processor outputs.
+            needs: the fields of `VisualContext` that a reducer asks for beyond the features.
+        """
+        return self._encode(inputs)
+
     @abstractmethod
-    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
-        """Run the vision tower and the projector once over the batch's images."""
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        """What `encode` does, less collecting what a reducer needs: that is done by hooks around this."""
 
     @abstractmethod
     def wrap_features(self, features: Sequence[Tensor]) -> dict[str, ModelOutput]:

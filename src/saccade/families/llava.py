@@ -21,7 +21,7 @@ class LlavaFamily(Family):
     def placeholder_id(self) -> int:
         return self.model.config.image_token_id
 
-    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         config = self.model.config
         outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         features = torch.stack(tuple(outputs.pooler_output))  # (R, N, D)
