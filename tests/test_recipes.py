@@ -97,6 +97,19 @@ def test_train_on_a_users_own_json_lines(tmp_path, capsys):
     assert json.loads((output / "log.json").read_text())["recipe"]["dataset"] == str(data)
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_truncated_image_ends_the_run_in_one_line(tmp_path, capsys, workers):
+    data = write_jsonl(digit_scenes("sft", "train", 6, kinds=["read"]), tmp_path / "data")
+    for image in sorted((tmp_path / "data" / "images").iterdir())[2:]:
+        image.write_bytes(image.read_bytes()[:-3000])
+    flags = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", workers, *TINY]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", *flags]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("saccade: error: image '")
+    assert "cannot be decoded" in printed
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -15,6 +15,7 @@ from helpers import losses, make_trainer
 from safetensors.torch import load_file
 
 from saccade import SaccadeError
+from saccade.cli.main import main
 from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint
 from saccade.tiny import build_tiny_llava
 
@@ -144,21 +145,33 @@ def test_full_disk_keeps_the_last_checkpoint(processor, tmp_path, monkeypatch):
     assert len(losses(resumed)) == 6
 
 
-def test_a_really_full_disk(processor, tmp_path):
-    """The same on a file system that holds one checkpoint but not two."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 9 MB, which holds one checkpoint of the tiny model but not two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        trainer = make_trainer(
-            build_tiny_llava(processor, seed=0), processor, disk, max_steps=6, save_strategy="steps", save_steps=2
-        )
-        with pytest.raises(OSError, match="No space left") as error:
-            trainer.train()
-        assert error.value.errno == errno.ENOSPC
-        assert newest_checkpoint(disk) == disk / "checkpoint-2"
-        assert not (disk / PARTIAL_DIR).exists()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_really_full_disk(processor, small_disk):
+    trainer = make_trainer(
+        build_tiny_llava(processor, seed=0), processor, small_disk, max_steps=6, save_strategy="steps", save_steps=2
+    )
+    with pytest.raises(OSError, match="No space left") as error:
+        trainer.train()
+    assert error.value.errno == errno.ENOSPC
+    assert newest_checkpoint(small_disk) == small_disk / "checkpoint-2"
+    assert not (small_disk / PARTIAL_DIR).exists()
+
+
+def test_a_full_disk_is_one_line_on_the_command_line(small_disk, capsys):
+    flags = ["--max_steps", "4", "--save_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    options = ["--model", "tiny", "--output_dir", str(small_disk), "--dataset_rows", "16", *flags]
+    assert main(["train", "tiny-digits/sft", *options]) == 1
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("saccade: error: no space left on the disk")
+    assert newest_checkpoint(small_disk) == small_disk / "checkpoint-1"

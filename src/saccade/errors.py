@@ -6,3 +6,9 @@ class SaccadeError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        # A data-loader worker hands its errors on with the whole traceback as the message.
+        if message.startswith("Caught SaccadeError in DataLoader worker"):
+            message = message.rpartition("SaccadeError: ")[2].strip()
+        super().__init__(message)
