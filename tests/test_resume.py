@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import losses, make_trainer
+from helpers import losses, make_config, make_trainer
 from safetensors.torch import load_file
 
-from saccade import SaccadeError
+from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
+from saccade.data import digit_scenes
 from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint
+from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
 SCRIPT = Path(__file__).parent / "training_process.py"
@@ -104,6 +106,48 @@ def test_half_written_checkpoints_are_passed_over(interrupted, processor):
     assert newest_checkpoint(interrupted) == whole
     with pytest.raises(SaccadeError, match="not a whole checkpoint"):
         again(processor, interrupted).train(resume_from_checkpoint=str(cut))
+
+
+def test_the_best_model_comes_back_at_the_end(processor, tmp_path):
+    """With stock loading its weights would match no key, and the last ones would stay."""
+    trainer = DualSpeedTrainer(
+        build_tiny_llava(processor, seed=0),
+        args=make_config(
+            tmp_path,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="step_number",
+            greater_is_better=False,
+            save_total_limit=2,
+        ),
+        train_dataset=digit_scenes("sft", "train", 16),
+        eval_dataset=digit_scenes("sft", "validation", 4),
+        processing_class=processor,
+    )
+    evaluate = trainer.evaluate
+
+    def numbered(*args, **kwargs):
+        metrics = evaluate(*args, **kwargs)
+        # Step 2 is the best by decree.
+        metrics["eval_step_number"] = abs(trainer.state.global_step - 2)
+        return metrics
+
+    trainer.evaluate = numbered
+    trainer.train()
+    best = tmp_path / "checkpoint-2"
+    assert trainer.state.best_model_checkpoint == str(best)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+    saved = type(trainer.model).from_pretrained(best).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        if name in saved:
+            assert torch.equal(value, saved[name]), name
+    assert torch.equal(trainer.isolator.weight, ModeIsolator.load(best).weight)
 
 
 def test_resume_without_a_checkpoint(model, processor, tmp_path):

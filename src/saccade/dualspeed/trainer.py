@@ -241,6 +241,12 @@ class DualSpeedTrainer(SFTTrainer):
         if self.isolator is not None:
             self._copy_isolator(ModeIsolator.load(checkpoint))
 
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
         if self.model is not self.family.model:
