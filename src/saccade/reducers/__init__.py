@@ -1,19 +1,33 @@
 """Visual-token reducers, one file a method: which tokens of an image stay, and what the rest is merged into."""
 
 from saccade.reducers.avgpool import AveragePool
+from saccade.reducers.cdpruner import CDPruner
 from saccade.reducers.divprune import DivPrune
+from saccade.reducers.dpp import Determinantal
+from saccade.reducers.fastervlm import FasterVLM
 from saccade.reducers.none import KeepAll
+from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
 from saccade.reducers.registry import Reducer, get_reducer, list_reducers, register_reducer
+from saccade.reducers.tome import TokenMerging
 from saccade.reducers.uniform import UniformGrid
+from saccade.reducers.visionzip import VisionZip
+from saccade.reducers.vispruner import VisPruner
 
 __all__ = [
     "AveragePool",
+    "CDPruner",
+    "Determinantal",
     "DivPrune",
+    "FasterVLM",
     "KeepAll",
+    "PruMerge",
     "RandomSubset",
     "Reducer",
+    "TokenMerging",
     "UniformGrid",
+    "VisPruner",
+    "VisionZip",
     "get_reducer",
     "list_reducers",
     "register_reducer",

@@ -83,3 +83,36 @@ def unit_vectors(x: Tensor) -> Tensor:
     largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
     x = x / largest.clamp(min=torch.finfo(torch.float32).tiny)
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
+
+
+def best_first(score: Tensor, context: VisualContext) -> Tensor:
+    """Token numbers by falling `score` `(B, N)`, equals in raster order, padding last: long `(B, N)`.
+
+    Stable, where `topk` is not: of equal tokens the first stays, wherever the padding lies.
+    """
+    # A score of -inf on a real token must still come before padding, and NaN sorts before everything.
+    score = score.nan_to_num(nan=torch.finfo(score.dtype).min, neginf=torch.finfo(score.dtype).min)
+    if not context.dense:
+        score = score.masked_fill(~context.valid, -torch.inf)
+    return score.sort(dim=1, descending=True, stable=True).indices
+
+
+def chosen_mask(candidates: Tensor, counts: Tensor | int, tokens: int) -> Tensor:
+    """bool `(B, N)`, true on each row's first `counts` (an int or long `(B,)`) of `candidates` `(B, K)`."""
+    place = torch.arange(candidates.shape[1], device=candidates.device)
+    first = place < (counts.unsqueeze(1) if isinstance(counts, Tensor) else counts)
+    mask = torch.zeros(candidates.shape[0], tokens, dtype=torch.bool, device=candidates.device)
+    return mask.scatter(1, candidates, first.expand_as(candidates))
+
+
+def mask_to_index(mask: Tensor, width: int, uniform: bool) -> Tensor:
+    """The true columns of `mask` `(B, N)`, ascending, -1 behind them: long `(B, width)`.
+
+    Args:
+        mask: with at most `width` true entries a row.
+        uniform: whether every row is known to have exactly `width`.
+    """
+    tokens = mask.shape[1]
+    columns = torch.arange(tokens, device=mask.device)
+    index = torch.where(mask, columns, tokens).sort(dim=1).values[:, :width]
+    return index if uniform else index.masked_fill(index == tokens, -1)

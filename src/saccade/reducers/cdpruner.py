@@ -1,0 +1,70 @@
+"""CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): diverse tokens that fit the user's words."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import row_budget
+from saccade.reducers.determinantal import greedy_map
+from saccade.reducers.registry import register_reducer
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("cdpruner")
+@dataclass(frozen=True)
+class CDPruner:
+    """Keeps diverse tokens that are relevant to the user's words: greedy max of det(diag(q) S diag(q)) over the kept.
+
+    S is the matrix of cosine similarities of the features and q the relevance, scaled to [0, 1] by its minimum and
+    maximum **over the valid tokens of each row**; over the batch, as in the published code, a row's choice would
+    depend on its batch mates. Where relevance is the same everywhere, as with an empty text, q = 1 and this is `dpp`.
+
+    `context.relevance` is larger for what is more relevant; the sign belongs to whoever computes it. From a CLIP text
+    tower it is **minus** the cosine of patch and text, whose sign is inverted in CLIP models; from the language
+    model's input embeddings it is **plus** the cosine. `saccade.families.relevance` does both, from user turns only.
+
+    Args:
+        theta: in [0, 1), the weight of relevance: q becomes exp(alpha q) with alpha = theta / (2 (1 - theta)), so 0 is
+            `dpp`. None takes q as it is, as published.
+        text_tower: folder of a `CLIPModel` whose vision tower is the model's, with its tokenizer. None takes the
+            language model's input embeddings.
+        tokenizer: folder of the language model's tokenizer, to turn ids back into words for the text tower. None
+            takes the folder that the model was loaded from.
+    """
+
+    theta: float | None = None
+    text_tower: str | None = None
+    tokenizer: str | None = None
+    needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.theta, (int, float)) and not isinstance(self.theta, bool)
+        if self.theta is not None and not (number and 0 <= self.theta < 1):
+            raise SaccadeError(f"reducer 'cdpruner': theta={self.theta!r} is outside [0, 1)")
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K^2 N) a row."""
+        quality = scale_per_row(context.relevance.float().double(), context)
+        if self.theta is not None:
+            # exp(alpha q) over its largest value: a common factor of the kernel changes no choice.
+            quality = torch.exp((quality - 1) * (self.theta / (2 * (1 - self.theta))))
+        return greedy_map(context, row_budget(context, keep), quality)
+
+
+def scale_per_row(values: Tensor, context: VisualContext) -> Tensor:
+    """`values` `(B, N)` scaled to [0, 1] over each row's valid tokens; 1 where they are all equal, and on padding."""
+    if values.numel() == 0:
+        return values
+    low, high = values, values
+    if not context.dense:
+        low = values.masked_fill(~context.valid, math.inf)
+        high = values.masked_fill(~context.valid, -math.inf)
+    low, high = low.amin(dim=1, keepdim=True), high.amax(dim=1, keepdim=True)
+    span = high - low
+    scaled = torch.where(span > 0, (values - low) / span, 1.0)
+    return scaled if context.dense else scaled.masked_fill(~context.valid, 1.0)

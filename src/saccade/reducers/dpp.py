@@ -1,0 +1,29 @@
+"""DPP: the most diverse subset in the sense of a determinantal point process; CDPruner without its text."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.reducers.common import row_budget
+from saccade.reducers.determinantal import greedy_map
+from saccade.reducers.registry import register_reducer
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("dpp")
+@dataclass(frozen=True)
+class Determinantal:
+    """Keeps the tokens whose unit vectors span the largest volume: greedy max of det S over the kept tokens.
+
+    S is the matrix of cosine similarities (CDPruner's kernel, arXiv 2506.10967, with every relevance equal to 1).
+    Where the features have fewer dimensions than there are tokens to keep, the rest are the first in raster order.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K^2 N) a row."""
+        return greedy_map(context, row_budget(context, keep), quality=None)

@@ -1,0 +1,84 @@
+"""LLaVA-PruMerge (Shang et al., ICCV 2025) at a fixed ratio: salient tokens, each joined by the tokens like it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import best_first, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import cosine_to, tie_terms
+from saccade.reducers.visionzip import evenly_spread
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("prumerge")
+@dataclass(frozen=True)
+class PruMerge:
+    """Keeps the most salient tokens and adds to each its nearest others, weighted by their saliency a.
+
+    A kept token c becomes x_c + sum of a_j x_j over the `neighbours` tokens j != c whose keys have the highest cosine
+    with its own, kept ones included; the weights are not normalised, as published. One more token holds what was
+    pruned: sum of a_j x_j over all of it. It counts in the budget and stands at the place of the most salient pruned
+    token; a budget of one, or of all tokens, has none.
+
+    The number of tokens is the budget's. The published adaptive number is a count of outliers over the whole batch,
+    which makes a row depend on its batch mates. Saliency and keys are those of the block that the features come from,
+    averaged over heads, where the published code takes the last block and all heads as one. The output is in raster
+    order, where the published one is in order of attention.
+
+    Args:
+        plus: PruMerge+: half of the kept tokens by saliency, the others evenly spread over the remaining ones.
+        neighbours: tokens added to each kept one.
+    """
+
+    plus: bool = False
+    neighbours: int = 32
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plus, bool):
+            raise SaccadeError(f"reducer 'prumerge': plus={self.plus!r} is neither true nor false")
+        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
+            raise SaccadeError(f"reducer 'prumerge': neighbours={self.neighbours!r} is not a whole number from 0 on")
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) a row."""
+        budget = row_budget(context, keep)
+        tokens = context.shape[1]
+        saliency = context.saliency.float()
+        order = best_first(saliency, context)
+        rest_token = (budget.counts > 1) & (budget.counts < budget.available)
+        centres = budget.counts - rest_token.long()
+        by_saliency = centres - centres // 2 if self.plus else centres
+        kept = chosen_mask(order, by_saliency, tokens)
+        if self.plus:
+            kept = kept | evenly_spread(context.valid & ~kept, centres - by_saliency)
+        pruned = context.valid & ~kept
+        # The pruned tokens in order of saliency: the first of them stands for all.
+        pruned_first = best_first(saliency.masked_fill(~pruned, -torch.inf), context)[:, :1]
+        extra = chosen_mask(pruned_first, rest_token.long(), tokens)
+        index = mask_to_index(kept | extra, budget.width, budget.uniform)
+
+        similarity = cosine_to(context.keys, index, context) - tie_terms(tokens, _device(index))  # (B, K, N)
+        device = similarity.device
+        own, pruned, extra, valid = (value.to(device) for value in (index, pruned, extra, context.valid))
+        amount = saliency.to(device).masked_fill(~valid, 0).unsqueeze(1)  # (B, 1, N)
+        itself = torch.arange(tokens, device=device) == own.unsqueeze(2)
+        similarity = similarity.masked_fill(itself | ~valid.unsqueeze(1), -torch.inf)
+        nearest = similarity.topk(min(self.neighbours, max(tokens - 1, 0)), dim=2).indices
+        near = torch.zeros_like(similarity, dtype=torch.bool).scatter_(2, nearest, True) & (similarity > -torch.inf)
+        weight = near * amount + itself
+        if tokens:
+            is_extra = (extra.gather(1, own.clamp(min=0)) & (own >= 0)).unsqueeze(2)
+            weight = torch.where(is_extra, amount * pruned.unsqueeze(1), weight)
+        weight = weight.masked_fill((own < 0).unsqueeze(2), 0)
+        return Reduction(index, weight.float().to(index.device), dense=budget.uniform)
+
+
+def _device(index: Tensor) -> torch.device:
+    """Where similarities are computed: MPS has no float64."""
+    return torch.device("cpu") if index.device.type == "mps" else index.device

@@ -1,0 +1,83 @@
+"""Cosine similarities of the tokens of a row, and how ties among them are broken.
+
+Every method that compares tokens uses these, so that none lets a row's batch mates, its padding or a device's order of
+summation decide between tokens that are equally good.
+"""
+
+import torch
+from torch import Tensor
+
+from saccade.reducers.common import unit_vectors
+from saccade.tokens import VisualContext
+
+TIE = 2.0**-44
+"""How much a score gives way to that of the previous token in raster order: above the rounding errors of float64
+cosines (about 1e-15), below the resolution of float32 for up to a million tokens (2**20 * TIE)."""
+CHUNK_ELEMENTS = 2**25
+
+
+def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
+    """Cosine similarity of each pair of a row's tokens: float64 `(B, N, N)`.
+
+    A zero token, like padding, has similarity 0 with every token, itself included.
+
+    The order in which a float32 matrix product sums depends on the shapes, and whether it may round to TF32 on global
+    flags; on ties either would let a row's batch mates decide. Hence float64: what equals a similarity exactly comes
+    out within far less than `TIE` of it.
+
+    Args:
+        x: `(B, N, D)`, any dtype; values on padding do not matter.
+        context: says what is padding.
+        precision: "float64" or "float32", of the product.
+    """
+    similarity = inner_products(x, context, precision)
+    # The diagonal holds the squared lengths, so nothing of width D needs a second pass.
+    length = similarity.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=torch.finfo(torch.float64).tiny)
+    return similarity.div_(length.unsqueeze(1)).div_(length.unsqueeze(2))
+
+
+def inner_products(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
+    """Inner product of each pair of a row's tokens, 0 with padding: float64 `(B, N, N)`.
+
+    With the precision "float32", of the unit vectors: squares leave its range.
+    """
+    rows, tokens, width = x.shape
+    if not context.dense:
+        x = x.masked_fill(~context.valid.unsqueeze(2), 0)
+    if x.device.type == "mps":  # has no float64
+        x = x.cpu()
+    similarity = torch.empty(rows, tokens, tokens, dtype=torch.float64, device=x.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, tokens * width))
+    for start in range(0, rows, step):
+        chunk = x[start : start + step]
+        if precision == "float64":
+            chunk = chunk.to(torch.float64)
+            torch.bmm(chunk, chunk.transpose(1, 2), out=similarity[start : start + step])
+            continue
+        with torch.autocast(chunk.device.type, enabled=False):
+            chunk = unit_vectors(chunk)
+            similarity[start : start + step] = torch.bmm(chunk, chunk.transpose(1, 2))
+    return similarity
+
+
+def cosine_to(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
+    """The rows `index` (long `(B, K)`, -1 on padding) of `cosine_similarity(x, context)`: float64 `(B, K, N)`."""
+    rows, tokens, width = x.shape
+    if not context.dense:
+        x = x.masked_fill(~context.valid.unsqueeze(2), 0)
+    if x.device.type == "mps":
+        x, index = x.cpu(), index.cpu()
+    similarity = torch.empty(rows, index.shape[1], tokens, dtype=torch.float64, device=x.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, tokens * width))
+    for start in range(0, rows, step):
+        unit = x[start : start + step].to(torch.float64)
+        length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+        unit = unit / length.clamp(min=torch.finfo(torch.float64).tiny)
+        picked = unit.gather(1, index[start : start + step].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
+        torch.bmm(picked, unit.transpose(1, 2), out=similarity[start : start + step])
+    return similarity
+
+
+def tie_terms(tokens: int, device: torch.device) -> Tensor:
+    """`TIE` times the token's number, float64 `(N,)`: subtracted from a score, it makes the first of equals win."""
+    return torch.arange(tokens, dtype=torch.float64, device=device) * TIE

@@ -1,0 +1,78 @@
+"""VisionZip (Yang et al., CVPR 2025): salient tokens stay, the rest is merged into a few evenly spread ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import best_first, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import TIE, cosine_to
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("visionzip")
+@dataclass(frozen=True)
+class VisionZip:
+    """Keeps the most salient tokens and merges each other one into one of a few targets among them.
+
+    Of k tokens, k - c are *dominant*: those of highest encoder attention (mean over heads; the published sum ranks the
+    same). Of the R others, in raster order, every floor(R / c)-th is a *contextual* target, and each remaining one is
+    assigned to the target whose head-mean key has the highest cosine with its own. A target becomes
+    x_target + mean of the assigned x: it **adds**, as published, so the norm of a contextual token about doubles.
+
+    Two things differ from the published code: it keeps the class token as a dominant one, which LLaVA's language model
+    has never seen and which has no place in the raster, so all dominant tokens are patches here; and it appends the
+    contextual tokens at the end, where here every token stands at its own place in raster order.
+
+    Args:
+        contextual: share of the kept tokens that are contextual, in [0, 1); at least one token is dominant. 10 of 64
+            as published.
+    """
+
+    contextual: float = 10 / 64
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.contextual, (int, float)) and not isinstance(self.contextual, bool)
+        if not number or not 0 <= self.contextual < 1:
+            raise SaccadeError(f"reducer 'visionzip': contextual={self.contextual!r} is outside [0, 1)")
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N Dk) a row."""
+        budget = row_budget(context, keep)
+        tokens = context.shape[1]
+        contextual = (budget.counts.double() * self.contextual + 0.5).long()
+        contextual = torch.minimum(contextual, (budget.counts - 1).clamp(min=0))
+        order = best_first(context.saliency.float(), context)[:, : budget.width]
+        dominant = chosen_mask(order, budget.counts - contextual, tokens)
+        rest = context.valid & ~dominant
+        target = evenly_spread(rest, contextual)
+        index = mask_to_index(dominant | target, budget.width, budget.uniform)
+
+        similarity = cosine_to(context.keys, index, context)  # (B, K, N)
+        target, rest, own = (value.to(similarity.device) for value in (target, rest, index))
+        is_target = target.gather(1, own.clamp(min=0)) & (own >= 0) if tokens else own >= 0
+        place = torch.arange(budget.width, device=similarity.device).unsqueeze(1)
+        similarity = (similarity - place * TIE).masked_fill(~is_target.unsqueeze(2), -torch.inf)
+        assigned = torch.zeros_like(similarity, dtype=torch.bool)
+        if budget.width:
+            best = similarity.argmax(dim=1, keepdim=True)
+            merged = rest & ~target & is_target.any(dim=1, keepdim=True)
+            assigned.scatter_(1, best, merged.unsqueeze(1))
+        share = assigned.sum(dim=2, keepdim=True).clamp(min=1)
+        itself = torch.arange(tokens, device=similarity.device) == own.unsqueeze(2)
+        weight = (assigned.float() / share + itself).to(index.device)
+        return Reduction(index, weight, dense=budget.uniform)
+
+
+def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:
+    """`counts` long `(B,)` of each row's R candidates `(B, N)`, every floor(R / count)-th from the first: bool."""
+    counts = counts.unsqueeze(1)
+    available = candidates.sum(dim=1, keepdim=True)
+    stride = (available // counts.clamp(min=1)).clamp(min=1)
+    rank = candidates.cumsum(dim=1) - 1
+    return candidates & (rank % stride == 0) & (rank // stride < counts)

@@ -1,0 +1,89 @@
+"""VisPruner (Zhang et al., ICCV 2025): half of the tokens by saliency, half by being no duplicate of another."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import best_first, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import cosine_similarity, tie_terms
+from saccade.tokens import Reduction, VisualContext
+
+DROPPED_A_ROUND = 8
+
+
+@register_reducer("vispruner")
+@dataclass(frozen=True)
+class VisPruner:
+    """Keeps the most salient tokens and, of the others, those left when near duplicates are dropped again and again.
+
+    The first part is chosen as by `fastervlm`. For the second, the remaining tokens, in raster order, are split into
+    those at even and at odd places; the eight even ones with the highest cosine to an odd one are dropped (all of
+    them, if there are fewer); and so on until the budget is met. Cosines are those of the features.
+
+    Args:
+        important: share of the kept tokens chosen by saliency, in [0, 1]; a half as published.
+    """
+
+    important: float = 0.5
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency"})
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.important, (int, float)) and not isinstance(self.important, bool)
+        if not number or not 0 <= self.important <= 1:
+            raise SaccadeError(f"reducer 'vispruner': important={self.important!r} is outside [0, 1]")
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + N^3 / 100) a row: one round drops eight tokens."""
+        budget = row_budget(context, keep)
+        tokens = context.shape[1]
+        if budget.width == 0 or context.shape[0] == 0:
+            return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+        salient = (budget.counts.double() * self.important + 0.5).long()
+        order = best_first(context.saliency.float(), context)
+        important = chosen_mask(order[:, : budget.width], salient, tokens)
+        rest = context.valid & ~important
+
+        similarity = cosine_similarity(context.features, context)
+        device = similarity.device
+        wanted = (budget.counts - salient).to(device).unsqueeze(1)
+        left = (budget.available - salient).to(device).unsqueeze(1)
+        # Where all rows are alike, the host knows how many tokens remain; otherwise it allows for the most rounds.
+        alike = budget.uniform and context.dense
+        chosen = int(budget.width * self.important + 0.5) if alike else 0
+        width, target = tokens - chosen, budget.width - chosen
+        rounds = tokens // DROPPED_A_ROUND + 1 + DROPPED_A_ROUND.bit_length()
+        place = torch.arange(tokens, device=device)
+        slots = torch.where(rest.to(device), place, tokens).sort(dim=1).values[:, :width]
+        ties = tie_terms(tokens + 1, device)
+        while width > target if alike else rounds > 0:
+            even, odd = slots[:, 0::2], slots[:, 1::2]
+            best = _highest(similarity, even, odd, tokens) - ties[: even.shape[1]]
+            best = best.masked_fill(even == tokens, -torch.inf)
+            real = (even < tokens).sum(dim=1, keepdim=True)
+            drops = torch.minimum((left - wanted).clamp(min=0, max=DROPPED_A_ROUND), real)
+            rank = best.sort(dim=1, descending=True, stable=True).indices
+            dropped = chosen_mask(rank, drops.squeeze(1), even.shape[1])
+            even = even.masked_fill(dropped, tokens)
+            slots = torch.cat((even, odd), dim=1).sort(dim=1).values
+            left = left - drops
+            rounds -= 1
+            if alike:
+                width -= min(DROPPED_A_ROUND, width - target, even.shape[1])
+                slots = slots[:, :width]
+        diverse = torch.zeros(slots.shape[0], tokens + 1, dtype=torch.bool, device=device).scatter_(1, slots, True)
+        mask = important | diverse[:, :tokens].to(important.device)
+        return Reduction(mask_to_index(mask, budget.width, budget.uniform), dense=budget.uniform)
+
+
+def _highest(similarity: Tensor, even: Tensor, odd: Tensor, tokens: int) -> Tensor:
+    """The highest similarity `(B, E)` of each even token to an odd one; -2, less than any, where there is none."""
+    if odd.shape[1] == 0:
+        return torch.full(even.shape, -2.0, dtype=similarity.dtype, device=similarity.device)
+    rows = torch.arange(similarity.shape[0], device=similarity.device).view(-1, 1, 1)
+    block = similarity[rows, even.clamp(max=tokens - 1).unsqueeze(2), odd.clamp(max=tokens - 1).unsqueeze(1)]
+    return block.masked_fill((odd == tokens).unsqueeze(1), -2.0).amax(dim=2)
