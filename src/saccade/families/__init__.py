@@ -6,6 +6,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family
 from saccade.families.llava import LlavaFamily
+from saccade.families.llava_next import LlavaNextFamily, LlavaOnevisionFamily
+from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
 
 _FAMILIES: dict[str, type[Family]] = {}
 
@@ -55,12 +57,17 @@ def stock_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-register_family(LlavaFamily)
+for _family in (LlavaFamily, LlavaNextFamily, LlavaOnevisionFamily, Qwen2VLFamily, Qwen3VLFamily):
+    register_family(_family)
 
 __all__ = [
     "Encoded",
     "Family",
     "LlavaFamily",
+    "LlavaNextFamily",
+    "LlavaOnevisionFamily",
+    "Qwen2VLFamily",
+    "Qwen3VLFamily",
     "family_class",
     "get_family",
     "list_families",

@@ -23,10 +23,15 @@ class Encoded:
     Args:
         context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
         outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence.
+        deeper: features `(R, N, D)` that enter at further layers of the language model, layer by layer. They are
+            reduced as the context's features are, and are zero on isolator rows.
+        videos: bool a row, true where it comes from a video; empty where there is none.
     """
 
     context: VisualContext
     outputs: dict[str, ModelOutput]
+    deeper: tuple[Tensor, ...] = ()
+    videos: tuple[bool, ...] = ()
 
 
 class Family(ABC):
@@ -43,6 +48,9 @@ class Family(ABC):
     """Processor outputs that `encode` consumes and that a pass over encoded features must not get again."""
     token_inputs: Mapping[str, int] = {}
     """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
+    several_axes: bool = False
+    """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
+    `positions` says: counted anew along one axis they would mean something else to the model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -66,8 +74,16 @@ class Family(ABC):
         """What `encode` does, less collecting what a reducer needs: that is done by hooks around this."""
 
     @abstractmethod
-    def wrap_features(self, features: Sequence[Tensor]) -> dict[str, ModelOutput]:
-        """`mm_encoder_outputs` for shortened features: one `(n_i, D)` tensor an image, in placeholder order."""
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, ModelOutput]:
+        """`mm_encoder_outputs` for shortened features.
+
+        Args:
+            features: one `(n_i, D)` tensor a feature row, in placeholder order, isolator rows included.
+            encoded: what the features were shortened from.
+            deeper: the same for each entry of `encoded.deeper`.
+        """
 
     @abstractmethod
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -112,6 +128,22 @@ class Family(ABC):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """The head as the stock forward applies it: `(..., D)` to `(..., V)`."""
         return self.model.get_output_embeddings()(hidden_states)
+
+
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Stack rows `(n_i, D)` to `(R, N, D)`, zeros at the end of shorter ones, and bool `(R, N)`, None if none is."""
+    lengths = [row.shape[0] for row in rows]
+    if len(set(lengths)) == 1:
+        return torch.stack(tuple(rows)), None
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    count = torch.tensor(lengths, device=padded.device).unsqueeze(1)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < count
+
+
+def run_numbers(placeholder: Tensor) -> Tensor:
+    """For each placeholder of a batch, in order, the number of the unbroken run that it stands in: long `(P,)`."""
+    first = placeholder & ~torch.nn.functional.pad(placeholder[:, :-1], (1, 0))
+    return first.reshape(-1).cumsum(dim=0)[placeholder.reshape(-1)] - 1
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

@@ -36,9 +36,11 @@ class LlavaFamily(Family):
         if config.vision_feature_select_strategy != "default":
             grid = None  # the class token is among the features, so they fill no grid
         context = VisualContext(features=features, encoder_features=encoder_features, grid=grid)
-        return Encoded(context, self.wrap_features(outputs.pooler_output))
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
-    def wrap_features(self, features: Sequence[Tensor]) -> dict[str, BaseModelOutputWithPooling]:
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:

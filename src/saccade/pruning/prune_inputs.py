@@ -25,6 +25,7 @@ def prune_inputs(
     positions: str = "compact",
     padding_side: str = "left",
     reducer_options: Mapping[str, Any] | None = None,
+    newlines: str = "keep",
 ) -> dict[str, Any]:
     """Drop visual tokens from a processed batch.
 
@@ -38,9 +39,11 @@ def prune_inputs(
         prune_ratio: share of visual tokens to drop, in [0, 1).
         isolator: the trained mode isolator to put before each image, or the folder or file it was saved in. None, as
             published for inference, uses none.
-        positions: "compact" or "original", as the model was trained.
+        positions: "compact" or "original", as the model was trained. Models with several position axes (Qwen-VL)
+            always keep the original ones.
         padding_side: "left" for `generate`, "right" for a plain forward.
         reducer_options: keyword options of the reducer.
+        newlines: "keep" or "drop", for the newline tokens of anyres images.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
@@ -60,7 +63,7 @@ def prune_inputs(
         return dict(inputs)
     rows = _isolator_rows(isolator, family.model.get_input_embeddings().weight)
     encoded = family.encode(inputs)
-    reduction = reduce(encoded.context, chosen, prune_ratio)
+    reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
     pad_id = family.model.config.get_text_config().pad_token_id or 0
     try:
         shortened = shorten(
@@ -75,7 +78,7 @@ def prune_inputs(
         ).inputs
     except ValueError as error:
         raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
-    if positions == "original" and padding_side == "left":
+    if positions == "original" and padding_side == "left" and not family.several_axes:
         shortened = _pad_one_left(shortened, {**family.token_inputs, "input_ids": pad_id})
     return shortened
 

@@ -1,7 +1,7 @@
 """Encode, reduce, splice: the one path from a processed batch to its shorter form."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from saccade.reducers import Reducer, get_reducer
 from saccade.tokens import Reduction, Spliced, VisualContext, keep_count, splice
 
 POSITIONS = ("compact", "original")
+NEWLINES = ("keep", "drop")
 
 
 @dataclass
@@ -51,11 +52,54 @@ def keep_budget(context: VisualContext, prune_ratio: float) -> int | Tensor:
     return torch.tensor([keep_count(count, prune_ratio) for count in counts])
 
 
-def reduce(context: VisualContext, reducer: Reducer, prune_ratio: float) -> Reduction:
-    """Let `reducer` choose the share `1 - prune_ratio` of each row's tokens; everything stays at a ratio of 0."""
+def reduce(context: VisualContext, reducer: Reducer, prune_ratio: float, newlines: str = "keep") -> Reduction:
+    """Let `reducer` choose the share `1 - prune_ratio` of each row's tokens; everything stays at a ratio of 0.
+
+    Args:
+        newlines: what happens to tokens that are no part of the image, `context.protected`. "keep" keeps all of them,
+            counted in the budget, of which one token at least is left to the image; "drop" drops all of them, and the
+            image gets the whole budget.
+
+    Raises:
+        SaccadeError: on another value of `newlines`.
+    """
+    if newlines not in NEWLINES:
+        raise SaccadeError(f"newlines={newlines!r} is unknown: use one of {', '.join(NEWLINES)}")
     if prune_ratio == 0:
         return get_reducer("none")(context, keep=context.shape[1])
-    return reducer(context, keep=keep_budget(context, prune_ratio))
+    budget = keep_budget(context, prune_ratio)
+    protected = context.protected
+    if protected is None:
+        return reducer(context, keep=budget)
+    protected = protected & context.valid
+    if newlines == "keep":
+        budget = (budget - protected.sum(dim=1).cpu()).clamp(min=1)
+    elif isinstance(budget, int):
+        budget = torch.full((context.shape[0],), budget)
+    reduction = reducer(replace(context, valid=context.valid & ~protected, protected=None), keep=budget)
+    return _with_tokens(reduction, protected) if newlines == "keep" else reduction
+
+
+def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:
+    """`reduction` that keeps the tokens `more`, bool `(B, N)`, none of which it has kept or merged, as they are."""
+    rows, tokens = more.shape
+    kept = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=more.device)
+    kept.scatter_(1, torch.where(reduction.valid, reduction.index, tokens), True)
+    kept = kept[:, :tokens] | more
+    size = int(kept.sum(dim=1).max())
+    columns = torch.arange(tokens, device=more.device)
+    index = torch.where(kept, columns, tokens).sort(dim=1).values[:, :size]
+    index = index.masked_fill(index == tokens, -1)
+    if reduction.weight is None:
+        return Reduction(index)
+    # The weights by the token that stands for them, then by that token's place among all that are kept.
+    by_token = torch.zeros(rows, tokens + 1, tokens, dtype=reduction.weight.dtype, device=more.device)
+    stands = torch.where(reduction.valid, reduction.index, tokens).unsqueeze(-1).expand_as(reduction.weight)
+    by_token.scatter_(1, stands, reduction.weight)
+    by_token[:, :tokens] += torch.diag_embed(more.to(by_token.dtype))
+    by_token[:, tokens] = 0
+    place = torch.where(index >= 0, index, tokens).unsqueeze(-1).expand(-1, -1, tokens)
+    return Reduction(index, by_token.gather(1, place))
 
 
 def shorten(
@@ -75,7 +119,7 @@ def shorten(
         inputs: processor outputs of the full batch: `input_ids`, `attention_mask`, perhaps `labels` and extras.
         isolator: `(l, D)` rows to put before each image, or None.
         positions: "compact" counts the shorter sequence from zero, as published; "original" lets each kept token
-            keep its place in the full sequence.
+            keep its place in the full sequence. Where a family has several position axes both mean the latter.
 
     Raises:
         ValueError: if placeholders and visual tokens differ in number.
@@ -88,7 +132,7 @@ def shorten(
         encoded.context,
         reduction,
         isolator_length=length,
-        position_ids=family.full_positions(inputs) if positions == "original" else None,
+        position_ids=family.full_positions(inputs) if positions == "original" or family.several_axes else None,
         labels=inputs.get("labels"),
         pad_id=pad_id,
         padding_side=padding_side,
@@ -100,14 +144,21 @@ def shorten(
         input_ids=spliced.input_ids,
         attention_mask=spliced.attention_mask,
         position_ids=spliced.position_ids,
-        mm_encoder_outputs=family.wrap_features(_features(encoded.context, reduction, isolator)),
+        mm_encoder_outputs=family.wrap_features(
+            _rows(encoded.context.features, encoded.context, reduction, isolator),
+            encoded,
+            [
+                _rows(features, encoded.context, reduction, None if isolator is None else torch.zeros_like(isolator))
+                for features in encoded.deeper
+            ],
+        ),
     )
     return Shortened(new_inputs, spliced.labels, spliced, reduction)
 
 
-def _features(context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
-    """The rows that replace the placeholders, one `(n_i, D)` tensor a feature row, isolator included."""
-    kept = reduction.apply(context.features)  # (R, K, D)
+def _rows(x: Tensor, context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
+    """`x` `(R, N, D)` reduced to one `(n_i, D)` tensor a feature row, with the isolator before each image."""
+    kept = reduction.apply(x)  # (R, K, D)
     rows = (
         list(kept.unbind(0))
         if reduction.dense

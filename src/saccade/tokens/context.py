@@ -22,8 +22,10 @@ class VisualContext:
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
         relevance: `(B, N)`, how relevant each token is to the user's words.
+        protected: bool `(B, N)`, tokens that are no part of the image, such as the newlines of anyres images. The
+            others fill the grid. Reducers never see them: `saccade.pruning.reduce` decides about them.
 
-    The last three are filled only when the reducer's `needs` names them.
+    `saliency`, `keys` and `relevance` are filled only when the reducer's `needs` names them.
 
     Raises:
         ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
@@ -38,6 +40,7 @@ class VisualContext:
     saliency: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
+    protected: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid, known without looking at the device's memory."""
 
@@ -66,6 +69,7 @@ class VisualContext:
             "saliency": (rows, tokens),
             "keys": (rows, tokens),
             "relevance": (rows, tokens),
+            "protected": (rows, tokens),
         }
         for name, shape in expected.items():
             value = getattr(self, name)

@@ -1,0 +1,132 @@
+"""LLaVA-NeXT and LLaVA-OneVision: a small picture of the whole image and, at its own aspect ratio, one cut into crops.
+
+Both hand the language model an image as `[small][line newline][line newline]...`: the tokens of the small picture,
+then the lines of the large one without its padding, a newline after each. A feature row is one of the two pictures,
+and the two are one group. The newlines are `protected` tokens of the row, see `saccade.pruning.reduce`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.families.base import Encoded, Family, pad_rows, positions_from_mask
+from saccade.tokens import VisualContext
+
+
+class LlavaNextFamily(Family):
+    """`LlavaNextForConditionalGeneration`: anyres images, unpadded, with newlines."""
+
+    name = "llava_next"
+    model_types = ("llava_next",)
+    vision_inputs = ("pixel_values", "image_sizes")
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
+        images = self.model.get_image_features(**given, return_dict=True).pooler_output
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        rows, grids, newlines, group = [], [], [], []
+        for number, (image, size, cut) in enumerate(zip(images, sizes, self._cut(inputs, len(sizes)), strict=True)):
+            for row, grid, newline in self._pictures(image, size, cut):
+                rows.append(row)
+                grids.append(grid)
+                newlines.append(newline)
+                group.append(number)
+        context = self._context(rows, grids, newlines, group)
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(images))})
+
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        return positions_from_mask(inputs["attention_mask"])
+
+    @property
+    def _side(self) -> int:
+        """Tokens along an edge of a crop."""
+        vision = self.model.config.vision_config
+        return vision.image_size // vision.patch_size
+
+    def _cut(self, inputs: Mapping[str, Any], images: int) -> list[bool]:
+        """Whether each image comes with crops, and not as the small picture only."""
+        return [True] * images
+
+    def _context(
+        self, rows: list[Tensor], grids: list[tuple[int, ...]], newlines: list[list[int]], group: list[int]
+    ) -> VisualContext:
+        """The context of rows `(n_i, D)`, with the columns of each row's newlines."""
+        features, valid = pad_rows(rows)
+        protected = torch.zeros(features.shape[:2], dtype=torch.bool)
+        for number, columns in enumerate(newlines):
+            protected[number, columns] = True
+        device = features.device
+        return VisualContext(
+            features=features,
+            valid=valid,
+            grid=torch.tensor(grids, device=device),
+            group=torch.tensor(group, device=device),
+            protected=protected.to(device),
+        )
+
+    def _pictures(
+        self, image: Tensor, size: Sequence[int], cut: bool
+    ) -> list[tuple[Tensor, tuple[int, int, int], list[int]]]:
+        """The one or two pictures of an image `(n, D)`: tokens, grid, and the columns of the newlines."""
+        side = self._side
+        count = side * side
+        if not cut:
+            return [(image, (1, side, side), [count])]
+        height, width = self._large_grid(size)
+        if image.shape[0] != count + height * (width + 1):
+            raise ValueError(
+                f"an image of {size[0]} x {size[1]} px has {image.shape[0]} tokens, not {side} x {side} and {height} "
+                f"lines of {width} with a newline"
+            )
+        ends = [line * (width + 1) + width for line in range(height)]
+        return [(image[:count], (1, side, side), []), (image[count:], (1, height, width), ends)]
+
+    def _large_grid(self, size: Sequence[int]) -> tuple[int, int]:
+        """Lines and columns of the large picture of an image of `size` (height, width) pixels, without padding."""
+        config, side = self.model.config, self._side
+        best = select_best_resolution(list(size), config.image_grid_pinpoints)
+        height, width = (edge // config.vision_config.image_size * side for edge in best)
+        if size[1] / size[0] > width / height:
+            new_height = int(round(size[0] * (width / size[1]), 7))
+            height -= (height - new_height) // 2 * 2
+        else:
+            new_width = int(round(size[1] * (height / size[0]), 7))
+            width -= (width - new_width) // 2 * 2
+        return height, width
+
+
+class LlavaOnevisionFamily(LlavaNextFamily):
+    """`LlavaOnevisionForConditionalGeneration`: images of a sample with several are not cut; a video's row is a frame.
+
+    A video is one group; its single newline belongs to the last frame's row.
+    """
+
+    name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    vision_inputs = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos", "image_sizes_videos")
+
+    def _cut(self, inputs: Mapping[str, Any], images: int) -> list[bool]:
+        counts = inputs.get("batch_num_images")
+        if counts is None:
+            return [True] * images
+        return [count == 1 for count in torch.as_tensor(counts).tolist() for _ in range(count)]
+
+    def _large_grid(self, size: Sequence[int]) -> tuple[int, int]:
+        height, width = super()._large_grid(size)
+        largest = int(self.model.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(height * width / (largest * self._side**2))
+        return (int(height // ratio), int(width // ratio)) if ratio > 1.1 else (height, width)

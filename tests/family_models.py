@@ -1,0 +1,264 @@
+"""A tiny model with random weights and its processor for each family: built in code, offline, without torchvision.
+
+A builder returns `(model, processor)` in evaluation mode, in float32: two layers, width 32, images of 32 px or less.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+
+from saccade.tiny.vocabulary import ASSISTANT, CHAT_TEMPLATE, END, IMAGE, PAD, START, UNKNOWN, USER, WORDS
+
+WIDTH, LAYERS, HEADS, PATCH = 32, 2, 2, 4
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How to build a family's tiny model, and what is special about it.
+
+    Args:
+        build: returns the model and its processor.
+        model_class: the stock class, for loading what was saved.
+    """
+
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    model_class: type[PreTrainedModel]
+
+
+def tokenizer_with(specials: Mapping[str, str], image: str) -> PreTrainedTokenizerFast:
+    """The tiny model's tokenizer with further special tokens by attribute name; `image` is an image in a chat."""
+    words = [*WORDS, *(word for word in dict.fromkeys(specials.values()) if word not in WORDS)]
+    core = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
+    core.normalizer = Lowercase()
+    core.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        extra_special_tokens={"user_token": USER, "assistant_token": ASSISTANT, **specials},
+        chat_template=CHAT_TEMPLATE.replace("image <image>", image),
+        padding_side="right",
+        model_max_length=2048,
+    )
+
+
+def finish(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Weights wide enough for tokens to differ: 0.02 leaves a model of width 32 almost linear and constant."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    return model.eval(), processor
+
+
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Pad, start and end ids, as configs take them."""
+    return {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
+def text_options(tokenizer: PreTrainedTokenizerFast, **options) -> dict:
+    """Options that every text config shares."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 2048,
+        **special_ids(tokenizer),
+        **options,
+    }
+
+
+def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """`processor_class` without its video processor, which needs torchvision."""
+
+    class ImagesOnly(processor_class):
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            stock = ProcessorMixin.__init__
+
+            def without_videos(self, image_processor, tokenizer, video_processor=None, **options):
+                stock(self, image_processor, tokenizer, **options)
+
+            ProcessorMixin.__init__ = without_videos
+            try:
+                super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+            finally:
+                ProcessorMixin.__init__ = stock
+
+    ImagesOnly.__name__ = ImagesOnly.__qualname__ = processor_class.__name__
+    return ImagesOnly
+
+
+# Qwen
+
+QWEN_SPECIALS = {
+    "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>",
+    "vision_end_token": "<|vision_end|>",
+}
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen2-VL, 2.5 or 3: patches of 4 px, merged two by two; "" , "2_5" or "3" for `version`."""
+    prefix = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
+    tokenizer = tokenizer_with(QWEN_SPECIALS, QWEN_IMAGE)
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in QWEN_SPECIALS.items()}
+    vision = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": HEADS, "depth": 2}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    text = text_options(tokenizer, rope_parameters=rope)
+    if version == "2":
+        vision |= {"embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
+    if version == "2_5":
+        vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
+    if version == "3":
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+        # What enters at the second layer has to be attended to by a third one.
+        text |= {"head_dim": WIDTH // HEADS, "num_hidden_layers": 3}
+        rope["mrope_interleaved"] = True
+        vision["depth"] = 3
+    config = getattr(transformers, f"{prefix}Config")(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=ids["image_token"],
+        video_token_id=ids["video_token"],
+        vision_start_token_id=ids["vision_start_token"],
+        vision_end_token_id=ids["vision_end_token"],
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 256, "longest_edge": 1024}, patch_size=PATCH, merge_size=2, temporal_patch_size=2
+    )
+    processor_class = images_only(getattr(transformers, f"{prefix}Processor"))
+    processor = processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    return finish(getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor)
+
+
+# LLaVA
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
+def build_llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-NeXT with a CLIP tower: crops of 16 px, 4 x 4 tokens each."""
+    tokenizer = tokenizer_with({"image_token": IMAGE}, IMAGE)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        image_size=16,
+        patch_size=PATCH,
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**text_options(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.LlavaNextImageProcessorPil(
+        size={"height": 16, "width": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=PINPOINTS
+    )
+    processor = transformers.LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    return finish(transformers.LlavaNextForConditionalGeneration(config), processor)
+
+
+def build_llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-OneVision with a SigLIP tower and a Qwen2 language model; images of 32 x 32 px are scaled down again."""
+    specials = {"image_token": IMAGE, "video_token": "<video>"}
+    tokenizer = tokenizer_with(specials, IMAGE)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**siglip_options(16)),
+        text_config=transformers.Qwen2Config(**text_options(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[16, 16], *PINPOINTS],
+        vision_aspect_ratio="anyres_max_2",
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 16], *PINPOINTS]
+    )
+    processor = images_only(transformers.LlavaOnevisionProcessor)(
+        image_processor,
+        tokenizer,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_2",
+        chat_template=tokenizer.chat_template,
+    )
+    return finish(transformers.LlavaOnevisionForConditionalGeneration(config), processor)
+
+
+def siglip_options(image_size: int) -> dict:
+    """Options of a SigLIP tower."""
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": image_size,
+        "patch_size": PATCH,
+        "vision_use_head": False,
+    }
+
+
+FAMILIES: dict[str, Tiny] = {
+    "llava_next": Tiny(build_llava_next, transformers.LlavaNextForConditionalGeneration),
+    "llava_onevision": Tiny(build_llava_onevision, transformers.LlavaOnevisionForConditionalGeneration),
+    "qwen2_vl": Tiny(lambda: build_qwen("2"), transformers.Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": Tiny(lambda: build_qwen("2_5"), transformers.Qwen2_5_VLForConditionalGeneration),
+    "qwen3_vl": Tiny(lambda: build_qwen("3"), transformers.Qwen3VLForConditionalGeneration),
+}
+
+
+def noise_image(width: int, height: int, seed: int) -> Image.Image:
+    """An image of random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def mixed_rows() -> list[dict]:
+    """Four samples: one image, two images of different sizes in two turns, text only, an image and a longer answer."""
+
+    def turns(*texts: str) -> list[dict]:
+        return [{"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(texts)]
+
+    return [
+        {"images": [noise_image(32, 16, 1)], "messages": turns("<image>\nhow many digits ?", "2")},
+        {
+            "images": [noise_image(24, 24, 2), noise_image(16, 32, 3)],
+            "messages": turns("<image>\nread the digits .", "3 4", "what is the maximum ? <image>", "7"),
+        },
+        {"images": [], "messages": turns("3 plus 4", "7")},
+        {"images": [noise_image(32, 32, 4)], "messages": turns("is there a 5 ? <image>", "yes , above the 3 .")},
+    ]

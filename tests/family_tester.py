@@ -1,0 +1,287 @@
+"""Every invariant of a model family, as functions of a tiny model, a batch and a reducer."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from family_models import Tiny, mixed_rows
+from helpers import make_config
+from peft import LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saccade import DualSpeedTrainer, prune_inputs
+from saccade.dualspeed import DualSpeedCollator
+from saccade.dualspeed.step import DualSpeedStep
+from saccade.evaluation.digits import collate_prompts
+from saccade.families import Encoded, Family, get_family
+from saccade.pruning import ModeIsolator, reduce, shorten
+from saccade.reducers import get_reducer
+
+RATIO = 0.7
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@dataclass
+class Case:
+    """A family's tiny model with batches for it, built once."""
+
+    name: str
+    tiny: Tiny
+
+    @cached_property
+    def built(self):
+        return self.tiny.build()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.built[0]
+
+    @property
+    def processor(self):
+        return self.built[1]
+
+    @cached_property
+    def family(self) -> Family:
+        return get_family(self.model)
+
+    @cached_property
+    def batch(self) -> dict[str, Any]:
+        """The mixed rows with labels, right-padded."""
+        collator = DualSpeedCollator(
+            processor=self.processor, assistant_only_loss=True, placeholder_id=self.family.placeholder_id
+        )
+        return dict(collator(mixed_rows()))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The same without labels."""
+        return {name: value for name, value in self.batch.items() if name != "labels"}
+
+    def prompts(self, rows: Iterable[int] = range(4)) -> dict[str, Any]:
+        """Left-padded prompts up to the last answer, of some of the mixed rows."""
+        every = mixed_rows()
+        return dict(collate_prompts(self.processor, [every[row] for row in rows]))
+
+    def prune(self, inputs: dict[str, Any], reducer: str, ratio: float = RATIO, **options: Any) -> dict[str, Any]:
+        return prune_inputs(self.model, inputs, reducer, ratio, **options)
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The position modes that differ for this family."""
+        return ("original",) if self.family.several_axes else ("compact", "original")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """`(B, L, V)` without a cache."""
+    return model(**inputs, use_cache=False).logits
+
+
+def real(values: Tensor, mask: Tensor) -> Tensor:
+    """Rows of real tokens."""
+    return values[mask.bool()]
+
+
+def check_ratio_zero(case: Case, reducer: str) -> None:
+    """A ratio of 0 is the stock model, bit for bit."""
+    stock = logits(case.model, case.inputs)
+    for positions in case.positions:
+        pruned = case.prune(case.inputs, reducer, 0.0, positions=positions, padding_side="right")
+        assert torch.equal(pruned["input_ids"], case.inputs["input_ids"])
+        assert torch.equal(
+            real(logits(case.model, pruned), pruned["attention_mask"]), real(stock, case.inputs["attention_mask"])
+        )
+
+
+def check_original_equals_masked(case: Case, reducer: str) -> None:
+    """Kept places, merged values and all, equal the full sequence with the dropped tokens hidden from attention."""
+    family, inputs = case.family, case.inputs
+    with torch.no_grad():
+        encoded = family.encode(inputs, get_reducer(reducer).needs)
+    reduction = reduce(encoded.context, get_reducer(reducer), RATIO)
+    short = shorten(family, encoded, inputs, reduction, positions="original")
+    context = encoded.context
+    tokens = context.shape[1]
+    assert 0 < reduction.counts.sum() < context.valid.sum()
+
+    def merged(x: Tensor) -> list[Tensor]:
+        """`x` with the kept tokens replaced by what the reduction makes of them."""
+        spill = torch.cat((x, x[:, :1]), dim=1)
+        index = torch.where(reduction.valid, reduction.index, tokens).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        changed = spill.scatter(1, index, reduction.apply(x))[:, :tokens]
+        return [row[valid] for row, valid in zip(changed, context.valid, strict=True)]
+
+    full = {
+        **family.without_vision(inputs),
+        "mm_encoder_outputs": family.wrap_features(
+            merged(context.features), encoded, [merged(layer) for layer in encoded.deeper]
+        ),
+        "position_ids": family.full_positions(inputs),
+    }
+    hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    hidden[family.placeholder(inputs["input_ids"])] = ~kept_mask(reduction.index, tokens)[context.valid]
+    full["attention_mask"] = inputs["attention_mask"].masked_fill(hidden, 0)
+    torch.testing.assert_close(
+        real(logits(case.model, short.inputs), short.inputs["attention_mask"]),
+        real(logits(case.model, full), full["attention_mask"]),
+        **CLOSE,
+    )
+
+
+def generation_options(case: Case) -> dict[str, Any]:
+    """Six greedy tokens, none of which is a placeholder: a random model may write one, and have no features for it."""
+    every = torch.arange(case.model.config.get_text_config().vocab_size).unsqueeze(0)
+    suppress = case.family.placeholder(every)[0].nonzero().flatten().tolist()
+    return {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": suppress}
+
+
+def check_cached_generation(case: Case, reducer: str) -> None:
+    """Cached generation equals uncached, full and pruned, for a padded batch and for one row without padding."""
+    options = generation_options(case)
+    for rows in (range(4), range(1)):
+        prompts = case.prompts(rows)
+        case.model.generate(**prompts, **options)
+        for positions in case.positions:
+            pruned = case.prune(prompts, reducer, positions=positions)
+            cached, uncached = (case.model.generate(**dict(pruned), **options, use_cache=use) for use in (True, False))
+            assert torch.equal(cached, uncached)
+            assert cached.shape[1] == pruned["input_ids"].shape[1] + 6
+
+
+def check_generation_at_ratio_zero(case: Case) -> None:
+    """At a ratio of 0 `generate` writes what it writes on the full inputs: positions go on from the full length."""
+    options = {**generation_options(case), "output_logits": True}
+    prompts = case.prompts()
+    expected = case.model.generate(**dict(prompts), **options, return_dict_in_generate=True)
+    for positions in case.positions:
+        pruned = case.prune(prompts, "divprune", 0.0, positions=positions)
+        got = case.model.generate(**pruned, **options, return_dict_in_generate=True)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
+
+
+def check_batch_equals_one_by_one(case: Case, reducer: str) -> None:
+    """With and without isolator, in each position mode."""
+    isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
+    for positions in case.positions:
+        for rows in (None, isolator):
+            options = {"positions": positions, "isolator": rows}
+            together = logits(case.model, case.prune(case.prompts(), reducer, **options))[:, -1]
+            for row, expected in enumerate(together):
+                alone = case.prune(case.prompts([row]), reducer, **options)
+                torch.testing.assert_close(logits(case.model, alone)[0, -1], expected, **CLOSE)
+
+
+def check_padding_sides(case: Case, reducer: str) -> None:
+    """Left padding equals right padding."""
+    for positions in case.positions:
+        sides = [
+            case.prune(case.inputs, reducer, positions=positions, padding_side=side) for side in ("left", "right")
+        ]
+        left, right = (real(logits(case.model, side), side["attention_mask"]) for side in sides)
+        torch.testing.assert_close(left, right, **CLOSE)
+
+
+def check_gradients(case: Case, reducer: str) -> None:
+    """A fast step reaches the tokens that are kept or merged, projector, isolator and language model; nothing else."""
+    model = copy.deepcopy(case.model)
+    family = get_family(model)
+    family.vision_tower.requires_grad_(False)
+    isolator = ModeIsolator(3, model.config.get_text_config().hidden_size)
+    seen: dict[str, Encoded] = {}
+    encode = family.encode
+
+    def watching(*args: Any, **kwargs: Any) -> Encoded:
+        encoded = encode(*args, **kwargs)
+        for features in (encoded.context.features, *encoded.deeper):
+            features.retain_grad()
+        seen["encoded"] = encoded
+        return encoded
+
+    family.encode = watching
+    step = make_step(family, reducer, isolator)
+    step("fast", case.batch, 1.0).loss.backward()
+    context = seen["encoded"].context
+    reduction = reduce(context, get_reducer(reducer), RATIO)
+    if reduction.weight is None:
+        used = kept_mask(reduction.index, context.shape[1])
+    else:
+        used = (reduction.weight != 0).any(dim=1)
+    assert torch.equal(context.features.grad.abs().sum(-1) > 0, used)
+    for layer in seen["encoded"].deeper:
+        assert torch.equal(layer.grad.abs().sum(-1) > 0, used)
+    for parameter in (*family.projector.parameters(), *isolator.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in family.vision_tower.parameters())
+    assert all(parameter.grad is not None for parameter in family.language_layers.parameters())
+    slow = make_step(family, reducer, isolator)
+    isolator.zero_grad()
+    slow("slow", case.batch, 1.0).loss.backward()
+    assert torch.equal(isolator.weight.grad, torch.zeros_like(isolator.weight))
+
+
+def kept_mask(index: Tensor, tokens: int) -> Tensor:
+    """bool `(B, N)`, true at the entries of `index`."""
+    mask = torch.zeros(index.shape[0], tokens + 1, dtype=torch.bool)
+    return mask.scatter_(1, torch.where(index >= 0, index, tokens), True)[:, :tokens]
+
+
+def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> DualSpeedStep:
+    return DualSpeedStep(
+        family=family,
+        reducer=get_reducer(reducer),
+        prune_ratio=RATIO,
+        isolator=isolator,
+        distill_weight=1.0,
+        distill_temperature=1.0,
+        positions="original",
+        pad_id=0,
+    )
+
+
+def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
+    """A fast and a slow step; what is saved loads in the stock class with every key and the same logits."""
+    model = copy.deepcopy(case.model)
+    args = make_config(
+        folder,
+        max_steps=2,
+        reducer=reducer,
+        prune_ratio=RATIO,
+        slow_probability=0.5,
+        schedule="stratified",
+        isolator_length=3,
+    )
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4) if lora else None
+    trainer = DualSpeedTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_list(mixed_rows()),
+        processing_class=case.processor,
+        peft_config=peft_config,
+    )
+    assert {trainer.mode_of(step) for step in range(2)} == {"fast", "slow"}
+    trainer.train()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(history) == 2
+    assert all(0 < loss < 100 for loss in history)
+    trainer.save_model(str(folder))
+    trained = trainer.model.merge_and_unload() if lora else trainer.model
+    if lora:
+        stock = case.tiny.model_class
+        assert (folder / "adapter_config.json").is_file()
+        assert isinstance(trained, stock)
+        return
+    loaded, info = case.tiny.model_class.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
+    torch.testing.assert_close(logits(loaded.eval(), case.inputs), logits(trained.eval(), case.inputs))
+    changed = [
+        name for name, value in loaded.state_dict().items() if not torch.equal(value, case.model.state_dict()[name])
+    ]
+    assert changed

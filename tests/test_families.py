@@ -1,0 +1,50 @@
+"""Every invariant of DESIGN on every model family, with a few reducers; with all of them in the slow tests."""
+
+import family_tester as tester
+import pytest
+from family_models import FAMILIES
+
+from saccade.reducers import list_reducers
+
+CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
+SAMPLED = ("divprune", "avgpool")
+PAIRS = [
+    pytest.param(name, reducer, marks=[] if reducer in SAMPLED else pytest.mark.slow)
+    for name in FAMILIES
+    for reducer in list_reducers()
+    if reducer != "none"
+]
+
+CHECKS = {
+    "ratio zero": tester.check_ratio_zero,
+    "original positions": tester.check_original_equals_masked,
+    "cached generation": tester.check_cached_generation,
+    "one by one": tester.check_batch_equals_one_by_one,
+    "padding sides": tester.check_padding_sides,
+    "gradients": tester.check_gradients,
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("name", "reducer"), PAIRS)
+def test_invariant(name, reducer, check):
+    CHECKS[check](CASES[name], reducer)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_at_ratio_zero(name):
+    tester.check_generation_at_ratio_zero(CASES[name])
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("name", "reducer"),
+    [
+        pytest.param(name, reducer, marks=[] if reducer == "divprune" else pytest.mark.slow)
+        for name in FAMILIES
+        for reducer in list_reducers()
+        if reducer != "none"
+    ],
+)
+def test_training(name, reducer, lora, tmp_path):
+    tester.check_training(CASES[name], reducer, tmp_path, lora)
