@@ -1,0 +1,300 @@
+"""Each published method against loops written from its formula, one image and one token at a time."""
+
+import math
+
+import pytest
+import torch
+from reducer_tester import kept, make_context, special_features, take_tokens
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers import get_reducer, list_reducers
+from saccade.tokens import VisualContext
+
+
+def drawn(rows: int, tokens: int, width: int, seed: int) -> Tensor:
+    return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def full_context(rows: int = 3, tokens: int = 37, seed: int = 0) -> VisualContext:
+    """Features, saliency, keys and relevance without ties; the tokens of a row share a direction."""
+    return VisualContext(
+        features=drawn(rows, tokens, 16, seed) + 0.5 * drawn(rows, 1, 16, seed + 1),
+        saliency=drawn(rows, tokens, 1, seed + 2).squeeze(2).softmax(dim=1),
+        keys=drawn(rows, tokens, 8, seed + 3),
+        relevance=drawn(rows, tokens, 1, seed + 4).squeeze(2),
+    )
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    norms = float(a.double().norm() * b.double().norm())
+    return float(a.double() @ b.double()) / norms if norms else 0.0
+
+
+def by_saliency(saliency: Tensor, among: list[int]) -> list[int]:
+    return sorted(among, key=lambda token: (-float(saliency[token]), token))
+
+
+def determinant_oracle(features: Tensor, quality: list[float], keep: int) -> list[int]:
+    """Greedy maximum of log det, by the determinant itself and not by a recursion."""
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    scale = torch.tensor(quality, dtype=torch.float64)
+    kernel = scale.unsqueeze(1) * (unit @ unit.T) * scale
+    chosen: list[int] = []
+    for _ in range(keep):
+        rest = [token for token in range(len(features)) if token not in chosen]
+        values = {
+            token: round(float(torch.linalg.det(kernel[[*chosen, token]][:, [*chosen, token]])), 14) for token in rest
+        }
+        chosen.append(max(rest, key=lambda token: (values[token], -token)))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 12])
+def test_dpp_and_cdpruner_maximise_the_determinant(keep):
+    context = full_context()
+    relevance = context.relevance.double()
+    for row in range(3):
+        low, high = float(relevance[row].min()), float(relevance[row].max())
+        quality = [(float(value) - low) / (high - low) for value in relevance[row]]
+        alpha = 0.8 / (2 * 0.2)
+        for name, options, scale in (
+            ("dpp", {}, [1.0] * 37),
+            ("cdpruner", {}, quality),
+            ("cdpruner", {"theta": 0.8}, [math.exp(alpha * value) for value in quality]),
+            ("cdpruner", {"theta": 0.0}, [1.0] * 37),
+        ):
+            found = kept(get_reducer(name, **options)(context, keep))[row]
+            assert found == determinant_oracle(context.features[row], scale, keep), (name, options)
+
+
+def test_cdpruner_scales_relevance_within_the_row():
+    context = full_context()
+    reducer = get_reducer("cdpruner")
+    expected = reducer(context, 9).index
+    context.relevance = context.relevance * torch.tensor([[1.0], [100.0], [0.01]]) + torch.tensor([[0.0], [7], [-3]])
+    assert torch.equal(reducer(context, 9).index, expected)
+    assert not torch.equal(expected, get_reducer("dpp")(context, 9).index)
+
+
+def test_cdpruner_without_words_is_dpp():
+    context = full_context()
+    context.relevance = torch.full((3, 37), 0.25)
+    assert torch.equal(get_reducer("cdpruner")(context, 9).index, get_reducer("dpp")(context, 9).index)
+
+
+def test_what_adds_no_volume_is_taken_by_relevance():
+    # Rank two: two tokens span everything, the other three are the most relevant that are left.
+    basis = torch.tensor([[1.0, 0, 0], [0, 1, 0]])
+    features = torch.tensor([[1.0, 0], [0, 1], [1, 1], [2, 1], [1, 3], [3, 1], [1, -1]]) @ basis
+    relevance = torch.tensor([[1.0, 0.95, 0.1, 0.5, 0.2, 0.7, 0.0]])
+    found = get_reducer("cdpruner")(VisualContext(features.unsqueeze(0), relevance=relevance), 5).index
+    assert found.tolist() == [[0, 1, 3, 4, 5]]
+    zeros = VisualContext(torch.zeros(1, 7, 3), relevance=relevance)
+    assert get_reducer("cdpruner")(zeros, 3).index.tolist() == [[0, 1, 5]]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 20])
+def test_more_tokens_than_dimensions(rank):
+    features = drawn(2, 80, rank, 3) @ drawn(1, rank, 64, 4).squeeze(0)
+    for name in ("dpp", "cdpruner"):
+        context = make_context(features, get_reducer(name).needs)
+        for row in kept(get_reducer(name)(context, 64)):
+            assert len(set(row)) == 64
+    # The first tokens are those of the determinant, as long as it is not zero.
+    first = kept(get_reducer("dpp")(make_context(features), rank))
+    assert first == [determinant_oracle(row, [1.0] * 80, rank) for row in features]
+
+
+def test_fastervlm_takes_the_highest():
+    context = full_context()
+    for row, found in enumerate(kept(get_reducer("fastervlm")(context, 9))):
+        assert found == sorted(by_saliency(context.saliency[row], list(range(37)))[:9])
+    tied = VisualContext(torch.zeros(1, 6, 2), saliency=torch.tensor([[0.5, 1.0, 0.5, 1.0, 0.5, 0.5]]))
+    assert get_reducer("fastervlm")(tied, 4).index.tolist() == [[0, 1, 2, 3]]
+
+
+def visionzip_oracle(context: VisualContext, row: int, keep: int, share: float) -> tuple[list[int], Tensor]:
+    tokens = context.shape[1]
+    contextual = min(math.floor(keep * share + 0.5), keep - 1)
+    dominant = by_saliency(context.saliency[row], list(range(tokens)))[: keep - contextual]
+    rest = [token for token in range(tokens) if token not in dominant]
+    targets = rest[:: len(rest) // contextual][:contextual] if contextual else []
+    weight = torch.zeros(tokens, tokens)
+    for token in (*dominant, *targets):
+        weight[token, token] = 1
+    assigned: dict[int, list[int]] = {target: [] for target in targets}
+    for token in rest if targets else []:
+        if token not in targets:
+            keys = context.keys[row]
+            assigned[max(targets, key=lambda target: cosine(keys[token], keys[target]))].append(token)
+    for target, members in assigned.items():
+        for member in members:
+            weight[target, member] = 1 / len(members)
+    index = sorted((*dominant, *targets))
+    return index, weight[index]
+
+
+@pytest.mark.parametrize("share", [10 / 64, 0.0, 0.5])
+@pytest.mark.parametrize("keep", [1, 2, 9, 20, 37])
+def test_visionzip_equals_the_loop(keep, share):
+    context = full_context()
+    reduction = get_reducer("visionzip", contextual=share)(context, keep)
+    for row in range(3):
+        index, weight = visionzip_oracle(context, row, keep, share)
+        assert reduction.index[row].tolist() == index
+        torch.testing.assert_close(reduction.weight[row], weight)
+
+
+def vispruner_oracle(context: VisualContext, row: int, keep: int) -> list[int]:
+    tokens = context.shape[1]
+    important = by_saliency(context.saliency[row], list(range(tokens)))[: math.floor(keep / 2 + 0.5)]
+    rest = [token for token in range(tokens) if token not in important]
+    features = context.features[row]
+    while len(rest) > keep - len(important):
+        even, odd = rest[0::2], rest[1::2]
+        score = {token: max((cosine(features[token], features[other]) for other in odd), default=-2) for token in even}
+        drop = min(8, len(rest) - (keep - len(important)), len(even))
+        dropped = sorted(even, key=lambda token: -score[token])[:drop]
+        rest = [token for token in rest if token not in dropped]
+    return sorted(important + rest)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 9, 20, 37])
+def test_vispruner_equals_the_loop(keep):
+    context = full_context(tokens=61)
+    alike = get_reducer("vispruner")(context, keep)
+    ragged = get_reducer("vispruner")(context, torch.tensor([keep, 1, 50]))
+    for row in range(3):
+        assert kept(alike)[row] == vispruner_oracle(context, row, keep)
+    assert kept(ragged) == [vispruner_oracle(context, row, count) for row, count in enumerate((keep, 1, 50))]
+
+
+def prumerge_oracle(
+    context: VisualContext, row: int, keep: int, plus: bool, neighbours: int
+) -> tuple[list[int], Tensor]:
+    tokens = context.shape[1]
+    saliency, keys = context.saliency[row], context.keys[row]
+    extra = 1 < keep < tokens
+    centres = keep - extra
+    top = centres - centres // 2 if plus else centres
+    kept_tokens = by_saliency(saliency, list(range(tokens)))[:top]
+    rest = [token for token in range(tokens) if token not in kept_tokens]
+    if centres > top:
+        kept_tokens += rest[:: len(rest) // (centres - top)][: centres - top]
+    pruned = [token for token in range(tokens) if token not in kept_tokens]
+    weight = torch.zeros(tokens, tokens)
+    for centre in kept_tokens:
+        weight[centre, centre] = 1
+        others = sorted(set(range(tokens)) - {centre}, key=lambda token: -cosine(keys[centre], keys[token]))
+        for token in others[:neighbours]:
+            weight[centre, token] = saliency[token]
+    index = list(kept_tokens)
+    if extra:
+        index.append(by_saliency(saliency, pruned)[0])
+        for token in pruned:
+            weight[index[-1], token] = saliency[token]
+    return sorted(index), weight[sorted(index)]
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("keep", [1, 2, 9, 20, 36, 37])
+def test_prumerge_equals_the_loop(keep, plus):
+    context = full_context()
+    for neighbours in (32, 5, 0):
+        reduction = get_reducer("prumerge", plus=plus, neighbours=neighbours)(context, keep)
+        for row in range(3):
+            index, weight = prumerge_oracle(context, row, keep, plus, neighbours)
+            assert reduction.index[row].tolist() == index
+            torch.testing.assert_close(reduction.weight[row], weight)
+
+
+def tome_oracle(features: Tensor, keep: int) -> tuple[list[int], Tensor]:
+    """Lists of members, whose mean is recomputed from the features in every round."""
+    groups = [[token] for token in range(len(features))]  # the first member says where a group stands
+    while len(groups) > keep:
+        means = [features[group].double().mean(dim=0) for group in groups]
+        even, odd = range(0, len(groups), 2), range(1, len(groups), 2)
+        pairs = []
+        for one in even:
+            partner = max(odd, key=lambda other: cosine(means[one], means[other]))
+            pairs.append((cosine(means[one], means[partner]), one, partner))
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        gone = pairs[: min(len(groups) // 2, len(groups) - keep)]
+        for _, one, partner in gone:
+            groups[partner] = groups[partner] + groups[one]
+        groups = [group for number, group in enumerate(groups) if number not in {one for _, one, _ in gone}]
+    weight = torch.zeros(len(groups), len(features))
+    for number, group in enumerate(groups):
+        weight[number, group] = 1 / len(group)
+    return [group[0] for group in groups], weight
+
+
+@pytest.mark.parametrize("tokens", [37, 40])
+@pytest.mark.parametrize("keep", [1, 4, 9, 20, 36])
+def test_tome_equals_the_loop(tokens, keep):
+    context = full_context(tokens=tokens)
+    budgets = torch.tensor([keep, 3, 30])
+    for budget in (keep, budgets):
+        reduction = get_reducer("tome")(context, budget)
+        for row in range(3):
+            count = keep if isinstance(budget, int) else int(budget[row])
+            index, weight = tome_oracle(context.features[row], count)
+            assert kept(reduction)[row] == index
+            torch.testing.assert_close(reduction.weight[row, :count], weight)
+            assert not reduction.weight[row, count:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in list_reducers() if get_reducer(name).needs])
+class TestDegenerateNeeds:
+    """What the tester draws at random is constant, zero or half equal here."""
+
+    @staticmethod
+    def contexts(needs: frozenset[str]) -> dict[str, VisualContext]:
+        features = drawn(1, 30, 6, 8)
+        fields = {"saliency": (30,), "keys": (30, 4), "relevance": (30,), "encoder_features": (30, 6)}
+        made = {}
+        for value in (0.0, 1.0, 1e-30):
+            extras = {name: torch.full((1, *fields[name]), value) for name in needs}
+            made[str(value)] = VisualContext(features, **extras)
+        extras = {
+            name: (drawn(1, *fields[name], 9) if len(fields[name]) > 1 else drawn(1, 30, 1, 9)[..., 0]).sign()
+            for name in needs
+        }
+        made["signs"] = VisualContext(features, **extras)
+        for kind, special in special_features(30, 6).items():
+            made[kind] = VisualContext(special, **{name: torch.ones(1, *fields[name]) for name in needs})
+        return made
+
+    def test_distinct_and_unmoved_by_padding_and_mates(self, name):
+        reducer = get_reducer(name)
+        made = self.contexts(reducer.needs)
+        for kind, context in made.items():
+            for keep in (1, 2, 7, 29, 30):
+                bare = reducer(context, keep)
+                assert len(set(kept(bare)[0])) == keep, kind
+                place = torch.full((41,), -1)
+                place[torch.randperm(41, generator=torch.Generator().manual_seed(keep))[:30].sort().values] = (
+                    torch.arange(30)
+                )
+                padded = reducer(take_tokens(context, place, 5.0), keep)
+                assert [int(place[token]) for token in kept(padded)[0]] == kept(bare)[0], kind
+                if bare.weight is not None:
+                    torch.testing.assert_close(padded.weight[:, :keep, place >= 0], bare.weight, msg=kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("visionzip", {"contextual": 1.0}),
+        ("visionzip", {"contextual": "half"}),
+        ("vispruner", {"important": -0.1}),
+        ("prumerge", {"neighbours": 2.5}),
+        ("prumerge", {"plus": "yes"}),
+        ("cdpruner", {"theta": 1.0}),
+    ],
+)
+def test_bad_options_are_named(name, options):
+    (field, value), *_ = options.items()
+    with pytest.raises(SaccadeError, match=f"'{name}': {field}={value!r}"):
+        get_reducer(name, **options)
