@@ -244,3 +244,18 @@ def test_dataset_without_images(model, processor, tmp_path, scenes):
 def test_model_that_does_not_exist(processor, tmp_path):
     with pytest.raises(SaccadeError, match="cannot be loaded"):
         make_trainer(str(tmp_path / "nowhere"), processor, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["fast", "slow"])
+@pytest.mark.parametrize("kind", ["autocast", "bf16 weights"])
+def test_bf16(processor, tmp_path, mode, kind):
+    """Close to float32, and the isolator trains in either kind of bf16."""
+    options = {"slow_probability": 1.0 if mode == "slow" else 0.0, "max_steps": 2}
+    exact = train(build_tiny_llava(processor, seed=0), processor, tmp_path / "a", **options)
+    model = build_tiny_llava(processor, seed=0)
+    if kind == "autocast":
+        trainer = train(model, processor, tmp_path / "b", bf16=True, **options)
+    else:
+        trainer = train(model.bfloat16(), processor, tmp_path / "b", **options)
+        assert trainer.isolator.weight.dtype == torch.bfloat16
+    assert losses(trainer) == pytest.approx(losses(exact), rel=0.02)
