@@ -232,9 +232,111 @@ def siglip_options(image_size: int) -> dict:
     }
 
 
+# InternVL
+
+INTERNVL_SPECIALS = {
+    "context_image_token": "<IMG_CONTEXT>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+
+
+def build_internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """InternVL: crops of 16 px, four by four patches, shuffled to 2 x 2 tokens; larger images are cut into crops."""
+    tokenizer = tokenizer_with(INTERNVL_SPECIALS, "<IMG_CONTEXT>")
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": [32, 32],
+        "patch_size": [PATCH, PATCH],
+    }
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**text_options(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=16,
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=2
+    )
+    processor = images_only(transformers.InternVLProcessor)(
+        image_processor, tokenizer, image_seq_length=16, chat_template=tokenizer.chat_template
+    )
+    return finish(transformers.InternVLForConditionalGeneration(config), processor)
+
+
+# Idefics3 and SmolVLM
+
+IDEFICS_SPECIALS = {
+    "image_token": IMAGE,
+    "fake_image_token": "<fake_token_around_image>",
+    "end_of_utterance_token": "<end_of_utterance>",
+    "global_image_token": "<global-img>",
+    **{f"row_{row}_col_{column}": f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)},
+}
+
+
+def build_idefics3(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Idefics3 or SmolVLM: crops of 24 px, 3 x 3 tokens each. SmolVLM's own processor needs the num2words package."""
+    tokenizer = tokenizer_with(IDEFICS_SPECIALS, IMAGE)
+    vision = {key: value for key, value in siglip_options(24).items() if key != "vision_use_head"}
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**text_options(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        scale_factor=2,
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Idefics3ImageProcessorPil(
+        size={"longest_edge": 48}, max_image_size={"longest_edge": 24}
+    )
+    processor = transformers.Idefics3Processor(
+        image_processor, tokenizer, image_seq_len=9, chat_template=tokenizer.chat_template
+    )
+    return finish(getattr(transformers, f"{name}ForConditionalGeneration")(config), processor)
+
+
+# Gemma 3
+
+GEMMA_SPECIALS = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+
+
+def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Gemma 3: images of 32 px, pooled to 4 x 4 tokens; one layer with a sliding window and one without."""
+    tokenizer = tokenizer_with(GEMMA_SPECIALS, "<start_of_image>")
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in GEMMA_SPECIALS.items()}
+    config = transformers.Gemma3Config(
+        vision_config=siglip_options(32),
+        text_config=text_options(
+            tokenizer,
+            head_dim=WIDTH // HEADS,
+            query_pre_attn_scalar=WIDTH // HEADS,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        mm_tokens_per_image=16,
+        image_token_index=ids["image_token"],
+        boi_token_index=ids["boi_token"],
+        eoi_token_index=ids["eoi_token"],
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    processor = transformers.Gemma3Processor(
+        image_processor, tokenizer, image_seq_length=16, chat_template=tokenizer.chat_template
+    )
+    return finish(transformers.Gemma3ForConditionalGeneration(config), processor)
+
+
 FAMILIES: dict[str, Tiny] = {
+    "gemma3": Tiny(build_gemma3, transformers.Gemma3ForConditionalGeneration),
+    "idefics3": Tiny(lambda: build_idefics3("Idefics3"), transformers.Idefics3ForConditionalGeneration),
+    "internvl": Tiny(build_internvl, transformers.InternVLForConditionalGeneration),
     "llava_next": Tiny(build_llava_next, transformers.LlavaNextForConditionalGeneration),
     "llava_onevision": Tiny(build_llava_onevision, transformers.LlavaOnevisionForConditionalGeneration),
+    "smolvlm": Tiny(lambda: build_idefics3("SmolVLM"), transformers.SmolVLMForConditionalGeneration),
     "qwen2_vl": Tiny(lambda: build_qwen("2"), transformers.Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": Tiny(lambda: build_qwen("2_5"), transformers.Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": Tiny(lambda: build_qwen("3"), transformers.Qwen3VLForConditionalGeneration),

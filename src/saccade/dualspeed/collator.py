@@ -42,7 +42,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             batch = _stock_call(replace(stock, assistant_only_loss=False), examples)
             spoken = self._assistant_tokens(batch, examples)
             if spoken is None:
-                batch = _stock_call(stock, examples)
+                # transformers 5.23 fails in this mode if the first sample has no image and another one has.
+                batch = _stock_call(stock, sorted(examples, key=lambda example: not example["images"]))
             else:
                 batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
         else:

@@ -5,6 +5,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family
+from saccade.families.gemma3 import Gemma3Family
+from saccade.families.idefics3 import Idefics3Family
+from saccade.families.internvl import InternVLFamily
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaOnevisionFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
@@ -57,12 +60,24 @@ def stock_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-for _family in (LlavaFamily, LlavaNextFamily, LlavaOnevisionFamily, Qwen2VLFamily, Qwen3VLFamily):
+for _family in (
+    Gemma3Family,
+    Idefics3Family,
+    InternVLFamily,
+    LlavaFamily,
+    LlavaNextFamily,
+    LlavaOnevisionFamily,
+    Qwen2VLFamily,
+    Qwen3VLFamily,
+):
     register_family(_family)
 
 __all__ = [
     "Encoded",
     "Family",
+    "Gemma3Family",
+    "Idefics3Family",
+    "InternVLFamily",
     "LlavaFamily",
     "LlavaNextFamily",
     "LlavaOnevisionFamily",

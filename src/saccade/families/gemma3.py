@@ -1,0 +1,45 @@
+"""Gemma 3: images of fixed size, pooled to a square of tokens that attend to each other in both directions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.tokens import VisualContext
+
+
+class Gemma3Family(Family):
+    """`Gemma3ForConditionalGeneration`.
+
+    `token_type_ids` say which tokens are of an image. The isolator's rows are not: they stand before the image as text
+    would, and are attended to causally. Sliding windows count tokens, not positions, so that in a shortened sequence
+    they reach further back.
+    """
+
+    name = "gemma3"
+    model_types = ("gemma3",)
+    token_inputs: Mapping[str, int] = {"token_type_ids": 0}
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        features = outputs.pooler_output  # (R, N, D)
+        side = math.isqrt(features.shape[1])
+        context = VisualContext(features=features, grid=square_grid(features.shape[0], side, side, features.device))
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
+
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
+        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+
+    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        return positions_from_mask(inputs["attention_mask"])

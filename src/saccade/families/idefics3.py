@@ -1,0 +1,78 @@
+"""Idefics3 and SmolVLM: crops and a thumbnail, pixel-shuffled, with a marker token before each in the text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.tokens import VisualContext
+
+
+class Idefics3Family(Family):
+    """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`.
+
+    A row is a crop or a thumbnail; those of one image are a group. The markers between them stay as they are.
+    """
+
+    name = "idefics3"
+    model_types = ("idefics3", "smolvlm")
+    vision_inputs = ("pixel_values", "pixel_attention_mask")
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        return self.language_model.layers
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.base_model.text_model
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.base_model.connector
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.base_model.vision_model
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
+        samples = self.model.get_image_features(**given, return_dict=True).pooler_output  # one (n_i, D) a sample
+        config = self.model.config
+        side = config.vision_config.patch_size * config.scale_factor
+        height, width = (edge // side for edge in inputs["pixel_values"].shape[-2:])
+        tokens = torch.cat(tuple(samples))
+        features = tokens.reshape(-1, height * width, tokens.shape[-1])
+        context = VisualContext(
+            features=features,
+            grid=square_grid(features.shape[0], height, width, features.device),
+            group=self._groups(inputs["input_ids"], features.shape[0]),
+        )
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(samples))})
+
+    def _groups(self, input_ids: Tensor, rows: int) -> Tensor | None:
+        """The image of each crop: long `(rows,)`, or None if the placeholders stand in another number of runs.
+
+        An image ends with its thumbnail, whose marker the config does not name. It is the token before the last run.
+        """
+        placeholder = self.placeholder(input_ids)
+        before = torch.nn.functional.pad(input_ids[:, :-1], (1, 0), value=-1)
+        marker = before[placeholder & (before != self.placeholder_id)]
+        if marker.numel() != rows or rows == 0:
+            return None
+        thumbnail = (marker == marker[-1]).long()
+        return thumbnail.cumsum(dim=0) - thumbnail
+
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        return positions_from_mask(inputs["attention_mask"])

@@ -1,0 +1,53 @@
+"""InternVL: crops and a thumbnail of fixed size, each pixel-shuffled to a quarter of its patches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.families.base import Encoded, Family, positions_from_mask, run_numbers, square_grid
+from saccade.tokens import VisualContext
+
+
+class InternVLFamily(Family):
+    """`InternVLForConditionalGeneration`: a row is a crop, a thumbnail or a frame; one `<img>...</img>` is a group."""
+
+    name = "internvl"
+    model_types = ("internvl",)
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        pixels = inputs["pixel_values"]
+        features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output  # (R, N, D)
+        rows, tokens, _ = features.shape
+        config = self.model.config
+        edges = zip(pixels.shape[-2:], config.vision_config.patch_size, strict=True)
+        height, width = (int(edge // patch * config.downsample_ratio) for edge, patch in edges)
+        context = VisualContext(
+            features=features,
+            grid=square_grid(rows, height, width, features.device),
+            group=self._groups(inputs["input_ids"], rows, tokens),
+        )
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
+
+    def _groups(self, input_ids: Tensor, rows: int, tokens: int) -> Tensor | None:
+        """The image of each crop: long `(rows,)`, the unbroken run of placeholders that it stands in.
+
+        None, an image a crop, if the placeholders differ in number from the visual tokens: the splice says so clearly.
+        """
+        runs = run_numbers(self.placeholder(input_ids))
+        return runs.reshape(rows, tokens)[:, 0] if runs.numel() == rows * tokens else None
+
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
+        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+
+    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        return positions_from_mask(inputs["attention_mask"])
