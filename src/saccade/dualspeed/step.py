@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.dualspeed.schedule import Mode
 from saccade.families import Encoded, Family
+from saccade.families.collect import encode_for
 from saccade.pruning import ModeIsolator, Shortened, reduce, shorten
 from saccade.reducers import Reducer
 from saccade.tokens import IGNORE_INDEX
@@ -92,7 +93,7 @@ class DualSpeedStep:
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
         if self.family.has_images(inputs):
-            encoded = self.family.encode(inputs)
+            encoded = self._encode(mode, inputs, labels)
             encoded.context.seed = torch.arange(encoded.context.shape[0], device=labels.device) + row_seed
             sums = (self._fast if mode == "fast" else self._slow)(encoded, text, labels)
         else:
@@ -112,6 +113,11 @@ class DualSpeedStep:
             samples=labels.shape[0],
             teacher_seconds=sums.teacher_seconds,
         )
+
+    def _encode(self, mode: Mode, inputs: Mapping[str, Any], labels: Tensor) -> Encoded:
+        """The images' features, with what the reducer needs in a step that uses it."""
+        reduces = self.prune_ratio and (mode == "fast" or self.distill_weight)
+        return encode_for(self.family, self.reducer, inputs, labels) if reduces else self.family.encode(inputs)
 
     def _plain(self, inputs: Mapping[str, Any], labels: Tensor) -> _Sums:
         """Cross-entropy of one pass over `inputs`, whatever sequence they hold."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
+from saccade.families.relevance import TextTower, relevance
 from saccade.tokens import VisualContext
 
 
@@ -60,14 +62,26 @@ class Family(ABC):
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`."""
 
-    def encode(self, inputs: Mapping[str, Any], needs: frozenset[str] = frozenset()) -> Encoded:
+    def encode(
+        self,
+        inputs: Mapping[str, Any],
+        needs: frozenset[str] = frozenset(),
+        *,
+        labels: Tensor | None = None,
+        text_tower: TextTower | None = None,
+    ) -> Encoded:
         """Run the vision tower and the projector once over the batch's images.
 
         Args:
             inputs: processor outputs.
             needs: the fields of `VisualContext` that a reducer asks for beyond the features.
+            labels: long `(B, L)` of a training batch, so that relevance never sees an answer.
+            text_tower: what to take relevance from, in place of the language model's input embeddings.
+
+        Raises:
+            SaccadeError: if this family cannot give what is needed.
         """
-        return self._encode(inputs)
+        return encode_collecting(self, inputs, needs, labels, text_tower) if needs else self._encode(inputs)
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
@@ -88,6 +102,23 @@ class Family(ABC):
     @abstractmethod
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Positions of the full sequence: long `(B, L)`, or `(P, B, L)` for several position axes."""
+
+    def attention_block(self) -> AttentionBlock | None:
+        """The block of the vision tower that saliency and keys are read from: the one that gives the features.
+
+        None where a family offers neither.
+        """
+        return None
+
+    def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
+        """Values of patches, one entry a call of the block, as values `(R, N, C)` of the context's tokens."""
+        return pool_patches(patches, encoded)
+
+    def text_relevance(
+        self, encoded: Encoded, inputs: Mapping[str, Any], labels: Tensor | None, text_tower: TextTower | None
+    ) -> Tensor:
+        """How relevant each visual token is to the user's words, larger for more: float32 `(R, N)`."""
+        return relevance(self, encoded, inputs, labels, text_tower)
 
     @property
     def language_layers(self) -> nn.ModuleList:

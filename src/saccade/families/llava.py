@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.tokens import VisualContext
 
 
@@ -42,6 +43,9 @@ class LlavaFamily(Family):
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def attention_block(self) -> AttentionBlock | None:
+        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.families import get_family
+from saccade.families.collect import encode_for
 from saccade.pruning.isolator import ModeIsolator
 from saccade.pruning.shorten import check_positions, reduce, shorten
 from saccade.reducers import get_reducer
@@ -62,7 +63,7 @@ def prune_inputs(
     if not family.has_images(inputs):
         return dict(inputs)
     rows = _isolator_rows(isolator, family.model.get_input_embeddings().weight)
-    encoded = family.encode(inputs)
+    encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
     reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
     pad_id = family.model.config.get_text_config().pad_token_id or 0
     try:
