@@ -1,4 +1,4 @@
-"""The demo end to end at a size that learns nothing: every run, the report, the pictures, and going on after a stop."""
+"""The demo end to end at a size that learns nothing: the runs, the report, the pictures, going on after a stop."""
 
 import json
 import re
@@ -30,7 +30,7 @@ KEYS = {
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder, settings=SMALL)
+    run_demo(folder, settings=SMALL, jobs=2)
     return folder
 
 
@@ -91,7 +91,12 @@ def test_plan_of_the_full_demo():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--seeds", "0"], "seeds=0"), (["--steps", "-3"], "steps=-3"), (["--scenes", "0"], "scenes=0")],
+    [
+        (["--seeds", "0"], "seeds=0"),
+        (["--jobs", "0"], "jobs=0"),
+        (["--steps", "-3"], "steps=-3"),
+        (["--scenes", "0"], "scenes=0"),
+    ],
 )
 def test_bad_flags(tmp_path, flags, message, capsys):
     assert main(["demo", "--output", str(tmp_path), *flags]) == 2

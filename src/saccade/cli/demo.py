@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="out/demo", metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument("--full", action="store_true", help="three seeds, longer runs, and the ablation")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 1, or 3 with --full)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of fine-tuning, for a shorter or longer run")
     parser.add_argument("--scenes", type=int, metavar="N", help="scenes of the test split to evaluate on")
 
@@ -33,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
         settings = shrink(settings, args.steps)
     if args.scenes is not None:
         settings = replace(settings, test_scenes=args.scenes)
-    run_demo(args.output, full=args.full, seeds=args.seeds, settings=settings)
+    run_demo(args.output, full=args.full, seeds=args.seeds, settings=settings, jobs=args.jobs)
     return 0

@@ -40,7 +40,7 @@ COLUMNS = (
 )
 
 
-def write_report(results: list[dict[str, Any]], output: Path, command: str) -> dict[str, Any]:
+def write_report(results: list[dict[str, Any]], output: Path, command: str, jobs: int) -> dict[str, Any]:
     """Collect the runs into `report.json`, and return what it holds."""
     baselines = {result["spec"]["seed"]: result for result in results if result["spec"]["method"] == "all_tokens"}
     rows = [_row(result, baselines[result["spec"]["seed"]]) for result in results]
@@ -50,6 +50,7 @@ def write_report(results: list[dict[str, Any]], output: Path, command: str) -> d
         "summary": _summarise(rows),
         "settings": results[0]["spec"]["settings"],
         "command": command,
+        "jobs": jobs,
         "environment": environment(),
     }
     write_json_atomically(output / "report.json", report)
