@@ -84,6 +84,11 @@ def encode_for(
         from saccade.families.relevance import load_text_tower
 
         tokenizer = getattr(reducer, "tokenizer", None) or family.model.name_or_path
+        if not tokenizer:
+            raise SaccadeError(
+                "text_tower: the words are read with the language model's tokenizer, and this model came from no "
+                "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
+            )
         tower = load_text_tower(str(reducer.text_tower), str(tokenizer))
     return family.encode(inputs, reducer.needs, labels=labels, text_tower=tower)
 

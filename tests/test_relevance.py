@@ -1,0 +1,222 @@
+"""Relevance of visual tokens to the user's words: whose words they are, and the two ways to compute it."""
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from saccade import prune_inputs
+from saccade.dualspeed.step import DualSpeedStep
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.families.collect import encode_for
+from saccade.families.relevance import load_text_tower, row_samples, special_ids, user_words
+from saccade.reducers import get_reducer
+from saccade.tiny import build_tiny_llava, build_tiny_processor
+
+RELEVANCE = frozenset({"relevance"})
+IGNORED = -100
+
+
+@pytest.fixture
+def batch(collator, mixed_rows):
+    return dict(collator([dict(row) for row in mixed_rows]))
+
+
+def words_of(model, batch, row: int, labels: torch.Tensor | None) -> list[list[int]]:
+    """The word ids of each turn of a sample, from a walk over its tokens."""
+    special = {0, 1, 2, 4}
+    turns: list[list[int]] = [[]]
+    answered = False
+    ids = batch["input_ids"][row].tolist()
+    for place, token in enumerate(ids):
+        answer = labels is not None and int(labels[row, place]) != IGNORED
+        if answer and not answered:
+            turns.append([])
+        answered = answer
+        if batch["attention_mask"][row, place] and not answer and token not in special:
+            turns[-1].append(token)
+    if labels is not None and len(turns) > 1:
+        turns.pop()  # what follows the last answer
+    return [turn for turn in turns if turn]
+
+
+def relevance_oracle(model, family, encoded, batch, labels) -> torch.Tensor:
+    embed = model.get_input_embeddings().weight
+    owner = [row for row, ids in enumerate(batch["input_ids"].tolist()) for token in ids if token == 4]
+    expected = torch.zeros(encoded.context.shape[:2])
+    for number, features in enumerate(encoded.context.features):
+        turns = words_of(model, batch, owner[number * features.shape[0]], labels)
+        for token, feature in enumerate(features):
+            cosines = [
+                torch.stack([torch.cosine_similarity(feature, embed[word], dim=0) for word in turn]).mean()
+                for turn in turns
+            ]
+            expected[number, token] = torch.stack(cosines).mean()
+    return expected
+
+
+@torch.no_grad()
+def test_relevance_is_the_mean_cosine_over_words_then_turns(model, batch):
+    family = get_family(model)
+    assert special_ids(model.config) == [0, 1, 2, 4]
+    assert len(words_of(model, batch, 1, batch["labels"])) == 2  # the sample with two questions
+    for labels in (batch["labels"], None):
+        encoded = family.encode(batch, RELEVANCE, labels=labels)
+        expected = relevance_oracle(model, family, encoded, batch, labels)
+        torch.testing.assert_close(encoded.context.relevance, expected)
+    assert row_samples(encoded, batch["input_ids"] == 4).tolist() == [0, 1, 1, 3]
+
+
+@torch.no_grad()
+def test_answers_have_no_say(model, batch):
+    family = get_family(model)
+    labels = batch["labels"]
+    before = family.encode(batch, RELEVANCE, labels=labels).context.relevance
+    changed = {**batch, "input_ids": torch.where(labels != IGNORED, 20, batch["input_ids"])}
+    assert torch.equal(family.encode(changed, RELEVANCE, labels=labels).context.relevance, before)
+    # The question has one, and without labels so would the answer.
+    question = int(batch["input_ids"][0][batch["input_ids"][0] > 60][0])
+    asked = {**batch, "input_ids": torch.where(batch["input_ids"] == question, 20, batch["input_ids"])}
+    assert not torch.equal(family.encode(asked, RELEVANCE, labels=labels).context.relevance, before)
+    assert not torch.equal(
+        family.encode(changed, RELEVANCE).context.relevance, family.encode(batch, RELEVANCE).context.relevance
+    )
+
+
+def test_turns():
+    ids = torch.arange(12).unsqueeze(0)
+    labels = torch.tensor([[-100, -100, -100, 7, 7, -100, -100, 7, -100, -100, -100, -100]])
+    mask = torch.tensor([[1] * 11 + [0]])
+    special = torch.zeros(1, 12, dtype=torch.bool)
+    special[0, 0] = True
+    words, turn = user_words(ids, mask, labels, special)
+    assert words[0].nonzero().flatten().tolist() == [1, 2, 5, 6]
+    assert turn[0, words[0]].tolist() == [0, 0, 1, 1]
+    everything, one = user_words(ids, mask, None, special)
+    assert everything[0].nonzero().flatten().tolist() == list(range(1, 11))
+    assert not one.any()
+    unanswered, _ = user_words(ids, mask, torch.full_like(labels, -100), special)
+    assert torch.equal(unanswered, everything)
+    answers_only, _ = user_words(ids, mask, ids, special)
+    assert not answers_only.any()
+
+
+@torch.no_grad()
+def test_no_words_is_dpp(model, processor):
+    image = torch.zeros(96, 96, 3, dtype=torch.uint8)
+    image[20:50, 30:70] = torch.randint(0, 255, (30, 40, 3), dtype=torch.uint8, generator=torch.Generator())
+    inputs = processor(images=[image.numpy()], text="<image>", return_tensors="pt")
+    context = get_family(model).encode(inputs, RELEVANCE).context
+    assert (context.relevance == 0).all()
+    assert torch.equal(get_reducer("cdpruner")(context, 14).index, get_reducer("dpp")(context, 14).index)
+
+
+@torch.no_grad()
+def test_padding_side_and_batch_mates_do_not_matter(model, processor, scenes):
+    rows = [row for row in scenes if len(row["images"]) == 1][:3]
+    texts = ["<image> " + row["messages"][0]["content"].replace("<image>", "") for row in rows]
+    texts[1] += " how many digits is there ?"
+    images = [row["images"][0] for row in rows]
+    family = get_family(model)
+    together = processor(images=images, text=texts, return_tensors="pt", padding=True, padding_side="left")
+    relevance = family.encode(together, RELEVANCE).context.relevance
+    for number in range(3):
+        alone = processor(images=[images[number]], text=[texts[number]], return_tensors="pt")
+        torch.testing.assert_close(family.encode(alone, RELEVANCE).context.relevance[0], relevance[number])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A CLIP model as wide as the tiny tower, with a text tower that reads ten tokens, and a tokenizer."""
+    processor = build_tiny_processor()
+    text = {
+        "vocab_size": len(processor.tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 10,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 96,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class TestTextTower:
+    @torch.no_grad()
+    def test_minus_the_mean_cosine_over_segments_then_turns(self, model, batch, folder, processor):
+        reducer = get_reducer("cdpruner", text_tower=folder, tokenizer=folder)
+        encoded = encode_for(get_family(model), reducer, batch, batch["labels"])
+        clip = CLIPModel.from_pretrained(folder).eval()
+        patches = clip.visual_projection(
+            clip.vision_model.post_layernorm(
+                model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            )
+        )
+        for number, row in enumerate((0, 1, 1, 3)):
+            total = torch.zeros(patches.shape[1])
+            turns = [
+                [token for token in turn if token not in processor.tokenizer.all_special_ids]
+                for turn in words_of(model, batch, row, batch["labels"])
+            ]
+            for turn in turns:
+                segments = [turn[at : at + 8] for at in range(0, len(turn), 8)]
+                for segment in segments:
+                    ids = torch.tensor([[1, *segment, 2]])
+                    vector = clip.text_projection(clip.text_model(ids).pooler_output)
+                    total -= torch.cosine_similarity(patches[number], vector, dim=1) / len(segments) / len(turns)
+            torch.testing.assert_close(encoded.context.relevance[number], total)
+
+    def test_long_questions_are_cut_into_segments(self, folder):
+        tower = load_text_tower(folder, folder)
+        once, twice = "how many digits", "how many digits is there ? " * 3
+        assert tower._embed(twice, torch.device("cpu")).shape == (12,)
+        torch.testing.assert_close(tower._embed(once, torch.device("cpu")).norm(), torch.tensor(1.0))
+        assert tower._embed(twice, torch.device("cpu")).norm() < 1
+
+    def test_the_form_of_the_answer_is_no_word(self, folder):
+        tower = load_text_tower(folder, folder)
+
+        class Reader:
+            def decode(self, ids, skip_special_tokens):
+                return "what is this?\nAnswer the question using a single word or phrase."
+
+        object.__setattr__(tower, "reader", Reader())
+        assert tower._text(torch.tensor([1])) == "what is this?"
+        load_text_tower.cache_clear()
+
+    def test_in_training_and_inference(self, model, batch, folder):
+        options = {"text_tower": folder, "tokenizer": folder}
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        pruned = prune_inputs(model, inputs, reducer="cdpruner", reducer_options=options)
+        assert pruned["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+        step = DualSpeedStep(get_family(model), get_reducer("cdpruner", **options), 0.9, None, 1.0, 1.0, "compact", 0)
+        step("fast", batch, 10.0).loss.backward()
+        assert not any(p.requires_grad for p in load_text_tower(folder, folder).model.parameters())
+
+    def test_what_does_not_fit_is_one_line(self, model, batch, folder, processor, tmp_path):
+        family = get_family(model)
+        for options, message in (
+            ({"text_tower": str(tmp_path), "tokenizer": folder}, "text_tower=.*no CLIPModel"),
+            ({"text_tower": folder, "tokenizer": str(tmp_path)}, "tokenizer=.*no tokenizer"),
+            ({"text_tower": folder}, "option 'tokenizer'"),
+        ):
+            with pytest.raises(SaccadeError, match=message):
+                encode_for(family, get_reducer("cdpruner", **options), batch)
+        narrow = build_tiny_llava(processor)
+        narrow.config.vision_feature_layer = [-2]
+        with pytest.raises(SaccadeError, match="width 96, but the model's vision tower gives no features"):
+            encode_for(get_family(narrow), get_reducer("cdpruner", text_tower=folder, tokenizer=folder), batch)
