@@ -330,10 +330,35 @@ def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
     return finish(transformers.Gemma3ForConditionalGeneration(config), processor)
 
 
+def build_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-1.5 with a CLIP tower: 32 px, 8 x 8 tokens."""
+    tokenizer = tokenizer_with({"image_token": IMAGE}, IMAGE)
+    vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision),
+        text_config=transformers.LlamaConfig(**text_options(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        image_seq_length=64,
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    processor = transformers.LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    return finish(transformers.LlavaForConditionalGeneration(config), processor)
+
+
 FAMILIES: dict[str, Tiny] = {
     "gemma3": Tiny(build_gemma3, transformers.Gemma3ForConditionalGeneration),
     "idefics3": Tiny(lambda: build_idefics3("Idefics3"), transformers.Idefics3ForConditionalGeneration),
     "internvl": Tiny(build_internvl, transformers.InternVLForConditionalGeneration),
+    "llava": Tiny(build_llava, transformers.LlavaForConditionalGeneration),
     "llava_next": Tiny(build_llava_next, transformers.LlavaNextForConditionalGeneration),
     "llava_onevision": Tiny(build_llava_onevision, transformers.LlavaOnevisionForConditionalGeneration),
     "smolvlm": Tiny(lambda: build_idefics3("SmolVLM"), transformers.SmolVLMForConditionalGeneration),
@@ -364,3 +389,77 @@ def mixed_rows() -> list[dict]:
         {"images": [], "messages": turns("3 plus 4", "7")},
         {"images": [noise_image(32, 32, 4)], "messages": turns("is there a 5 ? <image>", "yes , above the 3 .")},
     ]
+
+
+# Videos. The video processors need torchvision, so what they would return is put together here.
+
+
+def video_samples(name: str, model: PreTrainedModel, processor: ProcessorMixin) -> list[dict]:
+    """Four samples as lists: a video, an image then a video, text only, a video then an image.
+
+    Each is `ids`, `types` (0 text, 1 image, 2 video), and the tensors of its images and videos.
+    """
+    word = processor.tokenizer.convert_tokens_to_ids
+    text = [word(item) for item in ("how", "many", "digits", "?")]
+    image_id, video_id = model.config.image_token_id, model.config.video_token_id
+    generator = torch.Generator().manual_seed(7)
+
+    def media(kind: str, frames: int) -> tuple[list[int], dict]:
+        """Placeholder ids, markers included, and tensors."""
+        if name == "llava_onevision":
+            if kind == "video":
+                pixels = torch.randn(1, 2, 3, 16, 16, generator=generator)
+                return [video_id] * (2 * 4 + 1), {"pixel_values_videos": pixels}
+            pixels = torch.randn(1, 3, 3, 16, 16, generator=generator)
+            count = 16 + 4 * (8 + 1)
+            tensors = {"image_sizes": torch.tensor([[16, 32]]), "batch_num_images": torch.tensor([1])}
+            return [image_id] * count, {"pixel_values": pixels, **tensors}
+        start, end = word("<|vision_start|>"), word("<|vision_end|>")
+        grid = torch.tensor([[frames, 4, 6]])
+        patches = torch.randn(int(grid.prod()), 3 * 2 * PATCH * PATCH, generator=generator)
+        if kind == "image":
+            return [start, *[image_id] * 6, end], {"pixel_values": patches, "image_grid_thw": grid}
+        tensors = {"pixel_values_videos": patches, "video_grid_thw": grid}
+        if name == "qwen3_vl":
+            return [token for _ in range(frames) for token in (word("1"), start, *[video_id] * 6, end)], tensors
+        if name == "qwen2_5_vl":
+            tensors["second_per_grid_ts"] = torch.tensor([0.5])
+        return [start, *[video_id] * 6 * frames, end], tensors
+
+    samples = []
+    for kinds in (("video",), ("image", "video"), (), ("video", "image")):
+        ids, tensors = [word(START), word(USER)], {}
+        for number, kind in enumerate(kinds):
+            tokens, given = media(kind, 1 if kind == "image" else 3 - number)
+            ids += [*tokens, *text[: number + 2]]
+            tensors |= given
+        ids += [*text, word(ASSISTANT)]
+        types = [1 if token == image_id else 2 if token == video_id else 0 for token in ids]
+        samples.append({"ids": ids, "types": types, "tensors": tensors})
+    return samples
+
+
+def collate_samples(samples: list[dict], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Processor outputs of samples of `video_samples`."""
+    length = max(len(sample["ids"]) for sample in samples)
+
+    def padded(values: list[int], fill: int) -> list[int]:
+        padding = [fill] * (length - len(values))
+        return [*values, *padding] if side == "right" else [*padding, *values]
+
+    batch = {
+        "input_ids": torch.tensor([padded(sample["ids"], pad_id) for sample in samples]),
+        "attention_mask": torch.tensor([padded([1] * len(sample["ids"]), 0) for sample in samples]),
+        "mm_token_type_ids": torch.tensor([padded(sample["types"], 0) for sample in samples]),
+    }
+    for tensor_name in dict.fromkeys(key for sample in samples for key in sample["tensors"]):
+        batch[tensor_name] = torch.cat([s["tensors"][tensor_name] for s in samples if tensor_name in s["tensors"]])
+    if "batch_num_images" in batch:
+        batch.pop("mm_token_type_ids")
+        batch["batch_num_images"] = torch.tensor([int("pixel_values" in sample["tensors"]) for sample in samples])
+    elif "pixel_values_videos" in batch and batch["pixel_values_videos"].dim() == 5:
+        batch.pop("mm_token_type_ids")
+    return batch
+
+
+WITH_VIDEO = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from family_models import Tiny, mixed_rows
+from family_models import Tiny, collate_samples, mixed_rows, video_samples
 from helpers import make_config
 from peft import LoraConfig
 from torch import Tensor
@@ -75,6 +75,25 @@ class Case:
     def positions(self) -> tuple[str, ...]:
         """The position modes that differ for this family."""
         return ("original",) if self.family.several_axes else ("compact", "original")
+
+
+class VideoCase(Case):
+    """The same with batches of videos and images, in either order; nothing is learned by the last two tokens."""
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        return video_samples(self.name, self.model, self.processor)
+
+    @cached_property
+    def batch(self) -> dict[str, Any]:
+        batch = collate_samples(self.samples, 0, "right")
+        words = batch["attention_mask"].bool() & ~self.family.placeholder(batch["input_ids"])
+        return {**batch, "labels": batch["input_ids"].masked_fill(~words, -100)}
+
+    def prompts(self, rows: Iterable[int] = range(4)) -> dict[str, Any]:
+        prompts = collate_samples([self.samples[row] for row in rows], 0, "left")
+        # transformers 5.23 wants mm_token_type_ids only where there is something to place.
+        return prompts
 
 
 @torch.no_grad()

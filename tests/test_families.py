@@ -2,11 +2,12 @@
 
 import family_tester as tester
 import pytest
-from family_models import FAMILIES
+from family_models import FAMILIES, WITH_VIDEO
 
 from saccade.reducers import list_reducers
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
+VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 SAMPLED = ("divprune", "avgpool")
 PAIRS = [
     pytest.param(name, reducer, marks=[] if reducer in SAMPLED else pytest.mark.slow)
@@ -48,3 +49,14 @@ def test_generation_at_ratio_zero(name):
 )
 def test_training(name, reducer, lora, tmp_path):
     tester.check_training(CASES[name], reducer, tmp_path, lora)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("name", "reducer"), [pair for pair in PAIRS if pair.values[0] in WITH_VIDEO])
+def test_invariant_with_videos(name, reducer, check):
+    CHECKS[check](VIDEO_CASES[name], reducer)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_generation_at_ratio_zero_with_videos(name):
+    tester.check_generation_at_ratio_zero(VIDEO_CASES[name])

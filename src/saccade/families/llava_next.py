@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, pad_rows, positions_from_mask
-from saccade.tokens import VisualContext
+from saccade.families.base import Encoded, Family, positions_from_mask
+from saccade.families.rows import FeatureRow, assemble, split_kinds
 
 
 class LlavaNextFamily(Family):
@@ -23,25 +23,17 @@ class LlavaNextFamily(Family):
 
     name = "llava_next"
     model_types = ("llava_next",)
-    vision_inputs = ("pixel_values", "image_sizes")
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
+    vision_inputs = image_inputs
 
     @property
     def placeholder_id(self) -> int:
         return self.model.config.image_token_id
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
-        given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
-        images = self.model.get_image_features(**given, return_dict=True).pooler_output
-        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
-        rows, grids, newlines, group = [], [], [], []
-        for number, (image, size, cut) in enumerate(zip(images, sizes, self._cut(inputs, len(sizes)), strict=True)):
-            for row, grid, newline in self._pictures(image, size, cut):
-                rows.append(row)
-                grids.append(grid)
-                newlines.append(newline)
-                group.append(number)
-        context = self._context(rows, grids, newlines, group)
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(images))})
+        rows, outputs = self._image_rows(inputs)
+        parts = assemble(rows, (), torch.empty(0))
+        return Encoded(parts.context, {"image": outputs})
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
@@ -61,31 +53,21 @@ class LlavaNextFamily(Family):
         """Whether each image comes with crops, and not as the small picture only."""
         return [True] * images
 
-    def _context(
-        self, rows: list[Tensor], grids: list[tuple[int, ...]], newlines: list[list[int]], group: list[int]
-    ) -> VisualContext:
-        """The context of rows `(n_i, D)`, with the columns of each row's newlines."""
-        features, valid = pad_rows(rows)
-        protected = torch.zeros(features.shape[:2], dtype=torch.bool)
-        for number, columns in enumerate(newlines):
-            protected[number, columns] = True
-        device = features.device
-        return VisualContext(
-            features=features,
-            valid=valid,
-            grid=torch.tensor(grids, device=device),
-            group=torch.tensor(group, device=device),
-            protected=protected.to(device),
-        )
+    def _image_rows(self, inputs: Mapping[str, Any]) -> tuple[list[FeatureRow], BaseModelOutputWithPooling]:
+        """The rows of all images, and what the model takes for them."""
+        given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        images = list(self.model.get_image_features(**given, return_dict=True).pooler_output)
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        numbered = enumerate(zip(images, sizes, self._cut(inputs, len(sizes)), strict=True))
+        rows = [row for number, (image, size, cut) in numbered for row in self._pictures(image, size, cut, number)]
+        return rows, BaseModelOutputWithPooling(pooler_output=images)
 
-    def _pictures(
-        self, image: Tensor, size: Sequence[int], cut: bool
-    ) -> list[tuple[Tensor, tuple[int, int, int], list[int]]]:
-        """The one or two pictures of an image `(n, D)`: tokens, grid, and the columns of the newlines."""
+    def _pictures(self, image: Tensor, size: Sequence[int], cut: bool, number: int) -> list[FeatureRow]:
+        """The one or two pictures of an image `(n, D)`."""
         side = self._side
         count = side * side
         if not cut:
-            return [(image, (1, side, side), [count])]
+            return [FeatureRow(image, (1, side, side), number, newlines=[count])]
         height, width = self._large_grid(size)
         if image.shape[0] != count + height * (width + 1):
             raise ValueError(
@@ -93,7 +75,10 @@ class LlavaNextFamily(Family):
                 f"lines of {width} with a newline"
             )
         ends = [line * (width + 1) + width for line in range(height)]
-        return [(image[:count], (1, side, side), []), (image[count:], (1, height, width), ends)]
+        return [
+            FeatureRow(image[:count], (1, side, side), number),
+            FeatureRow(image[count:], (1, height, width), number, newlines=ends),
+        ]
 
     def _large_grid(self, size: Sequence[int]) -> tuple[int, int]:
         """Lines and columns of the large picture of an image of `size` (height, width) pixels, without padding."""
@@ -117,7 +102,42 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     name = "llava_onevision"
     model_types = ("llava_onevision",)
-    vision_inputs = ("pixel_values", "image_sizes", "batch_num_images", "pixel_values_videos", "image_sizes_videos")
+    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    vision_inputs = (*image_inputs, "pixel_values_videos", "image_sizes_videos")
+
+    def placeholder(self, input_ids: Tensor) -> Tensor:
+        return (input_ids == self.placeholder_id) | (input_ids == self.model.config.video_token_id)
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        images, videos, outputs = [], [], {}
+        if inputs.get("pixel_values") is not None:
+            images, outputs["image"] = self._image_rows(inputs)
+        if inputs.get("pixel_values_videos") is not None:
+            pixels = inputs["pixel_values_videos"]
+            features = self.model.get_video_features(pixels, return_dict=True).pooler_output  # (V, F * n + 1, D)
+            outputs["video"] = BaseModelOutputWithPooling(pooler_output=features)
+            for number, video in enumerate(features):
+                videos += self._frames(video, pixels.shape[1], number)
+        ids = inputs["input_ids"]
+        parts = assemble(images, videos, (ids == self.model.config.video_token_id)[self.placeholder(ids)])
+        return Encoded(parts.context, outputs, videos=parts.videos)
+
+    def wrap_features(
+        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        wrapped = {}
+        for kind, rows in split_kinds(features, encoded.videos).items():
+            # The model flattens videos of equal length; one as long as all of them says the same.
+            pooled = rows if kind == "image" else torch.cat(rows).unsqueeze(0)
+            wrapped[kind] = BaseModelOutputWithPooling(pooler_output=pooled)
+        return wrapped
+
+    def _frames(self, video: Tensor, count: int, number: int) -> list[FeatureRow]:
+        """The frames of a video `(count * n + 1, D)`."""
+        side = math.ceil(self._side / 2)
+        pieces = list(video.split([side * side] * (count - 1) + [side * side + 1]))
+        last = [*[()] * (count - 1), (side * side,)]
+        return [FeatureRow(piece, (1, side, side), number, end) for piece, end in zip(pieces, last, strict=True)]
 
     def _cut(self, inputs: Mapping[str, Any], images: int) -> list[bool]:
         counts = inputs.get("batch_num_images")

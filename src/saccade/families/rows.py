@@ -1,0 +1,101 @@
+"""Feature rows of different lengths, of images and of videos, put together in the order of their placeholders."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saccade.families.base import pad_rows
+from saccade.tokens import VisualContext
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """The visual tokens of a picture, a crop or a frame.
+
+    Args:
+        features: `(n, D)`.
+        grid: frames, rows and columns of the tokens that are no newlines.
+        source: number of the image or the video, among its kind, that the row belongs to.
+        newlines: the places of newlines among the n.
+        deeper: `(n, D)` for each further layer of the language model that features enter at.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    source: int
+    newlines: Sequence[int] = ()
+    deeper: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What `Encoded` holds of the rows, see there."""
+
+    context: VisualContext
+    deeper: tuple[Tensor, ...]
+    videos: tuple[bool, ...]
+
+
+def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> Assembled:
+    """Rows in the order of their placeholders, padded, the rows of one image or video as one group.
+
+    Args:
+        images: rows of images, in order.
+        videos: rows of videos, in order.
+        is_video: bool `(P,)`, for each placeholder of the batch in order whether it is a video's.
+
+    Raises:
+        ValueError: if the placeholders of images or of videos differ in number from their tokens.
+    """
+    order = _order(images, videos, is_video)
+    queues = {False: iter(images), True: iter(videos)}
+    rows = [next(queues[video]) for video in order]
+    features, valid = pad_rows([row.features for row in rows])
+    device = features.device
+    group: list[int] = []
+    for number, (row, video) in enumerate(zip(rows, order, strict=True)):
+        same = number > 0 and (row.source, video) == (rows[number - 1].source, order[number - 1])
+        group.append(group[-1] + (not same) if group else 0)
+    protected = None
+    if any(row.newlines for row in rows):
+        places = torch.zeros(features.shape[:2], dtype=torch.bool)
+        for number, row in enumerate(rows):
+            places[number, list(row.newlines)] = True
+        protected = places.to(device)
+    context = VisualContext(
+        features=features,
+        valid=valid,
+        grid=torch.tensor([row.grid for row in rows], device=device),
+        group=torch.tensor(group, device=device),
+        protected=protected,
+    )
+    layers = zip(*(row.deeper for row in rows), strict=True)
+    return Assembled(context, tuple(pad_rows(layer)[0] for layer in layers), order)
+
+
+def split_kinds(values: Sequence[Tensor], videos: Sequence[bool]) -> dict[str, list[Tensor]]:
+    """The values of rows by kind, "image" and "video"; a kind that no row has is left out."""
+    kinds: dict[str, list[Tensor]] = {}
+    for value, video in zip(values, videos, strict=True):
+        kinds.setdefault("video" if video else "image", []).append(value)
+    return kinds
+
+
+def _order(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> tuple[bool, ...]:
+    """Whether each row is a video's, in the order of the placeholders."""
+    if not videos or not images:
+        # The splice checks their number.
+        return (bool(videos),) * (len(images) + len(videos))
+    kinds = is_video.tolist()
+    for name, rows, count in (("image", images, kinds.count(False)), ("video", videos, kinds.count(True))):
+        tokens = sum(row.features.shape[0] for row in rows)
+        if tokens != count:
+            raise ValueError(f"{count} {name} placeholders stand for {tokens} visual tokens")
+    lengths = {False: iter(images), True: iter(videos)}
+    order, place = [], 0
+    while place < len(kinds):
+        order.append(kinds[place])
+        place += next(lengths[kinds[place]]).features.shape[0]
+    return tuple(order)
