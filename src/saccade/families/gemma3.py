@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.tokens import VisualContext
 
 
@@ -40,6 +41,9 @@ class Gemma3Family(Family):
     ) -> dict[str, BaseModelOutputWithPooling]:
         # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
         return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+
+    def attention_block(self) -> AttentionBlock | None:
+        return encoder_block(self.vision_tower, -1)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

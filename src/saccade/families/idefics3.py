@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.tokens import VisualContext
 
 
@@ -73,6 +74,9 @@ class Idefics3Family(Family):
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def attention_block(self) -> AttentionBlock | None:
+        return encoder_block(self.vision_tower, -1)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, run_numbers, square_grid
+from saccade.families.collect import AttentionBlock
 from saccade.tokens import VisualContext
 
 
@@ -48,6 +49,14 @@ class InternVLFamily(Family):
     ) -> dict[str, BaseModelOutputWithPooling]:
         # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
         return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+
+    def attention_block(self) -> AttentionBlock | None:
+        layer = self.model.config.vision_feature_layer
+        layers = self.vision_tower.encoder.layer
+        states = len(layers) + 1  # hidden_states[0] is what goes into the first layer
+        attention = layers[max(layer % states - 1, 0)].attention
+        # The norms are identities where the model has none.
+        return AttentionBlock(attention, attention.q_norm, attention.k_norm, attention.num_heads, class_token=True)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from saccade.families.base import Encoded, Family, positions_from_mask
-from saccade.families.rows import FeatureRow, assemble, split_kinds
+from saccade.families.collect import AttentionBlock, Patches, encoder_block
+from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 
 
 class LlavaNextFamily(Family):
@@ -39,6 +41,33 @@ class LlavaNextFamily(Family):
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+
+    def attention_block(self) -> AttentionBlock | None:
+        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
+
+    def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
+        """Packed as the model packs features, with zeros for newlines."""
+        return tokens_to_rows({"image": self._pack(patches[0], inputs)}, encoded)
+
+    def _pack(self, patches: Patches, inputs: Mapping[str, Any]) -> Tensor:
+        """Values of the crops' patches as values `(S, C)` of the tokens of all images, one behind the other."""
+        values = patches.values[:, 1:] if patches.class_token else patches.values
+        sizes = inputs["image_sizes"]
+        config = self.model.config
+        crops = [
+            image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if cut else 1
+            for size, cut in zip(sizes, self._cut(inputs, len(sizes)), strict=True)
+        ]
+        newline = values.new_zeros(values.shape[-1])
+        images, _ = self.model.base_model.pack_image_features(
+            values.split(crops), sizes, image_newline=newline, **self.packing
+        )
+        return torch.cat(images)
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """Further options of the model's `pack_image_features`."""
+        return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])
@@ -131,6 +160,21 @@ class LlavaOnevisionFamily(LlavaNextFamily):
             pooled = rows if kind == "image" else torch.cat(rows).unsqueeze(0)
             wrapped[kind] = BaseModelOutputWithPooling(pooler_output=pooled)
         return wrapped
+
+    def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
+        calls = iter(patches)
+        tokens = {}
+        if inputs.get("pixel_values") is not None:
+            tokens["image"] = self._pack(next(calls), inputs)
+        if inputs.get("pixel_values_videos") is not None:
+            values = self.model.base_model.apply_pooling(next(calls).values)  # (V * F, n, C)
+            videos = values.reshape(len(inputs["pixel_values_videos"]), -1, values.shape[-1])
+            tokens["video"] = torch.nn.functional.pad(videos, (0, 0, 0, 1)).flatten(0, 1)
+        return tokens_to_rows(tokens, encoded)
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        return {"vision_aspect_ratio": self.model.config.vision_aspect_ratio}
 
     def _frames(self, video: Tensor, count: int, number: int) -> list[FeatureRow]:
         """The frames of a video `(count * n + 1, D)`."""

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.vision_utils import get_vision_window_index
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family
-from saccade.families.rows import FeatureRow, assemble, split_kinds
+from saccade.families.collect import AttentionBlock, Patches
+from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 
 MERGERS = ("merger", "deepstack_merger_list")
 
@@ -48,17 +50,13 @@ class Qwen2VLFamily(Family):
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         rows: dict[str, list[FeatureRow]] = {"image": [], "video": []}
         outputs = {}
-        for kind, pixels, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
-            if inputs.get(pixels) is None:
-                continue
+        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+        for kind, grid in _given_grids(inputs):
             get_features = getattr(self.model, f"get_{kind}_features")
-            output = get_features(inputs[pixels], inputs[grid], return_dict=True)
+            output = get_features(inputs[pixels[kind]], grid, return_dict=True)
             layers = [list(output.pooler_output), *map(list, self._deeper(output))]
             merge = self.model.base_model.visual.spatial_merge_size
-            for number, (frames, height, width) in enumerate(inputs[grid].tolist()):
+            for number, (frames, height, width) in enumerate(grid.tolist()):
                 source = [layer[number] for layer in layers]
                 rows[kind] += self._rows(source, (frames, height // merge, width // merge), number, kind)
             outputs[kind] = self._wrap(layers)
@@ -72,6 +70,27 @@ class Qwen2VLFamily(Family):
     ) -> dict[str, BaseModelOutputWithPooling]:
         layers = [split_kinds(layer, encoded.videos) for layer in (features, *deeper)]
         return {kind: self._wrap([layer[kind] for layer in layers]) for kind in layers[0]}
+
+    def attention_block(self) -> AttentionBlock | None:
+        attention = self.model.base_model.visual.blocks[-1].attn
+        return AttentionBlock(attention, attention.qkv, attention.qkv, attention.num_heads, class_token=False)
+
+    def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
+        """The mean of the patches that the merger makes a token of: they follow one another."""
+        unit = self.model.base_model.visual.spatial_merge_size**2
+        tokens = {}
+        for (kind, grid), entry in zip(_given_grids(inputs), patches, strict=True):
+            merged = entry.values.reshape(-1, unit, entry.values.shape[-1]).mean(dim=1)
+            tokens[kind] = merged[self._token_places(grid)]
+        return tokens_to_rows(tokens, encoded)
+
+    def _token_places(self, grid: Tensor) -> Tensor | slice:
+        """Where the tokens stand in the tower's order, which goes by window in Qwen2.5-VL."""
+        vision = self.model.config.vision_config
+        if not hasattr(vision, "window_size"):
+            return slice(None)
+        order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        return order.to(grid.device).argsort()
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Long `(3, B, L)`.
@@ -121,3 +140,9 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return BaseModelOutputWithDeepstackFeatures(
             pooler_output=list(layers[0]), deepstack_features=[list(layer) for layer in layers[1:]]
         )
+
+
+def _given_grids(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """The kinds of vision inputs that there are, in the order that they are encoded, and their grids."""
+    kinds = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+    return [(kind, inputs[grid]) for kind, pixels, grid in kinds if inputs.get(pixels) is not None]

@@ -1,12 +1,12 @@
 """Feature rows of different lengths, of images and of videos, put together in the order of their placeholders."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.families.base import pad_rows
+from saccade.families.base import Encoded, pad_rows
 from saccade.tokens import VisualContext
 
 
@@ -81,6 +81,22 @@ def split_kinds(values: Sequence[Tensor], videos: Sequence[bool]) -> dict[str, l
     for value, video in zip(values, videos, strict=True):
         kinds.setdefault("video" if video else "image", []).append(value)
     return kinds
+
+
+def tokens_to_rows(tokens: Mapping[str, Tensor], encoded: Encoded) -> Tensor:
+    """Values of tokens as `(R, N, C)`, zeros on padding.
+
+    Args:
+        tokens: `(S, C)` for each kind, those of all its images or videos behind one another.
+        encoded: whose context has R rows of N tokens.
+    """
+    videos = encoded.videos or (False,) * encoded.context.shape[0]
+    lengths = encoded.context.valid.sum(dim=1).tolist()
+    counts = {
+        kind: [n for n, video in zip(lengths, videos, strict=True) if video == (kind == "video")] for kind in tokens
+    }
+    pieces = {kind: iter(values.split(counts[kind])) for kind, values in tokens.items()}
+    return pad_rows([next(pieces["video" if video else "image"]) for video in videos])[0]
 
 
 def _order(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> tuple[bool, ...]:
