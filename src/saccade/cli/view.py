@@ -1,0 +1,66 @@
+"""`saccade view`: an image with the patches that each reducer keeps and merges."""
+
+import argparse
+
+EXAMPLES = """
+saccade view photo.jpg
+saccade view photo.jpg --reducer divprune,visionzip,tome --prune-ratio 0.95 --output kept.png
+saccade view photo.jpg --reducer cdpruner --prompt "How many digits are there?" --model out/sft
+saccade view photo.jpg --reducer all
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.add_argument("image", metavar="IMAGE", help="any image file")
+    parser.add_argument(
+        "--reducer",
+        default="divprune,dpp,uniform,avgpool",
+        metavar="A,B,C",
+        help="reducers, one panel each, or all of them with `all` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prune-ratio", type=float, default=0.9, metavar="P", help="share of tokens to drop (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
+    )
+    parser.add_argument(
+        "--prompt",
+        default="Describe the image.",
+        metavar="TEXT",
+        help="the user's words, which cdpruner reads (default: %(default)r)",
+    )
+    parser.add_argument(
+        "--output", default="view.png", metavar="FILE", help="PNG; JSON is written beside it (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw the picture and say where it is."""
+    from saccade.errors import SaccadeError
+    from saccade.reducers import get_reducer, list_reducers
+    from saccade.report.view import read_image, view_reducers
+    from saccade.tokens.budget import check_prune_ratio
+
+    names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
+    # Before anything is loaded, so that a slip costs no wait.
+    for name in names:
+        get_reducer(name)
+    check_prune_ratio(args.prune_ratio)
+    image = read_image(args.image)
+
+    from saccade.training import ModelOptions, load_model
+
+    model, processor = load_model(ModelOptions(model=args.model))
+    report = view_reducers(model, processor, image, names, args.prune_ratio, args.prompt, args.output)
+    rows, columns = report["grid"]
+    for panel in report["panels"]:
+        merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
+        note = f", {merged} tokens flow into them" if "merged_into" in panel else ""
+        print(f"{panel['reducer']}: {len(panel['kept'])} of {rows * columns} tokens{note}")
+    print(f"written to {args.output}")
+    return 0

@@ -1,0 +1,131 @@
+"""One image, and what several reducers keep and merge of it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import PreTrainedModel, ProcessorMixin
+
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.families.collect import encode_for
+from saccade.files import write_json_atomically
+from saccade.pruning import reduce
+from saccade.reducers import get_reducer
+from saccade.report.kept_tokens import draw_kept_tokens
+from saccade.tokens import Reduction
+from saccade.tokens.budget import check_prune_ratio
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in a file, in RGB, turned as its EXIF data says.
+
+    Raises:
+        SaccadeError: if the file is missing, truncated or no image.
+    """
+    from PIL import ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise SaccadeError(f"image {str(path)!r} does not exist: give the path of an image file") from error
+    except UnidentifiedImageError as error:
+        raise SaccadeError(f"image {str(path)!r} is no image that Pillow can read: give a PNG or a JPEG") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SaccadeError(f"image {str(path)!r} cannot be read: {error}") from error
+
+
+@torch.no_grad()
+def view_reducers(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Image.Image,
+    reducers: Sequence[str],
+    prune_ratio: float,
+    prompt: str,
+    path: str | os.PathLike[str],
+) -> dict[str, Any]:
+    """Draw what each reducer keeps of an image, side by side, and write what is drawn as JSON beside it.
+
+    The picture is the part of the image that the model sees. Of models that cut an image into crops, it is the small
+    picture of the whole.
+
+    Args:
+        model: of a known family.
+        processor: its processor.
+        image: any size.
+        reducers: names, one panel each.
+        prune_ratio: share of visual tokens to drop, in [0, 1).
+        prompt: the user's words, for reducers that read them.
+        path: the PNG to write; the JSON has the same name with another suffix.
+
+    Returns:
+        What the JSON holds: `prune_ratio`, `prompt`, `grid` (rows, columns), and for each reducer its `kept` tokens
+        and, if it merges, `merged_into`, for each token the kept one that it weighs most in, -1 if none.
+
+    Raises:
+        SaccadeError: on an unknown reducer, a ratio outside [0, 1), or a model that a reducer does not fit.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise SaccadeError(f"output={str(path)!r}: the picture is a PNG, give a name that ends with .png")
+    prune_ratio = check_prune_ratio(prune_ratio)
+    chosen = {name: get_reducer(name) for name in reducers}
+    family = get_family(model)
+    inputs = _process(processor, image, prompt)
+    panels, entries, grid = [], [], (0, 0)
+    for name, reducer in chosen.items():
+        context = encode_for(family, reducer, inputs).context
+        frames, *shape = context.grid[0].tolist()
+        tokens = int(context.valid[0].sum())
+        if frames * shape[0] * shape[1] != tokens or frames != 1:
+            raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens an image form no grid")
+        grid = (shape[0], shape[1])
+        reduction = reduce(
+            context.select_rows(torch.tensor([0], device=context.features.device)), reducer, prune_ratio
+        )
+        index = reduction.index[0]
+        weight = None if reduction.weight is None else reduction.weight[0, :, :tokens].cpu()
+        panels.append((f"{name}  {int((index >= 0).sum())} of {tokens}", index.cpu(), weight))
+        entries.append({"reducer": name, **_describe(reduction, tokens)})
+    draw_kept_tokens(_seen_part(processor, image), panels, grid, path)
+    report = {"prune_ratio": prune_ratio, "prompt": prompt, "grid": list(grid), "panels": entries}
+    write_json_atomically(path.with_suffix(".json"), report)
+    return report
+
+
+def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
+    index = reduction.index[0].cpu()
+    described: dict[str, Any] = {"kept": index[index >= 0].tolist()}
+    if reduction.weight is not None:
+        strongest, output = reduction.weight[0, :, :tokens].abs().cpu().max(dim=0)
+        described["merged_into"] = torch.where(strongest > 0, index[output], -1).tolist()
+    return described
+
+
+def _process(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:
+    """The processor's outputs for one image and a question."""
+    if getattr(processor, "chat_template", None) is None:
+        token = getattr(processor, "image_token", "<image>")
+        return processor(images=image, text=f"{token}\n{prompt}", return_tensors="pt")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+def _seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
+    """The image without what the processor cuts off its longer edges."""
+    if not getattr(processor.image_processor, "do_center_crop", False):
+        return image
+    side = min(image.size)
+    left, top = ((edge - side) // 2 for edge in image.size)
+    return image.crop((left, top, left + side, top + side))
