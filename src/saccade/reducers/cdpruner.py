@@ -1,6 +1,5 @@
 """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): diverse tokens that fit the user's words."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import row_budget
+from saccade.reducers.common import row_budget, scale_per_row
 from saccade.reducers.determinantal import greedy_map
 from saccade.reducers.registry import register_reducer
 from saccade.tokens import Reduction, VisualContext
@@ -54,17 +53,3 @@ class CDPruner:
             # exp(alpha q) over its largest value: a common factor of the kernel changes no choice.
             quality = torch.exp((quality - 1) * (self.theta / (2 * (1 - self.theta))))
         return greedy_map(context, row_budget(context, keep), quality)
-
-
-def scale_per_row(values: Tensor, context: VisualContext) -> Tensor:
-    """`values` `(B, N)` scaled to [0, 1] over each row's valid tokens; 1 where they are all equal, and on padding."""
-    if values.numel() == 0:
-        return values
-    low, high = values, values
-    if not context.dense:
-        low = values.masked_fill(~context.valid, math.inf)
-        high = values.masked_fill(~context.valid, -math.inf)
-    low, high = low.amin(dim=1, keepdim=True), high.amax(dim=1, keepdim=True)
-    span = high - low
-    scaled = torch.where(span > 0, (values - low) / span, 1.0)
-    return scaled if context.dense else scaled.masked_fill(~context.valid, 1.0)

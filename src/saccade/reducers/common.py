@@ -116,3 +116,17 @@ def mask_to_index(mask: Tensor, width: int, uniform: bool) -> Tensor:
     columns = torch.arange(tokens, device=mask.device)
     index = torch.where(mask, columns, tokens).sort(dim=1).values[:, :width]
     return index if uniform else index.masked_fill(index == tokens, -1)
+
+
+def scale_per_row(values: Tensor, context: VisualContext) -> Tensor:
+    """`values` `(B, N)` scaled to [0, 1] over each row's valid tokens; 1 where they are all equal, and on padding."""
+    if values.numel() == 0:
+        return values
+    low, high = values, values
+    if not context.dense:
+        low = values.masked_fill(~context.valid, torch.inf)
+        high = values.masked_fill(~context.valid, -torch.inf)
+    low, high = low.amin(dim=1, keepdim=True), high.amax(dim=1, keepdim=True)
+    span = high - low
+    scaled = torch.where(span > 0, (values - low) / span, 1.0)
+    return scaled if context.dense else scaled.masked_fill(~context.valid, 1.0)
