@@ -63,10 +63,10 @@ def prune_inputs(
     if not family.has_images(inputs):
         return dict(inputs)
     rows = _isolator_rows(isolator, family.model.get_input_embeddings().weight)
-    encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
-    reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
     pad_id = family.model.config.get_text_config().pad_token_id or 0
     try:
+        encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
+        reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
         shortened = shorten(
             family,
             encoded,
@@ -77,6 +77,8 @@ def prune_inputs(
             padding_side=padding_side,
             pad_id=pad_id,
         ).inputs
+    except SaccadeError:
+        raise
     except ValueError as error:
         raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
     if positions == "original" and padding_side == "left" and not family.several_axes:
