@@ -40,12 +40,7 @@ def test_generation_at_ratio_zero(name):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("name", "reducer"),
-    [
-        pytest.param(name, reducer, marks=[] if reducer == "divprune" else pytest.mark.slow)
-        for name in FAMILIES
-        for reducer in list_reducers()
-        if reducer != "none"
-    ],
+    [pytest.param(*pair.values, marks=[] if pair.values[1] == "divprune" else pytest.mark.slow) for pair in PAIRS],
 )
 def test_training(name, reducer, lora, tmp_path):
     tester.check_training(CASES[name], reducer, tmp_path, lora)

@@ -1,0 +1,148 @@
+"""Write docs/families.md from the results of tests/test_families.py: which reducer works on which model family.
+
+python scripts/write_family_matrix.py                   # runs the tests of all pairs, some minutes
+python scripts/write_family_matrix.py --results r.xml   # from `pytest tests/test_families.py --junitxml r.xml`
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "families.md"
+
+# Family: models, positions, what is special. The order of the page.
+FAMILIES = {
+    "llava": ("LLaVA-1.5", "1", "a row is an image"),
+    "llava_next": ("LLaVA-NeXT", "1", "anyres, unpadded; a row is the small or the large picture; newlines"),
+    "llava_onevision": ("LLaVA-OneVision", "1", "anyres for single images; newlines; a video's row is a frame"),
+    "qwen2_vl": ("Qwen2-VL", "3", "dynamic resolution; a row is an image or a video"),
+    "qwen2_5_vl": ("Qwen2.5-VL", "3", "dynamic resolution; a row is an image or a video"),
+    "qwen3_vl": ("Qwen3-VL", "3", "dynamic resolution; deepstack features reduced too; a video's row is a frame"),
+    "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
+    "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
+    "smolvlm": ("SmolVLM", "1", "as Idefics3"),
+    "gemma3": ("Gemma 3", "1", "attention in both directions within an image"),
+}
+
+# What does not work or was not tested, and why.
+HOLES = {
+    "PaliGemma": "`forward` counts positions from 1 and `generate` from 0, so that one set of pruned inputs cannot "
+    "serve both; its processor takes neither text-only samples nor conversations. Not registered",
+    "compact positions on Qwen-VL": "with three position axes a shortened sequence cannot be counted anew without "
+    "changing what positions mean; both values of `positions` keep each token's own",
+    "videos in `DualSpeedTrainer`": "TRL's vision collator has no video column. `prune_inputs` takes videos, and the "
+    "fast and the slow step run on batches with videos that a collator of your own makes",
+    "videos of InternVL and SmolVLM": "they reach the model as images, and were not tested: their processors need "
+    "torchvision, which is not installed here",
+    "video processors": "need torchvision as well; the tests put together by hand what they return",
+    "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
+    "reaches further back, and pruned no longer equals masked",
+    "Gemma 3 pan-and-scan crops": "the text separates them, so that each is an image of its own, with its own "
+    "isolator",
+    'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
+    "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "
+    'one token of the image beside them; `prune_inputs(newlines="drop")` drops them, training keeps them',
+    "SmolVLM's own processor": "needs the num2words package; the tests use Idefics3's, which writes the same tokens",
+}
+
+INTRODUCTION = """\
+# Model families
+
+Written by `scripts/write_family_matrix.py` from the results of `tests/test_families.py`, with transformers
+{transformers} and torch {torch} on a CPU: tiny models of the stock classes with random weights. No released weights
+were run.
+
+| `model_type` | models | position axes | |
+|---|---|---|---|
+{families}
+
+`prune_inputs` and `DualSpeedTrainer` find the family by `config.model_type`. [Add a family](add-a-family.md) says how
+to add one.
+
+## What was tested
+
+A batch holds a sample with one image, one with two images of different sizes in two turns, a text-only one, and one
+with an image and a longer answer. A batch with videos holds a video, an image before a video, text only, and a
+video before an image. For each pair of a family and a reducer, at a ratio of 0.7:
+
+- a ratio of 0 equals the stock model bit for bit, and `generate` writes what it writes on the full inputs;
+- with original positions the pruned sequence equals the full one with the dropped tokens masked, to 1e-4;
+- cached generation equals uncached; a batch equals its samples one by one; left padding equals right padding; in each
+  position mode;
+- gradients of a fast step reach the kept or merged tokens, projector, isolator and language model, and nothing else;
+- a fast and a slow step of `DualSpeedTrainer`, with and without LoRA; what was saved loads in the stock class with
+  every key and gives the same logits.
+
+## Which pairs work
+
+The number of tests that passed; in bold, where one did not. `none` keeps everything, and is the first of them.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, help="JUnit XML of a finished run; without it the tests are run")
+    results = parser.parse_args().results
+    if results is None:
+        results = Path(tempfile.mkdtemp()) / "families.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_families.py", f"--junitxml={results}"]
+        subprocess.run(command, cwd=ROOT, check=False)
+    PAGE.write_text(page(read(results)))
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def read(path: Path) -> dict[tuple[str, str, bool], list[bool]]:
+    """By family, reducer ("" for tests without one) and whether videos were among the inputs: what passed."""
+    outcomes = defaultdict(list)
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        match = re.fullmatch(r"(\w+)\[(.+)\]", case.get("name"))
+        if match is None:
+            continue
+        test, (family, *rest) = match[1], match[2].split("-")
+        passed = not any(child.tag in ("failure", "error", "skipped") for child in case)
+        outcomes[family, rest[0] if rest else "", test.endswith("with_videos")].append(passed)
+    return outcomes
+
+
+def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
+    """The whole page."""
+    reducers = sorted({reducer for _, reducer, _ in outcomes if reducer})
+    missing = set(FAMILIES) ^ {family for family, _, _ in outcomes}
+    if missing:
+        raise SystemExit(f"{', '.join(sorted(missing))}: in the tests or on this page only; complete FAMILIES")
+    families = (f"| `{name}` | {models} | {axes} | {note} |" for name, (models, axes, note) in FAMILIES.items())
+    versions = {name: version(name) for name in ("transformers", "torch")}
+    lines = [INTRODUCTION.format(families="\n".join(families), **versions)]
+    lines += matrix(outcomes, reducers, videos=False)
+    lines += ["", "With videos, without the trainer:", "", *matrix(outcomes, reducers, videos=True), ""]
+    lines += ["## Holes, and why", "", "| what | why |", "|---|---|"]
+    lines += [f"| {what} | {why} |" for what, why in HOLES.items()]
+    return "\n".join(lines) + "\n"
+
+
+def matrix(outcomes: dict[tuple[str, str, bool], list[bool]], reducers: list[str], videos: bool) -> list[str]:
+    """Rows of a table, a line each."""
+    rows = [f"| | {' | '.join(reducers)} |", "|---" * (len(reducers) + 1) + "|"]
+    for family in FAMILIES:
+        cells = [outcomes.get((family, reducer, videos), []) for reducer in reducers]
+        if any(cells):
+            rows.append(f"| `{family}` | {' | '.join(map(cell, cells))} |")
+    return rows
+
+
+def cell(passed: list[bool]) -> str:
+    """A pair's entry in the table."""
+    if not passed:
+        return "-"
+    return f"{sum(passed)}" if all(passed) else f"**{sum(passed)} of {len(passed)}**"
+
+
+if __name__ == "__main__":
+    main()
