@@ -26,7 +26,7 @@ def model(processor):
 
 @pytest.fixture(scope="session")
 def scenes():
-    """64 rows of questions: text-only rows and rows of two images among them."""
+    """64 rows of questions, text-only ones among them."""
     rows = digit_scenes("sft", "train", 64, seed=5)
     assert {len(row["images"]) for row in rows} >= {0, 1}
     return rows

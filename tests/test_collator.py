@@ -55,10 +55,10 @@ def test_max_length_cuts_text_but_never_images(collator, mixed_rows):
     from dataclasses import replace
 
     whole = collator(mixed_rows)
-    cut = replace(collator, max_length=300)(mixed_rows)
+    cut = replace(collator, max_length=306)(mixed_rows)
     last_image = int((whole["input_ids"] == collator.placeholder_id).nonzero()[:, 1].max())
-    assert last_image < 300 < whole["input_ids"].shape[1]
-    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :300])
+    assert last_image < 306 < whole["input_ids"].shape[1]
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :306])
     with pytest.raises(SaccadeError, match=r"max_length=100 cuts image tokens: sample 0 .* raise max_length to"):
         replace(collator, max_length=100)(mixed_rows)
 

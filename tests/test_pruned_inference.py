@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from saccade import SaccadeError, prune_inputs
+from saccade.data import digit_scenes
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator, keep_budget
@@ -132,14 +133,27 @@ def test_text_only_batch_passes_through(model, processor, mixed_rows):
     assert torch.equal(forward(model, pruned), forward(model, inputs))
 
 
+def test_text_only_batch_is_padded_on_the_side_asked_for(model, collator, processor):
+    texts = list(digit_scenes("sft", "train", 8, kinds=["text_only"]))
+    inputs = dict(collator(texts))
+    inputs.pop("labels")
+    assert not inputs["attention_mask"].all()
+    pruned = prune_inputs(model, inputs, "divprune", 0.9)
+    assert pruned["attention_mask"][:, -1].all()
+    got, expected = (real(forward(model, batch), batch["attention_mask"]) for batch in (pruned, inputs))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_under_peft(model, prompts):
     from peft import LoraConfig, get_peft_model
 
     expected = prune_inputs(model, prompts, prune_ratio=0.9)
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    wrapped = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False))
     got = prune_inputs(wrapped, prompts, prune_ratio=0.9)
     assert torch.equal(got["input_ids"], expected["input_ids"])
-    wrapped.generate(**got, max_new_tokens=2)
+    output = wrapped.generate(**got, max_new_tokens=4, do_sample=False)
+    merged = wrapped.merge_and_unload()
+    assert torch.equal(merged.generate(**got, max_new_tokens=4, do_sample=False), output)
 
 
 @pytest.mark.parametrize(

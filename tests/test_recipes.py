@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.data.rows import write_jsonl
+from saccade.dualspeed.collator import prepare_example
 from saccade.families import get_family
+from saccade.pruning import ModeIsolator
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
 from saccade.training.recipe import RECIPES
 from saccade.training.run import lora_config
@@ -60,6 +63,10 @@ def test_overrides_are_typed():
         (["--dtype", "int4"], "dtype='int4'"),
         (["--model", "/nowhere"], "model='/nowhere'"),
         (["--model", "tiny", "--max_length", "64"], "max_length=64 cuts image tokens"),
+        (["--packing", "true"], "[Pp]acking"),
+        (["--dataset", "/tmp"], "no folder that save_to_disk wrote"),
+        (["--dataset_rows", "0"], "dataset_rows=0"),
+        (["--lora", "true", "--freeze_language_model", "true"], "set one to false"),
     ],
 )
 def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path, capsys):
@@ -115,6 +122,9 @@ def test_a_truncated_image_ends_the_run_in_one_line(tmp_path, capsys, workers):
     [
         ("{", "line 2 is not valid JSON"),
         ('{"images": []}', "line 2 has no 'messages' list"),
+        ('{"messages": ["hi"]}', "line 2: each message needs a 'role'"),
+        ('{"messages": [{"content": "hi"}]}', "line 2: each message needs a 'role'"),
+        ('{"prompt": [], "completion": []}', "mixes rows"),
         ('{"messages": [{"role": "user", "content": "a"}], "images": ["b.png"]}', "line 2: image '.*b.png' does not"),
         (
             '{"messages": [{"role": "user", "content": "<image> <image> a"}], "images": ["a.png"]}',
@@ -186,3 +196,48 @@ def test_bad_eval_flags(flags, message, capsys):
 
     assert main(["eval", "tiny", *flags]) == 2
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_contents_as_text_and_as_parts_in_one_file(tmp_path):
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    answer = {"role": "assistant", "content": "3"}
+    parts = [{"type": "image"}, {"type": "text", "text": "how many ?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": parts}, answer], "images": ["a.png"]},
+        {"messages": [{"role": "user", "content": "<image>\nhow many ?"}, answer], "images": "a.png"},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    loaded = load_rows(ModelOptions(dataset=str(tmp_path / "data.json")))
+    batch = prepare_example(loaded[0]), prepare_example(loaded[1])
+    assert batch[0]["messages"] == batch[1]["messages"]
+
+
+def test_prompt_and_completion_rows(tmp_path):
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    assert set(load_rows(ModelOptions(dataset=str(tmp_path / "data.jsonl"))).column_names) == {
+        "prompt",
+        "completion",
+        "images",
+    }
+
+
+def test_a_model_without_a_family_is_refused_before_its_weights_are_read(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for command in (["train", "tiny-digits/sft", "--model", str(tmp_path)], ["eval", str(tmp_path)]):
+        assert main(command) == 2
+        assert "model_type='llama' has no family" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are_refused(tmp_path):
+    values = {
+        **{"dataset_rows": 8, "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False},
+        **{"disable_tqdm": True, "gradient_checkpointing": False, "save_strategy": "no", "lora_r": 2},
+    }
+    first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
+    assert ModeIsolator.load(tmp_path / "one").weight.equal(first.isolator.weight)
+    again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
+    second = train_recipe(make_recipe(again))
+    torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
+    with pytest.raises(SaccadeError, match="holds LoRA adapters"):
+        train_recipe(make_recipe({**again, "lora": True}))

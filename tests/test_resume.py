@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import losses, make_config, make_trainer
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from saccade import DualSpeedTrainer, SaccadeError
@@ -22,7 +23,8 @@ from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
 SCRIPT = Path(__file__).parent / "training_process.py"
-OPTIONS = {"slow_probability": 0.4, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+# The random reducer draws anew each step, so a resumed run must find its place in the draws too.
+OPTIONS = {"reducer": "random", "slow_probability": 0.4, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
 
 
 def run(output, expect=0, **options):
@@ -87,12 +89,22 @@ def again(processor, output, **options):
         ({"prune_ratio": 0.8}, r"prune_ratio=0.8 \(checkpoint: 0.9\)"),
         ({"slow_probability": 0.2, "seed": 4}, r"slow_probability=0.2 .*seed=4 \(checkpoint: 3\)"),
         ({"reducer": "random"}, "reducer='random'"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1"),
+        ({"lr_scheduler_type": "constant"}, "lr_scheduler_type='constant'"),
         ({"positions": "original"}, "positions='original'"),
     ],
 )
 def test_resume_with_other_options_is_refused(interrupted, processor, options, message):
     with pytest.raises(SaccadeError, match=message):
         again(processor, interrupted, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_finished_run_is_not_trained_on(interrupted, processor):
+    trainer = again(processor, interrupted, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    saved = type(trainer.model).from_pretrained(interrupted / "checkpoint-2").state_dict()
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in saved.items())
 
 
 def test_half_written_checkpoints_are_passed_over(interrupted, processor):
@@ -108,8 +120,10 @@ def test_half_written_checkpoints_are_passed_over(interrupted, processor):
         again(processor, interrupted).train(resume_from_checkpoint=str(cut))
 
 
-def test_the_best_model_comes_back_at_the_end(processor, tmp_path):
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
     """With stock loading its weights would match no key, and the last ones would stay."""
+    adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
     trainer = DualSpeedTrainer(
         build_tiny_llava(processor, seed=0),
         args=make_config(
@@ -127,6 +141,7 @@ def test_the_best_model_comes_back_at_the_end(processor, tmp_path):
         train_dataset=digit_scenes("sft", "train", 16),
         eval_dataset=digit_scenes("sft", "validation", 4),
         processing_class=processor,
+        peft_config=adapters if lora else None,
     )
     evaluate = trainer.evaluate
 
@@ -143,10 +158,11 @@ def test_the_best_model_comes_back_at_the_end(processor, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     state = json.loads((best / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
-    saved = type(trainer.model).from_pretrained(best).state_dict()
-    for name, value in trainer.model.state_dict().items():
-        if name in saved:
-            assert torch.equal(value, saved[name]), name
+    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    trainer.save_model(str(tmp_path / "final"))
+    saved, final = (load_file(folder / file) for folder in (best, tmp_path / "final"))
+    for name, value in saved.items():
+        assert torch.equal(value, final[name]), name
     assert torch.equal(trainer.isolator.weight, ModeIsolator.load(best).weight)
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import make_trainer
 
+from saccade.data import digit_scenes
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 
 torch.set_num_threads(1)
@@ -32,12 +33,8 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and args.process_index == 0:
-            entry = {
-                "step": state.global_step,
-                "loss": logs["loss"],
-                "grad_norm": logs["grad_norm"],
-                "mode": self.trainer.mode_of(state.global_step - 1),
-            }
+            entry = {name: value for name, value in logs.items() if "second" not in name and "speedup" not in name}
+            entry |= {"step": state.global_step, "mode": self.trainer.mode_of(state.global_step - 1)}
             with (Path(args.output_dir) / "steps.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
@@ -50,12 +47,18 @@ def main(options: dict) -> None:
     resume = options.pop("resume", None)
     kill_at_step, kill_in_checkpoint = options.pop("kill_at_step", None), options.pop("kill_in_checkpoint", None)
     lora = options.pop("lora", False)
+    # On one rank only: what happens when its batches hold no image.
+    text_only_rank = options.pop("text_only_rank", None)
     processor = build_tiny_processor()
     model = build_tiny_llava(processor, seed=0)
     config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     output = Path(options.pop("output_dir"))
     output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(model, processor, output, peft_config=config if lora else None, **options)
+    if text_only_rank is not None and trainer.args.process_index == text_only_rank:
+        texts = digit_scenes("sft", "train", 64, kinds=["text_only"])
+        collate = trainer.data_collator
+        trainer.data_collator = lambda rows: collate([texts[index] for index in range(len(rows))])
     trainer.add_callback(Recorder(trainer, kill_at_step))
     if kill_in_checkpoint is not None:
         write = trainer._save_rng_state

@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     from saccade.training import LOG_FILE, load_recipe, train_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    train_recipe(recipe)
-    print(f"saved {recipe.trainer.output_dir} (model, processor, isolator, {LOG_FILE})")
+    trainer = train_recipe(recipe)
+    if recipe.trainer.should_save:
+        isolator = "" if trainer.isolator is None else "isolator, "
+        print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
     return 0

@@ -25,6 +25,7 @@ from saccade.demo.summary import show, write_pictures, write_report
 from saccade.demo.worker import RESULT_FILE, SPEC_FILE
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
+from saccade.report.environment import environment
 
 QUICK = DemoSettings(pretrain_steps=80, sft_steps=350)
 FULL = DemoSettings(pretrain_steps=100, sft_steps=800, test_scenes=2000)
@@ -39,8 +40,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train, evaluate, print the table, and write `report.json` and the pictures into `output`.
 
-    Runs that `output` already holds with the same settings are taken as they are, so an interrupted demo goes on where
-    it stopped.
+    Runs that `output` already holds with the same settings, commit and versions are taken as they are, so an
+    interrupted demo goes on where it stopped.
 
     Args:
         full: three seeds by default, and the parts of the method added one by one.
@@ -80,6 +81,7 @@ class _Runner:
         self.folder = folder
         self.progress = progress
         self.processes: set[subprocess.Popen] = set()
+        self.environment = environment()
 
     def run(self, runs: list[RunSpec], jobs: int) -> list[dict[str, Any]]:
         """The results, in the order of `runs`."""
@@ -99,7 +101,7 @@ class _Runner:
         result = folder / RESULT_FILE
         if result.is_file():
             found = json.loads(result.read_text())
-            if found["spec"] == spec.as_json():
+            if found["spec"] == spec.as_json() and same_code(found.get("environment", {}), self.environment):
                 self.progress.console.print(f"{spec.name}: found, not trained again")
                 self.progress.advance(self.whole, _weight(spec))
                 return found
@@ -142,6 +144,11 @@ class _Runner:
         if status:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             raise SaccadeError(f"the run {spec.name} ended with status {status}: {' '.join(last)} (see {log})")
+
+
+def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a run made in one environment stands for a run in the other: the same commit and package versions."""
+    return all(before.get(name) == now.get(name) for name in ("commit", "packages"))
 
 
 def _stage_weights(spec: RunSpec) -> dict[str, float]:

@@ -35,6 +35,7 @@ COLUMNS = (
     "pruned + isolator",
     "training time",
     "speed-up",
+    "of steps",
     "tokens allow",
     "mean length",
 )
@@ -81,6 +82,8 @@ def _row(result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
         else None,
         "train_seconds": seconds,
         "speedup": _seconds(baseline) / seconds,
+        # Within the run: a slow step less its teacher, over the mean step of stage two.
+        "speedup_steps": result["stages"]["sft"]["step_speedup"] if spec["method"] != "all_tokens" else None,
         # A forward and backward pass over a token costs three times the teacher's forward pass over it.
         "speedup_tokens": 3 * tokens["full"] / (3 * tokens["trained"] + tokens.get("teacher", 0.0)),
         "mean_sequence_length": tokens["trained"] / samples,
@@ -101,9 +104,9 @@ def _summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if not group:
                 continue
             entry: dict[str, Any] = {"method": method, "positions": positions, "seeds": len(group)}
-            for name, value in group[0].items():
-                if name != "seed" and isinstance(value, (int, float)):
-                    values = [row[name] for row in group]
+            for name in group[0]:
+                values = [row[name] for row in group if isinstance(row[name], (int, float))]
+                if values and name != "seed":
                     entry[name] = {"mean": mean(values), "min": min(values), "max": max(values)}
             summary.append(entry)
     return summary
@@ -122,8 +125,9 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
                 _percent(entry.get("share_of_all_tokens")),
                 _percent(entry["accuracy_pruned"]),
                 _percent(entry.get("accuracy_pruned_isolator")),
-                f"{entry['train_seconds']['mean']:.0f} s",
-                f"{entry['speedup']['mean']:.2f}x",
+                _spread(entry["train_seconds"], "{:.0f} s"),
+                _spread(entry["speedup"], "{:.2f}x"),
+                "-" if baseline else _spread(entry.get("speedup_steps"), "{:.2f}x"),
                 f"{entry['speedup_tokens']['mean']:.2f}x",
                 f"{entry['mean_sequence_length']['mean']:.0f}",
             ]
@@ -132,10 +136,18 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
 
 
 def _percent(value: dict[str, float] | None) -> str:
+    return _spread(value and {name: 100 * share for name, share in value.items()}, "{:.1f} %")
+
+
+def _spread(value: dict[str, float] | None, form: str) -> str:
+    """The mean, and the least and the greatest behind it where they differ."""
     if value is None:
         return "-"
-    text = f"{100 * value['mean']:.1f} %"
-    return text if value["min"] == value["max"] else f"{text} ({100 * value['min']:.1f}-{100 * value['max']:.1f})"
+    text = form.format(value["mean"])
+    if value["min"] == value["max"]:
+        return text
+    number = form.partition("}")[0] + "}"
+    return f"{text} ({number.format(value['min'])}-{number.format(value['max'])})"
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from saccade.demo.plan import RunSpec
 from saccade.evaluation import Inference, evaluate_digits
 from saccade.files import write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.report.environment import environment
 from saccade.training import make_recipe, train_recipe
 
 SPEC_FILE = "spec.json"
@@ -42,11 +43,13 @@ def run_one(spec: RunSpec, folder: Path) -> dict[str, Any]:
             "seconds": history[-1]["train_runtime"],
             "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
             "step_seconds": trainer.meter.step_seconds,
+            "step_speedup": trainer.meter.time_speedup(),
             "log_history": history,
         }
     samples = digit_scenes("sft", spec.settings.split, spec.settings.test_scenes, seed=0)
     return {
         "spec": spec.as_json(),
+        "environment": environment(),
         "stages": stages,
         "evaluations": _evaluate(spec, trainer.model, trainer.processing_class, samples, folder),
     }

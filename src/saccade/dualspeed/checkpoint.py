@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.errors import SaccadeError
-from saccade.files import write_json_atomically
+from saccade.files import to_json, write_json_atomically
+from saccade.pruning import ISOLATOR_FILE
 
 RUN_FILE = "dualspeed.json"
 PARTIAL_DIR = ".partial-checkpoint"
@@ -82,11 +83,24 @@ def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """
     saved = (read_run_file(checkpoint) or {}).get("config", {})
     # Through JSON, so that tuples and the like compare as they were written.
-    current = json.loads(json.dumps(dict(config)))
+    current = json.loads(to_json(dict(config)))
     differing = [name for name in current if name in saved and saved[name] != current[name]]
     if differing:
         details = ", ".join(f"{name}={current[name]!r} (checkpoint: {saved[name]!r})" for name in differing)
         raise SaccadeError(f"{details}: {checkpoint} was trained otherwise; use its values, or start anew")
+
+
+def remove_other_kind(folder: Path, adapters: bool, isolator: bool) -> None:
+    """Remove what an earlier run of another kind left in `folder`, and what loading would prefer over the new files.
+
+    Args:
+        adapters: whether the new model is saved as adapters.
+        isolator: whether the new run has an isolator.
+    """
+    stale = [] if isolator else [ISOLATOR_FILE]
+    stale += [] if adapters else ["adapter_config.json", "adapter_model.safetensors"]
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
 
 
 def publish_checkpoint(partial: Path, output_dir: Path) -> Path:

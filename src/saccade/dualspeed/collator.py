@@ -107,10 +107,22 @@ def prepare_example(example: dict[str, Any]) -> dict[str, Any]:
     images = example.get("images")
     images = ([] if given is None else [given]) if images is None else images
     example["images"] = [open_image(image) for image in images]
+    for column in ("messages", "prompt", "completion"):
+        if isinstance(example.get(column), list):
+            example[column] = [_without_none(message) for message in example[column]]
     for column in ("messages", "prompt"):
         if isinstance(example.get(column), list):
             example[column] = place_images(example[column], len(images))
     return example
+
+
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    """The message without the empty fields that `datasets` adds to make all parts of a column alike."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts = [{name: value for name, value in part.items() if value is not None} for part in content]
+    return {**message, "content": parts}
 
 
 def open_image(image: Any) -> Image.Image:
@@ -157,7 +169,7 @@ def place_images(messages: list[dict[str, Any]], count: int) -> list[dict[str, A
         raise SaccadeError(
             f"messages has {tags} {IMAGE_TAG} placeholder(s) but images has {count}: give one image for each"
         )
-    return [_structured(message) for message in messages]
+    return [as_parts(message) for message in messages]
 
 
 def _image_parts(message: dict[str, Any]) -> int:
@@ -167,7 +179,8 @@ def _image_parts(message: dict[str, Any]) -> int:
     return sum(part.get("type") == "image" for part in content or [])
 
 
-def _structured(message: dict[str, Any]) -> dict[str, Any]:
+def as_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its text as a list of parts, an image part for each `<image>` tag."""
     if not isinstance(message.get("content"), str):
         return message
     parts: list[dict[str, str]] = []

@@ -1,6 +1,7 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, ClassVar
 
 from trl import SFTConfig
@@ -26,7 +27,19 @@ RESUME_FIELDS = (
     "freeze_vision_tower",
     "freeze_projector",
     "freeze_language_model",
+    "assistant_only_loss",
+    "max_length",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "bf16",
+    "fp16",
+    "data_seed",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -157,5 +170,6 @@ class DualSpeedConfig(SFTConfig):
         return self.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
-        """The options that a resumed run must share."""
-        return {name: getattr(self, name) for name in RESUME_FIELDS}
+        """The options that a resumed run must share, as plain values."""
+        values = {name: getattr(self, name) for name in RESUME_FIELDS}
+        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from saccade.dualspeed.schedule import Mode
 from saccade.dualspeed.step import StepOutput
 
 MODES: tuple[Mode, ...] = ("fast", "slow")
+TOKENS = ("full", "trained", "teacher")
+SUMS = ("loss_fast", "loss_slow", "kl", "samples", *TOKENS)
 
 
 class ModeMeter:
@@ -23,29 +26,36 @@ class ModeMeter:
         self.window: dict[str, float | Tensor] = defaultdict(float)
         self.step_seconds: dict[Mode, list[float]] = {mode: [] for mode in MODES}
         self.teacher_seconds: list[float] = []
-        self.tokens: dict[str, float | Tensor] = defaultdict(float)
+        self.tokens: dict[str, float] = dict.fromkeys(TOKENS, 0.0)
+        """Tokens of all ranks so far: of the batches as they came, of the trained passes, of the teacher."""
+        self.steps: dict[Mode, int] = dict.fromkeys(MODES, 0)
+        """Optimizer steps so far, those before a resume included."""
+        self._window_steps: dict[Mode, int] = dict.fromkeys(MODES, 0)
         self._window_started = time.perf_counter()
         self._teacher_in_step = 0.0
 
-    def add(self, mode: Mode, output: StepOutput) -> None:
-        """Count one micro-batch."""
-        window, tokens = self.window, self.tokens
-        window[f"loss_{mode}"] += output.cross_entropy
+    def add(self, mode: Mode, output: StepOutput, share: float = 1.0) -> None:
+        """Count one micro-batch.
+
+        Args:
+            share: what to multiply its losses by, so that they add up to a mean over the global batch.
+        """
+        window = self.window
+        window[f"loss_{mode}"] += output.cross_entropy * share
         if output.kl is not None:
-            window["kl"] += output.kl
+            window["kl"] += output.kl * share
         window["samples"] += output.samples
-        window["length_full"] += output.tokens_full
-        window["length_in"] += output.tokens_in
-        tokens["full"] += output.tokens_full
-        tokens["trained"] += output.tokens_in
+        window["full"] += output.tokens_full
+        window["trained"] += output.tokens_in
         if output.tokens_teacher is not None:
-            tokens["teacher"] += output.tokens_teacher
+            window["teacher"] += output.tokens_teacher
         self._teacher_in_step += output.teacher_seconds
 
     def end_step(self, mode: Mode, seconds: float) -> None:
         """Count one optimizer step."""
-        self.window[f"steps_{mode}"] += 1
         self.step_seconds[mode].append(seconds)
+        self.steps[mode] += 1
+        self._window_steps[mode] += 1
         if mode == "slow":
             self.teacher_seconds.append(self._teacher_in_step)
         self._teacher_in_step = 0.0
@@ -56,43 +66,56 @@ class ModeMeter:
         A forward and backward pass over a token costs three times a forward pass over it.
         """
         run = 3 * self.tokens["trained"] + self.tokens["teacher"]
-        return None if not run else float(3 * self.tokens["full"] / run)
+        return 3 * self.tokens["full"] / run if run else None
 
     def time_speedup(self) -> float | None:
         """The measured speed-up of the steps: a slow step less its teacher against the mean step; None without one.
 
-        The first step of each mode is left out, since it pays for start-up.
+        The means leave out the first step of each mode, which pays for start-up. Waiting for batches is not counted.
         """
-        fast, slow = self.step_seconds["fast"][1:], self.step_seconds["slow"][1:]
-        if not slow or not (fast or slow):
+        counts = {mode: len(self.step_seconds[mode]) for mode in MODES}
+        means = {mode: _mean(self.step_seconds[mode][1:]) for mode in MODES}
+        if means["slow"] is None or (counts["fast"] and means["fast"] is None):
             return None
-        full = _mean(slow) - _mean(self.teacher_seconds[1:])
-        return full / _mean(fast + slow)
+        full = means["slow"] - _mean(self.teacher_seconds[1:])
+        total = counts["slow"] * means["slow"] + counts["fast"] * (means["fast"] or 0.0)
+        return full * sum(counts.values()) / total
 
-    def read(self) -> dict[str, float]:
-        """The metrics since the last call, per mode where both occurred."""
-        window = {name: float(value) for name, value in self.window.items()}
+    def collect(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Add the window to the totals, empty it, and return its sums over all ranks.
+
+        Args:
+            gather: sums a float64 `(n,)` tensor over ranks; every rank must then call this at the same time.
+        """
+        device = next((value.device for value in self.window.values() if isinstance(value, Tensor)), "cpu")
+        values = torch.stack([torch.as_tensor(self.window[name], device=device).double() for name in SUMS])
+        sums = dict(zip(SUMS, (values if gather is None else gather(values)).tolist(), strict=True))
+        for name in TOKENS:
+            self.tokens[name] += sums[name]
+        self.window.clear()
+        return sums
+
+    def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The metrics of the window, per mode where it occurred, and empty it; `gather` as for `collect`."""
+        sums, steps = self.collect(gather), self._window_steps
+        self._window_steps = dict.fromkeys(MODES, 0)
         seconds = time.perf_counter() - self._window_started
         metrics: dict[str, float] = {}
         for mode in MODES:
-            steps = window.get(f"steps_{mode}", 0)
-            metrics[f"steps_{mode}"] = float(len(self.step_seconds[mode]))
-            if steps:
-                metrics[f"loss_{mode}"] = window.get(f"loss_{mode}", 0.0) / steps
-                metrics[f"step_seconds_{mode}"] = _mean(self.step_seconds[mode][-int(steps) :])
-        if window.get("steps_slow") and "kl" in window:
-            metrics["kl"] = window["kl"] / window["steps_slow"]
-        if window.get("samples"):
-            metrics["length_full"] = window["length_full"] / window["samples"]
-            metrics["length_in"] = window["length_in"] / window["samples"]
-            metrics["tokens_per_second"] = window["length_full"] / seconds
-        metrics["num_tokens"] = float(self.tokens["trained"])
-        for name, value in (("speedup_tokens", self.token_speedup()), ("speedup", self.time_speedup())):
-            if value is not None:
-                metrics[name] = value
-        self.window.clear()
+            metrics[f"steps_{mode}"] = float(self.steps[mode])
+            if steps[mode]:
+                metrics[f"loss_{mode}"] = sums[f"loss_{mode}"] / steps[mode]
+                metrics[f"step_seconds_{mode}"] = _mean(self.step_seconds[mode][-steps[mode] :])
+        if steps["slow"] and sums["kl"]:
+            metrics["kl"] = sums["kl"] / steps["slow"]
+        if sums["samples"]:
+            metrics["length_full"] = sums["full"] / sums["samples"]
+            metrics["length_in"] = sums["trained"] / sums["samples"]
+            metrics["tokens_per_second"] = sums["full"] / seconds
+        metrics["num_tokens"] = self.tokens["trained"]
+        metrics |= {"speedup_tokens": self.token_speedup(), "speedup": self.time_speedup()}
         self._window_started = time.perf_counter()
-        return metrics
+        return {name: value for name, value in metrics.items() if value is not None}
 
 
 class StepClock(TrainerCallback):
@@ -102,13 +125,21 @@ class StepClock(TrainerCallback):
         self.trainer = trainer
         self._started = 0.0
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.meter.steps.update(self.trainer.schedule.count(state.global_step))
+
     def on_step_begin(self, args, state, control, **kwargs):
         # Kept for `on_step_end`, which comes after the global step has moved on.
         self._mode = self.trainer.mode_of(state.global_step)
+        self.trainer.begin_step()
         self._started = self._now()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.meter.end_step(self._mode, self._now() - self._started)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        # What came after the last log belongs to the totals too.
+        self.trainer.meter.collect(self.trainer.sum_over_ranks)
 
     def _now(self) -> float:
         # One wait a step, outside the step itself, so that a step's time is its own.
@@ -117,5 +148,5 @@ class StepClock(TrainerCallback):
         return time.perf_counter()
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

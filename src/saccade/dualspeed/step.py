@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.dualspeed.schedule import Mode
@@ -100,9 +101,11 @@ class DualSpeedStep:
             # Without images the two sequences are the same, and a teacher would have nothing to teach.
             encoded, sums = None, self._plain(text, labels)
         loss = sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
+        # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
         if self.isolator is not None and (encoded is None or mode == "slow"):
-            # Engines need a gradient for every parameter: DDP fails without one, ZeRO-3 applies the previous step's.
             loss = loss + 0 * self.isolator().sum()
+        if encoded is None:
+            loss = loss + 0 * self._vision_parameters()
         return StepOutput(
             loss=loss / normaliser,
             cross_entropy=sums.cross_entropy.detach() / normaliser,
@@ -118,6 +121,12 @@ class DualSpeedStep:
         """The images' features, with what the reducer needs in a step that uses it."""
         reduces = self.prune_ratio and (mode == "fast" or self.distill_weight)
         return encode_for(self.family, self.reducer, inputs, labels) if reduces else self.family.encode(inputs)
+
+    def _vision_parameters(self) -> Tensor | float:
+        """The sum of the parameters that train on images only."""
+        parameters = (*self.family.projector.parameters(), *self.family.vision_tower.parameters())
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
+        return sum((p.sum() for p in local), start=0.0)
 
     def _plain(self, inputs: Mapping[str, Any], labels: Tensor) -> _Sums:
         """Cross-entropy of one pass over `inputs`, whatever sequence they hold."""

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.trainer_utils import rotate_checkpoints
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, PreTrainedModel, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
 from saccade.dualspeed.checkpoint import (
@@ -19,6 +20,8 @@ from saccade.dualspeed.checkpoint import (
     check_same_run,
     load_weights_strictly,
     publish_checkpoint,
+    read_run_file,
+    remove_other_kind,
     resolve_resume,
     write_run_file,
 )
@@ -57,6 +60,10 @@ class DualSpeedTrainer(SFTTrainer):
     _tag_names = ("trl", "saccade", "dualspeed")
 
     def __init__(self, model: str | PreTrainedModel, args: DualSpeedConfig, *, train_dataset, **kwargs: Any) -> None:
+        if not isinstance(args, DualSpeedConfig):
+            raise SaccadeError(
+                f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
+            )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
         columns = train_dataset.column_names or next(iter(train_dataset)).keys()
@@ -87,7 +94,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.isolator = self._attach_isolator()
         self.meter = ModeMeter()
         self.add_callback(StepClock(self))
-        self._micro_batches = 0
+        self._micro_batch = 0
         self._step = DualSpeedStep(
             family=self.family,
             reducer=get_reducer(args.reducer, **(args.reducer_options or {})),
@@ -96,7 +103,7 @@ class DualSpeedTrainer(SFTTrainer):
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
             positions=args.positions,
-            pad_id=self._tokenizer.pad_token_id,
+            pad_id=self._tokenizer.pad_token_id or 0,
         )
 
     def mode_of(self, step: int) -> Mode:
@@ -107,7 +114,7 @@ class DualSpeedTrainer(SFTTrainer):
         if self.is_ordinary or return_outputs or not self.model.training:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
-                self._count_ordinary(inputs, loss)
+                self._count_ordinary(inputs, loss, num_items_in_batch)
             return loss
         normaliser = num_items_in_batch
         if normaliser is None:
@@ -115,7 +122,7 @@ class DualSpeedTrainer(SFTTrainer):
         # An all-text batch of masked samples has no label at all and contributes a plain zero.
         normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
         mode = self.mode_of(self.state.global_step)
-        self._micro_batches += 1
+        self._micro_batch += 1
 
         def run(batch: dict[str, Any]) -> StepOutput:
             # The engine's own autocast wraps the forward that is replaced here.
@@ -123,27 +130,42 @@ class DualSpeedTrainer(SFTTrainer):
                 return self._step(mode, batch, normaliser, self._row_seed())
 
         output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
-        scale = 1
+        ranks = self.accelerator.num_processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The normaliser counts every rank's tokens, and the engines average gradients over ranks.
-            scale = self.accelerator.num_processes
-        self.meter.add(mode, output)
-        return output.loss * scale
+            self.meter.add(mode, output)
+            return output.loss * ranks
+        self.meter.add(mode, output, share=self._mean_share(num_items_in_batch))
+        return output.loss
+
+    def begin_step(self) -> None:
+        """Called before the first micro-batch of each optimizer step."""
+        self._micro_batch = 0
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over ranks. Every rank must call it."""
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
+        """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
+        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        return 1 / (self.accelerator.num_processes * parts)
 
     def _row_seed(self) -> int:
-        key = f"{self.args.seed} {self.state.global_step} {self._micro_batches} {self.args.process_index}"
+        key = f"{self.args.seed} {self.state.global_step} {self._micro_batch} {self.args.process_index}"
         return random.Random(key).getrandbits(60)
 
-    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor) -> None:
+    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor, num_items_in_batch: Tensor | int | None) -> None:
         tokens = inputs["attention_mask"].sum()
-        scale = self.accelerator.num_processes
-        self.meter.add(
-            "slow", StepOutput(loss, loss.detach() / scale, None, tokens, tokens, None, len(inputs["labels"]), 0.0)
-        )
+        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]), 0.0)
+        self.meter.add("slow", output, share=self._mean_share(num_items_in_batch))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
-            logs = {**logs, **{name: round(value, 6) for name, value in self.meter.read().items()}}
+            metrics = self.meter.read(self.sum_over_ranks)
+            logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+            # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
+            self._total_train_tokens = int(metrics["num_tokens"])
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -175,7 +197,13 @@ class DualSpeedTrainer(SFTTrainer):
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
-            check_same_run(checkpoint, self.args.resume_state())
+            check_same_run(checkpoint, self._resume_state())
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:
+                # The stock loop looks at max_steps after a step, and would train one too many.
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -194,10 +222,11 @@ class DualSpeedTrainer(SFTTrainer):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         weight = None if self.isolator is None else _gathered(self.isolator.weight)
         if self.args.should_save:
-            state = self.args.resume_state()
+            state = self._resume_state()
+            remove_other_kind(folder, adapters=self.model is not self.family.model, isolator=self.isolator is not None)
             if self.isolator is not None:
                 self.isolator.save(folder, metadata=state, weight=weight)
-            write_run_file(folder, state, method="dualspeed", global_step=self.state.global_step)
+            write_run_file(folder, state, global_step=self.state.global_step, tokens=self.meter.tokens)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
@@ -240,12 +269,20 @@ class DualSpeedTrainer(SFTTrainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.isolator is not None:
             self._copy_isolator(ModeIsolator.load(checkpoint))
+        self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
+
+    def _resume_state(self) -> dict[str, Any]:
+        """What a run that goes on from this one must share with it."""
+        lora = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
+        return {**self.args.resume_state(), "num_processes": self.args.world_size, "lora": lora}
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+            if self.isolator is not None:
+                self._copy_isolator(ModeIsolator.load(self.state.best_model_checkpoint))
 
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
@@ -271,14 +308,16 @@ class DualSpeedTrainer(SFTTrainer):
     def _attach_isolator(self) -> ModeIsolator | None:
         if self.args.is_ordinary or self.args.isolator_length == 0:
             return None
-        embeddings = self.family.model.get_input_embeddings().weight
-        dtype = next(self.family.projector.parameters()).dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
-        isolator = ModeIsolator(self.args.isolator_length, embeddings.shape[-1], dtype)
-        self.isolator = isolator.to(embeddings.device)
+        width = self.family.model.config.get_text_config().hidden_size
+        # In bf16 its entries are too coarse to move at fine-tuning rates; sharding engines want one dtype for all.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        isolator = ModeIsolator(
+            self.args.isolator_length, width, self.family.model.dtype if sharded else torch.float32
+        )
+        self.isolator = isolator.to(self.family.model.device)
         source = self.args.isolator_path
-        if source is None:
-            beside = Path(self.family.model.config._name_or_path or ".") / ISOLATOR_FILE
+        if source is None and self.family.model.config._name_or_path:
+            beside = Path(self.family.model.config._name_or_path) / ISOLATOR_FILE
             source = str(beside) if beside.is_file() else None
         if source is not None:
             self._copy_isolator(ModeIsolator.load(source), source)
@@ -296,8 +335,11 @@ class DualSpeedTrainer(SFTTrainer):
                 f"{tuple(loaded.weight.shape)}, this run needs {tuple(self.isolator.weight.shape)}; "
                 "set isolator_length to fit, or isolator_path to another one"
             )
+        weight = loaded.weight.detach().to(self.isolator.weight)
+        if isinstance(self.isolator.weight, DTensor):
+            weight = distribute_tensor(weight, self.isolator.weight.device_mesh, self.isolator.weight.placements)
         with torch.no_grad():
-            self.isolator.weight.copy_(loaded.weight)
+            self.isolator.weight.copy_(weight)
 
 
 def _load_config(model: str, args: DualSpeedConfig):

@@ -13,6 +13,7 @@ from saccade.families.collect import encode_for
 from saccade.pruning.isolator import ModeIsolator
 from saccade.pruning.shorten import check_positions, reduce, shorten
 from saccade.reducers import get_reducer
+from saccade.tokens import Reduction, VisualContext, splice
 from saccade.tokens.budget import check_prune_ratio
 
 
@@ -60,10 +61,11 @@ def prune_inputs(
     missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
     if missing:
         raise SaccadeError(f"inputs has no {missing[0]!r}: pass what the processor returned with return_tensors='pt'")
+    text_config = family.model.config.get_text_config()
+    pad_id = text_config.pad_token_id or 0
     if not family.has_images(inputs):
-        return dict(inputs)
-    rows = _isolator_rows(isolator, family.model.get_input_embeddings().weight)
-    pad_id = family.model.config.get_text_config().pad_token_id or 0
+        return _pad_again(inputs, pad_id, padding_side, family.token_inputs)
+    rows = _isolator_rows(isolator, text_config.hidden_size, family.model.device)
     try:
         encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
         reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
@@ -86,18 +88,37 @@ def prune_inputs(
     return shortened
 
 
-def _isolator_rows(isolator: ModeIsolator | Tensor | str | Path | None, embeddings: Tensor) -> Tensor | None:
+def _pad_again(
+    inputs: Mapping[str, Any], pad_id: int, padding_side: str, token_inputs: Mapping[str, int]
+) -> dict[str, Any]:
+    """A batch without images, padded on the side that was asked for."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    empty = VisualContext(features=torch.zeros(0, 1, 1, device=ids.device))
+    nothing = Reduction(index=torch.zeros(0, 1, dtype=torch.long, device=ids.device), dense=True)
+    spliced = splice(
+        ids, mask, torch.zeros_like(ids, dtype=torch.bool), empty, nothing, pad_id=pad_id, padding_side=padding_side
+    )
+    extras = {name: spliced.gather(inputs[name], fill) for name, fill in token_inputs.items() if name in inputs}
+    return {
+        "input_ids": spliced.input_ids,
+        "attention_mask": spliced.attention_mask,
+        "position_ids": spliced.position_ids,
+        **extras,
+    }
+
+
+def _isolator_rows(
+    isolator: ModeIsolator | Tensor | str | Path | None, width: int, device: torch.device
+) -> Tensor | None:
     """`(l, D)` on the model's device, or None."""
     if isolator is None:
         return None
     if isinstance(isolator, (str, Path)):
         isolator = ModeIsolator.load(isolator)
     rows = isolator() if isinstance(isolator, nn.Module) else isolator
-    if rows.shape[-1] != embeddings.shape[-1]:
-        raise SaccadeError(
-            f"isolator has width {rows.shape[-1]}, the model {embeddings.shape[-1]}: it was trained for another model"
-        )
-    return rows.to(embeddings.device)
+    if rows.shape[-1] != width:
+        raise SaccadeError(f"isolator has width {rows.shape[-1]}, the model {width}: it was trained for another model")
+    return rows.to(device)
 
 
 def _pad_one_left(inputs: dict[str, Any], fills: Mapping[str, int]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
+from saccade.pruning import ISOLATOR_FILE
 from saccade.training.recipe import Recipe
 from saccade.training.sources import load_model, load_rows
 
@@ -27,16 +28,31 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     """
     options, args = recipe.options, recipe.trainer
     resume = _resume(options.resume, args.output_dir)
+    check_lora(recipe)
     dataset = load_rows(options)
     model, processor = load_model(options)
-    trainer = DualSpeedTrainer(
-        model,
-        args,
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=lora_config(model, recipe) if options.lora else None,
-        callbacks=callbacks,
-    )
+    beside = Path(options.model) / ISOLATOR_FILE
+    if args.isolator_path is None and args.isolator_length and beside.is_file():
+        args.isolator_path = str(beside)
+    if options.lora and not model.config._name_or_path:
+        # Adapters name the model that they belong to, and this one was not read from a folder.
+        base = Path(args.output_dir) / "base"
+        model.save_pretrained(base)
+        model.config._name_or_path = model.name_or_path = str(base)
+    try:
+        trainer = DualSpeedTrainer(
+            model,
+            args,
+            train_dataset=dataset,
+            processing_class=processor,
+            peft_config=lora_config(model, recipe) if options.lora else None,
+            callbacks=callbacks,
+        )
+    except SaccadeError:
+        raise
+    except (ValueError, TypeError) as error:
+        # TRL's own checks of options, such as packing, which it refuses for images.
+        raise SaccadeError(" ".join(str(error).split())) from error
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
     trainer.train(resume_from_checkpoint=resume)
@@ -46,6 +62,26 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
             Path(args.output_dir) / LOG_FILE, {"recipe": recipe.given, "log_history": trainer.state.log_history}
         )
     return trainer
+
+
+def check_lora(recipe: Recipe) -> None:
+    """Refuse adapters where they would not be what they say.
+
+    Raises:
+        SaccadeError: with a frozen language model, or on a model that is adapters itself.
+    """
+    options = recipe.options
+    if not options.lora:
+        return
+    if recipe.trainer.freeze_language_model:
+        raise SaccadeError(
+            "lora=true trains the language model, freeze_language_model=true freezes it: set one to false"
+        )
+    if (Path(options.model) / "adapter_config.json").is_file():
+        raise SaccadeError(
+            f"model={options.model!r} holds LoRA adapters, and new ones would name their base without them: "
+            "set lora to false, or merge them into a model first"
+        )
 
 
 def lora_config(model, recipe: Recipe) -> LoraConfig:

@@ -1,15 +1,19 @@
 """Where a recipe's rows and weights come from: the embedded ones, files, folders, or the hub."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from saccade.data import digit_scenes
-from saccade.dualspeed.collator import place_images
+from saccade.dualspeed.collator import as_parts, place_images
 from saccade.errors import SaccadeError
+from saccade.families import family_class
 from saccade.tiny import load_tiny
 from saccade.training.recipe import ModelOptions
 
@@ -27,6 +31,7 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     if options.model == "tiny":
         return load_tiny(grid=options.dataset_grid)
+    check_family(options.model)
     try:
         if (Path(options.model) / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
@@ -34,10 +39,28 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
             model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
         else:
             model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
+        if options.dtype == "auto" and model.dtype == torch.float16:
+            model = model.float()
         return model, AutoProcessor.from_pretrained(options.model)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise SaccadeError(f"model={options.model!r} cannot be loaded: {line}") from error
+
+
+def check_family(model: str) -> None:
+    """Look up the family of a model before its weights are read.
+
+    Raises:
+        SaccadeError: if there is none, or no config to tell it from.
+    """
+    try:
+        folder = Path(model)
+        if (folder / "adapter_config.json").is_file():
+            model = PeftConfig.from_pretrained(model).base_model_name_or_path
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    family_class(config)
 
 
 def load_rows(options: ModelOptions) -> Dataset:
@@ -46,8 +69,10 @@ def load_rows(options: ModelOptions) -> Dataset:
     Raises:
         SaccadeError: if they cannot be read, or a row names a missing image or has tags that match no image.
     """
+    if options.dataset_rows is not None and options.dataset_rows < 1:
+        raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
     if options.dataset == "digits":
-        rows = options.dataset_rows or _DIGIT_ROWS
+        rows = _DIGIT_ROWS if options.dataset_rows is None else options.dataset_rows
         return digit_scenes(
             options.dataset_stage,
             options.dataset_split,
@@ -60,8 +85,16 @@ def load_rows(options: ModelOptions) -> Dataset:
     if path.suffix in (".json", ".jsonl"):
         dataset = _read_json(path, Path(options.image_folder) if options.image_folder else path.parent)
     elif path.is_dir():
-        dataset = load_from_disk(str(path))
-        dataset = dataset[options.dataset_split] if hasattr(dataset, "keys") else dataset
+        try:
+            dataset = load_from_disk(str(path))
+        except OSError as error:
+            raise SaccadeError(f"dataset={str(path)!r} is no folder that save_to_disk wrote: {error}") from error
+        if isinstance(dataset, DatasetDict):
+            if options.dataset_split not in dataset:
+                raise SaccadeError(
+                    f"dataset_split={options.dataset_split!r} is not in {path}: use one of {', '.join(dataset)}"
+                )
+            dataset = dataset[options.dataset_split]
     else:
         try:
             dataset = load_dataset(options.dataset, split=options.dataset_split)
@@ -79,30 +112,57 @@ def _read_json(path: Path, image_folder: Path) -> Dataset:
     """Rows of a JSON list or of JSON lines, image paths made absolute and looked up."""
     if not path.is_file():
         raise SaccadeError(f"dataset={str(path)!r} does not exist: give a JSON or JSON-lines file")
-    rows = []
-    for where, row in _json_rows(path):
-        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-            raise SaccadeError(f"{where} has no 'messages' list: each row needs 'messages' and 'images'")
-        names = row.get("images") or []
-        names = [names] if isinstance(names, str) else names
-        images = [str(image_folder / name) for name in names]
-        missing = [image for image in images if not Path(image).is_file()]
-        if missing:
-            raise SaccadeError(f"{where}: image {missing[0]!r} does not exist: correct the path or image_folder")
-        messages = [{"role": message.get("role"), "content": message.get("content")} for message in row["messages"]]
-        try:
-            place_images(messages, len(images))
-        except SaccadeError as error:
-            raise SaccadeError(f"{where}: {error}") from error
-        rows.append({"messages": messages, "images": images})
+    rows = [_checked_row(where, row, image_folder) for where, row in _json_rows(path)]
     if not rows:
         raise SaccadeError(f"dataset={str(path)!r} has no rows")
+    if len({tuple(row) for row in rows}) > 1:
+        raise SaccadeError(f"dataset={str(path)!r} mixes rows with 'messages' and rows with 'prompt' and 'completion'")
+    columns = [name for name in rows[0] if name != "images"]
+    if any(isinstance(message["content"], list) for row in rows for name in columns for message in row[name]):
+        # A column has one type: where some contents are lists of parts, all are.
+        for row in rows:
+            for name in columns:
+                row[name] = [as_parts(message) for message in row[name]]
     return Dataset.from_list(rows)
 
 
-def _json_rows(path: Path):
+def _checked_row(where: str, row: Any, image_folder: Path) -> dict[str, Any]:
+    """One row with `images` and its conversation, checked.
+
+    Raises:
+        SaccadeError: naming the row.
+    """
+    columns = ("messages",) if isinstance(row, dict) and "messages" in row else ("prompt", "completion")
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), list) for name in columns):
+        raise SaccadeError(
+            f"{where} has no 'messages' list: each row needs 'messages', or 'prompt' and 'completion', and 'images'"
+        )
+    names = row.get("images") or []
+    names = [names] if isinstance(names, str) else names
+    images = [str(image_folder / name) for name in names]
+    missing = [image for image in images if not Path(image).is_file()]
+    if missing:
+        raise SaccadeError(f"{where}: image {missing[0]!r} does not exist: correct the path or image_folder")
+    checked: dict[str, Any] = {}
+    for name in columns:
+        for message in row[name]:
+            fits = isinstance(message, dict) and isinstance(message.get("role"), str)
+            if not fits or not isinstance(message.get("content"), (str, list)):
+                raise SaccadeError(f"{where}: each message needs a 'role' and a 'content', found {str(message)[:80]}")
+        checked[name] = [{"role": message["role"], "content": message["content"]} for message in row[name]]
+    try:
+        place_images(checked[columns[0]], len(images))
+    except SaccadeError as error:
+        raise SaccadeError(f"{where}: {error}") from error
+    return {**checked, "images": images}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Pairs of (where, row), from a JSON list or from JSON lines."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SaccadeError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix == ".json":
         try:
             values = json.loads(text)
