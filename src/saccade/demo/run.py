@@ -27,7 +27,7 @@ from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 
-QUICK = DemoSettings(pretrain_steps=80, sft_steps=350)
+QUICK = DemoSettings(pretrain_steps=60, sft_steps=320)
 FULL = DemoSettings(pretrain_steps=100, sft_steps=800, test_scenes=2000)
 
 
