@@ -1,6 +1,9 @@
 """The registry, each built-in reducer against its definition, and the invariants that all of them share."""
 
+import itertools
 import math
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -14,8 +17,8 @@ from reducer_tester import HostSyncs, ReducerTester, kept, make_context
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer, list_reducers, register_reducer, registry
-from saccade.reducers.common import unit_vectors
 from saccade.reducers.random import _content_hash
+from saccade.reducers.similarity import FLOAT32_TIE, cosine_similarity, products_are_exact
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -274,25 +277,26 @@ class TestPooling:
         assert get_reducer("uniform")(line, 5).index.tolist() == [[0, 2, 4, 6, 8]]
 
 
-def divprune_oracle(features: list[list[int]], keep: int) -> list[int]:
-    """The greedy of the formula in plain Python, for integer features: equal distances are found equal.
-
-    Twelve decimals separate any two different cosines of such small integers from rounding noise.
-    """
+def divprune_oracle(features: list[list[int]], keep: int, tie: float = 1e-12) -> list[int]:
+    """The greedy of the formula in plain Python; of distances within `tie` of the largest the first one counts."""
     count = len(features)
 
     def distance(i: int, j: int) -> float:
         dot = sum(a * b for a, b in zip(features[i], features[j], strict=True))
         norms = sum(a * a for a in features[i]) * sum(b * b for b in features[j])
-        return round(1 - dot / math.sqrt(norms), 12) if norms else 1.0
+        return 1 - dot / math.sqrt(norms) if norms else 1.0
 
     def nearest(i: int, others: list[int]) -> float:
         return min((distance(i, j) for j in others if j != i), default=math.inf)
 
-    chosen = [max(range(count), key=lambda i: (nearest(i, list(range(count))), -i))]
+    def farthest(candidates: list[int], others: list[int]) -> int:
+        distances = [nearest(i, others) for i in candidates]
+        largest = max(distances)
+        return next(i for i, value in zip(candidates, distances, strict=True) if value >= largest - tie)
+
+    chosen = [farthest(list(range(count)), list(range(count)))]
     while len(chosen) < min(max(keep, 1), count):
-        rest = [i for i in range(count) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: (nearest(i, chosen), -i)))
+        chosen.append(farthest([i for i in range(count) if i not in chosen], chosen))
     return sorted(chosen)
 
 
@@ -322,11 +326,13 @@ class TestDivPrune:
             valid[number, place[-1]] = True
         dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
         context = make_context(features.to(dtype), valid=valid)
-        for keep in (torch.tensor(budgets), budgets[0]):
-            found = kept(get_reducer("divprune")(context, keep))
+        for keep, (precision, tie) in itertools.product(
+            (torch.tensor(budgets), budgets[0]), (("float32", FLOAT32_TIE), ("float64", 1e-12))
+        ):
+            found = kept(get_reducer("divprune", precision=precision)(context, keep))
             for number, row in enumerate(rows):
                 count = budgets[number] if isinstance(keep, torch.Tensor) else keep
-                assert [place[number].index(token) for token in found[number]] == divprune_oracle(row, count)
+                assert [place[number].index(token) for token in found[number]] == divprune_oracle(row, count, tie)
 
     @pytest.mark.parametrize("keep", [1, 2, 6, 12])
     def test_constant_and_zero_take_the_first(self, keep):
@@ -360,23 +366,55 @@ class TestDivPrune:
             assert smallest_margin > 1e-6
             assert found[row].tolist() == sorted(chosen)
 
-    def test_float32_option(self):
+    def test_float64_option(self):
         features = torch.randn(8, 200, 32, generator=torch.Generator().manual_seed(4))
         features = features * torch.tensor([1e25, 1e-25]).repeat(4).view(8, 1, 1)
-        exact = get_reducer("divprune")(make_context(features), 50).index
-        assert torch.equal(get_reducer("divprune", precision="float32")(make_context(features), 50).index, exact)
+        index = get_reducer("divprune")(make_context(features), 50).index
+        assert torch.equal(get_reducer("divprune", precision="float64")(make_context(features), 50).index, index)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(get_reducer("divprune", precision="float32")(make_context(features), 50).index, exact)
+            assert torch.equal(get_reducer("divprune", precision="float64")(make_context(features), 50).index, index)
         with pytest.raises(SaccadeError, match="precision='half'"):
             get_reducer("divprune", precision="half")
 
-    def test_unit_vectors(self):
-        x = torch.tensor([[3.0, 4.0], [3e30, -4e30], [3e-30, 4e-30], [0.0, 0.0]]).bfloat16()
-        unit = unit_vectors(x)
-        assert unit.dtype == torch.float32
-        expected = torch.tensor([[0.6, 0.8], [0.6, -0.8], [0.6, 0.8], [0.0, 0.0]])
-        torch.testing.assert_close(unit, expected, rtol=0.01, atol=0)
-        torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    def test_float32_gives_way_to_coarser_products(self, monkeypatch):
+        assert products_are_exact(torch.device("cpu"))
+        assert products_are_exact(torch.device("cuda"))
+        features = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(4))
+        monkeypatch.setattr("saccade.reducers.similarity.products_are_exact", lambda device: False)
+        assert cosine_similarity(features, VisualContext(features), "float32").dtype == torch.float64
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process for each setting")
+    def test_tf32_is_noticed(self):
+        code = """
+import os, torch
+from saccade.reducers.similarity import products_are_exact
+device = torch.device("cuda")
+assert products_are_exact(device)
+for setting in (
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+):
+    child = os.fork()  # torch refuses to be asked in one way after being set in the other
+    if not child:
+        exec(setting)
+        os._exit(products_are_exact(device))
+    assert os.waitpid(child, 0)[1] == 0, setting
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def test_parallel_and_mirrored_tokens_tie(self):
+        # Directions equal but for the last digit of a float32, and angles equal but for rounding.
+        direction = torch.randn(64, generator=torch.Generator().manual_seed(3))
+        scales = torch.linspace(0.37, 91.3, 40).unsqueeze(1)
+        found = get_reducer("divprune")(make_context((scales * direction).unsqueeze(0)), 7)
+        assert kept(found)[0] == list(range(7))
+        angles = torch.tensor([0.0, 40.0, -40.0, 20.0, -20.0]).deg2rad()
+        fan = torch.stack([angles.cos(), angles.sin()], dim=1).unsqueeze(0)
+        assert get_reducer("divprune")(make_context(fan), 2).index.tolist() == [[0, 1]]
+        assert get_reducer("divprune")(make_context(fan), 1).index.tolist() == [[0]]
 
     def test_chunks_of_rows_give_the_same(self, monkeypatch):
         features = torch.randn(5, 20, 7, generator=torch.Generator().manual_seed(2))

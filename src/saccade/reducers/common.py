@@ -1,4 +1,4 @@
-"""What reducers share: budgets per row, ranks among the valid tokens, unit vectors, ascending indices.
+"""What reducers share: budgets per row, ranks among the valid tokens, ascending indices.
 
 Shapes: B rows, N tokens a row, K tokens kept at most.
 """
@@ -72,17 +72,6 @@ def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
     place = torch.arange(candidates.shape[1], device=candidates.device)
     chosen = torch.where(place < budget.counts.unsqueeze(1), candidates, tokens).sort(dim=1).values
     return chosen.masked_fill(chosen == tokens, -1)
-
-
-def unit_vectors(x: Tensor) -> Tensor:
-    """`x` `(..., D)` scaled to length one, in float32; zero vectors stay zero.
-
-    Divided by the largest component first, since squares leave float32's range long before the numbers do.
-    """
-    x = x.float()
-    largest = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
-    x = x / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1)
 
 
 def best_first(score: Tensor, context: VisualContext) -> Tensor:

@@ -7,58 +7,72 @@ summation decide between tokens that are equally good.
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import unit_vectors
 from saccade.tokens import VisualContext
 
 TIE = 2.0**-44
 """How much a score gives way to that of the previous token in raster order: above the rounding errors of float64
 cosines (about 1e-15), below the resolution of float32 for up to a million tokens (2**20 * TIE)."""
+FLOAT32_TIE = 2.0**-18
+"""How close two cosines computed in float32 have to be to count as equal: rounding errors are a tenth of it."""
 CHUNK_ELEMENTS = 2**25
 CPU_CHUNK_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
 
 
 def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
-    """Cosine similarity of each pair of a row's tokens: float64 `(B, N, N)`.
+    """Cosine similarity of each pair of a row's tokens: `(B, N, N)` in `precision`.
 
     A zero token, like padding, has similarity 0 with every token, itself included.
 
-    The order in which a float32 matrix product sums depends on the shapes, and whether it may round to TF32 on global
-    flags; on ties either would let a row's batch mates decide. Hence float64: what equals a similarity exactly comes
-    out within far less than `TIE` of it.
+    The order in which a matrix product sums depends on the shapes, so a row's batch mates change its last digits, and
+    on ties those would decide. In float64 equal similarities come out within far less than `TIE` of each other, so
+    that a term per token settles ties and leaves everything else alone; in float32 within `FLOAT32_TIE`.
 
     Args:
         x: `(B, N, D)`, any dtype; values on padding do not matter.
         context: says what is padding.
-        precision: "float64" or "float32", of the product.
+        precision: "float64" or "float32". The latter becomes float64 where float32 products are set to round to TF32
+            or bfloat16, which is up to a thousand times coarser.
     """
     similarity = inner_products(x, context, precision)
     # The diagonal holds the squared lengths, so nothing of width D needs a second pass.
-    length = similarity.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=torch.finfo(torch.float64).tiny)
+    length = similarity.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=torch.finfo(similarity.dtype).tiny)
     return similarity.div_(length.unsqueeze(1)).div_(length.unsqueeze(2))
 
 
 def inner_products(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
-    """Inner product of each pair of a row's tokens, 0 with padding: float64 `(B, N, N)`.
+    """Inner product of each pair of a row's tokens, 0 with padding: `(B, N, N)` in `precision`.
 
-    With the precision "float32", of the unit vectors: squares leave its range.
+    In float32 each token is first scaled to a largest component of 1: squares leave that range.
     """
-    rows, tokens, width = x.shape
+    rows, tokens, _ = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
-    if x.device.type == "mps":  # has no float64
+    narrow = precision == "float32" and products_are_exact(x.device)
+    if x.device.type == "mps" and not narrow:  # has no float64
         x = x.cpu()
-    similarity = torch.empty(rows, tokens, tokens, dtype=torch.float64, device=x.device)
+    dtype = torch.float32 if narrow else torch.float64
+    products = torch.empty(rows, tokens, tokens, dtype=dtype, device=x.device)
     step = _rows_at_once(x)
     for start in range(0, rows, step):
-        chunk = x[start : start + step]
-        if precision == "float64":
-            chunk = chunk.to(torch.float64)
-            torch.bmm(chunk, chunk.transpose(1, 2), out=similarity[start : start + step])
-            continue
-        with torch.autocast(chunk.device.type, enabled=False):
-            chunk = unit_vectors(chunk)
-            similarity[start : start + step] = torch.bmm(chunk, chunk.transpose(1, 2))
-    return similarity
+        chunk = x[start : start + step].to(dtype)
+        if narrow:
+            largest = torch.linalg.vector_norm(chunk, ord=torch.inf, dim=2, keepdim=True)
+            chunk = chunk / largest.clamp(min=torch.finfo(dtype).tiny)
+        # Autocast leaves products alone that are given where to write.
+        torch.bmm(chunk, chunk.transpose(1, 2), out=products[start : start + step])
+    return products
+
+
+def products_are_exact(device: torch.device) -> bool:
+    """Whether float32 matrix products on `device` are computed in float32, and not in TF32 or bfloat16."""
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
+    settings = getattr(backend, "matmul", None)
+    precision = getattr(settings, "fp32_precision", None)
+    if precision is None:  # before torch 2.9
+        return not getattr(settings, "allow_tf32", False)
+    if precision == "none":  # what holds for all operations
+        precision = getattr(torch.backends, "fp32_precision", "none")
+    return precision in ("ieee", "none")
 
 
 def cosine_to(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
