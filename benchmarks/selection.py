@@ -78,11 +78,11 @@ def providers(keep: int) -> dict[str, Callable[[VisualContext], Tensor]]:
         for name, reducer in reducers.items()
         if not reducer.needs
     }
-    float32 = get_reducer("divprune", precision="float32")
+    float64 = get_reducer("divprune", precision="float64")
     return {
         BASELINE: lambda context: divprune_per_image(context.features, keep),
         **calls,
-        "divprune, float32": lambda context: float32(context, keep).index,
+        "divprune, float64": lambda context: float64(context, keep).index,
     }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
-from saccade.families import get_family
+from saccade.families import Family, get_family
 from saccade.families.collect import encode_for
 from saccade.pruning.isolator import ModeIsolator
 from saccade.pruning.shorten import check_positions, reduce, shorten
@@ -64,7 +64,7 @@ def prune_inputs(
     text_config = family.model.config.get_text_config()
     pad_id = text_config.pad_token_id or 0
     if not family.has_images(inputs):
-        return _pad_again(inputs, pad_id, padding_side, family.token_inputs)
+        return _pad_again(family, inputs, pad_id, padding_side)
     rows = _isolator_rows(isolator, text_config.hidden_size, family.model.device)
     try:
         encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
@@ -88,9 +88,7 @@ def prune_inputs(
     return shortened
 
 
-def _pad_again(
-    inputs: Mapping[str, Any], pad_id: int, padding_side: str, token_inputs: Mapping[str, int]
-) -> dict[str, Any]:
+def _pad_again(family: Family, inputs: Mapping[str, Any], pad_id: int, padding_side: str) -> dict[str, Any]:
     """A batch without images, padded on the side that was asked for."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     empty = VisualContext(features=torch.zeros(0, 1, 1, device=ids.device))
@@ -98,11 +96,15 @@ def _pad_again(
     spliced = splice(
         ids, mask, torch.zeros_like(ids, dtype=torch.bool), empty, nothing, pad_id=pad_id, padding_side=padding_side
     )
-    extras = {name: spliced.gather(inputs[name], fill) for name, fill in token_inputs.items() if name in inputs}
+    extras = {
+        name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs
+    }
+    # On every axis text counts alike.
+    positions = spliced.position_ids.expand(3, -1, -1) if family.several_axes else spliced.position_ids
     return {
         "input_ids": spliced.input_ids,
         "attention_mask": spliced.attention_mask,
-        "position_ids": spliced.position_ids,
+        "position_ids": positions,
         **extras,
     }
 
