@@ -96,9 +96,7 @@ def _pad_again(family: Family, inputs: Mapping[str, Any], pad_id: int, padding_s
     spliced = splice(
         ids, mask, torch.zeros_like(ids, dtype=torch.bool), empty, nothing, pad_id=pad_id, padding_side=padding_side
     )
-    extras = {
-        name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs
-    }
+    extras = {name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs}
     # On every axis text counts alike.
     positions = spliced.position_ids.expand(3, -1, -1) if family.several_axes else spliced.position_ids
     return {
