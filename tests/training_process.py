@@ -71,6 +71,8 @@ def main(options: dict) -> None:
         trainer._save_rng_state = killed
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output / "final"))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -24,4 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe.trainer.should_save:
         isolator = "" if trainer.isolator is None else "isolator, "
         print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
+    # A rank that leaves while another still saves can abort the run after its end.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return 0
