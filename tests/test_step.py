@@ -9,10 +9,11 @@ from saccade.dualspeed.step import DualSpeedStep
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import get_reducer
+from saccade.tokens import TokenBudget
 
 
 def make_step(model, isolator=None, **options):
-    values = {"prune_ratio": 0.9, "distill_weight": 1.0, "distill_temperature": 1.0, "positions": "compact"}
+    values = {"budget": TokenBudget(0.9), "distill_weight": 1.0, "distill_temperature": 1.0, "positions": "compact"}
     values |= {"reducer": get_reducer("divprune"), "pad_id": 0, **options}
     return DualSpeedStep(family=get_family(model), isolator=isolator, **values)
 

@@ -5,6 +5,7 @@ import argparse
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
+saccade eval out/sft --reducer downsample --keep-tokens 16 a lower resolution, 16 tokens an image
 saccade eval out/sft --inference full --split validation  one way only, on another split
 """
 
@@ -22,6 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
     parser.add_argument(
         "--prune-ratio", type=float, default=None, help="share of visual tokens to drop (default: as trained)"
+    )
+    parser.add_argument("--keep-tokens", type=int, default=None, metavar="K", help="tokens to keep, not a ratio")
+    parser.add_argument(
+        "--budget", default=None, help="what shares a budget: crop, image or sample (default: as trained)"
+    )
+    parser.add_argument(
+        "--adaptive",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="share each batch's tokens out by how varied its images are (default: as trained)",
+    )
+    parser.add_argument(
+        "--newlines", default=None, help="keep or drop newlines of anyres images (default: as trained)"
     )
     parser.add_argument("--positions", default=None, help="compact or original (default: as trained)")
     parser.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
@@ -47,7 +61,17 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise SaccadeError(f"{name}={getattr(args, name)}: give at least 1")
     names = None if args.inference is None else args.inference.split(",")
-    inferences = plan_inferences(args.model, names, args.reducer, args.prune_ratio, args.positions)
+    inferences = plan_inferences(
+        args.model,
+        names,
+        args.reducer,
+        args.prune_ratio,
+        args.positions,
+        keep_tokens=args.keep_tokens,
+        budget=args.budget,
+        adaptive=args.adaptive,
+        newlines=args.newlines,
+    )
     scenes = digit_scenes("sft", args.split, args.num_samples)
     model, processor = load_model(ModelOptions(model=args.model))
     results = [evaluate_digits(model, processor, scenes, inference, args.batch_size) for inference in inferences]

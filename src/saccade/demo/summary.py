@@ -17,6 +17,7 @@ from saccade.report.environment import environment
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_accuracy_over_time, plot_loss_by_mode
 from saccade.report.tables import markdown_table, print_table
+from saccade.tokens import TokenBudget
 from saccade.training import ModelOptions, load_model
 
 LABELS = {
@@ -183,7 +184,7 @@ def draw_scene(model_folder: Path, spec: RunSpec, path: Path) -> None:
     context = family.encode(collate_prompts(processor, [row])).context
     panels = []
     for name in (spec.settings.reducer, "uniform", "random"):
-        reduction = reduce(context, get_reducer(name), spec.settings.prune_ratio)
+        reduction = reduce(context, get_reducer(name), TokenBudget(spec.settings.prune_ratio))
         panels.append((name, reduction.index[0], None))
     _, rows, columns = context.grid[0].tolist()
     draw_kept_tokens(row["images"][0], panels, (rows, columns), path)

@@ -8,15 +8,19 @@ from trl import SFTConfig
 
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
-from saccade.pruning import check_positions
-from saccade.reducers import get_reducer
-from saccade.tokens.budget import check_prune_ratio
+from saccade.pruning import check_newlines, check_positions
+from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.tokens import TokenBudget
 
 # What a resumed run must share with the run it goes on from: with another value its loss curve would not continue.
 RESUME_FIELDS = (
     "reducer",
     "reducer_options",
     "prune_ratio",
+    "keep_tokens",
+    "budget",
+    "adaptive",
+    "newlines",
     "slow_probability",
     "schedule",
     "isolator_length",
@@ -61,6 +65,18 @@ class DualSpeedConfig(SFTConfig):
             Keyword options of the reducer.
         prune_ratio (`float`, *optional*, defaults to `0.9`):
             Share of visual tokens that fast steps drop, in [0, 1). The paper's p.
+        keep_tokens (`int`, *optional*):
+            Number of visual tokens that fast steps keep, in place of the ratio.
+        budget (`str`, *optional*, defaults to `"crop"`):
+            What the ratio or the number is of. `"crop"`: each feature row, as an image, a crop or a frame is.
+            `"image"`: the crops of an image, or the frames of a video, compete for its tokens. `"sample"`: all images
+            of a sample do.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Share the tokens of a micro-batch out by how varied its images are, with the same total. Ours, not the
+            paper's.
+        newlines (`str`, *optional*, defaults to `"keep"`):
+            `"keep"` keeps the newline tokens of anyres images, counted in the budget. `"drop"` drops them in fast
+            steps.
         slow_probability (`float`, *optional*, defaults to `0.1`):
             Share of slow steps, on all tokens, in [0, 1]. The paper's r. A stage in which no parameter of the language
             model trains is always fast.
@@ -101,6 +117,16 @@ class DualSpeedConfig(SFTConfig):
     prune_ratio: float = field(
         default=0.9, metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1)."}
     )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "Visual tokens that fast steps keep, in place of prune_ratio."}
+    )
+    budget: str = field(default="crop", metadata={"help": "What shares a budget: 'crop', 'image' or 'sample'."})
+    adaptive: bool = field(
+        default=False, metadata={"help": "Share a micro-batch's tokens out by how varied its images are."}
+    )
+    newlines: str = field(
+        default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
+    )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
     isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
@@ -132,10 +158,10 @@ class DualSpeedConfig(SFTConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-        check_prune_ratio(self.prune_ratio)
         check_positions(self.positions)
+        check_newlines(self.newlines)
         self.mode_schedule()
-        get_reducer(self.reducer, **(self.reducer_options or {}))
+        check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)
         if not isinstance(self.isolator_length, int) or self.isolator_length < 0:
             raise SaccadeError(
                 f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
@@ -165,9 +191,14 @@ class DualSpeedConfig(SFTConfig):
         return ModeSchedule(self.seed, self.slow_probability, self.schedule)
 
     @property
+    def token_budget(self) -> TokenBudget:
+        """What fast steps keep."""
+        return TokenBudget(self.prune_ratio, self.keep_tokens, self.budget, self.adaptive)
+
+    @property
     def is_ordinary(self) -> bool:
         """Whether these options ask for ordinary supervised fine-tuning."""
-        return self.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
+        return self.token_budget.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
         """The options that a resumed run must share, as plain values."""

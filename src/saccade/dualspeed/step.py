@@ -15,8 +15,8 @@ from saccade.dualspeed.schedule import Mode
 from saccade.families import Encoded, Family
 from saccade.families.collect import encode_for
 from saccade.pruning import ModeIsolator, Shortened, reduce, shorten
-from saccade.reducers import Reducer
-from saccade.tokens import IGNORE_INDEX
+from saccade.reducers import Reducer, is_low_resolution
+from saccade.tokens import IGNORE_INDEX, TokenBudget
 
 
 @dataclass
@@ -62,22 +62,24 @@ class DualSpeedStep:
     Args:
         family: the model's family, over the stock model.
         reducer: chooses the tokens of the fast sequence.
-        prune_ratio: share of visual tokens that it drops.
+        budget: how many tokens it keeps.
         isolator: rows before each image in the fast sequence, or None.
         distill_weight: weight of the KL term of slow steps; 0 runs no teacher.
         distill_temperature: temperature of both distributions in the KL.
         positions: "compact" or "original".
         pad_id: id to pad shortened batches with.
+        newlines: "keep" or "drop", for the newline tokens of anyres images.
     """
 
     family: Family
     reducer: Reducer
-    prune_ratio: float
+    budget: TokenBudget
     isolator: ModeIsolator | None
     distill_weight: float
     distill_temperature: float
     positions: str
     pad_id: int
+    newlines: str = "keep"
 
     def __call__(
         self, mode: Mode, inputs: Mapping[str, Any], normaliser: Tensor | float, row_seed: int = 0
@@ -94,9 +96,9 @@ class DualSpeedStep:
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
         if self.family.has_images(inputs):
-            encoded = self._encode(mode, inputs, labels)
-            encoded.context.seed = torch.arange(encoded.context.shape[0], device=labels.device) + row_seed
-            sums = (self._fast if mode == "fast" else self._slow)(encoded, text, labels)
+            encoded, teacher = self._encode(mode, inputs, labels)
+            teacher.context.seed = torch.arange(teacher.context.shape[0], device=labels.device) + row_seed
+            sums = self._fast(encoded, text, labels) if mode == "fast" else self._slow(encoded, teacher, text, labels)
         else:
             # Without images the two sequences are the same, and a teacher would have nothing to teach.
             encoded, sums = None, self._plain(text, labels)
@@ -117,10 +119,20 @@ class DualSpeedStep:
             teacher_seconds=sums.teacher_seconds,
         )
 
-    def _encode(self, mode: Mode, inputs: Mapping[str, Any], labels: Tensor) -> Encoded:
-        """The images' features, with what the reducer needs in a step that uses it."""
-        reduces = self.prune_ratio and (mode == "fast" or self.distill_weight)
-        return encode_for(self.family, self.reducer, inputs, labels) if reduces else self.family.encode(inputs)
+    def _encode(self, mode: Mode, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Encoded, Encoded]:
+        """The images' features for the trained pass and for the teacher, with what the reducer needs if it is used.
+
+        One encoding serves both, but where the fast sequence is of smaller images.
+        """
+        if mode == "slow" and not self.distill_weight:
+            encoded = self.family.encode(inputs)
+            return encoded, encoded
+        if mode == "slow" and is_low_resolution(self.reducer) and not self.budget.keeps_all:
+            with torch.no_grad(), evaluating(self.family.model):
+                teacher = encode_for(self.family, self.reducer, inputs, self.budget, labels)
+            return self.family.encode(inputs), teacher
+        encoded = encode_for(self.family, self.reducer, inputs, self.budget, labels)
+        return encoded, encoded
 
     def _vision_parameters(self) -> Tensor | float:
         """The sum of the parameters that train on images only."""
@@ -137,12 +149,12 @@ class DualSpeedStep:
         short = self._shorten(encoded, text, labels)
         return self._plain(short.inputs, short.labels)
 
-    def _slow(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
+    def _slow(self, encoded: Encoded, teacher: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
         full = {**text, "mm_encoder_outputs": encoded.outputs}
         if not self.distill_weight:
             return self._plain(full, labels)
         started = _now(labels.device)
-        teacher_rows, tokens_teacher = self._teacher_rows(encoded, text, labels)
+        teacher_rows, tokens_teacher = self._teacher_rows(teacher, text, labels)
         teacher_seconds = _now(labels.device) - started
         rows, targets = label_rows(self.family.hidden_states(**full), labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
@@ -153,7 +165,7 @@ class DualSpeedStep:
             self.family,
             encoded,
             {**text, "labels": labels},
-            reduce(encoded.context, self.reducer, self.prune_ratio),
+            reduce(encoded.context, self.reducer, self.budget, self.newlines),
             isolator=None if self.isolator is None else self.isolator(),
             positions=self.positions,
             pad_id=self.pad_id,

@@ -98,12 +98,13 @@ class DualSpeedTrainer(SFTTrainer):
         self._step = DualSpeedStep(
             family=self.family,
             reducer=get_reducer(args.reducer, **(args.reducer_options or {})),
-            prune_ratio=args.prune_ratio,
+            budget=args.token_budget,
             isolator=self.isolator,
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
             positions=args.positions,
             pad_id=self._tokenizer.pad_token_id or 0,
+            newlines=args.newlines,
         )
 
     def mode_of(self, step: int) -> Mode:

@@ -15,9 +15,9 @@ from trl import prepare_multimodal_messages
 from saccade.dualspeed.checkpoint import read_run_file
 from saccade.dualspeed.collator import prepare_example
 from saccade.errors import SaccadeError
-from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_positions, prune_inputs
-from saccade.reducers import get_reducer
-from saccade.tokens.budget import check_prune_ratio
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs
+from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.tokens import TokenBudget
 
 INFERENCES = ("full", "pruned", "pruned_isolator")
 
@@ -32,6 +32,10 @@ class Inference:
         prune_ratio: share of visual tokens dropped.
         positions: "compact" or "original".
         isolator: the trained isolator, for "pruned_isolator".
+        keep_tokens: number of visual tokens kept, in place of the ratio.
+        budget: "crop", "image" or "sample", what the ratio or the number is of.
+        adaptive: whether a batch's tokens are shared out by how varied its images are. A batch is `batch_size` scenes.
+        newlines: "keep" or "drop", for the newline tokens of anyres images.
 
     Raises:
         SaccadeError: on an unknown name, or a missing isolator.
@@ -42,6 +46,10 @@ class Inference:
     prune_ratio: float = 0.9
     positions: str = "compact"
     isolator: ModeIsolator | Path | str | None = None
+    keep_tokens: int | None = None
+    budget: str = "crop"
+    adaptive: bool = False
+    newlines: str = "keep"
 
     def __post_init__(self) -> None:
         if self.name not in INFERENCES:
@@ -54,7 +62,18 @@ class Inference:
         if self.name == "full":
             return dict(inputs)
         isolator = self.isolator if self.name == "pruned_isolator" else None
-        return prune_inputs(model, inputs, self.reducer, self.prune_ratio, isolator, self.positions)
+        return prune_inputs(
+            model,
+            inputs,
+            self.reducer,
+            self.prune_ratio,
+            isolator,
+            self.positions,
+            newlines=self.newlines,
+            keep_tokens=self.keep_tokens,
+            budget=self.budget,
+            adaptive=self.adaptive,
+        )
 
 
 def plan_inferences(
@@ -63,12 +82,17 @@ def plan_inferences(
     reducer: str | None = None,
     prune_ratio: float | None = None,
     positions: str | None = None,
+    keep_tokens: int | None = None,
+    budget: str | None = None,
+    adaptive: bool | None = None,
+    newlines: str | None = None,
 ) -> list[Inference]:
     """The inferences to run on a trained model: what is left out is as it was trained.
 
     Args:
         model: the folder that training wrote, or anything else, which then has no trained settings and no isolator.
         names: of `INFERENCES`; all that the folder allows when left out.
+        prune_ratio: given without `keep_tokens`, it replaces a number of tokens that the model was trained with.
 
     Raises:
         SaccadeError: on a bad option, before any model is loaded.
@@ -79,12 +103,15 @@ def plan_inferences(
     options = {
         "reducer": reducer or trained.get("reducer", "divprune"),
         # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-        "prune_ratio": check_prune_ratio(
-            prune_ratio if prune_ratio is not None else trained.get("prune_ratio") or 0.9
-        ),
+        "prune_ratio": prune_ratio if prune_ratio is not None else trained.get("prune_ratio") or 0.9,
         "positions": check_positions(positions or trained.get("positions", "compact")),
+        "keep_tokens": trained.get("keep_tokens") if keep_tokens is None and prune_ratio is None else keep_tokens,
+        "budget": budget or trained.get("budget", "crop"),
+        "adaptive": trained.get("adaptive", False) if adaptive is None else adaptive,
+        "newlines": check_newlines(newlines or trained.get("newlines", "keep")),
     }
-    get_reducer(options["reducer"])
+    tokens = TokenBudget(*(options[name] for name in ("prune_ratio", "keep_tokens", "budget", "adaptive")))
+    check_resolution_budget(get_reducer(options["reducer"]), tokens)
     if names is None:
         names = [name for name in INFERENCES if name != "pruned_isolator" or isolator]
     return [Inference(name, **options, isolator=isolator if name == "pruned_isolator" else None) for name in names]
@@ -130,6 +157,10 @@ def evaluate_digits(
         "inference": inference.name,
         "reducer": inference.reducer if inference.name != "full" else None,
         "prune_ratio": inference.prune_ratio if inference.name != "full" else 0.0,
+        "keep_tokens": inference.keep_tokens if inference.name != "full" else None,
+        "budget": inference.budget,
+        "adaptive": inference.adaptive,
+        "newlines": inference.newlines,
         "positions": inference.positions,
         "accuracy": sum(every) / len(every),
         "accuracy_by_kind": {kind: sum(values) / len(values) for kind, values in sorted(right.items())},

@@ -3,6 +3,7 @@
 from saccade.reducers.avgpool import AveragePool
 from saccade.reducers.cdpruner import CDPruner
 from saccade.reducers.divprune import DivPrune
+from saccade.reducers.downsample import Downsample, check_resolution_budget, is_low_resolution
 from saccade.reducers.dpp import Determinantal
 from saccade.reducers.fastervlm import FasterVLM
 from saccade.reducers.none import KeepAll
@@ -19,6 +20,7 @@ __all__ = [
     "CDPruner",
     "Determinantal",
     "DivPrune",
+    "Downsample",
     "FasterVLM",
     "KeepAll",
     "PruMerge",
@@ -28,7 +30,9 @@ __all__ = [
     "UniformGrid",
     "VisPruner",
     "VisionZip",
+    "check_resolution_budget",
     "get_reducer",
+    "is_low_resolution",
     "list_reducers",
     "register_reducer",
 ]
