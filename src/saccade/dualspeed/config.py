@@ -1,15 +1,18 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
 from saccade.pruning import check_newlines, check_positions
 from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import TokenBudget
 
 # What a resumed run must share with the run it goes on from: with another value its loss curve would not continue.
@@ -23,6 +26,9 @@ RESUME_FIELDS = (
     "newlines",
     "slow_probability",
     "schedule",
+    "modes",
+    "skip_vision",
+    "skip_mode",
     "isolator_length",
     "distill_weight",
     "distill_temperature",
@@ -56,7 +62,7 @@ class DualSpeedConfig(SFTConfig):
     Options of a [`DualSpeedTrainer`]: those of [`~trl.SFTConfig`], and the ones below.
 
     `slow_probability=0, isolator_length=0` trains on pruned tokens only. `prune_ratio=0, slow_probability=1,
-    distill_weight=0` is ordinary supervised fine-tuning.
+    distill_weight=0` is ordinary supervised fine-tuning, and with `skip_vision` beside it Skip-Vision's.
 
     Args:
         reducer (`str`, *optional*, defaults to `"divprune"`):
@@ -82,6 +88,18 @@ class DualSpeedConfig(SFTConfig):
             model trains is always fast.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
+        modes (`list` of `dict`, *optional*):
+            More speeds than two: for each mode its `name`, its `probability`, and what differs from the options here of
+            `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`, `prune_ratio`, `keep_tokens`, `isolator`
+            and `teacher`, the mode it learns from. They replace fast and slow. A stage in which no parameter of the
+            language model trains is always in the first.
+        skip_vision (`dict` or `str`, *optional*):
+            Options of Skip-Vision, as [`SkipVisionConfig`] takes them, or the name of a published budget, which may
+            also be given as the option `preset`. With the options of ordinary fine-tuning the whole run skips;
+            otherwise `skip_mode` says which of its modes does, and the reducer which tokens it retains.
+        skip_mode (`str`, *optional*, defaults to `"fast"`):
+            With `skip_vision`: the mode, `"fast"` or `"slow"`, whose not kept tokens skip the feed-forward networks:
+            in place of being dropped in fast steps, of running through them in slow ones.
         isolator_length (`int`, *optional*, defaults to `4`):
             Rows of the mode isolator before each image in fast steps, the paper's l; 0 switches it off.
         isolator_path (`str`, *optional*):
@@ -129,6 +147,13 @@ class DualSpeedConfig(SFTConfig):
     )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
+    modes: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "More speeds than two: name, probability, action and more of each mode."}
+    )
+    skip_vision: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of Skip-Vision, as a dict or as JSON, or a published budget's name."}
+    )
+    skip_mode: str = field(default="fast", metadata={"help": "With skip_vision: the mode that skips, fast or slow."})
     isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
     isolator_path: str | None = field(
         default=None, metadata={"help": "Isolator to start from; by default the one beside the model's weights."}
@@ -151,7 +176,7 @@ class DualSpeedConfig(SFTConfig):
         default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
     )
 
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options"]
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
 
     def __post_init__(self) -> None:
         # transformers renamed the option and warns about the old name, which TRL's default still sets.
@@ -160,8 +185,10 @@ class DualSpeedConfig(SFTConfig):
         super().__post_init__()
         check_positions(self.positions)
         check_newlines(self.newlines)
-        self.mode_schedule()
         check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)
+        if self.skip_mode not in ("fast", "slow"):
+            raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
+        self.mode_schedule()
         if not isinstance(self.isolator_length, int) or self.isolator_length < 0:
             raise SaccadeError(
                 f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
@@ -188,7 +215,52 @@ class DualSpeedConfig(SFTConfig):
 
     def mode_schedule(self) -> ModeSchedule:
         """The schedule that this configuration describes, for a stage that trains the language model."""
-        return ModeSchedule(self.seed, self.slow_probability, self.schedule)
+        return ModeSchedule(self.seed, {mode.name: mode.probability for mode in self.all_modes()}, self.schedule)
+
+    def all_modes(self) -> tuple[Mode, ...]:
+        """The modes of the run, the one of stage one first.
+
+        Raises:
+            SaccadeError: on options that make no list of modes.
+        """
+        skip = self.skip_options
+        if self.modes is None and skip is not None and self._trains_on_all:
+            return (Mode("skip", 1.0, "skip", skip_vision=skip),)
+        base = {
+            "reducer": self.reducer,
+            "reducer_options": self.reducer_options or {},
+            "budget": self.token_budget,
+            "isolator": self.isolator_length > 0,
+        }
+        if self.modes is not None:
+            return listed(self.modes, Mode("base", 1.0, **base), skip)
+        return fast_and_slow(
+            slow_probability=self.slow_probability,
+            distill=self.distill_weight > 0,
+            skip_vision=skip,
+            skip_mode=self.skip_mode,
+            **base,
+        )
+
+    @property
+    def skip_options(self) -> SkipVisionConfig | None:
+        """The options of Skip-Vision, or None where nothing skips.
+
+        Raises:
+            SaccadeError: on an unknown option or a value out of its range.
+        """
+        given = self.skip_vision
+        if given is None:
+            return None
+        options = {"preset": given} if isinstance(given, str) else given
+        if not isinstance(options, Mapping):
+            raise SaccadeError(f"skip_vision={given!r}: give a mapping of options, or a budget such as '100/156'")
+        options = dict(options)
+        try:
+            return SkipVisionConfig.preset(options.pop("preset"), **options) if "preset" in options else SkipVisionConfig(**options)
+        except TypeError as error:
+            unknown = str(error).partition("argument ")[2] or str(error)
+            raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
 
     @property
     def token_budget(self) -> TokenBudget:
@@ -198,6 +270,10 @@ class DualSpeedConfig(SFTConfig):
     @property
     def is_ordinary(self) -> bool:
         """Whether these options ask for ordinary supervised fine-tuning."""
+        return self.modes is None and self.skip_vision is None and self._trains_on_all
+
+    @property
+    def _trains_on_all(self) -> bool:
         return self.token_budget.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:

@@ -29,12 +29,15 @@ from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.redirect import redirect_forward
-from saccade.dualspeed.schedule import Mode, ModeSchedule
-from saccade.dualspeed.step import DualSpeedStep, StepOutput
+from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
+from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
+from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
 
 ISOLATOR_NAME = "mode_isolator"
 
@@ -89,29 +92,49 @@ class DualSpeedTrainer(SFTTrainer):
                 placeholder_id=self.family.placeholder_id,
             )
         self._freeze()
+        self.modes = args.all_modes()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.is_ordinary
         self.isolator = self._attach_isolator()
-        self.meter = ModeMeter()
+        self.skip = self._apply_skip_vision()
+        self.meter = ModeMeter(
+            [mode.name for mode in self.modes],
+            full=next((mode.name for mode in self.modes if mode.keeps_all), None),
+            taught=[mode.name for mode in self.modes if mode.teacher is not None],
+        )
         self.add_callback(StepClock(self))
         self._micro_batch = 0
+        sequences = {mode.name: self._sequence(mode) for mode in self.modes}
         self._step = DualSpeedStep(
             family=self.family,
-            reducer=get_reducer(args.reducer, **(args.reducer_options or {})),
-            budget=args.token_budget,
-            isolator=self.isolator,
+            modes={mode.name: ModePlan(sequences[mode.name], sequences.get(mode.teacher)) for mode in self.modes},
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
-            positions=args.positions,
-            pad_id=self._tokenizer.pad_token_id or 0,
-            newlines=args.newlines,
         )
 
-    def mode_of(self, step: int) -> Mode:
+    def mode_of(self, step: int) -> str:
         """The mode of optimizer step `step`, counted from 0."""
         return self.schedule.mode(step)
 
+    def _sequence(self, mode: Mode) -> Sequence:
+        """What a mode runs on."""
+        if mode.action == "keep":
+            return FullSequence()
+        if mode.action == "skip":
+            return SkippedSequence(self.family, mode.skip_vision, self.skip.summary)
+        return PrunedSequence(
+            family=self.family,
+            reducer=get_reducer(mode.reducer, **mode.reducer_options),
+            budget=mode.budget,
+            isolator=self.isolator if mode.isolator else None,
+            positions=self.args.positions,
+            pad_id=self._tokenizer.pad_token_id or 0,
+            newlines=self.args.newlines,
+        )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.skip is not None and not self.model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
         if self.is_ordinary or return_outputs or not self.model.training:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
@@ -138,6 +161,18 @@ class DualSpeedTrainer(SFTTrainer):
             return output.loss * ranks
         self.meter.add(mode, output, share=self._mean_share(num_items_in_batch))
         return output.loss
+
+    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
+        """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
+        mode = self.meter.full or self.modes[-1].name
+        count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+
+        def run(batch: dict[str, Any]) -> StepOutput:
+            with self.accelerator.autocast():
+                return self._step(mode, batch, count)
+
+        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of each optimizer step."""
@@ -222,11 +257,20 @@ class DualSpeedTrainer(SFTTrainer):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         weight = None if self.isolator is None else _gathered(self.isolator.weight)
+        head = None if self.skip is None else self.skip.summary
+        summary = {} if head is None else {name: _gathered(value) for name, value in head.named_parameters()}
         if self.args.should_save:
             state = self._resume_state()
-            remove_other_kind(folder, adapters=self.model is not self.family.model, isolator=self.isolator is not None)
+            remove_other_kind(
+                folder,
+                adapters=self.model is not self.family.model,
+                isolator=self.isolator is not None,
+                skips=self.skip is not None,
+            )
             if self.isolator is not None:
                 self.isolator.save(folder, metadata=state, weight=weight)
+            if self.skip is not None:
+                self.skip.save(folder, tensors=summary)
             write_run_file(folder, state, global_step=self.state.global_step, tokens=self.meter.tokens)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -265,11 +309,16 @@ class DualSpeedTrainer(SFTTrainer):
         checkpoint = Path(resume_from_checkpoint)
         stock = self.model if model is None else model
         if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_weights_strictly(stock, checkpoint, ignored=(f"{ISOLATOR_NAME}.weight",))
+            own = {f"{ISOLATOR_NAME}.weight"}
+            if self.skip is not None and self.skip.summary is not None:
+                own |= {f"{SUMMARY_NAME}.{name}" for name in self.skip.summary.state_dict()}
+            load_weights_strictly(stock, checkpoint, ignored=own)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.isolator is not None:
             self._copy_isolator(ModeIsolator.load(checkpoint))
+        if self.skip is not None:
+            self.skip.load(checkpoint)
         self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
     def _resume_state(self) -> dict[str, Any]:
@@ -284,6 +333,8 @@ class DualSpeedTrainer(SFTTrainer):
             super()._load_best_model()
             if self.isolator is not None:
                 self._copy_isolator(ModeIsolator.load(self.state.best_model_checkpoint))
+            if self.skip is not None:
+                self.skip.load(self.state.best_model_checkpoint)
 
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
@@ -304,10 +355,10 @@ class DualSpeedTrainer(SFTTrainer):
         trains = any(parameter.requires_grad for parameter in self.family.language_layers.parameters())
         if trains or self.args.is_ordinary:
             return self.args.mode_schedule()
-        return ModeSchedule(self.args.seed, slow_probability=0)
+        return ModeSchedule(self.args.seed, {mode.name: float(mode is self.modes[0]) for mode in self.modes})
 
     def _attach_isolator(self) -> ModeIsolator | None:
-        if self.args.is_ordinary or self.args.isolator_length == 0:
+        if self.args.is_ordinary or not any(mode.isolator for mode in self.modes):
             return None
         width = self.family.model.config.get_text_config().hidden_size
         # In bf16 its entries are too coarse to move at fine-tuning rates; sharding engines want one dtype for all.
@@ -328,6 +379,20 @@ class DualSpeedTrainer(SFTTrainer):
                 ignored = set(module._keys_to_ignore_on_save or ())
                 module._keys_to_ignore_on_save = ignored | {f"{ISOLATOR_NAME}.weight"}
         return isolator
+
+    def _apply_skip_vision(self) -> SkipVision | None:
+        skipping = [mode.skip_vision for mode in self.modes if mode.action == "skip"]
+        if not skipping:
+            return None
+        # What text sees, and which layers skip, belongs to the model and is alike in all modes.
+        skip = apply_skip_vision(self.model, skipping[0])
+        if skip.summary is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                skip.summary.to(self.family.model.dtype)
+            source = self.family.model.config._name_or_path
+            if source and (Path(source) / SUMMARY_FILE).is_file():
+                skip.load(source)
+        return skip
 
     def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:
         if loaded.weight.shape != self.isolator.weight.shape:

@@ -78,6 +78,7 @@ def encode_for(
     inputs: Mapping[str, Any],
     budget: TokenBudget,
     labels: Tensor | None = None,
+    also: frozenset[str] = frozenset(),
 ) -> "Encoded":
     """Encode the images of `inputs` with what `reducer` and `budget` need to know about them.
 
@@ -85,24 +86,29 @@ def encode_for(
 
     Args:
         labels: long `(B, L)` of a training batch, so that relevance is computed without the answers.
+        also: needs of whoever else uses the encoding.
 
     Raises:
         SaccadeError: if the family cannot give what is needed.
     """
     check_resolution_budget(reducer, budget)
-    encoded = _encode_for(family, reducer, inputs, budget, labels)
+    encoded = _encode_for(family, reducer, inputs, budget, labels, also)
     if budget.per == "sample":
         encoded.context.sample = row_samples(encoded, family.placeholder(inputs["input_ids"]))
     return encoded
 
 
 def _encode_for(
-    family: "Family", reducer: "Reducer", inputs: Mapping[str, Any], budget: TokenBudget, labels: Tensor | None
+    family: "Family",
+    reducer: "Reducer",
+    inputs: Mapping[str, Any],
+    budget: TokenBudget,
+    labels: Tensor | None,
+    also: frozenset[str],
 ) -> "Encoded":
-    if budget.keeps_all or not reducer.needs:
-        return family.encode(inputs)
+    needs = also if budget.keeps_all else also | reducer.needs
     tower = None
-    if "relevance" in reducer.needs and getattr(reducer, "text_tower", None):
+    if "relevance" in needs and getattr(reducer, "text_tower", None):
         tokenizer = getattr(reducer, "tokenizer", None) or family.model.name_or_path
         if not tokenizer:
             raise SaccadeError(
@@ -110,7 +116,7 @@ def _encode_for(
                 "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
             )
         tower = load_text_tower(str(reducer.text_tower), str(tokenizer))
-    return family.encode(inputs, reducer.needs, labels=labels, text_tower=tower, budget=budget)
+    return family.encode(inputs, needs, labels=labels, text_tower=tower, budget=budget)
 
 
 def encode_collecting(
