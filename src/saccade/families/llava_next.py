@@ -27,6 +27,7 @@ class LlavaNextFamily(Family):
     model_types = ("llava_next",)
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     vision_inputs = image_inputs
+    thumbnail = 0
 
     @property
     def placeholder_id(self) -> int:
