@@ -1,7 +1,7 @@
 """Every option of Skip-Vision (arXiv 2503.21817), and its published budgets by name."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from saccade.errors import SaccadeError
@@ -139,7 +139,7 @@ class SkipVisionConfig:
         """
         if name not in PRESETS:
             raise SaccadeError(f"preset={name!r} is not known: choose one of {', '.join(PRESETS)}")
-        return replace(cls(**PRESETS[name]), **options) if options else cls(**PRESETS[name])
+        return cls(**{**PRESETS[name], **options})
 
 
 PRESETS: dict[str, dict[str, Any]] = {

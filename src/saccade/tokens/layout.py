@@ -76,8 +76,8 @@ def find_blocks(placeholder: Tensor, context: VisualContext) -> Blocks:
     if sample.numel() != feature_row.numel():
         raise ValueError(f"{sample.numel()} image placeholders stand for {feature_row.numel()} visual tokens")
     if sample.numel() == 0:
-        empty = torch.zeros(0, 0, dtype=torch.long, device=placeholder.device)
-        return Blocks(empty, empty[:, 0] if empty.shape[1] else empty.reshape(0), empty, empty)
+        empty = torch.zeros(0, 1, dtype=torch.long, device=placeholder.device)
+        return Blocks(empty, empty.squeeze(1), empty, empty)
     group = context.group[feature_row]
     begins = torch.ones_like(sample, dtype=torch.bool)
     begins[1:] = (sample.diff() != 0) | (column.diff() != 1) | (group.diff() != 0)
@@ -158,7 +158,7 @@ def lay_out(
     columns = torch.arange(length, device=device).expand(batch, length)
     text = attention_mask.bool() & ~placeholder
     real = role != Role.PADDING  # (G, E)
-    first = blocks.column[:, :1].squeeze(1)  # (G,)
+    first = blocks.column[:, 0]  # (G,)
     width = text.long().index_put((blocks.row, first), real.sum(dim=1))  # tokens that a column turns into
     lengths = width.sum(dim=1)
     size = int(lengths.max()) if batch else 0
