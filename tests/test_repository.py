@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 BOTTOM = {"errors", "files"}
-METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed"} | BOTTOM
+METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "dualspeed": METHOD - {"dualspeed"},
+    "dualspeed": METHOD - {"dualspeed", "skip_vision"},
+    "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},

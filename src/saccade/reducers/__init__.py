@@ -9,6 +9,7 @@ from saccade.reducers.fastervlm import FasterVLM
 from saccade.reducers.none import KeepAll
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
+from saccade.reducers.redundancy import RedundancyMerge
 from saccade.reducers.registry import Reducer, get_reducer, list_reducers, register_reducer
 from saccade.reducers.tome import TokenMerging
 from saccade.reducers.uniform import UniformGrid
@@ -26,6 +27,7 @@ __all__ = [
     "PruMerge",
     "RandomSubset",
     "Reducer",
+    "RedundancyMerge",
     "TokenMerging",
     "UniformGrid",
     "VisPruner",
