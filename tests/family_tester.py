@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from family_models import Tiny, collate_samples, mixed_rows, video_samples
-from helpers import make_config
+from helpers import fast_slow_step, make_config
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -254,16 +254,7 @@ def kept_mask(index: Tensor, tokens: int) -> Tensor:
 
 
 def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> DualSpeedStep:
-    return DualSpeedStep(
-        family=family,
-        reducer=get_reducer(reducer),
-        budget=TokenBudget(RATIO),
-        isolator=isolator,
-        distill_weight=1.0,
-        distill_temperature=1.0,
-        positions="original",
-        pad_id=0,
-    )
+    return fast_slow_step(family.model, reducer, TokenBudget(RATIO), isolator, positions="original")
 
 
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:

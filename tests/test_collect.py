@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import fast_slow_step
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -13,7 +14,6 @@ from transformers import (
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from saccade import prune_inputs
-from saccade.dualspeed.step import DualSpeedStep
 from saccade.errors import SaccadeError
 from saccade.families import collect, get_family
 from saccade.families.base import Encoded
@@ -233,7 +233,7 @@ def test_a_tower_without_a_known_block_is_refused(model, inputs):
 def test_every_reducer_gets_what_it_needs_in_training_and_inference(name, model, batch, inputs):
     pruned = prune_inputs(model, inputs, reducer=name, prune_ratio=0.9)
     assert model.generate(**pruned, max_new_tokens=3, do_sample=False).shape[0] == inputs["input_ids"].shape[0]
-    step = DualSpeedStep(get_family(model), get_reducer(name), TokenBudget(), None, 1.0, 1.0, "compact", 0)
+    step = fast_slow_step(model, name)
     for mode in ("fast", "slow"):
         output = step(mode, batch, 10.0)
         assert torch.isfinite(output.loss)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers import fast_slow_step
 from transformers import CLIPConfig, CLIPModel
 
 from saccade import prune_inputs
-from saccade.dualspeed.step import DualSpeedStep
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.collect import encode_for
@@ -204,9 +204,7 @@ class TestTextTower:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         pruned = prune_inputs(model, inputs, reducer="cdpruner", reducer_options=options)
         assert pruned["input_ids"].shape[1] < inputs["input_ids"].shape[1]
-        step = DualSpeedStep(
-            get_family(model), get_reducer("cdpruner", **options), TokenBudget(), None, 1.0, 1.0, "compact", 0
-        )
+        step = fast_slow_step(model, get_reducer("cdpruner", **options))
         step("fast", batch, 10.0).loss.backward()
         assert not any(p.requires_grad for p in load_text_tower(folder, folder).model.parameters())
 

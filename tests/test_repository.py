@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "dualspeed": METHOD - {"dualspeed", "skip_vision"},
+    "dualspeed": METHOD - {"dualspeed"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,

@@ -89,10 +89,10 @@ class DualSpeedConfig(SFTConfig):
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
         modes (`list` of `dict`, *optional*):
-            More speeds than two: for each mode its `name`, its `probability`, and what differs from the options here of
-            `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`, `prune_ratio`, `keep_tokens`, `isolator`
-            and `teacher`, the mode it learns from. They replace fast and slow. A stage in which no parameter of the
-            language model trains is always in the first.
+            More speeds than two: for each mode its `name`, its `probability`, and what differs from the options here
+            of `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`, `prune_ratio`, `keep_tokens`,
+            `isolator` and `teacher`, the mode it learns from. They replace fast and slow. A stage in which no
+            parameter of the language model trains is always in the first.
         skip_vision (`dict` or `str`, *optional*):
             Options of Skip-Vision, as [`SkipVisionConfig`] takes them, or the name of a published budget, which may
             also be given as the option `preset`. With the options of ordinary fine-tuning the whole run skips;
@@ -257,7 +257,9 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"skip_vision={given!r}: give a mapping of options, or a budget such as '100/156'")
         options = dict(options)
         try:
-            return SkipVisionConfig.preset(options.pop("preset"), **options) if "preset" in options else SkipVisionConfig(**options)
+            if "preset" in options:
+                return SkipVisionConfig.preset(options.pop("preset"), **options)
+            return SkipVisionConfig(**options)
         except TypeError as error:
             unknown = str(error).partition("argument ")[2] or str(error)
             raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error

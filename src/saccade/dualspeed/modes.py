@@ -44,7 +44,7 @@ class Mode:
     action: str = "drop"
     reducer: str = "divprune"
     reducer_options: Mapping[str, Any] = field(default_factory=dict)
-    budget: TokenBudget = TokenBudget()
+    budget: TokenBudget = field(default_factory=TokenBudget)
     isolator: bool = False
     teacher: str | None = None
     skip_vision: SkipVisionConfig | None = None
@@ -58,9 +58,13 @@ class Mode:
             raise SaccadeError(
                 f"modes: action={self.action!r} of mode {self.name!r} is unknown: use one of {', '.join(ACTIONS)}"
             )
-        for name in ("isolator",):
-            if not isinstance(getattr(self, name), bool):
-                raise SaccadeError(f"modes: {name}={getattr(self, name)!r} of mode {self.name!r}: use true or false")
+        if not isinstance(self.isolator, bool):
+            raise SaccadeError(f"modes: isolator={self.isolator!r} of mode {self.name!r}: use true or false")
+        if self.isolator and self.action != "drop":
+            raise SaccadeError(
+                f"modes: isolator=True of mode {self.name!r}, whose action is {self.action!r}: only a mode that drops "
+                "tokens has one"
+            )
         if self.action == "drop":
             check_resolution_budget(get_reducer(self.reducer, **self.reducer_options), self.budget)
 
@@ -98,9 +102,7 @@ def fast_and_slow(
     return fast, slow
 
 
-def listed(
-    modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisionConfig | None
-) -> tuple[Mode, ...]:
+def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisionConfig | None) -> tuple[Mode, ...]:
     """The modes of a configuration that lists them.
 
     Args:
@@ -113,7 +115,7 @@ def listed(
         SaccadeError: on anything that makes no list of modes.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
-        raise SaccadeError(f"modes={modes!r}: give a list of mappings, such as [{{name: fast, probability: 0.9}}, ...]")
+        raise SaccadeError(f"modes={modes!r}: give a list of mappings, such as {{name: fast, probability: 0.9}}")
     made = tuple(_one(values, base, skip_vision) for values in modes)
     names = [mode.name for mode in made]
     for name in names:

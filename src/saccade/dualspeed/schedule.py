@@ -35,7 +35,9 @@ class ModeSchedule:
                 raise SaccadeError(f"probability={share!r} of mode {name!r} is outside [0, 1]: it is a share of steps")
         total = sum(self.shares.values())
         if not math.isclose(total, 1, abs_tol=1e-6):
-            raise SaccadeError(f"the probabilities of the modes {', '.join(self.shares)} add up to {total:g}: make it 1")
+            raise SaccadeError(
+                f"probability: those of the modes {', '.join(self.shares)} add up to {total:g}, not to 1"
+            )
         if self.kind not in SCHEDULES:
             raise SaccadeError(f"schedule={self.kind!r} is unknown: use one of {', '.join(SCHEDULES)}")
 

@@ -4,7 +4,7 @@ Shapes: B samples, L tokens of the full batch, S of the mode's own sequence.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class FullSequence:
     """All tokens, as the stock model sees them."""
 
     reducer: Reducer | None = None
-    budget: TokenBudget = TokenBudget(0.0)
+    budget: TokenBudget = field(default_factory=lambda: TokenBudget(0.0))
     also: frozenset[str] = frozenset()
     trains: tuple[nn.Module, ...] = ()
 
@@ -147,4 +147,3 @@ def skipped_share(family: Family, config: SkipVisionConfig) -> float:
 def is_of_small_images(sequence: Sequence) -> bool:
     """Whether a sequence is made of an encoding of its own, of smaller images."""
     return sequence.reducer is not None and is_low_resolution(sequence.reducer) and not sequence.budget.keeps_all
-

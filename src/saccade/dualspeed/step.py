@@ -1,5 +1,7 @@
-"""One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation, or any
-other mode of the run."""
+"""One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation.
+
+Any other mode of the run, too.
+"""
 
 import time
 from collections.abc import Mapping

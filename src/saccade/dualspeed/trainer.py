@@ -28,8 +28,8 @@ from saccade.dualspeed.checkpoint import (
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.metrics import ModeMeter, StepClock
-from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
