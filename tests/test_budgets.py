@@ -292,7 +292,8 @@ def test_training_with_a_budget(options, tmp_path):
     case = CASES["llava"]
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
     step = tester.make_step(case.family, "divprune", None)
-    step.budget, step.newlines = config.token_budget, config.newlines
+    fast = step.modes["fast"].sequence
+    fast.budget, fast.newlines = config.token_budget, config.newlines
     text = int(case.batch["attention_mask"].sum() - case.family.placeholder(case.batch["input_ids"]).sum())
     wanted = 4 * 6 if "keep_tokens" in options else sum(config.token_budget.count(count) for count in (64, 128, 64))
     assert int(step("fast", case.batch, 1.0).tokens_in) == text + wanted

@@ -125,8 +125,8 @@ def test_the_teacher_runs_without_dropout_and_leaves_the_mode_alone(model, batch
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     encoded = step.family.encode(inputs)
     text = step.family.without_vision(inputs)
-    first, _ = step._teacher_rows(encoded, text, batch["labels"])
-    second, _ = step._teacher_rows(encoded, text, batch["labels"])
+    first, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
+    second, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
     assert torch.equal(first, second)
     assert all(module.training for module in model.modules())
 
