@@ -30,7 +30,16 @@ def test_shipped_recipes_parse_and_comment_every_line(path):
 
 
 def test_recipes_are_there():
-    assert {path.stem for path in SHIPPED} >= {"pretrain", "sft", "sft_lora", "prune_only", "all_tokens"}
+    assert {path.stem for path in SHIPPED} >= {
+        "pretrain",
+        "sft",
+        "sft_lora",
+        "prune_only",
+        "all_tokens",
+        "skip_vision",
+        "dualspeed_skip",
+        "multi_speed",
+    }
 
 
 def test_overrides_are_typed():
