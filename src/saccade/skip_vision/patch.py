@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
@@ -19,7 +20,7 @@ from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, language_forward
 from saccade.skip_vision.prepare import prepare, processor_outputs
 from saccade.skip_vision.rows import call_original, patch, patch_layers, unpatch
-from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file
+from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
 
 HANDLE = "_saccade_skip_vision"
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
@@ -74,14 +75,43 @@ class SkipVision:
         """
         return prepare(self.family, self.config, self.summary, inputs, labels, padding_side, encoded)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """Write the summary head and the options to `folder/skip_vision.safetensors`, and return the path.
+
+        Args:
+            tensors: the head's gathered tensors by name, where this process holds only shards of them.
 
         Raises:
             OSError: if the file cannot be written.
         """
-        head = self.summary
-        return SummaryHead.save(nn.Module() if head is None else head, folder, metadata=asdict(self.config))
+        if tensors is None:
+            tensors = {} if self.summary is None else self.summary.state_dict()
+        return write_summary_file(folder, tensors, asdict(self.config))
+
+    def load(self, folder: str | Path) -> None:
+        """Take the summary head's weights from what `save` wrote to `folder`; the options stay as they are.
+
+        Raises:
+            SaccadeError: if there is no such file, or it is of another model.
+        """
+        if self.summary is None:
+            return
+        _, tensors = read_summary_file(folder)
+        own = dict(self.summary.named_parameters())
+        if {name: tuple(value.shape) for name, value in tensors.items()} != {
+            name: tuple(value.shape) for name, value in own.items()
+        }:
+            width = self.model.config.get_text_config().hidden_size
+            raise SaccadeError(
+                f"folder={str(folder)!r}: its summary head is not of a model of width {width}: it was trained for "
+                "another model, or without summary tokens"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                value = tensors[name].to(parameter)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def remove(self) -> None:
         """Make the model what it was. Does nothing the second time."""
@@ -159,15 +189,13 @@ def load_skip_vision(model: nn.Module, folder: str | Path, **options: Any) -> Sk
         config = SkipVisionConfig(**{**saved, **options})
     except TypeError as error:
         raise SaccadeError(f"folder={str(folder)!r}: options do not fit this version of saccade: {error}") from error
-    width = get_family(model).model.config.get_text_config().hidden_size
-    if tensors and tensors["norm.weight"].shape != (width,):
-        raise SaccadeError(
-            f"folder={str(folder)!r}: the summary head has width {tensors['norm.weight'].numel()}, the model {width}: "
-            "it was trained for another model"
-        )
     skip = apply_skip_vision(model, config)
-    if skip.summary is not None and tensors:
-        skip.summary.load_state_dict(tensors)
+    if tensors:
+        try:
+            skip.load(folder)
+        except SaccadeError:
+            skip.remove()
+            raise
     return skip
 
 
