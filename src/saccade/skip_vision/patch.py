@@ -1,6 +1,5 @@
 """`apply_skip_vision`: a stock model that skips, in place, until `remove()`."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -136,8 +135,8 @@ class SkipVision:
         language = self.family.language_model
         patch(language, language_forward)
         language.__dict__[CONFIG] = config
-        patch(model, _with_signature(model.forward, _model_forward))
-        patch(model, functools.wraps(model.generate)(_model_generate), "generate")
+        patch(model, _like(model.forward, _model_forward, ROLES_KEYWORD))
+        patch(model, _like(model.generate, _model_generate), "generate")
         self._patched += [language, model]
         if config.summary:
             # In bfloat16 its entries would be too coarse to move at fine-tuning rates.
@@ -222,19 +221,20 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
         )
 
 
-def _with_signature(stock: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with the signature of the bound method `stock` and `skip_roles`: `generate` and trainers read it."""
+def _like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
+    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
 
-    @functools.wraps(stock)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
+    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
+    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
     signature = inspect.signature(stock)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    roles = inspect.Parameter(ROLES_KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None)
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
     rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
-    wrapped.__signature__ = signature.replace(parameters=[own, *named, roles, *rest])
+    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
     return wrapped
 
 
@@ -248,6 +248,12 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = _by_name(model.forward, args, kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
+        state = state_of(kwargs.get("past_key_values"))
+        if state is not None and skip.family.several_axes and kwargs.get("position_ids") is None:
+            # The model would count from what it read last, whatever this cache holds.
+            new = kwargs["input_ids"]
+            positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
+            kwargs["position_ids"] = positions.expand(3, -1, -1)
         output = call_original(model, **kwargs)
         idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
         if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
