@@ -1,8 +1,8 @@
 """One run of a sweep in a process of its own: `python -m saccade.sweeps.worker FOLDER STAGES`.
 
-Reads the spec in FOLDER, trains the stages that STAGES does not hold yet, evaluates, and writes `result.json` last. Prints a line
-`progress STAGE DONE TOTAL` for each bit of progress. Ends when its standard input does, so that it never outlives the
-sweep that started it.
+Reads the spec in FOLDER, trains the stages that STAGES does not hold yet, evaluates, and writes `result.json` last.
+Prints a line `progress STAGE DONE TOTAL` for each bit of progress. Ends when its standard input does, so that it never
+outlives the sweep that started it.
 """
 
 import json
