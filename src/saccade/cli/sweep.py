@@ -62,22 +62,32 @@ def run(args: argparse.Namespace) -> int:
 
     from saccade.errors import SaccadeError
     from saccade.sweeps.digits import QUICK
+    from saccade.sweeps.docs import write_docs
     from saccade.sweeps.grid import parse_grid
-    from saccade.sweeps.sweep import Plan, plan_study, run_sweep, show_table, write_table
+    from saccade.sweeps.plan import Plan, plan_study
+    from saccade.sweeps.sweep import run_sweep
+    from saccade.sweeps.table import Standing
 
     output = Path(args.output)
     folder = output / args.study if args.study else output
     console = Console()
     if args.recipe and args.study:
         raise SaccadeError(f"recipe={args.recipe!r} and --study {args.study}: give one of them")
+    if args.recipe and args.write_docs:
+        raise SaccadeError(
+            f"--write-docs {args.write_docs}: the page is of studies, a sweep over a recipe has table.md"
+        )
     for name in ("seeds", "steps", "jobs", "threads", "scenes"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
     if args.table:
-        found = Plan.read(folder)
-        write_table(found, folder)
-        show_table(found, folder, console)
+        standing = Standing(Plan.read(folder), folder)
+        standing.write()
+        standing.show(console)
+        return 0
+    if args.write_docs and not (args.study or args.recipe):
+        print(f"written to {write_docs(output, Path(args.write_docs))}")
         return 0
     if args.study:
         if args.grid or args.pretrain or args.overrides:
@@ -92,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
     only = parse_grid(args.only, "--only")
     outcome = run_sweep(plan, folder, output / "stages", only, args.jobs, args.any_commit, console)
     console.print(f"Written to {folder}: sweep.json, table.json, table.md, runs; models in {output / 'stages'}")
+    if args.write_docs:
+        print(f"written to {write_docs(output, Path(args.write_docs))}")
     for failure in outcome.failures.values():
         print(f"saccade: {failure}", file=sys.stderr)
     if outcome.failures:
@@ -103,7 +115,7 @@ def plan_recipe(args: argparse.Namespace):
     """The plan of a grid over a recipe, and over the one that comes before it if there is one."""
     from saccade.errors import SaccadeError
     from saccade.sweeps.grid import parse_grid, place, plan_grid
-    from saccade.sweeps.sweep import make_plan
+    from saccade.sweeps.plan import make_plan
     from saccade.training.recipe import parse_overrides, read_recipe
 
     if args.steps is not None:

@@ -57,7 +57,11 @@ def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[di
     for values, members in groups.items():
         entry = {**dict(zip(keys, values, strict=True)), "seeds": len(members)}
         for name in {name: None for row in members for name in row if name not in (*keys, "seed")}:
-            numbers = [row[name] for row in members if isinstance(row.get(name), (int, float))]
+            numbers = [
+                row[name]
+                for row in members
+                if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool)
+            ]
             if numbers:
                 entry[name] = {"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}
         entries.append(entry)

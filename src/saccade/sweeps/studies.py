@@ -29,6 +29,7 @@ class Panel:
         series: labels that tell the lines apart.
         figure: a key of `run_figures`, a share of 1.
         y: what the figure is, for the axis.
+        drawn: whether it is in the picture; its table is there in any case.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Panel:
     where: tuple[tuple[str, Any], ...] = ()
     figure: str = "accuracy_full"
     y: str = "accuracy on all tokens (%)"
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Study:
         paper: what the paper reports, with the table's name; Markdown.
         planner: makes the runs from settings and number of seeds, in their order.
         panels: the pictures.
-        pivot: whether the tables are the panels, series by `x`, rather than one row for each combination of labels.
+        pivot: whether each panel is a table too, series by `x`, before the one of all figures.
+        detail: labels that a run must have to be in the table of all figures.
     """
 
     title: str
@@ -58,6 +61,7 @@ class Study:
     planner: Planner
     panels: tuple[Panel, ...]
     pivot: bool = False
+    detail: tuple[tuple[str, Any], ...] = ()
 
     def plan(self, settings: DigitSettings, seeds: int) -> list[RunSpec]:
         """The runs in the order in which they are made: an interrupted study holds whole comparisons.
@@ -195,13 +199,15 @@ STUDIES: dict[str, Study] = {
             Panel(
                 "In inference only, original positions", "prune_ratio", ("reducer",),
                 (("part", "inference"), ("positions", "original")), "accuracy_pruned", "accuracy on kept tokens (%)",
+                drawn=False,
             ),
             Panel(
                 "As the plug-in, original positions", "prune_ratio", ("reducer",),
-                (("part", "plugin"), ("positions", "original")),
+                (("part", "plugin"), ("positions", "original")), drawn=False,
             ),
         ),
         pivot=True,
+        detail=(("part", "plugin"), ("prune_ratio", 0.9)),
     ),
     "prune_ratio": Study(
         "How much to prune",

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
     return {
         "spec": spec.as_json(),
         "environment": environment(),
+        "finished": date.today().isoformat(),
         "model": str(folder),
         "stages": results,
         "evaluations": _evaluate(spec.evaluation, folder, recipe) if spec.evaluation else [],
