@@ -15,7 +15,7 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
     entries = {entry["inference"]: entry for entry in result["evaluations"]}
     accuracy = {name: entry["accuracy"] for name, entry in entries.items()}
     last = list(stages.values())[-1]
-    ordinary = all(values.get("prune_ratio") == 0 for values in spec["stages"])
+    ordinary = spec["stages"][-1].get("prune_ratio") == 0
     tokens = {name: sum(stage["tokens"][name] for stage in stages.values()) for name in last["tokens"]}
     samples = sum(stage["samples"] for stage in stages.values())
     full, base = accuracy.get("full"), baseline and _accuracy(baseline)
