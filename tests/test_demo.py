@@ -9,11 +9,12 @@ from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.demo.plan import METHODS, DemoSettings, RunSpec, plan_runs
-from saccade.demo.run import FULL, QUICK, run_demo
+from saccade.demo.plan import plan_runs
+from saccade.demo.run import FULL, run_demo
 from saccade.demo.summary import COLUMNS, markdown
+from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec
 
-SMALL = DemoSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
+SMALL = DigitSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
 KEYS = {
     "method",
     "positions",
@@ -82,7 +83,7 @@ def test_a_run_that_fails_is_named(tmp_path):
 
 def test_plan_of_the_full_demo():
     runs = plan_runs(FULL, seeds=3, full=True)
-    assert {run.method for run in runs} == set(METHODS)
+    assert {run.labels["method"] for run in runs} == set(METHODS)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         assert RunSpec.from_json(json.loads(json.dumps(run.as_json()))) == run

@@ -34,8 +34,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": METHOD | {"data"},
     "evaluation": METHOD | {"data", "tiny", "report"},
     "training": METHOD | {"data", "tiny", "report"},
-    "demo": METHOD | {"data", "tiny", "report", "evaluation", "training"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "demo"},
+    "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
+    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "demo"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

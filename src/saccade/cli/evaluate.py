@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from saccade.data import digit_scenes
     from saccade.errors import SaccadeError
-    from saccade.evaluation import evaluate_digits, plan_inferences
+    from saccade.evaluation import evaluate_inferences, plan_inferences
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     )
     scenes = digit_scenes("sft", args.split, args.num_samples)
     model, processor = load_model(ModelOptions(model=args.model))
-    results = [evaluate_digits(model, processor, scenes, inference, args.batch_size) for inference in inferences]
+    results = evaluate_inferences(model, processor, scenes, inferences, args.batch_size)
     kinds = sorted(results[0]["accuracy_by_kind"])
     columns = ["kind", *(result["inference"] for result in results)]
     rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]

@@ -1,7 +1,8 @@
 """Accuracy on the digit scenes by greedy generation: exact match of the last answer, in total and by kind."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,6 @@ def plan_inferences(
     return [Inference(name, **options, isolator=isolator if name == "pruned_isolator" else None) for name in names]
 
 
-@torch.no_grad()
 def evaluate_digits(
     model: nn.Module,
     processor: ProcessorMixin,
@@ -137,21 +137,54 @@ def evaluate_digits(
     Raises:
         SaccadeError: if the dataset is empty.
     """
-    inference = inference or Inference()
+    return evaluate_inferences(model, processor, dataset, [inference or Inference()], batch_size)[0]
+
+
+@torch.no_grad()
+def evaluate_inferences(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    inferences: Sequence[Inference],
+    batch_size: int = 100,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """What `evaluate_digits` returns, for each of several ways to run a model; every batch is prepared once for all.
+
+    Args:
+        on_batch: called with the number of batches done and in all, a batch being done once for each way.
+
+    Raises:
+        SaccadeError: if the dataset is empty.
+    """
     if not len(dataset):
         raise SaccadeError("num_samples=0: evaluate at least one scene")
     model.eval()
-    right: dict[str, list[bool]] = defaultdict(list)
-    prompt_tokens = 0
+    right: list[dict[str, list[bool]]] = [defaultdict(list) for _ in inferences]
+    prompt_tokens = [0] * len(inferences)
+    done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
     # One token more than the longest answer, for the end of the turn.
-    longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in dataset["answer"])
+    answers = dataset.select_columns("answer")["answer"]
+    longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     for rows in _batches(dataset, batch_size):
-        inputs = inference.prepare(model, collate_prompts(processor, rows).to(model.device))
-        prompt_tokens += int(inputs["attention_mask"].sum())
-        outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
-        texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            right[row["kind"]].append(text.split() == row["answer"].split())
+        processed = collate_prompts(processor, rows).to(model.device)
+        for number, inference in enumerate(inferences):
+            inputs = inference.prepare(model, processed)
+            prompt_tokens[number] += int(inputs["attention_mask"].sum())
+            outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+            texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                right[number][row["kind"]].append(text.split() == row["answer"].split())
+            done += 1
+            if on_batch is not None:
+                on_batch(done, total)
+    return [
+        _result(inference, kinds, tokens)
+        for inference, kinds, tokens in zip(inferences, right, prompt_tokens, strict=True)
+    ]
+
+
+def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens: int) -> dict[str, Any]:
     every = [value for values in right.values() for value in values]
     return {
         "inference": inference.name,

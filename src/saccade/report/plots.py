@@ -55,7 +55,7 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("accuracy (%)")
     _legend_of_points(axes, groups)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -85,24 +85,32 @@ def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.Path
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure() -> tuple[Figure, Axes]:
-    # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.xaxis.label.set(color=INK, size=11)
-    axes.yaxis.label.set(color=INK, size=11)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
+    figure, (axes,) = styled_figure()
     return figure, axes
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with panels side by side, in the style of all plots here."""
+    # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    drawn = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in drawn:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=10)
+        axes.xaxis.label.set(color=INK, size=11)
+        axes.yaxis.label.set(color=INK, size=11)
+        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, drawn
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

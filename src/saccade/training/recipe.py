@@ -79,6 +79,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         SaccadeError: on a missing or malformed file, an unknown field, or a value of the wrong type.
     """
+    values = read_recipe(path)
+    if "pretrain" in values:
+        raise SaccadeError(
+            f"recipe {path} names pretrain={values['pretrain']!r}: `saccade sweep` trains both stages, here train one "
+            "after the other without this field"
+        )
+    return make_recipe({**values, **parse_overrides(overrides)}, source=str(find_recipe(path)))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe file as they are written, among them `pretrain`, the recipe to run before it.
+
+    Raises:
+        SaccadeError: on a missing or malformed file.
+    """
     path = find_recipe(path)
     try:
         values = yaml.safe_load(path.read_text())
@@ -86,7 +101,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
-    return make_recipe({**values, **parse_overrides(overrides)}, source=str(path))
+    return values
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
