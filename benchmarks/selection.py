@@ -3,7 +3,8 @@
     python benchmarks/selection.py [--quick] [--threads 1] [--repeats 7] [--device cpu|cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
-machine falls on all alike. Operations of the batched forms are counted on the meta device: those that a GPU is given. Each (shape, provider, metric) becomes one row of the ledger, which is only appended to.
+machine falls on all alike. Operations of the batched forms are counted on the meta device: those that a GPU is given.
+Each (shape, provider, metric) becomes one row of the ledger, which is only appended to.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from loops import LOOPS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from saccade.counting import OperationCount
 from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
 from saccade.tokens import VisualContext
 
@@ -38,18 +39,6 @@ QUICK_SHAPES = [(4, 144, 14), (2, 576, 58)]
 LOOP = ", loop over images"
 HEAD_WIDTH = 64
 LEDGER = Path(__file__).with_name("ledger.csv")
-
-
-class OperationCount(TorchDispatchMode):
-    """Counts the tensor operations that compute something: views are free, each other one is at least a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> VisualContext:

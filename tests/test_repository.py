@@ -23,6 +23,7 @@ METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "counting": set(),
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
-    "evaluation": METHOD | {"data", "tiny", "report"},
+    "evaluation": METHOD | {"counting", "data", "tiny", "report"},
     "training": METHOD | {"data", "tiny", "report"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
+    "counting": {"transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},
     "families": {"trl", "peft"},

@@ -7,6 +7,7 @@ saccade eval out/sft                                      all tokens, pruned, an
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer downsample --keep-tokens 16 a lower resolution, 16 tokens an image
 saccade eval out/sft --inference full --split validation  one way only, on another split
+saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
 """
 
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inference",
         default=None,
         metavar="A,B",
-        help="full, pruned, pruned_isolator (default: all that the folder allows)",
+        help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
     parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
     parser.add_argument(

@@ -39,7 +39,7 @@ class VisPruner:
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of the selected tokens. Time O(N^2 D + N^3 / 100) a row: one round drops eight tokens."""
-        tokens, width = context.shape[1:]
+        tokens = context.shape[1]
         return by_rows(self._reduce, context, keep, elements=tokens * tokens // 2)
 
     def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:

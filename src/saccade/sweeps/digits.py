@@ -109,15 +109,22 @@ def digit_run(
 
 
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """All tokens, pruned as a recipe with these fields trains, and with the isolator if it trains one."""
+    """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
     common = {
         "reducer": values.get("reducer", "divprune"),
         # A model trained on all tokens was trained at ratio 0, which would prune nothing.
         "prune_ratio": values.get("prune_ratio", 0.9) or 0.9,
         "positions": values.get("positions", "compact"),
     }
-    names = ["pruned", "pruned_isolator"] if values.get("isolator_length", 4) else ["pruned"]
-    return ({"name": "full"}, *({"name": name, **common} for name in names))
+    ways = [{"name": "full"}, {"name": "pruned", **common}]
+    actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
+    skips = values.get("skip_vision") is not None or "skip" in actions
+    drops = "drop" in actions if values.get("modes") else not skips or values.get("skip_mode") == "slow"
+    if values.get("isolator_length", 4) and drops:
+        ways.append({"name": "pruned_isolator", **common})
+    if skips:
+        ways.append({"name": "skip"})
+    return tuple(ways)
 
 
 def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
         "accuracy_full": full,
         "accuracy_pruned": accuracy.get("pruned"),
         "accuracy_pruned_isolator": accuracy.get("pruned_isolator"),
+        "accuracy_skip": accuracy.get("skip"),
         "accuracy_by_kind": {name: entry["accuracy_by_kind"] for name, entry in entries.items()},
         "share_of_all_tokens": full / base if base and full is not None else None,
         "train_loss": next((log["loss"] for log in reversed(last["log_history"]) if "loss" in log), None),

@@ -118,7 +118,7 @@ def _check_evaluation(spec: RunSpec, seen: set[str]) -> None:
     if evaluation is None or str(evaluation) in seen:
         return
     for fields in evaluation.inferences:
-        Inference(**fields, isolator="its own" if fields["name"] == "pruned_isolator" else None)
+        Inference.of_run(folder="its own", **fields)
     if evaluation.scenes < 1:
         raise SaccadeError(f"scenes={evaluation.scenes}: give at least 1")
     digit_scenes("sft", evaluation.split, 1)

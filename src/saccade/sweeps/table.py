@@ -20,6 +20,7 @@ FIGURES = {
     "share_of_all_tokens": ("share of all-token", None),
     "accuracy_pruned": ("accuracy, pruned", None),
     "accuracy_pruned_isolator": ("pruned + isolator", None),
+    "accuracy_skip": ("accuracy, skipping", None),
     "train_loss": ("last loss", "{:.3f}"),
     "train_seconds": ("training time", "{:.0f} s"),
     "speedup_steps": ("speed-up of steps", "{:.2f}x"),

@@ -84,10 +84,7 @@ def _evaluate(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> l
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
         model.to("cuda")
-    inferences = [
-        Inference(**fields, isolator=folder if fields["name"] == "pruned_isolator" else None)
-        for fields in evaluation.inferences
-    ]
+    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
     scenes = digit_scenes(
         "sft", evaluation.split, evaluation.scenes, seed=0, grid=recipe.get("dataset_grid", ModelOptions.dataset_grid)
     )
