@@ -18,16 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files"}
+BOTTOM = {"errors", "files", "images"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "images": {"errors"},
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "dualspeed": METHOD - {"dualspeed"},
+    "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
@@ -43,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
+    "images": {"torch", "transformers", "trl"},
+    "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},
     "families": {"trl", "peft"},

@@ -18,6 +18,7 @@ from saccade.errors import SaccadeError
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
+    "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),

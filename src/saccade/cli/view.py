@@ -39,8 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the picture and say where it is."""
     from saccade.errors import SaccadeError
+    from saccade.images import open_image
     from saccade.reducers import get_reducer, list_reducers
-    from saccade.report.view import read_image, view_reducers
+    from saccade.report.view import view_reducers
     from saccade.tokens.budget import check_prune_ratio
 
     names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         get_reducer(name)
     check_prune_ratio(args.prune_ratio)
-    image = read_image(args.image)
+    image = open_image(args.image)
 
     from saccade.training import ModelOptions, load_model
 

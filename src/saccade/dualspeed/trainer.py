@@ -4,17 +4,25 @@ import errno
 import os
 import random
 import shutil
+from collections.abc import Iterator, Sized
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import SFTTrainer
 
+from saccade.data.lengths import TokenCounter, estimate_lengths
+from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
     check_same_run,
@@ -25,10 +33,11 @@ from saccade.dualspeed.checkpoint import (
     resolve_resume,
     write_run_file,
 )
-from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.sampler import EpochStart, GroupedSampler
 from saccade.dualspeed.schedule import Mode, ModeSchedule
 from saccade.dualspeed.step import DualSpeedStep, StepOutput
 from saccade.errors import SaccadeError
@@ -66,12 +75,19 @@ class DualSpeedTrainer(SFTTrainer):
             )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
-        columns = train_dataset.column_names or next(iter(train_dataset)).keys()
+        # Rows that are made when they are read have other columns than the table behind them.
+        columns = next(iter(train_dataset)).keys()
         if not {"image", "images"} & set(columns):
             raise SaccadeError(
                 f"train_dataset has the columns {sorted(columns)}, none of them images: DualSpeed needs an "
                 "'images' column, empty lists for text-only samples"
             )
+        if args.group_by != "none" and not isinstance(train_dataset, Sized):
+            raise SaccadeError(
+                f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
+            )
+        # The collator takes what it needs of a row; the stock trainer would drop columns that rows are made from.
+        args.remove_unused_columns = False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
@@ -87,6 +103,7 @@ class DualSpeedTrainer(SFTTrainer):
                 assistant_only_loss=args.assistant_only_loss,
                 chat_template=self.chat_template,
                 placeholder_id=self.family.placeholder_id,
+                max_image_pixels=args.max_image_pixels,
             )
         self._freeze()
         self.schedule = self._stage_schedule()
@@ -94,6 +111,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.isolator = self._attach_isolator()
         self.meter = ModeMeter()
         self.add_callback(StepClock(self))
+        self.add_callback(EpochStart())
+        self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self._micro_batch = 0
         self._step = DualSpeedStep(
             family=self.family,
@@ -109,6 +128,63 @@ class DualSpeedTrainer(SFTTrainer):
     def mode_of(self, step: int) -> Mode:
         """The mode of optimizer step `step`, counted from 0."""
         return self.schedule.mode(step)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stock loader, with a collator that replaces bad records and lists them in the batch."""
+        strict = self.data_collator
+        self.data_collator = self.training_collator()
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = strict
+
+    def training_collator(self) -> Any:
+        """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""
+        if not isinstance(self.data_collator, DualSpeedCollator):
+            return self.data_collator
+        rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else None
+        return replace(self.data_collator, max_bad_records=self.args.max_bad_records, rows=rows)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.group_by == "none":
+            return super()._get_train_sampler(train_dataset)
+        counter = TokenCounter(
+            self.processing_class,
+            self.family.placeholder_id,
+            self.args.prune_ratio,
+            0 if self.isolator is None else self.isolator.length,
+        )
+        lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(lengths, step, seed)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of the next optimizer step. Every rank must call it.
+
+        Raises:
+            SaccadeError: on all ranks alike, if more records are bad than may be.
+        """
+        batches = list(islice(epoch_iterator, num_batches))
+        if batches:
+            self._note_bad_records([bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())])
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _note_bad_records(self, found: list[dict[str, Any]]) -> None:
+        new = self.bad_records.unknown(found)
+        if self.accelerator.num_processes > 1:
+            # Whether any rank has one first: the lists themselves are gathered only then.
+            if not int(self.sum_over_ranks(torch.tensor(len(new)))):
+                return
+            new = gather_object(new)
+        if new:
+            self.bad_records.add(new)
+            if self.args.should_save:
+                self.bad_records.write()
+            self.bad_records.check()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.is_ordinary or return_outputs or not self.model.training:
@@ -164,6 +240,8 @@ class DualSpeedTrainer(SFTTrainer):
         if self.model.training and "loss" in logs:
             metrics = self.meter.read(self.sum_over_ranks)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+            if self.bad_records:
+                logs["bad_records"] = len(self.bad_records)
             # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         super().log(logs, start_time)
@@ -196,7 +274,11 @@ class DualSpeedTrainer(SFTTrainer):
             SaccadeError: if there is no whole checkpoint, or it was trained with other options.
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
+        if checkpoint is None:
+            if self.args.should_save:
+                self.bad_records.path.unlink(missing_ok=True)
+        else:
+            self.bad_records.read()
             check_same_run(checkpoint, self._resume_state())
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
