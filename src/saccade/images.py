@@ -12,6 +12,8 @@ from saccade.errors import RecordError
 
 MAX_PIXELS = 89_478_485
 """Pixels beyond which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
+LARGEST_MAX_PIXELS = 2 * MAX_PIXELS
+"""Pixels beyond which Pillow refuses, so that no limit can be higher."""
 
 _ORIENTATION = 0x0112
 
@@ -45,7 +47,7 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         kind, what = ("zero_byte_image", "is empty, 0 bytes") if _is_empty(image) else ("not_an_image", "is no image")
         raise RecordError(f"{name} {what}: replace it by a file that Pillow can read", kind) from error
     except Image.DecompressionBombError as error:
-        raise RecordError(f"{name} is too large: {error}", "decompression_bomb") from error
+        raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, RecordError):
             raise
@@ -66,9 +68,11 @@ def image_size(image: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         _check_pixels(opened.size, max_pixels, name)
         width, height = opened.size
         return (height, width) if opened.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
-    except RecordError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, RecordError):
+            raise
         raise RecordError(f"{name} has no header that Pillow can read: {error}", "not_an_image") from error
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.data.sources import Source
@@ -66,9 +67,9 @@ def check_sources(
     Returns:
         `complete`, false after an interruption, which ends the check early; `records`, all there are; `checked`;
         `images`, `text_only` and `turns` (answers) of the good ones; `bad`, their number; `bad_by_kind`;
-        `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None without
-        a counter, else the number of `visual` tokens and the percentiles of the lengths `full` and `shortened`;
-        `seconds`; `jobs`.
+        `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None
+        without a counter, else the number of `visual` tokens and the percentiles of the lengths `full` and
+        `shortened`; `seconds`; `jobs`.
 
     Raises:
         SaccadeError: if `jobs` is below 1, or a process dies.
@@ -135,7 +136,7 @@ class _Reader:
         if self.counter is not None:
             try:
                 full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
-            except ValueError as error:
+            except TemplateError as error:
                 raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
             found.full.append(full)
             found.shortened.append(shortened)
@@ -177,9 +178,8 @@ def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findin
     waiting: set[Future] = set()
     try:
         while True:
-            waiting |= {
-                pool.submit(_read_in_process, chunk) for chunk in islice(remaining, jobs * _WAITING - len(waiting))
-            }
+            free = jobs * _WAITING - len(waiting)
+            waiting |= {pool.submit(_read_in_process, chunk) for chunk in islice(remaining, free)}
             if not waiting:
                 return
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -204,7 +204,5 @@ def _percentiles(lengths: list[int]) -> dict[str, float]:
     if not lengths:
         return {}
     values = np.percentile(np.array(lengths), PERCENTILES, method="higher").tolist()
-    named = {
-        ("max" if percent == 100 else f"p{percent}"): value for percent, value in zip(PERCENTILES, values, strict=True)
-    }
-    return {"mean": round(sum(lengths) / len(lengths), 1), **named}
+    names = [f"p{percent}" for percent in PERCENTILES[:-1]] + ["max"]
+    return {"mean": round(sum(lengths) / len(lengths), 1), **dict(zip(names, values, strict=True))}

@@ -54,4 +54,4 @@ class ImageFolders:
         )
 
     def _is_inside(self, path: str) -> bool:
-        return os.path.realpath(path).startswith(tuple(self._roots))
+        return os.path.join(os.path.realpath(path), "").startswith(tuple(self._roots))

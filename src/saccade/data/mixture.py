@@ -141,7 +141,9 @@ def mix(
         tables.append(Dataset.from_dict(table, features=_NUMBERS))
     mixed = _joined(tables, weights, seed)
     numbers = {name: mixed.with_format("numpy")[name][:] for name in _NUMBERS}
-    return Dataset.from_dict({**numbers, "index": np.arange(len(mixed))}).with_transform(Rows(list(sources)))
+    table = {**numbers, "index": np.arange(len(mixed))}
+    features = Features({**_NUMBERS, "index": Value("int64")})
+    return Dataset.from_dict(table, features=features).with_transform(Rows(list(sources)))
 
 
 def stream(

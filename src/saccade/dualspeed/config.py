@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
-from saccade.images import MAX_PIXELS
+from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.pruning import check_positions
 from saccade.reducers import get_reducer
 from saccade.tokens.budget import check_prune_ratio
@@ -175,10 +175,14 @@ class DualSpeedConfig(SFTConfig):
             )
         if self.group_by not in GROUP_BY:
             raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
-        for name, least in (("max_bad_records", 0), ("max_image_pixels", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise SaccadeError(f"{name}={value!r}: give an int of at least {least}")
+        if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
+            raise SaccadeError(
+                f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
+            )
+        if not isinstance(self.max_image_pixels, int) or not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
+            raise SaccadeError(
+                f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "
