@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from saccade.data.conversation import as_parts, image_count, text_of
@@ -84,27 +85,29 @@ class TokenCounter:
 
 
 def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
-    """Roughly how many tokens each row has: its characters by the tokens a character has on average, and its images.
+    """Roughly how many tokens each row has: its text by what a character and a message cost, and its images.
 
-    Rows that cannot be used count as one token. Image files are opened, for their headers, only where the number of
-    visual tokens depends on the size of an image.
+    The costs are fitted to the exact counts of a few hundred rows. Rows that cannot be used count as one token.
+    Image files are opened, for their headers, only where the number of visual tokens depends on the size of an image.
     """
-    characters: list[int] = []
+    texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros where a row cannot be used
     images: list[int] = []
     sample: list[tuple[int, Mapping[str, Any]]] = []
     stride = 1
     for number, row in enumerate(rows):
-        words, visual = _measure_row(row, counter, shortened)
-        characters.append(words)
+        text, visual = _measure_row(row, counter, shortened)
+        texts.append(text)
         images.append(visual)
-        if number % stride == 0 and words:
-            sample.append((words, row_text(row)))
+        if number % stride == 0 and any(text):
+            sample.append((number, row_text(row)))
             if len(sample) == 2 * _CALIBRATION_ROWS:
                 # Evenly spread over the rows, however many there are.
                 sample, stride = sample[::2], 2 * stride
-    tokens = sum(counter.text_tokens(row) for _, row in sample)
-    ratio = tokens / max(1, sum(words for words, _ in sample))
-    return [max(1, round(words * ratio) + visual) for words, visual in zip(characters, images, strict=True)]
+    measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
+    exact = np.array([counter.text_tokens(row) for _, row in sample], dtype=np.float64)
+    cost = np.linalg.lstsq(measured[[number for number, _ in sample]], exact, rcond=None)[0]
+    lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
+    return np.maximum(lengths, 1).tolist()
 
 
 def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,17 +116,19 @@ def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**texts, "images": [None] * len(row.get("images") or ())}
 
 
-def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[int, int]:
-    """Characters of a row's text, and tokens that its images add to it."""
+def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
+    """Characters and messages of a row's text, and tokens that its images add to it."""
     if row.get("fault"):
-        return 0, 0
+        return (0, 0, 0), 0
     try:
         images = row.get("images") or []
         sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images]
     except RecordError:
-        return 0, 0
-    words = sum(len(text_of(message)) for message in _messages(row))
-    return words, counter.lengths(0, sizes)[int(shortened)]
+        return (0, 0, 0), 0
+    messages = _messages(row)
+    return (sum(len(text_of(message)) for message in messages), len(messages), 1), counter.lengths(0, sizes)[
+        int(shortened)
+    ]
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -56,8 +56,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         bad: dict[str, dict[str, Any]] = {}
         examples = list(examples)
         starts = [example.get("index") for example in examples]
+        tried = [0] * len(examples)
         prepared = [self._prepare(example, bad) for example in examples]
-        while self._fill(examples, starts, prepared, bad):
+        while self._fill(examples, starts, tried, prepared, bad):
             batch, faults = self._collate(prepared)
             if not faults:
                 return {**batch, BAD_RECORDS: list(bad.values())} if bad else batch
@@ -88,6 +89,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         self,
         examples: list[dict[str, Any]],
         starts: list[int | None],
+        tried: list[int],
         prepared: list[dict[str, Any] | None],
         bad: dict[str, dict[str, Any]],
     ) -> bool:
@@ -96,6 +98,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         Args:
             examples: what each entry of `prepared` was made from; follows it.
             starts: the number of the row that each entry was first made from.
+            tried: how many other rows stood in for each entry so far; counts on.
         """
         for row in range(len(examples)):
             while prepared[row] is None:
@@ -107,10 +110,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                         return False
                     prepared[row] = good[0]
                     continue
-                following = (examples[row]["index"] + 1) % len(self.rows)
-                if following == starts[row]:
+                tried[row] += 1
+                if tried[row] > len(self.rows):
                     return False
-                examples[row] = self.rows[following]
+                examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
                 prepared[row] = self._prepare(examples[row], bad)
         return True
 

@@ -92,6 +92,8 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     Raises:
         SaccadeError: on a source that is not described as it must be.
     """
+    if options.dataset_rows is not None and options.dataset_rows < 1:
+        raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
     given = options.dataset if isinstance(options.dataset, list) else [options.dataset]
     folders = options.image_folder
     if isinstance(folders, str):
@@ -111,8 +113,6 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     Raises:
         SaccadeError: if they cannot be read, or none of the first ones can be used.
     """
-    if options.dataset_rows is not None and options.dataset_rows < 1:
-        raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
     if options.dataset_shuffle_buffer < 0:
         raise SaccadeError(f"dataset_shuffle_buffer={options.dataset_shuffle_buffer}: give 0 for none, or a number")
     sources = dataset_sources(options)
