@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,17 @@ def data(tmp_path):
     folder = tmp_path / "data"
     good, bad = good_records(folder, 9), list(bad_records(folder).values())
     return write_json(folder / "data.jsonl", [good[0], *bad, *good[1:]])
+
+
+@pytest.fixture
+def spread(data):
+    """Two bad records after every four good ones, so that the first batch of each rank holds a good one."""
+    bad = [json.loads(line) for line in data.open()][1:12]
+    good = good_records(data.parent, 24, "spread")
+    rows = [
+        row for number in range(6) for row in (*good[4 * number : 4 * number + 4], *bad[2 * number : 2 * number + 2])
+    ]
+    return write_json(data.parent / "spread.jsonl", rows)
 
 
 def listed(output):
@@ -78,7 +90,19 @@ def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, t
     expected = collator([rows[0], rows[13], rows[13]])
     assert [entry["kind"] for entry in batch.pop("bad_records")] == ["missing_image"]
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
-    assert set(collator([rows[1], rows[2]])) == {"bad_records"}
+    # In a batch without any, the last sample before stands in.
+    batch = collator([rows[1], rows[2]])
+    assert len(batch["bad_records"]) == 2
+    assert torch.equal(batch["input_ids"], expected["input_ids"][1:])
+    assert set(trainer.training_collator()([rows[1], rows[2]])) == {"bad_records"}
+
+
+def test_a_run_whose_first_batch_holds_nothing_good_stops(model, processor, tmp_path, data):
+    path = write_json(data.parent / "bad.jsonl", [json.loads(line) for line in data.open()][1:3])
+    rows = load_rows(ModelOptions(dataset=str(path)))
+    with pytest.raises(SaccadeError, match="no record of a batch can be used"):
+        make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=9).train()
+    assert len(listed(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -106,6 +130,7 @@ def test_training_skips_counts_and_lists(processor, tmp_path, data, workers):
 
 def test_a_resumed_run_goes_on_with_the_list_and_a_new_one_starts_anew(processor, tmp_path, data):
     options = {"max_steps": 8, "max_bad_records": 11, "save_strategy": "steps", "save_steps": 5}
+    options["lr_scheduler_type"] = "constant"
 
     def run(output, resume=None, **more):
         rows = load_rows(ModelOptions(dataset=str(data)))
@@ -142,24 +167,23 @@ def launch(data, output, *flags):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
 
 
-def test_two_processes_skip_in_step_and_stop_together(tmp_path, data):
-    done = launch(data, tmp_path / "out", "--max_bad_records", "11", "--max_steps", "10")
+def test_two_processes_skip_in_step_and_stop_together(tmp_path, spread):
+    done = launch(spread, tmp_path / "out", "--max_bad_records", "11", "--max_steps", "12")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(listed(tmp_path / "out")) == 11
     assert len(json.loads((tmp_path / "out" / "log.json").read_text())["log_history"]) >= 1
-    done = launch(data, tmp_path / "few", "--max_bad_records", "2", "--max_steps", "10")
+    done = launch(spread, tmp_path / "few", "--max_bad_records", "2", "--max_steps", "12")
     assert done.returncode != 0
     # Both ranks say so, rather than one that raises and one that waits for it.
-    errors = [line for line in done.stderr.splitlines() if line.startswith("saccade: error: ")]
+    errors = re.findall(r"saccade: error: (\d+) bad records, more than max_bad_records=2; ", done.stderr)
     assert len(errors) == 2, done.stderr[-2000:]
     assert errors[0] == errors[1]
-    assert "more than max_bad_records=2" in errors[0]
     assert 2 < len(listed(tmp_path / "few")) <= 11
 
 
-def test_a_stream_on_two_processes(tmp_path, data):
-    flags = ["--max_bad_records", "11", "--dataset_streaming", "true", "--max_steps", "6"]
-    done = launch(data, tmp_path / "out", *flags, "--dataset_shuffle_buffer", "4")
+def test_a_stream_on_two_processes(tmp_path, spread):
+    flags = ["--max_bad_records", "11", "--dataset_streaming", "true", "--max_steps", "12"]
+    done = launch(spread, tmp_path / "out", *flags, "--dataset_shuffle_buffer", "4")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(listed(tmp_path / "out")) == 11
 

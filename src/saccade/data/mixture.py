@@ -12,7 +12,18 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 
 from saccade.data.conversation import FORMATS
 from saccade.data.folders import ImageFolders
-from saccade.data.sources import PROBED, JsonSource, Row, Rows, Source, TableSource, is_json, open_table, stream_source
+from saccade.data.sources import (
+    PROBED,
+    JsonSource,
+    Row,
+    Rows,
+    Source,
+    TableSource,
+    faulty_row,
+    is_json,
+    open_table,
+    stream_source,
+)
 from saccade.errors import RecordError, SaccadeError
 
 _NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
@@ -219,8 +230,9 @@ def _pack(row: Row) -> Row:
     try:
         return {**packed, "row": json.dumps({name: row[name] for name in row if name not in extras})}
     except (TypeError, ValueError) as error:
+        columns = tuple(name for name in row if name not in extras)
         fault = RecordError(f"its messages hold something other than text: {error}")
-        return {**packed, "row": '{"messages": []}', "images": [], "fault": str(fault), "kind": fault.kind}
+        return _pack(faulty_row(columns, row["record"], fault))
 
 
 def _unpack(row: Row) -> Row:

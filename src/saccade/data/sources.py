@@ -127,7 +127,9 @@ class Rows:
 
 def faulty_row(columns: tuple[str, ...], record: str, error: RecordError) -> Row:
     """What stands for a row that cannot be used."""
-    empty: Row = {name: [] for name in columns}
+    # Of the shape that a row has: trainers look at the first one to learn what they are given.
+    roles = ["user" if name == "prompt" else "assistant" for name in columns]
+    empty: Row = {name: [{"role": role, "content": ""}] for name, role in zip(columns, roles, strict=True)}
     return {**empty, "images": [], "record": record, "fault": str(error), "kind": error.kind}
 
 

@@ -1,6 +1,6 @@
 """Samples to a padded batch: TRL's collator, with image labels masked, images opened and everything checked."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     A record that cannot be used is an error, or, where `max_bad_records` is given, is replaced by the next one of
     `rows` that can be, and listed in the batch's `bad_records`. Which one replaces it depends on the record alone, so
     that every run, rank and worker agrees. Rows without a number, as streams have them, are replaced by the next
-    usable one of their batch.
+    usable one of their batch, or by the last one of the batch before.
 
     Args:
         placeholder_id: token id of a visual token.
@@ -51,6 +51,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     max_image_pixels: int = MAX_PIXELS
     max_bad_records: int | None = None
     rows: Dataset | None = None
+    # The last sample of the batch before, for a batch of a stream in which nothing is good.
+    _spare: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         bad: dict[str, dict[str, Any]] = {}
@@ -61,6 +63,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         while self._fill(examples, starts, tried, prepared, bad):
             batch, faults = self._collate(prepared)
             if not faults:
+                self._spare = prepared[-1] if self.rows is None else None
                 return {**batch, BAD_RECORDS: list(bad.values())} if bad else batch
             for row, error in faults.items():
                 self._note(examples[row], error, bad, f"sample {row} of the batch")
@@ -105,7 +108,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 if len(bad) > self.max_bad_records:
                     return False
                 if self.rows is None or starts[row] is None:
-                    good = [other for other in (*prepared[row:], *prepared[:row]) if other is not None]
+                    others = (*prepared[row:], *prepared[:row], self._spare)
+                    good = [other for other in others if other is not None]
                     if not good:
                         return False
                     prepared[row] = good[0]

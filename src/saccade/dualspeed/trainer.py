@@ -170,21 +170,26 @@ class DualSpeedTrainer(SFTTrainer):
         """
         batches = list(islice(epoch_iterator, num_batches))
         if batches:
-            self._note_bad_records([bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())])
+            found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
+            self._note_bad_records(found, given_up=not all(batches))
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def _note_bad_records(self, found: list[dict[str, Any]]) -> None:
+    def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
+        """Take up what any rank has met, and stop all ranks if it is too much or leaves one without a batch."""
         new = self.bad_records.unknown(found)
         if self.accelerator.num_processes > 1:
-            # Whether any rank has one first: the lists themselves are gathered only then.
-            if not int(self.sum_over_ranks(torch.tensor(len(new)))):
-                return
-            new = gather_object(new)
+            # Two numbers first: the lists themselves are gathered only where there is something to gather.
+            count, given_up = self.sum_over_ranks(torch.tensor([len(new), given_up])).tolist()
+            new = gather_object(new) if count else []
         if new:
             self.bad_records.add(new)
             if self.args.should_save:
                 self.bad_records.write()
             self.bad_records.check()
+        if given_up:
+            raise SaccadeError(
+                f"no record of a batch can be used, nor one to stand in for them: see {self.bad_records.path}"
+            )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.is_ordinary or return_outputs or not self.model.training:
@@ -286,7 +291,16 @@ class DualSpeedTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        except Exception as error:
+            # By its name: it comes from the module that nothing here imports.
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise SaccadeError(
+                f"resume_from_checkpoint={str(checkpoint)!r} holds something other than tensors and plain values, "
+                "which could run code: resume from a checkpoint of your own"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and what they were trained with. All ranks must call it.

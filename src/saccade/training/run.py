@@ -76,6 +76,8 @@ def check_first_rows(trainer: DualSpeedTrainer) -> None:
     batch = trainer.training_collator()(list(islice(trainer.train_dataset, 2)))
     found = BadRecordLog(trainer.args.output_dir, trainer.args.max_bad_records)
     found.add(batch.get(BAD_RECORDS, ()))
+    if found and trainer.args.should_save:
+        found.write()
     found.check()
 
 
