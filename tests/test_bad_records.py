@@ -233,7 +233,8 @@ def test_what_the_chat_template_refuses_is_bad(model, processor, tmp_path):
     rows = load_rows(ModelOptions(dataset=str(write_json(folder / "data.json", records))))
     trainer = make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=1)
     template = processor.chat_template
-    check = "{% if 'forbidden' in messages[0]['content'][0].get('text', '') %}{{ raise_exception('no such word') }}{% endif %}"
+    word = "messages[0]['content'][0].get('text', '')"
+    check = f"{{% if 'forbidden' in {word} %}}{{{{ raise_exception('no such word') }}}}{{% endif %}}"
     trainer.data_collator.chat_template = check + template
     batch = collate(trainer, [0, 1])
     assert [entry["reason"] for entry in batch["bad_records"]] == ["the chat template refuses it: no such word"]

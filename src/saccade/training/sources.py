@@ -81,7 +81,7 @@ def check_family(model: str, trust_remote_code: bool = False) -> None:
             model = PeftConfig.from_pretrained(model).base_model_name_or_path
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:600]}") from error
     family_class(config)
 
 
