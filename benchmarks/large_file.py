@@ -14,7 +14,23 @@ from saccade.files import to_json
 from saccade.tiny import build_tiny_processor
 from saccade.training import ModelOptions, load_rows
 
-WORDS = "the a cat dog on mat with red blue and then it said how many digits are there".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "on",
+    "mat",
+    "with",
+    "red",
+    "blue",
+    "and",
+    "then",
+    "how",
+    "many",
+    "digits",
+    "are",
+    "there",
+]
 
 
 def memory() -> float:

@@ -76,6 +76,7 @@ def test_tags_that_differ_in_number_from_the_images_are_refused(count, given_ima
 
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+IMAGE = {"type": "image"}
 ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -95,6 +96,21 @@ ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "conte
         ({"messages": [ASKED, {"role": "bot", "content": "b"}]}, "unknown_role", "role 'bot'"),
         ({"messages": [ASKED, {"role": "assistant"}]}, "malformed", "'role' and a 'content'"),
         ({"messages": [ASKED, {"role": "assistant", "content": ["b"]}]}, "malformed", "list of parts"),
+        ({"messages": [ASKED, {**ANSWERED, "tool_calls": [{"function": {}}]}]}, "malformed", "'tool_calls' are not"),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{}]}]}, "malformed", "'tool_calls' are not"),
+        (
+            {
+                "messages": [{"role": "user", "content": [IMAGE, {"type": "text", "text": "<image>"}]}, ANSWERED],
+                "image": "a",
+            },
+            "placeholder_count",
+            "2 <image> placeholder",
+        ),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": "<image>"}]}]},
+            "placeholder_count",
+            "in an answer",
+        ),
         ({"prompt": [ASKED]}, "malformed", "'completion' is a NoneType"),
         ({"text": "a"}, "malformed", "no 'messages' list"),
     ],
@@ -118,6 +134,22 @@ def test_chat_records():
         "completion": [ANSWERED],
         "images": [],
     }
+
+
+def test_tags_within_parts_are_images_too():
+    text = {"type": "text", "text": "this\n<image>\nor that <image> ?"}
+    parts = as_parts({"role": "user", "content": [IMAGE, text]})["content"]
+    assert parts == [
+        IMAGE,
+        {"type": "text", "text": "this"},
+        IMAGE,
+        {"type": "text", "text": "or that "},
+        IMAGE,
+        {"type": "text", "text": " ?"},
+    ]
+    answered = {**ANSWERED, "tool_calls": None}  # the empty field that `datasets` adds
+    row = convert({"messages": [{"role": "user", "content": [IMAGE, text]}, answered], "images": ["a", "b", "c"]})
+    assert row["messages"][1] == ANSWERED
 
 
 def test_a_format_that_is_named_is_not_guessed():

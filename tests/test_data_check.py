@@ -1,11 +1,8 @@
 """`saccade data check`: every fault found and named, the same with several processes, lengths as training has them."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,7 +12,11 @@ from PIL import Image
 
 from saccade.cli.main import main
 from saccade.data import digit_scenes
+from saccade.data.check import check_sources
 from saccade.data.lengths import TokenCounter, estimate_lengths
+from saccade.data.mixture import source_options
+from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.errors import RecordError
 from saccade.tokens.budget import keep_count
 from saccade.training import ModelOptions, load_rows
 from saccade.training.checks import check_data
@@ -78,6 +79,35 @@ def test_several_processes_report_the_same(tmp_path):
         del report["seconds"], report["jobs"]
     assert reports[0] == reports[1]
     assert reports[0]["bad"] == 110
+
+
+def test_rows_longer_than_max_length_are_counted(tmp_path, capsys):
+    records = good_records(tmp_path, 4)
+    for record in records[:3]:
+        record["conversations"] += turn("how many ? " * 40, "3")
+    flags = ["--model", "tiny", "--max-length"]
+    tokens = check(write_json(tmp_path / "data.json", records), *flags, "200")[1]["tokens"]
+    assert (tokens["max_length"], tokens["longer"]) == (200, 3)
+    assert "3 rows are longer than max_length=200" in capsys.readouterr().out
+    longest = tokens["full"]["max"]
+    assert check(tmp_path / "data.json", *flags, str(longest))[1]["tokens"]["longer"] == 0
+
+
+def test_text_that_the_model_takes_for_an_image(tmp_path):
+    """A placeholder of the model's own in a text: without the check, its processor fails in the middle of a run."""
+    model, processor = FAMILIES["qwen2_5_vl"].build()
+    counter = TokenCounter(processor, model.config.image_token_id, prune_ratio=0.5)
+    records = good_records(tmp_path, 2)
+    records[1]["conversations"][1]["value"] = f"3 {processor.image_token}"
+    (options,) = source_options([str(write_json(tmp_path / "data.json", records))])
+    (entry,) = check_sources([options.open()], counter)["bad_records"]
+    assert (entry["index"], entry["kind"]) == (1, "placeholder_count")
+    assert processor.image_token in entry["reason"]
+    collator = DualSpeedCollator(processor, placeholder_id=counter.placeholder_id)
+    rows = load_rows(ModelOptions(dataset=str(tmp_path / "data.json")))
+    collator([rows[0]])
+    with pytest.raises(RecordError, match=r"data.json, row 2: .* stands in a text"):
+        collator([rows[1]])
 
 
 def test_lengths_are_those_of_training(processor, collator):
@@ -145,21 +175,31 @@ def test_bad_input_is_2(tmp_path, monkeypatch, capsys, flags, message):
     assert not (tmp_path / "data_check.json").exists()
 
 
+# As a terminal does, to the whole group of processes, once the first rows were read.
+INTERRUPTED = """
+import os, signal, sys
+from saccade.cli.main import main
+from saccade.training import checks
+
+check_data = checks.check_data
+
+def interrupted(*args, progress, **options):
+    return check_data(*args, progress=lambda count: os.killpg(0, signal.SIGINT), **options)
+
+checks.check_data = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_an_interruption_leaves_a_whole_report(tmp_path, jobs):
-    records = good_records(tmp_path, 20) * 2000
+    records = good_records(tmp_path, 20) * 150
     path = write_json(tmp_path / "data.json", records)
     output = tmp_path / "report.json"
-    # As a terminal does, to the whole group of processes.
-    command = [sys.executable, "-m", "saccade.cli.main", "data", "check", str(path)]
-    with subprocess.Popen(
-        [*command, "--jobs", jobs, "--output", str(output)], start_new_session=True, stderr=subprocess.PIPE
-    ) as process:
-        time.sleep(8)
-        os.killpg(process.pid, signal.SIGINT)
-        error = process.stderr.read().decode()
-        assert process.wait(timeout=60) == 130
-    assert "Traceback" not in error
+    command = [sys.executable, "-c", INTERRUPTED, "data", "check", str(path), "--jobs", jobs, "--output", str(output)]
+    done = subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
     report = json.loads(output.read_text())
     assert report["complete"] is False
     assert 0 < report["checked"] < len(records)

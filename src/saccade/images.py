@@ -16,6 +16,8 @@ LARGEST_MAX_PIXELS = 2 * MAX_PIXELS
 """Pixels beyond which Pillow refuses, so that no limit can be higher."""
 
 _ORIENTATION = 0x0112
+_PROGRAMS = ("EPS",)
+"""Formats that are programs. Pillow hands them to Ghostscript, whatever the name of the file says."""
 
 
 def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -37,6 +39,8 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
             # Pillow warns at a limit of its own; ours is checked below, before anything is decoded.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = _open(image, name)
+            if opened.format in _PROGRAMS:
+                raise RecordError(f"{name} is {opened.format}: replace it by a JPEG or a PNG", "not_an_image")
             _check_pixels(opened.size, max_pixels, name)
             opened.load()
         return _upright(opened)

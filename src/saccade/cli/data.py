@@ -1,10 +1,11 @@
 """`saccade data check`: read a dataset whole before a training run does."""
 
 import argparse
+import os
 from typing import Any
 
 EXAMPLES = """
-saccade data check llava_v1_5_mix665k.json --image-folder data/images --jobs 16
+saccade data check llava_v1_5_mix665k.json --image-folder data/images
 saccade data check chat.jsonl --image-folder coco,ocr --model llava-hf/llava-1.5-7b-hf --prune-ratio 0.9
 saccade data check my_recipe.yaml                       every source that the recipe trains on
 saccade data check rows.parquet --output report.json
@@ -27,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
     parser.add_argument("--prune-ratio", type=float, metavar="P", help="share of tokens to drop (default: 0.9)")
     parser.add_argument("--isolator-length", type=int, metavar="L", help="tokens before each image (default: 4)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument(
         "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
     )
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         report = check_data(
             args.path,
             _given(args),
-            jobs=args.jobs,
+            jobs=len(os.sched_getaffinity(0)) if args.jobs is None else args.jobs,
             start=lambda total: bar.update(task, total=total),
             progress=lambda count: bar.advance(task, count),
         )
@@ -71,6 +73,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "prune_ratio": args.prune_ratio,
         "isolator_length": args.isolator_length,
+        "max_length": args.max_length,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -84,6 +87,10 @@ def _show(report: dict[str, Any]) -> None:
     if tokens and tokens["full"]:
         rows = [[name, *tokens[name].values()] for name in ("full", "shortened")]
         print_table(f"tokens a row, prune ratio {tokens['prune_ratio']}", ["length", *tokens["full"]], rows)
+        if tokens["longer"]:
+            print(
+                f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"
+            )
     for entry in report["bad_records"][:SHOWN]:
         print(f"{entry['record']}: {entry['reason']}")
     if report["bad"] > SHOWN:

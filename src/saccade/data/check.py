@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from saccade.data.lengths import TokenCounter, row_text
+from saccade.data.lengths import TokenCounter, check_words, row_text
 from saccade.data.sources import Source
 from saccade.errors import RecordError, SaccadeError
 from saccade.images import MAX_PIXELS, open_image
@@ -53,6 +53,7 @@ def check_sources(
     counter: TokenCounter | None = None,
     max_pixels: int = MAX_PIXELS,
     jobs: int = 1,
+    max_length: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Read all rows, decode all images, and report.
@@ -61,15 +62,16 @@ def check_sources(
         sources: what to read.
         counter: counts tokens; None for a report without lengths.
         max_pixels: size above which an image is bad.
-        jobs: processes that read side by side.
+        jobs: processes that read side by side; fewer where there is too little to read.
+        max_length: longest full sequence that training keeps whole.
         progress: called with the number of rows just read.
 
     Returns:
         `complete`, false after an interruption, which ends the check early; `records`, all there are; `checked`;
         `images`, `text_only` and `turns` (answers) of the good ones; `bad`, their number; `bad_by_kind`;
         `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None
-        without a counter, else the number of `visual` tokens and the percentiles of the lengths `full` and
-        `shortened`; `seconds`; `jobs`.
+        without a counter, else the number of `visual` tokens, the percentiles of the lengths `full` and `shortened`,
+        and the number of rows that are `longer` than `max_length`; `seconds`; `jobs`.
 
     Raises:
         SaccadeError: if `jobs` is below 1, or a process dies.
@@ -79,7 +81,9 @@ def check_sources(
     began = time.perf_counter()
     found = Findings()
     complete = True
-    results = _results(_Reader(list(sources), counter, max_pixels), list(_chunks(sources)), jobs)
+    chunks = list(_chunks(sources))
+    jobs = min(jobs, len(chunks))
+    results = _results(_Reader(list(sources), counter, max_pixels), chunks, jobs)
     try:
         for part in results:
             found.add(part)
@@ -102,7 +106,7 @@ def check_sources(
         "bad": len(found.bad),
         "bad_by_kind": dict(Counter(entry["kind"] for entry in found.bad).most_common()),
         "bad_records": found.bad,
-        "tokens": None if counter is None else _token_report(found, counter),
+        "tokens": None if counter is None else _token_report(found, counter, max_length),
         "seconds": round(time.perf_counter() - began, 2),
         "jobs": jobs,
     }
@@ -134,6 +138,7 @@ class _Reader:
         sizes = [open_image(image, self.max_pixels).size for image in row["images"]]
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:
+            check_words(row, self.counter.processor, self.counter.placeholder_id)
             try:
                 full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
             except TemplateError as error:
@@ -189,13 +194,15 @@ def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findin
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _token_report(found: Findings, counter: TokenCounter) -> dict[str, Any]:
+def _token_report(found: Findings, counter: TokenCounter, max_length: int | None) -> dict[str, Any]:
     return {
         "prune_ratio": counter.prune_ratio,
         "isolator_length": counter.isolator_length,
         "visual": found.visual,
         "full": _percentiles(found.full),
         "shortened": _percentiles(found.shortened),
+        "max_length": max_length,
+        "longer": 0 if max_length is None else sum(length > max_length for length in found.full),
     }
 
 

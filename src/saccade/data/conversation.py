@@ -68,11 +68,15 @@ def _chat_messages(messages: Any, name: str) -> list[Message]:
         raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
     checked = []
     for message in messages:
-        fits = isinstance(message, Mapping) and isinstance(message.get("role"), str)
-        if not fits or not isinstance(message.get("content"), (str, list)):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
         if message["role"] not in CHAT_ROLES:
             raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
+        if message.get("tool_calls"):
+            # No field of their own is learned: such an answer would teach its end token alone.
+            raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
+        if not isinstance(message.get("content"), (str, list)):
+            raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
         checked.append({"role": message["role"], "content": _content(message["content"])})
     return checked
 
@@ -112,11 +116,9 @@ def text_of(message: Message) -> str:
 
 
 def image_count(message: Message) -> int:
-    """The number of image placeholders in a message."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content.count(IMAGE_TAG)
-    return sum(part.get("type") == "image" for part in content or [])
+    """The number of image placeholders in a message: tags in its text, and image parts."""
+    parts = [] if isinstance(message["content"], str) else message["content"] or []
+    return text_of(message).count(IMAGE_TAG) + sum(part.get("type") == "image" for part in parts)
 
 
 def place_images(messages: list[Message], count: int) -> list[Message]:
@@ -147,8 +149,15 @@ def as_parts(message: Message) -> Message:
     Line breaks beside a tag go: where a line ends, the model's chat template knows.
     """
     content = message.get("content")
-    if not isinstance(content, str):
+    if isinstance(content, str):
+        return {**message, "content": _split(content)}
+    if not content or IMAGE_TAG not in text_of(message):
         return message
+    split = [_split(part["text"]) if IMAGE_TAG in str(part.get("text")) else [part] for part in content]
+    return {**message, "content": [part for parts in split for part in parts]}
+
+
+def _split(content: str) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
     texts = content.split(IMAGE_TAG)
     for position, text in enumerate(texts):
@@ -159,4 +168,4 @@ def as_parts(message: Message) -> Message:
             text = text.rstrip("\n")
         if text.strip():
             parts.append({"type": "text", "text": text})
-    return {**message, "content": parts}
+    return parts

@@ -42,7 +42,7 @@ class ImageFolders:
                     return path
         except ValueError as error:  # a null byte in the name
             raise RecordError(f"image {name!r} is no path: {error}") from error
-        where = ", ".join(self.folders)
+        where = ", ".join(self.folders) or "image_folder, which is empty"
         if left:
             raise RecordError(
                 f"image {name!r} leads out of the image folder {where}: name its folder in image_folder, or set "

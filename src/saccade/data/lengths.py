@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.data.conversation import as_parts, image_count, text_of
+from saccade.data.conversation import IMAGE_TAG, as_parts, image_count, text_of
 from saccade.errors import RecordError
 from saccade.images import image_size
 from saccade.tokens.budget import keep_count
@@ -108,6 +108,24 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
     cost = np.linalg.lstsq(measured[[number for number, _ in sample]], exact, rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
     return np.maximum(lengths, 1).tolist()
+
+
+def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> None:
+    """Refuse text that the processor would take for another image.
+
+    Raises:
+        RecordError: if the model's own placeholder stands in a text.
+    """
+    words = {processor.tokenizer.convert_ids_to_tokens(placeholder_id), getattr(processor, "image_token", None)}
+    # `<image>` is how records name an image, and counted already.
+    words -= {None, IMAGE_TAG}
+    for message in _messages(row):
+        for word in words:
+            if word in text_of(message):
+                raise RecordError(
+                    f"{word!r} stands in a text, where the model would look for an image: remove it",
+                    "placeholder_count",
+                )
 
 
 def row_text(row: Mapping[str, Any]) -> dict[str, Any]:

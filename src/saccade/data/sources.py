@@ -185,7 +185,8 @@ def open_table(path: str, split: str) -> Dataset:
             dataset = load_from_disk(path)
         except OSError as error:
             raise SaccadeError(
-                f"dataset={path!r} is no folder that save_to_disk wrote, and has no Parquet files: {error}"
+                f"dataset={path!r} is no folder that save_to_disk wrote, and has no Parquet files: name a "
+                "JSON file in it, if there is one"
             ) from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
@@ -241,7 +242,7 @@ def is_json(path: str) -> bool:
 
 
 def _has_parquet(folder: Path) -> bool:
-    return any(next(place.glob("*.parquet"), None) for place in (folder, folder / "data"))
+    return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
 
 
 def _load(path: str, split: str, streaming: bool) -> Any:

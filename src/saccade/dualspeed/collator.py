@@ -11,6 +11,7 @@ from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.data.conversation import place_images
+from saccade.data.lengths import check_words
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
@@ -72,7 +73,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            return prepare_example(example, self.max_image_pixels)
+            prepared = prepare_example(example, self.max_image_pixels)
+            if self.placeholder_id is not None:
+                check_words(prepared, self.processor, self.placeholder_id)
+            return prepared
         except RecordError as error:
             self._note(example, error, bad)
             return None

@@ -62,7 +62,9 @@ def check_data(
         counter = TokenCounter(processor, placeholder_id, args.prune_ratio, args.isolator_length)
     if start is not None:
         start(sum(len(rows) for _, rows in opened))
-    report = check_sources([rows for _, rows in opened], counter, args.max_image_pixels, jobs, progress)
+    report = check_sources(
+        [rows for _, rows in opened], counter, args.max_image_pixels, jobs, args.max_length, progress
+    )
     named = [{"path": name, "records": len(rows)} for name, rows in opened]
     return {"sources": named, **report}
 
