@@ -262,6 +262,14 @@ class TestImages:
             open_image({"bytes": jpeg()}, max_pixels=100)
         assert open_image({"bytes": jpeg()}, max_pixels=40_000).size == (200, 200)
 
+    def test_a_program_is_no_image(self, tmp_path):
+        """PostScript under the name of a photo, which Pillow would hand to Ghostscript."""
+        Pillow.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+        photo = (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+        with pytest.raises(RecordError, match="is EPS: replace it") as error:
+            open_image(photo)
+        assert error.value.kind == "not_an_image"
+
     @pytest.mark.parametrize("size", [9000, 12_000])
     def test_a_size_at_which_pillow_only_warns_is_an_error(self, tmp_path, size, recwarn):
         """81 million pixels are within the limit, 144 million are not, and Pillow refuses only from 179 million on."""

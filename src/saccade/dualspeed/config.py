@@ -173,6 +173,8 @@ class DualSpeedConfig(SFTConfig):
                 "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
                 "nothing would train, set one to false"
             )
+        if self.max_length is not None and self.max_length < 1:
+            raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
         if self.group_by not in GROUP_BY:
             raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
         if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
