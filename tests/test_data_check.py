@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
+from datasets import Dataset
 from family_models import FAMILIES
 from PIL import Image
 
@@ -162,12 +163,15 @@ def test_a_recipe_is_checked_with_all_of_its_sources(tmp_path):
         (["data.json", "--prune-ratio", "1"], "prune_ratio=1.0"),
         (["data.json", "--max-image-pixels", "0"], "max_image_pixels=0"),
         (["data.json", "--rows", "0"], "dataset_rows=0"),
+        (["data.json", "--max-length", "0"], "max_length=0"),
+        (["empty"], "dataset='empty' has no rows"),
         (["none.yaml"], "none.yaml' does not exist"),
     ],
 )
 def test_bad_input_is_2(tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(tmp_path)
     write_json(tmp_path / "data.json", good_records(tmp_path, 1))
+    Dataset.from_dict({"messages": []}).save_to_disk(tmp_path / "empty")
     assert main(["data", "check", *flags]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("saccade: error: ")

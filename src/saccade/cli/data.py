@@ -1,7 +1,6 @@
 """`saccade data check`: read a dataset whole before a training run does."""
 
 import argparse
-import os
 from typing import Any
 
 EXAMPLES = """
@@ -41,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from saccade.files import write_json_atomically
+    from saccade.report.environment import available_cores
     from saccade.training.checks import check_data
 
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         report = check_data(
             args.path,
             _given(args),
-            jobs=len(os.sched_getaffinity(0)) if args.jobs is None else args.jobs,
+            jobs=available_cores() if args.jobs is None else args.jobs,
             start=lambda total: bar.update(task, total=total),
             progress=lambda count: bar.advance(task, count),
         )

@@ -82,7 +82,7 @@ def check_sources(
     found = Findings()
     complete = True
     chunks = list(_chunks(sources))
-    jobs = min(jobs, len(chunks))
+    jobs = max(1, min(jobs, len(chunks)))
     results = _results(_Reader(list(sources), counter, max_pixels), chunks, jobs)
     try:
         for part in results:
