@@ -93,10 +93,7 @@ class SourceOptions:
         folders = self.folders(allow_outside)
         if is_json(self.path):
             return JsonSource(Path(self.path), self.format, folders)
-        table = open_table(self.path, self.split)
-        if not len(table):
-            raise SaccadeError(f"dataset={self.path!r} has no rows")
-        return TableSource(table, self.path, self.format, folders)
+        return TableSource(open_table(self.path, self.split), self.path, self.format, folders)
 
 
 def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions]:

@@ -188,6 +188,8 @@ def open_table(path: str, split: str) -> Dataset:
                 f"dataset={path!r} is no folder that save_to_disk wrote, and has no Parquet files: name a "
                 "JSON file in it, if there is one"
             ) from error
+        except IndexError as error:  # all that `datasets` says of a table without rows
+            raise SaccadeError(f"dataset={path!r} has no rows") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise SaccadeError(f"dataset_split={split!r} is not in {path}: use one of {', '.join(dataset)}")
