@@ -18,17 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files"}
+BOTTOM = {"errors", "files", "images"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "images": {"errors"},
     "counting": set(),
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "dualspeed": METHOD - {"dualspeed"},
+    "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
@@ -47,6 +48,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
     "counting": {"transformers", "trl", "peft"},
+    "images": {"torch", "transformers", "trl"},
+    "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},
     "families": {"trl", "peft"},

@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _installed(name) for name in PACKAGES},
         "commit": _commit(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(torch),
         "cuda": torch.version.cuda if torch else None,
@@ -137,3 +137,8 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             "`pip uninstall torchvision`, Saccade does not need it"
         )
     return warnings
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container or a batch job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
