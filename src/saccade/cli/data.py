@@ -86,7 +86,9 @@ def _show(report: dict[str, Any]) -> None:
     tokens = report["tokens"]
     if tokens and tokens["full"]:
         rows = [[name, *tokens[name].values()] for name in ("full", "shortened")]
-        print_table(f"tokens a row, prune ratio {tokens['prune_ratio']}", ["length", *tokens["full"]], rows)
+        kept, ratio = tokens["keep_tokens"], tokens["prune_ratio"]
+        budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens an image"
+        print_table(f"tokens a row, {budget}", ["length", *tokens["full"]], rows)
         if tokens["longer"]:
             print(
                 f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"

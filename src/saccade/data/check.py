@@ -196,7 +196,8 @@ def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findin
 
 def _token_report(found: Findings, counter: TokenCounter, max_length: int | None) -> dict[str, Any]:
     return {
-        "prune_ratio": counter.prune_ratio,
+        "prune_ratio": counter.budget.prune_ratio,
+        "keep_tokens": counter.budget.keep_tokens,
         "isolator_length": counter.isolator_length,
         "visual": found.visual,
         "full": _percentiles(found.full),
