@@ -1,5 +1,6 @@
 """Train what a recipe describes, from its first check to the saved model."""
 
+from datetime import date
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
 from saccade.training.sources import load_model, load_rows
 
@@ -61,9 +63,13 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if args.should_save:
-        write_json_atomically(
-            Path(args.output_dir) / LOG_FILE, {"recipe": recipe.given, "log_history": trainer.state.log_history}
-        )
+        record = {
+            "recipe": recipe.given,
+            "log_history": trainer.state.log_history,
+            "environment": environment(),
+            "finished": date.today().isoformat(),
+        }
+        write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
     return trainer
 
 
