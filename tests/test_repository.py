@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": METHOD | {"data", "tiny", "report"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "demo"},
+    "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
+    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

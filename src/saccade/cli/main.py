@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
+    "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),

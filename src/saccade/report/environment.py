@@ -39,6 +39,24 @@ def environment() -> dict[str, Any]:
     return found
 
 
+def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of a name and a text, for people, from what `environment` returned, now or in an older record."""
+    packages = {name: version or "not installed" for name, version in found.get("packages", {}).items()}
+    gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", []))
+    saccade = packages.pop("saccade", "-")
+    return [
+        ("saccade", saccade + (f" at {found['commit']}" if found.get("commit") else "")),
+        ("python", found.get("python", "-")),
+        *packages.items(),
+        ("mm_encoder_outputs", "yes" if found.get("mm_encoder_outputs") else "no"),
+        ("platform", found.get("platform", "-")),
+        ("cpu", f"{found.get('cpu')}, {found.get('cores')} cores, {found.get('threads')} torch threads"),
+        ("memory", f"{found.get('memory_gib')} GiB"),
+        ("gpu", gpus or "none"),
+        ("cuda", found.get("cuda") or "none"),
+    ]
+
+
 def _import_torch() -> Any:
     try:
         return import_module("torch")

@@ -1,4 +1,4 @@
-"""A page for people: one HTML file with its pictures inside, readable on a phone, in the dark and without a network."""
+"""A page for people: one HTML file with its pictures inside, for phones too, light and dark, without a network."""
 
 import base64
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saccade.files import atomic_path
+from saccade.report.training_log import curve
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; the shapes repeat what it says.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -69,18 +70,18 @@ def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.Path
     Raises:
         ValueError: if no entry holds a loss.
     """
-    curves = {mode: _curve(log_history, f"loss_{mode}") for mode in MODE_STYLES}
-    drawn = {mode: (*MODE_STYLES[mode], curve) for mode, curve in curves.items() if curve}
+    curves = {mode: curve(log_history, f"loss_{mode}") for mode in MODE_STYLES}
+    drawn = {mode: (*MODE_STYLES[mode], points) for mode, points in curves.items() if points}
     if not drawn:
-        whole = _curve(log_history, "loss")
+        whole = curve(log_history, "loss")
         if not whole:
             raise ValueError("the log holds no loss to draw")
         drawn = {"all": (INK, "all steps", whole)}
     figure, axes = _figure()
-    for color, label, curve in drawn.values():
-        steps, losses = zip(*curve, strict=True)
+    for color, label, points in drawn.values():
+        steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=color, linewidth=2, label=label)
+        axes.plot(steps, running_mean(losses), color=color, linewidth=2, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
@@ -192,7 +193,7 @@ def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str
             text += f", {group['speedup']:.1f}x faster"
         lines = text.split("\n")
         width, height = CHARACTER[0] * max(map(len, lines)), CHARACTER[1] * len(lines)
-        box, side = _free_box(x, y, width, height, taken)
+        box, side = free_box(x, y, width, height, taken)
         taken.append(box)
         shift = (box[1] + box[3]) / 2 - y
         # A label that had to move far gets a line to its point, or one would take it for a neighbour's.
@@ -205,7 +206,7 @@ def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str
         )  # fmt: skip
 
 
-def _free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
+def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
     """The nearest free place of a label beside (x, y), and its side: 1 right, -1 left. In shares of the axes."""
     candidates = []
     for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
@@ -240,11 +241,7 @@ def _legend_of_points(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _curve(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None and "step" in entry]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """The mean over a centred window of about a tenth of the curve, cut short at its ends."""
     half = max(1, len(values) // 20)
     return [fmean(values[max(0, number - half) : number + half + 1]) for number in range(len(values))]

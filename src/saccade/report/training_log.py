@@ -29,9 +29,7 @@ def last(log_history: Sequence[Mapping[str, Any]], key: str) -> float | None:
 def not_finite(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
     """The steps whose logged loss was NaN or infinite, which JSON files hold as null."""
     return [
-        entry["step"]
-        for entry in log_history
-        if "step" in entry and "loss" in entry and not _is_finite(entry["loss"])
+        entry["step"] for entry in log_history if "step" in entry and "loss" in entry and not _is_finite(entry["loss"])
     ]
 
 

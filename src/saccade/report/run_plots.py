@@ -1,0 +1,206 @@
+"""The plots of a run's page: values by mode, where the time went, and what accuracy cost in time and in tokens."""
+
+import os
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from saccade.report.curves import COLORS
+from saccade.report.plots import FAINT, INK, free_box, running_mean, save_figure, styled_figure
+from saccade.report.training_log import TIME_PARTS
+
+PART_COLORS = dict(zip(TIME_PARTS, ("#0072B2", "#D55E00", "#D55E00", "#F0B48A", "#009E73", "#B8BEC4"), strict=True))
+WAYS = {
+    "full": ("#000000", "all tokens"),
+    "pruned": ("#D55E00", "pruned"),
+    "pruned_isolator": ("#0072B2", "pruned, with isolator"),
+}
+"""Colour and name of each way to run a trained model."""
+LINES = ("-", "--", ":", "-.")
+BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 38, 6
+SMALLEST, LARGEST = 30.0, 520.0  # areas of circles, in points squared
+
+
+def plot_values(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    path: str | os.PathLike[str],
+    smooth: bool = False,
+) -> None:
+    """Draw curves in one panel, as PNG.
+
+    Args:
+        curves: by name, (x, y) each; more than seven differ by their dashes too.
+        smooth: draw running means, with the values themselves faint behind them where there is one curve.
+
+    Raises:
+        ValueError: if there is no point to draw.
+    """
+    known = {name: curve for name, curve in curves.items() if curve}
+    if not known:
+        raise ValueError("there are no curves to draw")
+    rows = -(-len(known) // 2) if len(known) > 3 else 1
+    figure, (axes,) = styled_figure(1, (8.0, 4.2 + 0.25 * rows))
+    for number, (name, curve) in enumerate(known.items()):
+        color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
+        xs, ys = zip(*curve, strict=True)
+        if smooth and len(known) == 1:
+            axes.plot(xs, ys, color=color, alpha=0.25, linewidth=1)
+        axes.plot(
+            xs, running_mean(ys) if smooth else ys, line, color=color, linewidth=1.8, label=_short(name),
+            marker="o" if len(curve) == 1 else None,
+        )  # fmt: skip
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    if len(known) > 1:
+        columns = 2 if len(known) > 3 else len(known)
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw where the time of each run went, one bar of `TIME_PARTS` each, as PNG.
+
+    Args:
+        bars: by the name of a run, the seconds of each part.
+
+    Raises:
+        ValueError: if there are no bars.
+    """
+    if not bars:
+        raise ValueError("there are no bars to draw")
+    parts = [part for part in TIME_PARTS if any(part in bar for bar in bars.values())]
+    rows = -(-len(parts) // 2)
+    figure, (axes,) = styled_figure(1, (8.0, 1.1 + BAR_HEIGHT * len(bars) + 0.25 * rows))
+    ends = [0.0] * len(bars)
+    for part in parts:
+        widths = [bar.get(part, 0.0) for bar in bars.values()]
+        axes.barh(
+            range(len(bars)), widths, left=ends, height=0.7, color=PART_COLORS[part], label=TIME_PARTS[part],
+            edgecolor="white", linewidth=0.6,
+        )  # fmt: skip
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    longest = max(ends)
+    for place, end in enumerate(ends):
+        axes.text(end + 0.01 * longest, place, f"{end:.0f} s", va="center", fontsize=9.5, color=INK)
+    axes.set_yticks(range(len(bars)), [_short(name) for name in bars])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    axes.set_xlim(0, 1.1 * longest)
+    axes.set_xlabel("training time (s)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw accuracy over training time as PNG; the area of a circle is the tokens that an answer reads.
+
+    A line joins the ways to run one training. Few trainings are named, many are numbered in the order of `points`.
+
+    Args:
+        points: each with `training` (a name), `inference` (of `WAYS`), `accuracy` in [0, 1] with its least and
+            greatest as `accuracy_low` and `accuracy_high`, `seconds` of training and `tokens` of a mean prompt.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not points:
+        raise ValueError("there are no points to draw")
+    trainings = list(dict.fromkeys(point["training"] for point in points))
+    named = len(trainings) <= NAMED_POINTS
+    most = max(point["tokens"] for point in points)
+    figure, (axes,) = styled_figure(1, (8.0, 5.6))
+    for training in trainings:
+        members = [point for point in points if point["training"] == training]
+        heights = [100 * point["accuracy"] for point in members]
+        # One training took one time: its ways stand above one another.
+        axes.plot([point["seconds"] for point in members], heights, color=FAINT, linewidth=0.8, alpha=0.6, zorder=2)
+    # The larger first, so that none hides another.
+    for point in sorted(points, key=lambda point: -point["tokens"]):
+        color = WAYS[point["inference"]][0]
+        low, high = (100 * abs(point[f"accuracy_{end}"] - point["accuracy"]) for end in ("low", "high"))
+        height = 100 * point["accuracy"]
+        axes.errorbar(
+            point["seconds"], height, yerr=[[low], [high]], fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=2
+        )
+        axes.scatter(
+            point["seconds"], height, s=_area(point["tokens"], most), color=color, alpha=0.55, edgecolors=color,
+            linewidths=1.2, zorder=3,
+        )  # fmt: skip
+    _set_limits(axes, points)
+    _name_points(axes, points, trainings, named)
+    axes.set_xlabel("training time (s)")
+    axes.set_ylabel("accuracy (%)")
+    _legend(figure, points, most)
+    save_figure(figure, path)
+
+
+def _area(tokens: float, most: float) -> float:
+    return max(SMALLEST, LARGEST * tokens / most)
+
+
+def _set_limits(axes, points: Sequence[Mapping[str, Any]]) -> None:
+    low = 100 * min(point["accuracy_low"] for point in points)
+    high = 100 * max(point["accuracy_high"] for point in points)
+    margin = max(2.5, 0.1 * (high - low))
+    axes.set_ylim(low - margin if low > margin else -margin / 2, high + margin)
+    # From zero seconds, so that lengths compare as times do.
+    axes.set_xlim(0, 1.25 * max(point["seconds"] for point in points) or 1)
+
+
+def _name_points(axes, points: Sequence[Mapping[str, Any]], trainings: Sequence[str], named: bool) -> None:
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+        return (point["seconds"] - left) / (right - left), (100 * point["accuracy"] - bottom) / (top - bottom)
+
+    taken = [(x - 0.015, y - 0.025, x + 0.015, y + 0.025) for x, y in map(place, points)]
+    for number, training in enumerate(trainings, start=1):
+        first = next(point for point in points if point["training"] == training)
+        x, y = place(first)
+        text = _short(training, 30) if named else str(number)
+        box, side = free_box(x, y, 0.0105 * len(text) + 0.004, 0.04, taken)
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(
+            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * 0.021, middle), textcoords="axes fraction",
+            va="center", ha="left" if side > 0 else "right", fontsize=9.5, color=INK,
+            arrowprops=leader if abs(middle - y) > 0.03 else None, zorder=5,
+        )  # fmt: skip
+
+
+def _legend(figure, points: Sequence[Mapping[str, Any]], most: float) -> None:
+    shown = {point["inference"] for point in points}
+    plain = {"linestyle": "none", "marker": "o"}
+    handles = [
+        Line2D([], [], color=color, alpha=0.7, markersize=9, label=name, **plain)
+        for way, (color, name) in WAYS.items()
+        if way in shown
+    ]
+    sizes = {
+        min(point["tokens"] for point in points),
+        fmean((min(point["tokens"] for point in points), most)),
+        most,
+    }
+    handles += [
+        Line2D(
+            [], [], color=FAINT, alpha=0.5, markersize=_area(size, most) ** 0.5, label=f"{size:.0f} tokens", **plain
+        )
+        for size in sorted(sizes)
+    ]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK,
+        handletextpad=0.6, columnspacing=1.8, labelspacing=0.9,
+    )  # fmt: skip
+
+
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that fits, without what matplotlib would read as mathematics."""
+    shown = name if len(name) <= longest else name[: longest - 3] + "..."
+    return shown.replace("$", r"\$")
