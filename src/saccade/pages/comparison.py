@@ -14,7 +14,8 @@ from saccade.pages.scenes import add_compared_scene
 from saccade.pages.source import DEMO_FILE, read_json
 from saccade.report.curves import plot_panels
 from saccade.report.html import fold, paragraph, tiles, warning
-from saccade.report.run_plots import WAYS, plot_time_parts, plot_trade_off, plot_values
+from saccade.report.plots import SIZE
+from saccade.report.run_plots import NAMED_POINTS, plot_time_parts, plot_trade_off, plot_values, way_name
 from saccade.report.tables import html_table
 from saccade.report.training_log import TIME_PARTS, curve, time_parts
 from saccade.sweeps import LABELS
@@ -29,6 +30,9 @@ from saccade.sweeps.worker import RESULT_FILE
 Result = Mapping[str, Any]
 Groups = dict[str, list[Result]]
 MOST_CURVES = 12
+SYMBOLS = {"prune_ratio": "p", "slow_probability": "r", "isolator_length": "l"}
+"""What the papers call options, for names that have to be short."""
+LONGEST_TABLE = 24
 COMPARED = ("uniform", "random")
 """Plain reducers to see a single one beside."""
 
@@ -46,15 +50,14 @@ def sweep_page(folder: Path, output: Path) -> Page:
     if not results:
         raise SaccadeError(f"folder={str(folder)!r} holds a sweep of which no run is done: wait for the first")
     page = Page(output, plan.title or folder.resolve().name, "sweep", folder)
-    page.lead = f"{standing.progress}. {plan.command}"
-    groups = group_results(results)
+    page.lead = f"{standing.progress}."
     baseline = standing.baseline()
     _add_summary(page, results, f"{len(results)} of {len(plan.runs)}", baseline)
+    if plan.command:
+        page.add("Summary", paragraph(f"Begun on {plan.started} with: {plan.command}"))
     for name in standing.failed:
         spec = next(spec for spec in plan.runs if spec.name == name)
         page.add("Summary", warning(f"A run failed: {read_failure(folder, spec)}"))
-    columns, cells = standing.table()
-    page.add("Results", html_table(columns, cells, "Means over seeds, the least and the greatest in brackets"))
     page.record |= {"title": plan.title, "command": plan.command, "progress": standing.progress}
     page.record["summary"] = standing.summary()
     for panel in STUDIES[plan.study].panels if plan.study in STUDIES else ():
@@ -64,8 +67,11 @@ def sweep_page(folder: Path, output: Path) -> Page:
             number = len([entry for entry in page.pictures if entry["file"].startswith("study")]) + 1
             alt = f"{drawn.ylabel} over {drawn.xlabel}, one curve for each of {', '.join(known)}; the table has the "
             alt += "values."
-            page.add("Results", page.draw(f"study_{number}.png", alt, panel.title, plot_panels, [drawn]))
-    _add_comparison(page, groups, folder)
+            page.add("Results", page.draw(f"study_{number}.png", alt, panel.title, plot_panels, [drawn], wide=True))
+    columns, cells = standing.table()
+    table = html_table(columns, cells, "Means over seeds, the least and the greatest in brackets")
+    page.add("Results", table if len(cells) <= LONGEST_TABLE else fold(f"All {len(cells)} rows as a table", table))
+    _add_comparison(page, results, folder)
     _add_stages(page, results)
     return page
 
@@ -82,14 +88,15 @@ def demo_page(folder: Path, output: Path) -> Page:
     if not results:
         raise SaccadeError(f"folder={str(folder)!r} holds a demo without a run: make it again with `saccade demo`")
     page = Page(output, "The demo", "demo", folder)
-    page.lead = f"The tiny model trained with all tokens, with pruning only, and with DualSpeed. {report['command']}"
+    page.lead = "The tiny model trained with all tokens, with pruning only, and with DualSpeed."
     order = {(entry["method"], entry["positions"]): number for number, entry in enumerate(report["summary"])}
     results.sort(key=lambda one: order[one["spec"]["labels"]["method"], one["spec"]["labels"]["positions"]])
     baseline = next((entry for entry in report["summary"] if entry["method"] == "all_tokens"), {})
     _add_summary(page, results, str(len(results)), baseline.get("accuracy_full"))
+    page.add("Summary", paragraph(f"Made with: {report.get('command', 'saccade demo')}"))
     page.add("Results", html_table(COLUMNS, table_rows(report), "Means over seeds, least and greatest in brackets"))
     page.record["summary"] = report["summary"]
-    _add_comparison(page, group_results(results), folder)
+    _add_comparison(page, results, folder)
     page.add("Settings", settings_table(report["settings"], "Settings that all runs share"))
     _add_stages(page, results)
     return page
@@ -112,14 +119,14 @@ def trade_off(groups: Groups) -> list[dict[str, Any]]:
     points = []
     for name, results in groups.items():
         seconds = fmean(train_seconds(one) for one in results)
-        ways: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        ways: dict[str, list[dict[str, Any]]] = {}
         for entry in (entry for one in results for entry in one["evaluations"]):
-            ways.setdefault((entry["inference"], _way(entry, results[0])), []).append(entry)
-        for (inference, suffix), entries in ways.items():
+            ways.setdefault(entry["inference"], []).append(entry)
+        for inference, entries in ways.items():
             accuracies = [entry["accuracy"] for entry in entries]
             points.append(
                 {
-                    "training": name + suffix,
+                    "training": name,
                     "inference": inference,
                     "accuracy": fmean(accuracies),
                     "accuracy_low": min(accuracies),
@@ -131,17 +138,16 @@ def trade_off(groups: Groups) -> list[dict[str, Any]]:
     return points
 
 
-def _way(entry: Mapping[str, Any], result: Result) -> str:
-    """What tells a way to run a model from others of its name, where it has several."""
-    if sum(other["inference"] == entry["inference"] for other in result["evaluations"]) < 2:
-        return ""
-    return f", {entry['reducer']} p = {entry['prune_ratio']:g} {entry['positions']}"
+def _has_own_training(result: Result) -> bool:
+    """Whether a run is more than many ways to run a model that another run trained."""
+    names = [entry["inference"] for entry in result["evaluations"]]
+    return len(names) == len(set(names))
 
 
 def _label(name: str, value: Any) -> str:
     if isinstance(value, str):
         return LABELS.get(value) or label_text(value) or ""
-    return f"{name.replace('_', ' ')} {value}"
+    return f"{SYMBOLS.get(name, name.replace('_', ' '))} = {value}"
 
 
 def _add_summary(page: Page, results: Sequence[Result], done: str, baseline: Mapping[str, float] | None) -> None:
@@ -166,34 +172,39 @@ def _all_seconds(results: Sequence[Result]) -> float:
     return sum(stages.values())
 
 
-def _add_comparison(page: Page, groups: Groups, folder: Path) -> None:
+def _add_comparison(page: Page, results: Sequence[Result], folder: Path) -> None:
     """The trade-off, the time, the losses and the kept tokens."""
-    points = trade_off(groups)
-    if points:
-        few = len({point["training"] for point in points})
-        alt = f"Accuracy over training time of {few} trainings, the area of a circle being the tokens that an answer "
-        alt += "reads; the table below has every point."
-        caption = "Higher is better, left is faster, small reads fewer tokens. Numbers are those of the table."
-        page.add("Trade-off", page.draw("trade_off.png", alt, caption, plot_trade_off, points))
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(p["training"] for p in points), start=1)}
-        rows = [
-            [
-                numbers[point["training"]],
-                point["training"],
-                WAYS[point["inference"]][1],
-                f"{100 * point['accuracy']:.1f} %",
-                f"{point['seconds']:.0f}",
-                f"{point['tokens']:.0f}",
-            ]
-            for point in points
+    groups = group_results([one for one in results if _has_own_training(one)])
+    if groups:
+        _add_trade_off(page, trade_off(groups))
+        _add_time(page, groups)
+        _add_losses(page, groups)
+    _add_kept(page, results, folder)
+
+
+def _add_trade_off(page: Page, points: Sequence[Mapping[str, Any]]) -> None:
+    if not points:
+        return
+    names = list(dict.fromkeys(point["training"] for point in points))
+    alt = f"Accuracy over training time of {len(names)} trainings, the area of a circle being the tokens that an "
+    alt += "answer reads; the table below has every point."
+    caption = "Higher is better, further left is faster to train, smaller reads fewer tokens."
+    caption += " The table says what the numbers are." if len(names) > NAMED_POINTS else ""
+    rows = [
+        [
+            f"{names.index(point['training']) + 1}. {point['training']}",
+            way_name(point["inference"]),
+            f"{100 * point['accuracy']:.1f} %",
+            f"{point['seconds']:.0f}",
+            f"{point['tokens']:.0f}",
         ]
-        columns = ("number", "training", "answers from", "accuracy", "seconds", "tokens")
-        table = html_table(columns, rows, "Accuracy, seconds of training, and mean tokens of a prompt")
-        page.add("Trade-off", table if len(rows) <= 20 else fold(f"All {len(rows)} points", table))
-        page.record["trade_off"] = points
-    _add_time(page, groups)
-    _add_losses(page, groups)
-    _add_kept(page, [one for results in groups.values() for one in results], folder)
+        for point in points
+    ]
+    columns = ("training", "answers from", "accuracy", "seconds", "tokens")
+    table = html_table(columns, rows, "Accuracy, seconds of training, and mean tokens of a prompt")
+    page.add("Trade-off", page.draw("trade_off.png", alt, caption, plot_trade_off, points, wide=True))
+    page.add("Trade-off", table if len(rows) <= LONGEST_TABLE else fold(f"All {len(rows)} points as a table", table))
+    page.record["trade_off"] = points
 
 
 def _add_time(page: Page, groups: Groups) -> None:
@@ -212,7 +223,10 @@ def _add_time(page: Page, groups: Groups) -> None:
     table = html_table(
         ("training", *(TIME_PARTS[part] for part in shown)), rows, "Seconds of both stages, means over seeds"
     )
-    page.add("Time", page.draw("time.png", alt, "Both stages, up to the last log.", plot_time_parts, bars))
+    page.add(
+        "Time",
+        page.draw("time.png", alt, "Both stages, up to the last log.", plot_time_parts, bars, wide=len(bars) > 1),
+    )
     page.add("Time", fold("The same as a table", table))
     page.record["seconds"] = bars
 
@@ -235,7 +249,9 @@ def _add_losses(page: Page, groups: Groups) -> None:
     alt = "Training loss over the steps: " + "; ".join(f"{name} ends at {ys[-1][1]:.3g}" for name, ys in shown.items())
     caption = f"Loss of the last stage, means over seeds, as running means.{note}"
     arguments = (shown, "optimizer step", "training loss")
-    page.add("Loss", page.draw("loss.png", alt + ".", caption, plot_values, *arguments, smooth=True))
+    page.add(
+        "Loss", page.draw("loss.png", alt + ".", caption, plot_values, *arguments, smooth=True, size=SIZE, wide=True)
+    )
 
 
 def _mean_curve(results: Sequence[Result]) -> list[tuple[int, float]]:

@@ -54,12 +54,18 @@ class Page:
         self.pictures.append({"file": file, "alt": alt, "caption": caption})
         return picture(self.output / file, alt, caption, wide)
 
-    def add_environment(self, found: Sequence[Mapping[str, Any]], days: Sequence[str]) -> None:
+    def add_environment(
+        self,
+        found: Sequence[Mapping[str, Any]],
+        days: Sequence[str],
+        caption: str = "Where the training took place",
+    ) -> None:
         """Add where the runs took place.
 
         Args:
             found: what `environment` returned in each run; empty where nothing recorded it.
             days: when the runs ended.
+            caption: of the table.
         """
         heading = "Environment"
         if not found:
@@ -72,10 +78,10 @@ class Page:
         if days:
             rows.append(["finished", "; ".join(dict.fromkeys(days))])
         if rows:
-            self.add(heading, html_table(("name", "value"), rows, "Where the training took place"))
+            self.add(heading, html_table(("name", "value"), rows, caption, wrap=True))
         for text in dict.fromkeys(text for one in found for text in one.get("warnings", [])):
             self.add(heading, warning(text))
-        self.record["environment"] = [dict(one) for one in found[:1]] if len(values) and _all_single(values) else found
+        self.record["environment"] = list(found)
         self.record["finished"] = list(dict.fromkeys(days))
 
     def write(self) -> Path:
@@ -91,7 +97,3 @@ class Page:
         text = page(self.title, self.lead, self.sections, footer)
         write_json_atomically(self.output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
         return write_text_atomically(self.output / PAGE_FILE, text)
-
-
-def _all_single(values: Mapping[str, Mapping[str, None]]) -> bool:
-    return all(len(texts) == 1 for texts in values.values())

@@ -9,9 +9,9 @@ from saccade.errors import SaccadeError
 from saccade.pages.page import Page
 from saccade.pages.scenes import add_answered_scenes
 from saccade.pages.source import RunRecord, read_run
-from saccade.report.html import fold, paragraph, tiles, warning
+from saccade.report.html import fold, gallery, paragraph, tiles, warning
 from saccade.report.plots import plot_loss_by_mode
-from saccade.report.run_plots import WAYS, plot_time_parts, plot_values
+from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
 from saccade.report.tables import html_table
 from saccade.report.training_log import TIME_PARTS, curve, last, not_finite, time_parts
 
@@ -40,9 +40,12 @@ def run_page(folder: Path, output: Path) -> Page:
         reason = "the run is not on the digit scenes" if record.recipe else "a checkpoint does not name its data"
         page.add("Kept tokens", paragraph(f"No pictures: {reason}. `saccade view IMAGE --model {folder}` draws any."))
     _add_settings(page, record)
-    page.add_environment(
-        [record.environment] if record.environment else [], [record.finished or ""][: bool(record.finished)]
-    )
+    evaluated = (record.evaluation or {}).get("environment")
+    if record.environment or not evaluated:
+        found = [record.environment] if record.environment else []
+        page.add_environment(found, [record.finished] if record.finished else [])
+    else:
+        page.add_environment([evaluated], [], "Where the evaluation took place; the training did not record it")
     return page
 
 
@@ -64,7 +67,7 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
     ways = {entry["inference"]: entry["accuracy"] for entry in (record.evaluation or {}).get("results", [])}
     trained, full = record.tokens.get("trained"), record.tokens.get("full")
     values = {
-        **{f"accuracy, {WAYS[name][1]}": f"{100 * accuracy:.1f} %" for name, accuracy in ways.items()},
+        **{f"accuracy, {way_name(name)}": f"{100 * accuracy:.1f} %" for name, accuracy in ways.items()},
         "steps": f"{done} of {planned}" if planned > 0 and planned != done else done,
         "last loss": _number(last(log, "loss"), "{:.3f}"),
         "last loss, fast steps": _number(last(log, "loss_fast"), "{:.3f}"),
@@ -74,8 +77,9 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
         "speed-up that tokens allow": _number(last(log, "speedup_tokens"), "{:.2f}x"),
         "tokens trained on": f"{100 * trained / full:.0f} %" if trained and full else None,
     }
-    if values["last loss, slow steps"] is None or values["last loss, fast steps"] is None:
-        del values["last loss, slow steps"], values["last loss, fast steps"]
+    by_mode = ("last loss, fast steps", "last loss, slow steps")
+    for name in ("last loss",) if all(values[name] for name in by_mode) else by_mode:
+        del values[name]
     page.add("Summary", tiles(values))
     page.record["summary"] = {name: value for name, value in values.items() if value is not None}
     if record.checkpoint:
@@ -95,7 +99,7 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
         return
     results = record.evaluation["results"]
     kinds = sorted({kind for result in results for kind in result["accuracy_by_kind"]})
-    columns = ["questions", *(WAYS[result["inference"]][1] for result in results)]
+    columns = ["questions", *(way_name(result["inference"]) for result in results)]
     rows: list[list[Any]] = [
         [kind.replace("_", " "), *(_percent(result["accuracy_by_kind"].get(kind)) for result in results)]
         for kind in kinds
@@ -112,13 +116,10 @@ def _add_curves(page: Page, log: Log) -> None:
     heading = "Curves"
     losses = {name: curve(log, key) for name, key in (("fast", "loss_fast"), ("slow", "loss_slow"), ("", "loss"))}
     both = {name: losses[name] for name in ("fast", "slow") if losses[name]} or {"": losses[""]}
-    page.add(
-        heading,
-        page.draw(
-            "loss.png", f"Training loss over the steps: {_ends(both, ' steps')}.",
-            "Cross-entropy of the steps of each mode; faint as logged, strong as a running mean.",
-            plot_loss_by_mode, log,
-        ),
+    loss = page.draw(
+        "loss.png", f"Training loss over the steps: {_ends(both, ' steps')}.",
+        "Cross-entropy of the steps of each mode; faint as logged, strong as a running mean.",
+        plot_loss_by_mode, log, size=SMALL,
     )  # fmt: skip
     panels = (
         (
@@ -126,7 +127,7 @@ def _add_curves(page: Page, log: Log) -> None:
             "How far the slow view's answers are from those of its teacher, the fast view.", True,
         ),
         (
-            "lengths.png", {"as they come": "length_full", "as trained on": "length_in"}, "tokens a sample",
+            "lengths.png", {"before pruning": "length_full", "after it": "length_in"}, "tokens a sample",
             "Tokens a sample before and after pruning, means over the steps since the log before.", False,
         ),
         (
@@ -142,14 +143,15 @@ def _add_curves(page: Page, log: Log) -> None:
             "A slow step less its teacher over the mean step so far, and what token counts allow.", False,
         ),
     )  # fmt: skip
+    drawn = [loss]
     for file, keys, ylabel, caption, smooth in panels:
         found = {name: curve(log, key) for name, key in keys.items()}
         found = {name: values for name, values in found.items() if values}
         if found:
             alt = f"{ylabel[0].upper()}{ylabel[1:]} over the steps: {_ends(found)}."
-            page.add(
-                heading, page.draw(file, alt, caption, plot_values, found, "optimizer step", ylabel, smooth=smooth)
-            )
+            arguments = (found, "optimizer step", ylabel)
+            drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth))
+    page.add(heading, gallery(drawn, large=True))
 
 
 def _add_time(page: Page, parts: dict[str, float] | None) -> None:
@@ -183,7 +185,7 @@ def _add_settings(page: Page, record: RunRecord) -> None:
 def settings_table(values: dict[str, Any], caption: str) -> str:
     """Names and values of options, as a block."""
     rows = [[name, "none" if value is None else str(value)] for name, value in sorted(values.items())]
-    return html_table(("option", "value"), rows, caption)
+    return html_table(("option", "value"), rows, caption, wrap=True)
 
 
 def _ends(curves: dict[str, list[tuple[int, float]]], suffix: str = "") -> str:

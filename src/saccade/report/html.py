@@ -13,7 +13,7 @@ STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1f23; --faint: #5a626c; --line: #d5dae0; --card: #f4f6f8;
   --link: #0b57a4; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #e7eaed; --faint: #a3acb6; --line: #3a4149;
-  --card: #1f2429; --link: #7cb8f5; } }
+  --card: #1f2429; --link: #7cb8f5; } .paper { filter: brightness(.88); } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif;
   overflow-wrap: anywhere; }
@@ -24,7 +24,7 @@ h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
 a { color: var(--link); }
 p { margin: .5rem 0; max-width: 46rem; }
-.lead, figcaption, caption { color: var(--faint); }
+.lead, figcaption, .caption { color: var(--faint); }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.1rem; list-style: none; margin: 1rem 0 0; padding: 0; }
 nav a { display: inline-block; padding: .3rem 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
@@ -34,13 +34,16 @@ nav a { display: inline-block; padding: .3rem 0; }
 .scroll { overflow-x: auto; max-width: 100%; margin: .75rem 0; border: 1px solid var(--line); border-radius: .5rem; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .5rem .75rem; font-size: .875rem; }
-th, td { padding: .35rem .75rem; text-align: left; border-top: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; }
-td { max-width: 26rem; overflow-wrap: anywhere; min-width: 4.5rem; }
-thead th { background: var(--card); font-weight: 600; }
-tbody th { font-weight: 500; }
-.number { text-align: right; white-space: nowrap; }
+.caption { font-size: .9rem; margin: 1rem 0 -.4rem; }
+th, td { padding: .35rem .75rem; text-align: left; vertical-align: top; overflow-wrap: normal; }
+tbody tr > * { border-top: 1px solid var(--line); }
+thead th { background: var(--card); font-weight: 600; vertical-align: bottom; min-width: 5rem; }
+tbody th { font-weight: 500; min-width: 7rem; }
+.wrap td { overflow-wrap: anywhere; }
+.wrap th { min-width: 0; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
+tbody th.number { min-width: 0; }
 figure { margin: 1rem 0; }
 figcaption { font-size: .9rem; margin-top: .4rem; max-width: 46rem; }
 /* The pictures are drawn dark on white: in the dark they keep their paper. */
@@ -49,6 +52,7 @@ figure .paper { background: #fff; border: 1px solid var(--line); border-radius: 
 figure.wide .paper { overflow-x: auto; }
 figure.wide img { min-width: 40rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); gap: 1rem; }
+.gallery.large { grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem 1rem; }
 .gallery figure { margin: 0; }
 .warning { border-left: .3rem solid #d55e00; background: var(--card); padding: .5rem .75rem; }
 details { margin: .75rem 0; }
@@ -145,9 +149,9 @@ def picture(path: Path, alt: str, caption: str = "", wide: bool = False) -> str:
     )
 
 
-def gallery(pictures: Sequence[str]) -> str:
-    """Pictures side by side, as many as fit."""
-    return '<div class="gallery">\n' + "\n".join(pictures) + "\n</div>"
+def gallery(pictures: Sequence[str], large: bool = False) -> str:
+    """Pictures side by side, as many as fit; `large` ones at most two."""
+    return f'<div class="gallery{" large" if large else ""}">\n' + "\n".join(pictures) + "\n</div>"
 
 
 def _anchor(heading: str) -> str:

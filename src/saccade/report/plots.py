@@ -47,7 +47,7 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     groups = _group(runs)
     if not groups:
         raise ValueError("there are no runs to draw")
-    figure, axes = _figure()
+    figure, (axes,) = styled_figure()
     styles = _styles([group["method"] for group in groups])
     for group in groups:
         _draw_point(axes, group, styles[group["method"]])
@@ -59,13 +59,16 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     save_figure(figure, path)
 
 
-def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+def plot_loss_by_mode(
+    log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], size: tuple[float, float] = SIZE
+) -> None:
     """Draw the training loss of fast and of slow steps over the steps, as PNG, each with a running mean.
 
     Args:
         log_history: the trainer's log. Entries with `step` and `loss_fast` or `loss_slow` are drawn by mode; without
             any such entry, `loss` is drawn as one curve.
         path: the file to write.
+        size: inches across and down.
 
     Raises:
         ValueError: if no entry holds a loss.
@@ -77,7 +80,7 @@ def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.Path
         if not whole:
             raise ValueError("the log holds no loss to draw")
         drawn = {"all": (INK, "all steps", whole)}
-    figure, axes = _figure()
+    figure, (axes,) = styled_figure(1, size)
     for color, label, points in drawn.values():
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
@@ -87,11 +90,6 @@ def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.Path
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     save_figure(figure, path)
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure, (axes,) = styled_figure()
-    return figure, axes
 
 
 def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:

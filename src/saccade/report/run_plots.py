@@ -11,16 +11,24 @@ from saccade.report.curves import COLORS
 from saccade.report.plots import FAINT, INK, free_box, running_mean, save_figure, styled_figure
 from saccade.report.training_log import TIME_PARTS
 
-PART_COLORS = dict(zip(TIME_PARTS, ("#0072B2", "#D55E00", "#D55E00", "#F0B48A", "#009E73", "#B8BEC4"), strict=True))
+PART_COLORS = dict(zip(TIME_PARTS, ("#0072B2", "#D55E00", "#8C3D00", "#F0B48A", "#009E73", "#B8BEC4"), strict=True))
 WAYS = {
     "full": ("#000000", "all tokens"),
     "pruned": ("#D55E00", "pruned"),
     "pruned_isolator": ("#0072B2", "pruned, with isolator"),
 }
 """Colour and name of each way to run a trained model."""
+UNKNOWN_WAY = "#7A5195"
 LINES = ("-", "--", ":", "-.")
-BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 38, 6
+BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 44, 6
+SMALL = (5.0, 3.4)
+"""Inches of the plots of one run: their text stays readable where a phone shows them 320 pixels wide."""
 SMALLEST, LARGEST = 30.0, 520.0  # areas of circles, in points squared
+
+
+def way_name(inference: str) -> str:
+    """A way to run a model, in words."""
+    return WAYS[inference][1] if inference in WAYS else inference.replace("_", " ")
 
 
 def plot_values(
@@ -29,12 +37,14 @@ def plot_values(
     ylabel: str,
     path: str | os.PathLike[str],
     smooth: bool = False,
+    size: tuple[float, float] = SMALL,
 ) -> None:
     """Draw curves in one panel, as PNG.
 
     Args:
         curves: by name, (x, y) each; more than seven differ by their dashes too.
         smooth: draw running means, with the values themselves faint behind them where there is one curve.
+        size: inches across and down, without the rows of the legend.
 
     Raises:
         ValueError: if there is no point to draw.
@@ -43,7 +53,7 @@ def plot_values(
     if not known:
         raise ValueError("there are no curves to draw")
     rows = -(-len(known) // 2) if len(known) > 3 else 1
-    figure, (axes,) = styled_figure(1, (8.0, 4.2 + 0.25 * rows))
+    figure, (axes,) = styled_figure(1, (size[0], size[1] + 0.25 * rows))
     for number, (name, curve) in enumerate(known.items()):
         color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
         xs, ys = zip(*curve, strict=True)
@@ -74,8 +84,10 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
     if not bars:
         raise ValueError("there are no bars to draw")
     parts = [part for part in TIME_PARTS if any(part in bar for bar in bars.values())]
-    rows = -(-len(parts) // 2)
-    figure, (axes,) = styled_figure(1, (8.0, 1.1 + BAR_HEIGHT * len(bars) + 0.25 * rows))
+    # A single bar needs no room for its name, and its legend none beside itself.
+    width, columns = (SMALL[0], 1) if len(bars) == 1 else (8.0, 2)
+    rows = -(-len(parts) // columns)
+    figure, (axes,) = styled_figure(1, (width, 1.1 + BAR_HEIGHT * len(bars) + 0.22 * rows))
     ends = [0.0] * len(bars)
     for part in parts:
         widths = [bar.get(part, 0.0) for bar in bars.values()]
@@ -93,7 +105,7 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
     axes.set_xlim(0, 1.1 * longest)
     axes.set_xlabel("training time (s)")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK)
     save_figure(figure, path)
 
 
@@ -122,7 +134,7 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
         axes.plot([point["seconds"] for point in members], heights, color=FAINT, linewidth=0.8, alpha=0.6, zorder=2)
     # The larger first, so that none hides another.
     for point in sorted(points, key=lambda point: -point["tokens"]):
-        color = WAYS[point["inference"]][0]
+        color = WAYS.get(point["inference"], (UNKNOWN_WAY,))[0]
         low, high = (100 * abs(point[f"accuracy_{end}"] - point["accuracy"]) for end in ("low", "high"))
         height = 100 * point["accuracy"]
         axes.errorbar(
@@ -176,11 +188,12 @@ def _name_points(axes, points: Sequence[Mapping[str, Any]], trainings: Sequence[
 
 
 def _legend(figure, points: Sequence[Mapping[str, Any]], most: float) -> None:
-    shown = {point["inference"] for point in points}
+    shown = dict.fromkeys(point["inference"] for point in points)
+    colors = {way: WAYS.get(way, (UNKNOWN_WAY,))[0] for way in (*WAYS, *shown)}
     plain = {"linestyle": "none", "marker": "o"}
     handles = [
-        Line2D([], [], color=color, alpha=0.7, markersize=9, label=name, **plain)
-        for way, (color, name) in WAYS.items()
+        Line2D([], [], color=color, alpha=0.7, markersize=9, label=way_name(way), **plain)
+        for way, color in colors.items()
         if way in shown
     ]
     sizes = {
@@ -195,8 +208,8 @@ def _legend(figure, points: Sequence[Mapping[str, Any]], most: float) -> None:
         for size in sorted(sizes)
     ]
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK,
-        handletextpad=0.6, columnspacing=1.8, labelspacing=0.9,
+        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9.5, labelcolor=INK,
+        handletextpad=0.6, columnspacing=1.4, borderpad=1.0,
     )  # fmt: skip
 
 

@@ -49,11 +49,12 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
 
 
-def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, wrap: bool = False) -> str:
     """A table for a page, in a box of its own that scrolls sideways. Columns of numbers are aligned to the right.
 
     Args:
-        caption: what the table shows, for readers who do not see it beside its heading.
+        caption: what the table shows.
+        wrap: whether long words, such as paths, break rather than widen the table.
 
     Raises:
         ValueError: if a row does not have one cell a column.
@@ -67,10 +68,11 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: s
     for first, *others in _cells(columns, rows):
         cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
         lines.append(f'<tr><th scope="row"{kinds[0]}>{escape(first)}</th>{cells}</tr>\n')
+    style = ' class="wrap"' if wrap else ""
     return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(caption)}"><table>\n'
-        f"<caption>{escape(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>\n"
-        "</table></div>"
+        f'<p class="caption">{escape(caption)}</p>\n<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(caption)}"><table{style}>\n<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>\n{''.join(lines)}</tbody>\n</table></div>"
     )
 
 
