@@ -13,7 +13,7 @@ from saccade.pages.run import settings_table
 from saccade.pages.scenes import add_compared_scene
 from saccade.pages.source import DEMO_FILE, read_json
 from saccade.report.curves import plot_panels
-from saccade.report.html import fold, paragraph, tiles, warning
+from saccade.report.html import command, fold, paragraph, tiles, warning
 from saccade.report.plots import SIZE
 from saccade.report.run_plots import NAMED_POINTS, plot_time_parts, plot_trade_off, plot_values, way_name
 from saccade.report.tables import html_table
@@ -54,7 +54,7 @@ def sweep_page(folder: Path, output: Path) -> Page:
     baseline = standing.baseline()
     _add_summary(page, results, f"{len(results)} of {len(plan.runs)}", baseline)
     if plan.command:
-        page.add("Summary", paragraph(f"Begun on {plan.started} with: {plan.command}"))
+        page.add("Summary", command(f"Begun on {plan.started} with", plan.command))
     for name in standing.failed:
         spec = next(spec for spec in plan.runs if spec.name == name)
         page.add("Summary", warning(f"A run failed: {read_failure(folder, spec)}"))
@@ -67,7 +67,7 @@ def sweep_page(folder: Path, output: Path) -> Page:
             number = len([entry for entry in page.pictures if entry["file"].startswith("study")]) + 1
             alt = f"{drawn.ylabel} over {drawn.xlabel}, one curve for each of {', '.join(known)}; the table has the "
             alt += "values."
-            page.add("Results", page.draw(f"study_{number}.png", alt, panel.title, plot_panels, [drawn], wide=True))
+            page.add("Results", page.draw(f"study_{number}.png", alt, "", plot_panels, [drawn], wide=True))
     columns, cells = standing.table()
     table = html_table(columns, cells, "Means over seeds, the least and the greatest in brackets")
     page.add("Results", table if len(cells) <= LONGEST_TABLE else fold(f"All {len(cells)} rows as a table", table))
@@ -93,7 +93,7 @@ def demo_page(folder: Path, output: Path) -> Page:
     results.sort(key=lambda one: order[one["spec"]["labels"]["method"], one["spec"]["labels"]["positions"]])
     baseline = next((entry for entry in report["summary"] if entry["method"] == "all_tokens"), {})
     _add_summary(page, results, str(len(results)), baseline.get("accuracy_full"))
-    page.add("Summary", paragraph(f"Made with: {report.get('command', 'saccade demo')}"))
+    page.add("Summary", command("Made with", report.get("command", "saccade demo")))
     page.add("Results", html_table(COLUMNS, table_rows(report), "Means over seeds, least and greatest in brackets"))
     page.record["summary"] = report["summary"]
     _add_comparison(page, results, folder)
@@ -188,7 +188,8 @@ def _add_trade_off(page: Page, points: Sequence[Mapping[str, Any]]) -> None:
     names = list(dict.fromkeys(point["training"] for point in points))
     alt = f"Accuracy over training time of {len(names)} trainings, the area of a circle being the tokens that an "
     alt += "answer reads; the table below has every point."
-    caption = "Higher is better, further left is faster to train, smaller reads fewer tokens."
+    caption = "Higher is better, further left is faster to train, smaller reads fewer tokens. Times depend on what "
+    caption += "else the machine did."
     caption += " The table says what the numbers are." if len(names) > NAMED_POINTS else ""
     rows = [
         [

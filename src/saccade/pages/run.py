@@ -1,5 +1,6 @@
 """The page of one run."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,7 +10,7 @@ from saccade.errors import SaccadeError
 from saccade.pages.page import Page
 from saccade.pages.scenes import add_answered_scenes
 from saccade.pages.source import RunRecord, read_run
-from saccade.report.html import fold, gallery, paragraph, tiles, warning
+from saccade.report.html import command, fold, gallery, paragraph, tiles, warning
 from saccade.report.plots import plot_loss_by_mode
 from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
 from saccade.report.tables import html_table
@@ -92,10 +93,8 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
 
 def _add_accuracy(page: Page, record: RunRecord) -> None:
     if record.evaluation is None:
-        page.add(
-            "Accuracy",
-            paragraph("Not evaluated. `saccade eval FOLDER` evaluates on the digit scenes; make this again."),
-        )
+        words = "Not evaluated. This evaluates the model on the digit scenes; then make the report again:"
+        page.add("Accuracy", command(words, f"saccade eval {shlex.quote(str(record.model))}"))
         return
     results = record.evaluation["results"]
     kinds = sorted({kind for result in results for kind in result["accuracy_by_kind"]})
@@ -161,9 +160,10 @@ def _add_time(page: Page, parts: dict[str, float] | None) -> None:
         return
     total = sum(parts.values())
     shares = ", ".join(f"{TIME_PARTS[name]} {100 * value / total:.0f} %" for name, value in parts.items())
+    alt = f"Where {total:.0f} s of training went: {shares}."
     page.add(
         heading,
-        page.draw("time.png", f"Where {total:.0f} s of training went: {shares}.", "", plot_time_parts, {"": parts}),
+        gallery([page.draw("time.png", alt, "", plot_time_parts, {"": parts})], large=True),
         html_table(
             ("part", "seconds", "share"),
             [[TIME_PARTS[name], f"{value:.1f}", _percent(value / total)] for name, value in parts.items()],

@@ -55,6 +55,8 @@ figure.wide img { min-width: 40rem; }
 .gallery.large { grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1.5rem 1rem; }
 .gallery figure { margin: 0; }
 .warning { border-left: .3rem solid #d55e00; background: var(--card); padding: .5rem .75rem; }
+pre { margin: .5rem 0; padding: .5rem .75rem; background: var(--card); overflow-x: auto; border-radius: .5rem; }
+code { font: .875rem ui-monospace, monospace; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; padding: .3rem 0; }
 """
@@ -107,6 +109,11 @@ def page(title: str, lead: str, sections: Mapping[str, Sequence[str]], footer: s
 def paragraph(words: str) -> str:
     """A paragraph of plain text."""
     return f"<p>{escape(words)}</p>"
+
+
+def command(words: str, shell: str) -> str:
+    """A paragraph of plain text and a command under it, in a box that scrolls sideways."""
+    return f'{paragraph(words)}\n<pre tabindex="0"><code>{escape(shell)}</code></pre>'
 
 
 def warning(words: str) -> str:

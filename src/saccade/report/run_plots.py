@@ -23,7 +23,7 @@ LINES = ("-", "--", ":", "-.")
 BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 44, 6
 SMALL = (5.0, 3.4)
 """Inches of the plots of one run: their text stays readable where a phone shows them 320 pixels wide."""
-SMALLEST, LARGEST = 30.0, 520.0  # areas of circles, in points squared
+SMALLEST, LARGEST = 30.0, 400.0  # areas of circles, in points squared
 
 
 def way_name(inference: str) -> str:
@@ -141,7 +141,7 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
             point["seconds"], height, yerr=[[low], [high]], fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=2
         )
         axes.scatter(
-            point["seconds"], height, s=_area(point["tokens"], most), color=color, alpha=0.55, edgecolors=color,
+            point["seconds"], height, s=_area(point["tokens"], most), color=color, alpha=0.45, edgecolors=color,
             linewidths=1.2, zorder=3,
         )  # fmt: skip
     _set_limits(axes, points)
@@ -176,12 +176,12 @@ def _name_points(axes, points: Sequence[Mapping[str, Any]], trainings: Sequence[
         first = next(point for point in points if point["training"] == training)
         x, y = place(first)
         text = _short(training, 30) if named else str(number)
-        box, side = free_box(x, y, 0.0105 * len(text) + 0.004, 0.04, taken)
+        box, side = free_box(x, y, 0.0105 * len(text) + 0.012, 0.04, taken)
         taken.append(box)
         middle = (box[1] + box[3]) / 2
         leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
-            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * 0.021, middle), textcoords="axes fraction",
+            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * 0.028, middle), textcoords="axes fraction",
             va="center", ha="left" if side > 0 else "right", fontsize=9.5, color=INK,
             arrowprops=leader if abs(middle - y) > 0.03 else None, zorder=5,
         )  # fmt: skip
