@@ -12,6 +12,7 @@ from saccade.cli.main import main
 from saccade.demo.plan import plan_runs
 from saccade.demo.run import FULL, run_demo
 from saccade.demo.summary import COLUMNS, markdown
+from saccade.pages import write_report
 from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec
 
 SMALL = DigitSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
@@ -58,6 +59,22 @@ def test_pictures(output):
     for name in ("accuracy_over_time.png", "kept_tokens.png", "loss.png"):
         with Image.open(output / name) as image:
             assert image.width >= 400
+
+
+def test_its_page(output):
+    page = write_report(output).read_text()
+    record = json.loads((output / "report" / "report.json").read_text())
+    assert {entry["file"] for entry in record["pictures"]} == {
+        "trade_off.png",
+        "time.png",
+        "loss.png",
+        "kept_tokens.png",
+    }
+    summary = json.loads((output / "report.json").read_text())["summary"]
+    assert len(record["trade_off"]) == 2 + 2 * 2 + 2 * 3
+    for entry in summary:
+        assert f">{100 * entry['accuracy_full']['mean']:.1f} %<" in page
+        assert f">{entry['mean_sequence_length']['mean']:.0f}<" in page
 
 
 def test_markdown_table(output):

@@ -18,7 +18,7 @@ from saccade.report.plots import SIZE
 from saccade.report.run_plots import NAMED_POINTS, plot_time_parts, plot_trade_off, plot_values, way_name
 from saccade.report.tables import html_table
 from saccade.report.training_log import TIME_PARTS, curve, time_parts
-from saccade.sweeps import LABELS
+from saccade.sweeps import LABELS, RunSpec
 from saccade.sweeps.docs import curve_panel
 from saccade.sweeps.figures import percent, train_seconds
 from saccade.sweeps.plan import PLAN_FILE, Plan
@@ -37,7 +37,7 @@ COMPARED = ("uniform", "random")
 """Plain reducers to see a single one beside."""
 
 
-def sweep_page(folder: Path, output: Path) -> Page:
+def sweep_page(folder: Path, workshop: Path) -> Page:
     """The page of what is done of a sweep.
 
     Raises:
@@ -49,7 +49,7 @@ def sweep_page(folder: Path, output: Path) -> Page:
     results = list(standing.results.values())
     if not results:
         raise SaccadeError(f"folder={str(folder)!r} holds a sweep of which no run is done: wait for the first")
-    page = Page(output, plan.title or folder.resolve().name, "sweep", folder)
+    page = Page(workshop, plan.title or folder.resolve().name, "sweep", folder)
     page.lead = f"{standing.progress}."
     baseline = standing.baseline()
     _add_summary(page, results, f"{len(results)} of {len(plan.runs)}", baseline)
@@ -76,7 +76,7 @@ def sweep_page(folder: Path, output: Path) -> Page:
     return page
 
 
-def demo_page(folder: Path, output: Path) -> Page:
+def demo_page(folder: Path, workshop: Path) -> Page:
     """The page of a demo.
 
     Raises:
@@ -87,7 +87,7 @@ def demo_page(folder: Path, output: Path) -> Page:
     results = [read_json(path, "spec", "stages") for path in sorted(folder.glob(f"{RUNS}/*/{RESULT_FILE}"))]
     if not results:
         raise SaccadeError(f"folder={str(folder)!r} holds a demo without a run: make it again with `saccade demo`")
-    page = Page(output, "The demo", "demo", folder)
+    page = Page(workshop, "The demo", "demo", folder)
     page.lead = "The tiny model trained with all tokens, with pruning only, and with DualSpeed."
     order = {(entry["method"], entry["positions"]): number for number, entry in enumerate(report["summary"])}
     results.sort(key=lambda one: order[one["spec"]["labels"]["method"], one["spec"]["labels"]["positions"]])
@@ -164,12 +164,11 @@ def _add_summary(page: Page, results: Sequence[Result], done: str, baseline: Map
 
 def _all_seconds(results: Sequence[Result]) -> float:
     """Seconds of training, a stage that several runs share counted once."""
-    stages = {}
+    seconds = {}
     for one in results:
-        for stage in one["stages"].values():
-            # Two stages of one length to the last digit of their step times are one stage.
-            stages[json.dumps(stage["step_seconds"])] = stage["seconds"]
-    return sum(stages.values())
+        names = RunSpec.from_json(one["spec"]).stage_ids
+        seconds |= {name: stage["seconds"] for name, stage in zip(names, one["stages"].values(), strict=True)}
+    return sum(seconds.values())
 
 
 def _add_comparison(page: Page, results: Sequence[Result], folder: Path) -> None:

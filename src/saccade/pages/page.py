@@ -1,5 +1,6 @@
 """A page while it is made: its sections, the pictures drawn for it, and the same as plain values."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -17,14 +18,14 @@ class Page:
     """One report.
 
     Args:
-        output: the folder that it is written to.
+        workshop: the folder that its pictures are drawn in.
         title: of the page.
         kind: what it is about: "run", "sweep" or "demo".
         source: the folder that it shows.
     """
 
-    def __init__(self, output: Path, title: str, kind: str, source: Path) -> None:
-        self.output = output
+    def __init__(self, workshop: Path, title: str, kind: str, source: Path) -> None:
+        self.workshop = workshop
         self.title = title
         self.lead = ""
         self.sections: dict[str, list[str]] = {}
@@ -45,14 +46,14 @@ class Page:
         wide: bool = False,
         **options: Any,
     ) -> str:
-        """Draw a picture beside the page, with `plot(*arguments, path, **options)`, and return it as a block."""
-        plot(*arguments, self.output / file, **options)
+        """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block."""
+        plot(*arguments, self.workshop / file, **options)
         return self.show(file, alt, caption, wide)
 
     def show(self, file: str, alt: str, caption: str, wide: bool = False) -> str:
         """A picture that is there, as a block."""
         self.pictures.append({"file": file, "alt": alt, "caption": caption})
-        return picture(self.output / file, alt, caption, wide)
+        return picture(self.workshop / file, alt, caption, wide)
 
     def add_environment(
         self,
@@ -84,8 +85,11 @@ class Page:
         self.record["environment"] = list(found)
         self.record["finished"] = list(dict.fromkeys(days))
 
-    def write(self) -> Path:
-        """Write the page and, beside it, the same as JSON, and return the page's path.
+    def write(self, output: Path) -> Path:
+        """Write the page and, beside it, its pictures and the same as JSON, and return the page's path.
+
+        Args:
+            output: a folder on the file system of the workshop.
 
         Raises:
             OSError: if a file cannot be written.
@@ -95,5 +99,7 @@ class Page:
         footer = f"Made on {date.today().isoformat()} by saccade {version}{f' at {commit}' if commit else ''} from "
         footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} lie beside this page."
         text = page(self.title, self.lead, self.sections, footer)
-        write_json_atomically(self.output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
-        return write_text_atomically(self.output / PAGE_FILE, text)
+        for entry in self.pictures:
+            os.replace(self.workshop / entry["file"], output / entry["file"])
+        write_json_atomically(output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
+        return write_text_atomically(output / PAGE_FILE, text)

@@ -19,7 +19,7 @@ from saccade.report.training_log import TIME_PARTS, curve, last, not_finite, tim
 Log = Sequence[dict[str, Any]]
 
 
-def run_page(folder: Path, output: Path) -> Page:
+def run_page(folder: Path, workshop: Path) -> Page:
     """The page of a run that `saccade train` made, or that it is making.
 
     Raises:
@@ -28,7 +28,7 @@ def run_page(folder: Path, output: Path) -> Page:
     record = read_run(folder)
     if not curve(record.log_history, "loss"):
         raise SaccadeError(f"the log of {record.model} holds no loss: train with logging_steps below max_steps")
-    page = Page(output, folder.resolve().name, "run", folder)
+    page = Page(workshop, folder.resolve().name, "run", folder)
     page.lead = _lead(record)
     parts = time_parts(record.log_history)
     _add_summary(page, record, parts)

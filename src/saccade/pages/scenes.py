@@ -38,7 +38,7 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
             question, file = row["messages"][-2]["content"], f"kept_{row['kind']}.png"
             image = row["images"][0]
             seen = view_reducers(
-                model, processor, image, [pruned.reducer], pruned.prune_ratio, question, page.output / file
+                model, processor, image, [pruned.reducer], pruned.prune_ratio, question, page.workshop / file
             )
             kept, (height, width) = seen["panels"][0]["kept"], seen["grid"]
             said = ", ".join(
@@ -72,7 +72,7 @@ def add_compared_scene(page: Page, model_folder: Path, reducers: Sequence[str], 
         scenes = digit_scenes("sft", "test", 200, kinds=["read"])
         row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
         question = row["messages"][-2]["content"]
-        seen = view_reducers(model, processor, row["images"][0], reducers, prune_ratio, question, page.output / file)
+        seen = view_reducers(model, processor, row["images"][0], reducers, prune_ratio, question, page.workshop / file)
     except SaccadeError as error:
         page.add(HEADING, paragraph(f"No picture: {error}"))
         return

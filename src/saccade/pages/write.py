@@ -1,8 +1,10 @@
 """From a folder to its report: what it holds, where the report goes, and the page itself."""
 
 import os
-import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from saccade.errors import SaccadeError
 from saccade.pages.comparison import demo_page, sweep_page
@@ -28,31 +30,43 @@ def write_report(folder: Path, output: Path | None = None, overwrite: bool = Fal
     make = MAKERS[kind_of(folder)]
     output = folder / "report" if output is None else output
     before = _check_output(output, overwrite)
-    page = make(folder, output)
-    path = page.write()
+    with _workshop(output) as workshop:
+        page = make(folder, workshop)
+        path = page.write(output)
     for name in before - {entry["file"] for entry in page.pictures}:
-        for old in (output / name, (output / name).with_suffix(".json")):
-            old.unlink(missing_ok=True)
+        (output / name).unlink(missing_ok=True)
     return path
 
 
 def _check_output(output: Path, overwrite: bool) -> set[str]:
-    """Make the folder and try to write into it; the names of the pictures of the report that is replaced."""
+    """The names of the pictures of the report that is replaced."""
     if (output / PAGE_FILE).exists() and not overwrite:
         raise SaccadeError(f"output={str(output)!r} holds a report: give another --output, or --overwrite")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".{secrets.token_hex(6)}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise SaccadeError(f"output={str(output)!r} cannot be written ({reason}): give another --output") from error
-    others = [path.name for path in output.iterdir()]
-    if others and not (output / PAGE_FILE).exists():
-        raise SaccadeError(f"output={str(output)!r} is a folder with other files: give a new one")
+    if not (output / PAGE_FILE).exists():
+        if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
+            raise SaccadeError(f"output={str(output)!r} is a folder with other files: give a new one")
+        return set()
     if not (output / RECORD_FILE).is_file():
         return set()
     # Only names in this folder, whatever the record holds.
     pictures = read_json(output / RECORD_FILE).get("pictures", [])
     return {Path(entry["file"]).name for entry in pictures if str(entry.get("file", "")).endswith(".png")}
+
+
+@contextmanager
+def _workshop(output: Path) -> Iterator[Path]:
+    """A folder inside `output` to draw in, so that a report which cannot be finished leaves nothing behind."""
+    is_new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        workshop = TemporaryDirectory(prefix=".drawing-", dir=output)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise SaccadeError(f"output={str(output)!r} cannot be written ({reason}): give another --output") from error
+    try:
+        with workshop:
+            yield Path(workshop.name)
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: the report is there
+                output.rmdir()
