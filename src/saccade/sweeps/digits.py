@@ -16,12 +16,42 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The options in which each method differs from DualSpeed. The order is that of the paper's Table 3, part by part."""
 
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "skip_256_320": {**METHODS["all_tokens"], "skip_vision": "256/320"},
+    "skip_100_156": {**METHODS["all_tokens"], "skip_vision": "100/156"},
+    "skip_64_156": {**METHODS["all_tokens"], "skip_vision": "64/156"},
+    "dualspeed_skip": {"skip_vision": {"summary": True}},
+    "three_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.3, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+    "four_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.2, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "skipping", "probability": 0.1, "action": "skip", "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+}
+"""The same for Skip-Vision at three published budgets, for DualSpeed whose fast steps skip what they do not keep, and
+for more speeds than two."""
+
 LABELS = {
     "all_tokens": "all tokens",
     "prune_only": "pruning only",
     "slow_steps": "+ slow steps",
     "slow_steps_isolator": "+ isolator",
     "dualspeed": "DualSpeed",
+    "skip_256_320": "Skip-Vision 256/320",
+    "skip_100_156": "Skip-Vision 100/156",
+    "skip_64_156": "Skip-Vision 64/156",
+    "dualspeed_skip": "DualSpeed that skips",
+    "three_speeds": "three speeds",
+    "four_speeds": "four speeds, one skips",
 }
 
 
@@ -83,7 +113,7 @@ def digit_run(
     Args:
         name: the run's folder.
         labels: what tells it from the others; `seed` is added.
-        method: a key of `METHODS`.
+        method: a key of `METHODS` or `OTHER_METHODS`.
         seed: of weights, data order and modes.
         options: fields of the recipe that differ in this run, in both stages.
         pretrain_method: the method of stage one where it is another.
@@ -93,13 +123,12 @@ def digit_run(
     Raises:
         SaccadeError: on an unknown method.
     """
+    known = METHODS | OTHER_METHODS
     for chosen in filter(None, (method, pretrain_method)):
-        if chosen not in METHODS:
-            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(METHODS)}")
+        if chosen not in known:
+            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(known)}")
     methods = {"pretrain": pretrain_method or method, "sft": method}
-    stages = tuple(
-        {**_recipe(stage, settings, seed), **(options or {}), **METHODS[methods[stage]]} for stage in methods
-    )
+    stages = tuple({**_recipe(stage, settings, seed), **(options or {}), **known[methods[stage]]} for stage in methods)
     if inferences is None:
         pruned = {"reducer": settings.reducer, "prune_ratio": settings.prune_ratio}
         pruned |= {name: value for name, value in (options or {}).items() if name in ("reducer", "prune_ratio")}

@@ -28,6 +28,12 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
         "share_of_all_tokens": full / base if base and full is not None else None,
         "train_loss": next((log["loss"] for log in reversed(last["log_history"]) if "loss" in log), None),
         "train_seconds": train_seconds(result),
+        "train_cpu_seconds": train_cpu_seconds(result),
+        **{
+            f"flops_{name}": entry["prefill_flops"] / 1e9
+            for name, entry in entries.items()
+            if "prefill_flops" in entry
+        },
         "speedup": train_seconds(baseline) / train_seconds(result) if baseline else None,
         # Within the run: a slow step less its teacher, over the mean step of stage two.
         "speedup_steps": None if ordinary else last["step_speedup"],
@@ -45,6 +51,12 @@ def _accuracy(result: Mapping[str, Any]) -> float:
 def train_seconds(result: Mapping[str, Any]) -> float:
     """Seconds of training, of all stages, whether this run or another that shares them trained them."""
     return sum(stage["seconds"] for stage in result["stages"].values())
+
+
+def train_cpu_seconds(result: Mapping[str, Any]) -> float | None:
+    """CPU time of the training process, of all stages: waiting for the processor does not count. None if unknown."""
+    seconds = [stage.get("cpu_seconds") for stage in result["stages"].values()]
+    return None if None in seconds else sum(seconds)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

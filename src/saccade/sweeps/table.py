@@ -23,6 +23,10 @@ FIGURES = {
     "accuracy_skip": ("accuracy, skipping", None),
     "train_loss": ("last loss", "{:.3f}"),
     "train_seconds": ("training time", "{:.0f} s"),
+    "train_cpu_seconds": ("CPU time of training", "{:.0f} s"),
+    "flops_full": ("GFLOPs of a prompt, all tokens", "{:.3f}"),
+    "flops_pruned": ("pruned", "{:.3f}"),
+    "flops_skip": ("skipping", "{:.3f}"),
     "speedup_steps": ("speed-up of steps", "{:.2f}x"),
     "speedup_tokens": ("tokens allow", "{:.2f}x"),
 }
@@ -141,7 +145,11 @@ class Standing:
 def is_baseline(spec: RunSpec) -> bool:
     """Whether a run trains on all tokens in every stage, and answers from all of them."""
     ways = [fields["name"] for fields in spec.evaluation.inferences] if spec.evaluation else []
-    return "full" in ways and all(values.get("prune_ratio", 0.9) == 0 for values in spec.stages)
+    ordinary = all(
+        values.get("prune_ratio", 0.9) == 0 and values.get("skip_vision") is None and not values.get("modes")
+        for values in spec.stages
+    )
+    return "full" in ways and ordinary
 
 
 def label_text(value: Any) -> str | None:

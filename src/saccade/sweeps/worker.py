@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,16 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
 def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
+    started = time.process_time()
     trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=[_Progress(stage)])
+    cpu_seconds = time.process_time() - started
     args, history = trainer.args, trainer.state.log_history
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "values": values,
         "environment": found,
         "seconds": history[-1]["train_runtime"],
+        "cpu_seconds": cpu_seconds,
         "samples": trainer.state.global_step * rows,
         "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
         "step_seconds": trainer.meter.step_seconds,
