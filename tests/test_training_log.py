@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.report.training_log import curve, last, not_finite, time_parts
+from saccade.report.training_log import (
+    EVALUATION,
+    OTHER,
+    TEACHER,
+    curve,
+    hides_teacher,
+    last,
+    modes_of,
+    not_finite,
+    time_parts,
+)
 
 SECONDS = st.floats(0.01, 5)
 WINDOWS = st.lists(
@@ -39,11 +49,11 @@ def log_of(windows: list[dict], with_teacher: bool) -> list[dict]:
         entry |= {"length_in": trained / samples, "tokens_per_second": samples * FULL / wall}
         entry |= {f"steps_{mode}": float(count) for mode, count in steps.items()}
         if fast:
-            entry["step_seconds_fast"] = sum(fast) / len(fast)
+            entry |= {"loss_fast": 1.0, "step_seconds_fast": sum(fast) / len(fast)}
         if slow:
-            entry |= {"step_seconds_slow": sum(map(sum, slow)) / len(slow), "kl": 0.1}
+            entry |= {"loss_slow": 1.0, "step_seconds_slow": sum(map(sum, slow)) / len(slow), "kl": 0.1}
             if with_teacher:
-                entry["teacher_seconds"] = sum(teacher for _, teacher in slow) / len(slow)
+                entry["teacher_seconds_slow"] = sum(teacher for _, teacher in slow) / len(slow)
         if window["evaluated"]:
             log.append({"step": number, "eval_loss": 1.0, "eval_runtime": window["evaluated"]})
         log.append(entry)
@@ -56,21 +66,24 @@ def test_the_parts_are_those_of_the_windows(windows, with_teacher) -> None:
     rest = sum(step for window in windows for step, _ in window["slow"])
     teacher = sum(seconds for window in windows for _, seconds in window["slow"])
     expected = {
-        "fast": sum(sum(window["fast"]) for window in windows),
-        "slow": rest if with_teacher else 0,
-        "slow_with_teacher": 0 if with_teacher else rest + teacher,
-        "teacher": teacher if with_teacher else 0,
-        "evaluation": sum(window["evaluated"] for window in windows),
-        "other": sum(window["waited"] for window in windows),
+        "fast steps": sum(sum(window["fast"]) for window in windows),
+        "slow steps": rest if with_teacher else rest + teacher,
+        TEACHER: teacher if with_teacher else 0,
+        EVALUATION: sum(window["evaluated"] for window in windows),
+        OTHER: sum(window["waited"] for window in windows),
     }
-    found = time_parts(log_of(windows, with_teacher))
+    log = log_of(windows, with_teacher)
+    found = time_parts(log)
     assert {name: found.get(name, 0) for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert hides_teacher(log) == (not with_teacher and any(window["slow"] for window in windows))
 
 
-def test_an_ordinary_run_has_no_teacher() -> None:
-    (entry,) = log_of([{"fast": [], "slow": [(2.0, 0.0)], "waited": 1.0, "evaluated": 0}], with_teacher=False)[:1]
-    del entry["kl"]
-    assert time_parts([entry]) == pytest.approx({"slow": 2.0, "other": 1.0})
+def test_modes_of_any_name() -> None:
+    log = [{"step": 1, "loss_half_way": 1.0}, {"step": 2, "loss_slow": 2.0, "loss": 2.0, "eval_loss": 1.0}]
+    assert modes_of(log) == ["half_way", "slow"]
+    log = [{**entry, "num_tokens": 8, "length_in": 4, "length_full": 8, "tokens_per_second": 2} for entry in log[:1]]
+    log[0] |= {"steps_half_way": 2, "step_seconds_half_way": 3.0}
+    assert time_parts(log) == pytest.approx({"half way steps": 6.0, OTHER: 2.0})
 
 
 def test_a_log_of_another_trainer_has_no_times() -> None:

@@ -15,9 +15,9 @@ from saccade.pages.source import DEMO_FILE, read_json
 from saccade.report.curves import plot_panels
 from saccade.report.html import command, fold, paragraph, tiles, warning
 from saccade.report.plots import SIZE
-from saccade.report.run_plots import NAMED_POINTS, plot_time_parts, plot_trade_off, plot_values, way_name
+from saccade.report.run_plots import NAMED_POINTS, cost_of, plot_time_parts, plot_trade_off, plot_values, way_name
 from saccade.report.tables import html_table
-from saccade.report.training_log import TIME_PARTS, curve, time_parts
+from saccade.report.training_log import curve, hides_teacher, time_parts
 from saccade.sweeps import LABELS, RunSpec
 from saccade.sweeps.docs import curve_panel
 from saccade.sweeps.figures import percent, train_seconds
@@ -32,6 +32,7 @@ Groups = dict[str, list[Result]]
 MOST_CURVES = 12
 SYMBOLS = {"prune_ratio": "p", "slow_probability": "r", "isolator_length": "l"}
 """What the papers call options, for names that have to be short."""
+COSTS = {"flops": "the operations up to an answer's first token", "tokens": "the tokens of a mean prompt"}
 LONGEST_TABLE = 24
 COMPARED = ("uniform", "random")
 """Plain reducers to see a single one beside."""
@@ -124,6 +125,7 @@ def trade_off(groups: Groups) -> list[dict[str, Any]]:
             ways.setdefault(entry["inference"], []).append(entry)
         for inference, entries in ways.items():
             accuracies = [entry["accuracy"] for entry in entries]
+            flops = [entry.get("prefill_flops") or 0.0 for entry in entries]
             points.append(
                 {
                     "training": name,
@@ -133,6 +135,7 @@ def trade_off(groups: Groups) -> list[dict[str, Any]]:
                     "accuracy_high": max(accuracies),
                     "seconds": seconds,
                     "tokens": fmean(entry["mean_prompt_length"] for entry in entries),
+                    "flops": fmean(flops) if all(flops) else None,
                 }
             )
     return points
@@ -184,11 +187,11 @@ def _add_comparison(page: Page, results: Sequence[Result], folder: Path) -> None
 def _add_trade_off(page: Page, points: Sequence[Mapping[str, Any]]) -> None:
     if not points:
         return
-    names = list(dict.fromkeys(point["training"] for point in points))
-    alt = f"Accuracy over training time of {len(names)} trainings, the area of a circle being the tokens that an "
-    alt += "answer reads; the table below has every point."
-    caption = "Higher is better, further left is faster to train, smaller reads fewer tokens. Times depend on what "
-    caption += "else the machine did."
+    names, cost = list(dict.fromkeys(point["training"] for point in points)), cost_of(points)
+    alt = f"Accuracy over training time of {len(names)} trainings, the area of a circle being {COSTS[cost]}; the "
+    alt += "table below has every point."
+    caption = "Higher is better, further left is faster to train; times depend on what else the machine did. "
+    caption += f"The area of a circle is {COSTS[cost]}."
     caption += " The table says what the numbers are." if len(names) > NAMED_POINTS else ""
     rows = [
         [
@@ -197,11 +200,13 @@ def _add_trade_off(page: Page, points: Sequence[Mapping[str, Any]]) -> None:
             f"{100 * point['accuracy']:.1f} %",
             f"{point['seconds']:.0f}",
             f"{point['tokens']:.0f}",
+            f"{point['flops'] / 1e6:.0f}" if point["flops"] else None,
         ]
         for point in points
     ]
-    columns = ("training", "answers from", "accuracy", "seconds", "tokens")
-    table = html_table(columns, rows, "Accuracy, seconds of training, and mean tokens of a prompt")
+    columns = ("training", "answers from", "accuracy", "seconds", "tokens", "MFLOPs")
+    words = "Accuracy, seconds of training, tokens of a mean prompt, and operations up to the first token"
+    table = html_table(columns, rows, words)
     page.add("Trade-off", page.draw("trade_off.png", alt, caption, plot_trade_off, points, wide=True))
     page.add("Trade-off", table if len(rows) <= LONGEST_TABLE else fold(f"All {len(rows)} points as a table", table))
     page.record["trade_off"] = points
@@ -212,20 +217,21 @@ def _add_time(page: Page, groups: Groups) -> None:
     for name, results in groups.items():
         found = [parts for one in results if (parts := _run_parts(one))]
         if found:
-            sums = {part: fmean(parts.get(part, 0.0) for parts in found) for part in TIME_PARTS}
-            bars[name] = {part: value for part, value in sums.items() if value}
+            known = dict.fromkeys(part for parts in found for part in parts)
+            bars[name] = {part: fmean(parts.get(part, 0.0) for parts in found) for part in known}
     if not bars:
         page.add("Time", paragraph("The logs do not say how long the steps took."))
         return
-    shown = [part for part in TIME_PARTS if any(part in bar for bar in bars.values())]
+    shown = list(dict.fromkeys(part for bar in bars.values() for part in bar))
     rows = [[name, *(round(bar.get(part, 0.0), 1) for part in shown)] for name, bar in bars.items()]
+    logs = [stage["log_history"] for results in groups.values() for one in results for stage in one["stages"].values()]
+    caption = "Both stages, up to the last log."
+    caption += " Some logs count teachers with their steps." if any(map(hides_teacher, logs)) else ""
     alt = f"Where the training time of {len(bars)} trainings went, a bar each; the table below has the values."
-    table = html_table(
-        ("training", *(TIME_PARTS[part] for part in shown)), rows, "Seconds of both stages, means over seeds"
-    )
+    table = html_table(("training", *shown), rows, "Seconds of both stages, means over seeds")
     page.add(
         "Time",
-        page.draw("time.png", alt, "Both stages, up to the last log.", plot_time_parts, bars, wide=len(bars) > 1),
+        page.draw("time.png", alt, caption, plot_time_parts, bars, wide=len(bars) > 1),
     )
     page.add("Time", fold("The same as a table", table))
     page.record["seconds"] = bars
@@ -272,9 +278,11 @@ def _add_kept(page: Page, results: Sequence[Result], folder: Path) -> None:
     if not names:
         page.add("Kept tokens", paragraph("No pictures: no run prunes."))
         return
+    # A fixed number of tokens, in place of a ratio, is drawn as one.
+    keep = next((entry["keep_tokens"] for entry in entries if entry.get("keep_tokens")), None)
     ratio = next((entry["prune_ratio"] for entry in entries if entry.get("prune_ratio")), 0.9)
     reducers = names if len(names) > 1 else list(dict.fromkeys([*names, *COMPARED]))
-    add_compared_scene(page, _model_folder(results[0], folder), reducers, ratio)
+    add_compared_scene(page, _model_folder(results[0], folder), reducers, ratio, keep)
 
 
 def _model_folder(result: Result, folder: Path) -> Path:

@@ -14,7 +14,7 @@ from saccade.report.html import command, fold, gallery, paragraph, tiles, warnin
 from saccade.report.plots import plot_loss_by_mode
 from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
 from saccade.report.tables import html_table
-from saccade.report.training_log import TIME_PARTS, curve, last, not_finite, time_parts
+from saccade.report.training_log import curve, hides_teacher, last, modes_of, not_finite, part_of, time_parts
 
 Log = Sequence[dict[str, Any]]
 
@@ -34,7 +34,7 @@ def run_page(folder: Path, workshop: Path) -> Page:
     _add_summary(page, record, parts)
     _add_accuracy(page, record)
     _add_curves(page, record.log_history)
-    _add_time(page, parts)
+    _add_time(page, parts, hides_teacher(record.log_history))
     if record.recipe.get("dataset", "digits") == "digits" and record.recipe:
         add_answered_scenes(page, record.model, record.recipe.get("dataset_grid", 12))
     else:
@@ -67,20 +67,18 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
     planned, done = record.recipe.get("max_steps", -1), max(entry.get("step", 0) for entry in log)
     ways = {entry["inference"]: entry["accuracy"] for entry in (record.evaluation or {}).get("results", [])}
     trained, full = record.tokens.get("trained"), record.tokens.get("full")
+    losses = {f"last loss, {part_of(mode)}": _number(last(log, f"loss_{mode}"), "{:.3f}") for mode in modes_of(log)}
+    if len(losses) < 2:
+        losses = {"last loss": _number(last(log, "loss"), "{:.3f}")}
     values = {
         **{f"accuracy, {way_name(name)}": f"{100 * accuracy:.1f} %" for name, accuracy in ways.items()},
         "steps": f"{done} of {planned}" if planned > 0 and planned != done else done,
-        "last loss": _number(last(log, "loss"), "{:.3f}"),
-        "last loss, fast steps": _number(last(log, "loss_fast"), "{:.3f}"),
-        "last loss, slow steps": _number(last(log, "loss_slow"), "{:.3f}"),
+        **losses,
         "training time": f"{sum(parts.values()):.0f} s" if parts else _number(last(log, "train_runtime"), "{:.0f} s"),
         "speed-up of steps": _number(last(log, "speedup"), "{:.2f}x"),
         "speed-up that tokens allow": _number(last(log, "speedup_tokens"), "{:.2f}x"),
         "tokens trained on": f"{100 * trained / full:.0f} %" if trained and full else None,
     }
-    by_mode = ("last loss, fast steps", "last loss, slow steps")
-    for name in ("last loss",) if all(values[name] for name in by_mode) else by_mode:
-        del values[name]
     page.add("Summary", tiles(values))
     page.record["summary"] = {name: value for name, value in values.items() if value is not None}
     if record.checkpoint:
@@ -113,24 +111,25 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
 
 def _add_curves(page: Page, log: Log) -> None:
     heading = "Curves"
-    losses = {name: curve(log, key) for name, key in (("fast", "loss_fast"), ("slow", "loss_slow"), ("", "loss"))}
-    both = {name: losses[name] for name in ("fast", "slow") if losses[name]} or {"": losses[""]}
+    modes = modes_of(log)
+    both = {part_of(mode): found for mode in modes if (found := curve(log, f"loss_{mode}"))}
+    both = both or {"": curve(log, "loss")}
     loss = page.draw(
-        "loss.png", f"Training loss over the steps: {_ends(both, ' steps')}.",
+        "loss.png", f"Training loss over the steps: {_ends(both)}.",
         "Cross-entropy of the steps of each mode; faint as logged, strong as a running mean.",
         plot_loss_by_mode, log, size=SMALL,
     )  # fmt: skip
     panels = (
         (
-            "kl.png", {"KL": "kl"}, "KL(fast || slow)",
-            "How far the slow view's answers are from those of its teacher, the fast view.", True,
+            "kl.png", {"KL": "kl"}, "KL(teacher || mode)",
+            "How far the answers of steps with a teacher are from its own: in DualSpeed, slow ones from fast.", True,
         ),
         (
             "lengths.png", {"before pruning": "length_full", "after it": "length_in"}, "tokens a sample",
             "Tokens a sample before and after pruning, means over the steps since the log before.", False,
         ),
         (
-            "step_seconds.png", {"fast steps": "step_seconds_fast", "slow steps": "step_seconds_slow"},
+            "step_seconds.png", {part_of(mode): f"step_seconds_{mode}" for mode in modes},
             "seconds a step", "The time of a step of each mode, without waiting for its batch.", False,
         ),
         (
@@ -153,23 +152,25 @@ def _add_curves(page: Page, log: Log) -> None:
     page.add(heading, gallery(drawn, large=True))
 
 
-def _add_time(page: Page, parts: dict[str, float] | None) -> None:
+def _add_time(page: Page, parts: dict[str, float] | None, with_teacher: bool) -> None:
     heading = "Time"
     if not parts:
         page.add(heading, paragraph("The log does not say how long the steps took."))
         return
     total = sum(parts.values())
-    shares = ", ".join(f"{TIME_PARTS[name]} {100 * value / total:.0f} %" for name, value in parts.items())
+    shares = ", ".join(f"{name} {100 * value / total:.0f} %" for name, value in parts.items())
     alt = f"Where {total:.0f} s of training went: {shares}."
     page.add(
         heading,
         gallery([page.draw("time.png", alt, "", plot_time_parts, {"": parts})], large=True),
         html_table(
             ("part", "seconds", "share"),
-            [[TIME_PARTS[name], f"{value:.1f}", _percent(value / total)] for name, value in parts.items()],
+            [[name, f"{value:.1f}", _percent(value / total)] for name, value in parts.items()],
             "Where the time went, up to the last log",
         ),
     )
+    if with_teacher:
+        page.add(heading, paragraph("The log does not tell the time of teachers from that of their steps."))
     page.record["seconds"] = parts
 
 
@@ -188,11 +189,11 @@ def settings_table(values: dict[str, Any], caption: str) -> str:
     return html_table(("option", "value"), rows, caption, wrap=True)
 
 
-def _ends(curves: dict[str, list[tuple[int, float]]], suffix: str = "") -> str:
+def _ends(curves: dict[str, list[tuple[int, float]]]) -> str:
     """Where curves begin and end, in words."""
     tenth = {name: max(1, len(values) // 10) for name, values in curves.items()}
     return "; ".join(
-        f"{(name + suffix + ' ') if name else ''}from {fmean(y for _, y in values[: tenth[name]]):.3g} to "
+        f"{(name + ' ') if name else ''}from {fmean(y for _, y in values[: tenth[name]]):.3g} to "
         f"{fmean(y for _, y in values[-tenth[name] :]):.3g}"
         for name, values in curves.items()
     )

@@ -37,9 +37,8 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
         for number, row in enumerate(rows):
             question, file = row["messages"][-2]["content"], f"kept_{row['kind']}.png"
             image = row["images"][0]
-            seen = view_reducers(
-                model, processor, image, [pruned.reducer], pruned.prune_ratio, question, page.workshop / file
-            )
+            path, ratio = page.workshop / file, pruned.prune_ratio
+            seen = view_reducers(model, processor, image, [pruned.reducer], ratio, question, path, pruned.keep_tokens)
             kept, (height, width) = seen["panels"][0]["kept"], seen["grid"]
             said = ", ".join(
                 f"on {'all' if name == 'full' else 'kept'} tokens “{texts[number]}”" for name, texts in answers.items()
@@ -55,16 +54,19 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
     except SaccadeError as error:
         page.add(HEADING, paragraph(f"No pictures: {error}"))
         return
-    intro = f"Scenes of the test split. {pruned.reducer} drops {100 * pruned.prune_ratio:g} % of the visual tokens: "
+    intro = f"Scenes of the test split. {pruned.reducer} keeps {len(kept)} of {height * width} visual tokens: "
     intro += "what it keeps is clear and outlined, what it drops is dark. "
     page.add(HEADING, paragraph(intro + "Answers are greedy, on all tokens and on those."), gallery(pictures))
 
 
-def add_compared_scene(page: Page, model_folder: Path, reducers: Sequence[str], prune_ratio: float) -> None:
+def add_compared_scene(
+    page: Page, model_folder: Path, reducers: Sequence[str], prune_ratio: float, keep_tokens: int | None = None
+) -> None:
     """Draw one scene as each of several reducers keeps it, with the features of one model.
 
     Args:
         model_folder: with the weights. Without them, the page says so.
+        keep_tokens: number of tokens to keep, in place of the ratio.
     """
     file = "kept_tokens.png"
     try:
@@ -72,7 +74,9 @@ def add_compared_scene(page: Page, model_folder: Path, reducers: Sequence[str], 
         scenes = digit_scenes("sft", "test", 200, kinds=["read"])
         row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
         question = row["messages"][-2]["content"]
-        seen = view_reducers(model, processor, row["images"][0], reducers, prune_ratio, question, page.workshop / file)
+        seen = view_reducers(
+            model, processor, row["images"][0], reducers, prune_ratio, question, page.workshop / file, keep_tokens
+        )
     except SaccadeError as error:
         page.add(HEADING, paragraph(f"No picture: {error}"))
         return
@@ -82,17 +86,17 @@ def add_compared_scene(page: Page, model_folder: Path, reducers: Sequence[str], 
         f"{entry['reducer']} keeps {len(entry['kept'])}: {_where(entry['kept'], width, height)}."
         for entry in seen["panels"]
     ]
-    caption = (
-        f"A scene of the test split at p = {prune_ratio:g}: what stays is clear and outlined, what is dropped is "
-    )
+    budget = f"{keep_tokens} tokens" if keep_tokens else f"p = {prune_ratio:g}"
+    caption = f"A scene of the test split at {budget}: what stays is clear and outlined, what is dropped is "
     caption += "dark; where tokens are merged, a region has the colour of the token that it flows into."
     page.add(HEADING, page.show(file, alt, caption, wide=True), fold("The picture in words", *map(paragraph, listed)))
 
 
 @torch.no_grad()
 def _answers(model: Any, processor: Any, rows: list[dict[str, Any]], inference: Inference) -> list[str]:
-    inputs = inference.prepare(model, collate_prompts(processor, rows).to(model.device))
-    outputs = model.eval().generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+    with inference.on(model.eval()) as prepare:
+        inputs = prepare(collate_prompts(processor, rows).to(model.device))
+        outputs = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
     texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saccade.files import atomic_path
-from saccade.report.training_log import curve
+from saccade.report.training_log import curve, modes_of, part_of
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; the shapes repeat what it says.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -62,10 +62,10 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
 def plot_loss_by_mode(
     log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], size: tuple[float, float] = SIZE
 ) -> None:
-    """Draw the training loss of fast and of slow steps over the steps, as PNG, each with a running mean.
+    """Draw the training loss of the steps of each mode over the steps, as PNG, each with a running mean.
 
     Args:
-        log_history: the trainer's log. Entries with `step` and `loss_fast` or `loss_slow` are drawn by mode; without
+        log_history: the trainer's log. Entries with `step` and `loss_MODE` are drawn by mode; without
             any such entry, `loss` is drawn as one curve.
         path: the file to write.
         size: inches across and down.
@@ -73,8 +73,10 @@ def plot_loss_by_mode(
     Raises:
         ValueError: if no entry holds a loss.
     """
-    curves = {mode: curve(log_history, f"loss_{mode}") for mode in MODE_STYLES}
-    drawn = {mode: (*MODE_STYLES[mode], points) for mode, points in curves.items() if points}
+    others = iter(OTHER_STYLES * len(modes := modes_of(log_history)))
+    styles = {mode: MODE_STYLES.get(mode) or (next(others)[0], part_of(mode)) for mode in modes}
+    curves = {mode: curve(log_history, f"loss_{mode}") for mode in modes}
+    drawn = {mode: (*styles[mode], points) for mode, points in curves.items() if points}
     if not drawn:
         whole = curve(log_history, "loss")
         if not whole:

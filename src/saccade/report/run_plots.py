@@ -8,14 +8,25 @@ from typing import Any
 from matplotlib.lines import Line2D
 
 from saccade.report.curves import COLORS
-from saccade.report.plots import FAINT, INK, free_box, running_mean, save_figure, styled_figure
-from saccade.report.training_log import TIME_PARTS
+from saccade.report.plots import (
+    FAINT,
+    INK,
+    MODE_STYLES,
+    OTHER_STYLES,
+    free_box,
+    running_mean,
+    save_figure,
+    styled_figure,
+)
+from saccade.report.training_log import EVALUATION, OTHER, TEACHER, part_of
 
-PART_COLORS = dict(zip(TIME_PARTS, ("#0072B2", "#D55E00", "#8C3D00", "#F0B48A", "#009E73", "#B8BEC4"), strict=True))
+PART_COLORS = {part_of(mode): color for mode, (color, _) in MODE_STYLES.items()}
+REST_COLORS = {TEACHER: "#F0B48A", EVALUATION: "#F0E442", OTHER: "#B8BEC4"}
 WAYS = {
     "full": ("#000000", "all tokens"),
     "pruned": ("#D55E00", "pruned"),
     "pruned_isolator": ("#0072B2", "pruned, with isolator"),
+    "skip": ("#009E73", "skipping"),
 }
 """Colour and name of each way to run a trained model."""
 UNKNOWN_WAY = "#7A5195"
@@ -73,17 +84,18 @@ def plot_values(
 
 
 def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw where the time of each run went, one bar of `TIME_PARTS` each, as PNG.
+    """Draw where the time of each run went, one bar each, as PNG.
 
     Args:
-        bars: by the name of a run, the seconds of each part.
+        bars: by the name of a run, the seconds of each part, as `time_parts` gives them.
 
     Raises:
         ValueError: if there are no bars.
     """
     if not bars:
         raise ValueError("there are no bars to draw")
-    parts = [part for part in TIME_PARTS if any(part in bar for bar in bars.values())]
+    colors = _part_colors(bars)
+    parts = list(colors)
     # A single bar needs no room for its name, and its legend none beside itself.
     width, columns = (SMALL[0], 1) if len(bars) == 1 else (8.0, 2)
     rows = -(-len(parts) // columns)
@@ -92,7 +104,7 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
     for part in parts:
         widths = [bar.get(part, 0.0) for bar in bars.values()]
         axes.barh(
-            range(len(bars)), widths, left=ends, height=0.7, color=PART_COLORS[part], label=TIME_PARTS[part],
+            range(len(bars)), widths, left=ends, height=0.7, color=colors[part], label=part,
             edgecolor="white", linewidth=0.6,
         )  # fmt: skip
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
@@ -109,14 +121,25 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
     save_figure(figure, path)
 
 
+def _part_colors(bars: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The parts that occur with their colours: modes in order, and what is no mode at the end."""
+    found = dict.fromkeys(part for bar in bars.values() for part in bar)
+    others = iter(OTHER_STYLES * len(found))
+    modes = [part for part in found if part not in REST_COLORS]
+    colors = {part: PART_COLORS.get(part) or next(others)[0] for part in modes}
+    return colors | {part: color for part, color in REST_COLORS.items() if part in found}
+
+
 def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw accuracy over training time as PNG; the area of a circle is the tokens that an answer reads.
+    """Draw accuracy over training time as PNG; the area of a circle is what inference costs.
 
     A line joins the ways to run one training. Few trainings are named, many are numbered in the order of `points`.
 
     Args:
         points: each with `training` (a name), `inference` (of `WAYS`), `accuracy` in [0, 1] with its least and
-            greatest as `accuracy_low` and `accuracy_high`, `seconds` of training and `tokens` of a mean prompt.
+            greatest as `accuracy_low` and `accuracy_high`, `seconds` of training, `tokens` of a mean prompt,
+            and `flops` from the pixels to the first token or None. Circles are of FLOPs where all points have
+            them, else of tokens.
 
     Raises:
         ValueError: if there are no points.
@@ -125,7 +148,8 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
         raise ValueError("there are no points to draw")
     trainings = list(dict.fromkeys(point["training"] for point in points))
     named = len(trainings) <= NAMED_POINTS
-    most = max(point["tokens"] for point in points)
+    cost = cost_of(points)
+    most = max(point[cost] for point in points)
     figure, (axes,) = styled_figure(1, (8.0, 5.6))
     for training in trainings:
         members = [point for point in points if point["training"] == training]
@@ -133,7 +157,7 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
         # One training took one time: its ways stand above one another.
         axes.plot([point["seconds"] for point in members], heights, color=FAINT, linewidth=0.8, alpha=0.6, zorder=2)
     # The larger first, so that none hides another.
-    for point in sorted(points, key=lambda point: -point["tokens"]):
+    for point in sorted(points, key=lambda point: -point[cost]):
         color = WAYS.get(point["inference"], (UNKNOWN_WAY,))[0]
         low, high = (100 * abs(point[f"accuracy_{end}"] - point["accuracy"]) for end in ("low", "high"))
         height = 100 * point["accuracy"]
@@ -141,19 +165,24 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
             point["seconds"], height, yerr=[[low], [high]], fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=2
         )
         axes.scatter(
-            point["seconds"], height, s=_area(point["tokens"], most), color=color, alpha=0.45, edgecolors=color,
+            point["seconds"], height, s=_area(point[cost], most), color=color, alpha=0.45, edgecolors=color,
             linewidths=1.2, zorder=3,
         )  # fmt: skip
     _set_limits(axes, points)
     _name_points(axes, points, trainings, named)
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("accuracy (%)")
-    _legend(figure, points, most)
+    _legend(figure, points, cost)
     save_figure(figure, path)
 
 
-def _area(tokens: float, most: float) -> float:
-    return max(SMALLEST, LARGEST * tokens / most)
+def cost_of(points: Sequence[Mapping[str, Any]]) -> str:
+    """The key of what the circles of `plot_trade_off` show: "flops" or "tokens"."""
+    return "flops" if all(point.get("flops") for point in points) else "tokens"
+
+
+def _area(cost: float, most: float) -> float:
+    return max(SMALLEST, LARGEST * cost / most)
 
 
 def _set_limits(axes, points: Sequence[Mapping[str, Any]]) -> None:
@@ -187,7 +216,7 @@ def _name_points(axes, points: Sequence[Mapping[str, Any]], trainings: Sequence[
         )  # fmt: skip
 
 
-def _legend(figure, points: Sequence[Mapping[str, Any]], most: float) -> None:
+def _legend(figure, points: Sequence[Mapping[str, Any]], cost: str) -> None:
     shown = dict.fromkeys(point["inference"] for point in points)
     colors = {way: WAYS.get(way, (UNKNOWN_WAY,))[0] for way in (*WAYS, *shown)}
     plain = {"linestyle": "none", "marker": "o"}
@@ -196,20 +225,14 @@ def _legend(figure, points: Sequence[Mapping[str, Any]], most: float) -> None:
         for way, color in colors.items()
         if way in shown
     ]
-    sizes = {
-        min(point["tokens"] for point in points),
-        fmean((min(point["tokens"] for point in points), most)),
-        most,
-    }
-    handles += [
-        Line2D(
-            [], [], color=FAINT, alpha=0.5, markersize=_area(size, most) ** 0.5, label=f"{size:.0f} tokens", **plain
-        )
-        for size in sorted(sizes)
-    ]
+    costs = [point[cost] for point in points]
+    for size in sorted({min(costs), fmean((min(costs), max(costs))), max(costs)}):
+        text = f"{size:.0f} tokens" if cost == "tokens" else f"{size / 1e9:.3g} GFLOPs"
+        width = _area(size, max(costs)) ** 0.5
+        handles.append(Line2D([], [], color=FAINT, alpha=0.5, markersize=width, label=text, **plain))
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9.5, labelcolor=INK,
-        handletextpad=0.6, columnspacing=1.4, borderpad=1.0,
+        handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False, fontsize=9.5,
+        labelcolor=INK, handletextpad=0.6, columnspacing=1.4, borderpad=1.0, labelspacing=1.0,
     )  # fmt: skip
 
 
