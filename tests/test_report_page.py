@@ -344,6 +344,7 @@ class TestStyle:
         assert '<th scope="col">a&lt;b</th><th scope="col" class="number">n</th>' in table
         assert '<th scope="row">&lt;i&gt;</th><td class="number">1</td>' in table
         assert 'aria-label="say &quot;x&quot;"' in table
+        assert '<th scope="row">a_<wbr>&lt;b</th>' in html_table(["n"], [["a_<b"]], "c", wrap=True)
 
     def test_empty_sections_are_left_out(self) -> None:
         found = Reader(page("t", "", {"one": ["<p>1</p>"], "two": []}, "end"))

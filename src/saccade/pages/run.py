@@ -11,7 +11,7 @@ from saccade.pages.page import Page
 from saccade.pages.scenes import add_answered_scenes
 from saccade.pages.source import RunRecord, read_run
 from saccade.report.html import command, fold, gallery, paragraph, tiles, warning
-from saccade.report.plots import plot_loss_by_mode
+from saccade.report.plots import mode_styles, plot_loss_by_mode
 from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
 from saccade.report.tables import html_table
 from saccade.report.training_log import curve, hides_teacher, last, modes_of, not_finite, part_of, time_parts
@@ -112,6 +112,7 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
 def _add_curves(page: Page, log: Log) -> None:
     heading = "Curves"
     modes = modes_of(log)
+    colors = {part_of(mode): color for mode, (color, _) in mode_styles(modes).items()}
     both = {part_of(mode): found for mode in modes if (found := curve(log, f"loss_{mode}"))}
     both = both or {"": curve(log, "loss")}
     loss = page.draw(
@@ -148,7 +149,9 @@ def _add_curves(page: Page, log: Log) -> None:
         if found:
             alt = f"{ylabel[0].upper()}{ylabel[1:]} over the steps: {_ends(found)}."
             arguments = (found, "optimizer step", ylabel)
-            drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth))
+            # What is drawn by mode has the colours of the modes.
+            shown = colors if found.keys() <= colors.keys() else None
+            drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth, colors=shown))
     page.add(heading, gallery(drawn, large=True))
 
 
@@ -185,8 +188,16 @@ def _add_settings(page: Page, record: RunRecord) -> None:
 
 def settings_table(values: dict[str, Any], caption: str) -> str:
     """Names and values of options, as a block."""
-    rows = [[name, "none" if value is None else str(value)] for name, value in sorted(values.items())]
+    rows = [[name, _option_text(value)] for name, value in sorted(values.items())]
     return html_table(("option", "value"), rows, caption, wrap=True)
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_option_text(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(_option_text, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _ends(curves: dict[str, list[tuple[int, float]]]) -> str:
