@@ -32,10 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
+    "benchmark": METHOD | {"data", "tiny", "report"},
     "evaluation": METHOD | {"data", "tiny", "report"},
     "training": METHOD | {"data", "tiny", "report"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "demo"},
+    "cli": METHOD | {"data", "tiny", "report", "benchmark", "evaluation", "training", "demo"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }
