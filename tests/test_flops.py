@@ -1,4 +1,4 @@
-"""Counts in closed form, beside torch's counter on stock models, and beside the published budgets worked out by hand."""
+"""Counts in closed form, beside torch's counter on stock models, and beside the published budgets."""
 
 import pytest
 import torch

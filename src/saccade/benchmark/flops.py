@@ -75,7 +75,7 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
             raise SaccadeError(f"tokens={tokens!r}: split='scale' pools a square grid, give a square number")
         retained, rest = sum(math.ceil(side / window) ** 2 for window in config.scales), tokens
     else:
-        retained = min(amount_of(config.retained, tokens), tokens)
+        retained = min(max(1, amount_of(config.retained, tokens)), tokens)
         rest = tokens - retained
     skipped = rest if config.skipped is None else amount_of(config.skipped, tokens)
     skipped = skipped if rest is None else min(skipped, rest)
@@ -151,7 +151,7 @@ def head_flops(text: TextShape, rows: int) -> int:
 def prefill_flops(text: TextShape, rows: VisualRows, text_tokens: int, attention: str = "full") -> int:
     """Reading a prompt of one image, up to the logits of its last row.
 
-    In the last layer skipped rows need keys and values only. Their scores, of queries that are zero, are still computed.
+    In the last layer skipped rows need keys and values only; scores are still computed.
     """
     elided = 2 * rows.skipped * 2 * text.width * text.query_width
     length = rows.total + text_tokens
