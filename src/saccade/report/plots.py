@@ -55,7 +55,7 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("accuracy (%)")
     _legend_of_points(axes, groups)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -85,13 +85,23 @@ def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.Path
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure() -> tuple[Figure, Axes]:
+    figure = blank_figure()
+    return figure, add_axes(figure)
+
+
+def blank_figure() -> Figure:
+    """A figure of the size and resolution that all plots have."""
     # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
+    return Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+
+
+def add_axes(figure: Figure, *place: int) -> Axes:
+    """Axes in the style that all plots have, at `place` (rows, columns, number) if there are several."""
+    axes = figure.add_subplot(*place)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=10)
@@ -102,7 +112,8 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
