@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from saccade.benchmark.shapes import Shape
 from saccade.errors import SaccadeError
-from saccade.skip_vision import SkipVisionConfig
+from saccade.skip_vision import PRESETS, SkipVisionConfig
 from saccade.skip_vision.config import amount_of
 
 ATTENTIONS = ("full", "causal")
@@ -82,6 +82,36 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
     last = int(config.keep_last_skipped and skipped > 0)
     summary = (1 + (skipped > 0)) * config.summary
     return VisualRows(retained + last, int(summary), skipped - last)
+
+
+def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
+    """The rows of a budget as it is written on the command line.
+
+    Args:
+        name: "full"; a number of kept tokens; the name of a preset, whose shares are taken of the image's tokens; or
+            any other numbers of rows retained/skipped, with two summaries.
+        shape: tells whether there is a thumbnail.
+        tokens: of the image.
+
+    Raises:
+        SaccadeError: if it is none of these, or keeps more tokens than there are.
+    """
+    if name == "full":
+        return VisualRows(tokens)
+    if name in PRESETS:
+        config = SkipVisionConfig.preset(name)
+        if config.split == "thumbnail":
+            if shape.crops < 2 and tokens <= 576:
+                raise SaccadeError(f"budget={name!r}: {shape.name} has no thumbnail, give another preset, or rows")
+            tokens = 576
+        return skip_rows(config, tokens)
+    parts = name.split("/")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise SaccadeError(f"budget={name!r}: give 'full', a number of tokens, or retained/skipped such as 100/156")
+    numbers = [int(part) for part in parts]
+    if sum(numbers) > tokens or not numbers[0]:
+        raise SaccadeError(f"budget={name!r}: {shape.name} has {tokens} visual tokens, keep from 1 to all of them")
+    return VisualRows(numbers[0]) if len(parts) == 1 else VisualRows(numbers[0], 1 + (numbers[1] > 0), numbers[1])
 
 
 @dataclass(frozen=True)

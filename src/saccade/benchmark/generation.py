@@ -189,9 +189,8 @@ def _prompt(model: PreTrainedModel, images: int, text_tokens: int) -> dict[str, 
     placeholder = config.image_token_id
     tokens = images * (vision.image_size // vision.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, placeholder, (1, text_tokens), generator=generator) if placeholder > 1 else None
-    if ids is None or placeholder < 8:
-        ids = torch.full((1, text_tokens), config.get_text_config().vocab_size - 1)
+    ids = torch.randint(0, config.get_text_config().vocab_size - 1, (1, text_tokens), generator=generator)
+    ids = ids + (ids >= placeholder)
     ids = torch.cat((torch.full((1, tokens), placeholder), ids), dim=1)
     pixels = torch.randn(images, 3, vision.image_size, vision.image_size, generator=generator)
     return {

@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
+    "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }

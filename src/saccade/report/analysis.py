@@ -109,8 +109,8 @@ def analyze_skip_error(
         seed: of the summary head, which has not been trained.
 
     Returns:
-        What the JSON holds: where it comes from; `layers` and `logits` as `skip_error` has them, shares and KL as means
-        over the samples and all others as maxima; and `samples`, what each one gave.
+        What the JSON holds: where it comes from; `layers` and `logits` as `skip_error` has them, over the samples the
+        means of what `MEANS` names and the maxima of all else; and `samples`, what each one gave.
 
     Raises:
         SaccadeError: if the model or the images do not fit the options, or nothing is skipped.

@@ -109,7 +109,7 @@ def add_axes(figure: Figure, *place: int) -> Axes:
     axes.yaxis.label.set(color=INK, size=11)
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
+    return axes
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
