@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saccade.benchmark.shapes import Shape
-    from saccade.skip_vision import SkipVisionConfig
 
 EXAMPLES = """
 saccade analyze ffn
@@ -166,6 +165,7 @@ def _flops(args: argparse.Namespace) -> int:
         raise SaccadeError(f"shape={args.shape!r}: --measure, --layers and --width need one shape, name it")
     if not args.output.endswith(".json"):
         raise SaccadeError(f"output={args.output!r}: give a name that ends with .json")
+    presets = _check_measure(args) if args.measure else []
     results = []
     for name in names:
         shape, config = get_shape(name), shape_config(name, args.layers, args.width)
@@ -183,9 +183,10 @@ def _flops(args: argparse.Namespace) -> int:
         "shapes": results,
     }
     for result in results:
-        print_table(f"{result['shape']}, {result['visual_tokens']} visual tokens", *_table(result))
+        title = f"{result['shape']}, {result['visual_tokens']} visual tokens: GFLOP; rows retained + summary + skipped"
+        print_table(title, *_table(result))
     if args.measure:
-        report["measured"] = _measure(args, names[0])
+        report["measured"] = _measure(args, names[0], presets)
     write_json_atomically(args.output, report)
     print(f"written to {args.output}")
     return 0
@@ -203,31 +204,26 @@ def _budgets(shape: "Shape", tokens: int, text: str | None) -> dict[str, Any]:
 
 
 def _table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["budget", "retained + summary + skipped", "tower + projector TFLOP", "prefill TFLOP", "% of full"]
-    columns += ["token GFLOP", "cache MiB", "% of full ", "training TFLOP", "% of full  "]
+    columns = ["budget", "rows", "tower, projector", "prefill", "% of full", "a token", "training", "% of full "]
+    columns += ["cache MiB", "% of full  "]
     rows, full = [], result["full"]
     for name, found in result["budgets"].items():
-        kinds = found["rows"]
-        cells: list[Any] = [name, f"{kinds['retained']} + {kinds['summary']} + {kinds['skipped']}"]
-        cells += [_figures((found["tower"] + found["projector"]) / 1e12)]
-        cells += [_figures(found["prefill"] / 1e12), round(100 * found["prefill"] / full["prefill"], 1)]
+        cells: list[Any] = [name, " + ".join(map(str, found["rows"].values()))]
+        cells += [_figures((found["tower"] + found["projector"]) / 1e9)]
+        cells += [_figures(found["prefill"] / 1e9), round(100 * found["prefill"] / full["prefill"], 1)]
         cells += [_figures(found["decode_step"] / 1e9)]
+        cells += [_figures(found["training"] / 1e9), round(100 * found["training"] / full["training"], 1)]
         cells += [_figures(found["cache_bytes"] / 2**20), round(100 * found["cache_bytes"] / full["cache_bytes"], 1)]
-        cells += [_figures(found["training"] / 1e12), round(100 * found["training"] / full["training"], 1)]
         rows.append(cells)
     return columns, rows
 
 
-def _measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
-    """Median times of full prompts and of each preset among the budgets."""
-    from statistics import median
-
+def _check_measure(args: argparse.Namespace) -> list[str]:
+    """The presets among the budgets, once all that the measurement needs is found in order."""
     import torch
 
-    from saccade.benchmark.generation import generation_model, measure_generation
     from saccade.errors import SaccadeError
-    from saccade.report.tables import print_table
-    from saccade.skip_vision import PRESETS, SkipVisionConfig
+    from saccade.skip_vision import PRESETS
 
     wanted = [part.strip() for part in (args.budget or "100/156,64/156,256/320").split(",")]
     presets = [part for part in wanted if part in PRESETS and part != "576/576"]
@@ -241,6 +237,21 @@ def _measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         raise SaccadeError(f"dtype={args.dtype!r} is not known: choose one of float32, bfloat16, float16")
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         raise SaccadeError(f"device={args.device!r} is not at hand: choose cpu, or cuda where there is a GPU")
+    if args.repeats < 1:
+        raise SaccadeError(f"repeats={args.repeats!r}: give 1 or more")
+    return presets
+
+
+def _measure(args: argparse.Namespace, name: str, presets: list[str]) -> list[dict[str, Any]]:
+    """Median times of full prompts and of each preset, turn by turn."""
+    from statistics import median
+
+    import torch
+
+    from saccade.benchmark.generation import generation_model, measure_generation
+    from saccade.report.tables import print_table
+    from saccade.skip_vision import SkipVisionConfig
+
     model = generation_model(name, args.layers, args.width, getattr(torch, args.dtype), args.device)
     results, rows = [], []
     for preset in presets:
@@ -251,11 +262,9 @@ def _measure(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
         base = found["full"]
         for kind, result in found.items():
             seconds = median(result.prefill), median(result.decode), median(result.layout or [0.0])
-            rows.append(
-                [preset, kind, *(_figures(1000 * value) for value in seconds)]
-                + [round(seconds[0] / median(base.prefill), 3), round(seconds[1] / median(base.decode), 3)]
-                + [_figures(result.cache_peak / 2**20), _figures(result.cache / 2**20)]
-            )
+            cells: list[Any] = [preset, kind, *(_figures(1000 * value) for value in seconds)]
+            cells += [round(seconds[0] / median(base.prefill), 3), round(seconds[1] / median(base.decode), 3)]
+            rows.append([*cells, _figures(result.cache_peak / 2**20), _figures(result.cache / 2**20)])
     columns = ["preset", "prompt", "prefill ms", "token ms", "split and merge ms", "prefill / full", "token / full"]
     print_table("measured, random weights", [*columns, "cache peak MiB", "cache MiB"], rows)
     return results
