@@ -38,7 +38,8 @@ def test_ffn_on_digit_scenes(tmp_path, capsys):
         assert all(0 < spread["p20"] <= spread["p50"] <= spread["p80"] for spread in layer.values())
     printed = capsys.readouterr().out
     assert str(round(report["layers"][3]["visual"]["p50"], 4)) in printed
-    assert report["environment"]["packages"]["torch"] and len(report["prompts"]) == 2
+    assert report["environment"]["packages"]["torch"]
+    assert len(report["prompts"]) == 2
 
 
 def test_the_same_seed_gives_the_same_figures(tmp_path):
@@ -60,10 +61,12 @@ def test_skip_error_on_image_files(tmp_path, capsys):
     assert main(["analyze", "skip-error", *files, *flags]) == 0
     report = json.loads(output.with_suffix(".json").read_text())
     assert is_drawn(output)
-    assert report["prompts"] == ["How many digits are there?"] * 2 and report["skip_vision"]["retained"] == 30
+    assert report["prompts"] == ["How many digits are there?"] * 2
+    assert report["skip_vision"]["retained"] == 30
     one, two = report["samples"]
     for number, layer in enumerate(report["layers"]):
-        assert layer["deviation_all"] <= layer["bound"] * (1 + 1e-5) and layer["injection"] <= layer["spectral"]
+        assert layer["deviation_all"] <= layer["bound"] * (1 + 1e-5)
+        assert layer["injection"] <= layer["spectral"]
         pair = [sample["layers"][number] for sample in (one, two)]
         assert layer["deviation"]["text"] == max(entry["deviation"]["text"] for entry in pair)
         assert layer["attention_mass"] == pytest.approx(sum(entry["attention_mass"] for entry in pair) / 2)
