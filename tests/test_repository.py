@@ -34,12 +34,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
+    "benchmark": METHOD | {"counting", "data", "tiny", "report"},
     "evaluation": METHOD | {"counting", "data", "tiny", "report"},
-    "training": METHOD | {"data", "tiny", "report"},
+    "training": METHOD | {"benchmark", "counting", "data", "tiny", "report"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "demo", "pages"},
+    "cli": METHOD
+    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "training", "sweeps", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

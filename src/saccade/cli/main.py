@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
     "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
+    "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }
