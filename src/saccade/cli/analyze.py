@@ -81,8 +81,8 @@ def _amount(text: str) -> int | float:
 def _setting(args: argparse.Namespace) -> tuple[Any, ...]:
     """Model, processor, samples and options; slips cost no wait."""
     from saccade.errors import SaccadeError
+    from saccade.images import open_image
     from saccade.report.analysis import check_output
-    from saccade.report.view import read_image
     from saccade.skip_vision import SkipVisionConfig
 
     check_output(args.output)
@@ -91,7 +91,7 @@ def _setting(args: argparse.Namespace) -> tuple[Any, ...]:
     options = {name: getattr(args, name) for name in ("split", "retained", "skipped")}
     options = {name: value for name, value in options.items() if value is not None}
     config = SkipVisionConfig.preset(args.preset, **options)
-    samples = [([read_image(path)], args.prompt) for path in args.images]
+    samples = [([open_image(path)], args.prompt) for path in args.images]
     if not samples:
         from saccade.data import digit_scenes
 
