@@ -91,12 +91,12 @@ def _setting(args: argparse.Namespace) -> tuple[Any, ...]:
     options = {name: getattr(args, name) for name in ("split", "retained", "skipped")}
     options = {name: value for name, value in options.items() if value is not None}
     config = SkipVisionConfig.preset(args.preset, **options)
-    samples = [([read_image(path)], args.prompt) for path in args.images]
+    samples = [(read_image(path), args.prompt) for path in args.images]
     if not samples:
         from saccade.data import digit_scenes
 
         rows = digit_scenes("sft", "test", args.count, seed=args.seed, kinds=["count", "max", "leftmost", "sum"])
-        samples = [(row["images"], row["messages"][0]["content"]) for row in rows]
+        samples = [(row["images"][0], row["messages"][0]["content"]) for row in rows]
 
     from saccade.training import ModelOptions, load_model
 
