@@ -89,7 +89,7 @@ def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
 
     Args:
         name: "full"; a number of kept tokens; the name of a preset, whose shares are taken of the image's tokens; or
-            any other numbers of rows retained/skipped, with two summaries.
+            numbers of rows, retained+skipped, as they are, with a summary of each.
         shape: tells whether there is a thumbnail.
         tokens: of the image.
 
@@ -105,9 +105,11 @@ def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
                 raise SaccadeError(f"budget={name!r}: {shape.name} has no thumbnail, give another preset, or rows")
             tokens = 576
         return skip_rows(config, tokens)
-    parts = name.split("/")
+    parts = name.split("+")
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise SaccadeError(f"budget={name!r}: give 'full', a number of tokens, or retained/skipped such as 100/156")
+        raise SaccadeError(
+            f"budget={name!r}: give 'full', a number of tokens, rows such as 100+156, or one of " + ", ".join(PRESETS)
+        )
     numbers = [int(part) for part in parts]
     if sum(numbers) > tokens or not numbers[0]:
         raise SaccadeError(f"budget={name!r}: {shape.name} has {tokens} visual tokens, keep from 1 to all of them")

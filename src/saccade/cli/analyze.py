@@ -12,7 +12,7 @@ saccade analyze ffn photo.jpg other.png --model out/sft --output ratio.png
 saccade analyze skip-error --preset 64/156 --count 16
 saccade analyze skip-error --split divprune --retained 0.2 --skipped 0.3
 saccade analyze flops
-saccade analyze flops --shape llama3-8b --visual-tokens 2880 --budget full,576/576,288 --attention causal
+saccade analyze flops --shape llama3-8b --visual-tokens 2880 --budget full,576+576,288 --attention causal
 saccade analyze flops --shape tiny --budget full,100/156 --measure
 """
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         metavar="A,B",
         help="full, a number of kept tokens, a preset such as 100/156 as shares of the image's tokens, or rows "
-        "retained/skipped (default: full, a tenth, and every preset that fits)",
+        "as they are, such as 100+156 (default: full, a tenth, and every preset that fits)",
     )
     flops.add_argument("--visual-tokens", type=int, metavar="N", help="tokens of the image (default: the shape's)")
     flops.add_argument("--text-tokens", type=int, default=60, metavar="N", help="(default: %(default)s)")
@@ -91,12 +91,12 @@ def _setting(args: argparse.Namespace) -> tuple[Any, ...]:
     options = {name: getattr(args, name) for name in ("split", "retained", "skipped")}
     options = {name: value for name, value in options.items() if value is not None}
     config = SkipVisionConfig.preset(args.preset, **options)
-    samples = [([open_image(path)], args.prompt) for path in args.images]
+    samples = [(open_image(path), args.prompt) for path in args.images]
     if not samples:
         from saccade.data import digit_scenes
 
         rows = digit_scenes("sft", "test", args.count, seed=args.seed, kinds=["count", "max", "leftmost", "sum"])
-        samples = [(row["images"], row["messages"][0]["content"]) for row in rows]
+        samples = [(row["images"][0], row["messages"][0]["content"]) for row in rows]
 
     from saccade.training import ModelOptions, load_model
 

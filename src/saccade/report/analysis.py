@@ -25,8 +25,8 @@ from saccade.skip_vision.analysis import GROUPS, ffn_ratio, skip_error
 COLORS = {"text": "#000000", "visual": "#D55E00", "retained": "#E69F00", "skipped": "#D55E00", "summary": "#0072B2"}
 MARKERS = {"text": "s", "visual": "o", "retained": "^", "skipped": "o", "summary": "D"}
 QUANTILES = (0.2, 0.5, 0.8)
-Sample = tuple[Sequence[Image.Image], str]
-"""Images, and the user's words about them."""
+Sample = tuple[Image.Image, str]
+"""An image, and the user's words about it."""
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -169,8 +169,8 @@ def _prepare(
 
 
 def _inputs(model: PreTrainedModel, processor: ProcessorMixin, sample: Sample) -> dict[str, Any]:
-    images, prompt = sample
-    inputs = _process(processor, images[0], prompt)
+    image, prompt = sample
+    inputs = _process(processor, image, prompt)
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
