@@ -58,7 +58,9 @@ def _lead(record: RunRecord) -> str:
     words += [f"on {data}"] if data else []
     if recipe.get("prune_ratio") == 0:
         return " ".join(words) + ", all visual tokens in every step."
-    parts = [f"{name} {recipe[name]}" for name in ("reducer", "prune_ratio", "slow_probability") if name in recipe]
+    names = ["reducer", "prune_ratio"] + ([] if recipe.get("modes") else ["slow_probability"])
+    parts = [f"{name} {recipe[name]}" for name in names if name in recipe]
+    parts += [f"modes {', '.join(mode['name'] for mode in recipe['modes'])}"] if recipe.get("modes") else []
     return " ".join(words) + (f": {', '.join(parts)}." if parts else ".")
 
 
@@ -82,7 +84,7 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
     page.add("Summary", tiles(values))
     page.record["summary"] = {name: value for name, value in values.items() if value is not None}
     if record.checkpoint:
-        page.add("Summary", warning(f"The training has not ended: this page shows {record.checkpoint}."))
+        page.add("Summary", warning(f"This page shows {record.checkpoint}: there is no log of a run that has ended."))
     bad = not_finite(log)
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -91,7 +93,7 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
 
 def _add_accuracy(page: Page, record: RunRecord) -> None:
     if record.evaluation is None:
-        words = "Not evaluated. This evaluates the model on the digit scenes; then make the report again:"
+        words = "Not evaluated on the digit scenes. This does it; then make the report again:"
         page.add("Accuracy", command(words, f"saccade eval {shlex.quote(str(record.model))}"))
         return
     results = record.evaluation["results"]
