@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
+    "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),

@@ -21,7 +21,10 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     trainer = train_recipe(recipe)
-    if recipe.trainer.should_save:
+    if recipe.trainer.should_save and trainer.watch.stopped:
+        checkpoint = f"{recipe.trainer.output_dir}/checkpoint-{trainer.state.global_step}"
+        print(f"stopped by SIGTERM, saved {checkpoint}; --resume auto goes on from it")
+    elif recipe.trainer.should_save:
         isolator = "" if trainer.isolator is None else "isolator, "
         print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
     # A rank that leaves while another still saves can abort the run after its end.

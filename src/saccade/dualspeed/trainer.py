@@ -31,6 +31,7 @@ from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.schedule import Mode, ModeSchedule
 from saccade.dualspeed.step import DualSpeedStep, StepOutput
+from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
@@ -94,6 +95,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.isolator = self._attach_isolator()
         self.meter = ModeMeter()
         self.add_callback(StepClock(self))
+        self.watch = RunWatch(self)
+        self.add_callback(self.watch)
         self._micro_batch = 0
         self._step = DualSpeedStep(
             family=self.family,
@@ -114,6 +117,7 @@ class DualSpeedTrainer(SFTTrainer):
         if self.is_ordinary or return_outputs or not self.model.training:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
+                self.watch.see(loss, inputs)
                 self._count_ordinary(inputs, loss, num_items_in_batch)
             return loss
         normaliser = num_items_in_batch
@@ -130,6 +134,7 @@ class DualSpeedTrainer(SFTTrainer):
                 return self._step(mode, batch, normaliser, self._row_seed())
 
         output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        self.watch.see(output.loss, inputs)
         ranks = self.accelerator.num_processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The normaliser counts every rank's tokens, and the engines average gradients over ranks.
@@ -137,6 +142,11 @@ class DualSpeedTrainer(SFTTrainer):
             return output.loss * ranks
         self.meter.add(mode, output, share=self._mean_share(num_items_in_batch))
         return output.loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.check(grad_norm)
+        return grad_norm
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of each optimizer step."""
@@ -192,8 +202,11 @@ class DualSpeedTrainer(SFTTrainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir`.
 
+        On SIGTERM it saves a checkpoint and returns; `watch.stopped` is then true.
+
         Raises:
-            SaccadeError: if there is no whole checkpoint, or it was trained with other options.
+            SaccadeError: if there is no whole checkpoint, or it was trained with other options; if a loss is not
+                finite, or a process that prepares batches dies.
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is not None:
@@ -204,7 +217,8 @@ class DualSpeedTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        with self.watch.training():
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and what they were trained with. All ranks must call it.

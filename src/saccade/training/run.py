@@ -11,6 +11,7 @@ from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
 from saccade.training.sources import load_model, load_rows
 
@@ -21,7 +22,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     """Train a recipe and save model, processor, isolator and log in its `output_dir`.
 
     Returns:
-        The trainer after training.
+        The trainer after training. If SIGTERM ended it, `trainer.watch.stopped` is true, and only a checkpoint is saved.
 
     Raises:
         SaccadeError: on bad input, before training starts.
@@ -56,11 +57,13 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.watch.stopped:
+        # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
+        return trainer
     trainer.save_model(args.output_dir)
     if args.should_save:
-        write_json_atomically(
-            Path(args.output_dir) / LOG_FILE, {"recipe": recipe.given, "log_history": trainer.state.log_history}
-        )
+        log = {"recipe": recipe.given, "log_history": trainer.state.log_history, "environment": environment()}
+        write_json_atomically(Path(args.output_dir) / LOG_FILE, log)
     return trainer
 
 
