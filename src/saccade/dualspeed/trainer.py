@@ -133,7 +133,8 @@ class DualSpeedTrainer(SFTTrainer):
             with self.accelerator.autocast():
                 return self._step(mode, batch, normaliser, self._row_seed())
 
-        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        with self.watch.computing(inputs):
+            output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
         self.watch.see(output.loss, inputs)
         ranks = self.accelerator.num_processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

@@ -2,8 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.errors import SaccadeError
 from saccade.files import atomic_path
 
+WORKER_GRACE_SECONDS = 30
+
 
 class RunWatch(TrainerCallback):
     """Ends a run so that nothing is lost.
 
-    On SIGTERM all ranks finish the step that they are in, save a checkpoint and stop; `stopped` is then true. A loss or
-    a gradient norm that is not finite ends the run before the next checkpoint, and the batch is kept for a look.
+    On SIGTERM all ranks finish the step that they are in, save a checkpoint and stop; `stopped` is then true. A loss
+    or a gradient norm that is not finite ends the run before the next checkpoint, and the batch is kept for a look.
     """
 
     def __init__(self, trainer) -> None:
@@ -39,18 +43,17 @@ class RunWatch(TrainerCallback):
         """
         self.stopped = self._asked = False
         main_thread = threading.current_thread() is threading.main_thread()
-        # Data workers start within and inherit the handler: a signal to the whole group must not end them first.
         before = signal.signal(signal.SIGTERM, self._ask) if main_thread else None
         try:
             yield
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or isinstance(error, SaccadeError):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _is_dead_worker(error):
                 raise
             line = " ".join(str(error).split())
             raise SaccadeError(
                 f"dataloader_num_workers={self.trainer.args.dataloader_num_workers}: a process that prepares batches "
-                f"died after step {self.trainer.state.global_step} ({line}); it may have run out of memory, use fewer; "
-                f"{self._way_on()}"
+                f"died after step {self.trainer.state.global_step} ({line}); it may have run out of memory, "
+                f"use fewer; {self._way_on()}"
             ) from error
         finally:
             self._micro_batches.clear()
@@ -59,6 +62,12 @@ class RunWatch(TrainerCallback):
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Accelerate's loaders iterate over the one that they wrap.
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._micro_batches.clear()
@@ -76,6 +85,34 @@ class RunWatch(TrainerCallback):
         """Remember a micro-batch until its step is over. Nothing waits for the device here."""
         self._micro_batches.append((loss.detach(), inputs))
 
+    @contextmanager
+    def computing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Say which batch it was where inputs that are no numbers break the computation before there is a loss.
+
+        Raises:
+            SaccadeError: if the block raises and one of `inputs` is not finite.
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError, IndexError) as error:
+            bad = None if isinstance(error, SaccadeError) else self._not_finite(inputs)
+            if bad is None:
+                raise
+            raise SaccadeError(self._complaint(f"{bad} not finite", inputs)) from error
+
+    def _not_finite(self, inputs: Mapping[str, Any]) -> str | None:
+        """What of a batch, or of what the model sees in it, holds a value that is no number."""
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                return f"{name} is"
+        trainer = self.trainer
+        # One rank alone must not run a model whose weights the ranks hold together.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not trainer.family.has_images(inputs):
+            return None
+        with torch.no_grad(), trainer.accelerator.autocast():
+            features = trainer.family.encode(inputs).context.features
+        return None if features.isfinite().all() else "the visual features are"
+
     def check(self, grad_norm: Tensor | float | None) -> None:
         """Look at the losses and the gradient norm of a step, before its optimizer step where the engine allows it.
 
@@ -88,18 +125,23 @@ class RunWatch(TrainerCallback):
         # Loss scaling in float16 lets gradients overflow, and skips such a step itself.
         if not bad and (_is_finite(norm) or self.trainer.args.fp16):
             return
-        step, rank = self.trainer.state.global_step, self.trainer.args.process_index
         if not bad:
             raise SaccadeError(
-                f"the gradient norm is {norm} in step {step} with finite losses on rank {rank}: look at the other "
-                f"ranks' messages, lower learning_rate or train in float32; {self._way_on()}"
+                f"the gradient norm is {norm} in step {self.trainer.state.global_step} with finite losses on rank "
+                f"{self.trainer.args.process_index}: look at the other ranks' messages, lower learning_rate or train "
+                f"in float32; {self._way_on()}"
             )
         number = bad[0]
-        inputs = self._micro_batches[number][1]
-        kept = self._keep(inputs, step, rank)
-        raise SaccadeError(
-            f"the loss is {losses[number]} in step {step}, micro-batch {number} of rank {rank}: {self._name(inputs)}; "
-            f"{kept}look at these samples, lower learning_rate or train in float32; {self._way_on()}"
+        raise SaccadeError(self._complaint(f"the loss is {losses[number]}", self._micro_batches[number][1], number))
+
+    def _complaint(self, what: str, inputs: Mapping[str, Any], number: int | None = None) -> str:
+        """One line about a batch, which is kept; by default the one that comes after those seen."""
+        step, rank = self.trainer.state.global_step, self.trainer.args.process_index
+        number = len(self._micro_batches) if number is None else number
+        return (
+            f"{what} in step {step}, micro-batch {number} of rank {rank}: {self._name(inputs)}; "
+            f"{self._keep(inputs, step, rank)}look at these samples, lower learning_rate or train in float32; "
+            f"{self._way_on()}"
         )
 
     def _name(self, inputs: Mapping[str, Any]) -> str:
@@ -121,6 +163,31 @@ class RunWatch(TrainerCallback):
     def _way_on(self) -> str:
         newest = newest_checkpoint(self.trainer.args.output_dir)
         return "no checkpoint was saved yet" if newest is None else f"{newest} is whole, resume from it"
+
+
+@dataclass
+class WorkerStart:
+    """Lets a process that prepares batches outlive a SIGTERM to the whole group, so that the step can be finished.
+
+    Args:
+        then: what the loader wants to run in the worker.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        # Not for good: it must not outlive a main process that waits for it either.
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
+        if self.then is not None:
+            self.then(worker)
+
+
+def _is_dead_worker(error: Exception) -> bool:
+    """Whether an error says that a data worker died: torch's own, or the pipe that broke over a batch."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
 
 
 def _plain(value: Tensor | float | None) -> float | None:

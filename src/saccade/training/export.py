@@ -30,8 +30,8 @@ def export_model(
 ) -> dict[str, Any]:
     """Write what a run left in `source` as a checkpoint that stock transformers loads.
 
-    Adapters are merged into the model that they were trained on. The mode isolator and the run's settings come along as
-    files of their own, which stock loading does not look at and pruned inference uses. The written weights are read
+    Adapters are merged into the model that they were trained on. The mode isolator and the run's settings come along
+    as files of their own, which stock loading does not look at and pruned inference uses. The written weights are read
     back through the stock classes, and every key and value is compared, before the folder gets its name.
 
     Args:
@@ -54,6 +54,7 @@ def export_model(
     base = None
     if (source / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    _check_source(source if base is None else base, source)
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
@@ -85,6 +86,21 @@ def export_model(
     }
 
 
+def _check_source(weights: str | Path, source: Path) -> None:
+    """Stock loading fills missing weights with noise and warns; here that is an error."""
+    try:
+        _, info = AutoModelForImageTextToText.from_pretrained(weights, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(f"model={str(source)!r}: {str(weights)!r} cannot be loaded: {line}") from error
+    problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
+    if problems:
+        raise SaccadeError(
+            f"model={str(source)!r}: the weights in {str(weights)!r} are not whole: {problems}; "
+            "name another checkpoint of the run"
+        )
+
+
 def check_loads(folder: Path, model: PreTrainedModel) -> None:
     """Read `folder` through the stock classes and compare it with `model`.
 
@@ -111,8 +127,8 @@ def _check_paths(source: Path, output: Path) -> None:
         raise SaccadeError(f"model={str(source)!r} is no folder: name the output_dir of a run, or a checkpoint in it")
     if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SaccadeError(
-            f"model={str(source)!r} holds no config.json and no adapter_config.json: name the output_dir of a run that "
-            "has ended, or a checkpoint in it"
+            f"model={str(source)!r} holds no config.json and no adapter_config.json: name the output_dir of a run "
+            "that has ended, or a checkpoint in it"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SaccadeError(f"output={str(output)!r} exists: name a folder that does not, or remove it")

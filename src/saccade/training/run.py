@@ -22,7 +22,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     """Train a recipe and save model, processor, isolator and log in its `output_dir`.
 
     Returns:
-        The trainer after training. If SIGTERM ended it, `trainer.watch.stopped` is true, and only a checkpoint is saved.
+        The trainer after training. If SIGTERM ended it, `trainer.watch.stopped` is true and only a checkpoint saved.
 
     Raises:
         SaccadeError: on bad input, before training starts.
