@@ -32,9 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
     "evaluation": METHOD | {"data", "tiny", "report"},
-    "training": METHOD | {"data", "tiny", "report"},
+    "launch": BOTTOM,
+    "training": METHOD | {"data", "tiny", "report", "launch"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "demo"},
+    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "demo", "launch"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

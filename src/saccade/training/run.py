@@ -10,6 +10,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
+from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
@@ -38,7 +39,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     if options.lora and not model.config._name_or_path:
         # Adapters name the model that they belong to, and this one was not read from a folder.
         base = Path(args.output_dir) / "base"
-        model.save_pretrained(base)
+        if args.should_save:
+            model.save_pretrained(base)
         model.config._name_or_path = model.name_or_path = str(base)
     try:
         trainer = DualSpeedTrainer(
@@ -54,6 +56,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     except (ValueError, TypeError) as error:
         # TRL's own checks of options, such as packing, which it refuses for images.
         raise SaccadeError(" ".join(str(error).split())) from error
+    check_engine(trainer.accelerator)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
     trainer.train(resume_from_checkpoint=resume)
