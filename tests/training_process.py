@@ -2,7 +2,8 @@
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `kill_in_checkpoint` (kill -9
 in the middle of writing the checkpoint of that step), `lora`, and options of the config. Each step's mode and loss is
-appended to `steps.jsonl` in `output_dir` as it happens.
+appended to `steps.jsonl` in `output_dir` as it happens. Started by a launcher whose environment asks for FSDP, it lets
+accelerate shard on the CPU.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import make_trainer
 
 from saccade.data import digit_scenes
+from saccade.launch import check_engine
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 
 torch.set_num_threads(1)
@@ -43,12 +46,30 @@ class Recorder(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def allow_sharding_on_the_cpu() -> None:
+    """Accelerate takes FSDP for GPUs only, though PyTorch shards over gloo too."""
+    stock = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
 def main(options: dict) -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_sharding_on_the_cpu()
     resume = options.pop("resume", None)
     kill_at_step, kill_in_checkpoint = options.pop("kill_at_step", None), options.pop("kill_in_checkpoint", None)
     lora = options.pop("lora", False)
     # On one rank only: what happens when its batches hold no image.
     text_only_rank = options.pop("text_only_rank", None)
+    kill_rank = options.pop("kill_rank", 0)
     processor = build_tiny_processor()
     model = build_tiny_llava(processor, seed=0)
     config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
@@ -59,7 +80,8 @@ def main(options: dict) -> None:
         texts = digit_scenes("sft", "train", 64, kinds=["text_only"])
         collate = trainer.data_collator
         trainer.data_collator = lambda rows: collate([texts[index] for index in range(len(rows))])
-    trainer.add_callback(Recorder(trainer, kill_at_step))
+    check_engine(trainer.accelerator)
+    trainer.add_callback(Recorder(trainer, kill_at_step if trainer.args.process_index == kill_rank else None))
     if kill_in_checkpoint is not None:
         write = trainer._save_rng_state
 

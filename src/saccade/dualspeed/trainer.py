@@ -30,6 +30,7 @@ from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.schedule import Mode, ModeSchedule
+from saccade.dualspeed.sharding import WithBlankImage, layer_classes
 from saccade.dualspeed.step import DualSpeedStep, StepOutput
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
@@ -89,6 +90,13 @@ class DualSpeedTrainer(SFTTrainer):
                 chat_template=self.chat_template,
                 placeholder_id=self.family.placeholder_id,
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.data_collator = WithBlankImage(
+                self.data_collator, self.family.placeholder_id, conversational="messages" in columns
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            classes = layer_classes(self.family.model, self.family.language_layers)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
         self._freeze()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.is_ordinary
