@@ -40,8 +40,6 @@ RESUME_FIELDS = (
     "bf16",
     "fp16",
     "data_seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
     "seed",
 )
 

@@ -17,8 +17,8 @@ class WithBlankImage:
     """Adds one sample with a blank image and no labels to a batch without images.
 
     FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text
-    would run neither the vision tower nor a teacher, and the others would wait for it forever. The sample that is added goes
-    through every module in every mode, and as no token of it is learned, its gradients are zeros.
+    would run neither the vision tower nor a teacher, and the others would wait for it forever. The sample that is
+    added goes through every module in every mode, and as no token of it is learned, its gradients are zeros.
 
     Args:
         collate: the collator, from rows to a batch with `input_ids` and `labels`.

@@ -297,7 +297,13 @@ class DualSpeedTrainer(SFTTrainer):
     def _resume_state(self) -> dict[str, Any]:
         """What a run that goes on from this one must share with it."""
         lora = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
-        return {**self.args.resume_state(), "num_processes": self.args.world_size, "lora": lora}
+        args, engine = self.args, "ddp"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "fsdp" if self.is_fsdp_enabled else "deepspeed"
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # DeepSpeed writes each rank's shard of the optimizer, which another number of ranks cannot read.
+        ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
+        return {**args.resume_state(), "global_batch_size": batch, "engine": engine, **ranks, "lora": lora}
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
