@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import subprocess
 import sys
 
 PASS_UNKNOWN = True
@@ -26,22 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machines", type=int, default=None, help="number of machines (default: 1)")
     parser.add_argument("--machine-rank", type=int, default=None, help="number of this machine, from 0 (default: 0)")
     parser.add_argument("--main-address", default=None, metavar="HOST:PORT", help="where machine 0 listens")
+    parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
     parser.epilog = f"Any field of the recipe can be given as --field value.\n\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
-    from saccade.training import load_recipe
-
     if args.launch is not None:
         return _launch(args)
     _check_alone(args)
+    from saccade.training import LOG_FILE, load_recipe, train_recipe
+
     recipe = load_recipe(args.recipe, args.overrides)
-    return _train(recipe)
-
-
-def _train(recipe) -> int:
-    from saccade.training import LOG_FILE, train_recipe
-
+    if args.check:
+        return 0
     trainer = train_recipe(recipe)
     if recipe.trainer.should_save and trainer.watch.stopped:
         checkpoint = f"{recipe.trainer.output_dir}/checkpoint-{trainer.state.global_step}"
@@ -58,16 +56,17 @@ def _train(recipe) -> int:
 def _launch(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
     from saccade.launch import make_plan, run_processes
-    from saccade.training import load_recipe
 
     if "LOCAL_RANK" in os.environ:
         raise SaccadeError(
             f"launch={args.launch!r} inside a process of another launcher: leave --launch out, or start it plainly"
         )
     plan = make_plan(args.launch, args.processes, args.machines or 1, args.machine_rank or 0, args.main_address)
-    # Once, and before anything starts, so that a mistake is one line and not one a process.
-    load_recipe(args.recipe, args.overrides)
-    return run_processes(plan, [sys.executable, "-m", "saccade.cli.main", "train", args.recipe, *args.overrides])
+    command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
+    # Once, so that a mistake is one line and not one a process; not here, since the options look at the GPU and would
+    # hold memory of it from then on.
+    status = subprocess.run([*command, "--check", *args.overrides]).returncode
+    return status or run_processes(plan, [*command, *args.overrides])
 
 
 def _check_alone(args: argparse.Namespace) -> None:
