@@ -1,10 +1,12 @@
 """What ends a run before its time: SIGTERM, a loss that is no number, a dead data worker. Each is made to happen."""
 
+import ast
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +193,19 @@ def test_a_nan_loss_is_one_line_on_the_command_line(tmp_path, capsys):
     assert main(["train", "tiny-digits/sft", "--model", "tiny", "--output_dir", str(tmp_path), *flags]) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(r"saccade: error: the (loss|visual features|gradient norm) (is|are) .* in step \d", line)
+
+
+def fault_rows():
+    page = (Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("row", fault_rows(), ids=lambda row: row[0][:40])
+def test_every_fault_of_the_page_is_made_to_happen(row):
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row[2])
+    assert named, f"no test for {row[0]!r}"
+    for file, test in named:
+        tree = ast.parse((Path(__file__).parent.parent / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in functions, f"{file} has no {test}"
