@@ -61,7 +61,7 @@ def test_stock_transformers_loads_it(trained, tmp_path):
 
 
 def test_the_card_says_what_was_set_and_measured(trained, tmp_path):
-    folder, *_ = trained
+    folder, _, _, kind = trained
     export_model(folder, tmp_path / "out", license_name="apache-2.0")
     card = (tmp_path / "out" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
@@ -72,7 +72,11 @@ def test_the_card_says_what_was_set_and_measured(trained, tmp_path):
     history = json.loads((folder / "log.json").read_text())["log_history"]
     loss = [entry["loss"] for entry in history if "loss" in entry][-1]
     assert f"| training loss, last log | {loss:.6g} |" in body.replace("  ", " ")
+    assert "| KL(fast \\|\\| slow), last log |" in body
+    assert ("| `lora_r` | 4 |" in body) == (kind == "lora")
     assert "## Evaluation" not in body
+    assert str(tmp_path) not in card
+    assert str(folder.parent) not in card
 
 
 def test_the_command_line_and_a_dtype(trained, tmp_path, capsys):

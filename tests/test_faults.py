@@ -187,6 +187,17 @@ def test_a_dead_data_worker_is_one_line(processor, tmp_path, scenes):
     assert ("no checkpoint" if newest is None else f"{newest} is whole") in str(error.value)
 
 
+def test_an_error_inside_a_data_worker_is_not_taken_for_its_death(processor, tmp_path, scenes):
+    class Broken(Killer):
+        def __getitem__(self, index):
+            raise RuntimeError("a bug in the data set")
+
+    trainer = trainer_for(processor, tmp_path, dataloader_num_workers=1)
+    trainer.train_dataset = Broken(scenes, 0)
+    with pytest.raises(RuntimeError, match="a bug in the data set"):
+        trainer.train()
+
+
 def test_a_nan_loss_is_one_line_on_the_command_line(tmp_path, capsys):
     flags = ["--max_steps", "40", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
     flags += ["--dataset_rows", "16", "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0"]

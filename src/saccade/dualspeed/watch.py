@@ -185,7 +185,8 @@ class WorkerStart:
 def _is_dead_worker(error: Exception) -> bool:
     """Whether an error says that a data worker died: torch's own, or the pipe that broke over a batch."""
     if isinstance(error, RuntimeError):
-        return "DataLoader worker" in str(error)
+        # "Caught RuntimeError in DataLoader worker process 0" is an error of the worker's own, which lives.
+        return "DataLoader worker (pid" in str(error)
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
 

@@ -15,7 +15,7 @@ MEASURED = {
     "loss": "training loss, last log",
     "loss_fast": "cross-entropy of fast steps, last log",
     "loss_slow": "cross-entropy of slow steps, last log",
-    "kl": "KL(fast \\|\\| slow), last log",
+    "kl": "KL(fast || slow), last log",
     "steps_fast": "fast steps",
     "steps_slow": "slow steps",
     "length_full": "tokens a sample, before pruning",
@@ -26,6 +26,8 @@ MEASURED = {
     "train_runtime": "training time, seconds",
     "eval_loss": "evaluation loss, last",
 }
+# Where and how often something was written says nothing about the model.
+HOUSEKEEPING = {"output_dir", "resume", "report_to", "disable_tqdm", "logging_steps", "save_steps", "save_total_limit"}
 
 
 def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: str | None = None) -> str:
@@ -46,8 +48,8 @@ def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: 
         f"# {name}\n",
         _first_words(facts, base, run, source),
         _usage(facts["architecture"], (source / ISOLATOR_FILE).is_file()),
-        _settings(run.get("config", {}), recipe),
-        _training(history, run, log.get("environment", {})),
+        _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
+        _training(history, run, log.get("environment", {}), log.get("date")),
         _evaluation(_read(source / "eval.json")),
     ]
     return "\n".join(part for part in parts if part)
@@ -69,7 +71,8 @@ def _front_matter(base: str | None, license_name: str | None) -> str:
 
 def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, Any], source: Path) -> str:
     words = f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['dtype']}"
-    words += f", trained from `{base}`" if base else ""
+    # A path of this machine says nothing elsewhere but for its last part.
+    words += f", trained from `{Path(base).name if Path(base).exists() else base}`" if base else ""
     step = f" It is the model after step {run['global_step']}." if "global_step" in run else ""
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
 
@@ -91,14 +94,20 @@ def _usage(architecture: str, isolator: bool) -> str:
     )
 
 
-def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
     """A table of every setting: those that a resumed run must share, then the rest of the recipe as written."""
-    rows = [[f"`{name}`", _value(value)] for name, value in config.items() if value not in (None, {}, [])]
-    rows += [[f"`{name}`", _value(value)] for name, value in recipe.items() if name not in config]
+    entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
+    values = {**recipe, **config, **lora, "lora": bool(adapters)}
+    order = [*config, *lora, *recipe]
+    names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
+    rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
 
 
-def _training(history: list[Mapping[str, Any]], run: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+def _training(
+    history: list[Mapping[str, Any]], run: Mapping[str, Any], environment: Mapping[str, Any], date: str | None
+) -> str:
     last: dict[str, Any] = {}
     for entry in history:
         last.update(entry)
@@ -107,7 +116,7 @@ def _training(history: list[Mapping[str, Any]], run: Mapping[str, Any], environm
     rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("full", "trained", "teacher") if name in tokens]
     if not rows:
         return ""
-    return f"## Measured in training\n\n{markdown_table(['figure', 'value'], rows)}{_where(environment)}"
+    return f"## Measured in training\n\n{markdown_table(['figure', 'value'], rows)}{_where(environment, date)}"
 
 
 def _evaluation(result: Mapping[str, Any]) -> str:
@@ -128,14 +137,15 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     return f"{title}{table}{_where(result.get('environment', {}))}"
 
 
-def _where(environment: Mapping[str, Any]) -> str:
+def _where(environment: Mapping[str, Any], date: str | None = None) -> str:
     if not environment:
         return ""
     gpus = ", ".join(gpu["name"] for gpu in environment.get("gpus", []))
     hardware = gpus or f"{environment.get('cpu')}, {environment.get('threads')} threads"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
-    return f"\nHardware: {hardware}. Versions: {versions}.\n"
+    when = f" Date: {date}." if date else ""
+    return f"\nHardware: {hardware}. Versions: {versions}.{when}\n"
 
 
 def _value(value: Any) -> str:

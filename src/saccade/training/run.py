@@ -1,5 +1,6 @@
 """Train what a recipe describes, from its first check to the saved model."""
 
+from datetime import date
 from pathlib import Path
 
 from peft import LoraConfig
@@ -65,7 +66,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
         return trainer
     trainer.save_model(args.output_dir)
     if args.should_save:
-        log = {"recipe": recipe.given, "log_history": trainer.state.log_history, "environment": environment()}
+        log = {"recipe": recipe.given, "log_history": trainer.state.log_history}
+        log |= {"date": date.today().isoformat(), "environment": environment()}
         write_json_atomically(Path(args.output_dir) / LOG_FILE, log)
     return trainer
 
