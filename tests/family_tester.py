@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from family_models import Tiny, collate_samples, mixed_rows, video_samples
-from helpers import make_config
+from helpers import fast_slow_step, make_config
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +21,10 @@ from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.step import DualSpeedStep
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import Encoded, Family, get_family
+from saccade.families.collect import encode_for
 from saccade.pruning import ModeIsolator, reduce, shorten
 from saccade.reducers import get_reducer
+from saccade.tokens import TokenBudget
 
 RATIO = 0.7
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -121,8 +123,8 @@ def check_original_equals_masked(case: Case, reducer: str) -> None:
     """Kept places, merged values and all, equal the full sequence with the dropped tokens hidden from attention."""
     family, inputs = case.family, case.inputs
     with torch.no_grad():
-        encoded = family.encode(inputs, get_reducer(reducer).needs)
-    reduction = reduce(encoded.context, get_reducer(reducer), RATIO)
+        encoded = encode_for(family, get_reducer(reducer), inputs, TokenBudget(RATIO))
+    reduction = reduce(encoded.context, get_reducer(reducer), TokenBudget(RATIO))
     short = shorten(family, encoded, inputs, reduction, positions="original")
     context = encoded.context
     tokens = context.shape[1]
@@ -217,7 +219,8 @@ def check_gradients(case: Case, reducer: str) -> None:
     def watching(*args: Any, **kwargs: Any) -> Encoded:
         encoded = encode(*args, **kwargs)
         for features in (encoded.context.features, *encoded.deeper):
-            features.retain_grad()
+            if features.requires_grad:  # a teacher's smaller images are encoded without
+                features.retain_grad()
         seen["encoded"] = encoded
         return encoded
 
@@ -225,7 +228,7 @@ def check_gradients(case: Case, reducer: str) -> None:
     step = make_step(family, reducer, isolator)
     step("fast", case.batch, 1.0).loss.backward()
     context = seen["encoded"].context
-    reduction = reduce(context, get_reducer(reducer), RATIO)
+    reduction = reduce(context, get_reducer(reducer), TokenBudget(RATIO))
     if reduction.weight is None:
         used = kept_mask(reduction.index, context.shape[1])
     else:
@@ -251,16 +254,7 @@ def kept_mask(index: Tensor, tokens: int) -> Tensor:
 
 
 def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> DualSpeedStep:
-    return DualSpeedStep(
-        family=family,
-        reducer=get_reducer(reducer),
-        prune_ratio=RATIO,
-        isolator=isolator,
-        distill_weight=1.0,
-        distill_temperature=1.0,
-        positions="original",
-        pad_id=0,
-    )
+    return fast_slow_step(family, reducer, TokenBudget(RATIO), isolator, positions="original")
 
 
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:

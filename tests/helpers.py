@@ -5,6 +5,13 @@ from typing import Any
 
 from saccade import DualSpeedConfig, DualSpeedTrainer
 from saccade.data import digit_scenes
+from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.sequence import FullSequence, PrunedSequence
+from saccade.dualspeed.step import DualSpeedStep, ModePlan
+from saccade.families import Family, get_family
+from saccade.pruning import ModeIsolator
+from saccade.reducers import Reducer, get_reducer
+from saccade.tokens import TokenBudget
 
 ORDINARY = {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0}
 PRUNE_ONLY = {"slow_probability": 0.0, "isolator_length": 0}
@@ -37,6 +44,29 @@ def make_trainer(model, processor, output_dir, rows=None, peft_config=None, **op
         processing_class=processor,
         peft_config=peft_config,
     )
+
+
+def fast_slow_schedule(seed: int, slow_probability: float, kind: str = "bernoulli") -> ModeSchedule:
+    """The schedule of the published two modes."""
+    return ModeSchedule(seed, {"fast": 1 - slow_probability, "slow": slow_probability}, kind)
+
+
+def fast_slow_step(
+    model,
+    reducer: str | Reducer = "divprune",
+    budget: TokenBudget | None = None,
+    isolator: ModeIsolator | None = None,
+    positions: str = "compact",
+    distill: bool = True,
+    distill_weight: float = 1.0,
+    distill_temperature: float = 1.0,
+) -> DualSpeedStep:
+    """The step of the published two modes."""
+    family = model if isinstance(model, Family) else get_family(model)
+    reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
+    fast = PrunedSequence(family, reducer, budget or TokenBudget(), isolator, positions, pad_id=0)
+    modes = {"fast": ModePlan(fast), "slow": ModePlan(FullSequence(), fast if distill else None)}
+    return DualSpeedStep(family, modes, distill_weight, distill_temperature)
 
 
 def losses(trainer) -> list[float]:

@@ -42,7 +42,9 @@ def package(tmp_path_factory) -> Path:
 
 
 def run(package: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    variables = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The package under test may itself be found through the variable.
+    paths = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=cwd or package)
 

@@ -94,7 +94,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, demo, eval"),
+            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, data, "),
             (["--frobnicate"], "--frobnicate"),
             (["probe"], "the following arguments are required: FILE (see `saccade probe --help`)"),
             (["probe", "a", "--speed", "9"], "unknown flag '--speed' (see `saccade probe --help`)"),
@@ -193,10 +193,11 @@ class TestReducers:
         assert json.loads(target.read_text()) == list(entries.values())
         assert sorted(entries) == list_reducers()
         for name, entry in entries.items():
-            assert entry["kind"] in ("select", "merge"), name
+            assert entry["kind"] in ("select", "merge", "resize"), name
             assert len(entry["description"]) > 20, name
         assert entries["divprune"]["kind"] == "select"
         assert entries["avgpool"]["kind"] == "merge"
+        assert entries["downsample"]["kind"] == "resize"
         assert entries["random"]["options"] == {"seed": 0}
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import fast_slow_step
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -13,14 +14,13 @@ from transformers import (
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from saccade import prune_inputs
-from saccade.dualspeed.step import DualSpeedStep
 from saccade.errors import SaccadeError
 from saccade.families import collect, get_family
 from saccade.families.base import Encoded
 from saccade.families.collect import AttentionBlock, Patches, encode_for, pool_patches
 from saccade.families.llava import LlavaFamily
 from saccade.reducers import get_reducer, list_reducers
-from saccade.tokens import VisualContext
+from saccade.tokens import TokenBudget, VisualContext
 
 ATTENTION = frozenset({"saliency", "keys"})
 DEMANDING = [name for name in list_reducers() if get_reducer(name).needs]
@@ -185,10 +185,10 @@ def test_nothing_is_hooked_for_a_reducer_without_needs(model, inputs, monkeypatc
     family = get_family(model)
     family.encode(inputs)  # transformers' own hooks
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", refuse)
-    encode_for(family, get_reducer("divprune"), inputs)
-    encode_for(family, get_reducer("cdpruner"), inputs)  # relevance needs no hook either
+    encode_for(family, get_reducer("divprune"), inputs, TokenBudget())
+    encode_for(family, get_reducer("cdpruner"), inputs, TokenBudget())  # relevance needs no hook either
     with pytest.raises(AssertionError, match="hooked"):
-        encode_for(family, get_reducer("fastervlm"), inputs)
+        encode_for(family, get_reducer("fastervlm"), inputs, TokenBudget())
 
 
 def test_under_peft_checkpointing_and_autocast(model, inputs):
@@ -233,7 +233,7 @@ def test_a_tower_without_a_known_block_is_refused(model, inputs):
 def test_every_reducer_gets_what_it_needs_in_training_and_inference(name, model, batch, inputs):
     pruned = prune_inputs(model, inputs, reducer=name, prune_ratio=0.9)
     assert model.generate(**pruned, max_new_tokens=3, do_sample=False).shape[0] == inputs["input_ids"].shape[0]
-    step = DualSpeedStep(get_family(model), get_reducer(name), 0.9, None, 1.0, 1.0, "compact", 0)
+    step = fast_slow_step(model, name)
     for mode in ("fast", "slow"):
         output = step(mode, batch, 10.0)
         assert torch.isfinite(output.loss)

@@ -9,6 +9,7 @@ from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator, keep_budget
 from saccade.reducers import get_reducer, list_reducers
+from saccade.tokens import TokenBudget
 
 
 def forward(model, inputs):
@@ -46,7 +47,7 @@ def test_original_positions_equal_masking_the_dropped_tokens(model, batch, reduc
     pruned = prune_inputs(model, batch, reducer, 0.8, positions="original", padding_side="right")
     family = get_family(model)
     encoded = family.encode(batch)
-    reduction = get_reducer(reducer)(encoded.context, keep=keep_budget(encoded.context, 0.8))
+    reduction = get_reducer(reducer)(encoded.context, keep=keep_budget(encoded.context, TokenBudget(0.8)))
     kept = torch.zeros(encoded.context.shape[:2], dtype=torch.bool).scatter_(1, reduction.index, True)
     hidden = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     hidden[family.placeholder(batch["input_ids"])] = ~kept.reshape(-1)

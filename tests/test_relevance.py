@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from helpers import fast_slow_step
 from transformers import CLIPConfig, CLIPModel
 
 from saccade import prune_inputs
-from saccade.dualspeed.step import DualSpeedStep
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.collect import encode_for
 from saccade.families.relevance import load_text_tower, row_samples, special_ids, user_words
 from saccade.reducers import get_reducer
 from saccade.tiny import build_tiny_llava, build_tiny_processor
+from saccade.tokens import TokenBudget
 
 RELEVANCE = frozenset({"relevance"})
 IGNORED = -100
@@ -159,7 +160,7 @@ class TestTextTower:
     @torch.no_grad()
     def test_minus_the_mean_cosine_over_segments_then_turns(self, model, batch, folder, processor):
         reducer = get_reducer("cdpruner", text_tower=folder, tokenizer=folder)
-        encoded = encode_for(get_family(model), reducer, batch, batch["labels"])
+        encoded = encode_for(get_family(model), reducer, batch, TokenBudget(), batch["labels"])
         clip = CLIPModel.from_pretrained(folder).eval()
         patches = clip.visual_projection(
             clip.vision_model.post_layernorm(
@@ -203,7 +204,7 @@ class TestTextTower:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         pruned = prune_inputs(model, inputs, reducer="cdpruner", reducer_options=options)
         assert pruned["input_ids"].shape[1] < inputs["input_ids"].shape[1]
-        step = DualSpeedStep(get_family(model), get_reducer("cdpruner", **options), 0.9, None, 1.0, 1.0, "compact", 0)
+        step = fast_slow_step(model, get_reducer("cdpruner", **options))
         step("fast", batch, 10.0).loss.backward()
         assert not any(p.requires_grad for p in load_text_tower(folder, folder).model.parameters())
 
@@ -215,8 +216,10 @@ class TestTextTower:
             ({"text_tower": folder}, "option 'tokenizer'"),
         ):
             with pytest.raises(SaccadeError, match=message):
-                encode_for(family, get_reducer("cdpruner", **options), batch)
+                encode_for(family, get_reducer("cdpruner", **options), batch, TokenBudget())
         narrow = build_tiny_llava(processor)
         narrow.config.vision_feature_layer = [-2]
         with pytest.raises(SaccadeError, match="width 96, but the model's vision tower gives no features"):
-            encode_for(get_family(narrow), get_reducer("cdpruner", text_tower=folder, tokenizer=folder), batch)
+            encode_for(
+                get_family(narrow), get_reducer("cdpruner", text_tower=folder, tokenizer=folder), batch, TokenBudget()
+            )

@@ -3,18 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import fast_slow_step
 
 from saccade import prune_inputs
-from saccade.dualspeed.step import DualSpeedStep
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import get_reducer
-
-
-def make_step(model, isolator=None, **options):
-    values = {"prune_ratio": 0.9, "distill_weight": 1.0, "distill_temperature": 1.0, "positions": "compact"}
-    values |= {"reducer": get_reducer("divprune"), "pad_id": 0, **options}
-    return DualSpeedStep(family=get_family(model), isolator=isolator, **values)
 
 
 def shifted(logits, labels):
@@ -51,7 +45,7 @@ def batch(collator, mixed_rows):
 @pytest.mark.parametrize("length", [0, 4])
 def test_fast_loss_is_the_cross_entropy_of_the_pruned_sequence(model, batch, positions, length):
     isolator = ModeIsolator(length, model.config.text_config.hidden_size) if length else None
-    got = make_step(model, isolator, positions=positions)("fast", batch, normaliser=10.0)
+    got = fast_slow_step(model, isolator=isolator, positions=positions)("fast", batch, normaliser=10.0)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     pruned = prune_inputs(model, inputs, "divprune", 0.9, isolator, positions, padding_side="right")
     rows, targets = shifted(model(**pruned).logits, pruned_labels(model, batch, pruned))
@@ -64,7 +58,7 @@ def test_fast_loss_is_the_cross_entropy_of_the_pruned_sequence(model, batch, pos
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_slow_loss_is_cross_entropy_plus_divergence_from_the_fast_pass(model, batch, temperature):
     isolator = ModeIsolator(4, model.config.text_config.hidden_size)
-    step = make_step(model, isolator, distill_weight=0.5, distill_temperature=temperature)
+    step = fast_slow_step(model, isolator=isolator, distill_weight=0.5, distill_temperature=temperature)
     got = step("slow", batch, normaliser=10.0)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     pruned = prune_inputs(model, inputs, "divprune", 0.9, isolator, padding_side="right")
@@ -82,7 +76,7 @@ def test_slow_loss_is_cross_entropy_plus_divergence_from_the_fast_pass(model, ba
 def test_the_images_are_encoded_once_in_either_mode(model, batch):
     calls = []
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    step = make_step(model, ModeIsolator(4, model.config.text_config.hidden_size))
+    step = fast_slow_step(model, isolator=ModeIsolator(4, model.config.text_config.hidden_size))
     for mode in ("fast", "slow"):
         calls.clear()
         step(mode, batch, 1.0)
@@ -97,14 +91,14 @@ def test_gradients_of_a_fast_step(model, batch):
     seen = {}
     original = family.encode
 
-    def encode(inputs):
-        encoded = original(inputs)
+    def encode(inputs, *args, **kwargs):
+        encoded = original(inputs, *args, **kwargs)
         encoded.context.features.retain_grad()
         seen["features"] = encoded.context.features
         return encoded
 
     family.encode = encode
-    step = make_step(model, isolator)
+    step = fast_slow_step(model, isolator=isolator)
     step.family = family
     step("fast", batch, 1.0).loss.backward()
     grad = seen["features"].grad
@@ -119,7 +113,7 @@ def test_gradients_of_a_fast_step(model, batch):
 
 def test_the_isolator_gets_a_zero_gradient_in_a_slow_step(model, batch):
     isolator = ModeIsolator(4, model.config.text_config.hidden_size)
-    make_step(model, isolator)("slow", batch, 1.0).loss.backward()
+    fast_slow_step(model, isolator=isolator)("slow", batch, 1.0).loss.backward()
     assert torch.equal(isolator.weight.grad, torch.zeros_like(isolator.weight))
 
 
@@ -127,12 +121,12 @@ def test_the_teacher_runs_without_dropout_and_leaves_the_mode_alone(model, batch
     model.train()
     for layer in model.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.5
-    step = make_step(model)
+    step = fast_slow_step(model)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     encoded = step.family.encode(inputs)
     text = step.family.without_vision(inputs)
-    first, _ = step._teacher_rows(encoded, text, batch["labels"])
-    second, _ = step._teacher_rows(encoded, text, batch["labels"])
+    first, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
+    second, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
     assert torch.equal(first, second)
     assert all(module.training for module in model.modules())
 
@@ -142,7 +136,7 @@ def test_text_only_batch(model, collator, mixed_rows, mode):
     """One plain pass, no teacher, and a gradient for the isolator all the same."""
     batch = dict(collator(mixed_rows[2:3]))
     isolator = ModeIsolator(4, model.config.text_config.hidden_size)
-    got = make_step(model, isolator)(mode, batch, 1.0)
+    got = fast_slow_step(model, isolator=isolator)(mode, batch, 1.0)
     rows, targets = shifted(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
     torch.testing.assert_close(got.loss, F.cross_entropy(rows, targets, reduction="sum"))
     assert got.kl is None
@@ -151,7 +145,7 @@ def test_text_only_batch(model, collator, mixed_rows, mode):
 
 
 def test_random_reducer_draws_anew_each_step(model, batch):
-    step = make_step(model, reducer=get_reducer("random"))
+    step = fast_slow_step(model, reducer="random")
     one, again, other = (step("fast", batch, 1.0, row_seed=seed).loss for seed in (1, 1, 2))
     assert one == again
     assert one != other
@@ -160,6 +154,6 @@ def test_random_reducer_draws_anew_each_step(model, batch):
 def test_labels_of_placeholders_are_ignored(model, batch):
     image = batch["input_ids"] == model.config.image_token_id
     spoilt = {**batch, "labels": batch["labels"].masked_fill(image, model.config.image_token_id)}
-    step = make_step(model)
+    step = fast_slow_step(model)
     for mode in ("fast", "slow"):
         assert step(mode, batch, 1.0).loss == step(mode, spoilt, 1.0).loss

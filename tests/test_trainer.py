@@ -114,6 +114,8 @@ def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
             assert (f"step_seconds_{mode}" in entry) == (mode in window)
             assert entry[f"steps_{mode}"] == modes[: 2 * number + 2].count(mode)
         assert ("kl" in entry) == ("slow" in window)
+        assert ("teacher_seconds_slow" in entry) == ("slow" in window)
+        assert entry.get("teacher_seconds_slow", 0) < entry.get("step_seconds_slow", 1)
         assert entry["length_in"] <= entry["length_full"]
         assert entry["tokens_per_second"] > 0
     full, run = (sum(2 * 4 * entry[name] for entry in logs) for name in ("length_full", "length_in"))
@@ -122,7 +124,7 @@ def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
     assert 1 < logs[-1]["speedup_tokens"] < full / run
     seconds = trainer.meter.step_seconds
     means = {mode: sum(values[1:]) / len(values[1:]) for mode, values in seconds.items()}
-    teacher = sum(trainer.meter.teacher_seconds[1:]) / len(trainer.meter.teacher_seconds[1:])
+    teacher = sum(trainer.meter.teacher_seconds["slow"][1:]) / len(trainer.meter.teacher_seconds["slow"][1:])
     mean = sum(len(seconds[mode]) * means[mode] for mode in seconds) / 8
     assert logs[-1]["speedup"] == pytest.approx((means["slow"] - teacher) / mean, rel=1e-4)
 
@@ -199,7 +201,7 @@ def test_lora_trains_and_saves_adapters_and_isolator(model, processor, tmp_path)
     assert not any("isolator" in key for key in keys)
     assert torch.equal(ModeIsolator.load(tmp_path / "final").weight, trainer.isolator.weight)
     assert trainer.mode_of(0) in ("fast", "slow")
-    assert trainer.schedule.slow_probability == 0.5
+    assert trainer.schedule.shares == {"fast": 0.5, "slow": 0.5}
 
 
 def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path):

@@ -9,11 +9,13 @@ from PIL import Image
 
 from saccade.cli.main import main
 from saccade.families import get_family
+from saccade.families.collect import encode_for
+from saccade.images import open_image
 from saccade.reducers import get_reducer, list_reducers
 from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_A_ROW, TITLE_HEIGHT
-from saccade.report.view import _process, _seen_part, read_image
+from saccade.report.view import _process, _seen_part
 from saccade.tiny import load_tiny, save_tiny
-from saccade.tokens.budget import keep_count
+from saccade.tokens import Reduction, TokenBudget, keep_count
 
 SIDE = 28  # pixels a patch of 12 x 12 in a panel of 336
 
@@ -41,6 +43,14 @@ def outlined(sheet: Image.Image, panel: int) -> list[int]:
     return found
 
 
+def check_smaller_image(panel: dict, reduction: Reduction, outlined: list[int]) -> None:
+    """3 x 4 tokens, each of which stands for the block of 4 x 3 that lies around it."""
+    assert panel["kept"] == reduction.index[0].tolist() == outlined
+    assert len(panel["kept"]) == 12
+    for token, target in enumerate(panel["merged_into"]):
+        assert (token // 12 // 4, token % 12 // 3) == (target // 12 // 4, target % 12 // 3)
+
+
 def test_every_reducer_on_the_embedded_model(photo, tmp_path, capsys):
     output = tmp_path / "pictures" / "all.png"
     assert main(["view", str(photo), "--reducer", "all", "--output", str(output)]) == 0
@@ -48,14 +58,17 @@ def test_every_reducer_on_the_embedded_model(photo, tmp_path, capsys):
     assert [panel["reducer"] for panel in report["panels"]] == list_reducers()
     assert report["grid"] == [12, 12]
     model, processor = load_tiny()
-    inputs = _process(processor, read_image(photo), "Describe the image.")
+    inputs = _process(processor, open_image(photo), "Describe the image.")
     printed = capsys.readouterr().out
     with Image.open(output) as sheet:
         sheet = sheet.convert("RGB")
         for number, panel in enumerate(report["panels"]):
             reducer = get_reducer(panel["reducer"])
-            context = get_family(model).encode(inputs, reducer.needs).context
+            context = encode_for(get_family(model), reducer, inputs, TokenBudget(0.9)).context
             reduction = reducer(context, keep_count(144, 0.9))
+            if panel["reducer"] == "downsample":
+                check_smaller_image(panel, reduction, outlined(sheet, number))
+                continue
             assert panel["kept"] == reduction.index[0].tolist() == outlined(sheet, number)
             assert f"{panel['reducer']}: {len(panel['kept'])} of 144 tokens" in printed
             assert ("merged_into" in panel) == (reduction.weight is not None)
@@ -99,9 +112,9 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
     cut.write_bytes(photo.read_bytes()[:2000])
     for arguments, words in (
         ([str(tmp_path / "none.png")], "does not exist"),
-        ([str(text)], "no image that Pillow can read"),
-        ([str(cut)], "cannot be read"),
-        ([str(tmp_path)], "cannot be read"),
+        ([str(text)], "is no image: replace it"),
+        ([str(cut)], "cannot be decoded"),
+        ([str(tmp_path)], "cannot be decoded"),
         ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is not known"),
         ([str(photo), "--reducer", "tome,tome"], "given twice"),
         ([str(photo), "--prune-ratio", "1"], "prune_ratio=1.0"),

@@ -7,14 +7,26 @@ if TYPE_CHECKING:
     from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer
     from saccade.errors import SaccadeError
     from saccade.pruning import prune_inputs
+    from saccade.skip_vision import SkipVisionConfig, apply_skip_vision, load_skip_vision
 
 __version__ = "0.1.0"
-__all__ = ["DualSpeedConfig", "DualSpeedTrainer", "SaccadeError", "prune_inputs"]
+__all__ = [
+    "DualSpeedConfig",
+    "DualSpeedTrainer",
+    "SaccadeError",
+    "SkipVisionConfig",
+    "apply_skip_vision",
+    "load_skip_vision",
+    "prune_inputs",
+]
 
 _HOMES = {
     "DualSpeedConfig": "saccade.dualspeed",
     "DualSpeedTrainer": "saccade.dualspeed",
     "SaccadeError": "saccade.errors",
+    "SkipVisionConfig": "saccade.skip_vision",
+    "apply_skip_vision": "saccade.skip_vision",
+    "load_skip_vision": "saccade.skip_vision",
     "prune_inputs": "saccade.pruning",
 }
 

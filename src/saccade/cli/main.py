@@ -18,8 +18,11 @@ from saccade.errors import SaccadeError
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
+    "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
+    "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
+    "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),

@@ -6,6 +6,7 @@ EXAMPLES = """
 saccade view photo.jpg
 saccade view photo.jpg --reducer divprune,visionzip,tome --prune-ratio 0.95 --output kept.png
 saccade view photo.jpg --reducer cdpruner --prompt "How many digits are there?" --model out/sft
+saccade view photo.jpg --reducer divprune,downsample --keep-tokens 32
 saccade view photo.jpg --reducer all
 """
 
@@ -21,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prune-ratio", type=float, default=0.9, metavar="P", help="share of tokens to drop (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, in place of the ratio"
     )
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
@@ -39,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the picture and say where it is."""
     from saccade.errors import SaccadeError
+    from saccade.images import open_image
     from saccade.reducers import get_reducer, list_reducers
-    from saccade.report.view import read_image, view_reducers
-    from saccade.tokens.budget import check_prune_ratio
+    from saccade.report.view import view_reducers
+    from saccade.tokens import TokenBudget
 
     names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
@@ -50,13 +55,15 @@ def run(args: argparse.Namespace) -> int:
     # Before anything is loaded, so that a slip costs no wait.
     for name in names:
         get_reducer(name)
-    check_prune_ratio(args.prune_ratio)
-    image = read_image(args.image)
+    TokenBudget(args.prune_ratio, args.keep_tokens)
+    image = open_image(args.image)
 
     from saccade.training import ModelOptions, load_model
 
     model, processor = load_model(ModelOptions(model=args.model))
-    report = view_reducers(model, processor, image, names, args.prune_ratio, args.prompt, args.output)
+    report = view_reducers(
+        model, processor, image, names, args.prune_ratio, args.prompt, args.output, args.keep_tokens
+    )
     rows, columns = report["grid"]
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from saccade.errors import SaccadeError
 from saccade.files import to_json, write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.skip_vision import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -112,14 +113,16 @@ def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
         raise SaccadeError(f"{details}: {checkpoint} was trained otherwise; use its values, or start anew")
 
 
-def remove_other_kind(folder: Path, adapters: bool, isolator: bool) -> None:
+def remove_other_kind(folder: Path, adapters: bool, isolator: bool, skips: bool) -> None:
     """Remove what an earlier run of another kind left in `folder`, and what loading would prefer over the new files.
 
     Args:
         adapters: whether the new model is saved as adapters.
         isolator: whether the new run has an isolator.
+        skips: whether some mode of it is Skip-Vision's.
     """
     stale = [] if isolator else [ISOLATOR_FILE]
+    stale += [] if skips else [SUMMARY_FILE]
     stale += [] if adapters else ["adapter_config.json", "adapter_model.safetensors"]
     for name in stale:
         (folder / name).unlink(missing_ok=True)
@@ -136,7 +139,7 @@ def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
     return target
 
 
-def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: tuple[str, ...]) -> None:
+def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collection[str]) -> None:
     """Load a stock checkpoint's weights into the stock model `model`, every key accounted for.
 
     The weights go through `from_pretrained`, since checkpoints keep the key names that released ones have, which

@@ -1,24 +1,37 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
-from saccade.pruning import check_positions
-from saccade.reducers import get_reducer
-from saccade.tokens.budget import check_prune_ratio
+from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
+from saccade.pruning import check_newlines, check_positions
+from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.skip_vision import SkipVisionConfig
+from saccade.tokens import TokenBudget
+
+GROUP_BY = ("none", "shortened", "full")
 
 # What a resumed run must share with the run it goes on from: with another value its loss curve would not continue.
 RESUME_FIELDS = (
     "reducer",
     "reducer_options",
     "prune_ratio",
+    "keep_tokens",
+    "budget",
+    "adaptive",
+    "newlines",
     "slow_probability",
     "schedule",
+    "modes",
+    "skip_vision",
+    "skip_mode",
     "isolator_length",
     "distill_weight",
     "distill_temperature",
@@ -40,6 +53,7 @@ RESUME_FIELDS = (
     "bf16",
     "fp16",
     "data_seed",
+    "group_by",
     "seed",
 )
 
@@ -50,7 +64,7 @@ class DualSpeedConfig(SFTConfig):
     Options of a [`DualSpeedTrainer`]: those of [`~trl.SFTConfig`], and the ones below.
 
     `slow_probability=0, isolator_length=0` trains on pruned tokens only. `prune_ratio=0, slow_probability=1,
-    distill_weight=0` is ordinary supervised fine-tuning.
+    distill_weight=0` is ordinary supervised fine-tuning, and with `skip_vision` beside it Skip-Vision's.
 
     Args:
         reducer (`str`, *optional*, defaults to `"divprune"`):
@@ -59,11 +73,35 @@ class DualSpeedConfig(SFTConfig):
             Keyword options of the reducer.
         prune_ratio (`float`, *optional*, defaults to `0.9`):
             Share of visual tokens that fast steps drop, in [0, 1). The paper's p.
+        keep_tokens (`int`, *optional*):
+            Number of visual tokens that fast steps keep, in place of the ratio.
+        budget (`str`, *optional*, defaults to `"crop"`):
+            What the ratio or the number is of. `"crop"`: each feature row, as an image, a crop or a frame is.
+            `"image"`: the crops of an image, or the frames of a video, compete for its tokens. `"sample"`: all images
+            of a sample do.
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Share the tokens of a micro-batch out by how varied its images are, with the same total. Ours, not the
+            paper's.
+        newlines (`str`, *optional*, defaults to `"keep"`):
+            `"keep"` keeps the newline tokens of anyres images, counted in the budget. `"drop"` drops them in fast
+            steps.
         slow_probability (`float`, *optional*, defaults to `0.1`):
             Share of slow steps, on all tokens, in [0, 1]. The paper's r. A stage in which no parameter of the language
             model trains is always fast.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
+        modes (`list` of `dict`, *optional*):
+            More speeds than two: for each mode its `name`, its `probability`, and what differs from the options here
+            of `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`, `prune_ratio`, `keep_tokens`,
+            `isolator` and `teacher`, the mode it learns from. They replace fast and slow. A stage in which no
+            parameter of the language model trains is always in the first.
+        skip_vision (`dict` or `str`, *optional*):
+            Options of Skip-Vision, as [`SkipVisionConfig`] takes them, or the name of a published budget, which may
+            also be given as the option `preset`. With the options of ordinary fine-tuning the whole run skips;
+            otherwise `skip_mode` says which of its modes does, and the reducer which tokens it retains.
+        skip_mode (`str`, *optional*, defaults to `"fast"`):
+            With `skip_vision`: the mode, `"fast"` or `"slow"`, whose not kept tokens skip the feed-forward networks:
+            in place of being dropped in fast steps, of running through them in slow ones.
         isolator_length (`int`, *optional*, defaults to `4`):
             Rows of the mode isolator before each image in fast steps, the paper's l; 0 switches it off.
         isolator_path (`str`, *optional*):
@@ -86,7 +124,16 @@ class DualSpeedConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Learn the assistant's words only. When left out, true for datasets with a `messages` column.
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest full sequence. Text beyond it is cut; a limit that would cut image tokens is an error.
+            Longest full sequence. Text beyond it is cut; a sample of which it would cut image tokens, or every answer,
+            is a bad record.
+        group_by (`str`, *optional*, defaults to `"none"`):
+            `"shortened"` puts samples of similar length after pruning into one batch, `"full"` of similar full length,
+            `"none"` samples as they are drawn.
+        max_bad_records (`int`, *optional*, defaults to `0`):
+            How many records that cannot be used are skipped, each replaced by the next good one and listed in
+            `bad_records.jsonl`, before the run stops. 0 stops at the first.
+        max_image_pixels (`int`, *optional*, defaults to `89478485`):
+            Width times height above which an image is refused, before it is decoded.
 
     Raises:
         SaccadeError: on a value outside its range, naming the option and the fix.
@@ -99,8 +146,25 @@ class DualSpeedConfig(SFTConfig):
     prune_ratio: float = field(
         default=0.9, metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1)."}
     )
+    keep_tokens: int | None = field(
+        default=None, metadata={"help": "Visual tokens that fast steps keep, in place of prune_ratio."}
+    )
+    budget: str = field(default="crop", metadata={"help": "What shares a budget: 'crop', 'image' or 'sample'."})
+    adaptive: bool = field(
+        default=False, metadata={"help": "Share a micro-batch's tokens out by how varied its images are."}
+    )
+    newlines: str = field(
+        default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
+    )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
+    modes: list[dict[str, Any]] | None = field(
+        default=None, metadata={"help": "More speeds than two: name, probability, action and more of each mode."}
+    )
+    skip_vision: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of Skip-Vision, as a dict or as JSON, or a published budget's name."}
+    )
+    skip_mode: str = field(default="fast", metadata={"help": "With skip_vision: the mode that skips, fast or slow."})
     isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
     isolator_path: str | None = field(
         default=None, metadata={"help": "Isolator to start from; by default the one beside the model's weights."}
@@ -123,17 +187,25 @@ class DualSpeedConfig(SFTConfig):
         default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
     )
 
-    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options"]
+    group_by: str = field(
+        default="none", metadata={"help": "Batches of similar length: 'shortened', 'full' or 'none'."}
+    )
+    max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
+    max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
+
+    _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
 
     def __post_init__(self) -> None:
         # transformers renamed the option and warns about the old name, which TRL's default still sets.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-        check_prune_ratio(self.prune_ratio)
         check_positions(self.positions)
+        check_newlines(self.newlines)
+        check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)
+        if self.skip_mode not in ("fast", "slow"):
+            raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
         self.mode_schedule()
-        get_reducer(self.reducer, **(self.reducer_options or {}))
         if not isinstance(self.isolator_length, int) or self.isolator_length < 0:
             raise SaccadeError(
                 f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
@@ -152,6 +224,18 @@ class DualSpeedConfig(SFTConfig):
                 "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
                 "nothing would train, set one to false"
             )
+        if self.max_length is not None and self.max_length < 1:
+            raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
+        if self.group_by not in GROUP_BY:
+            raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
+        if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
+            raise SaccadeError(
+                f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
+            )
+        if not isinstance(self.max_image_pixels, int) or not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
+            raise SaccadeError(
+                f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
+            )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "
@@ -160,12 +244,68 @@ class DualSpeedConfig(SFTConfig):
 
     def mode_schedule(self) -> ModeSchedule:
         """The schedule that this configuration describes, for a stage that trains the language model."""
-        return ModeSchedule(self.seed, self.slow_probability, self.schedule)
+        return ModeSchedule(self.seed, {mode.name: mode.probability for mode in self.all_modes()}, self.schedule)
+
+    def all_modes(self) -> tuple[Mode, ...]:
+        """The modes of the run, the one of stage one first.
+
+        Raises:
+            SaccadeError: on options that make no list of modes.
+        """
+        skip = self.skip_options
+        if self.modes is None and skip is not None and self._trains_on_all:
+            return (Mode("skip", 1.0, "skip", skip_vision=skip),)
+        base = {
+            "reducer": self.reducer,
+            "reducer_options": self.reducer_options or {},
+            "budget": self.token_budget,
+            "isolator": self.isolator_length > 0,
+        }
+        if self.modes is not None:
+            return listed(self.modes, Mode("base", 1.0, **base), skip)
+        return fast_and_slow(
+            slow_probability=self.slow_probability,
+            distill=self.distill_weight > 0,
+            skip_vision=skip,
+            skip_mode=self.skip_mode,
+            **base,
+        )
+
+    @property
+    def skip_options(self) -> SkipVisionConfig | None:
+        """The options of Skip-Vision, or None where nothing skips.
+
+        Raises:
+            SaccadeError: on an unknown option or a value out of its range.
+        """
+        given = self.skip_vision
+        if given is None:
+            return None
+        options = {"preset": given} if isinstance(given, str) else given
+        if not isinstance(options, Mapping):
+            raise SaccadeError(f"skip_vision={given!r}: give a mapping of options, or a budget such as '100/156'")
+        options = dict(options)
+        try:
+            if "preset" in options:
+                return SkipVisionConfig.preset(options.pop("preset"), **options)
+            return SkipVisionConfig(**options)
+        except TypeError as error:
+            unknown = str(error).partition("argument ")[2] or str(error)
+            raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
+
+    @property
+    def token_budget(self) -> TokenBudget:
+        """What fast steps keep."""
+        return TokenBudget(self.prune_ratio, self.keep_tokens, self.budget, self.adaptive)
 
     @property
     def is_ordinary(self) -> bool:
         """Whether these options ask for ordinary supervised fine-tuning."""
-        return self.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
+        return self.modes is None and self.skip_vision is None and self._trains_on_all
+
+    @property
+    def _trains_on_all(self) -> bool:
+        return self.token_budget.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
         """The options that a resumed run must share, as plain values."""

@@ -1,40 +1,46 @@
-"""What a run logs about its two modes, and the running estimate of its speed-up."""
+"""What a run logs about its modes, and the running estimate of its speed-up."""
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from saccade.dualspeed.schedule import Mode
 from saccade.dualspeed.step import StepOutput
 
-MODES: tuple[Mode, ...] = ("fast", "slow")
 TOKENS = ("full", "trained", "teacher")
-SUMS = ("loss_fast", "loss_slow", "kl", "samples", *TOKENS)
+SUMS = ("kl", "samples", *TOKENS)
 
 
 class ModeMeter:
     """Sums over micro-batches and step times, read out at each log.
 
     Values stay tensors until then, so that no step waits for the device.
+
+    Args:
+        modes: names of the run's modes.
+        full: the one that runs the stock model on all tokens, which speed-ups are measured against; None without one.
+        taught: those that learn from a teacher.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modes: Sequence[str], full: str | None, taught: Sequence[str] = ()) -> None:
+        self.modes = tuple(modes)
+        self.full = full
+        self.taught = tuple(taught)
         self.window: dict[str, float | Tensor] = defaultdict(float)
-        self.step_seconds: dict[Mode, list[float]] = {mode: [] for mode in MODES}
-        self.teacher_seconds: list[float] = []
+        self.step_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
+        self.teacher_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.tokens: dict[str, float] = dict.fromkeys(TOKENS, 0.0)
         """Tokens of all ranks so far: of the batches as they came, of the trained passes, of the teacher."""
-        self.steps: dict[Mode, int] = dict.fromkeys(MODES, 0)
+        self.steps: dict[str, int] = dict.fromkeys(self.modes, 0)
         """Optimizer steps so far, those before a resume included."""
-        self._window_steps: dict[Mode, int] = dict.fromkeys(MODES, 0)
+        self._window_steps: dict[str, int] = dict.fromkeys(self.modes, 0)
         self._window_started = time.perf_counter()
         self._teacher_in_step = 0.0
 
-    def add(self, mode: Mode, output: StepOutput, share: float = 1.0) -> None:
+    def add(self, mode: str, output: StepOutput, share: float = 1.0) -> None:
         """Count one micro-batch.
 
         Args:
@@ -51,13 +57,12 @@ class ModeMeter:
             window["teacher"] += output.tokens_teacher
         self._teacher_in_step += output.teacher_seconds
 
-    def end_step(self, mode: Mode, seconds: float) -> None:
+    def end_step(self, mode: str, seconds: float) -> None:
         """Count one optimizer step."""
         self.step_seconds[mode].append(seconds)
         self.steps[mode] += 1
         self._window_steps[mode] += 1
-        if mode == "slow":
-            self.teacher_seconds.append(self._teacher_in_step)
+        self.teacher_seconds[mode].append(self._teacher_in_step)
         self._teacher_in_step = 0.0
 
     def token_speedup(self) -> float | None:
@@ -69,17 +74,17 @@ class ModeMeter:
         return 3 * self.tokens["full"] / run if run else None
 
     def time_speedup(self) -> float | None:
-        """The measured speed-up of the steps: a slow step less its teacher against the mean step; None without one.
+        """The measured speed-up of the steps: a step on all tokens less its teacher against the mean step.
 
         The means leave out the first step of each mode, which pays for start-up. Waiting for batches is not counted.
+        None until every mode that occurred has had two steps, and where no mode runs on all tokens.
         """
-        counts = {mode: len(self.step_seconds[mode]) for mode in MODES}
-        means = {mode: _mean(self.step_seconds[mode][1:]) for mode in MODES}
-        if means["slow"] is None or (counts["fast"] and means["fast"] is None):
+        counts = {mode: len(seconds) for mode, seconds in self.step_seconds.items() if seconds}
+        means = {mode: _mean(self.step_seconds[mode][1:]) for mode in counts}
+        if self.full not in counts or None in means.values():
             return None
-        full = means["slow"] - _mean(self.teacher_seconds[1:])
-        total = counts["slow"] * means["slow"] + counts["fast"] * (means["fast"] or 0.0)
-        return full * sum(counts.values()) / total
+        full = means[self.full] - _mean(self.teacher_seconds[self.full][1:])
+        return full * sum(counts.values()) / sum(counts[mode] * means[mode] for mode in counts)
 
     def collect(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Add the window to the totals, empty it, and return its sums over all ranks.
@@ -88,8 +93,9 @@ class ModeMeter:
             gather: sums a float64 `(n,)` tensor over ranks; every rank must then call this at the same time.
         """
         device = next((value.device for value in self.window.values() if isinstance(value, Tensor)), "cpu")
-        values = torch.stack([torch.as_tensor(self.window[name], device=device).double() for name in SUMS])
-        sums = dict(zip(SUMS, (values if gather is None else gather(values)).tolist(), strict=True))
+        names = (*(f"loss_{mode}" for mode in self.modes), *SUMS)
+        values = torch.stack([torch.as_tensor(self.window[name], device=device).double() for name in names])
+        sums = dict(zip(names, (values if gather is None else gather(values)).tolist(), strict=True))
         for name in TOKENS:
             self.tokens[name] += sums[name]
         self.window.clear()
@@ -98,16 +104,19 @@ class ModeMeter:
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """The metrics of the window, per mode where it occurred, and empty it; `gather` as for `collect`."""
         sums, steps = self.collect(gather), self._window_steps
-        self._window_steps = dict.fromkeys(MODES, 0)
+        self._window_steps = dict.fromkeys(self.modes, 0)
         seconds = time.perf_counter() - self._window_started
         metrics: dict[str, float] = {}
-        for mode in MODES:
+        for mode in self.modes:
             metrics[f"steps_{mode}"] = float(self.steps[mode])
             if steps[mode]:
                 metrics[f"loss_{mode}"] = sums[f"loss_{mode}"] / steps[mode]
                 metrics[f"step_seconds_{mode}"] = _mean(self.step_seconds[mode][-steps[mode] :])
-        if steps["slow"] and sums["kl"]:
-            metrics["kl"] = sums["kl"] / steps["slow"]
+                if mode in self.taught:
+                    metrics[f"teacher_seconds_{mode}"] = _mean(self.teacher_seconds[mode][-steps[mode] :])
+        taught = sum(steps[mode] for mode in self.taught)
+        if taught and sums["kl"]:
+            metrics["kl"] = sums["kl"] / taught
         if sums["samples"]:
             metrics["length_full"] = sums["full"] / sums["samples"]
             metrics["length_in"] = sums["trained"] / sums["samples"]

@@ -1,13 +1,12 @@
-"""Which optimizer steps are slow: a pure function of (seed, step), the same on every rank and after a resume."""
+"""Which mode each optimizer step is in: a pure function of (seed, step), the same on every rank and after a resume."""
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from saccade.errors import SaccadeError
 
-Mode = Literal["fast", "slow"]
 SCHEDULES = ("bernoulli", "stratified")
 _BLOCK = 20
 
@@ -18,48 +17,64 @@ class ModeSchedule:
 
     Args:
         seed: the run's seed.
-        slow_probability: r, the share of slow steps, in [0, 1].
+        shares: the share of steps of each mode, which add up to 1. The first mode gets what the others leave.
         kind: "bernoulli" draws each step on its own, as published. "stratified" gives every block of 20 steps its
-            share of slow ones, in random places, so that short runs do not depend on the luck of the draw.
+            share of each mode, in random places, so that short runs do not depend on the luck of the draw.
 
     Raises:
-        SaccadeError: on a probability outside [0, 1] or an unknown kind.
+        SaccadeError: on shares outside [0, 1] or of another sum, or an unknown kind.
     """
 
     seed: int
-    slow_probability: float
+    shares: Mapping[str, float]
     kind: str = "bernoulli"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.slow_probability <= 1:
+        for name, share in self.shares.items():
+            if not 0 <= share <= 1:
+                raise SaccadeError(f"probability={share!r} of mode {name!r} is outside [0, 1]: it is a share of steps")
+        total = sum(self.shares.values())
+        if not math.isclose(total, 1, abs_tol=1e-6):
             raise SaccadeError(
-                f"slow_probability={self.slow_probability!r} is outside [0, 1]: it is the share of steps on all tokens"
+                f"probability: those of the modes {', '.join(self.shares)} add up to {total:g}, not to 1"
             )
         if self.kind not in SCHEDULES:
             raise SaccadeError(f"schedule={self.kind!r} is unknown: use one of {', '.join(SCHEDULES)}")
 
-    def mode(self, step: int) -> Mode:
+    def mode(self, step: int) -> str:
         """The mode of optimizer step `step`, counted from 0."""
-        return "slow" if self._is_slow(step) else "fast"
-
-    def count(self, steps: int) -> dict[Mode, int]:
-        """How many of the first `steps` steps are fast and slow."""
-        slow = sum(self._is_slow(step) for step in range(steps))
-        return {"fast": steps - slow, "slow": slow}
-
-    def _is_slow(self, step: int) -> bool:
-        if self.slow_probability in (0, 1):
-            return self.slow_probability == 1
+        first, *others = self.shares
+        if any(share == 1 for share in self.shares.values()):
+            return max(self.shares, key=self.shares.__getitem__)
         if self.kind == "bernoulli":
-            return self._random(step).random() < self.slow_probability
+            draw = self._random(step).random()
+            for name in others:
+                draw -= self.shares[name]
+                if draw < 0:
+                    return name
+            return first
         block, place = divmod(step, _BLOCK)
-        offset = self._random("offset").random()
+        return self._block(block).get(place, first)
 
-        def slow_before(blocks: int) -> int:
-            return math.floor(blocks * _BLOCK * self.slow_probability + offset)
+    def count(self, steps: int) -> dict[str, int]:
+        """How many of the first `steps` steps each mode has."""
+        counts = dict.fromkeys(self.shares, 0)
+        for step in range(steps):
+            counts[self.mode(step)] += 1
+        return counts
 
-        count = slow_before(block + 1) - slow_before(block)
-        return place in self._random(f"block {block}").sample(range(_BLOCK), count)
+    def _block(self, block: int) -> dict[int, str]:
+        """The places of all modes but the first in a block."""
+        wanted: list[str] = []
+        for number, name in enumerate(list(self.shares)[1:]):
+            # Each mode's own offset says where in their blocks its fractions of a step fall.
+            offset = self._random("offset" if number == 0 else f"offset {name}").random()
+            before, after = (math.floor(n * _BLOCK * self.shares[name] + offset) for n in (block, block + 1))
+            wanted += [name] * (after - before)
+        # Rounding may ask for a step more than a block has where the first mode is rare.
+        wanted = wanted[:_BLOCK]
+        places = self._random(f"block {block}").sample(range(_BLOCK), len(wanted))
+        return dict(zip(places, wanted, strict=True))
 
     def _random(self, key: object) -> random.Random:
         # Seeding with a string hashes it whole, so neighbouring steps and seeds do not correlate.

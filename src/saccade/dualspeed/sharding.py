@@ -32,7 +32,8 @@ class WithBlankImage:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
-        if (batch["input_ids"] == self.placeholder_id).any():
+        # A batch of which no record can be used comes empty, and ends the run.
+        if "input_ids" not in batch or (batch["input_ids"] == self.placeholder_id).any():
             return batch
         batch = self.collate([*rows, self._sample()])
         blank = (batch["input_ids"] == self.placeholder_id).any(dim=1)  # (B + 1,)

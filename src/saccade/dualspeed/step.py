@@ -1,4 +1,7 @@
-"""One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation."""
+"""One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation.
+
+Any other mode of the run, too.
+"""
 
 import time
 from collections.abc import Mapping
@@ -11,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
-from saccade.dualspeed.schedule import Mode
+from saccade.dualspeed.sequence import LaidOut, Sequence, is_of_small_images
 from saccade.families import Encoded, Family
 from saccade.families.collect import encode_for
-from saccade.pruning import ModeIsolator, Shortened, reduce, shorten
-from saccade.reducers import Reducer
+from saccade.pruning import ModeIsolator
+from saccade.skip_vision import SummaryHead
 from saccade.tokens import IGNORE_INDEX
 
 
@@ -56,31 +59,36 @@ class _Sums:
 
 
 @dataclass
+class ModePlan:
+    """What a mode trains on.
+
+    Args:
+        sequence: what the trained pass runs on.
+        teacher: what the pass that it learns from runs on, or None.
+    """
+
+    sequence: Sequence
+    teacher: Sequence | None = None
+
+
+@dataclass
 class DualSpeedStep:
-    """The loss of one micro-batch in either mode.
+    """The loss of one micro-batch in any mode.
 
     Args:
         family: the model's family, over the stock model.
-        reducer: chooses the tokens of the fast sequence.
-        prune_ratio: share of visual tokens that it drops.
-        isolator: rows before each image in the fast sequence, or None.
-        distill_weight: weight of the KL term of slow steps; 0 runs no teacher.
+        modes: the modes by name.
+        distill_weight: weight of the KL term in modes that have a teacher.
         distill_temperature: temperature of both distributions in the KL.
-        positions: "compact" or "original".
-        pad_id: id to pad shortened batches with.
     """
 
     family: Family
-    reducer: Reducer
-    prune_ratio: float
-    isolator: ModeIsolator | None
+    modes: Mapping[str, ModePlan]
     distill_weight: float
     distill_temperature: float
-    positions: str
-    pad_id: int
 
     def __call__(
-        self, mode: Mode, inputs: Mapping[str, Any], normaliser: Tensor | float, row_seed: int = 0
+        self, mode: str, inputs: Mapping[str, Any], normaliser: Tensor | float, row_seed: int = 0
     ) -> StepOutput:
         """Run the micro-batch in `mode`.
 
@@ -93,17 +101,22 @@ class DualSpeedStep:
         labels = inputs.pop("labels")
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
+        plan = self.modes[mode]
+        trained: tuple[nn.Module, ...] = ()
         if self.family.has_images(inputs):
-            encoded = self._encode(mode, inputs, labels)
-            encoded.context.seed = torch.arange(encoded.context.shape[0], device=labels.device) + row_seed
-            sums = (self._fast if mode == "fast" else self._slow)(encoded, text, labels)
+            trained = plan.sequence.trains
+            encoded, teacher = self._encode(plan, inputs, labels)
+            for encoding in (encoded, teacher):
+                encoding.context.seed = torch.arange(encoding.context.shape[0], device=labels.device) + row_seed
+            sums = self._run(plan, encoded, teacher, text, labels)
         else:
             # Without images the two sequences are the same, and a teacher would have nothing to teach.
-            encoded, sums = None, self._plain(text, labels)
+            encoded, sums = None, self._plain(LaidOut(text, labels, text["attention_mask"].sum()))
         loss = sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
         # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
-        if self.isolator is not None and (encoded is None or mode == "slow"):
-            loss = loss + 0 * self.isolator().sum()
+        for module in self._own_modules():
+            if not any(module is other for other in trained):
+                loss = loss + module.idle()
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
         return StepOutput(
@@ -117,10 +130,40 @@ class DualSpeedStep:
             teacher_seconds=sums.teacher_seconds,
         )
 
-    def _encode(self, mode: Mode, inputs: Mapping[str, Any], labels: Tensor) -> Encoded:
-        """The images' features, with what the reducer needs in a step that uses it."""
-        reduces = self.prune_ratio and (mode == "fast" or self.distill_weight)
-        return encode_for(self.family, self.reducer, inputs, labels) if reduces else self.family.encode(inputs)
+    def _own_modules(self) -> list[ModeIsolator | SummaryHead]:
+        """The modules that some mode adds to the model, each once."""
+        found: list[ModeIsolator | SummaryHead] = []
+        for plan in self.modes.values():
+            for module in plan.sequence.trains:
+                if not any(module is other for other in found):
+                    found.append(module)
+        return found
+
+    def _encode(self, plan: ModePlan, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Encoded, Encoded]:
+        """The images' features for the trained pass and for the teacher, with what their reducers need.
+
+        One encoding serves both, but where one of them is of smaller images.
+        """
+        if plan.teacher is None:
+            encoded = self._encode_for([plan.sequence], inputs, labels)
+            return encoded, encoded
+        if is_of_small_images(plan.teacher) or is_of_small_images(plan.sequence):
+            with torch.no_grad(), evaluating(self.family.model):
+                teacher = self._encode_for([plan.teacher], inputs, labels)
+            return self._encode_for([plan.sequence], inputs, labels), teacher
+        encoded = self._encode_for([plan.sequence, plan.teacher], inputs, labels)
+        return encoded, encoded
+
+    def _encode_for(self, sequences: list[Sequence], inputs: Mapping[str, Any], labels: Tensor) -> Encoded:
+        asking = [sequence for sequence in sequences if sequence.reducer is not None]
+        also = frozenset().union(*(sequence.also for sequence in sequences))
+        if not asking:
+            return self.family.encode(inputs, also, labels=labels)
+        # The one with a text tower of its own asks, the others' needs are met beside.
+        asking.sort(key=lambda sequence: getattr(sequence.reducer, "text_tower", None) is None)
+        first, *others = asking
+        also = also.union(*(sequence.reducer.needs for sequence in others))
+        return encode_for(self.family, first.reducer, inputs, first.budget, labels, also)
 
     def _vision_parameters(self) -> Tensor | float:
         """The sum of the parameters that train on images only."""
@@ -128,44 +171,33 @@ class DualSpeedStep:
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
         return sum((p.sum() for p in local), start=0.0)
 
-    def _plain(self, inputs: Mapping[str, Any], labels: Tensor) -> _Sums:
-        """Cross-entropy of one pass over `inputs`, whatever sequence they hold."""
-        rows, targets = label_rows(self.family.hidden_states(**inputs), labels)
-        return _Sums(cross_entropy_sum(rows, targets, self.family.logits), inputs["attention_mask"].sum())
+    def _plain(self, laid: LaidOut) -> _Sums:
+        """Cross-entropy of one pass, whatever sequence it runs on."""
+        rows, targets = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+        return _Sums(cross_entropy_sum(rows, targets, self.family.logits), laid.tokens)
 
-    def _fast(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
-        short = self._shorten(encoded, text, labels)
-        return self._plain(short.inputs, short.labels)
-
-    def _slow(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> _Sums:
-        full = {**text, "mm_encoder_outputs": encoded.outputs}
-        if not self.distill_weight:
-            return self._plain(full, labels)
+    def _run(
+        self, plan: ModePlan, encoded: Encoded, teacher: Encoded, text: Mapping[str, Any], labels: Tensor
+    ) -> _Sums:
+        if plan.teacher is None:
+            return self._plain(plan.sequence(encoded, text, labels))
         started = _now(labels.device)
-        teacher_rows, tokens_teacher = self._teacher_rows(encoded, text, labels)
+        teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, teacher, text, labels)
         teacher_seconds = _now(labels.device) - started
-        rows, targets = label_rows(self.family.hidden_states(**full), labels)
+        laid = plan.sequence(encoded, text, labels)
+        rows, targets = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
-        return _Sums(ce, text["attention_mask"].sum(), kl, tokens_teacher, teacher_seconds)
-
-    def _shorten(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> Shortened:
-        return shorten(
-            self.family,
-            encoded,
-            {**text, "labels": labels},
-            reduce(encoded.context, self.reducer, self.prune_ratio),
-            isolator=None if self.isolator is None else self.isolator(),
-            positions=self.positions,
-            pad_id=self.pad_id,
-        )
+        return _Sums(ce, laid.tokens, kl, tokens_teacher, teacher_seconds)
 
     @torch.no_grad()
-    def _teacher_rows(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Label rows `(M, D)` of the fast sequence, without gradient and without dropout, and its token count."""
+    def _teacher_rows(
+        self, sequence: Sequence, encoded: Encoded, text: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Label rows `(M, D)` of the teacher's sequence, without gradient and without dropout, and its token count."""
         with evaluating(self.family.model):
-            short = self._shorten(encoded, text, labels)
-            rows, _ = label_rows(self.family.hidden_states(**short.inputs), short.labels)
-        return rows, short.inputs["attention_mask"].sum()
+            laid = sequence(encoded, text, labels)
+            rows, _ = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+        return rows, laid.tokens
 
 
 @contextmanager

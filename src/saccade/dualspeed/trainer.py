@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl import SFTTrainer
 
+from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
     check_same_run,
@@ -27,21 +28,26 @@ from saccade.dualspeed.checkpoint import (
 )
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.loading import LoadingTrainer
 from saccade.dualspeed.metrics import ModeMeter, StepClock
+from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.redirect import redirect_forward
-from saccade.dualspeed.schedule import Mode, ModeSchedule
+from saccade.dualspeed.sampler import EpochStart
+from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.sharding import WithBlankImage, layer_classes
-from saccade.dualspeed.step import DualSpeedStep, StepOutput
+from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
+from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
 
 ISOLATOR_NAME = "mode_isolator"
 
 
-class DualSpeedTrainer(SFTTrainer):
+class DualSpeedTrainer(LoadingTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
@@ -68,12 +74,19 @@ class DualSpeedTrainer(SFTTrainer):
             )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
-        columns = train_dataset.column_names or next(iter(train_dataset)).keys()
+        # Rows that are made when they are read have other columns than the table behind them.
+        columns = next(iter(train_dataset)).keys()
         if not {"image", "images"} & set(columns):
             raise SaccadeError(
                 f"train_dataset has the columns {sorted(columns)}, none of them images: DualSpeed needs an "
                 "'images' column, empty lists for text-only samples"
             )
+        if args.group_by != "none" and not isinstance(train_dataset, Sized):
+            raise SaccadeError(
+                f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
+            )
+        # The collator takes what it needs of a row; the stock trainer would drop columns that rows are made from.
+        args.remove_unused_columns = False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
@@ -89,6 +102,7 @@ class DualSpeedTrainer(SFTTrainer):
                 assistant_only_loss=args.assistant_only_loss,
                 chat_template=self.chat_template,
                 placeholder_id=self.family.placeholder_id,
+                max_image_pixels=args.max_image_pixels,
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.data_collator = WithBlankImage(
@@ -98,30 +112,53 @@ class DualSpeedTrainer(SFTTrainer):
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
         self._freeze()
+        self.modes = args.all_modes()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.is_ordinary
         self.isolator = self._attach_isolator()
-        self.meter = ModeMeter()
+        self.skip = self._apply_skip_vision()
+        self.meter = ModeMeter(
+            [mode.name for mode in self.modes],
+            full=next((mode.name for mode in self.modes if mode.keeps_all), None),
+            taught=[mode.name for mode in self.modes if mode.teacher is not None],
+        )
         self.add_callback(StepClock(self))
+        self.add_callback(EpochStart())
+        self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
         self._micro_batch = 0
+        sequences = {mode.name: self._sequence(mode) for mode in self.modes}
         self._step = DualSpeedStep(
             family=self.family,
-            reducer=get_reducer(args.reducer, **(args.reducer_options or {})),
-            prune_ratio=args.prune_ratio,
-            isolator=self.isolator,
+            modes={mode.name: ModePlan(sequences[mode.name], sequences.get(mode.teacher)) for mode in self.modes},
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
-            positions=args.positions,
-            pad_id=self._tokenizer.pad_token_id or 0,
         )
 
-    def mode_of(self, step: int) -> Mode:
+    def mode_of(self, step: int) -> str:
         """The mode of optimizer step `step`, counted from 0."""
         return self.schedule.mode(step)
 
+    def _sequence(self, mode: Mode) -> Sequence:
+        """What a mode runs on."""
+        if mode.action == "keep":
+            return FullSequence()
+        if mode.action == "skip":
+            return SkippedSequence(self.family, mode.skip_vision, self.skip.summary)
+        return PrunedSequence(
+            family=self.family,
+            reducer=get_reducer(mode.reducer, **mode.reducer_options),
+            budget=mode.budget,
+            isolator=self.isolator if mode.isolator else None,
+            positions=self.args.positions,
+            pad_id=self._tokenizer.pad_token_id or 0,
+            newlines=self.args.newlines,
+        )
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.skip is not None and not self.model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
         if self.is_ordinary or return_outputs or not self.model.training:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
@@ -152,6 +189,18 @@ class DualSpeedTrainer(SFTTrainer):
         self.meter.add(mode, output, share=self._mean_share(num_items_in_batch))
         return output.loss
 
+    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
+        """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
+        mode = self.meter.full or self.modes[-1].name
+        count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+
+        def run(batch: dict[str, Any]) -> StepOutput:
+            with self.accelerator.autocast():
+                return self._step(mode, batch, count)
+
+        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.watch.check(grad_norm)
@@ -160,10 +209,6 @@ class DualSpeedTrainer(SFTTrainer):
     def begin_step(self) -> None:
         """Called before the first micro-batch of each optimizer step."""
         self._micro_batch = 0
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over ranks. Every rank must call it."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
 
     def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
         """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
@@ -183,6 +228,8 @@ class DualSpeedTrainer(SFTTrainer):
         if self.model.training and "loss" in logs:
             metrics = self.meter.read(self.sum_over_ranks)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+            if self.bad_records:
+                logs["bad_records"] = len(self.bad_records)
             # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         super().log(logs, start_time)
@@ -218,7 +265,11 @@ class DualSpeedTrainer(SFTTrainer):
                 finite, or a process that prepares batches dies.
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
+        if checkpoint is None:
+            if self.args.should_save:
+                self.bad_records.path.unlink(missing_ok=True)
+        else:
+            self.bad_records.read()
             check_same_run(checkpoint, self._resume_state())
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
@@ -226,8 +277,17 @@ class DualSpeedTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        with self.watch.training():
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        try:
+            with self.watch.training():
+                return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        except Exception as error:
+            # By its name: it comes from the module that nothing here imports.
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise SaccadeError(
+                f"resume_from_checkpoint={str(checkpoint)!r} holds something other than tensors and plain values, "
+                "which could run code: resume from a checkpoint of your own"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and what they were trained with. All ranks must call it.
@@ -244,11 +304,20 @@ class DualSpeedTrainer(SFTTrainer):
                 raise
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
         weight = None if self.isolator is None else _gathered(self.isolator.weight)
+        head = None if self.skip is None else self.skip.summary
+        summary = {} if head is None else {name: _gathered(value) for name, value in head.named_parameters()}
         if self.args.should_save:
             state = self._resume_state()
-            remove_other_kind(folder, adapters=self.model is not self.family.model, isolator=self.isolator is not None)
+            remove_other_kind(
+                folder,
+                adapters=self.model is not self.family.model,
+                isolator=self.isolator is not None,
+                skips=self.skip is not None,
+            )
             if self.isolator is not None:
                 self.isolator.save(folder, metadata=state, weight=weight)
+            if self.skip is not None:
+                self.skip.save(folder, tensors=summary)
             write_run_file(folder, state, global_step=self.state.global_step, tokens=self.meter.tokens)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -287,11 +356,16 @@ class DualSpeedTrainer(SFTTrainer):
         checkpoint = Path(resume_from_checkpoint)
         stock = self.model if model is None else model
         if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:
-            load_weights_strictly(stock, checkpoint, ignored=(f"{ISOLATOR_NAME}.weight",))
+            own = {f"{ISOLATOR_NAME}.weight"}
+            if self.skip is not None and self.skip.summary is not None:
+                own |= {f"{SUMMARY_NAME}.{name}" for name in self.skip.summary.state_dict()}
+            load_weights_strictly(stock, checkpoint, ignored=own)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.isolator is not None:
             self._copy_isolator(ModeIsolator.load(checkpoint))
+        if self.skip is not None:
+            self.skip.load(checkpoint)
         self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
     def _resume_state(self) -> dict[str, Any]:
@@ -312,6 +386,8 @@ class DualSpeedTrainer(SFTTrainer):
             super()._load_best_model()
             if self.isolator is not None:
                 self._copy_isolator(ModeIsolator.load(self.state.best_model_checkpoint))
+            if self.skip is not None:
+                self.skip.load(self.state.best_model_checkpoint)
 
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
@@ -332,10 +408,10 @@ class DualSpeedTrainer(SFTTrainer):
         trains = any(parameter.requires_grad for parameter in self.family.language_layers.parameters())
         if trains or self.args.is_ordinary:
             return self.args.mode_schedule()
-        return ModeSchedule(self.args.seed, slow_probability=0)
+        return ModeSchedule(self.args.seed, {mode.name: float(mode is self.modes[0]) for mode in self.modes})
 
     def _attach_isolator(self) -> ModeIsolator | None:
-        if self.args.is_ordinary or self.args.isolator_length == 0:
+        if self.args.is_ordinary or not any(mode.isolator for mode in self.modes):
             return None
         width = self.family.model.config.get_text_config().hidden_size
         # In bf16 its entries are too coarse to move at fine-tuning rates; sharding engines want one dtype for all.
@@ -356,6 +432,20 @@ class DualSpeedTrainer(SFTTrainer):
                 ignored = set(module._keys_to_ignore_on_save or ())
                 module._keys_to_ignore_on_save = ignored | {f"{ISOLATOR_NAME}.weight"}
         return isolator
+
+    def _apply_skip_vision(self) -> SkipVision | None:
+        skipping = [mode.skip_vision for mode in self.modes if mode.action == "skip"]
+        if not skipping:
+            return None
+        # What text sees, and which layers skip, belongs to the model and is alike in all modes.
+        skip = apply_skip_vision(self.model, skipping[0])
+        if skip.summary is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                skip.summary.to(self.family.model.dtype)
+            source = self.family.model.config._name_or_path
+            if source and (Path(source) / SUMMARY_FILE).is_file():
+                skip.load(source)
+        return skip
 
     def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:
         if loaded.weight.shape != self.isolator.weight.shape:

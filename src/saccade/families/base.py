@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from saccade.errors import SaccadeError
 from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
 from saccade.families.relevance import TextTower, relevance
-from saccade.tokens import VisualContext
+from saccade.tokens import TokenBudget, VisualContext
 
 
 @dataclass
@@ -24,7 +25,8 @@ class Encoded:
 
     Args:
         context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
-        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence.
+        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence; empty where the images
+            were encoded at a lower resolution.
         deeper: features `(R, N, D)` that enter at further layers of the language model, layer by layer. They are
             reduced as the context's features are, and are zero on isolator rows.
         videos: bool a row, true where it comes from a video; empty where there is none.
@@ -50,9 +52,14 @@ class Family(ABC):
     """Processor outputs that `encode` consumes and that a pass over encoded features must not get again."""
     token_inputs: Mapping[str, int] = {}
     """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
+    fixed_resolution: str = "its family does not say how"
+    """Why `_encode_low_resolution` is missing, where it is."""
     several_axes: bool = False
     """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
     `positions` says: counted anew along one axis they would mean something else to the model."""
+
+    thumbnail: int | None = None
+    """Which row of an image is a small picture of all of it, next to its crops: 0 for the first, -1 for the last."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -69,6 +76,7 @@ class Family(ABC):
         *,
         labels: Tensor | None = None,
         text_tower: TextTower | None = None,
+        budget: TokenBudget | None = None,
     ) -> Encoded:
         """Run the vision tower and the projector once over the batch's images.
 
@@ -77,15 +85,27 @@ class Family(ABC):
             needs: the fields of `VisualContext` that a reducer asks for beyond the features.
             labels: long `(B, L)` of a training batch, so that relevance never sees an answer.
             text_tower: what to take relevance from, in place of the language model's input embeddings.
+            budget: what decides about the size of the images where `needs` asks for a lower resolution.
 
         Raises:
             SaccadeError: if this family cannot give what is needed.
         """
-        return encode_collecting(self, inputs, needs, labels, text_tower) if needs else self._encode(inputs)
+        return encode_collecting(self, inputs, needs, labels, text_tower, budget) if needs else self._encode(inputs)
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """What `encode` does, less collecting what a reducer needs: that is done by hooks around this."""
+
+    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
+        """What `encode` gives at the resolution that `budget` leaves: `context.low_resolution` is filled.
+
+        Raises:
+            SaccadeError: if the family cannot do it.
+        """
+        raise SaccadeError(
+            f"model_type={self.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
+            f"({self.fixed_resolution}); use another reducer than 'downsample'"
+        )
 
     @abstractmethod
     def wrap_features(

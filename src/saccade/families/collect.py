@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
+from saccade.families.relevance import load_text_tower, row_samples
+from saccade.reducers.downsample import check_resolution_budget
+from saccade.tokens import TokenBudget
 
 if TYPE_CHECKING:
     from saccade.families.base import Encoded, Family
@@ -70,19 +73,42 @@ class _Call:
 
 
 def encode_for(
-    family: "Family", reducer: "Reducer", inputs: Mapping[str, Any], labels: Tensor | None = None
+    family: "Family",
+    reducer: "Reducer",
+    inputs: Mapping[str, Any],
+    budget: TokenBudget,
+    labels: Tensor | None = None,
+    also: frozenset[str] = frozenset(),
 ) -> "Encoded":
-    """Encode the images of `inputs` with what `reducer` needs to know about them.
+    """Encode the images of `inputs` with what `reducer` and `budget` need to know about them.
+
+    For a reducer that works on smaller images those are encoded, and the full ones are not.
 
     Args:
         labels: long `(B, L)` of a training batch, so that relevance is computed without the answers.
-    """
-    if not reducer.needs:
-        return family.encode(inputs)
-    tower = None
-    if "relevance" in reducer.needs and getattr(reducer, "text_tower", None):
-        from saccade.families.relevance import load_text_tower
+        also: needs of whoever else uses the encoding.
 
+    Raises:
+        SaccadeError: if the family cannot give what is needed.
+    """
+    check_resolution_budget(reducer, budget)
+    encoded = _encode_for(family, reducer, inputs, budget, labels, also)
+    if budget.per == "sample":
+        encoded.context.sample = row_samples(encoded, family.placeholder(inputs["input_ids"]))
+    return encoded
+
+
+def _encode_for(
+    family: "Family",
+    reducer: "Reducer",
+    inputs: Mapping[str, Any],
+    budget: TokenBudget,
+    labels: Tensor | None,
+    also: frozenset[str],
+) -> "Encoded":
+    needs = also if budget.keeps_all else also | reducer.needs
+    tower = None
+    if "relevance" in needs and getattr(reducer, "text_tower", None):
         tokenizer = getattr(reducer, "tokenizer", None) or family.model.name_or_path
         if not tokenizer:
             raise SaccadeError(
@@ -90,7 +116,7 @@ def encode_for(
                 "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
             )
         tower = load_text_tower(str(reducer.text_tower), str(tokenizer))
-    return family.encode(inputs, reducer.needs, labels=labels, text_tower=tower)
+    return family.encode(inputs, needs, labels=labels, text_tower=tower, budget=budget)
 
 
 def encode_collecting(
@@ -99,12 +125,17 @@ def encode_collecting(
     needs: frozenset[str],
     labels: Tensor | None,
     text_tower: "TextTower | None",
+    budget: TokenBudget | None,
 ) -> "Encoded":
     """`Family.encode` where something is needed.
 
     Raises:
         SaccadeError: if the family cannot give what is needed.
     """
+    if "low_resolution" in needs:
+        if budget is None or needs != {"low_resolution"}:
+            raise ValueError(f"needs={sorted(needs)}: a lower resolution takes a budget, and goes with nothing else")
+        return family._encode_low_resolution(inputs, budget)
     block = None
     if needs & FROM_ATTENTION:
         block = family.attention_block()

@@ -24,6 +24,7 @@ class Gemma3Family(Family):
     name = "gemma3"
     model_types = ("gemma3",)
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
+    fixed_resolution = "the stock projector pools one fixed grid of patches"
 
     @property
     def placeholder_id(self) -> int:

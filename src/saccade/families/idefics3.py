@@ -9,7 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
 from saccade.families.collect import AttentionBlock, encoder_block
-from saccade.tokens import VisualContext
+from saccade.families.resolution import low_resolution_rows, shrink_images
+from saccade.reducers.downsample import lower_grid
+from saccade.tokens import TokenBudget, VisualContext
 
 
 class Idefics3Family(Family):
@@ -45,9 +47,7 @@ class Idefics3Family(Family):
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
         samples = self.model.get_image_features(**given, return_dict=True).pooler_output  # one (n_i, D) a sample
-        config = self.model.config
-        side = config.vision_config.patch_size * config.scale_factor
-        height, width = (edge // side for edge in inputs["pixel_values"].shape[-2:])
+        height, width = (edge // self._side for edge in inputs["pixel_values"].shape[-2:])
         tokens = torch.cat(tuple(samples))
         features = tokens.reshape(-1, height * width, tokens.shape[-1])
         context = VisualContext(
@@ -56,6 +56,25 @@ class Idefics3Family(Family):
             group=self._groups(inputs["input_ids"], features.shape[0]),
         )
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(samples))})
+
+    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
+        """The tower places patches by their share of the edge, whatever the size; the pixel shuffle takes squares."""
+        pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+        full = (pixels.shape[-2] // self._side, pixels.shape[-1] // self._side)
+        lower = lower_grid(*full, budget.count(full[0] * full[1]), square=True)
+        size = (lower[0] * self._side, lower[1] * self._side)
+        small = shrink_images(pixels.flatten(0, 1), *size).unflatten(0, pixels.shape[:2])
+        if mask is not None:
+            mask = torch.nn.functional.interpolate(mask.float(), size=size, mode="nearest").to(mask.dtype)
+        samples = self.model.get_image_features(small, mask, return_dict=True).pooler_output
+        tokens = torch.cat(tuple(samples))
+        features = tokens.reshape(-1, lower[0] * lower[1], tokens.shape[-1])
+        return low_resolution_rows(features, full, lower, self._groups(inputs["input_ids"], features.shape[0]))
+
+    @property
+    def _side(self) -> int:
+        """Pixels along an edge of what becomes one token."""
+        return self.model.config.vision_config.patch_size * self.model.config.scale_factor
 
     def _groups(self, input_ids: Tensor, rows: int) -> Tensor | None:
         """The image of each crop: long `(rows,)`, or None if the placeholders stand in another number of runs.

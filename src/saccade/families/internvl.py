@@ -9,7 +9,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Encoded, Family, positions_from_mask, run_numbers, square_grid
 from saccade.families.collect import AttentionBlock
-from saccade.tokens import VisualContext
+from saccade.families.resolution import low_resolution_rows, shrink_images
+from saccade.reducers.downsample import lower_grid
+from saccade.tokens import TokenBudget, VisualContext
 
 
 class InternVLFamily(Family):
@@ -17,6 +19,7 @@ class InternVLFamily(Family):
 
     name = "internvl"
     model_types = ("internvl",)
+    thumbnail = -1
 
     @property
     def placeholder_id(self) -> int:
@@ -26,15 +29,38 @@ class InternVLFamily(Family):
         pixels = inputs["pixel_values"]
         features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output  # (R, N, D)
         rows, tokens, _ = features.shape
-        config = self.model.config
-        edges = zip(pixels.shape[-2:], config.vision_config.patch_size, strict=True)
-        height, width = (int(edge // patch * config.downsample_ratio) for edge, patch in edges)
+        height, width = self._grid(pixels)
         context = VisualContext(
             features=features,
             grid=square_grid(rows, height, width, features.device),
             group=self._groups(inputs["input_ids"], rows, tokens),
         )
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
+
+    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
+        """The tower interpolates its position embeddings by itself; the pixel shuffle takes squares only."""
+        pixels = inputs["pixel_values"]
+        full = self._grid(pixels)
+        lower = lower_grid(*full, budget.count(full[0] * full[1]), square=True)
+        shuffle = round(1 / self.model.config.downsample_ratio)
+        size = (edge * shuffle * patch for edge, patch in zip(lower, self._patch, strict=True))
+        small = shrink_images(pixels, *size)
+        features = self.model.get_image_features(pixel_values=small, return_dict=True).pooler_output
+        group = self._groups(inputs["input_ids"], features.shape[0], full[0] * full[1])
+        return low_resolution_rows(features, full, lower, group)
+
+    @property
+    def _patch(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
+        return tuple(self.model.config.vision_config.patch_size)
+
+    def _grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of tokens of each crop `(R, C, H, W)`."""
+        ratio = self.model.config.downsample_ratio
+        height, width = (
+            int(edge // patch * ratio) for edge, patch in zip(pixels.shape[-2:], self._patch, strict=True)
+        )
+        return height, width
 
     def _groups(self, input_ids: Tensor, rows: int, tokens: int) -> Tensor | None:
         """The image of each crop: long `(rows,)`, the unbroken run of placeholders that it stands in.

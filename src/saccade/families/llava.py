@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
 from saccade.families.collect import AttentionBlock, encoder_block
-from saccade.tokens import VisualContext
+from saccade.families.resolution import low_resolution_rows, shrink_images
+from saccade.reducers.downsample import lower_grid
+from saccade.tokens import TokenBudget, VisualContext
 
 
 class LlavaFamily(Family):
@@ -38,6 +41,23 @@ class LlavaFamily(Family):
             grid = None  # the class token is among the features, so they fill no grid
         context = VisualContext(features=features, encoder_features=encoder_features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
+
+    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
+        """The tower interpolates its position embeddings, as stock CLIP and SigLIP towers offer."""
+        config = self.model.config
+        block = self.attention_block()
+        if block is None or (block.class_token and config.vision_feature_select_strategy != "default"):
+            raise SaccadeError(
+                f"vision tower {config.vision_config.model_type!r} with vision_feature_select_strategy="
+                f"{config.vision_feature_select_strategy!r} gives no grid of tokens at a lower resolution: "
+                "use another reducer than 'downsample'"
+            )
+        pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
+        full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
+        lower = lower_grid(*full, budget.count(full[0] * full[1]))
+        small = shrink_images(pixels, lower[0] * patch, lower[1] * patch)
+        outputs = self.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
+        return low_resolution_rows(torch.stack(tuple(outputs.pooler_output)), full, lower)
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()

@@ -27,6 +27,8 @@ class LlavaNextFamily(Family):
     model_types = ("llava_next",)
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     vision_inputs = image_inputs
+    fixed_resolution = "the stock model packs crops of one fixed grid of patches"
+    thumbnail = 0
 
     @property
     def placeholder_id(self) -> int:

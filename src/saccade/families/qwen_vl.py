@@ -1,8 +1,11 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, a patch merger, three position axes, images and videos."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.vision_utils import get_vision_window_index
@@ -10,9 +13,13 @@ from transformers.vision_utils import get_vision_window_index
 from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family
 from saccade.families.collect import AttentionBlock, Patches
+from saccade.families.resolution import lay_out, shrink_patches
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
+from saccade.reducers.downsample import grid_places, lower_grid
+from saccade.tokens import TokenBudget
 
 MERGERS = ("merger", "deepstack_merger_list")
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Qwen2VLFamily(Family):
@@ -50,16 +57,49 @@ class Qwen2VLFamily(Family):
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         rows: dict[str, list[FeatureRow]] = {"image": [], "video": []}
         outputs = {}
-        pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
         for kind, grid in _given_grids(inputs):
-            get_features = getattr(self.model, f"get_{kind}_features")
-            output = get_features(inputs[pixels[kind]], grid, return_dict=True)
-            layers = [list(output.pooler_output), *map(list, self._deeper(output))]
-            merge = self.model.base_model.visual.spatial_merge_size
-            for number, (frames, height, width) in enumerate(grid.tolist()):
-                source = [layer[number] for layer in layers]
-                rows[kind] += self._rows(source, (frames, height // merge, width // merge), number, kind)
+            layers = self._features(kind, inputs[PIXELS[kind]], grid)
+            for number, shape in enumerate(self._token_grids(grid)):
+                rows[kind] += self._rows([layer[number] for layer in layers], shape, number)
             outputs[kind] = self._wrap(layers)
+        return self._assembled(rows, inputs, outputs)
+
+    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
+        """Each image and video is put together from its patches, shrunk, and cut into patches again.
+
+        The frames of a video all get the same size; in Qwen2-VL and 2.5 they share the budget of the video evenly.
+        """
+        vision = self.model.base_model.visual
+        config, merge = self.model.config.vision_config, vision.spatial_merge_size
+        rows: dict[str, list[FeatureRow]] = {"image": [], "video": []}
+        for kind, grid in _given_grids(inputs):
+            shapes = self._token_grids(grid)
+            lower = [
+                lower_grid(*edges, self._frame_budget(frames, math.prod(edges), budget)) for frames, *edges in shapes
+            ]
+            patches = inputs[PIXELS[kind]].split(grid.prod(dim=1).tolist())
+            given = zip(patches, grid.tolist(), lower, strict=True)
+            sizes = (merge, config.patch_size, config.temporal_patch_size)
+            small = torch.cat([shrink_patches(values, tuple(full), less, *sizes) for values, full, less in given])
+            grids = [(shape[0], less[0] * merge, less[1] * merge) for shape, less in zip(shapes, lower, strict=True)]
+            layers = self._features(kind, small, torch.tensor(grids, device=grid.device))
+            for number, (shape, less) in enumerate(zip(shapes, lower, strict=True)):
+                rows[kind] += self._low_rows([layer[number] for layer in layers], shape, less, number)
+        return self._assembled(rows, inputs, {})
+
+    def _features(self, kind: str, pixels: Tensor, grid: Tensor) -> list[list[Tensor]]:
+        """The tokens `(n, D)` of each image or video, for each layer of the language model that they enter at."""
+        output = getattr(self.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
+        return [list(output.pooler_output), *map(list, self._deeper(output))]
+
+    def _token_grids(self, grid: Tensor) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns of tokens of each image or video."""
+        merge = self.model.base_model.visual.spatial_merge_size
+        return [(frames, height // merge, width // merge) for frames, height, width in grid.tolist()]
+
+    def _assembled(
+        self, rows: Mapping[str, list[FeatureRow]], inputs: Mapping[str, Any], outputs: dict[str, Any]
+    ) -> Encoded:
         ids = inputs["input_ids"]
         is_video = (ids == self.model.config.video_token_id)[self.placeholder(ids)]
         parts = assemble(rows["image"], rows["video"], is_video)
@@ -108,9 +148,25 @@ class Qwen2VLFamily(Family):
         positions, _ = self.model.base_model.get_rope_index(inputs["input_ids"], **given)
         return positions
 
-    def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int, kind: str) -> list[FeatureRow]:
+    def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
         """The feature rows of an image or a video, `(n, D)` a layer."""
         return [FeatureRow(layers[0], grid, number, deeper=layers[1:])]
+
+    def _low_rows(
+        self, layers: Sequence[Tensor], grid: tuple[int, int, int], lower: tuple[int, int], number: int
+    ) -> list[FeatureRow]:
+        """The same from layers `(frames * k, D)` of a smaller image or video, laid out over the full grid."""
+        frames, height, width = grid
+        places, tokens = grid_places((height, width), lower), height * width
+        spread = [lay_out(layer.unflatten(0, (frames, -1)), places, tokens).flatten(0, 1) for layer in layers]
+        rows = self._rows(spread, grid, number)
+        # A row is a frame, or all frames behind one another.
+        inside = [frame * tokens + place for frame in range(frames // len(rows)) for place in places]
+        return [replace(row, low_resolution=inside) for row in rows]
+
+    def _frame_budget(self, frames: int, tokens: int, budget: TokenBudget) -> int:
+        """What a frame of `tokens` tokens may keep, where all frames of a video are one row."""
+        return budget.count(frames * tokens) // frames
 
     def _deeper(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         """Features of each image or video that enter at further layers."""
@@ -126,10 +182,13 @@ class Qwen3VLFamily(Qwen2VLFamily):
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
 
-    def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int, kind: str) -> list[FeatureRow]:
+    def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
         # Time stamps stand between the frames of a video, so that a frame is what is whole.
         frames = zip(*(layer.chunk(grid[0]) for layer in layers), strict=True)
         return [FeatureRow(frame[0], (1, *grid[1:]), number, deeper=frame[1:]) for frame in frames]
+
+    def _frame_budget(self, frames: int, tokens: int, budget: TokenBudget) -> int:
+        return budget.count(tokens)
 
     def _deeper(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         return output.deepstack_features
@@ -144,5 +203,4 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
 def _given_grids(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     """The kinds of vision inputs that there are, in the order that they are encoded, and their grids."""
-    kinds = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
-    return [(kind, inputs[grid]) for kind, pixels, grid in kinds if inputs.get(pixels) is not None]
+    return [(kind, inputs[f"{kind}_grid_thw"]) for kind, pixels in PIXELS.items() if inputs.get(pixels) is not None]

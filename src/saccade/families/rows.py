@@ -20,6 +20,7 @@ class FeatureRow:
         source: number of the image or the video, among its kind, that the row belongs to.
         newlines: the places of newlines among the n.
         deeper: `(n, D)` for each further layer of the language model that features enter at.
+        low_resolution: the places of the tokens that a smaller image gave, where one was encoded.
     """
 
     features: Tensor
@@ -27,6 +28,7 @@ class FeatureRow:
     source: int
     newlines: Sequence[int] = ()
     deeper: Sequence[Tensor] = ()
+    low_resolution: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,18 @@ def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_vide
         for number, row in enumerate(rows):
             places[number, list(row.newlines)] = True
         protected = places.to(device)
+    smaller = None
+    if any(row.low_resolution for row in rows):
+        columns = max(len(row.low_resolution) for row in rows)
+        smaller = torch.tensor([[*row.low_resolution, *[-1] * (columns - len(row.low_resolution))] for row in rows])
+        smaller = smaller.to(device)
     context = VisualContext(
         features=features,
         valid=valid,
         grid=torch.tensor([row.grid for row in rows], device=device),
         group=torch.tensor(group, device=device),
         protected=protected,
+        low_resolution=smaller,
     )
     layers = zip(*(row.deeper for row in rows), strict=True)
     return Assembled(context, tuple(pad_rows(layer)[0] for layer in layers), order)

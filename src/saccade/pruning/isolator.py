@@ -41,6 +41,10 @@ class ModeIsolator(nn.Module):
         """The rows, `(length, D)`. A call rather than a read of `.weight`, so that the hooks of ZeRO and FSDP fire."""
         return self.weight * 1
 
+    def idle(self) -> Tensor:
+        """A zero with a gradient for every parameter, for steps without it: engines wait for one."""
+        return 0 * self().sum()
+
     def save(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
         """Write `mode_isolator.safetensors` into `folder`, whole or not at all.
 

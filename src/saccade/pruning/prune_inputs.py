@@ -11,10 +11,9 @@ from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.families.collect import encode_for
 from saccade.pruning.isolator import ModeIsolator
-from saccade.pruning.shorten import check_positions, reduce, shorten
-from saccade.reducers import get_reducer
-from saccade.tokens import Reduction, VisualContext, splice
-from saccade.tokens.budget import check_prune_ratio
+from saccade.pruning.shorten import check_newlines, check_positions, reduce, shorten
+from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.tokens import Reduction, TokenBudget, VisualContext, splice
 
 
 @torch.no_grad()
@@ -28,6 +27,9 @@ def prune_inputs(
     padding_side: str = "left",
     reducer_options: Mapping[str, Any] | None = None,
     newlines: str = "keep",
+    keep_tokens: int | None = None,
+    budget: str = "crop",
+    adaptive: bool = False,
 ) -> dict[str, Any]:
     """Drop visual tokens from a processed batch.
 
@@ -46,17 +48,23 @@ def prune_inputs(
         padding_side: "left" for `generate`, "right" for a plain forward.
         reducer_options: keyword options of the reducer.
         newlines: "keep" or "drop", for the newline tokens of anyres images.
+        keep_tokens: number of tokens to keep, in place of the ratio.
+        budget: what the ratio or the number is of: each "crop", all crops of an "image", or all images of a "sample".
+        adaptive: share the batch's tokens out by how varied the images are, see `saccade.pruning.adaptive_counts`. A
+            sample's tokens then depend on the samples beside it.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
 
     Raises:
-        SaccadeError: on an unknown family, reducer or position mode, a prune ratio outside [0, 1), an isolator of
-            another width, or placeholders that do not match the images.
+        SaccadeError: on an unknown family, reducer or position mode, a budget out of range or one that the reducer
+            cannot follow, an isolator of another width, or placeholders that do not match the images.
     """
-    prune_ratio = check_prune_ratio(prune_ratio)
+    tokens = TokenBudget(prune_ratio, keep_tokens, budget, adaptive)
     check_positions(positions)
+    check_newlines(newlines)
     chosen = get_reducer(reducer, **(reducer_options or {}))
+    check_resolution_budget(chosen, tokens)
     family = get_family(model)
     missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
     if missing:
@@ -67,8 +75,8 @@ def prune_inputs(
         return _pad_again(family, inputs, pad_id, padding_side)
     rows = _isolator_rows(isolator, text_config.hidden_size, family.model.device)
     try:
-        encoded = encode_for(family, chosen, inputs) if prune_ratio else family.encode(inputs)
-        reduction = reduce(encoded.context, chosen, prune_ratio, newlines)
+        encoded = encode_for(family, chosen, inputs, tokens)
+        reduction = reduce(encoded.context, chosen, tokens, newlines)
         shortened = shorten(
             family,
             encoded,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family
-from saccade.reducers import Reducer, get_reducer
-from saccade.tokens import Reduction, Spliced, VisualContext, keep_count, splice
+from saccade.pruning.adaptive import adaptive_counts
+from saccade.pruning.joint import Units
+from saccade.reducers import Reducer, check_resolution_budget, get_reducer
+from saccade.tokens import Reduction, Spliced, TokenBudget, VisualContext, splice
 
 POSITIONS = ("compact", "original")
 NEWLINES = ("keep", "drop")
@@ -44,16 +46,44 @@ def check_positions(positions: str) -> str:
     return positions
 
 
-def keep_budget(context: VisualContext, prune_ratio: float) -> int | Tensor:
-    """Tokens to keep of each row: one int where all rows are whole, else long `(B,)` on the CPU."""
-    if context.dense:
-        return keep_count(context.shape[1], prune_ratio)
-    counts = context.valid.sum(dim=1).tolist()
-    return torch.tensor([keep_count(count, prune_ratio) for count in counts])
+def check_newlines(newlines: str) -> str:
+    """Return `newlines` if it is known.
+
+    Raises:
+        SaccadeError: otherwise.
+    """
+    if newlines not in NEWLINES:
+        raise SaccadeError(f"newlines={newlines!r} is unknown: use one of {', '.join(NEWLINES)}")
+    return newlines
 
 
-def reduce(context: VisualContext, reducer: Reducer, prune_ratio: float, newlines: str = "keep") -> Reduction:
-    """Let `reducer` choose the share `1 - prune_ratio` of each row's tokens; everything stays at a ratio of 0.
+def keep_budget(context: VisualContext, budget: TokenBudget, newlines: str = "keep") -> int | Tensor:
+    """Tokens of the image to keep of each row: one int where all rows are whole, else long `(B,)` on the CPU.
+
+    Args:
+        newlines: see `reduce`. Where they are kept, they are counted in the budget and left out of the result.
+    """
+    if context.dense and context.protected is None and not budget.adaptive:
+        return budget.count(context.shape[1])
+    available = context.valid.sum(dim=1)
+    protected = torch.zeros_like(available)
+    if context.protected is not None:
+        protected = (context.protected & context.valid).sum(dim=1)
+    numbers = torch.stack((available, protected)).tolist()
+    limits = [tokens - more for tokens, more in zip(*numbers, strict=True)]
+    counts = [budget.count(tokens) for tokens in numbers[0]]
+    if newlines == "keep":
+        counts = [max(1, count - more) for count, more in zip(counts, numbers[1], strict=True)]
+    counts = [min(count, limit) for count, limit in zip(counts, limits, strict=True)]
+    return torch.tensor(adaptive_counts(context, counts, limits) if budget.adaptive else counts)
+
+
+def reduce(context: VisualContext, reducer: Reducer, budget: TokenBudget, newlines: str = "keep") -> Reduction:
+    """Let `reducer` choose the tokens that `budget` leaves.
+
+    Where crops or images share a budget, the reducer sees all tokens of a unit as one row and chooses among them
+    jointly, as DivPrune was published; a crop, or an image of a sample, may then keep none. Reducers that go by the
+    grid see crops of the same shape as frames of one grid, and crops of different shapes as one line of tokens.
 
     Args:
         newlines: what happens to tokens that are no part of the image, `context.protected`. "keep" keeps all of them,
@@ -61,22 +91,25 @@ def reduce(context: VisualContext, reducer: Reducer, prune_ratio: float, newline
             image gets the whole budget.
 
     Raises:
-        SaccadeError: on another value of `newlines`.
+        SaccadeError: on another value of `newlines`, or a reducer that cannot follow the budget.
     """
-    if newlines not in NEWLINES:
-        raise SaccadeError(f"newlines={newlines!r} is unknown: use one of {', '.join(NEWLINES)}")
-    if prune_ratio == 0:
+    check_newlines(newlines)
+    check_resolution_budget(reducer, budget)
+    if budget.keeps_all:
         return get_reducer("none")(context, keep=context.shape[1])
-    budget = keep_budget(context, prune_ratio)
-    protected = context.protected
-    if protected is None:
-        return reducer(context, keep=budget)
-    protected = protected & context.valid
-    if newlines == "keep":
-        budget = (budget - protected.sum(dim=1).cpu()).clamp(min=1)
-    elif isinstance(budget, int):
-        budget = torch.full((context.shape[0],), budget)
-    reduction = reducer(replace(context, valid=context.valid & ~protected, protected=None), keep=budget)
+    if budget.per == "crop":
+        return _reduce_rows(context, reducer, budget, newlines)
+    units = Units.of(context, budget.per)
+    return units.split(_reduce_rows(units.context(context), reducer, budget, newlines))
+
+
+def _reduce_rows(context: VisualContext, reducer: Reducer, budget: TokenBudget, newlines: str) -> Reduction:
+    """`reduce`, where each row has a budget of its own."""
+    keep = keep_budget(context, budget, newlines)
+    if context.protected is None:
+        return reducer(context, keep=keep)
+    protected = context.protected & context.valid
+    reduction = reducer(replace(context, valid=context.valid & ~protected, protected=None), keep=keep)
     return _with_tokens(reduction, protected) if newlines == "keep" else reduction
 
 

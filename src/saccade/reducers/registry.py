@@ -12,7 +12,7 @@ from saccade.errors import SaccadeError
 from saccade.tokens import Reduction, VisualContext
 
 ENTRY_POINT_GROUP = "saccade.reducers"
-CONTEXT_EXTRAS = frozenset({"encoder_features", "saliency", "keys", "relevance"})
+CONTEXT_EXTRAS = frozenset({"encoder_features", "saliency", "keys", "relevance", "low_resolution"})
 """What a reducer may name in `needs`: the fields of `VisualContext` that are filled only on demand."""
 
 

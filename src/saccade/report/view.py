@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from saccade.errors import SaccadeError
@@ -14,29 +15,9 @@ from saccade.families import get_family
 from saccade.families.collect import encode_for
 from saccade.files import write_json_atomically
 from saccade.pruning import reduce
-from saccade.reducers import get_reducer
+from saccade.reducers import get_reducer, is_low_resolution
 from saccade.report.kept_tokens import draw_kept_tokens
-from saccade.tokens import Reduction
-from saccade.tokens.budget import check_prune_ratio
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in a file, in RGB, turned as its EXIF data says.
-
-    Raises:
-        SaccadeError: if the file is missing, truncated or no image.
-    """
-    from PIL import ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise SaccadeError(f"image {str(path)!r} does not exist: give the path of an image file") from error
-    except UnidentifiedImageError as error:
-        raise SaccadeError(f"image {str(path)!r} is no image that Pillow can read: give a PNG or a JPEG") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SaccadeError(f"image {str(path)!r} cannot be read: {error}") from error
+from saccade.tokens import Reduction, TokenBudget
 
 
 @torch.no_grad()
@@ -48,6 +29,7 @@ def view_reducers(
     prune_ratio: float,
     prompt: str,
     path: str | os.PathLike[str],
+    keep_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Draw what each reducer keeps of an image, side by side, and write what is drawn as JSON beside it.
 
@@ -62,10 +44,12 @@ def view_reducers(
         prune_ratio: share of visual tokens to drop, in [0, 1).
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
+        keep_tokens: number of visual tokens to keep, in place of the ratio.
 
     Returns:
-        What the JSON holds: `prune_ratio`, `prompt`, `grid` (rows, columns), and for each reducer its `kept` tokens
-        and, if it merges, `merged_into`, for each token the kept one that it weighs most in, -1 if none.
+        What the JSON holds: `prune_ratio`, `keep_tokens`, `prompt`, `grid` (rows, columns), and for each reducer its
+        `kept` tokens and, if it merges, `merged_into`, for each token the kept one that it weighs most in, -1 if none.
+        For `downsample` it is the one of the smaller image that covers it.
 
     Raises:
         SaccadeError: on an unknown reducer, a ratio outside [0, 1), or a model that a reducer does not fit.
@@ -73,27 +57,33 @@ def view_reducers(
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise SaccadeError(f"output={str(path)!r}: the picture is a PNG, give a name that ends with .png")
-    prune_ratio = check_prune_ratio(prune_ratio)
+    budget = TokenBudget(prune_ratio, keep_tokens)
     chosen = {name: get_reducer(name) for name in reducers}
     family = get_family(model)
     inputs = _process(processor, image, prompt)
     panels, entries, grid = [], [], (0, 0)
     for name, reducer in chosen.items():
-        context = encode_for(family, reducer, inputs).context
+        context = encode_for(family, reducer, inputs, budget).context
         frames, *shape = context.grid[0].tolist()
         tokens = int(context.valid[0].sum())
         if frames * shape[0] * shape[1] != tokens or frames != 1:
             raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens an image form no grid")
         grid = (shape[0], shape[1])
-        reduction = reduce(
-            context.select_rows(torch.tensor([0], device=context.features.device)), reducer, prune_ratio
-        )
+        reduction = reduce(context.select_rows(torch.tensor([0], device=context.features.device)), reducer, budget)
+        if is_low_resolution(reducer) and not budget.keeps_all:
+            reduction.weight = _blocks(reduction.index[0], grid).unsqueeze(0)
         index = reduction.index[0]
         weight = None if reduction.weight is None else reduction.weight[0, :, :tokens].cpu()
         panels.append((f"{name}  {int((index >= 0).sum())} of {tokens}", index.cpu(), weight))
         entries.append({"reducer": name, **_describe(reduction, tokens)})
     draw_kept_tokens(_seen_part(processor, image), panels, grid, path)
-    report = {"prune_ratio": prune_ratio, "prompt": prompt, "grid": list(grid), "panels": entries}
+    report = {
+        "prune_ratio": budget.prune_ratio,
+        "keep_tokens": keep_tokens,
+        "prompt": prompt,
+        "grid": list(grid),
+        "panels": entries,
+    }
     write_json_atomically(path.with_suffix(".json"), report)
     return report
 
@@ -105,6 +95,16 @@ def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
         strongest, output = reduction.weight[0, :, :tokens].abs().cpu().max(dim=0)
         described["merged_into"] = torch.where(strongest > 0, index[output], -1).tolist()
     return described
+
+
+def _blocks(index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Weight `(K, N)` that gives each token of the full grid to the one of a smaller grid, `index`, that covers it."""
+    every = torch.arange(grid[0] * grid[1], device=index.device)
+    lines = len((index // grid[1]).unique())
+    lower = (lines, len(index) // lines)
+    y = (2 * (every // grid[1]) + 1) * lower[0] // (2 * grid[0])
+    x = (2 * (every % grid[1]) + 1) * lower[1] // (2 * grid[1])
+    return torch.nn.functional.one_hot(y * lower[1] + x, len(index)).T.float()
 
 
 def _process(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:

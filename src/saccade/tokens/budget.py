@@ -1,8 +1,58 @@
-"""How many visual tokens a prune ratio leaves."""
+"""How many visual tokens a budget leaves, and who shares it."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from saccade.errors import SaccadeError
+
+UNITS = ("crop", "image", "sample")
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many visual tokens to keep, and of what.
+
+    Args:
+        prune_ratio: share of a unit's tokens to drop, in [0, 1); 0 keeps all.
+        keep_tokens: number of tokens to keep of a unit, in place of the ratio. A unit that has fewer keeps them all.
+        per: the unit. "crop" is a feature row: an image, or the crop, frame or picture that the model makes of it.
+            "image" is a `VisualContext.group`: the crops of an image, or the frames of a video, compete for the same
+            tokens. "sample" is a `VisualContext.sample`: so do all images of a sample.
+        adaptive: spend what the units of a batch have together where it is needed, see
+            `saccade.pruning.adaptive_counts`.
+
+    Raises:
+        SaccadeError: on a value out of range, naming it and the fix.
+    """
+
+    prune_ratio: float = 0.9
+    keep_tokens: int | None = None
+    per: str = "crop"
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        check_prune_ratio(self.prune_ratio)
+        whole = isinstance(self.keep_tokens, int) and not isinstance(self.keep_tokens, bool)
+        if self.keep_tokens is not None and not (whole and self.keep_tokens >= 1):
+            raise SaccadeError(
+                f"keep_tokens={self.keep_tokens!r}: give a whole number from 1 on, or leave it out for prune_ratio"
+            )
+        if self.per not in UNITS:
+            raise SaccadeError(f"budget={self.per!r} is unknown: use one of {', '.join(UNITS)}")
+        if not isinstance(self.adaptive, bool):
+            raise SaccadeError(f"adaptive={self.adaptive!r} is neither true nor false")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is dropped, whatever the unit has."""
+        return self.prune_ratio == 0 and self.keep_tokens is None
+
+    def count(self, num_tokens: int) -> int:
+        """Tokens to keep of a unit of `num_tokens`, before `adaptive` moves any."""
+        if self.keep_tokens is None:
+            return keep_count(num_tokens, self.prune_ratio)
+        return min(num_tokens, self.keep_tokens)
 
 
 def check_prune_ratio(prune_ratio: float) -> float:
@@ -30,3 +80,48 @@ def keep_count(num_tokens: int, prune_ratio: float) -> int:
     """
     share = 1 - check_prune_ratio(prune_ratio)
     return min(num_tokens, max(1, math.floor(round(share * num_tokens, 9) + 0.5)))
+
+
+def share_out(total: int, weights: Sequence[float], limits: Sequence[int]) -> list[int]:
+    """Share `total` things among holders in proportion to their weights, by largest remainder.
+
+    Each holder gets at least one and at most its limit; one of limit 0 gets none. What a limit cuts off goes to the
+    others, again in proportion. Of equal remainders, the first holder's is served first.
+
+    Args:
+        total: cut to what the limits hold, and raised to one a holder.
+        weights: from 0 on; all are taken as equal where their sum is 0.
+        limits: from 0 on.
+    """
+    shares = [min(1, limit) for limit in limits]
+    left = min(total, sum(limits)) - sum(shares)
+    # Shares are final once they reach a bound; what the others get then changes, so that one bound is settled a round.
+    free = {number for number, limit in enumerate(limits) if limit > 1}
+    exact: dict[int, float] = {}
+    while left > 0 and free:
+        pool = left + len(free)
+        mass = sum(weights[number] for number in free)
+        exact = {n: pool * (weights[n] / mass if mass > 0 else 1 / len(free)) for n in free}
+        above = {n for n in free if exact[n] >= limits[n]}
+        below = {n for n in free if exact[n] <= 1}
+        # Whichever side binds harder is settled; settling both at once could overshoot.
+        excess = sum(exact[n] - limits[n] for n in above)
+        lack = sum(1 - exact[n] for n in below)
+        settled = above if above and excess >= lack else below
+        if not settled:
+            break
+        for number in settled:
+            if settled is above:
+                left -= limits[number] - 1
+                shares[number] = limits[number]
+        free -= settled
+    if left <= 0 or not free:
+        return shares
+    for number in free:
+        shares[number] = min(math.floor(exact[number]), limits[number])
+    left -= sum(shares[number] - 1 for number in free)
+    for number in sorted(free, key=lambda n: (math.floor(exact[n]) - exact[n], n)):
+        if left > 0 and shares[number] < limits[number]:
+            shares[number] += 1
+            left -= 1
+    return shares

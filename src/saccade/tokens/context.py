@@ -17,15 +17,18 @@ class VisualContext:
         valid: bool `(B, N)`, false on padding. All tokens are valid when left out.
         grid: long `(B, 3)`, frames, rows and columns of tokens after any patch merging. When left out, one frame,
             square if N is a square number and a single line otherwise.
-        group: long `(B,)`, the image or sample that a row belongs to, for budgets that crops share.
+        group: long `(B,)`, the image or video that a row belongs to, for budgets that crops or frames share.
+        sample: long `(B,)`, the sample that a row belongs to, for budgets that its images share.
         seed: long `(B,)`, the row's seed for stochastic reducers. When left out they derive one from the features.
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
         relevance: `(B, N)`, how relevant each token is to the user's words.
         protected: bool `(B, N)`, tokens that are no part of the image, such as the newlines of anyres images. The
             others fill the grid. Reducers never see them: `saccade.pruning.reduce` decides about them.
+        low_resolution: long `(B, K)`, ascending, -1 behind them: the tokens that a pass over smaller images gave the
+            features of. The other tokens then have none.
 
-    `saliency`, `keys` and `relevance` are filled only when the reducer's `needs` names them.
+    `saliency`, `keys`, `relevance` and `low_resolution` are filled only when the reducer's `needs` names them.
 
     Raises:
         ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
@@ -36,11 +39,13 @@ class VisualContext:
     valid: Tensor | None = None
     grid: Tensor | None = None
     group: Tensor | None = None
+    sample: Tensor | None = None
     seed: Tensor | None = None
     saliency: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
     protected: Tensor | None = None
+    low_resolution: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid, known without looking at the device's memory."""
 
@@ -65,11 +70,13 @@ class VisualContext:
             "valid": (rows, tokens),
             "grid": (rows, 3),
             "group": (rows,),
+            "sample": (rows,),
             "seed": (rows,),
             "saliency": (rows, tokens),
             "keys": (rows, tokens),
             "relevance": (rows, tokens),
             "protected": (rows, tokens),
+            "low_resolution": (rows,),
         }
         for name, shape in expected.items():
             value = getattr(self, name)
@@ -81,8 +88,8 @@ class VisualContext:
         """`(B, N, D)`."""
         return self.features.shape
 
-    def select_rows(self, rows: Tensor) -> "VisualContext":
-        """The context of the given rows only: `rows` is a long or bool index over B."""
+    def select_rows(self, rows: Tensor | slice) -> "VisualContext":
+        """The context of the given rows only: `rows` is a long or bool index over B, or a slice without a copy."""
         names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
         values = {name: getattr(self, name) for name in names}
         return VisualContext(**{name: value[rows] for name, value in values.items() if value is not None})

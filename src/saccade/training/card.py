@@ -49,7 +49,7 @@ def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: 
         _first_words(facts, base, run, source),
         _usage(facts["architecture"], (source / ISOLATOR_FILE).is_file()),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
-        _training(history, run, log.get("environment", {}), log.get("date")),
+        _training(history, run, log.get("environment", {}), log.get("finished")),
         _evaluation(_read(source / "eval.json")),
     ]
     return "\n".join(part for part in parts if part)

@@ -1,13 +1,16 @@
 """Train what a recipe describes, from its first check to the saved model."""
 
 from datetime import date
+from itertools import islice
 from pathlib import Path
 
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from saccade.dualspeed import DualSpeedTrainer
+from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
@@ -32,8 +35,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     options, args = recipe.options, recipe.trainer
     resume = _resume(options.resume, args.output_dir)
     check_lora(recipe)
-    dataset = load_rows(options)
-    model, processor = load_model(options)
+    dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
+    model, processor = load_model(options, args.trust_remote_code)
     beside = Path(options.model) / ISOLATOR_FILE
     if args.isolator_path is None and args.isolator_length and beside.is_file():
         args.isolator_path = str(beside)
@@ -59,17 +62,35 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
         raise SaccadeError(" ".join(str(error).split())) from error
     check_engine(trainer.accelerator)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
-    trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
+    check_first_rows(trainer)
     trainer.train(resume_from_checkpoint=resume)
     if trainer.watch.stopped:
         # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
         return trainer
     trainer.save_model(args.output_dir)
     if args.should_save:
-        log = {"recipe": recipe.given, "log_history": trainer.state.log_history}
-        log |= {"date": date.today().isoformat(), "environment": environment()}
-        write_json_atomically(Path(args.output_dir) / LOG_FILE, log)
+        record = {
+            "recipe": recipe.given,
+            "log_history": trainer.state.log_history,
+            "environment": environment(),
+            "finished": date.today().isoformat(),
+        }
+        write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
     return trainer
+
+
+def check_first_rows(trainer: DualSpeedTrainer) -> None:
+    """Make a batch of the first two rows.
+
+    Raises:
+        SaccadeError: if it cannot be made, or more of its records are bad than may be.
+    """
+    batch = trainer.training_collator()(list(islice(trainer.train_dataset, 2)))
+    found = BadRecordLog(trainer.args.output_dir, trainer.args.max_bad_records)
+    found.add(batch.get(BAD_RECORDS, ()))
+    if found and trainer.args.should_save:
+        found.write()
+    found.check()
 
 
 def check_lora(recipe: Recipe) -> None:

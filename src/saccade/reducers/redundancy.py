@@ -1,0 +1,64 @@
+"""The merge of Skip-Vision (arXiv 2503.21817): the most redundant tokens flow into the most distinctive ones."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.reducers.common import ascending, best_first, chosen_mask, row_budget
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import cosine_similarity, tie_terms
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("redundancy")
+@dataclass(frozen=True)
+class RedundancyMerge:
+    """Averages the tokens most like all others into the most distinctive ones.
+
+    With u the unit tokens, the redundancy of token i is r_i = sum_{j != i} u_i . u_j. The K tokens with the smallest r
+    stay; each other one joins the one among them that it has the highest cosine with, and an output is the plain mean
+    of what met there, y_k = (x_k + sum of its sources) / (1 + their number). Of tokens that tie, the first in raster
+    order counts as the more redundant one, and is the one joined.
+
+    The outputs are published in the order of falling r; as everywhere here, `index` is in raster order, and `ranked`
+    says the other one. Similarities are float64: r adds up hundreds of cosines, which in bfloat16 leaves ties only.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(N^2 D) a row."""
+        return self.ranked(context, keep)[0]
+
+    @torch.no_grad()
+    def ranked(self, context: VisualContext, keep: int | Tensor) -> tuple[Reduction, Tensor]:
+        """The reduction, and its outputs by falling redundancy: long `(B, K)` places in `index`, padding last."""
+        budget = row_budget(context, keep)
+        rows, tokens, _ = context.shape
+        home = context.features.device
+        similarity = cosine_similarity(context.features, context)  # (B, N, N)
+        device = similarity.device
+        own = similarity.diagonal(dim1=1, dim2=2)
+        # The mean in place of the sum: the order is the same, and rounding stays below what settles ties.
+        redundancy = (similarity.sum(dim=2) - own) / max(tokens, 1) - tie_terms(tokens, device)
+        on_device = context.valid.to(device)
+        # The most distinctive first.
+        order = best_first(-redundancy, VisualContext(features=redundancy.unsqueeze(2), valid=on_device))
+        counts = budget.counts.to(device)
+        stays = chosen_mask(order[:, : budget.width], counts, tokens)
+        index = ascending(order[:, : budget.width].to(home), budget, tokens).to(device)
+        places = similarity.gather(2, index.clamp(min=0).unsqueeze(1).expand(rows, tokens, -1))  # (B, N, K)
+        places = (places - tie_terms(index.shape[1], device)).masked_fill((index < 0).unsqueeze(1), -torch.inf)
+        if index.shape[1] == 0:
+            return Reduction(index.to(home), dense=True), index.to(home)
+        joined = places.argmax(dim=2)  # (B, N)
+        slots = torch.arange(index.shape[1], device=device)
+        member = (joined.unsqueeze(1) == slots.unsqueeze(1)) & (on_device & ~stays).unsqueeze(1)
+        member |= index.unsqueeze(2) == torch.arange(tokens, device=device)
+        weight = member.float() / member.sum(dim=2, keepdim=True).clamp(min=1)
+        falling = redundancy.gather(1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
+        ranks = falling.sort(dim=1, descending=True, stable=True).indices
+        return Reduction(index.to(home), weight.to(home), dense=budget.uniform), ranks.to(home)

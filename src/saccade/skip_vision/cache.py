@@ -1,0 +1,158 @@
+"""Skipped tokens leave the key-value cache once the prompt is read, while positions go on from the full length.
+
+A cache then has two lengths: the rows that it stores, which attention masks are made for, and the tokens that it has
+read, from which `generate` counts. `get_seq_length` answers with the second, except inside the language model.
+
+Shapes: B samples, C columns stored, H heads of width d.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+from saccade.errors import SaccadeError
+from saccade.tokens.layout import take_columns
+
+STATE = "_saccade_state"
+
+
+@dataclass
+class CacheState:
+    """What is known of the columns of a cache.
+
+    Args:
+        valid: bool `(B, C)`, false on padding.
+        skip: bool `(B, C)`, true on skipped tokens that are still stored.
+        next_position: long `(B,)`, the position of the next token.
+        gap: columns that were read and are not stored any more.
+        has_skip: whether any column may be true in `skip`.
+        dense: whether every column is known to be valid.
+        sequence: long `(B, T)`, the laid-out tokens of the conversation so far, once `generate` is done.
+        cut: how many tokens shorter `sequence` is than what the user was given.
+        inside: whether the language model is running.
+    """
+
+    valid: Tensor
+    skip: Tensor
+    next_position: Tensor
+    gap: int = 0
+    has_skip: bool = False
+    dense: bool = False
+    sequence: Tensor | None = None
+    cut: int = 0
+    inside: bool = False
+
+    def crop(self, columns: int) -> None:
+        """Forget the columns that the cache has dropped from its end since, as assisted decoding does."""
+        dropped = self.valid.shape[1] - columns
+        if dropped > 0:
+            self.valid, self.skip = self.valid[:, :columns], self.skip[:, :columns]
+            self.next_position = self.next_position - dropped
+
+
+def state_of(cache: Cache | None) -> CacheState | None:
+    """The state of a cache that a skipping model has filled, or None."""
+    state = getattr(cache, STATE, None)
+    if state is None:
+        return None
+    stored = stored_length(cache)
+    if stored == 0:  # it was reset
+        forget(cache)
+        return None
+    state.crop(stored)
+    return state
+
+
+def attach(cache: Cache, state: CacheState) -> None:
+    """Keep `state` with the cache, whose length from now on counts what it has read."""
+    setattr(cache, STATE, state)
+    cache.get_seq_length = MethodType(_length, cache)
+
+
+def forget(cache: Cache) -> None:
+    """Undo `attach`."""
+    for name in (STATE, "get_seq_length"):
+        cache.__dict__.pop(name, None)
+
+
+def _length(cache: Cache, *args: Any, **kwargs: Any) -> int:
+    stored = type(cache).get_seq_length(cache, *args, **kwargs)
+    state = getattr(cache, STATE)
+    return stored + (state.gap if stored and not state.inside else 0)
+
+
+def stored_length(cache: Cache | None) -> int:
+    """C, the columns that the cache stores."""
+    return 0 if cache is None else type(cache).get_seq_length(cache)
+
+
+def read_length(cache: Cache | None) -> int:
+    """Tokens that the cache has read, those it no longer stores included."""
+    return 0 if cache is None else cache.get_seq_length()
+
+
+@contextmanager
+def stored_lengths(state: CacheState | None) -> Iterator[None]:
+    """Let the cache answer with the columns that it stores, for the masks that the language model makes."""
+    if state is None:
+        yield
+        return
+    state.inside = True
+    try:
+        yield
+    finally:
+        state.inside = False
+
+
+def compact(cache: Cache, state: CacheState) -> None:
+    """Take skipped tokens and padding out of every layer; rows that keep fewer are padded on the left."""
+    keep = state.valid & ~state.skip
+    width = int(keep.sum(dim=1).max())
+    # Stable: what stays keeps its order, behind what goes.
+    order = keep.long().sort(dim=1, stable=True).indices[:, keep.shape[1] - width :]
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        index = order.to(layer.keys.device)[:, None, :, None]
+        layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
+        layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+    state.gap += keep.shape[1] - width
+    state.valid = take_columns(keep, order)
+    state.skip = torch.zeros_like(state.valid)
+    state.has_skip, state.dense = False, bool(state.valid.all())
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Check that skipped tokens can leave the caches of a language model with this configuration.
+
+    Raises:
+        SaccadeError: if some layer has a cache of another kind, such as a sliding window.
+    """
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
+    if kinds:
+        raise SaccadeError(
+            f"drop_kv=True: this language model has layers with a {', '.join(sorted(kinds))}, which count tokens by "
+            "their place and cannot lose any; set drop_kv=False"
+        )
+
+
+def check_cache(cache: Cache) -> None:
+    """Check that skipped tokens can leave this cache.
+
+    Raises:
+        SaccadeError: if it is of another kind than `DynamicCache`, such as a static or a quantized one.
+    """
+    other = [type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer]
+    if type(cache) is not DynamicCache or other:
+        name = other[0] if other else type(cache).__name__
+        raise SaccadeError(
+            f"past_key_values has a {name}: skipped tokens can only leave a DynamicCache; leave cache_implementation "
+            "out, or set drop_kv=False"
+        )

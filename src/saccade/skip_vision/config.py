@@ -1,0 +1,184 @@
+"""Every option of Skip-Vision (arXiv 2503.21817), and its published budgets by name."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from saccade.errors import SaccadeError
+from saccade.reducers import get_reducer
+
+SPLITS = ("cls_attention", "thumbnail", "scale")
+MERGE_ORDERS = ("published", "raster")
+SUMMARY_POOLS = ("all", "finest")
+TEXT_VISIBILITIES = ("all", "prompt_only", "none")
+
+
+@dataclass
+class SkipVisionConfig:
+    """
+    Which visual tokens a language model skips, and what it does about them.
+
+    Counts are per image. An int is a number of tokens; a float is a share of the image's tokens or, under
+    `split="thumbnail"`, of the thumbnail's. The defaults are the published 100 and 156 of 576, as shares.
+
+    Args:
+        retained (`int` or `float`, *optional*, defaults to `100 / 576`):
+            Tokens that go through every layer as they are. None where the split itself says which: "thumbnail",
+            "scale".
+        skipped (`int` or `float`, *optional*, defaults to `156 / 576`):
+            Tokens that the others are merged into, and that skip the feed-forward networks. None for all of the
+            others.
+        split (`str`, *optional*, defaults to `"cls_attention"`):
+            `"cls_attention"` retains the tokens that the vision tower's class token attends to most, `"thumbnail"` the
+            small picture of an image that comes in crops, `"scale"` coarser scales made by average pooling. The name
+            of a reducer retains the tokens that it keeps.
+        split_options (`dict`, *optional*):
+            Keyword options of that reducer.
+        scales (`tuple` of `int`, *optional*, defaults to `(8, 2)`):
+            For `split="scale"`: sides of the pooling windows, in tokens, coarse to fine. On a grid of 32 x 32 they
+            give 4 x 4 and 16 x 16 tokens.
+        merge (`str`, *optional*, defaults to `"redundancy"`):
+            How the others become `skipped` tokens: `"redundancy"` as published, the name of another reducer, or
+            `"none"`, which leaves them as they are.
+        merge_order (`str`, *optional*, defaults to `"published"`):
+            `"published"` puts merged tokens in the order of falling redundancy, `"raster"` where they stand in the
+            image.
+        summary (`bool`, *optional*, defaults to `True`):
+            Put a summary token behind the retained and one behind the skipped tokens of each image.
+        summary_pool (`str`, *optional*, defaults to `"all"`):
+            `"finest"` pools the first summary token over the finest of the retained scales only.
+        layers (`tuple` of two `int`, *optional*):
+            First layer that skips and the first one after it that does not any more. All when left out, as published.
+        text_visibility (`str`, *optional*, defaults to `"all"`):
+            Which text attends to skipped tokens: `"all"` as published; `"prompt_only"`, but no text that the model
+            writes, as decoding with `drop_kv` has it; `"none"`.
+        drop_kv (`bool`, *optional*, defaults to `True`):
+            Take skipped tokens out of the key-value cache once the prompt is read.
+        keep_last_skipped (`bool`, *optional*, defaults to `False`):
+            Do not skip the last of each image's skipped tokens.
+
+    Raises:
+        SaccadeError: on a value outside its range, naming the option and the fix.
+    """
+
+    retained: int | float | None = 100 / 576
+    skipped: int | float | None = 156 / 576
+    split: str = "cls_attention"
+    split_options: dict[str, Any] = field(default_factory=dict)
+    scales: tuple[int, ...] = (8, 2)
+    merge: str = "redundancy"
+    merge_order: str = "published"
+    summary: bool = True
+    summary_pool: str = "all"
+    layers: tuple[int, int] | None = None
+    text_visibility: str = "all"
+    drop_kv: bool = True
+    keep_last_skipped: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("merge_order", self.merge_order, MERGE_ORDERS)
+        _one_of("summary_pool", self.summary_pool, SUMMARY_POOLS)
+        _one_of("text_visibility", self.text_visibility, TEXT_VISIBILITIES)
+        for name in ("summary", "drop_kv", "keep_last_skipped"):
+            if not isinstance(getattr(self, name), bool):
+                raise SaccadeError(f"{name}={getattr(self, name)!r}: use true or false")
+        _check_amount("retained", self.retained, least=1)
+        _check_amount("skipped", self.skipped, least=0)
+        self.split_options = dict(self.split_options or {})
+        if self.split in ("thumbnail", "scale"):
+            if self.retained not in (None, SkipVisionConfig.retained):
+                raise SaccadeError(
+                    f"retained={self.retained!r}: split={self.split!r} itself says which tokens stay, leave retained "
+                    "out"
+                )
+            self.retained = None
+        elif self.retained is None:
+            raise SaccadeError(
+                f"retained=None: split={self.split!r} needs a number of tokens, or a share such as 0.17"
+            )
+        self.split_reducer()
+        if self.merge != "none":
+            _known_reducer("merge", self.merge)
+        elif self.skipped == SkipVisionConfig.skipped:
+            self.skipped = None
+        self.scales = tuple(self.scales)
+        if not self.scales or not all(isinstance(side, int) and side > 0 for side in self.scales):
+            raise SaccadeError(f"scales={self.scales!r}: use sides of pooling windows in tokens, such as (8, 2)")
+        if list(self.scales) != sorted(set(self.scales), reverse=True):
+            raise SaccadeError(f"scales={self.scales!r}: order them from coarse to fine, each once, such as (8, 2)")
+        if self.summary_pool == "finest" and self.split != "scale":
+            raise SaccadeError(
+                f"summary_pool='finest' needs split='scale', not {self.split!r}: use summary_pool='all'"
+            )
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+            whole = len(self.layers) == 2 and all(isinstance(layer, int) for layer in self.layers)
+            if not whole or not 0 <= self.layers[0] < self.layers[1]:
+                raise SaccadeError(
+                    f"layers={self.layers!r}: use the first layer that skips and the one after the last, such as (0, "
+                    "32)"
+                )
+
+    def split_reducer(self) -> Any:
+        """The reducer whose kept tokens are the retained ones, or None where the split is no choice."""
+        if self.split in ("thumbnail", "scale"):
+            return None
+        return _known_reducer(
+            "split", "fastervlm" if self.split == "cls_attention" else self.split, **self.split_options
+        )
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "SkipVisionConfig":
+        """A published budget, scaled to the model's number of tokens, with `options` on top.
+
+        Args:
+            name: retained / skipped as published, at 576 tokens an image or crop and, for 272/256, at 32 x 32.
+
+        Raises:
+            SaccadeError: if no budget has this name.
+        """
+        if name not in PRESETS:
+            raise SaccadeError(f"preset={name!r} is not known: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **options})
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "100/156": {"retained": 100 / 576, "skipped": 156 / 576},
+    "64/156": {"retained": 64 / 576, "skipped": 156 / 576},
+    "256/320": {"retained": 256 / 576, "skipped": None, "merge": "none"},
+    "576/576": {"retained": None, "skipped": 1.0, "split": "thumbnail"},
+    "272/256": {"retained": None, "skipped": 0.25, "split": "scale", "summary_pool": "finest"},
+}
+"""The options of each published budget."""
+
+
+def amount_of(value: int | float | None, tokens: int) -> int:
+    """A count as it is, a share of `tokens` rounded half up, all of them for None."""
+    if value is None:
+        return tokens
+    # Rounded to nine decimals first: 156 / 576 * 144 is slightly less than 39.
+    return value if isinstance(value, int) else math.floor(round(value * tokens, 9) + 0.5)
+
+
+def _check_amount(name: str, value: Any, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise SaccadeError(f"{name}={value!r}: use a number of tokens, or a share such as 0.25")
+    if isinstance(value, int) and value < least:
+        raise SaccadeError(f"{name}={value!r}: use {least} or more tokens an image, or a share such as 0.25")
+    if isinstance(value, float) and not (0 < value <= 1 or value == 0 == least):
+        raise SaccadeError(f"{name}={value!r}: a float is a share, from 0 to 1; use an int for a number of tokens")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SaccadeError(f"{name}={value!r} is not known: choose one of {', '.join(known)}")
+
+
+def _known_reducer(option: str, name: str, **options: Any) -> Any:
+    try:
+        return get_reducer(name, **options)
+    except SaccadeError as error:
+        special = SPLITS if option == "split" else ("none",)
+        raise SaccadeError(f"{option}={name!r}: {error}; or one of {', '.join(special)}") from error

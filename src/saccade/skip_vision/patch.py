@@ -1,0 +1,312 @@
+"""`apply_skip_vision`: a stock model that skips, in place, until `remove()`."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.utils import ModelOutput
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family, get_family
+from saccade.skip_vision.cache import check_config, read_length, state_of
+from saccade.skip_vision.config import SkipVisionConfig
+from saccade.skip_vision.conversation import as_given, go_on, new_part
+from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, language_forward
+from saccade.skip_vision.prepare import prepare, processor_outputs
+from saccade.skip_vision.rows import call_original, patch, patch_layers, unpatch
+from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
+
+HANDLE = "_saccade_skip_vision"
+KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
+
+
+class SkipVision:
+    """A model that skips, as `apply_skip_vision` returns it.
+
+    Args:
+        family: the stock model's family.
+        config: the options.
+    """
+
+    def __init__(self, family: Family, config: SkipVisionConfig) -> None:
+        self.family = family
+        self.config = config
+        self._patched: list[nn.Module] = []
+        self._ignored_before: Any = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The stock model."""
+        return self.family.model
+
+    @property
+    def summary(self) -> SummaryHead | None:
+        """The summary head, a module of the stock model; None without summaries."""
+        return getattr(self.model, SUMMARY_NAME, None)
+
+    def prepare(
+        self,
+        inputs: Mapping[str, Any],
+        labels: Tensor | None = None,
+        padding_side: str | None = None,
+        encoded: Encoded | None = None,
+    ) -> dict[str, Any]:
+        """What `forward` and `generate` make of processor outputs before anything else.
+
+        Args:
+            inputs: what the processor returned, for any number of samples and images; perhaps with `labels`.
+            labels: long `(B, L)`, or None. Text with a label is what the model learns to write.
+            padding_side: of the result. When left out "left" if every row of `inputs` ends with a token, else "right".
+            encoded: the images' features, where the caller has them; with what the split needs to know.
+
+        Returns:
+            Inputs for `model(...)`, `model.generate(...)` or the model without its head: `input_ids`,
+            `attention_mask`, `position_ids`, `mm_encoder_outputs`, `skip_roles` (long `(B, S)`, values of
+            `saccade.tokens.Role`), further inputs that the family has for each token, and `labels` if there were any.
+
+        Raises:
+            SaccadeError: if text and images do not fit together, or the images do not fit the split.
+        """
+        return prepare(self.family, self.config, self.summary, inputs, labels, padding_side, encoded)
+
+    def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the summary head and the options to `folder/skip_vision.safetensors`, and return the path.
+
+        Args:
+            tensors: the head's gathered tensors by name, where this process holds only shards of them.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        if tensors is None:
+            tensors = {} if self.summary is None else self.summary.state_dict()
+        return write_summary_file(folder, tensors, asdict(self.config))
+
+    def load(self, folder: str | Path) -> None:
+        """Take the summary head's weights from what `save` wrote to `folder`; the options stay as they are.
+
+        Raises:
+            SaccadeError: if there is no such file, or it is of another model.
+        """
+        if self.summary is None:
+            return
+        _, tensors = read_summary_file(folder)
+        own = dict(self.summary.named_parameters())
+        if {name: tuple(value.shape) for name, value in tensors.items()} != {
+            name: tuple(value.shape) for name, value in own.items()
+        }:
+            width = self.model.config.get_text_config().hidden_size
+            raise SaccadeError(
+                f"folder={str(folder)!r}: its summary head is not of a model of width {width}: it was trained for "
+                "another model, or without summary tokens"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                value = tensors[name].to(parameter)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
+
+    def remove(self) -> None:
+        """Make the model what it was. Does nothing the second time."""
+        if self.model.__dict__.get(HANDLE) is not self:
+            return
+        for module in self._patched:
+            unpatch(module)
+        self._patched.clear()
+        self.family.language_model.__dict__.pop(CONFIG)
+        del self.model.__dict__[HANDLE]
+        if self.summary is not None:
+            delattr(self.model, SUMMARY_NAME)
+            del self.model.__dict__[KEYS_TO_IGNORE]
+            if self._ignored_before is not None:
+                setattr(self.model, KEYS_TO_IGNORE, self._ignored_before)
+
+    def _attach(self) -> None:
+        model, config = self.model, self.config
+        layers = self.family.language_layers
+        chosen = range(*(config.layers or (0, len(layers))))
+        self._patched += patch_layers(layers, chosen)
+        language = self.family.language_model
+        patch(language, language_forward)
+        language.__dict__[CONFIG] = config
+        patch(model, _like(model.forward, _model_forward, ROLES_KEYWORD))
+        patch(model, _like(model.generate, _model_generate), "generate")
+        self._patched += [language, model]
+        if config.summary:
+            # In bfloat16 its entries would be too coarse to move at fine-tuning rates.
+            head = SummaryHead(model.config.get_text_config().hidden_size).to(model.device)
+            model.add_module(SUMMARY_NAME, head)
+            self._ignored_before = model.__dict__.get(KEYS_TO_IGNORE)
+            names = {f"{SUMMARY_NAME}.{name}" for name in head.state_dict()}
+            setattr(model, KEYS_TO_IGNORE, set(getattr(model, KEYS_TO_IGNORE) or ()) | names)
+        model.__dict__[HANDLE] = self
+
+
+def apply_skip_vision(model: nn.Module, config: SkipVisionConfig | None = None) -> SkipVision:
+    """Let a stock model skip visual tokens, in place: `forward` and `generate` take processor outputs as before.
+
+    Args:
+        model: a stock model of a known family, PEFT-wrapped or not.
+        config: the options; the published 100/156 when left out.
+
+    Returns:
+        The handle: `remove()` makes the model what it was, `save(folder)` writes the summary head, `prepare(inputs)`
+        gives the inputs that a training step of your own needs.
+
+    Raises:
+        SaccadeError: if the model cannot skip, or not as the options say.
+    """
+    config = SkipVisionConfig() if config is None else config
+    if not isinstance(config, SkipVisionConfig):
+        raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig")
+    family = get_family(model)
+    if HANDLE in family.model.__dict__:
+        raise SaccadeError("model: it skips already; call `remove()` on what apply_skip_vision returned first")
+    _check_model(family, config)
+    skip = SkipVision(family, config)
+    skip._attach()
+    return skip
+
+
+def load_skip_vision(model: nn.Module, folder: str | Path, **options: Any) -> SkipVision:
+    """Let a stock model skip as the one did whose head and options `save` wrote to `folder`.
+
+    Args:
+        options: options to use in place of those saved, such as `drop_kv=False`.
+
+    Raises:
+        SaccadeError: if there is no such file, or it is of another model.
+    """
+    saved, tensors = read_summary_file(folder)
+    try:
+        config = SkipVisionConfig(**{**saved, **options})
+    except TypeError as error:
+        raise SaccadeError(f"folder={str(folder)!r}: options do not fit this version of saccade: {error}") from error
+    skip = apply_skip_vision(model, config)
+    if tensors:
+        try:
+            skip.load(folder)
+        except SaccadeError:
+            skip.remove()
+            raise
+    return skip
+
+
+def _check_model(family: Family, config: SkipVisionConfig) -> None:
+    """Check what is known before the first image."""
+    count = len(family.language_layers)
+    if config.layers is not None and config.layers[1] > count:
+        raise SaccadeError(f"layers={config.layers!r}: there are {count} layers, end at {count} or before")
+    language = family.language_model
+    if config.drop_kv:
+        check_config(language.config)
+    kind = language.config._attn_implementation
+    if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
+        raise SaccadeError(
+            f"text_visibility={config.text_visibility!r} needs a mask that attn_implementation={kind!r} does not "
+            "take: "
+            "load the model with 'sdpa' or 'eager', or use text_visibility='all'"
+        )
+    if config.split == "thumbnail" and family.thumbnail is None:
+        raise SaccadeError(
+            f"split='thumbnail': images of model_type={family.model.config.model_type!r} have no thumbnail next to "
+            "their "
+            "crops; use split='cls_attention' or the name of a reducer"
+        )
+
+
+def _like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
+    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
+
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
+    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+    signature = inspect.signature(stock)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
+    rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
+    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
+    return wrapped
+
+
+def _by_name(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a bound method by name."""
+    return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
+
+
+def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock forward, with images laid out first."""
+    skip: SkipVision = model.__dict__[HANDLE]
+    kwargs = _by_name(model.forward, args, kwargs)
+    if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
+        state = state_of(kwargs.get("past_key_values"))
+        if state is not None and skip.family.several_axes and kwargs.get("position_ids") is None:
+            # The model would count from what it read last, whatever this cache holds.
+            new = kwargs["input_ids"]
+            positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
+            kwargs["position_ids"] = positions.expand(3, -1, -1)
+        output = call_original(model, **kwargs)
+        idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
+        if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
+            output["loss"] = output["loss"] + skip.summary.idle()
+        return output
+    inputs, others = _sort(skip, kwargs)
+    cache = others.get("past_key_values")
+    labels = others.pop("labels", None)
+    prepared = skip.prepare(inputs, labels)
+    if read_length(cache):
+        length = prepared["input_ids"].shape[1]
+        prepared = go_on(prepared, cache, state_of(cache), inputs.get("attention_mask"))
+        prepared["input_ids"] = prepared["input_ids"][:, -length:]
+        prepared["position_ids"] = prepared["position_ids"][..., -length:]
+    return call_original(model, **others, **prepared)
+
+
+def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock `generate`, with images laid out first."""
+    skip: SkipVision = model.__dict__[HANDLE]
+    kwargs = _by_name(model.generate, args, kwargs)
+    if kwargs.get("inputs") is not None:
+        kwargs["input_ids"] = kwargs.pop("inputs")
+    if kwargs.get("assistant_model") is not None:
+        raise SaccadeError(
+            "assistant_model: an assistant would need the same layout of its own; leave it out, or use "
+            "prompt_lookup_num_tokens"
+        )
+    cache = kwargs.get("past_key_values")
+    state = state_of(cache)
+    images = skip.family.has_images(kwargs)
+    if kwargs.get(ROLES_KEYWORD) is not None or (not images and state is None):
+        return call_original(model, method="generate", **kwargs)
+    inputs, others = _sort(skip, kwargs)
+    given = inputs["input_ids"]
+    with torch.no_grad():
+        if read_length(cache):
+            part = new_part(inputs, cache, state)
+            prepared = go_on(skip.prepare(part, padding_side="left"), cache, state, inputs.get("attention_mask"))
+        else:
+            prepared = skip.prepare(inputs, padding_side="left")
+    laid_out = prepared["input_ids"]
+    output = call_original(model, method="generate", **others, **prepared)
+    return as_given(output, given, laid_out, cache)
+
+
+def _sort(skip: SkipVision, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Processor outputs, and the other arguments."""
+    inputs = processor_outputs(skip.family, kwargs)
+    others = {name: value for name, value in kwargs.items() if name not in inputs}
+    for name in ("position_ids", "inputs_embeds"):
+        if others.pop(name, None) is not None:
+            raise SaccadeError(f"{name}: images are laid out anew, pass 'input_ids' and leave {name} out")
+    if "input_ids" not in inputs:
+        raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
+    return inputs, others

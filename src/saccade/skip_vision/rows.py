@@ -1,0 +1,149 @@
+"""Modules that run on some rows only: the feed-forward networks, and the queries and outputs of the last attention.
+
+Which rows those are comes down the stock forward as a keyword argument of each call. Attention takes it out and leaves
+it where the modules behind it in the same layer find it; gradient checkpointing, which replays a layer with the
+keyword arguments it had, so replays it with its own rows, however many forwards came between.
+
+A patched `forward` is a method bound to its module, and what it shares with others an attribute, so that a deep copy
+of the model is patched as well, and independent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+
+ROWS_KEYWORD = "skip_rows"
+ORIGINALS = "_saccade_originals"
+STATE = "_saccade_rows"
+
+
+@dataclass
+class KeptRows:
+    """The rows of a batch that are not skipped.
+
+    Args:
+        index: long `(M,)`, their numbers among all `B * L`.
+    """
+
+    index: Tensor
+
+
+@dataclass
+class LayerState:
+    """What the modules of one decoder layer share during a call."""
+
+    rows: KeptRows | None = None
+
+
+def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
+    """Put `function`, of the module and the arguments, in the place of the module's own method `name`."""
+    module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
+    setattr(module, name, MethodType(function, module))
+
+
+def unpatch(module: nn.Module) -> None:
+    """Undo every `patch` of a module, and forget what it shared."""
+    for name, before in module.__dict__.pop(ORIGINALS).items():
+        del module.__dict__[name]
+        if before is not None:
+            setattr(module, name, before)
+    module.__dict__.pop(STATE, None)
+
+
+def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+    """What the module's method did before it was patched."""
+    before = module.__dict__[ORIGINALS][method]
+    return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
+def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Take the rows out of the keyword arguments, for the modules behind this one in the layer."""
+    module.__dict__[STATE].rows = kwargs.pop(ROWS_KEYWORD, None)
+    return call_original(module, *args, **kwargs)
+
+
+def attention_of_unskipped_layer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Take the rows out of the keyword arguments: no module of this layer wants them."""
+    kwargs.pop(ROWS_KEYWORD, None)
+    return call_original(module, *args, **kwargs)
+
+
+def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Run on the kept rows of `x` `(B, L, D)`; the others come out as zeros: `(B, L, D')`."""
+    rows = module.__dict__[STATE].rows
+    if rows is None:
+        return call_original(module, x)
+    index = rows.index.to(x.device)
+    kept = x.flatten(0, 1).index_select(0, index)
+    output = call_original(module, kept.unsqueeze(0)).squeeze(0)  # (M, D')
+    whole = output.new_zeros(x.shape[0] * x.shape[1], output.shape[-1]).index_copy(0, index, output)
+    return whole.unflatten(0, x.shape[:2])
+
+
+def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
+    """Let the layers numbered `chosen` run their feed-forward networks on kept rows only.
+
+    Skipped rows of the last layer end there: if it is chosen, they get no queries and no output projection either,
+    where attention has projections of the usual names.
+
+    Returns:
+        Every module that was patched.
+
+    Raises:
+        SaccadeError: if a layer is not made of attention and a feed-forward network whose zeros stay zeros.
+    """
+    for number, layer in enumerate(layers):
+        check_layer(number, layer)
+    patched = []
+    for number, layer in enumerate(layers):
+        if number not in chosen:
+            patch(layer.self_attn, attention_of_unskipped_layer)
+            patched.append(layer.self_attn)
+            continue
+        partial = [layer.mlp]
+        if number == len(layers) - 1:
+            partial += last_projections(layer.self_attn)
+        state = LayerState()
+        for module, forward in (
+            (layer.self_attn, attention_forward),
+            *((part, kept_rows_forward) for part in partial),
+        ):
+            patch(module, forward)
+            module.__dict__[STATE] = state
+            patched.append(module)
+    return patched
+
+
+def last_projections(attention: nn.Module) -> list[nn.Module]:
+    """What skipped rows of the last layer can do without: none where queries, keys and values are one projection."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    if not all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
+        return []
+    return [attention.q_proj, attention.o_proj]
+
+
+def check_layer(number: int, layer: nn.Module) -> None:
+    """Check that skipping is what leaving out the feed-forward network of this layer means.
+
+    Raises:
+        SaccadeError: if the layer is built otherwise.
+    """
+    for name in ("self_attn", "mlp"):
+        if not isinstance(getattr(layer, name, None), nn.Module):
+            raise SaccadeError(
+                f"layer {number} of the language model is a {type(layer).__name__} without {name!r}: Skip-Vision "
+                "needs "
+                "decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are"
+            )
+    for name, module in layer.named_children():
+        if name.startswith("post_feedforward") and getattr(module, "bias", None) is not None:
+            raise SaccadeError(
+                f"layer {number} of the language model has a {name!r} with a bias, which makes something of the "
+                "zeros of "
+                "skipped rows: Skip-Vision needs an RMSNorm there"
+            )

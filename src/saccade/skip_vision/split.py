@@ -1,0 +1,170 @@
+"""Which visual tokens of each image are retained, and which are left to be skipped.
+
+Shapes: G images (blocks of placeholders) of M visual tokens, R feature rows of N.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family
+from saccade.reducers.common import mask_to_index
+from saccade.skip_vision.config import SkipVisionConfig, amount_of
+from saccade.tokens import Blocks, Reduction, VisualContext
+
+PER_TOKEN = ("encoder_features", "saliency", "keys", "relevance", "protected")
+
+
+@dataclass
+class Split:
+    """The two groups of each image.
+
+    Args:
+        retained: the tokens that are retained, or pooled to be.
+        pooled: bool `(G, K)`, those of them that the first summary token is made of.
+        rest: bool `(G, M)`, the tokens left to be skipped.
+        base: for each image, the number of tokens that a share of skipped ones is a share of.
+    """
+
+    retained: Reduction
+    pooled: Tensor
+    rest: Tensor
+    base: list[int]
+
+
+def block_context(encoded: Encoded, blocks: Blocks) -> VisualContext:
+    """The tokens of each block as one row of a context, `(G, M, ...)`, whatever number of crops they come from."""
+    context = encoded.context
+    if blocks.token.shape == context.shape[:2] and torch.equal(blocks.valid, context.valid):
+        return context
+    extras = {
+        name: blocks.gather(getattr(context, name), context)
+        for name in PER_TOKEN
+        if getattr(context, name) is not None
+    }
+    first = blocks.feature_row[:, 0]
+    return VisualContext(
+        features=blocks.gather(context.features, context),
+        valid=blocks.valid,
+        grid=torch.tensor(_grids(context, blocks), device=context.grid.device).reshape(-1, 3),
+        seed=None if context.seed is None else context.seed[first],
+        **extras,
+    )
+
+
+def _grids(context: VisualContext, blocks: Blocks) -> list[tuple[int, int, int]]:
+    """Frames, rows and columns of each block: crops of one shape count as frames, others make one line."""
+    grids = [tuple(grid) for grid in context.grid.tolist()]
+    found = []
+    for rows in blocks.feature_row.tolist():
+        shapes = [grids[row] for row in dict.fromkeys(rows) if row >= 0]
+        if len(set(shapes)) == 1:
+            frames, height, width = shapes[0]
+            found.append((frames * len(shapes), height, width))
+        else:
+            found.append((1, 1, sum(math.prod(shape) for shape in shapes)))
+    return found
+
+
+def split_tokens(
+    family: Family, config: SkipVisionConfig, encoded: Encoded, blocks: Blocks, context: VisualContext
+) -> Split:
+    """Split the tokens of each block of `context`, see `block_context`.
+
+    Raises:
+        SaccadeError: if the images have no thumbnail or no grid where the split needs one.
+    """
+    if config.split == "thumbnail":
+        return _by_thumbnail(family, encoded, blocks, context)
+    if config.split == "scale":
+        return _by_scale(config, context)
+    sizes = context.valid.sum(dim=1).tolist()
+    budgets = [max(1, amount_of(config.retained, size)) for size in sizes]
+    image = context.valid if context.protected is None else context.valid & ~context.protected
+    offered = context
+    if context.protected is not None:
+        options = {entry.name: getattr(context, entry.name) for entry in fields(context) if entry.init}
+        offered = VisualContext(**{**options, "valid": image, "protected": None})
+    keep = budgets[0] if len(set(budgets)) == 1 else torch.tensor(budgets, device=image.device)
+    index = config.split_reducer()(offered, keep).index
+    chosen = torch.zeros(image.shape[0], image.shape[1] + 1, dtype=torch.bool, device=image.device)
+    chosen = chosen.scatter(1, torch.where(index >= 0, index, image.shape[1]), True)[:, :-1]
+    # A budget for all of an image takes its newlines too, which reducers never see.
+    whole = torch.tensor([budget >= size for budget, size in zip(budgets, sizes, strict=True)], device=image.device)
+    return _chosen(context, chosen | (context.valid & whole.unsqueeze(1)), sizes)
+
+
+def _chosen(context: VisualContext, chosen: Tensor, base: list[int]) -> Split:
+    """The split that retains the tokens `chosen`, bool `(G, M)`, as they are."""
+    counts = chosen.sum(dim=1)
+    width = int(counts.max()) if counts.numel() else 0
+    uniform = bool((counts == width).all())
+    index = mask_to_index(chosen, width, uniform)
+    return Split(Reduction(index, dense=uniform), index >= 0, context.valid & ~chosen, base)
+
+
+def _by_thumbnail(family: Family, encoded: Encoded, blocks: Blocks, context: VisualContext) -> Split:
+    rows = blocks.feature_row
+    if any(encoded.videos):
+        videos = torch.tensor(encoded.videos, device=rows.device)
+        if bool(videos[rows[:, 0]].any()):
+            raise SaccadeError("split='thumbnail': a video has none; use split='scale' or the name of a reducer")
+    if family.thumbnail == 0:
+        number = rows[:, :1]
+    else:
+        number = rows.amax(dim=1, keepdim=True)
+    chosen = (rows == number) & context.valid
+    return _chosen(context, chosen, chosen.sum(dim=1).tolist())
+
+
+def _by_scale(config: SkipVisionConfig, context: VisualContext) -> Split:
+    grids = [tuple(grid) for grid in context.grid.tolist()]
+    image = context.valid if context.protected is None else context.valid & ~context.protected
+    for (frames, height, width), cells in zip(grids, image.sum(dim=1).tolist(), strict=True):
+        if frames != 1 or height * width != cells or (height == 1 and width > config.scales[0]):
+            raise SaccadeError(
+                f"split='scale' needs one picture an image, and here are {frames} of {height} x {width} tokens: "
+                "use split='thumbnail' for crops, or the name of a reducer"
+            )
+    pyramids = {grid: _pyramid(grid[1], grid[2], config.scales) for grid in set(grids)}
+    most = max((weight.shape[0] for weight, _, _ in pyramids.values()), default=0)
+    rows, tokens = image.shape
+    weight = torch.zeros(rows, most, tokens, device=image.device)
+    index = torch.full((rows, most), -1, dtype=torch.long, device=image.device)
+    finest = torch.zeros(rows, most, dtype=torch.bool, device=image.device)
+    for row, grid in enumerate(grids):
+        pooling, center, is_finest = (value.to(image.device) for value in pyramids[grid])
+        cells = image[row].nonzero().squeeze(1)  # (h * w,)
+        count = pooling.shape[0]
+        weight[row, :count, cells] = pooling
+        index[row, :count] = cells[center]
+        finest[row, :count] = is_finest
+    pooled = finest if config.summary_pool == "finest" else index >= 0
+    return Split(Reduction(index, weight), pooled, context.valid, context.valid.sum(dim=1).tolist())
+
+
+def _pyramid(height: int, width: int, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales of a grid: pooling weight `(K, h * w)`, the cell in the middle of each window, whether it is the finest.
+
+    Windows of side w cut a line of n cells into ceil(n / w) pieces, of w cells where that divides n.
+    """
+    weights, centers, finest = [], [], []
+    for window in windows:
+        for top, bottom in _pieces(height, window):
+            for left, right in _pieces(width, window):
+                weight = torch.zeros(height, width)
+                weight[top:bottom, left:right] = 1 / ((bottom - top) * (right - left))
+                weights.append(weight.flatten())
+                centers.append((top + bottom - 1) // 2 * width + (left + right - 1) // 2)
+                finest.append(window == windows[-1])
+    return torch.stack(weights), torch.tensor(centers), torch.tensor(finest)
+
+
+def _pieces(length: int, window: int) -> list[tuple[int, int]]:
+    count = math.ceil(length / window)
+    borders = [number * length // count for number in range(count + 1)]
+    return list(pairwise(borders))

@@ -1,0 +1,88 @@
+"""The summary head: a tiny attention pooling that makes one token of a group of tokens (arXiv 2503.21817, Sec. 4)."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear
+
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+SUMMARY_FILE = "skip_vision.safetensors"
+SUMMARY_NAME = "skip_summary"
+"""The head's name among the modules of the stock model."""
+
+
+class SummaryHead(nn.Module):
+    """Pools a group of tokens x to s = sum_i w_i x_i with w = softmax_i(W LN(x_i)).
+
+    One head serves both groups of every image. The raw tokens are pooled, not the normalised ones. The published
+    linear layer has a bias, which the softmax takes out again; it is left out here.
+
+    Args:
+        hidden_size: width D of the language model.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5, dtype=dtype)
+        self.score = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
+        nn.init.normal_(self.score.weight, std=0.02)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        """The weights w of tokens `x` `(G, N, D)` of which `valid` `(G, N)` are pooled: float32 `(G, N)`."""
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.norm.weight.float(), self.norm.bias.float()
+            score = layer_norm(x.float(), self.norm.normalized_shape, weight, bias, self.norm.eps)
+            score = linear(score, self.score.weight.float()).squeeze(2)  # (G, N)
+            # A group without tokens has no weights, rather than NaN.
+            score = score.masked_fill(~valid, torch.finfo(score.dtype).min)
+            return score.softmax(dim=1) * valid
+
+    def idle(self) -> Tensor:
+        """A zero with a gradient for every parameter, for batches without images: engines wait for one."""
+        return sum(parameter.sum() for parameter in self.parameters()) * 0
+
+
+def pool(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight` `(G, N)` float32 times `x` `(G, N, D)`, summed in float32: `(G, 1, D)` in the dtype of `x`."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(weight.unsqueeze(1), x.float()).to(x.dtype)
+
+
+def write_summary_file(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write `skip_vision.safetensors` into `folder`, whole or not at all.
+
+    Args:
+        tensors: the head's, empty without one.
+        metadata: the configuration, kept as JSON in the file's header.
+    """
+    path = Path(folder) / SUMMARY_FILE
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"config": json.dumps(dict(metadata))})
+    return path
+
+
+def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors that `write_summary_file` wrote.
+
+    Raises:
+        SaccadeError: if there is no such file, or it is not a whole one.
+    """
+    path = Path(folder)
+    path = path / SUMMARY_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise SaccadeError(f"folder={str(folder)!r} holds no {SUMMARY_FILE}: name one that `skip.save` wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise SaccadeError(f"folder={str(folder)!r}: {path.name} is not a whole summary file ({error})") from error

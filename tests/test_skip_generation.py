@@ -1,0 +1,267 @@
+"""Skip-Vision while generating: skipped rows leave the cache, and what is written is as if they were masked in it."""
+
+import copy
+
+import family_tester as tester
+import pytest
+import torch
+from family_models import FAMILIES, WITH_VIDEO
+from skip_tester import CLOSE, FullCache, banned_tokens, greedy_options, options_for, oracle_logits, skipping
+from transformers import DynamicCache
+
+from saccade import SaccadeError
+from saccade.skip_vision.cache import read_length, stored_length
+from saccade.tokens import Role
+
+FREEING = [name for name in FAMILIES if name != "gemma3"]
+CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
+CASES |= {f"{name} videos": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+COUNT = 32
+
+
+@pytest.fixture(params=[name for name in CASES if name != "gemma3"])
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def llava():
+    return CASES["llava"]
+
+
+def generated(output, inputs):
+    return output.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("rows", [range(4), [1], [2]], ids=["batch", "two images", "text"])
+def test_compacted_cache_equals_masked_full_cache(case, rows):
+    """Greedy tokens and logits, with different numbers of skipped rows, text-only samples and left padding."""
+    prompts = case.prompts(rows)
+    if case.name == "llava_onevision":
+        prompts.pop("mm_token_type_ids", None)  # a text-only sample of the tests has it, the model does not take it
+    with skipping(case.model, options_for(case.name)) as skip:
+        prepared = skip.prepare(prompts, padding_side="left")
+        output = case.model.generate(**prompts, **greedy_options(case.model, COUNT))
+    oracle = FullCache(case.model)
+    tokens, logits = oracle.greedy(oracle.read(prepared), COUNT, banned_tokens(case.model))
+    assert torch.equal(output.sequences[:, : prompts["input_ids"].shape[1]], prompts["input_ids"])
+    assert torch.equal(generated(output, prompts), tokens)
+    torch.testing.assert_close(torch.stack(output.logits), logits, **CLOSE)
+
+
+def test_the_masked_rows_do_matter(llava):
+    """The oracle of the test above would see it if skipped rows stayed visible."""
+    prompts = llava.prompts()
+    with skipping(llava.model, options_for("llava")) as skip:
+        prepared = skip.prepare(prompts, padding_side="left")
+    hidden, seen = FullCache(llava.model), FullCache(llava.model)
+    first, second = hidden.read(prepared), seen.read(prepared)
+    torch.testing.assert_close(first, second)
+    seen.mask = prepared["attention_mask"]
+    token = first.argmax(dim=1)
+    assert not torch.allclose(hidden.write(token), seen.write(token), atol=1e-2)
+
+
+def test_memory_is_freed(case):
+    """What the cache stores is the kept rows, of every layer."""
+    prompts = case.prompts()
+    stored = {}
+    for drop in (True, False):
+        with skipping(case.model, options_for(case.name, drop_kv=drop)) as skip:
+            roles = skip.prepare(prompts, padding_side="left")["skip_roles"]
+            cache = case.model.generate(**prompts, **greedy_options(case.model, 5)).past_key_values
+        assert read_length(cache) == roles.shape[1] + 4
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        assert len({keys.shape for pair in layers for keys in pair}) == 1
+        stored[drop] = sum(t.untyped_storage().nbytes() for pair in layers for t in pair), stored_length(cache)
+    kept = int(((roles != Role.SKIPPED) & (roles != Role.PADDING)).sum(dim=1).max())
+    assert stored[True][1] == kept + 4
+    assert stored[False][1] == roles.shape[1] + 4
+    assert stored[True][0] * stored[False][1] == stored[False][0] * stored[True][1]
+    assert stored[True][0] < stored[False][0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"do_sample": True, "top_k": 5},
+        {"prefill_chunk_size": 7},
+        {"use_cache": False},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_ways_of_generating(case, options):
+    """Each equals the same with all rows in the cache and a mask in place of compaction."""
+    if "prefill_chunk_size" in options and "onevision" in case.name:
+        pytest.skip("the stock model's chunks count frames otherwise")
+    prompts = case.prompts()
+    outputs = []
+    for config in ({}, {"drop_kv": False, "text_visibility": "prompt_only"}):
+        changed = options if config == {} else {k: v for k, v in options.items() if k in SAME_WAY}
+        with skipping(case.model, options_for(case.name, **config)):
+            torch.manual_seed(5)
+            given = {"max_new_tokens": 8, "suppress_tokens": banned_tokens(case.model), "do_sample": False, **changed}
+            outputs.append(case.model.generate(**prompts, **given))
+    several = options.get("num_return_sequences", 1)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(
+        outputs[0][:, : prompts["input_ids"].shape[1]], prompts["input_ids"].repeat_interleave(several, dim=0)
+    )
+
+
+SAME_WAY = ("num_beams", "num_return_sequences", "do_sample", "top_k")
+
+
+def test_prompt_lookup_equals_greedy(case):
+    prompts = case.prompts([1])
+    with skipping(case.model, options_for(case.name)):
+        options = greedy_options(case.model, 24)
+        plain = case.model.generate(**prompts, **options)
+        looked = case.model.generate(**prompts, **options, prompt_lookup_num_tokens=3)
+    assert torch.equal(plain.sequences, looked.sequences)
+
+
+def test_full_cache_stays_where_asked(case):
+    """With drop_kv off, answers attend to the skipped rows, as in training as published."""
+    prompts = case.prompts()
+    with skipping(case.model, options_for(case.name, drop_kv=False)) as skip:
+        output = case.model.generate(**prompts, **greedy_options(case.model, 6))
+        uncached = case.model.generate(**prompts, **greedy_options(case.model, 6), use_cache=False)
+        prepared = skip.prepare(prompts, padding_side="left")
+    assert torch.equal(output.sequences, uncached.sequences)
+    torch.testing.assert_close(output.logits[0], oracle_logits(case.model, prepared)[:, -1], **CLOSE)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(uncached.logits), **CLOSE)
+
+
+def test_gemma_generates_with_its_full_cache():
+    case = CASES["gemma3"]
+    prompts = case.prompts()
+    with skipping(case.model, options_for("gemma3")):
+        cached, uncached = (
+            case.model.generate(**prompts, **greedy_options(case.model, 6), use_cache=use) for use in (True, False)
+        )
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(uncached.logits), **CLOSE)
+
+
+def second_turn(case, prompts, row):
+    """Text of a further question, and another sample whose image comes with it: two dicts of processor outputs."""
+    tokenizer = case.processor.tokenizer
+    ids = tokenizer("how many digits ?", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return text, case.prompts([row])
+
+
+@pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_second_turn(case, row, with_image):
+    """A conversation goes on from the cache, with more text or with another image, as if all rows were still there."""
+    prompts = case.prompts([row])
+    text, picture = second_turn(case, prompts, 3)
+    new = picture if with_image else text
+    with skipping(case.model, options_for(case.name)) as skip:
+        first_prepared = skip.prepare(prompts, padding_side="left")
+        first = case.model.generate(**prompts, **greedy_options(case.model, 5))
+        # The last token that was written is not in the cache yet.
+        last = first.sequences[:, -1:]
+        behind = {**new, "input_ids": torch.cat((last, new["input_ids"]), dim=1)}
+        behind["attention_mask"] = torch.ones_like(behind["input_ids"])
+        if "mm_token_type_ids" in new:
+            types = new["mm_token_type_ids"]
+            behind["mm_token_type_ids"] = torch.cat((types.new_zeros(1, 1), types), dim=1)
+        second_prepared = skip.prepare(behind, padding_side="left")
+        whole = {**behind, "input_ids": torch.cat((first.sequences[:, :-1], behind["input_ids"]), dim=1)}
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        if "mm_token_type_ids" in new:
+            zeros = whole["input_ids"].new_zeros(1, whole["input_ids"].shape[1] - behind["input_ids"].shape[1])
+            whole["mm_token_type_ids"] = torch.cat((zeros, behind["mm_token_type_ids"]), dim=1)
+        cache = first.past_key_values
+        kept = stored_length(cache)
+        second = case.model.generate(**whole, **greedy_options(case.model, COUNT), past_key_values=cache)
+        third_kept = stored_length(cache)
+    oracle = FullCache(case.model)
+    tokens, _ = oracle.greedy(oracle.read(first_prepared), 5, banned_tokens(case.model))
+    assert torch.equal(generated(first, prompts), tokens)
+    tokens, logits = oracle.greedy(oracle.read(second_prepared), COUNT, banned_tokens(case.model))
+    assert torch.equal(generated(second, whole), tokens)
+    torch.testing.assert_close(torch.stack(second.logits), logits, **CLOSE)
+    roles = second_prepared["skip_roles"]
+    assert (roles == Role.SKIPPED).any() == with_image
+    assert third_kept == kept + int((roles != Role.SKIPPED).sum()) + COUNT - 1
+
+
+def test_new_tokens_alone_may_be_given(llava):
+    prompts = llava.prompts([0])
+    text, _ = second_turn(llava, prompts, 3)
+    with skipping(llava.model, options_for("llava")):
+        first = llava.model.generate(**prompts, **greedy_options(llava.model, 5))
+        twin = copy.deepcopy(first.past_key_values)
+        ids = torch.cat((first.sequences, text["input_ids"]), dim=1)
+        options = greedy_options(llava.model, 6)
+        whole = llava.model.generate(input_ids=ids, past_key_values=first.past_key_values, **options)
+        new = ids[:, first.sequences.shape[1] - 1 :]
+        alone = llava.model.generate(
+            input_ids=new, attention_mask=torch.ones_like(ids), past_key_values=twin, **options
+        )
+    assert torch.equal(whole.sequences[:, -6:], alone.sequences[:, -6:])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
+def test_a_loop_of_forwards(name):
+    """`forward` with a cache goes on at the right positions, whether or not they are given."""
+    case = CASES[name]
+    prompts = case.prompts([1])
+    with skipping(case.model, options_for(name)), torch.no_grad():
+        expected = case.model.generate(**prompts, **greedy_options(case.model, 6))
+        output = case.model(**prompts, past_key_values=DynamicCache(config=case.model.config.get_text_config()))
+        got = [output.logits[:, -1]]
+        for token in generated(expected, prompts).T[:-1]:
+            output = case.model(input_ids=token.unsqueeze(1), past_key_values=output.past_key_values)
+            got.append(output.logits[:, -1])
+    torch.testing.assert_close(torch.stack(got), torch.stack(expected.logits), **CLOSE)
+
+
+def test_prepared_inputs_generate_too(llava):
+    """Their output begins with the laid-out prompt."""
+    prompts = llava.prompts()
+    with skipping(llava.model, options_for("llava")) as skip:
+        expected = llava.model.generate(**prompts, **greedy_options(llava.model, 6))
+        prepared = skip.prepare(prompts, padding_side="left")
+        laid_out = prepared["input_ids"]
+        got = llava.model.generate(**prepared, **greedy_options(llava.model, 6))
+    assert torch.equal(got.sequences[:, : laid_out.shape[1]], laid_out)
+    assert torch.equal(got.sequences[:, laid_out.shape[1] :], generated(expected, prompts))
+
+
+def test_inputs_by_position(llava):
+    prompts = llava.prompts([0])
+    with skipping(llava.model, options_for("llava")):
+        expected = llava.model.generate(**prompts, max_new_tokens=3, do_sample=False)
+        ids = prompts.pop("input_ids")
+        assert torch.equal(llava.model.generate(ids, **prompts, max_new_tokens=3, do_sample=False), expected)
+
+
+def test_what_cannot_work_says_so(llava):
+    prompts = llava.prompts([0])
+    model = llava.model
+    with pytest.raises(SaccadeError, match=r"drop_kv=True.*DynamicSlidingWindowLayer.*drop_kv=False"):
+        skipping(CASES["gemma3"].model, options_for("gemma3", drop_kv=True)).__enter__()
+    with skipping(model, options_for("llava")):
+        with pytest.raises(SaccadeError, match="assistant_model"):
+            model.generate(**prompts, assistant_model=model)
+        with pytest.raises(SaccadeError, match="StaticLayer"):
+            model.generate(**prompts, cache_implementation="static", max_new_tokens=2)
+        with pytest.raises(SaccadeError, match="position_ids"):
+            model(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
+        first = model.generate(**prompts, max_new_tokens=3, return_dict_in_generate=True)
+        cache = first.past_key_values
+        with pytest.raises(SaccadeError, match=r"input_ids has \d+ tokens, of which past_key_values has read"):
+            model.generate(input_ids=first.sequences[:, :5], past_key_values=cache)
+        ids = torch.cat((first.sequences, first.sequences[:, -3:]), dim=1)
+        with pytest.raises(SaccadeError, match="placeholders stand for"):
+            model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], past_key_values=cache)
+        with pytest.raises(SaccadeError, match="holds 1 rows"):
+            model.generate(input_ids=ids.repeat(2, 1), past_key_values=cache)

@@ -1,0 +1,231 @@
+"""Skip-Vision on every family: what a skipping forward must equal, and that removing it leaves nothing behind."""
+
+import copy
+
+import family_tester as tester
+import pytest
+import torch
+from family_models import FAMILIES, WITH_VIDEO
+from skip_tester import CLOSE, options_for, oracle_logits, skipping, without_roles
+
+from saccade.tokens import Role
+
+CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
+CASES |= {f"{name} videos": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def logits_and_roles(model, skip, inputs, side="right", **options):
+    """Logits of tokens that are neither skipped nor padding `(M, V)`, and the roles `(B, S)`."""
+    prepared = skip.prepare(inputs, padding_side=side)
+    with torch.no_grad():
+        logits = model(**prepared, use_cache=False, **options).logits
+    roles = prepared["skip_roles"]
+    return logits[(roles != Role.SKIPPED) & (roles != Role.PADDING)], roles
+
+
+def test_nothing_skipped_and_no_summary_is_the_stock_model(case):
+    stock = tester.logits(case.model, case.inputs)
+    with skipping(case.model, options_for(case.name, retained=1.0, skipped=0, summary=False)) as skip:
+        got, roles = logits_and_roles(case.model, skip, case.inputs)
+    assert not (roles == Role.SKIPPED).any()
+    assert torch.equal(got, tester.real(stock, case.inputs["attention_mask"]))
+
+
+def test_nothing_skipped_is_the_stock_model_but_for_the_summary(case):
+    """With the summary rows hidden from attention, at the stock model's positions, nothing else changes."""
+    if "token_type_ids" in case.inputs:
+        pytest.skip("Gemma's bidirectional attention has no such mask from outside")
+    stock = tester.real(tester.logits(case.model, case.inputs), case.inputs["attention_mask"])
+    with skipping(case.model, options_for(case.name, retained=1.0, skipped=0)) as skip:
+        prepared, roles = without_roles(skip.prepare(case.inputs, padding_side="right"))
+    summary = roles == Role.SUMMARY
+    assert summary.any()
+    if not skip.family.several_axes:
+        prepared["position_ids"] = ((~summary).cumsum(dim=1) - 1).clamp(min=0)
+    prepared["attention_mask"] = prepared["attention_mask"].masked_fill(summary, 0)
+    got = tester.logits(case.model, prepared)
+    torch.testing.assert_close(got[(roles != Role.PADDING) & ~summary], stock, **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": (0, 1)}, {"layers": (1, 2)}], ids=["all", "first", "second"])
+def test_gathered_rows_equal_masked_ones(case, options):
+    """Rows that are not skipped are those of the stock model with masked feed-forward outputs."""
+    config = options_for(case.name, **options)
+    with skipping(case.model, config) as skip:
+        prepared = skip.prepare(case.inputs)
+        got, roles = logits_and_roles(case.model, skip, case.inputs, side=None)
+    assert (roles == Role.SKIPPED).any()
+    inputs, roles = without_roles(prepared)
+    layers = skip.family.language_layers
+    handles = []
+    for number in range(*(config.layers or (0, len(layers)))):
+        hook = lambda module, args, output: output.masked_fill((roles == Role.SKIPPED).unsqueeze(-1), 0)  # noqa: E731
+        handles.append(layers[number].mlp.register_forward_hook(hook))
+    expected = tester.logits(case.model, inputs)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(got, expected[(roles != Role.SKIPPED) & (roles != Role.PADDING)], **CLOSE)
+    # What the last layer's feed-forward network does to skipped rows reaches no other.
+    if config.layers == (1, 2) and len(layers) == 2:
+        return
+    plain = tester.logits(case.model, inputs)
+    assert not torch.allclose(got, plain[(roles != Role.SKIPPED) & (roles != Role.PADDING)], atol=1e-2)
+
+
+def test_the_last_layer_gives_skipped_rows_keys_and_values_only(case):
+    counts = {}
+
+    def count(name):
+        return lambda module, args, output: counts.__setitem__(name, output.shape[0] * output.shape[1])
+
+    with skipping(case.model, options_for(case.name)) as skip:
+        prepared = skip.prepare(case.inputs)
+        skipped = int((prepared["skip_roles"] == Role.SKIPPED).sum())
+        last = skip.family.language_layers[-1]
+        handles = []
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            module = getattr(last.self_attn, name)
+            handles.append(module.register_forward_hook(count(name)))
+        inner = next(child for child in last.mlp.children() if isinstance(child, torch.nn.Linear))
+        handles.append(inner.register_forward_hook(count("mlp")))
+        seen = {}
+        original = torch.nn.functional.linear
+        weights = {id(getattr(last.self_attn, name).weight): name for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
+        def watch(x, weight, bias=None):
+            if id(weight) in weights:
+                seen[weights[id(weight)]] = x.numel() // x.shape[-1]
+            return original(x, weight, bias)
+
+        torch.nn.functional.linear = watch
+        try:
+            tester.logits(case.model, prepared)
+        finally:
+            torch.nn.functional.linear = original
+            for handle in handles:
+                handle.remove()
+    total = prepared["input_ids"].numel()
+    assert counts["mlp"] == total - skipped
+    assert seen == {
+        "q_proj": total - skipped,
+        "k_proj": total,
+        "v_proj": total,
+        "o_proj": total - skipped,
+    }
+
+
+def test_batch_equals_one_by_one(case):
+    with skipping(case.model, options_for(case.name)) as skip:
+        together = skip.prepare(case.prompts())
+        assert len(set((together["skip_roles"] == Role.SKIPPED).sum(dim=1).tolist())) > 1
+        with torch.no_grad():
+            logits = case.model(**together).logits[:, -1]
+            for row, expected in enumerate(logits):
+                alone = case.model(**skip.prepare(case.prompts([row]))).logits[0, -1]
+                torch.testing.assert_close(alone, expected, **CLOSE)
+
+
+def test_padding_sides(case):
+    with skipping(case.model, options_for(case.name)) as skip:
+        left, right = (logits_and_roles(case.model, skip, case.inputs, side)[0] for side in ("left", "right"))
+    torch.testing.assert_close(left, right, **CLOSE)
+
+
+def test_forward_takes_processor_outputs(case):
+    with skipping(case.model, options_for(case.name)) as skip, torch.no_grad():
+        prepared = skip.prepare(case.batch)
+        got = case.model(**case.batch)
+        expected = oracle = case.model(**prepared)
+        torch.testing.assert_close(got.loss, expected.loss)
+        torch.testing.assert_close(got.logits, oracle.logits)
+    inputs = {name: value for name, value in prepared.items() if name != "labels"}
+    logits = oracle_logits(case.model, inputs)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), prepared["labels"][:, 1:].flatten())
+    torch.testing.assert_close(got.loss, loss, **CLOSE)
+    assert (prepared["labels"] != -100).sum() == (case.batch["labels"] != -100).sum()
+
+
+def test_text_only(case):
+    prompt = case.prompts([2])
+    assert not case.family.has_images(prompt)
+    stock = tester.logits(case.model, prompt)
+    with skipping(case.model, options_for(case.name)) as skip:
+        assert torch.equal(tester.logits(case.model, prompt), stock)
+        prepared = skip.prepare(prompt)
+        assert set(prepared["skip_roles"].unique().tolist()) <= {Role.PADDING, Role.TEXT}
+        torch.testing.assert_close(tester.logits(case.model, prepared)[0, -1], stock[0, -1], **CLOSE)
+
+
+def test_remove_restores_everything(case):
+    def everything():
+        return {name: dict(module.__dict__) for name, module in case.model.named_modules()}
+
+    before = everything()
+    shapes = {name: set(values["_modules"]) for name, values in before.items()}
+    state = {name: value.clone() for name, value in case.model.state_dict().items()}
+    stock = tester.logits(case.model, case.inputs)
+    with skipping(case.model, options_for(case.name)) as skip:
+        tester.logits(case.model, case.inputs)
+        assert everything().keys() != before.keys()
+    skip.remove()
+    after = everything()
+    assert {name: set(values["_modules"]) for name, values in after.items()} == shapes
+    assert {name: set(values) for name, values in after.items()} == {name: set(v) for name, v in before.items()}
+    for name, values in before.items():
+        assert all(
+            after[name][key] is value for key, value in values.items() if key[0] != "_" and key != "rope_deltas"
+        )
+    assert all(torch.equal(value, state[name]) for name, value in case.model.state_dict().items())
+    assert torch.equal(tester.logits(case.model, case.inputs), stock)
+
+
+def test_a_deep_copy_skips_on_its_own(case):
+    with skipping(case.model, options_for(case.name)):
+        expected = tester.logits(case.model, case.inputs)
+        twin = copy.deepcopy(case.model)
+    assert torch.equal(tester.logits(twin, case.inputs), expected)
+    with torch.no_grad():
+        for parameter in case.family.language_layers.parameters():
+            parameter.add_(0.1)
+        try:
+            assert torch.equal(tester.logits(twin, case.inputs), expected)
+        finally:
+            for parameter in case.family.language_layers.parameters():
+                parameter.sub_(0.1)
+
+
+@pytest.mark.parametrize("visibility", ["prompt_only", "none"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "idefics3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_text_visibility(name, visibility, attention):
+    """Logits are those of the stock model under a mask written down token by token."""
+    model, processor = FAMILIES[name].build()
+    model.set_attn_implementation(attention)
+    case = tester.Case(name, FAMILIES[name])
+    case.__dict__["built"] = (model, processor)
+    with skipping(model, options_for(name, text_visibility=visibility)) as skip:
+        prepared = skip.prepare(case.batch)
+        with torch.no_grad():
+            got = model(**prepared, use_cache=False).logits
+    prepared.pop("labels")
+    roles = prepared["skip_roles"]
+    blind = {"prompt_only": {Role.ANSWER}, "none": {Role.ANSWER, Role.TEXT}}[visibility]
+    batch, length = roles.shape
+    mask = torch.full((batch, 1, length, length), torch.finfo(torch.float32).min)
+    for row in range(batch):
+        for query in range(length):
+            for key in range(query + 1):
+                hidden = roles[row, query].item() in blind and roles[row, key] == Role.SKIPPED
+                if query == key or (roles[row, key] != Role.PADDING and not hidden):
+                    mask[row, 0, query, key] = 0
+    assert (roles == Role.ANSWER).any()
+    real = (roles != Role.SKIPPED) & (roles != Role.PADDING)
+    plain = oracle_logits(model, prepared)
+    expected = oracle_logits(model, {**prepared, "attention_mask": mask})
+    torch.testing.assert_close(got[real], expected[real], **CLOSE)
+    assert not torch.allclose(got[real], plain[real], atol=1e-2)
