@@ -45,14 +45,15 @@ def launch(output, processes, engine="ddp", expect=0, **options):
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
-def check_equal(got, expected, loose=1.0):
-    """Same modes, same losses, same gradient norms, step by step."""
+def check_equal(got, expected, loose=1.0, tokens=True):
+    """Same modes, same losses, same gradient norms, step by step; and the same counts of tokens."""
+    names = {"loss_fast", "loss_slow", "kl"} | ({"num_tokens", "length_in", "length_full"} if tokens else set())
     assert got.keys() == expected.keys()
     assert [entry["mode"] for entry in got.values()] == [entry["mode"] for entry in expected.values()]
     assert {entry["mode"] for entry in expected.values()} == {"fast", "slow"}
     for step, entry in expected.items():
         assert got[step].keys() == entry.keys()
-        for name in entry.keys() & {"loss_fast", "loss_slow", "kl", "num_tokens", "length_in", "length_full"}:
+        for name in entry.keys() & names:
             assert got[step][name] == pytest.approx(entry[name], rel=loose * 1e-3, abs=loose * 1e-5), (step, name)
         assert got[step]["loss"] == pytest.approx(entry["loss"], rel=loose * 1e-4)
         assert got[step]["grad_norm"] == pytest.approx(entry["grad_norm"], rel=loose * 1e-3)
@@ -125,7 +126,8 @@ def test_the_isolator_stays_where_it_is_in_slow_steps(tmp_path, engine):
 def test_options_that_engines_treat_differently(tmp_path, engine, options, loose):
     one = launch(tmp_path / "one", 1, **{**options, "max_steps": 4})
     two = launch(tmp_path / "two", 2, engine, **{**options, "max_steps": 4})
-    check_equal(two, one, loose)
+    # Where ranks shard the model, a micro-batch of one text gets a blank image beside it, which is counted.
+    check_equal(two, one, loose, tokens=engine == "ddp")
 
 
 @pytest.mark.parametrize(
