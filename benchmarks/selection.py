@@ -133,12 +133,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The commit of the library that ran, with a mark if its files differ from it."""
+def commit(*rooms: str) -> str:
+    """The commit of the library that ran, with a mark if the files of these rooms differ from it."""
     run = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        paths = ["--", ":/src/saccade/reducers", ":/src/saccade/tokens"]
+        paths = ["--", *(f":/src/saccade/{room}" for room in rooms)]
         changed = subprocess.run([*run, "diff", "--quiet", "HEAD", *paths], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -154,7 +154,7 @@ def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "torch": torch.__version__,
-        "saccade": commit(),
+        "saccade": commit("reducers", "tokens"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "threads": torch.get_num_threads(),

@@ -191,7 +191,7 @@ class TestRun:
         (tmp_path / "checkpoint-6").mkdir()
         (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"log_history": [')
         text = read(write_report(tmp_path).parent).text
-        assert "The training has not ended: this page shows checkpoint-4." in text
+        assert "This page shows checkpoint-4: there is no log of a run that has ended." in text
         assert "steps 4 " in text
         assert "No pictures: a checkpoint does not name its data." in text
         assert "Neither machine nor versions of this run were recorded." in text
@@ -201,8 +201,12 @@ class TestRun:
         log["recipe"]["dataset"] = "my.jsonl"
         for entry in log["log_history"][3:5]:
             entry["loss"] = entry["loss_fast"] = None
+        log["recipe"]["modes"] = [{"name": "fast"}, {"name": "half"}]
         (tmp_path / "log.json").write_text(json.dumps(log))
+        (tmp_path / "eval.json").write_text('{"results": [{"benchmark": "another"}]}')
         text = read(write_report(tmp_path).parent).text
+        assert "prune_ratio 0.9, modes fast, half." in text
+        assert "Not evaluated on the digit scenes." in text
         steps = [entry["step"] for entry in log["log_history"][3:5]]
         assert f"The loss was no finite number at step {steps[0]}, {steps[1]}." in text
         assert "No pictures: the run is not on the digit scenes." in text
@@ -344,6 +348,7 @@ class TestStyle:
         assert '<th scope="col">a&lt;b</th><th scope="col" class="number">n</th>' in table
         assert '<th scope="row">&lt;i&gt;</th><td class="number">1</td>' in table
         assert 'aria-label="say &quot;x&quot;"' in table
+        assert '<th scope="row">a_<wbr>&lt;b</th>' in html_table(["n"], [["a_<b"]], "c", wrap=True)
 
     def test_empty_sections_are_left_out(self) -> None:
         found = Reader(page("t", "", {"one": ["<p>1</p>"], "two": []}, "end"))

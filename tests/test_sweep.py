@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from saccade.sweeps.docs import NO_NOTES, read_notes, write_docs
 from saccade.sweeps.lock import folder_lock
 from saccade.sweeps.plan import Plan, plan_study
 from saccade.sweeps.runner import same_code
+from saccade.sweeps.sweep import check_folder
 from saccade.sweeps.table import Standing
 
 SMALL = [
@@ -129,6 +131,28 @@ def test_another_commit_is_made_again_unless_any_will_do(swept, tmp_path, capfd,
     assert again["environment"]["commit"] != "another"
     # The stages are of this commit, so the model is the same.
     assert again["evaluations"] == result["evaluations"]
+
+
+def test_a_folder_of_another_sweep_is_refused(swept, capsys) -> None:
+    output, _ = swept
+    before = {path: path.read_bytes() for path in output.glob("**/*.json")}
+    for words in (["--grid", "slow_probability=0.5"], ["--grid", "slow_probability=0.5,0", "--dataset_rows", "12"]):
+        flags = ["--grid", "max_length=2048", "--output", str(output)]
+        assert main(["sweep", *SMALL, *words, *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "finished runs of another sweep (saccade " in line
+        assert "-max_length=2048-seed=0: give another output, or --only" in line
+    assert {path: path.read_bytes() for path in output.glob("**/*.json")} == before
+
+
+def test_a_sweep_may_grow(swept) -> None:
+    output, _ = swept
+    plan = Plan.read(output)
+    failed = [spec for spec in plan.runs if spec.labels["max_length"] == 30]
+    extra = replace(plan.runs[0], name="one more")
+    check_folder(replace(plan, runs=(*(spec for spec in plan.runs if spec not in failed), extra)), output)
+    with pytest.raises(SaccadeError, match="holds 1 finished runs of another sweep"):
+        check_folder(replace(plan, runs=plan.runs[1:]), output)
 
 
 def test_same_code() -> None:

@@ -11,7 +11,7 @@ from saccade.pages.page import Page
 from saccade.pages.scenes import add_answered_scenes
 from saccade.pages.source import RunRecord, read_run
 from saccade.report.html import command, fold, gallery, paragraph, tiles, warning
-from saccade.report.plots import plot_loss_by_mode
+from saccade.report.plots import mode_styles, plot_loss_by_mode
 from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
 from saccade.report.tables import html_table
 from saccade.report.training_log import curve, hides_teacher, last, modes_of, not_finite, part_of, time_parts
@@ -58,7 +58,9 @@ def _lead(record: RunRecord) -> str:
     words += [f"on {data}"] if data else []
     if recipe.get("prune_ratio") == 0:
         return " ".join(words) + ", all visual tokens in every step."
-    parts = [f"{name} {recipe[name]}" for name in ("reducer", "prune_ratio", "slow_probability") if name in recipe]
+    names = ["reducer", "prune_ratio"] + ([] if recipe.get("modes") else ["slow_probability"])
+    parts = [f"{name} {recipe[name]}" for name in names if name in recipe]
+    parts += [f"modes {', '.join(mode['name'] for mode in recipe['modes'])}"] if recipe.get("modes") else []
     return " ".join(words) + (f": {', '.join(parts)}." if parts else ".")
 
 
@@ -82,7 +84,7 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
     page.add("Summary", tiles(values))
     page.record["summary"] = {name: value for name, value in values.items() if value is not None}
     if record.checkpoint:
-        page.add("Summary", warning(f"The training has not ended: this page shows {record.checkpoint}."))
+        page.add("Summary", warning(f"This page shows {record.checkpoint}: there is no log of a run that has ended."))
     bad = not_finite(log)
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
@@ -91,7 +93,7 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
 
 def _add_accuracy(page: Page, record: RunRecord) -> None:
     if record.evaluation is None:
-        words = "Not evaluated. This evaluates the model on the digit scenes; then make the report again:"
+        words = "Not evaluated on the digit scenes. This does it; then make the report again:"
         page.add("Accuracy", command(words, f"saccade eval {shlex.quote(str(record.model))}"))
         return
     results = record.evaluation["results"]
@@ -112,6 +114,7 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
 def _add_curves(page: Page, log: Log) -> None:
     heading = "Curves"
     modes = modes_of(log)
+    colors = {part_of(mode): color for mode, (color, _) in mode_styles(modes).items()}
     both = {part_of(mode): found for mode in modes if (found := curve(log, f"loss_{mode}"))}
     both = both or {"": curve(log, "loss")}
     loss = page.draw(
@@ -148,7 +151,9 @@ def _add_curves(page: Page, log: Log) -> None:
         if found:
             alt = f"{ylabel[0].upper()}{ylabel[1:]} over the steps: {_ends(found)}."
             arguments = (found, "optimizer step", ylabel)
-            drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth))
+            # What is drawn by mode has the colours of the modes.
+            shown = colors if found.keys() <= colors.keys() else None
+            drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth, colors=shown))
     page.add(heading, gallery(drawn, large=True))
 
 
@@ -185,8 +190,16 @@ def _add_settings(page: Page, record: RunRecord) -> None:
 
 def settings_table(values: dict[str, Any], caption: str) -> str:
     """Names and values of options, as a block."""
-    rows = [[name, "none" if value is None else str(value)] for name, value in sorted(values.items())]
+    rows = [[name, _option_text(value)] for name, value in sorted(values.items())]
     return html_table(("option", "value"), rows, caption, wrap=True)
+
+
+def _option_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_option_text(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(_option_text, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _ends(curves: dict[str, list[tuple[int, float]]]) -> str:

@@ -27,7 +27,7 @@ class RunRecord:
         tokens: of the batches as they came, trained on, and read by the teacher, in all.
         environment: where it took place, None where it was not recorded.
         finished: the day, None where it was not recorded.
-        evaluation: what `saccade eval` wrote, None if it did not.
+        evaluation: what `saccade eval` wrote on the digit scenes, None if it did not.
         checkpoint: name of the checkpoint that was read instead of a whole run's log.
     """
 
@@ -113,8 +113,15 @@ def read_run(folder: Path) -> RunRecord:
         run = read_json(record.model / RUN_FILE, "config")
         record.config, record.tokens = run["config"], run.get("tokens", {})
     if (folder / EVALUATION_FILE).is_file():
-        record.evaluation = read_json(folder / EVALUATION_FILE, "results")
+        evaluation = read_json(folder / EVALUATION_FILE)
+        record.evaluation = evaluation if _is_of_digits(evaluation.get("results")) else None
     return record
+
+
+def _is_of_digits(results: Any) -> bool:
+    """Whether these are results of `evaluate_digits`, not of another benchmark."""
+    keys = {"inference", "accuracy", "accuracy_by_kind", "mean_prompt_length", "samples"}
+    return isinstance(results, list) and bool(results) and all(keys <= set(result) for result in results)
 
 
 def _is_log(log: Any) -> bool:

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 
 from saccade.report.plots import FAINT, INK, save_figure, styled_figure
 
-# Okabe and Ito's palette; with the markers, no two of the first twenty-eight curves look alike.
+# Okabe and Ito's palette; with markers and lines, no two of the first twenty-eight curves look alike.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "-.", ":")  # one for each time the palette is used
 MARKERS = ("o", "^", "D", "v", "P", "X", "s")
 PANEL_SIZE, LEGEND_ROW, LEGEND_COLUMNS = (5.4, 4.2), 0.28, 3
 SIDESTEP = 0.3  # of the distance between two ticks, over which the curves of a panel spread, lest whiskers cover
@@ -88,7 +89,8 @@ def _draw_panel(axes: Axes, panel: CurvePanel, names: Sequence[str]) -> None:
         axes.errorbar(
             [place for place, _ in known], means, yerr=[low, high], label=name, color=COLORS[style % len(COLORS)],
             marker=MARKERS[(style + style // len(COLORS)) % len(MARKERS)], markersize=5.5, linewidth=1.4,
-            linestyle="-" if panel.joined else "none", elinewidth=1, alpha=0.9, zorder=3,
+            linestyle=LINES[style // len(COLORS) % len(LINES)] if panel.joined else "none",
+            elinewidth=1, alpha=0.9, zorder=3,
         )  # fmt: skip
         if len(panel.curves) == 1:
             for (place, entry), mean in zip(known, means, strict=True):

@@ -40,7 +40,8 @@ tbody tr > * { border-top: 1px solid var(--line); }
 thead th { background: var(--card); font-weight: 600; vertical-align: bottom; min-width: 5rem; }
 tbody th { font-weight: 500; min-width: 7rem; }
 .wrap td { overflow-wrap: anywhere; }
-.wrap th { min-width: 0; }
+.wrap th { min-width: 0; overflow-wrap: anywhere; }
+.wrap th:first-child { width: 45%; }
 .number { text-align: right; }
 td.number { white-space: nowrap; }
 tbody th.number { min-width: 0; }

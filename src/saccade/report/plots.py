@@ -73,9 +73,8 @@ def plot_loss_by_mode(
     Raises:
         ValueError: if no entry holds a loss.
     """
-    others = iter(OTHER_STYLES * len(modes := modes_of(log_history)))
-    styles = {mode: MODE_STYLES.get(mode) or (next(others)[0], part_of(mode)) for mode in modes}
-    curves = {mode: curve(log_history, f"loss_{mode}") for mode in modes}
+    styles = mode_styles(modes_of(log_history))
+    curves = {mode: curve(log_history, f"loss_{mode}") for mode in styles}
     drawn = {mode: (*styles[mode], points) for mode, points in curves.items() if points}
     if not drawn:
         whole = curve(log_history, "loss")
@@ -92,6 +91,12 @@ def plot_loss_by_mode(
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def mode_styles(modes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The colour and the name of each mode, the same in all pictures of a run."""
+    others = iter(OTHER_STYLES * len(modes))
+    return {mode: MODE_STYLES.get(mode) or (next(others)[0], part_of(mode)) for mode in modes}
 
 
 def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:

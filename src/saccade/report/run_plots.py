@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -49,6 +50,7 @@ def plot_values(
     path: str | os.PathLike[str],
     smooth: bool = False,
     size: tuple[float, float] = SMALL,
+    colors: Mapping[str, str] | None = None,
 ) -> None:
     """Draw curves in one panel, as PNG.
 
@@ -56,6 +58,7 @@ def plot_values(
         curves: by name, (x, y) each; more than seven differ by their dashes too.
         smooth: draw running means, with the values themselves faint behind them where there is one curve.
         size: inches across and down, without the rows of the legend.
+        colors: of the curves by name, those of `COLORS` in order when left out.
 
     Raises:
         ValueError: if there is no point to draw.
@@ -66,7 +69,8 @@ def plot_values(
     rows = -(-len(known) // 2) if len(known) > 3 else 1
     figure, (axes,) = styled_figure(1, (size[0], size[1] + 0.25 * rows))
     for number, (name, curve) in enumerate(known.items()):
-        color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
+        color = colors[name] if colors else COLORS[number % len(COLORS)]
+        line = LINES[number // len(COLORS) % len(LINES)]
         xs, ys = zip(*curve, strict=True)
         if smooth and len(known) == 1:
             axes.plot(xs, ys, color=color, alpha=0.25, linewidth=1)
@@ -125,7 +129,7 @@ def _part_colors(bars: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     """The parts that occur with their colours: modes in order, and what is no mode at the end."""
     found = dict.fromkeys(part for bar in bars.values() for part in bar)
     others = iter(OTHER_STYLES * len(found))
-    modes = [part for part in found if part not in REST_COLORS]
+    modes = [part for part in (*PART_COLORS, *found) if part in found and part not in REST_COLORS]
     colors = {part: PART_COLORS.get(part) or next(others)[0] for part in modes}
     return colors | {part: color for part, color in REST_COLORS.items() if part in found}
 
@@ -226,13 +230,18 @@ def _legend(figure, points: Sequence[Mapping[str, Any]], cost: str) -> None:
         if way in shown
     ]
     costs = [point[cost] for point in points]
+    sizes = []
     for size in sorted({min(costs), fmean((min(costs), max(costs))), max(costs)}):
-        text = f"{size:.0f} tokens" if cost == "tokens" else f"{size / 1e9:.3g} GFLOPs"
+        text = f"{size:.0f} tokens" if cost == "tokens" else f"{size / 1e6:,.0f} MFLOPs"
         width = _area(size, max(costs)) ** 0.5
-        handles.append(Line2D([], [], color=FAINT, alpha=0.5, markersize=width, label=text, **plain))
+        sizes.append(Line2D([], [], color=FAINT, alpha=0.5, markersize=width, label=text, **plain))
+    # Legends fill columns first: the ways get the upper row, the sizes the lower one.
+    blank = Line2D([], [], linestyle="none", label=" ")
+    pairs = list(zip_longest(handles, sizes, fillvalue=blank))
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False, fontsize=9.5,
-        labelcolor=INK, handletextpad=0.6, columnspacing=1.4, borderpad=1.0, labelspacing=1.0,
+        handles=[handle for pair in pairs for handle in pair], loc="outside upper center", ncols=len(pairs),
+        frameon=False, fontsize=9.5, labelcolor=INK, handletextpad=0.6, columnspacing=2.0, borderpad=0.8,
+        labelspacing=1.1,
     )  # fmt: skip
 
 

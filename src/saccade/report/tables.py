@@ -67,7 +67,9 @@ def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: s
     lines = []
     for first, *others in _cells(columns, rows):
         cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
-        lines.append(f'<tr><th scope="row"{kinds[0]}>{escape(first)}</th>{cells}</tr>\n')
+        # A long name breaks after an underscore rather than in a word.
+        name = escape(first).replace("_", "_<wbr>") if wrap else escape(first)
+        lines.append(f'<tr><th scope="row"{kinds[0]}>{name}</th>{cells}</tr>\n')
     style = ' class="wrap"' if wrap else ""
     return (
         f'<p class="caption">{escape(caption)}</p>\n<div class="scroll" role="region" tabindex="0" '

@@ -210,14 +210,12 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
         raise SaccadeError(
             f"text_visibility={config.text_visibility!r} needs a mask that attn_implementation={kind!r} does not "
-            "take: "
-            "load the model with 'sdpa' or 'eager', or use text_visibility='all'"
+            "take: load the model with 'sdpa' or 'eager', or use text_visibility='all'"
         )
     if config.split == "thumbnail" and family.thumbnail is None:
         raise SaccadeError(
             f"split='thumbnail': images of model_type={family.model.config.model_type!r} have no thumbnail next to "
-            "their "
-            "crops; use split='cls_attention' or the name of a reducer"
+            "their crops; use split='cls_attention' or the name of a reducer"
         )
 
 

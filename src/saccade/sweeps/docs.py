@@ -165,7 +165,8 @@ def origin(standing: Standing) -> str:
         f"*{standing.progress}. {steps}, the `stratified` schedule; unless they vary {usual}, {settings['reducer']}, "
         f"compact positions; {settings['test_scenes']} scenes of the {settings['split']} split. Seeds {_list(seeds)}; "
         f"`{plan.command}`; {_list(days)}; commit {_list(commits)}; {_list(machines)}, {settings['threads']} thread a "
-        f"run; {_list(python)}, {_list(versions)}. Training times depend on what else the machine did.*"
+        f"run; {_list(python)}, {_list(versions)}. Training times, and with them the "
+        f"speed-up of steps, depend on what else the machine did.*"
     )
 
 

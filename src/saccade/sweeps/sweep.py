@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from saccade.errors import SaccadeError
 from saccade.sweeps.grid import choose
-from saccade.sweeps.plan import Plan, check_runs
-from saccade.sweeps.runner import Outcome, run_specs
+from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs
+from saccade.sweeps.runner import Outcome, read_result, run_specs
 from saccade.sweeps.table import Standing
 
 
@@ -31,14 +32,37 @@ def run_sweep(
         any_commit: take runs and stages of any commit and version as they are.
 
     Raises:
-        SaccadeError: on bad values, before any run starts.
+        SaccadeError: on bad values, or a folder with finished runs of another sweep, before any run starts.
     """
     console = console or Console()
     chosen = choose(plan.runs, only or {})
     check_runs(chosen)
+    check_folder(plan, output)
     plan.write(output)
     outcome = run_specs(chosen, output, stages, jobs, any_commit, console)
     standing = Standing(plan, output)
     standing.write()
     standing.show(console)
     return outcome
+
+
+def check_folder(plan: Plan, output: Path) -> None:
+    """Refuse a folder with finished runs that a plan has not: its table would lose them. A plan may grow.
+
+    Raises:
+        SaccadeError: with the first such run and their number.
+    """
+    if not (output / PLAN_FILE).is_file():
+        return
+    before = Plan.read(output)
+    planned = {spec.name: spec.as_json() for spec in plan.runs}
+    lost = [
+        spec.name
+        for spec in before.runs
+        if planned.get(spec.name) != spec.as_json() and read_result(output, spec) is not None
+    ]
+    if lost:
+        raise SaccadeError(
+            f"output={str(output)!r} holds {len(lost)} finished runs of another sweep ({before.command}), "
+            f"such as {lost[0]}: give another output, or --only for a part of that sweep"
+        )

@@ -101,9 +101,10 @@ class Standing:
         return sorted(summarise(rows, self.keys), key=order)
 
     def table(self, where: Sequence[tuple[str, Any]] = ()) -> tuple[list[str], list[list[Any]]]:
-        """Columns and cells of `summary`, without columns that are empty."""
+        """Columns and cells of `summary`, without columns that are empty or that `where` holds fixed."""
         entries = self.summary(where)
-        keys = [key for key in self.keys if any(entry[key] is not None for entry in entries)]
+        fixed = dict(where)
+        keys = [key for key in self.keys if key not in fixed and any(entry[key] is not None for entry in entries)]
         shown = [name for name in FIGURES if any(name in entry for entry in entries)]
         if "accuracy_full" in shown or "accuracy_pruned" in shown:
             shown = [name for name in shown if name != "train_loss"]
