@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint
+from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint, resolve_resume
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
@@ -92,11 +92,21 @@ def again(processor, output, **options):
         ({"weight_decay": 0.1}, "weight_decay=0.1"),
         ({"lr_scheduler_type": "constant"}, "lr_scheduler_type='constant'"),
         ({"positions": "original"}, "positions='original'"),
+        ({"per_device_train_batch_size": 3}, r"global_batch_size=3 \(checkpoint: 4\)"),
     ],
 )
 def test_resume_with_other_options_is_refused(interrupted, processor, options, message):
     with pytest.raises(SaccadeError, match=message):
         again(processor, interrupted, **options).train(resume_from_checkpoint=True)
+
+
+def test_another_way_to_the_same_global_batch_goes_on(processor, tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
+    whole.train()
+    trainer = again(processor, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)
 
 
 def test_a_finished_run_is_not_trained_on(interrupted, processor):
@@ -107,15 +117,22 @@ def test_a_finished_run_is_not_trained_on(interrupted, processor):
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in saved.items())
 
 
-def test_half_written_checkpoints_are_passed_over(interrupted, processor):
+def test_half_written_checkpoints_are_passed_over(interrupted, processor, caplog):
     whole = interrupted / "checkpoint-2"
     for number, missing in ((4, "trainer_state.json"), (6, "dualspeed.json")):
         shutil.copytree(whole, interrupted / f"checkpoint-{number}")
         (interrupted / f"checkpoint-{number}" / missing).unlink()
+    # A disk that filled up, or a copy that was broken off.
+    for number, name in ((5, "model.safetensors"), (7, "optimizer.pt")):
+        shutil.copytree(whole, interrupted / f"checkpoint-{number}")
+        file = interrupted / f"checkpoint-{number}" / name
+        file.write_bytes(file.read_bytes()[:-100])
     cut = interrupted / "checkpoint-8"
     shutil.copytree(whole, cut)
     (cut / "trainer_state.json").write_text('{"global_step": 8, "log')
     assert newest_checkpoint(interrupted) == whole
+    assert resolve_resume(True, interrupted) == whole
+    assert f"{cut} is half-written and passed over" in caplog.text
     with pytest.raises(SaccadeError, match="not a whole checkpoint"):
         again(processor, interrupted).train(resume_from_checkpoint=str(cut))
 

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
     "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
+    "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),

@@ -1,11 +1,14 @@
 """Checkpoints that are whole or not there, and a resume that refuses to go on from something else."""
 
 import json
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -14,6 +17,8 @@ from saccade.errors import SaccadeError
 from saccade.files import to_json, write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.skip_vision import SUMMARY_FILE
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "dualspeed.json"
 PARTIAL_DIR = ".partial-checkpoint"
@@ -33,21 +38,35 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The whole checkpoint with the highest step in `output_dir`.
 
-    Whole means that the trainer's state, which is written last, is there and reads as JSON, and that the run file is.
+    Whole means that the trainer's state, which is written last, is there and reads as JSON, that the run file is, and
+    that no file of weights or optimizer state is missing or cut short.
     """
     found = []
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rpartition("-")[2]
-        if step.isdigit() and _is_whole(path):
-            found.append((int(step), path))
+        if _step(path) >= 0 and _is_whole(path):
+            found.append((_step(path), path))
     return max(found)[1] if found else None
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def _is_whole(path: Path) -> bool:
     try:
         json.loads((path / "trainer_state.json").read_text())
-        return read_run_file(path) is not None
-    except (OSError, json.JSONDecodeError):
+        if read_run_file(path) is None:
+            return False
+        for index in path.glob("*.index.json"):
+            if not all((path / name).is_file() for name in json.loads(index.read_text())["weight_map"].values()):
+                return False
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):  # compares the length of the file with its header
+                pass
+        # torch.save writes a zip archive, whose directory is at the end.
+        return all(is_zipfile(file) for suffix in ("pt", "pth", "bin") for file in path.glob(f"*.{suffix}"))
+    except (OSError, ValueError, KeyError, SafetensorError):
         return False
 
 
@@ -61,6 +80,9 @@ def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | 
         return None
     if resume is True:
         path = newest_checkpoint(output_dir)
+        for other in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
+            if path is not None and _step(other) > _step(path):
+                logger.warning("%s is half-written and passed over; going on from %s", other, path)
         if path is None:
             raise SaccadeError(
                 f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} holds no whole checkpoint: "

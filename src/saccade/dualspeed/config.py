@@ -54,8 +54,6 @@ RESUME_FIELDS = (
     "fp16",
     "data_seed",
     "group_by",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
     "seed",
 )
 

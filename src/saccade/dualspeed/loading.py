@@ -18,6 +18,7 @@ from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.sampler import GroupedSampler
 from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.sharding import WithBlankImage
 from saccade.errors import SaccadeError
 from saccade.families import Family
 from saccade.pruning import ModeIsolator
@@ -48,10 +49,15 @@ class LoadingTrainer(SFTTrainer):
 
     def training_collator(self) -> Any:
         """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""
-        if not isinstance(self.data_collator, DualSpeedCollator):
-            return self.data_collator
+        if isinstance(self.data_collator, WithBlankImage):
+            return replace(self.data_collator, collate=self._lenient(self.data_collator.collate))
+        return self._lenient(self.data_collator)
+
+    def _lenient(self, collate: Any) -> Any:
+        if not isinstance(collate, DualSpeedCollator):
+            return collate
         rows = self.train_dataset if isinstance(self.train_dataset, Dataset) else None
-        return replace(self.data_collator, max_bad_records=self.args.max_bad_records, rows=rows)
+        return replace(collate, max_bad_records=self.args.max_bad_records, rows=rows)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset

@@ -35,7 +35,9 @@ from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.sampler import EpochStart
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
+from saccade.dualspeed.sharding import WithBlankImage, layer_classes
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
+from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
@@ -102,6 +104,13 @@ class DualSpeedTrainer(LoadingTrainer):
                 placeholder_id=self.family.placeholder_id,
                 max_image_pixels=args.max_image_pixels,
             )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.data_collator = WithBlankImage(
+                self.data_collator, self.family.placeholder_id, conversational="messages" in columns
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
+            classes = layer_classes(self.family.model, self.family.language_layers)
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
         self._freeze()
         self.modes = args.all_modes()
         self.schedule = self._stage_schedule()
@@ -116,6 +125,8 @@ class DualSpeedTrainer(LoadingTrainer):
         self.add_callback(StepClock(self))
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
+        self.watch = RunWatch(self)
+        self.add_callback(self.watch)
         self._micro_batch = 0
         sequences = {mode.name: self._sequence(mode) for mode in self.modes}
         self._step = DualSpeedStep(
@@ -151,6 +162,7 @@ class DualSpeedTrainer(LoadingTrainer):
         if self.is_ordinary or return_outputs or not self.model.training:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
+                self.watch.see(loss, inputs)
                 self._count_ordinary(inputs, loss, num_items_in_batch)
             return loss
         normaliser = num_items_in_batch
@@ -166,7 +178,9 @@ class DualSpeedTrainer(LoadingTrainer):
             with self.accelerator.autocast():
                 return self._step(mode, batch, normaliser, self._row_seed())
 
-        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        with self.watch.computing(inputs):
+            output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+        self.watch.see(output.loss, inputs)
         ranks = self.accelerator.num_processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The normaliser counts every rank's tokens, and the engines average gradients over ranks.
@@ -186,6 +200,11 @@ class DualSpeedTrainer(LoadingTrainer):
 
         output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
         return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.watch.check(grad_norm)
+        return grad_norm
 
     def begin_step(self) -> None:
         """Called before the first micro-batch of each optimizer step."""
@@ -239,8 +258,11 @@ class DualSpeedTrainer(LoadingTrainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir`.
 
+        On SIGTERM it saves a checkpoint and returns; `watch.stopped` is then true.
+
         Raises:
-            SaccadeError: if there is no whole checkpoint, or it was trained with other options.
+            SaccadeError: if there is no whole checkpoint, or it was trained with other options; if a loss is not
+                finite, or a process that prepares batches dies.
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is None:
@@ -256,7 +278,8 @@ class DualSpeedTrainer(LoadingTrainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+            with self.watch.training():
+                return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except Exception as error:
             # By its name: it comes from the module that nothing here imports.
             if type(error).__name__ != "UnpicklingError":
@@ -348,7 +371,13 @@ class DualSpeedTrainer(LoadingTrainer):
     def _resume_state(self) -> dict[str, Any]:
         """What a run that goes on from this one must share with it."""
         lora = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
-        return {**self.args.resume_state(), "num_processes": self.args.world_size, "lora": lora}
+        args, engine = self.args, "ddp"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "fsdp" if self.is_fsdp_enabled else "deepspeed"
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        # DeepSpeed writes each rank's shard of the optimizer, which another number of ranks cannot read.
+        ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
+        return {**args.resume_state(), "global_batch_size": batch, "engine": engine, **ranks, "lora": lora}
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -14,6 +14,7 @@ from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
+from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
@@ -26,7 +27,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     """Train a recipe and save model, processor, isolator and log in its `output_dir`.
 
     Returns:
-        The trainer after training.
+        The trainer after training. If SIGTERM ended it, `trainer.watch.stopped` is true and only a checkpoint saved.
 
     Raises:
         SaccadeError: on bad input, before training starts.
@@ -42,7 +43,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     if options.lora and not model.config._name_or_path:
         # Adapters name the model that they belong to, and this one was not read from a folder.
         base = Path(args.output_dir) / "base"
-        model.save_pretrained(base)
+        if args.should_save:
+            model.save_pretrained(base)
         model.config._name_or_path = model.name_or_path = str(base)
     try:
         trainer = DualSpeedTrainer(
@@ -58,9 +60,13 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     except (ValueError, TypeError) as error:
         # TRL's own checks of options, such as packing, which it refuses for images.
         raise SaccadeError(" ".join(str(error).split())) from error
+    check_engine(trainer.accelerator)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     check_first_rows(trainer)
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.watch.stopped:
+        # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
+        return trainer
     trainer.save_model(args.output_dir)
     if args.should_save:
         record = {

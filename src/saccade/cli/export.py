@@ -1,0 +1,36 @@
+"""`saccade export`: a trained model as a plain Hugging Face checkpoint with a model card."""
+
+import argparse
+
+EXAMPLES = """
+saccade export out/sft --output out/my-model                      merges LoRA, checks every key, writes a card
+saccade export out/sft/checkpoint-600 --output out/600            a checkpoint of a run
+saccade export out/sft --output out/bf16 --dtype bfloat16 --json  in another dtype; the summary as JSON
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="output_dir of a run, or a checkpoint in it, with or without LoRA adapters")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", default="auto", help="auto (as trained), float32, bfloat16 or float16 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
+    )
+    parser.add_argument("--license", default=None, help="licence for the model card, such as apache-2.0")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from saccade.files import to_json
+    from saccade.training.export import export_model
+
+    summary = export_model(args.model, args.output, args.dtype, args.max_shard_size, args.license)
+    if args.json:
+        print(to_json(summary))
+        return 0
+    merged = f", adapters merged into {summary['base_model']}" if summary["base_model"] else ""
+    print(f"written to {summary['output']}: {summary['parameters']:,} parameters, {summary['dtype']}{merged}")
+    print(f"loads in stock transformers, every key checked; {', '.join(summary['files'])}")
+    return 0

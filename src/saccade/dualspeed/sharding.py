@@ -1,0 +1,64 @@
+"""What engines that shard parameters need: the same modules on every rank, and the classes of the layers to shard."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from saccade.tokens import IGNORE_INDEX
+
+_SIDE = 64
+
+
+@dataclass
+class WithBlankImage:
+    """Adds one sample with a blank image and no labels to a batch without images.
+
+    FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text
+    would run neither the vision tower nor a teacher, and the others would wait for it forever. The sample that is
+    added goes through every module in every mode, and as no token of it is learned, its gradients are zeros.
+
+    Args:
+        collate: the collator, from rows to a batch with `input_ids` and `labels`.
+        placeholder_id: token id of a visual token.
+        conversational: whether rows have `messages`; otherwise they have `prompt` and `completion`.
+    """
+
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
+    placeholder_id: int
+    conversational: bool
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate(rows)
+        # A batch of which no record can be used comes empty, and ends the run.
+        if "input_ids" not in batch or (batch["input_ids"] == self.placeholder_id).any():
+            return batch
+        batch = self.collate([*rows, self._sample()])
+        blank = (batch["input_ids"] == self.placeholder_id).any(dim=1)  # (B + 1,)
+        batch["labels"] = batch["labels"].masked_fill(blank[:, None], IGNORE_INDEX)
+        return batch
+
+    def _sample(self) -> dict[str, Any]:
+        user, assistant = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
+        images = [Image.new("RGB", (_SIDE, _SIDE))]
+        if self.conversational:
+            return {"messages": [user, assistant], "images": images}
+        return {"prompt": [user], "completion": [assistant], "images": images}
+
+
+def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]:
+    """The classes of a stock model's repeated layers, each of which becomes a unit of FSDP.
+
+    What the model says itself, `_no_split_modules`, names classes that it may not contain, such as those of the text
+    half of a CLIP tower, and accelerate stops at the first of them.
+
+    Args:
+        model: the stock model.
+        language_layers: the layers of its language model.
+    """
+    named = set(getattr(model, "_no_split_modules", None) or ())
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = {type(layer).__name__ for layers in lists for layer in layers if type(layer).__name__ in named}
+    return sorted(found | {type(layer).__name__ for layer in language_layers})

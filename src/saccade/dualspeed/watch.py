@@ -1,0 +1,201 @@
+"""What can end a run before its time: a signal to stop, a loss that is no number, a dead data worker."""
+
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+WORKER_GRACE_SECONDS = 30
+
+
+class RunWatch(TrainerCallback):
+    """Ends a run so that nothing is lost.
+
+    On SIGTERM all ranks finish the step that they are in, save a checkpoint and stop; `stopped` is then true. A loss
+    or a gradient norm that is not finite ends the run before the next checkpoint, and the batch is kept for a look.
+    """
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self.stopped = False
+        self._asked = False
+        self._micro_batches: list[tuple[Tensor, Mapping[str, Any]]] = []
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Listen for SIGTERM, and say in one line that a data worker died.
+
+        Raises:
+            SaccadeError: if a process that prepares batches died.
+        """
+        self.stopped = self._asked = False
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self._ask) if main_thread else None
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not _is_dead_worker(error):
+                raise
+            line = " ".join(str(error).split())
+            raise SaccadeError(
+                f"dataloader_num_workers={self.trainer.args.dataloader_num_workers}: a process that prepares batches "
+                f"died after step {self.trainer.state.global_step} ({line}); it may have run out of memory, "
+                f"use fewer; {self._way_on()}"
+            ) from error
+        finally:
+            self._micro_batches.clear()
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Accelerate's loaders iterate over the one that they wrap.
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._micro_batches.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The signal may reach one rank only, or several in different steps: they have to agree.
+        asked = float(self._asked)
+        if self.trainer.accelerator.num_processes > 1:
+            asked = float(self.trainer.sum_over_ranks(torch.tensor(asked)))
+        if asked:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def see(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Remember a micro-batch until its step is over. Nothing waits for the device here."""
+        self._micro_batches.append((loss.detach(), inputs))
+
+    @contextmanager
+    def computing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Say which batch it was where inputs that are no numbers break the computation before there is a loss.
+
+        Raises:
+            SaccadeError: if the block raises and one of `inputs` is not finite.
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError, IndexError) as error:
+            bad = None if isinstance(error, SaccadeError) else self._not_finite(inputs)
+            if bad is None:
+                raise
+            raise SaccadeError(self._complaint(f"{bad} not finite", inputs)) from error
+
+    def _not_finite(self, inputs: Mapping[str, Any]) -> str | None:
+        """What of a batch, or of what the model sees in it, holds a value that is no number."""
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                return f"{name} is"
+        trainer = self.trainer
+        # One rank alone must not run a model whose weights the ranks hold together.
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not trainer.family.has_images(inputs):
+            return None
+        with torch.no_grad(), trainer.accelerator.autocast():
+            features = trainer.family.encode(inputs).context.features
+        return None if features.isfinite().all() else "the visual features are"
+
+    def check(self, grad_norm: Tensor | float | None) -> None:
+        """Look at the losses and the gradient norm of a step, before its optimizer step where the engine allows it.
+
+        Raises:
+            SaccadeError: if one is not finite.
+        """
+        losses = [float(loss) for loss, _ in self._micro_batches]
+        bad = [number for number, loss in enumerate(losses) if not _is_finite(loss)]
+        norm = _plain(grad_norm)
+        # Loss scaling in float16 lets gradients overflow, and skips such a step itself.
+        if not bad and (_is_finite(norm) or self.trainer.args.fp16):
+            return
+        if not bad:
+            raise SaccadeError(
+                f"the gradient norm is {norm} in step {self.trainer.state.global_step} with finite losses on rank "
+                f"{self.trainer.args.process_index}: look at the other ranks' messages, lower learning_rate or train "
+                f"in float32; {self._way_on()}"
+            )
+        number = bad[0]
+        raise SaccadeError(self._complaint(f"the loss is {losses[number]}", self._micro_batches[number][1], number))
+
+    def _complaint(self, what: str, inputs: Mapping[str, Any], number: int | None = None) -> str:
+        """One line about a batch, which is kept; by default the one that comes after those seen."""
+        step, rank = self.trainer.state.global_step, self.trainer.args.process_index
+        number = len(self._micro_batches) if number is None else number
+        return (
+            f"{what} in step {step}, micro-batch {number} of rank {rank}: {self._name(inputs)}; "
+            f"{self._keep(inputs, step, rank)}look at these samples, lower learning_rate or train in float32; "
+            f"{self._way_on()}"
+        )
+
+    def _name(self, inputs: Mapping[str, Any]) -> str:
+        """The samples by the beginnings of their texts."""
+        texts = self.trainer._tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        shown = [repr(" ".join(text.split())[:60]) for text in texts[:3]]
+        return f"{len(texts)} samples, {', '.join(shown)}{', ...' if len(texts) > 3 else ''}"
+
+    def _keep(self, inputs: Mapping[str, Any], step: int, rank: int) -> str:
+        """Write the batch beside the checkpoints; a disk that is full too must not hide what happened."""
+        path = Path(self.trainer.args.output_dir) / f"bad-batch-step-{step}-rank-{rank}.pt"
+        batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with suppress(OSError, RuntimeError):
+            with atomic_path(path) as partial:
+                torch.save(batch, partial)
+            return f"the batch is in {path}; "
+        return ""
+
+    def _way_on(self) -> str:
+        newest = newest_checkpoint(self.trainer.args.output_dir)
+        return "no checkpoint was saved yet" if newest is None else f"{newest} is whole, resume from it"
+
+
+@dataclass
+class WorkerStart:
+    """Lets a process that prepares batches outlive a SIGTERM to the whole group, so that the step can be finished.
+
+    Args:
+        then: what the loader wants to run in the worker.
+    """
+
+    then: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        # Not for good: it must not outlive a main process that waits for it either.
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
+        if self.then is not None:
+            self.then(worker)
+
+
+def _is_dead_worker(error: Exception) -> bool:
+    """Whether an error says that a data worker died: torch's own, or the pipe that broke over a batch."""
+    if isinstance(error, RuntimeError):
+        # "Caught RuntimeError in DataLoader worker process 0" is an error of the worker's own, which lives.
+        return "DataLoader worker (pid" in str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+
+
+def _plain(value: Tensor | float | None) -> float | None:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return None if value is None else float(value)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is None or value - value == 0

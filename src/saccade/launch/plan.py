@@ -1,0 +1,181 @@
+"""From a preset or an accelerate config to the environment of each process."""
+
+import importlib.util
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saccade.errors import SaccadeError
+
+FOLDER = Path(__file__).parent
+PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
+_ENGINES = ("MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", "NO")
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """What to start on this machine.
+
+    Args:
+        config: the accelerate config.
+        processes: processes on all machines.
+        machines: number of machines.
+        machine_rank: number of this one, from 0.
+        address: host of machine 0.
+        port: port on which process 0 listens.
+        environment: what accelerate wants every process to see.
+    """
+
+    config: Path
+    processes: int
+    machines: int
+    machine_rank: int
+    address: str
+    port: int
+    environment: dict[str, str]
+
+    @property
+    def local_processes(self) -> int:
+        """Processes on this machine."""
+        return self.processes // self.machines
+
+    def environment_of(self, local_rank: int) -> dict[str, str]:
+        """The whole environment of one process of this machine."""
+        return {
+            **self.environment,
+            "RANK": str(self.machine_rank * self.local_processes + local_rank),
+            "LOCAL_RANK": str(local_rank),
+            "WORLD_SIZE": str(self.processes),
+            "LOCAL_WORLD_SIZE": str(self.local_processes),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def make_plan(
+    launch: str,
+    processes: int | None = None,
+    machines: int = 1,
+    machine_rank: int = 0,
+    main_address: str | None = None,
+) -> LaunchPlan:
+    """Read a preset or an accelerate config and check that it can run here.
+
+    Args:
+        launch: "ddp", "fsdp2", "zero2", "zero3", or the path of an accelerate config.
+        processes: processes on all machines; by default what the config says, or one a GPU.
+        machines: number of machines.
+        machine_rank: number of this one, from 0.
+        main_address: "host:port" of machine 0, needed for several machines.
+
+    Raises:
+        SaccadeError: on an unknown name, a config that accelerate does not take, or numbers that do not fit.
+    """
+    path = _find(launch)
+    config = _read(path)
+    engine = str(config.get("distributed_type", "NO")).upper()
+    if engine not in _ENGINES:
+        raise SaccadeError(f"launch={launch!r}: distributed_type={engine!r}, expected one of {', '.join(_ENGINES)}")
+    gpus = _gpus()
+    if machines < 1 or not 0 <= machine_rank < machines:
+        raise SaccadeError(
+            f"machine_rank={machine_rank}, machines={machines}: the rank is 0 to machines - 1, and machines at least 1"
+        )
+    if processes is None:
+        given = config.get("num_processes")
+        processes = given if isinstance(given, int) and given > 0 else gpus * machines
+    if processes < 1:
+        raise SaccadeError(f"processes={processes}: give --processes, at least 1; no GPU was found to count")
+    if processes % machines:
+        raise SaccadeError(f"processes={processes} on machines={machines}: give a multiple, processes counts them all")
+    if gpus and processes // machines > gpus:
+        raise SaccadeError(f"processes={processes}: {processes // machines} a machine, and this one has {gpus} GPUs")
+    _check_can_shard(launch, engine, gpus)
+    address, port = _address(main_address, machines)
+    flags = {
+        "config_file": str(path),
+        "num_processes": processes,
+        "num_machines": machines,
+        "machine_rank": machine_rank,
+        "main_process_ip": address,
+        "main_process_port": port,
+    }
+    return LaunchPlan(path, processes, machines, machine_rank, address, port, _environment(launch, path, flags))
+
+
+def _find(launch: str) -> Path:
+    if launch in PRESETS:
+        return FOLDER / f"{launch}.yaml"
+    path = Path(launch)
+    if not path.is_file():
+        raise SaccadeError(
+            f"launch={launch!r} is unknown: use {', '.join(PRESETS)}, or the path of an accelerate config"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SaccadeError(f"launch={str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise SaccadeError(f"launch={str(path)!r} must be an accelerate config, found a {type(config).__name__}")
+    return config
+
+
+def _check_can_shard(launch: str, engine: str, gpus: int) -> None:
+    if engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
+        raise SaccadeError(f"launch={launch!r} needs DeepSpeed: `pip install 'saccade[deepspeed]'`")
+    on_cpu = engine == "DEEPSPEED" and os.environ.get("DS_ACCELERATOR") == "cpu"
+    if engine in ("FSDP", "DEEPSPEED") and not gpus and not on_cpu:
+        raise SaccadeError(
+            f"launch={launch!r} shards over GPUs and none was found; accelerate would run plain data parallelism "
+            "without a word: give --launch ddp"
+        )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _address(main_address: str | None, machines: int) -> tuple[str, int]:
+    if main_address is None:
+        if machines > 1:
+            raise SaccadeError("main_address is missing: several machines need --main-address HOST:PORT of machine 0")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return "127.0.0.1", free.getsockname()[1]
+    host, _, port = main_address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise SaccadeError(f"main_address={main_address!r}: write HOST:PORT, such as 10.0.0.1:29500")
+    return host, int(port)
+
+
+def _environment(launch: str, path: Path, flags: dict[str, Any]) -> dict[str, str]:
+    """What accelerate's own launcher would set for this config."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    try:
+        args = launch_command_parser().parse_args([*words, "saccade"])
+        args, defaults, precision_given = _validate_launch_command(args)
+        if not args.use_deepspeed:
+            return prepare_multi_gpu_env(args)
+        fields = list(defaults.deepspeed_config) + (["mixed_precision"] if precision_given else [])
+        args.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        if args.deepspeed_config_file is not None:
+            beside = path.parent / args.deepspeed_config_file
+            args.deepspeed_config_file = str(beside if beside.is_file() else args.deepspeed_config_file)
+        return prepare_deepspeed_cmd_env(args)[1]
+    except (ValueError, TypeError, KeyError, AttributeError, SystemExit) as error:
+        raise SaccadeError(
+            f"launch={launch!r} is no config that accelerate takes: {' '.join(str(error).split())}"
+        ) from error

@@ -1,0 +1,162 @@
+"""The model card of an exported model: what it was trained with and what was measured, nothing else."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saccade.dualspeed.checkpoint import RUN_FILE, read_run_file
+from saccade.pruning import ISOLATOR_FILE
+from saccade.report.tables import markdown_table
+
+MEASURED = {
+    "loss": "training loss, last log",
+    "loss_fast": "cross-entropy of fast steps, last log",
+    "loss_slow": "cross-entropy of slow steps, last log",
+    "kl": "KL(fast || slow), last log",
+    "steps_fast": "fast steps",
+    "steps_slow": "slow steps",
+    "length_full": "tokens a sample, before pruning",
+    "length_in": "tokens a sample, trained on",
+    "tokens_per_second": "tokens a second, counted before pruning, last log",
+    "speedup_tokens": "speed-up that token counts allow",
+    "speedup": "speed-up of the steps, running estimate",
+    "train_runtime": "training time, seconds",
+    "eval_loss": "evaluation loss, last",
+}
+# Where and how often something was written says nothing about the model.
+HOUSEKEEPING = {"output_dir", "resume", "report_to", "disable_tqdm", "logging_steps", "save_steps", "save_total_limit"}
+
+
+def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: str | None = None) -> str:
+    """The card's Markdown, with the front matter that the hub reads.
+
+    Args:
+        source: folder of the run; `dualspeed.json`, `log.json` or `trainer_state.json`, and `eval.json` in it are used
+            where they are there.
+        facts: `parameters`, `dtype`, `architecture`, `base_model`.
+    """
+    log = _read(source / "log.json")
+    history = log.get("log_history") or _read(source / "trainer_state.json").get("log_history") or []
+    run = read_run_file(source) or {}
+    recipe = log.get("recipe", {})
+    base = facts["base_model"] or recipe.get("model")
+    parts = [
+        _front_matter(base, license_name),
+        f"# {name}\n",
+        _first_words(facts, base, run, source),
+        _usage(facts["architecture"], (source / ISOLATOR_FILE).is_file()),
+        _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
+        _training(history, run, log.get("environment", {}), log.get("finished")),
+        _evaluation(_read(source / "eval.json")),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(base: str | None, license_name: str | None) -> str:
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["saccade", "dualspeed", "visual-token-pruning"],
+    }
+    # The hub follows the name, and a folder of this machine leads nowhere.
+    if base and base != "tiny" and not Path(base).exists():
+        fields["base_model"] = base
+    if license_name:
+        fields["license"] = license_name
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+
+
+def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, Any], source: Path) -> str:
+    words = f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['dtype']}"
+    # A path of this machine says nothing elsewhere but for its last part.
+    words += f", trained from `{Path(base).name if Path(base).exists() else base}`" if base else ""
+    step = f" It is the model after step {run['global_step']}." if "global_step" in run else ""
+    return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
+
+
+def _usage(architecture: str, isolator: bool) -> str:
+    pruned = (
+        "\nPruned inference with the mode isolator that is in this folder:\n\n```python\n"
+        "from saccade import prune_inputs\n\n"
+        "pruned = prune_inputs(model, inputs, isolator=folder)\n```\n"
+        if isolator
+        else ""
+    )
+    return (
+        "## Use\n\nA plain transformers checkpoint; nothing of Saccade is needed.\n\n```python\n"
+        f"from transformers import AutoProcessor, {architecture}\n\n"
+        'folder = "."  # where this file is\n'
+        f"model = {architecture}.from_pretrained(folder)\n"
+        f"processor = AutoProcessor.from_pretrained(folder)\n```\n{pruned}"
+    )
+
+
+def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
+    """A table of every setting: those that a resumed run must share, then the rest of the recipe as written."""
+    entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
+    values = {**recipe, **config, **lora, "lora": bool(adapters)}
+    order = [*config, *lora, *recipe]
+    names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
+    rows = [[f"`{name}`", _value(values[name])] for name in names]
+    return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
+
+
+def _training(
+    history: list[Mapping[str, Any]], run: Mapping[str, Any], environment: Mapping[str, Any], date: str | None
+) -> str:
+    last: dict[str, Any] = {}
+    for entry in history:
+        last.update(entry)
+    rows = [[text, _value(last[name])] for name, text in MEASURED.items() if isinstance(last.get(name), (int, float))]
+    tokens = run.get("tokens", {})
+    rows += [[f"tokens, {name}", f"{tokens[name]:,.0f}"] for name in ("full", "trained", "teacher") if name in tokens]
+    if not rows:
+        return ""
+    return f"## Measured in training\n\n{markdown_table(['figure', 'value'], rows)}{_where(environment, date)}"
+
+
+def _evaluation(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            entry["inference"],
+            f"{100 * entry['accuracy']:.1f} %",
+            entry["samples"],
+            f"{entry['mean_prompt_length']:.0f}",
+        ]
+        for entry in result.get("results", [])
+        if {"inference", "accuracy", "samples", "mean_prompt_length"} <= entry.keys()
+    ]
+    if not rows:
+        return ""
+    table = markdown_table(["inference", "accuracy", "samples", "tokens a prompt"], rows)
+    title = f"## Evaluation\n\n`saccade eval` on the {result.get('split', 'test')} split of the digit scenes.\n\n"
+    return f"{title}{table}{_where(result.get('environment', {}))}"
+
+
+def _where(environment: Mapping[str, Any], date: str | None = None) -> str:
+    if not environment:
+        return ""
+    gpus = ", ".join(gpu["name"] for gpu in environment.get("gpus", []))
+    hardware = gpus or f"{environment.get('cpu')}, {environment.get('threads')} threads"
+    packages = environment.get("packages", {})
+    versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    when = f" Date: {date}." if date else ""
+    return f"\nHardware: {hardware}. Versions: {versions}.{when}\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of the run, or nothing where it is missing or cut short: a card is not worth failing over."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}

@@ -1,0 +1,146 @@
+"""A trained folder to a plain Hugging Face checkpoint: adapters merged, keys checked, a model card beside it."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from saccade.dualspeed.checkpoint import RUN_FILE
+from saccade.errors import SaccadeError
+from saccade.files import write_text_atomically
+from saccade.training.card import model_card
+from saccade.training.recipe import ModelOptions
+from saccade.training.sources import load_model
+
+_WEIGHTS = ("model", "adapter_model", "pytorch_model", "optimizer")
+
+
+def export_model(
+    source: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    license_name: str | None = None,
+) -> dict[str, Any]:
+    """Write what a run left in `source` as a checkpoint that stock transformers loads.
+
+    Adapters are merged into the model that they were trained on. The mode isolator and the run's settings come along
+    as files of their own, which stock loading does not look at and pruned inference uses. The written weights are read
+    back through the stock classes, and every key and value is compared, before the folder gets its name.
+
+    Args:
+        source: `output_dir` of a run, or one of its checkpoints.
+        output: folder to make; it must not exist, or be empty.
+        dtype: "auto" keeps that of the trained weights; "float32", "bfloat16" or "float16".
+        max_shard_size: size above which the weights are split into several files.
+        license_name: licence for the model card; left out when unknown.
+
+    Returns:
+        `output`, `source`, `base_model` (None where nothing was merged), `parameters`, `dtype`, `bytes`, `files`.
+
+    Raises:
+        SaccadeError: if `source` is no trained model, `output` is taken, or what was written does not load as it is.
+        OSError: if it cannot be written; nothing is left behind then.
+    """
+    source, output = Path(source), Path(output)
+    _check_paths(source, output)
+    _check_size(max_shard_size)
+    base = None
+    if (source / "adapter_config.json").is_file():
+        base = PeftConfig.from_pretrained(source).base_model_name_or_path
+    _check_source(source if base is None else base, source)
+    model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
+        folder = Path(temporary) / "export"
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        check_loads(folder, model)
+        for path in _companions(source):
+            shutil.copy2(path, folder / path.name)
+        facts = {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "architecture": type(model).__name__,
+            "base_model": base,
+        }
+        write_text_atomically(folder / "README.md", model_card(output.name, source, facts, license_name))
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+    files = sorted(path for path in output.iterdir() if path.is_file())
+    return {
+        "output": str(output),
+        "source": str(source),
+        "base_model": base,
+        "parameters": facts["parameters"],
+        "dtype": facts["dtype"],
+        "bytes": sum(path.stat().st_size for path in files),
+        "files": [path.name for path in files],
+    }
+
+
+def _check_source(weights: str | Path, source: Path) -> None:
+    """Stock loading fills missing weights with noise and warns; here that is an error."""
+    try:
+        _, info = AutoModelForImageTextToText.from_pretrained(weights, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(f"model={str(source)!r}: {str(weights)!r} cannot be loaded: {line}") from error
+    problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
+    if problems:
+        raise SaccadeError(
+            f"model={str(source)!r}: the weights in {str(weights)!r} are not whole: {problems}; "
+            "name another checkpoint of the run"
+        )
+
+
+def check_loads(folder: Path, model: PreTrainedModel) -> None:
+    """Read `folder` through the stock classes and compare it with `model`.
+
+    Raises:
+        SaccadeError: naming the keys that are missing, unexpected or of another value.
+    """
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys and name.endswith("_keys")}
+    written, kept = loaded.state_dict(), model.state_dict()
+    other = [name for name, value in kept.items() if name not in written or not _equal(written[name], value)]
+    if other:
+        problems["other_values"] = other
+    if problems:
+        shown = {name: keys[:3] for name, keys in problems.items()}
+        raise SaccadeError(f"model: what was written to {str(folder)!r} does not load as it is: {shown}")
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other.to(one.dtype))
+
+
+def _check_paths(source: Path, output: Path) -> None:
+    if not source.is_dir():
+        raise SaccadeError(f"model={str(source)!r} is no folder: name the output_dir of a run, or a checkpoint in it")
+    if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise SaccadeError(
+            f"model={str(source)!r} holds no config.json and no adapter_config.json: name the output_dir of a run "
+            "that has ended, or a checkpoint in it"
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise SaccadeError(f"output={str(output)!r} exists: name a folder that does not, or remove it")
+
+
+def _check_size(text: str) -> None:
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
+        raise SaccadeError(f"max_shard_size={text!r} is no size: write a number and KB, MB, GB or TB, such as 5GB")
+
+
+def _companions(source: Path) -> list[Path]:
+    """Files of ours that go with the weights: learned tables, the run's settings, and its evaluation."""
+    tables = [path for path in source.glob("*.safetensors") if not path.name.startswith(_WEIGHTS)]
+    named = [source / name for name in (RUN_FILE, "eval.json")]
+    return sorted(tables) + [path for path in named if path.is_file()]

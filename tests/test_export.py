@@ -1,0 +1,139 @@
+"""`saccade export`: stock transformers loads what it writes, key by key and value by value."""
+
+import errno
+import json
+
+import pytest
+import torch
+import yaml
+from helpers import make_trainer
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.pruning import ModeIsolator
+from saccade.tiny import build_tiny_llava
+from saccade.training import export
+from saccade.training.export import export_model
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def trained(request, processor, tmp_path_factory):
+    """A trained folder, the model's logits as it was trained, and the batch that they are of."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
+    model = build_tiny_llava(processor, seed=0)
+    if request.param == "lora":
+        model.save_pretrained(folder.parent / "base")
+        model.config._name_or_path = model.name_or_path = str(folder.parent / "base")
+    trainer = make_trainer(
+        model, processor, folder, peft_config=lora if request.param == "lora" else None, slow_probability=0.5
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    batch = dict(trainer.data_collator([trainer.train_dataset[0]]))
+    batch.pop("labels")
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+    log = {"recipe": {"model": "org/base", "learning_rate": 1e-3}, "log_history": trainer.state.log_history}
+    (folder / "log.json").write_text(json.dumps(log))
+    return folder, batch, logits, request.param
+
+
+def test_stock_transformers_loads_it(trained, tmp_path):
+    folder, batch, logits, kind = trained
+    summary = export_model(folder, tmp_path / "new" / "out")
+    output = tmp_path / "new" / "out"
+    loaded, info = LlavaForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert not isinstance(loaded, PeftModel)
+    assert not any(path.name.startswith("adapter") for path in output.iterdir())
+    AutoProcessor.from_pretrained(output)
+    assert torch.equal(ModeIsolator.load(output).weight, ModeIsolator.load(folder).weight)
+    assert summary["files"] == sorted(path.name for path in output.iterdir())
+    assert (summary["base_model"] is not None) == (kind == "lora")
+    # Nothing is left beside it.
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_the_card_says_what_was_set_and_measured(trained, tmp_path):
+    folder, _, _, kind = trained
+    export_model(folder, tmp_path / "out", license_name="apache-2.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "apache-2.0"
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    for line in ("| `prune_ratio` | 0.9 |", "| `slow_probability` | 0.5 |", "| `learning_rate` | 0.001 |"):
+        assert line in body
+    history = json.loads((folder / "log.json").read_text())["log_history"]
+    loss = [entry["loss"] for entry in history if "loss" in entry][-1]
+    assert f"| training loss, last log | {loss:.6g} |" in body.replace("  ", " ")
+    assert "| KL(fast \\|\\| slow), last log |" in body
+    assert ("| `lora_r` | 4 |" in body) == (kind == "lora")
+    assert "## Evaluation" not in body
+    assert str(tmp_path) not in card
+    assert str(folder.parent) not in card
+
+
+def test_the_command_line_and_a_dtype(trained, tmp_path, capsys):
+    folder, *_ = trained
+    assert main(["export", str(folder), "--output", str(tmp_path / "out"), "--dtype", "bfloat16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+    values = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {value.dtype for value in values} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "model='nowhere' is no folder"),
+        (["{empty}"], "holds no config.json"),
+        (["{run}", "--output", "{taken}"], "exists: name a folder"),
+        (["{run}", "--dtype", "int3"], "dtype='int3' is unknown"),
+        (["{run}", "--max-shard-size", "big"], "max_shard_size='big'"),
+    ],
+)
+def test_bad_input_is_one_line(trained, tmp_path, capsys, flags, message):
+    places = {"run": trained[0], "empty": tmp_path / "empty", "taken": tmp_path / "taken"}
+    for name in ("empty", "taken"):
+        places[name].mkdir()
+    (places["taken"] / "file").write_text("mine")
+    words = [flag.format(**places) for flag in flags]
+    if "--output" not in words:
+        words += ["--output", str(tmp_path / "out")]
+    assert main(["export", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("saccade: error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+    assert (places["taken"] / "file").read_text() == "mine"
+
+
+def test_weights_that_miss_a_key_are_refused(trained, tmp_path):
+    """Stock loading only warns, and fills them with noise."""
+    folder, _, _, kind = trained
+    if kind == "lora":
+        pytest.skip("the base is loaded as it is")
+    import shutil
+
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    weights = load_file(cut / "model.safetensors")
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SaccadeError, match=r"missing.*q_proj"):
+        export_model(cut, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "check_loads", full)
+    assert main(["export", str(trained[0]), "--output", str(tmp_path / "out" / "model")]) == 1
+    assert "no space left" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []

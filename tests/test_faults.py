@@ -1,0 +1,222 @@
+"""What ends a run before its time: SIGTERM, a loss that is no number, a dead data worker. Each is made to happen."""
+
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import losses, make_trainer
+from torch.utils.data import get_worker_info
+from transformers import TrainerCallback
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.tiny import build_tiny_llava
+
+
+def trainer_for(processor, output, **options):
+    defaults = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "slow_probability": 0.4}
+    return make_trainer(build_tiny_llava(processor, seed=0), processor, output, **{**defaults, **options})
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(processor, tmp_path):
+    unbroken = trainer_for(processor, tmp_path / "unbroken")
+    unbroken.train()
+    trainer = trainer_for(processor, tmp_path / "run")
+    before = signal.getsignal(signal.SIGTERM)
+    trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert trainer.watch.stopped
+    assert trainer.state.global_step == 3
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-3"
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = trainer_for(processor, tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert not resumed.watch.stopped
+    assert losses(resumed) == pytest.approx(losses(unbroken), rel=1e-6)
+
+
+def test_sigterm_saves_even_where_no_checkpoints_are_asked_for(processor, tmp_path):
+    trainer = trainer_for(processor, tmp_path, save_strategy="no")
+    trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_the_command_exits_0_on_sigterm(tmp_path):
+    """From outside, as a cluster does it, with a data worker that gets the signal too."""
+    flags = ["--max_steps", "100000", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    flags += ["--dataset_rows", "64", "--num_train_epochs", "1000", "--save_strategy", "no"]
+    command = [sys.executable, "-m", "saccade.cli.main", "train", "tiny-digits/sft", "--model", "tiny"]
+    process = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if "'loss'" in line or '"loss"' in line:
+                break
+        assert "loss" in seen, seen
+        os.killpg(process.pid, signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, seen + rest
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint = newest_checkpoint(tmp_path)
+    assert f"stopped by SIGTERM, saved {checkpoint}; --resume auto goes on from it" in rest
+    # Only the checkpoint: a final model would look as if training had ended.
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_nan_loss_stops_the_run_and_names_the_batch(processor, tmp_path, accumulation):
+    # A method that looks at no feature: others stop at NaN by themselves.
+    options = {"gradient_accumulation_steps": accumulation, "max_grad_norm": 0, "reducer": "random"}
+    trainer = trainer_for(processor, tmp_path, **options)
+    collate, made = trainer.data_collator, []
+
+    def poisoned(rows):
+        batch = collate(rows)
+        made.append(batch)
+        if len(made) == 5 * accumulation:
+            batch["pixel_values"] = batch["pixel_values"] * float("nan")
+        return batch
+
+    trainer.data_collator = poisoned
+    weights = {}
+    trainer.add_callback(At(4, lambda: weights.update({k: v.clone() for k, v in trainer.model.state_dict().items()})))
+    place = f"in step 4, micro-batch {accumulation - 1} of rank 0: 4 samples, '"
+    with pytest.raises(SaccadeError, match=place) as error:
+        trainer.train()
+    message, bad = str(error.value), made[5 * accumulation - 1]
+    assert message.startswith("the loss is nan")
+    assert f"{tmp_path / 'checkpoint-4'} is whole" in message
+    assert "\n" not in message
+    text = " ".join(processor.tokenizer.decode(bad["input_ids"][0], skip_special_tokens=True).split())
+    assert text[:60] in message
+    kept = torch.load(tmp_path / "bad-batch-step-4-rank-0.pt")
+    assert torch.equal(kept["input_ids"], bad["input_ids"])
+    assert kept["pixel_values"].isnan().all()
+    # It stopped before the weights took it in.
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_pixels_that_are_no_numbers_are_named(processor, tmp_path):
+    trainer = trainer_for(processor, tmp_path)
+    collate = trainer.data_collator
+
+    def poisoned(rows):
+        batch = collate(rows)
+        return {**batch, "pixel_values": batch["pixel_values"] * float("nan")}
+
+    trainer.data_collator = poisoned
+    with pytest.raises(
+        SaccadeError, match=r"(pixel_values is not finite|the loss is nan) in step 0, micro-batch 0 of"
+    ):
+        trainer.train()
+    assert (tmp_path / "bad-batch-step-0-rank-0.pt").is_file()
+
+
+def test_ordinary_training_is_watched_too(processor, tmp_path):
+    trainer = trainer_for(processor, tmp_path, prune_ratio=0.0, slow_probability=1.0, distill_weight=0.0)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(float("inf"))
+    with pytest.raises(SaccadeError, match=r"the loss is nan in step 0.*no checkpoint was saved yet"):
+        trainer.train()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run(processor, tmp_path):
+    trainer = trainer_for(processor, tmp_path)
+    parameter = trainer.isolator.weight
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(SaccadeError, match=r"gradient norm is (nan|inf) in step \d"):
+        trainer.train()
+    assert parameter.isfinite().all()
+
+
+class Killer:
+    """Kills the data worker that asks for its `count`-th row."""
+
+    def __init__(self, rows, count):
+        self.rows, self.left = rows, count
+        self.column_names = rows.column_names
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left == 0 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.rows[index]
+
+
+def test_a_dead_data_worker_is_one_line(processor, tmp_path, scenes):
+    trainer = trainer_for(processor, tmp_path, dataloader_num_workers=1)
+    trainer.train_dataset = Killer(scenes, 19)
+    with pytest.raises(SaccadeError, match=r"dataloader_num_workers=1: a process that prepares batches died") as error:
+        trainer.train()
+    assert "killed by signal: Killed" in str(error.value) or "exited unexpectedly" in str(error.value)
+    newest = newest_checkpoint(tmp_path)
+    assert ("no checkpoint" if newest is None else f"{newest} is whole") in str(error.value)
+
+
+def test_an_error_inside_a_data_worker_is_not_taken_for_its_death(processor, tmp_path, scenes):
+    class Broken(Killer):
+        def __getitem__(self, index):
+            raise RuntimeError("a bug in the data set")
+
+    trainer = trainer_for(processor, tmp_path, dataloader_num_workers=1)
+    trainer.train_dataset = Broken(scenes, 0)
+    with pytest.raises(RuntimeError, match="a bug in the data set"):
+        trainer.train()
+
+
+def test_a_nan_loss_is_one_line_on_the_command_line(tmp_path, capsys):
+    flags = ["--max_steps", "40", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    flags += ["--dataset_rows", "16", "--learning_rate", "1e30", "--warmup_steps", "0", "--max_grad_norm", "0"]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", "--output_dir", str(tmp_path), *flags]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"saccade: error: the (loss|visual features|gradient norm) (is|are) .* in step \d", line)
+
+
+def fault_rows():
+    page = (Path(__file__).parent.parent / "docs" / "faults.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("row", fault_rows(), ids=lambda row: row[0][:40])
+def test_every_fault_of_the_page_is_made_to_happen(row):
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", row[2])
+    assert named, f"no test for {row[0]!r}"
+    for file, test in named:
+        tree = ast.parse((Path(__file__).parent.parent / file).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in functions, f"{file} has no {test}"

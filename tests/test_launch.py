@@ -1,0 +1,195 @@
+"""`saccade train --launch`: what it starts, what it refuses, and how the processes end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.launch import PRESETS, check_engine, make_plan, run_processes
+from saccade.launch import plan as plan_module
+from saccade.launch.plan import FOLDER, LaunchPlan
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Eight GPUs and DeepSpeed, as far as a plan can see."""
+    monkeypatch.setattr(plan_module, "_gpus", lambda: 8)
+    find = plan_module.importlib.util.find_spec
+    monkeypatch.setattr(
+        plan_module.importlib.util, "find_spec", lambda name: True if name == "deepspeed" else find(name)
+    )
+
+
+def local_plan(processes, **environment):
+    return LaunchPlan(FOLDER / "ddp.yaml", processes, 1, 0, "127.0.0.1", 29999, {**os.environ, **environment})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_presets_are_configs_that_accelerate_takes(name, gpus):
+    config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    plan = make_plan(name, 8)
+    environment = plan.environment_of(3)
+    assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == ("3", "3", "8")
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (name == "fsdp2")
+    assert (environment.get("ACCELERATE_USE_DEEPSPEED") == "true") == name.startswith("zero")
+    if name == "fsdp2":
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    if name.startswith("zero"):
+        settings = json.loads(Path(environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        assert settings["zero_optimization"]["stage"] == int(name[-1])
+        # Its prefetcher replays the modules of the step before, and modes differ in them.
+        assert name == "zero2" or settings["zero_optimization"]["stage3_prefetch_bucket_size"] == 0
+        assert config.deepspeed_config["deepspeed_config_file"] == f"{name}.json"
+
+
+def test_a_plan_over_machines(gpus):
+    plan = make_plan("fsdp2", 16, machines=2, machine_rank=1, main_address="10.0.0.1:29500")
+    environment = plan.environment_of(3)
+    assert plan.local_processes == 8
+    assert {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "11",
+        "LOCAL_RANK": "3",
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": "8",
+    }
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+def test_a_users_own_config(tmp_path, gpus):
+    config = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())
+    config["num_processes"] = 4
+    config["fsdp_config"]["fsdp_reshard_after_forward"] = False
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(config))
+    plan = make_plan(str(path))
+    assert plan.processes == 4
+    assert plan.environment["FSDP_RESHARD_AFTER_FORWARD"] == "false"
+    assert make_plan("fsdp2").processes == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--launch", "fsdp3", "--processes", "2"], "launch='fsdp3' is unknown: use ddp, fsdp2, zero2, zero3"),
+        (["--launch", "ddp"], "processes=0: give --processes"),
+        (["--launch", "ddp", "--processes", "-1"], "processes=-1"),
+        (["--launch", "fsdp2", "--processes", "2"], "shards over GPUs and none was found"),
+        (["--launch", "ddp", "--processes", "3", "--machines", "2"], "processes=3 on machines=2"),
+        (["--launch", "ddp", "--processes", "2", "--machines", "2"], "main_address is missing"),
+        (["--launch", "ddp", "--processes", "2", "--main-address", "here"], "main_address='here': write HOST:PORT"),
+        (["--launch", "ddp", "--processes", "2", "--machine-rank", "1"], "machine_rank=1, machines=1"),
+        (["--launch", "ddp", "--processes", "2", "--prune_ratoi", "1"], "unknown field 'prune_ratoi'"),
+        (["--processes", "2"], "processes=2 without --launch"),
+        (["--launch", "{bad}", "--processes", "2"], "is not valid YAML"),
+        (["--launch", "{tpu}", "--processes", "2"], "distributed_type='XLA', expected one of"),
+        (["--launch", "{list}", "--processes", "2"], "must be an accelerate config"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(plan_module, "_gpus", lambda: 0)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    files = {"bad": "a: [", "tpu": "distributed_type: XLA", "list": "- a"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    words = [flag.format(**{name: tmp_path / f"{name}.yaml" for name in files}) for flag in flags]
+    assert main(["train", "tiny-digits/sft", *words]) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("saccade: error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_zero_without_deepspeed(monkeypatch):
+    monkeypatch.setattr(plan_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SaccadeError, match=r"launch='zero2' needs DeepSpeed: `pip install 'saccade\[deepspeed\]'`"):
+        make_plan("zero2", 2)
+
+
+def test_more_processes_than_gpus(gpus):
+    with pytest.raises(SaccadeError, match="9 a machine, and this one has 8 GPUs"):
+        make_plan("ddp", 9)
+
+
+class Accelerator:
+    def __init__(self, engine, processes):
+        self.distributed_type = type("Type", (), {"value": engine})
+        self.num_processes = processes
+
+
+@pytest.mark.parametrize(
+    ("environment", "engine", "processes", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "MULTI_CPU", 1, "FSDP was asked for and accelerate runs MULTI_CPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "NO", 1, "DEEPSPEED was asked for and accelerate runs NO"),
+        ({"WORLD_SIZE": "2"}, "NO", 1, "2 processes were started and accelerate joined 1"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP", 2, None),
+        ({}, "NO", 1, None),
+    ],
+)
+def test_a_silent_fall_back_is_refused(monkeypatch, environment, engine, processes, message):
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        check_engine(Accelerator(engine, processes))
+        return
+    with pytest.raises(SaccadeError, match=message):
+        check_engine(Accelerator(engine, processes))
+
+
+RANK_1 = "import os, sys, time\nif os.environ['RANK'] == '1': "
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("pass", 0, ""),
+        (RANK_1 + "sys.exit(3)\ntime.sleep(600)", 3, ""),
+        (RANK_1 + "os.kill(os.getpid(), 9)\ntime.sleep(600)", 1, "rank 1 was killed by SIGKILL"),
+    ],
+)
+def test_processes_end_together(code, status, message, capfd):
+    """Nobody waits forever for a rank that has died."""
+    started = time.monotonic()
+    assert run_processes(local_plan(2), [sys.executable, "-c", code], patience_seconds=0.5) == status
+    assert message in capfd.readouterr().err
+    assert time.monotonic() - started < 60
+
+
+def test_sigterm_to_the_launcher_saves_and_exits_0(tmp_path):
+    flags = ["--max_steps", "100000", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
+    flags += ["--dataset_rows", "64", "--num_train_epochs", "10000", "--save_strategy", "no"]
+    command = [sys.executable, "-m", "saccade.cli.main", "train", "tiny-digits/sft", "--model", "tiny"]
+    process = subprocess.Popen(
+        [*command, "--launch", "ddp", "--processes", "2", "--output_dir", str(tmp_path), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        seen = ""
+        for line in process.stdout:
+            seen += line
+            if "'loss'" in line:
+                break
+        assert "'loss'" in seen, seen
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 0, seen + rest
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    assert f"stopped by SIGTERM, saved {newest_checkpoint(tmp_path)}" in rest
