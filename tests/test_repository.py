@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": METHOD | {"counting", "data", "tiny", "report"},
     "training": METHOD | {"data", "tiny", "report"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "suites": METHOD | {"report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "demo"},
+    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps", "suites", "demo"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }
