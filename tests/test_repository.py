@@ -39,22 +39,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": BOTTOM,
     "training": METHOD | {"benchmark", "counting", "data", "tiny", "report", "launch"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "suites": METHOD | {"report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
     "cli": METHOD
-    | {
-        "benchmark",
-        "counting",
-        "data",
-        "tiny",
-        "report",
-        "evaluation",
-        "training",
-        "sweeps",
-        "demo",
-        "pages",
-        "launch",
-    },
+    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "launch"}
+    | {"training", "sweeps", "suites", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

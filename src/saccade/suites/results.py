@@ -1,0 +1,154 @@
+"""Scores out of the files that evaluations leave: lmms-eval's results, and those of `saccade eval` on digit scenes."""
+
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saccade.errors import SaccadeError
+from saccade.suites.definitions import BENCHMARKS
+
+LMMS_FILES = "*results.json"
+DIGIT_FILE = "eval.json"
+DIGITS = "digits/"
+
+
+@dataclass
+class Scores:
+    """What one folder says of one model.
+
+    Args:
+        source: the folder, or the file.
+        values: score by task, in the unit that papers print.
+        settings: how the model was run, as lmms-eval's `model_args`; None for digit scenes.
+        documents: by task, how many documents were answered, where the file says so.
+        prompt_lengths: by task, the mean number of tokens that the language model read, where the file says so.
+    """
+
+    source: str
+    values: dict[str, float] = field(default_factory=dict)
+    settings: str | None = None
+    documents: dict[str, int] = field(default_factory=dict)
+    prompt_lengths: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One task's result in one file."""
+
+    task: str
+    score: float
+    settings: str
+    documents: int | None
+    prompt_length: float | None
+
+
+def read_scores(path: str | Path, tasks: Collection[str] | None = None) -> Scores:
+    """The scores in a result folder, or in one of its files.
+
+    Of several results of one task the newest counts.
+
+    Args:
+        path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
+            depth. Of digit scenes, each inference is a task: "digits/full".
+        tasks: the tasks to look at; all when left out.
+
+    Raises:
+        SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
+    """
+    place = Path(path)
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        found = {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
+        # Of one time they are told apart by name, which lmms-eval begins with the date.
+        files = sorted(found, key=lambda file: (file.stat().st_mtime, file.name))
+    else:
+        raise SaccadeError(f"folder={str(path)!r} does not exist: give what an evaluation wrote")
+    scores = Scores(str(path))
+    origin: dict[str, Path] = {}
+    for file in files:
+        for result in _read(file, must=file is place):
+            if tasks is not None and result.task not in tasks:
+                continue
+            task = result.task
+            if task.startswith(DIGITS):
+                if task in origin and file != origin[task]:
+                    raise SaccadeError(f"folder={str(path)!r} has {origin[task]} and {file}: name the folder of one")
+            elif scores.settings not in (None, result.settings):
+                raise SaccadeError(
+                    f"folder={str(path)!r} has results of two ways to run a model, {scores.settings!r} and "
+                    f"{result.settings!r} in {file}: name the folder of one"
+                )
+            else:
+                scores.settings = result.settings
+            origin[task] = file
+            scores.values[task] = result.score
+            for kept, value in ((scores.documents, result.documents), (scores.prompt_lengths, result.prompt_length)):
+                kept.pop(task, None)
+                if value is not None:
+                    kept[task] = value
+    if not scores.values:
+        raise SaccadeError(
+            f"folder={str(path)!r} holds no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}"
+        )
+    return scores
+
+
+def _read(file: Path, must: bool) -> Iterator[_Result]:
+    """Every result in a file; none from a JSON of another kind, unless there must be some."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SaccadeError(
+            f"file={str(file)!r} is not readable JSON: {error}; evaluate again, or remove it"
+        ) from error
+    results = content.get("results") if isinstance(content, dict) else None
+    if isinstance(results, list) and all(isinstance(entry, dict) and "accuracy" in entry for entry in results):
+        for entry in results:
+            yield _Result(
+                DIGITS + entry["inference"],
+                100 * entry["accuracy"],
+                "",
+                entry.get("samples"),
+                entry.get("mean_prompt_length"),
+            )
+    elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
+        settings = str((content.get("config") or {}).get("model_args", ""))
+        length = (content.get("saccade") or {}).get("mean_prompt_length")
+        for task, metrics in results.items():
+            score = _score(task, metrics, (content.get("higher_is_better") or {}).get(task) or {}, file)
+            if score is not None:
+                samples = (content.get("n-samples") or {}).get(task) or {}
+                yield _Result(task, score, settings, samples.get("effective"), length)
+    elif must:
+        raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
+
+
+def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str, Any], file: Path) -> float | None:
+    """The score that stands for a task; None where it has none, as a group of tasks may.
+
+    Of a benchmark of a suite it is the suite's metric; of another task the first number of which more is better.
+
+    Raises:
+        SaccadeError: if a benchmark of a suite lacks its metric.
+    """
+    # lmms-eval names entries "metric,filter".
+    numbers: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            name = key.partition(",")[0]
+            if name != "samples" and "_stderr" not in name:
+                numbers.setdefault(name, float(value))
+    if task in BENCHMARKS:
+        benchmark = BENCHMARKS[task]
+        if benchmark.metric not in numbers:
+            raise SaccadeError(
+                f"file={str(file)!r}: {task} has no number for {benchmark.metric}, only for "
+                f"{', '.join(numbers) or 'nothing'}: evaluate it again"
+            )
+        return benchmark.scale * numbers[benchmark.metric]
+    names = [name for name in numbers if higher_is_better.get(name, True)]
+    return numbers[names[0]] if names else None
