@@ -43,3 +43,8 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_page_names_every_study() -> None:
     assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(STUDIES)
+
+
+def test_the_help_names_every_study(capsys) -> None:
+    assert main(["sweep", "--help"]) == 0
+    assert f"a study: {', '.join(STUDIES)}" in " ".join(capsys.readouterr().out.split())
