@@ -197,19 +197,28 @@ def page(told: dict[str, Any], command: str) -> str:
         )
     ]
     versions = ", ".join(f"{name} {found['packages'][name]}" for name in ("torch", "transformers", "trl", "peft"))
+    kind, parameters = told["loaded"].split()
+    compared = "\n".join(line.rstrip() for line in told["compared"].strip().splitlines())
     return f"""# From a data file to an evaluated model
 
-What a run is like from end to end, with everything that happens on the way: two processes, a kill -9 in the middle, a resume. Every
-command below is a real process. The data are digit scenes written in LLaVA's JSON shape, the model is the embedded one, and the run is
-far too short to learn much: the page shows that the path holds, not how good a model gets. `tests/test_story.py` runs it.
+What a run is like from end to end, with everything that happens on the way: two processes, a kill -9 in the middle,
+a resume. Every command below is a real process. The data are digit scenes written in LLaVA's JSON shape, the model is
+the embedded one, and the run is far too short to learn much: the page shows that the path holds, not how good a model
+gets. `tests/test_story.py` runs it.
 
 {markdown_table(["step", "command", "outcome", "seconds"], rows)}
-The export is a `{told["loaded"].split()[0]}` of {int(told["loaded"].split()[1]):,} parameters, with no missing and no unexpected key.
+The export is a `{kind}` of {int(parameters):,} parameters, with no missing and no unexpected key.
 
 {markdown_table(["accuracy on the digit scenes", "all tokens", "pruned"], accuracy)}
+`saccade eval compare` says:
+
+```text
+{compared}
+```
+
 *{settings["pretrain_steps"]} and {settings["steps"]} steps, {settings["scenes"]} scenes of the test split, seed 0;
-`{command}`; {time.strftime("%Y-%m-%d")}; commit {(found["commit"] or "unknown")[:7]}; {found["cpu"]} ({found["cores"]} cores), with other
-work beside it; Python {found["python"]}, {versions}.*
+`{command}`; {time.strftime("%Y-%m-%d")}; commit {(found["commit"] or "unknown")[:7]}; {found["cpu"]}
+({found["cores"]} cores), with other work beside it; Python {found["python"]}, {versions}.*
 """
 
 
