@@ -3,7 +3,8 @@
     python benchmarks/selection.py [--quick] [--threads 1] [--repeats 7] [--device cpu|cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
-machine falls on all alike. Each (shape, provider, metric) becomes one row of the ledger, which is only appended to.
+machine falls on all alike. Operations of the batched forms are counted on the meta device: those that a GPU is given.
+Each (shape, provider, metric) becomes one row of the ledger, which is only appended to.
 """
 
 import argparse
@@ -20,12 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from loops import LOOPS
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from saccade.reducers import get_reducer, list_reducers
+from saccade.counting import OperationCount
+from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
 from saccade.tokens import VisualContext
 
 COLUMNS = [
@@ -34,80 +36,80 @@ COLUMNS = [
 ]
 SHAPES = [(16, 576, 58), (80, 576, 58), (4, 2880, 288)]
 QUICK_SHAPES = [(4, 144, 14), (2, 576, 58)]
-BASELINE = "divprune, loop over images"
+LOOP = ", loop over images"
+HEAD_WIDTH = 64
 LEDGER = Path(__file__).with_name("ledger.csv")
 
 
-class OperationCount(TorchDispatchMode):
-    """Counts the tensor operations that compute something: views are free, each other one is at least a kernel."""
+def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> VisualContext:
+    """B rows of N random tokens, with everything that a reducer may need."""
+    rows, tokens, _ = shape
+    generator = torch.Generator().manual_seed(0)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-def divprune_per_image(features: Tensor, keep: int) -> Tensor:
-    """The greedy max-min selection of DivPrune, image by image as its formula reads: `(B, N, D)` to long `(B, keep)`.
-
-    In float32 like a plain implementation, with a running minimum over the kept tokens.
-    """
-    index = []
-    for image in features.float():
-        unit = image / image.norm(dim=1, keepdim=True)
-        distance = 1.0 - unit @ unit.T
-        others = distance.clone().fill_diagonal_(float("inf"))
-        chosen = [int(others.min(dim=1).values.argmax())]
-        nearest = torch.full_like(distance[0], float("inf"))
-        while len(chosen) < keep:
-            nearest = torch.minimum(nearest, distance[chosen[-1]])
-            nearest[chosen[-1]] = -1.0
-            chosen.append(int(nearest.argmax()))
-        index.append(sorted(chosen))
-    return torch.tensor(index, device=features.device)
+    # A shared direction, since the tokens of one image resemble each other.
+    features = (draw(rows, tokens, width) + draw(rows, 1, width)).to(device, dtype)
+    return VisualContext(
+        features,
+        encoder_features=features,
+        saliency=draw(rows, tokens).softmax(dim=1).to(device),
+        keys=draw(rows, tokens, HEAD_WIDTH).to(device),
+        relevance=draw(rows, tokens).tanh().to(device),
+    )
 
 
-def providers(keep: int) -> dict[str, Callable[[VisualContext], Tensor]]:
-    """What is timed: each takes a context and returns its index `(B, K)`."""
-    reducers = {name: get_reducer(name) for name in list_reducers()}
-    calls = {
-        name: (lambda context, reducer=reducer: reducer(context, keep).index)
-        for name, reducer in reducers.items()
-        if not reducer.needs
+def empty_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype) -> VisualContext:
+    """The same without values, on the meta device: what it is asked to do is what a GPU would be."""
+    rows, tokens, _ = shape
+    features = torch.empty(rows, tokens, width, dtype=dtype, device="meta")
+    scores = torch.empty(rows, tokens, device="meta")
+    keys = torch.empty(rows, tokens, HEAD_WIDTH, device="meta")
+    return VisualContext(features, encoder_features=features, saliency=scores, keys=keys, relevance=scores)
+
+
+def reducers() -> dict[str, Reducer]:
+    """What is timed, by name: every reducer of tokens."""
+    found = {name: get_reducer(name) for name in list_reducers()}
+    return {name: reducer for name, reducer in found.items() if not is_low_resolution(reducer)} | {
+        "divprune, float64": get_reducer("divprune", precision="float64")
     }
-    float64 = get_reducer("divprune", precision="float64")
-    return {
-        BASELINE: lambda context: divprune_per_image(context.features, keep),
-        **calls,
-        "divprune, float64": lambda context: float64(context, keep).index,
-    }
+
+
+def loop_over_images(name: str, reducer: Reducer, context: VisualContext, keep: int) -> Tensor:
+    """Index `(B, K)`: image by image by the method's formula, or by the reducer where that is itself one line."""
+    images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
+    formula = LOOPS.get(name.partition(",")[0])
+    if formula is None:
+        return torch.cat([reducer(image, keep).index for image in images])
+    return torch.tensor([formula(image, keep) for image in images])
 
 
 def measure(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """Seconds of each repeat and the number of operations, by provider."""
-    rows, tokens, keep = shape
-    generator = torch.Generator().manual_seed(0)
-    # A shared direction, since the tokens of one image resemble each other.
-    features = torch.randn(rows, tokens, width, generator=generator) + torch.randn(rows, 1, width, generator=generator)
-    context = VisualContext(features.to(device, dtype))
-    calls = providers(keep)
-    results: dict = {name: {"seconds": []} for name in calls}
-    for name, call in calls.items():
-        with OperationCount() as counter:
-            results[name]["index"] = call(context)
-        results[name]["operations"] = counter.count
+    """By reducer: seconds of each repeat and operations, batched and in a loop, and in how many rows they agree."""
+    keep = shape[2]
+    context, empty = make_context(shape, width, dtype, device), empty_context(shape, width, dtype)
+    calls: dict[str, Callable[[], Tensor]] = {}
+    results: dict[str, dict] = {}
+    for name, reducer in reducers().items():
+        calls[name] = lambda reducer=reducer: reducer(context, keep).index
+        calls[name + LOOP] = lambda name=name, reducer=reducer: loop_over_images(name, reducer, context, keep)
+        with OperationCount() as batched:
+            reducer(empty, keep)
+        index = calls[name]()
+        with OperationCount() as looped:
+            loop_index = calls[name + LOOP]()
+        same = int((index.cpu() == loop_index.cpu()).all(dim=1).sum())
+        results[name] = {"operations": batched.count, "seconds": [], "equal": same}
+        results[name + LOOP] = {"operations": looped.count, "seconds": [], "equal": shape[0]}
     for _ in range(repeats):
         for name, call in calls.items():
             synchronize(device)
             start = time.perf_counter()
-            call(context)
+            call()
             synchronize(device)
             results[name]["seconds"].append(time.perf_counter() - start)
-    same = (results["divprune"]["index"] == results[BASELINE]["index"]).all(dim=1).sum()
-    results["rows equal"] = f"{int(same)} of {rows}"
     return results
 
 
@@ -131,12 +133,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The commit of the library that ran, with a mark if its files differ from it."""
+def commit(*rooms: str) -> str:
+    """The commit of the library that ran, with a mark if the files of these rooms differ from it."""
     run = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        paths = ["--", ":/src/saccade/reducers", ":/src/saccade/tokens"]
+        paths = ["--", *(f":/src/saccade/{room}" for room in rooms)]
         changed = subprocess.run([*run, "diff", "--quiet", "HEAD", *paths], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -144,7 +146,7 @@ def commit() -> str:
 
 
 def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.Namespace) -> list[dict]:
-    """One row per provider and metric; the ratio is to the loop over images, below one is less."""
+    """One row per provider and metric; the ratio is to the provider's loop over images, below one is less."""
     device = torch.device(arguments.device)
     shared = {
         "benchmark": "selection",
@@ -152,7 +154,7 @@ def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": cpu_name(),
         "torch": torch.__version__,
-        "saccade": commit(),
+        "saccade": commit("reducers", "tokens"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "threads": torch.get_num_threads(),
@@ -161,9 +163,9 @@ def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.
         "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
     }
     rows = []
-    names = [name for name in results if name != "rows equal"]
-    base = {"time": statistics.median(results[BASELINE]["seconds"]), "operations": results[BASELINE]["operations"]}
-    for name in names:
+    for name in results:
+        loop = results[name.removesuffix(LOOP) + LOOP]
+        base = {"time": statistics.median(loop["seconds"]), "operations": loop["operations"]}
         for metric, unit in (("time", "ms"), ("operations", "count")):
             values = results[name]["seconds"] if metric == "time" else [results[name]["operations"]]
             scale = 1000 if metric == "time" else 1
@@ -186,15 +188,16 @@ def append(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def show(console: Console, rows: list[dict], equal: str) -> None:
+def show(console: Console, rows: list[dict], results: dict) -> None:
     first = rows[0]
     title = f"{first['shape']}  {first['device']}, {first['threads']} thread(s), load {first['load']}"
-    table = Table(title=title, caption=f"divprune chose the loop's tokens in {equal} rows")
-    for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "ops", "x loop "):
+    table = Table(title=title, caption="x loop: of the loop over images; equal: rows in which both chose the same")
+    for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "ops", "x loop ", "equal"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     for timed, counted in zip(rows[::2], rows[1::2], strict=True):
         figures = [timed[column] for column in ("p20", "p50", "p80", "ratio_to_baseline")]
-        table.add_row(timed["provider"], *figures, counted["p50"], counted["ratio_to_baseline"])
+        equal = str(results[timed["provider"]]["equal"])
+        table.add_row(timed["provider"], *figures, counted["p50"], counted["ratio_to_baseline"], equal)
     console.print(table)
 
 
@@ -212,12 +215,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ledger = arguments.ledger or (None if arguments.quick else LEDGER)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
         dtype = getattr(torch, arguments.dtype)
         results = measure(shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
         rows = ledger_rows(shape, results, arguments)
-        show(console, rows, results["rows equal"])
+        show(console, rows, results)
         if ledger is not None:
             append(ledger, rows)
 

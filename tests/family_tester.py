@@ -254,7 +254,7 @@ def kept_mask(index: Tensor, tokens: int) -> Tensor:
 
 
 def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> DualSpeedStep:
-    return fast_slow_step(family.model, reducer, TokenBudget(RATIO), isolator, positions="original")
+    return fast_slow_step(family, reducer, TokenBudget(RATIO), isolator, positions="original")
 
 
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:

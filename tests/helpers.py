@@ -8,7 +8,7 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
-from saccade.families import get_family
+from saccade.families import Family, get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import Reducer, get_reducer
 from saccade.tokens import TokenBudget
@@ -62,7 +62,7 @@ def fast_slow_step(
     distill_temperature: float = 1.0,
 ) -> DualSpeedStep:
     """The step of the published two modes."""
-    family = get_family(model)
+    family = model if isinstance(model, Family) else get_family(model)
     reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
     fast = PrunedSequence(family, reducer, budget or TokenBudget(), isolator, positions, pad_id=0)
     modes = {"fast": ModePlan(fast), "slow": ModePlan(FullSequence(), fast if distill else None)}

@@ -1,4 +1,4 @@
-"""What tests of Skip-Vision share: options for tiny models, and the stock model made to skip by hooks, as an oracle."""
+"""What tests of Skip-Vision share: options for tiny models, and as an oracle the stock model made to skip by hooks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

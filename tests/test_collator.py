@@ -8,7 +8,9 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade import SaccadeError
-from saccade.dualspeed.collator import open_image, place_images, prepare_example
+from saccade.data.conversation import place_images
+from saccade.dualspeed.collator import prepare_example
+from saccade.images import open_image
 
 
 def test_labels_equal_trl_with_image_labels_masked(collator, scenes):
@@ -59,7 +61,9 @@ def test_max_length_cuts_text_but_never_images(collator, mixed_rows):
     last_image = int((whole["input_ids"] == collator.placeholder_id).nonzero()[:, 1].max())
     assert last_image < 306 < whole["input_ids"].shape[1]
     assert torch.equal(cut["input_ids"], whole["input_ids"][:, :306])
-    with pytest.raises(SaccadeError, match=r"max_length=100 cuts image tokens: sample 0 .* raise max_length to"):
+    with pytest.raises(
+        SaccadeError, match=r"sample 0 of the batch: max_length=100 cuts image tokens: .* raise max_length to"
+    ):
         replace(collator, max_length=100)(mixed_rows)
 
 
@@ -85,7 +89,7 @@ def test_images_as_paths_bytes_and_grey_images(tmp_path):
     ("name", "content", "message"),
     [
         ("missing.png", None, "missing.png' does not exist"),
-        ("empty.png", b"", "empty.png' is no image"),
+        ("empty.png", b"", "empty.png' is empty, 0 bytes"),
         ("text.png", b"hello", "text.png' is no image"),
         ("cut.png", png()[:900], "cut.png' cannot be decoded"),
     ],

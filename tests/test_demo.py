@@ -9,11 +9,13 @@ from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.demo.plan import METHODS, DemoSettings, RunSpec, plan_runs
-from saccade.demo.run import FULL, QUICK, run_demo
+from saccade.demo.plan import plan_runs
+from saccade.demo.run import FULL, run_demo
 from saccade.demo.summary import COLUMNS, markdown
+from saccade.pages import write_report
+from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec
 
-SMALL = DemoSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
+SMALL = DigitSettings(pretrain_steps=2, sft_steps=4, batch_size=4, test_scenes=12)
 KEYS = {
     "method",
     "positions",
@@ -59,6 +61,22 @@ def test_pictures(output):
             assert image.width >= 400
 
 
+def test_its_page(output):
+    page = write_report(output).read_text()
+    record = json.loads((output / "report" / "report.json").read_text())
+    assert {entry["file"] for entry in record["pictures"]} == {
+        "trade_off.png",
+        "time.png",
+        "loss.png",
+        "kept_tokens.png",
+    }
+    summary = json.loads((output / "report.json").read_text())["summary"]
+    assert len(record["trade_off"]) == 2 + 2 * 2 + 2 * 3
+    for entry in summary:
+        assert f">{100 * entry['accuracy_full']['mean']:.1f} %<" in page
+        assert f">{entry['mean_sequence_length']['mean']:.0f}<" in page
+
+
 def test_markdown_table(output):
     table = markdown(json.loads((output / "report.json").read_text())).splitlines()
     assert table[0].count("|") == len(COLUMNS) + 1
@@ -82,7 +100,7 @@ def test_a_run_that_fails_is_named(tmp_path):
 
 def test_plan_of_the_full_demo():
     runs = plan_runs(FULL, seeds=3, full=True)
-    assert {run.method for run in runs} == set(METHODS)
+    assert {run.labels["method"] for run in runs} == set(METHODS)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         assert RunSpec.from_json(json.loads(json.dumps(run.as_json()))) == run

@@ -1,6 +1,7 @@
 """Recipes: every shipped one parses, overrides work, and bad ones get one clear line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from saccade.training.recipe import RECIPES
 from saccade.training.run import lora_config
 
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+ASKED, ANSWERED = '{"role": "user", "content": "a?"}', '{"role": "assistant", "content": "b"}'
 TINY = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
 
 
@@ -79,8 +81,6 @@ def test_overrides_are_typed():
     ],
 )
 def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path, capsys):
-    import re
-
     status = main(["train", "tiny-digits/sft", "--output_dir", str(tmp_path / "out"), "--model", "tiny", *overrides])
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert status == 2
@@ -110,7 +110,10 @@ def test_train_on_a_users_own_json_lines(tmp_path, capsys):
     assert status == 0, capsys.readouterr().err
     names = {path.name for path in output.iterdir()}
     assert {"model.safetensors", "mode_isolator.safetensors", "dualspeed.json", "log.json"} <= names
-    assert json.loads((output / "log.json").read_text())["recipe"]["dataset"] == str(data)
+    log = json.loads((output / "log.json").read_text())
+    assert log["recipe"]["dataset"] == str(data)
+    assert log["environment"]["packages"]["torch"]
+    assert log["finished"]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -121,7 +124,7 @@ def test_a_truncated_image_ends_the_run_in_one_line(tmp_path, capsys, workers):
     flags = ["--dataset", str(data), "--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", workers, *TINY]
     assert main(["train", "tiny-digits/sft", "--model", "tiny", *flags]) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert printed.startswith("saccade: error: image '")
+    assert printed.startswith(f"saccade: error: {data}, line ")
     assert "cannot be decoded" in printed
     assert "Traceback" not in printed
 
@@ -129,29 +132,42 @@ def test_a_truncated_image_ends_the_run_in_one_line(tmp_path, capsys, workers):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is not valid JSON"),
-        ('{"images": []}', "line 2 has no 'messages' list"),
-        ('{"messages": ["hi"]}', "line 2: each message needs a 'role'"),
-        ('{"messages": [{"content": "hi"}]}', "line 2: each message needs a 'role'"),
-        ('{"prompt": [], "completion": []}', "mixes rows"),
-        ('{"messages": [{"role": "user", "content": "a"}], "images": ["b.png"]}', "line 2: image '.*b.png' does not"),
+        ("{", "not valid JSON"),
+        ('{"images": []}', "has no 'messages' list"),
+        ('{"messages": ["hi"]}', "each message needs a 'role'"),
+        ('{"messages": [{"content": "hi"}]}', "each message needs a 'role'"),
         (
-            '{"messages": [{"role": "user", "content": "<image> <image> a"}], "images": ["a.png"]}',
-            r"line 2: messages has 2 <image> placeholder\(s\) but images has 1",
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}',
+            "mixes rows",
+        ),
+        (f'{{"messages": [{ASKED}, {ANSWERED}], "images": ["b.png"]}}', "image 'b.png' does not exist in"),
+        (
+            f'{{"messages": [{ASKED.replace("a?", "<image> <image>")}, {ANSWERED}], "images": ["a.png"]}}',
+            r"messages has 2 <image> placeholder\(s\) but images has 1",
         ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, line, message):
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
-    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": ["a.png"]}
-    (tmp_path / "data.jsonl").write_text(json.dumps(good) + "\n" + line + "\n")
-    with pytest.raises(SaccadeError, match=message):
-        load_rows(ModelOptions(dataset=str(tmp_path / "data.jsonl")))
+    good = {"messages": [json.loads(ASKED), json.loads(ANSWERED)], "images": ["a.png"]}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(good) + "\n" + line + "\n")
+    rows = load_rows(ModelOptions(dataset=str(path)))
+    assert rows[0]["fault"] is None
+    assert re.search(message, rows[1]["fault"]), rows[1]["fault"]
+    assert rows[1]["record"] == f"{path}, line 2"
+    with pytest.raises(SaccadeError, match=f"^{path}, line 2: "):
+        prepare_example_or_raise(rows[1])
+
+
+def prepare_example_or_raise(row):
+    """As the collator does outside of training: the fault with the record's place before it."""
+    from saccade.dualspeed import DualSpeedCollator
+
+    return DualSpeedCollator(processor=None)([row])
 
 
 def test_lora_covers_the_decoder_and_nothing_else(model):
-    import re
-
     config = lora_config(model, make_recipe({"lora": True, "use_cpu": True, "bf16": False}))
     names = [name for name, _ in get_family(model).model.named_modules() if re.fullmatch(config.target_modules, name)]
     assert len(names) == 7 * len(get_family(model).language_layers)
@@ -201,8 +217,6 @@ def test_resume_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(tmp_p
     ],
 )
 def test_bad_eval_flags(flags, message, capsys):
-    import re
-
     assert main(["eval", "tiny", *flags]) == 2
     assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
 
@@ -224,11 +238,8 @@ def test_contents_as_text_and_as_parts_in_one_file(tmp_path):
 def test_prompt_and_completion_rows(tmp_path):
     row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
-    assert set(load_rows(ModelOptions(dataset=str(tmp_path / "data.jsonl"))).column_names) == {
-        "prompt",
-        "completion",
-        "images",
-    }
+    loaded = load_rows(ModelOptions(dataset=str(tmp_path / "data.jsonl")))[0]
+    assert {name: loaded[name] for name in ("prompt", "completion", "images")} == {**row, "images": []}
 
 
 def test_a_model_without_a_family_is_refused_before_its_weights_are_read(tmp_path, capsys):

@@ -17,7 +17,7 @@ from saccade.files import to_json
 from saccade.report import environment as environment_module
 from saccade.report.environment import environment
 from saccade.report.kept_tokens import DARKENED, GAP, OUTLINE, TITLE_HEIGHT, draw_kept_tokens
-from saccade.report.plots import _free_box, _group, _overlap, plot_accuracy_over_time, plot_loss_by_mode
+from saccade.report.plots import _group, _overlap, free_box, plot_accuracy_over_time, plot_loss_by_mode
 from saccade.report.tables import markdown_table, print_table
 
 
@@ -89,13 +89,13 @@ class TestPlots:
         point = (0.49, 0.48, 0.51, 0.52)
         boxes = [point]
         for _ in range(8):
-            box, side = _free_box(0.5, 0.5, 0.2, 0.08, boxes)
+            box, side = free_box(0.5, 0.5, 0.2, 0.08, boxes)
             assert side in (1, -1)
             assert not any(_overlap(box, other) for other in boxes)
             boxes.append(box)
 
     def test_a_label_with_no_free_place_stays_at_its_point(self) -> None:
-        box, side = _free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
+        box, side = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
         assert side == 1
         assert (box[1] + box[3]) / 2 == pytest.approx(0.5)
 

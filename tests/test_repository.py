@@ -18,24 +18,30 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files"}
+BOTTOM = {"errors", "files", "images"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "images": {"errors"},
+    "counting": set(),
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "dualspeed": METHOD - {"dualspeed"},
+    "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
-    "evaluation": METHOD | {"data", "tiny", "report"},
-    "training": METHOD | {"data", "tiny", "report"},
-    "demo": METHOD | {"data", "tiny", "report", "evaluation", "training"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "training", "demo"},
+    "benchmark": METHOD | {"counting", "data", "tiny", "report"},
+    "evaluation": METHOD | {"counting", "data", "tiny", "report"},
+    "training": METHOD | {"benchmark", "counting", "data", "tiny", "report"},
+    "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
+    "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
+    "cli": METHOD
+    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "training", "sweeps", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }
@@ -44,6 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
+    "counting": {"transformers", "trl", "peft"},
+    "images": {"torch", "transformers", "trl"},
+    "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},
     "families": {"trl", "peft"},

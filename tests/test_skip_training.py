@@ -1,4 +1,4 @@
-"""Training with skipped tokens: alone, as one speed of the fast-slow recipe, among several, under LoRA, and resumed."""
+"""Training with skipped tokens: alone, as one speed of the fast-slow recipe or of several, under LoRA, resumed."""
 
 import copy
 
@@ -23,6 +23,11 @@ SPEEDS = [
     {"name": "skipping", "probability": 0.25, "action": "skip", "teacher": "fast"},
     {"name": "slow", "probability": 0.25, "action": "keep", "teacher": "middle"},
 ]
+
+
+@pytest.fixture
+def batch(collator, mixed_rows):
+    return dict(collator(mixed_rows))
 
 
 def train(model, processor, output, **options):
@@ -140,11 +145,9 @@ def test_resuming_gives_the_same_run(processor, tmp_path):
     assert losses(part)[-3:] == losses(whole)[-3:]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, part.model.state_dict()[name]), name
+    other = {**options, "modes": [*SPEEDS[:2], {**SPEEDS[2], "action": "drop"}, SPEEDS[3]]}
+    changed = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path / "whole", **other)
     with pytest.raises(SaccadeError, match="modes"):
-        other = [*SPEEDS[:2], {**SPEEDS[2], "action": "drop"}, SPEEDS[3]]
-        changed = make_trainer(
-            build_tiny_llava(processor, seed=0), processor, tmp_path / "whole", **{**options, "modes": other}
-        )
         changed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
@@ -201,6 +204,6 @@ def test_a_head_of_another_model_is_refused(model, processor, tmp_path):
     saved = load_file(tmp_path / SUMMARY_FILE)
     wrong = {name: torch.zeros(*value.shape[:-1], value.shape[-1] + 1) for name, value in saved.items()}
     trainer.skip.save(tmp_path, tensors=wrong)
-    with pytest.raises(SaccadeError, match="another model|shape"):
+    with pytest.raises(SaccadeError, match="another model"):
         trainer.skip.load(tmp_path)
     assert make_config(tmp_path, **SKIP).skip_options.retained == pytest.approx(100 / 576)

@@ -6,9 +6,12 @@ import family_tester as tester
 import pytest
 import torch
 from family_models import FAMILIES, WITH_VIDEO
+from peft import LoraConfig, get_peft_model
 from skip_tester import CLOSE, options_for, oracle_logits, skipping, without_roles
 
-from saccade.tokens import Role
+from saccade.reducers import get_reducer
+from saccade.skip_vision import apply_skip_vision
+from saccade.tokens import Role, VisualContext
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
 CASES |= {f"{name} videos": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
@@ -229,3 +232,51 @@ def test_text_visibility(name, visibility, attention):
     expected = oracle_logits(model, {**prepared, "attention_mask": mask})
     torch.testing.assert_close(got[real], expected[real], **CLOSE)
     assert not torch.allclose(got[real], plain[real], atol=1e-2)
+
+
+def test_merging_by_another_reducer_is_what_that_reducer_does():
+    """`merge="tome"`: the skipped rows are its merged tokens of those that are left."""
+    case = CASES["llava"]
+    config = options_for("llava", retained=8, skipped=12, merge="tome", summary=False)
+    prompts = case.prompts([0])
+    with skipping(case.model, config) as skip, torch.no_grad():
+        encoded = skip.family.encode(prompts)
+        prepared = skip.prepare(prompts, padding_side="right")
+    rows = prepared["mm_encoder_outputs"]["image"].pooler_output[0]
+    features = encoded.context.features[:1]
+    kept = get_reducer("divprune")(VisualContext(features), 8).index[0].tolist()
+    left = [number for number in range(features.shape[1]) if number not in kept]
+    rest = features[:, left]
+    merged = get_reducer("tome")(VisualContext(rest), 12)
+    torch.testing.assert_close(rows[8:], (merged.weight[0] @ rest[0].float()).to(rows.dtype))
+
+
+def test_autocast(case):
+    """In bfloat16 by autocast the logits are those of float32 as far as it goes."""
+    # A split by features would choose other tokens where two are nearly alike.
+    options = {"split": "uniform", "merge": "none", "skipped": None}
+    with skipping(case.model, options_for(case.name, **options)), torch.no_grad():
+        exact = case.model(**case.inputs).logits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            near = case.model(**case.inputs).logits
+    assert near.shape == exact.shape
+    scale = exact.float().std()
+    assert (near.float() - exact.float()).abs().mean() < 0.15 * scale
+
+
+def test_a_model_wrapped_by_peft_skips_generates_and_is_restored():
+    case = tester.Case("llava", FAMILIES["llava"])
+    inputs = case.prompts()
+    with torch.no_grad():
+        wrapped = get_peft_model(case.model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        wrapped.eval()
+        stock = wrapped.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with skipping(case.model, options_for("llava")):
+            expected = case.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        skip = apply_skip_vision(wrapped, options_for("llava", summary=False))
+        without_summary = wrapped.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert without_summary.shape == expected.shape
+        direct = skip.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert torch.equal(without_summary, direct)
+        skip.remove()
+        assert torch.equal(wrapped.generate(**inputs, max_new_tokens=4, do_sample=False), stock)

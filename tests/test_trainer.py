@@ -114,6 +114,8 @@ def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
             assert (f"step_seconds_{mode}" in entry) == (mode in window)
             assert entry[f"steps_{mode}"] == modes[: 2 * number + 2].count(mode)
         assert ("kl" in entry) == ("slow" in window)
+        assert ("teacher_seconds_slow" in entry) == ("slow" in window)
+        assert entry.get("teacher_seconds_slow", 0) < entry.get("step_seconds_slow", 1)
         assert entry["length_in"] <= entry["length_full"]
         assert entry["tokens_per_second"] > 0
     full, run = (sum(2 * 4 * entry[name] for entry in logs) for name in ("length_full", "length_in"))

@@ -10,9 +10,10 @@ from PIL import Image
 from saccade.cli.main import main
 from saccade.families import get_family
 from saccade.families.collect import encode_for
+from saccade.images import open_image
 from saccade.reducers import get_reducer, list_reducers
 from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_A_ROW, TITLE_HEIGHT
-from saccade.report.view import _process, _seen_part, read_image
+from saccade.report.view import _process, _seen_part
 from saccade.tiny import load_tiny, save_tiny
 from saccade.tokens import Reduction, TokenBudget, keep_count
 
@@ -57,7 +58,7 @@ def test_every_reducer_on_the_embedded_model(photo, tmp_path, capsys):
     assert [panel["reducer"] for panel in report["panels"]] == list_reducers()
     assert report["grid"] == [12, 12]
     model, processor = load_tiny()
-    inputs = _process(processor, read_image(photo), "Describe the image.")
+    inputs = _process(processor, open_image(photo), "Describe the image.")
     printed = capsys.readouterr().out
     with Image.open(output) as sheet:
         sheet = sheet.convert("RGB")
@@ -111,9 +112,9 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
     cut.write_bytes(photo.read_bytes()[:2000])
     for arguments, words in (
         ([str(tmp_path / "none.png")], "does not exist"),
-        ([str(text)], "no image that Pillow can read"),
-        ([str(cut)], "cannot be read"),
-        ([str(tmp_path)], "cannot be read"),
+        ([str(text)], "is no image: replace it"),
+        ([str(cut)], "cannot be decoded"),
+        ([str(tmp_path)], "cannot be decoded"),
         ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is not known"),
         ([str(photo), "--reducer", "tome,tome"], "given twice"),
         ([str(photo), "--prune-ratio", "1"], "prune_ratio=1.0"),

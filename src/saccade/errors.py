@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that mean "the user can fix this"."""
 
 
 class SaccadeError(ValueError):
@@ -9,6 +9,35 @@ class SaccadeError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A data-loader worker hands its errors on with the whole traceback as the message.
-        if message.startswith("Caught SaccadeError in DataLoader worker"):
-            message = message.rpartition("SaccadeError: ")[2].strip()
+        if message.startswith("Caught ") and "in DataLoader worker" in message.partition("\n")[0]:
+            message = message.rpartition("Error: ")[2].strip()
         super().__init__(message)
+
+
+class RecordError(SaccadeError):
+    """One record of a data file that cannot be trained on.
+
+    Args:
+        message: one line, without the record's place in the file.
+        kind: what is wrong with it, one of `KINDS`.
+    """
+
+    KINDS = (
+        "not_json",
+        "malformed",
+        "unknown_role",
+        "no_answer",
+        "empty_answer",
+        "placeholder_count",
+        "missing_image",
+        "outside_image_folders",
+        "zero_byte_image",
+        "truncated_image",
+        "not_an_image",
+        "decompression_bomb",
+        "too_long",
+    )
+
+    def __init__(self, message: str, kind: str = "malformed") -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -21,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from saccade.demo.plan import shrink
-    from saccade.demo.run import FULL, QUICK, run_demo
+    from saccade.demo.run import FULL, run_demo
     from saccade.errors import SaccadeError
+    from saccade.sweeps import QUICK
 
     settings = FULL if args.full else QUICK
     for name in ("steps", "scenes"):
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
     if args.steps is not None:
-        settings = shrink(settings, args.steps)
+        settings = settings.shrink(args.steps)
     if args.scenes is not None:
         settings = replace(settings, test_scenes=args.scenes)
     run_demo(args.output, full=args.full, seeds=args.seeds, settings=settings, jobs=args.jobs)

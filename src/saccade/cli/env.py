@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from saccade.files import to_json, write_json_atomically
-from saccade.report.environment import environment
+from saccade.report.environment import environment, environment_lines
 
 EXAMPLES = """
 saccade env
@@ -27,24 +27,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(found))
         return 0
-    for name, value in _lines(found):
+    for name, value in environment_lines(found):
         print(f"{name:<20} {value}")
     for warning in found["warnings"]:
         print(f"saccade: warning: {warning}", file=sys.stderr)
     return 0
-
-
-def _lines(found: dict) -> list[tuple[str, str]]:
-    packages = {name: version or "not installed" for name, version in found["packages"].items()}
-    gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found["gpus"])
-    return [
-        ("saccade", packages.pop("saccade") + (f" at {found['commit']}" if found["commit"] else "")),
-        ("python", found["python"]),
-        *packages.items(),
-        ("mm_encoder_outputs", "yes" if found["mm_encoder_outputs"] else "no"),
-        ("platform", found["platform"]),
-        ("cpu", f"{found['cpu']}, {found['cores']} cores, {found['threads']} torch threads"),
-        ("memory", f"{found['memory_gib']} GiB"),
-        ("gpu", gpus or "none"),
-        ("cuda", found["cuda"] or "none"),
-    ]

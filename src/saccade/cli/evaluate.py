@@ -7,6 +7,7 @@ saccade eval out/sft                                      all tokens, pruned, an
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer downsample --keep-tokens 16 a lower resolution, 16 tokens an image
 saccade eval out/sft --inference full --split validation  one way only, on another split
+saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
 """
 
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inference",
         default=None,
         metavar="A,B",
-        help="full, pruned, pruned_isolator (default: all that the folder allows)",
+        help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
     parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
     parser.add_argument(
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     from saccade.data import digit_scenes
     from saccade.errors import SaccadeError
-    from saccade.evaluation import evaluate_digits, plan_inferences
+    from saccade.evaluation import evaluate_inferences, plan_inferences
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     )
     scenes = digit_scenes("sft", args.split, args.num_samples)
     model, processor = load_model(ModelOptions(model=args.model))
-    results = [evaluate_digits(model, processor, scenes, inference, args.batch_size) for inference in inferences]
+    results = evaluate_inferences(model, processor, scenes, inferences, args.batch_size)
     kinds = sorted(results[0]["accuracy_by_kind"])
     columns = ["kind", *(result["inference"] for result in results)]
     rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]

@@ -18,9 +18,13 @@ from saccade.errors import SaccadeError
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
+    "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
+    "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
+    "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
+    "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }

@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the picture and say where it is."""
     from saccade.errors import SaccadeError
+    from saccade.images import open_image
     from saccade.reducers import get_reducer, list_reducers
-    from saccade.report.view import read_image, view_reducers
+    from saccade.report.view import view_reducers
     from saccade.tokens import TokenBudget
 
     names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
         get_reducer(name)
     TokenBudget(args.prune_ratio, args.keep_tokens)
-    image = read_image(args.image)
+    image = open_image(args.image)
 
     from saccade.training import ModelOptions, load_model
 

@@ -1,20 +1,25 @@
 """Samples to a padded batch: TRL's collator, with image labels masked, images opened and everything checked."""
 
-import io
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from datasets import Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.errors import SaccadeError
+from saccade.data.conversation import place_images
+from saccade.data.lengths import check_words
+from saccade.errors import RecordError
+from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
 
-IMAGE_TAG = "<image>"
+OWN_COLUMNS = ("index", "record", "fault", "kind")
+"""What `saccade.data.mix` adds to a row, for the messages about it."""
+BAD_RECORDS = "bad_records"
+"""The entry of a batch that lists the bad records met while making it; an empty batch has nothing else."""
 
 
 @dataclass
@@ -25,38 +30,132 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     Images may be PIL images, paths, or dicts with "bytes" or "path"; `<image>` in a message's text says where one
     stands, and without any they stand before the first user message.
 
+    A record that cannot be used is an error, or, where `max_bad_records` is given, is replaced by the next one of
+    `rows` that can be, and listed in the batch's `bad_records`. Which one replaces it depends on the record alone, so
+    that every run, rank and worker agrees. Rows without a number, as streams have them, are replaced by the next
+    usable one of their batch, or by the last one of the batch before.
+
     Args:
         placeholder_id: token id of a visual token.
+        max_image_pixels: size above which an image is refused.
+        max_bad_records: how many bad records a batch may meet before it is given up and comes empty. None makes the
+            first one an error.
+        rows: where rows come from, by their `index`.
 
     Raises:
-        SaccadeError: on an image that is missing, truncated or no image, on `<image>` tags that differ in number from
-            the images, and on a `max_length` that would cut image tokens.
+        RecordError: where `max_bad_records` is None: on a row with a fault, an image that is missing, truncated or no
+            image, `<image>` tags that differ in number from the images, a row that the chat template refuses, and a
+            `max_length` that would cut image tokens or every label of a row.
     """
 
     placeholder_id: int | None = None
+    max_image_pixels: int = MAX_PIXELS
+    max_bad_records: int | None = None
+    rows: Dataset | None = None
+    # The last sample of the batch before, for a batch of a stream in which nothing is good.
+    _spare: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        examples = [prepare_example(example) for example in examples]
+        bad: dict[str, dict[str, Any]] = {}
+        examples = list(examples)
+        starts = [example.get("index") for example in examples]
+        tried = [0] * len(examples)
+        prepared = [self._prepare(example, bad) for example in examples]
+        while self._fill(examples, starts, tried, prepared, bad):
+            batch, faults = self._collate(prepared)
+            if not faults:
+                self._spare = prepared[-1] if self.rows is None else None
+                return {**batch, BAD_RECORDS: list(bad.values())} if bad else batch
+            for row, error in faults.items():
+                self._note(examples[row], error, bad, f"sample {row} of the batch")
+                prepared[row] = None
+        return {BAD_RECORDS: list(bad.values())}
+
+    def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        try:
+            prepared = prepare_example(example, self.max_image_pixels)
+            if self.placeholder_id is not None:
+                check_words(prepared, self.processor, self.placeholder_id)
+            return prepared
+        except RecordError as error:
+            self._note(example, error, bad)
+            return None
+
+    def _note(
+        self, example: dict[str, Any], error: RecordError, bad: dict[str, dict[str, Any]], name: str | None = None
+    ) -> None:
+        record = example.get("record")
+        if self.max_bad_records is None:
+            where = record or name
+            raise RecordError(f"{where}: {error}" if where else str(error), error.kind) from error
+        # What has no name is told apart by what is wrong with it.
+        record = record or f"a row without a number ({error})"
+        bad[record] = {"record": record, "kind": error.kind, "reason": str(error)}
+
+    def _fill(
+        self,
+        examples: list[dict[str, Any]],
+        starts: list[int | None],
+        tried: list[int],
+        prepared: list[dict[str, Any] | None],
+        bad: dict[str, dict[str, Any]],
+    ) -> bool:
+        """Replace what is None in `prepared`, in place. False if more records are bad than may be, or none is good.
+
+        Args:
+            examples: what each entry of `prepared` was made from; follows it.
+            starts: the number of the row that each entry was first made from.
+            tried: how many other rows stood in for each entry so far; counts on.
+        """
+        for row in range(len(examples)):
+            while prepared[row] is None:
+                if len(bad) > self.max_bad_records:
+                    return False
+                if self.rows is None or starts[row] is None:
+                    others = (*prepared[row:], *prepared[:row], self._spare)
+                    good = [other for other in others if other is not None]
+                    if not good:
+                        return False
+                    prepared[row] = good[0]
+                    continue
+                tried[row] += 1
+                if tried[row] > len(self.rows):
+                    return False
+                examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
+                prepared[row] = self._prepare(examples[row], bad)
+        return True
+
+    def _collate(self, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
+        """The batch, and the fault of each row that cannot be used in it."""
         stock = replace(self, max_length=None)
-        if self.assistant_only_loss and "messages" in examples[0]:
-            batch = _stock_call(replace(stock, assistant_only_loss=False), examples)
-            spoken = self._assistant_tokens(batch, examples)
-            if spoken is None:
-                # transformers 5.23 fails in this mode if the first sample has no image and another one has.
-                batch = _stock_call(stock, sorted(examples, key=lambda example: not example["images"]))
+        order = list(range(len(examples)))
+        try:
+            if self.assistant_only_loss and "messages" in examples[0]:
+                batch = _stock_call(replace(stock, assistant_only_loss=False), examples)
+                spoken = self._assistant_tokens(batch, examples)
+                if spoken is None:
+                    # transformers 5.23 fails in this mode if the first sample has no image and another one has.
+                    order.sort(key=lambda row: not examples[row]["images"])
+                    batch = _stock_call(stock, [examples[row] for row in order])
+                else:
+                    batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
             else:
-                batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
-        else:
-            batch = _stock_call(stock, examples)
+                batch = _stock_call(stock, examples)
+        except TemplateError:
+            faults = self._template_faults(examples)
+            if not faults:
+                raise
+            return {}, faults
         is_image = batch["input_ids"] == self.placeholder_id
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
-        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
-            self._check_cut(is_image, batch["attention_mask"], self.max_length)
+        faults = {order[row]: error for row, error in self._length_faults(batch, is_image).items()}
+        limit = self.max_length
+        if limit is not None and batch["input_ids"].shape[1] > limit:
             shape = batch["input_ids"].shape
             for name, value in batch.items():
                 if isinstance(value, Tensor) and value.shape == shape:
-                    batch[name] = value[:, : self.max_length]
-        return batch
+                    batch[name] = value[:, :limit]
+        return batch, faults
 
     def _assistant_tokens(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> Tensor | None:
         """bool `(B, L)`, true on the assistant's tokens, or None where only the processor can tell.
@@ -81,39 +180,69 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             spoken[row, words[row]] = torch.tensor([bool(flag) for _, flag in pairs], dtype=torch.bool)
         return spoken
 
-    def _check_cut(self, is_image: Tensor, attention_mask: Tensor, limit: int) -> None:
-        cut = is_image[:, limit:].any(dim=1).nonzero()
-        if cut.numel():
-            row = int(cut[0])
-            needed = int(is_image[row].nonzero().max()) + 1
-            length = int(attention_mask[row].sum())
-            raise SaccadeError(
-                f"max_length={limit} cuts image tokens: sample {row} of the batch has {length} tokens, "
-                f"its last image token is number {needed}; raise max_length to at least {length}, or set it to null"
-            )
+    def _template_faults(self, examples: list[dict[str, Any]]) -> dict[int, RecordError]:
+        """The rows that the model's chat template refuses, such as two questions in a row."""
+        faults = {}
+        for row, example in enumerate(examples):
+            try:
+                self.processor.apply_chat_template(
+                    prepare_multimodal_messages(
+                        [*example.get("messages", example.get("prompt", [])), *example.get("completion", [])],
+                        images=example["images"],
+                    ),
+                    chat_template=self.chat_template or self.processor.chat_template,
+                    tokenize=False,
+                )
+            except TemplateError as error:
+                faults[row] = RecordError(f"the chat template refuses it: {' '.join(str(error).split())}")
+        return faults
+
+    def _length_faults(self, batch: dict[str, Any], is_image: Tensor) -> dict[int, RecordError]:
+        """Why rows of an uncut batch cannot be used at `max_length`."""
+        limit = self.max_length
+        faults: dict[int, RecordError] = {}
+        if limit is None or batch["input_ids"].shape[1] <= limit:
+            return faults
+        learned = batch["labels"] != IGNORE_INDEX
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        cut = is_image[:, limit:].any(dim=1)
+        # The first token is predicted from nothing.
+        unlearned = learned.any(dim=1) & ~learned[:, 1:limit].any(dim=1)
+        for row in (cut | unlearned).nonzero().flatten().tolist():
+            if cut[row]:
+                needed = int(is_image[row].nonzero().max()) + 1
+                what = f"cuts image tokens: it has {lengths[row]} tokens, its last image token is number {needed}"
+            else:
+                needed = int(learned[row].nonzero().min()) + 1
+                what = f"cuts every answer: it has {lengths[row]} tokens, its first answer begins at number {needed}"
+            fix = f"raise max_length to at least {lengths[row]}, or set it to null"
+            faults[row] = RecordError(f"max_length={limit} {what}; {fix}", "too_long")
+        return faults
 
 
 _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
-def prepare_example(example: dict[str, Any]) -> dict[str, Any]:
+def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """The sample with opened images and structured messages, as TRL's collator takes it.
 
     Raises:
-        SaccadeError: on a bad image, or `<image>` tags that do not match the images.
+        RecordError: on a row with a fault, a bad image, or `<image>` tags that do not match the images.
     """
-    example = dict(example)
-    given = example.pop("image", None)
-    images = example.get("images")
+    if example.get("fault"):
+        raise RecordError(example["fault"], example.get("kind") or "malformed")
+    prepared = {name: value for name, value in example.items() if name not in OWN_COLUMNS}
+    given = prepared.pop("image", None)
+    images = prepared.get("images")
     images = ([] if given is None else [given]) if images is None else images
-    example["images"] = [open_image(image) for image in images]
+    prepared["images"] = [open_image(image, max_image_pixels) for image in images]
     for column in ("messages", "prompt", "completion"):
-        if isinstance(example.get(column), list):
-            example[column] = [_without_none(message) for message in example[column]]
+        if isinstance(prepared.get(column), list):
+            prepared[column] = [_without_none(message) for message in prepared[column]]
     for column in ("messages", "prompt"):
-        if isinstance(example.get(column), list):
-            example[column] = place_images(example[column], len(images))
-    return example
+        if isinstance(prepared.get(column), list):
+            prepared[column] = place_images(prepared[column], len(images))
+    return prepared
 
 
 def _without_none(message: dict[str, Any]) -> dict[str, Any]:
@@ -122,71 +251,4 @@ def _without_none(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(content, list):
         return message
     parts = [{name: value for name, value in part.items() if value is not None} for part in content]
-    return {**message, "content": parts}
-
-
-def open_image(image: Any) -> Image.Image:
-    """A decoded image in RGB.
-
-    Raises:
-        SaccadeError: if it is missing, truncated, or no image.
-    """
-    name = "image"
-    try:
-        if isinstance(image, dict):
-            name = f"image {str(image.get('path') or 'without a path')!r}"
-            content = image.get("bytes")
-            image = Image.open(io.BytesIO(content) if content is not None else image["path"])
-        elif isinstance(image, (str, Path)):
-            name = f"image {str(image)!r}"
-            image = Image.open(image)
-        elif not isinstance(image, Image.Image):
-            raise SaccadeError(f"image is a {type(image).__name__}: give a PIL image, a path, or a dict with 'bytes'")
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError as error:
-        raise SaccadeError(f"{name} does not exist: correct the path in the dataset, or remove the sample") from error
-    except UnidentifiedImageError as error:
-        raise SaccadeError(f"{name} is no image that Pillow can read: replace it, or remove the sample") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SaccadeError(f"{name} cannot be decoded ({error}): replace it, or remove the sample") from error
-
-
-def place_images(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Turn `<image>` tags in the messages' text into image parts; messages without any come back as they were.
-
-    Raises:
-        SaccadeError: if there are tags, or structured image parts, and they differ in number from the images.
-    """
-    tags = sum(_image_parts(message) for message in messages)
-    structured = any(isinstance(message.get("content"), list) for message in messages)
-    tagged = any(isinstance(message.get("content"), str) and IMAGE_TAG in message["content"] for message in messages)
-    if not tagged and not structured:
-        if count and not any(message["role"] == "user" for message in messages):
-            raise SaccadeError(f"messages has {count} image(s) but no user message to put them before: add one")
-        return messages
-    if tags != count:
-        raise SaccadeError(
-            f"messages has {tags} {IMAGE_TAG} placeholder(s) but images has {count}: give one image for each"
-        )
-    return [as_parts(message) for message in messages]
-
-
-def _image_parts(message: dict[str, Any]) -> int:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content.count(IMAGE_TAG)
-    return sum(part.get("type") == "image" for part in content or [])
-
-
-def as_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with its text as a list of parts, an image part for each `<image>` tag."""
-    if not isinstance(message.get("content"), str):
-        return message
-    parts: list[dict[str, str]] = []
-    for position, text in enumerate(message["content"].split(IMAGE_TAG)):
-        if position:
-            parts.append({"type": "image"})
-        if text.strip():
-            parts.append({"type": "text", "text": text.strip("\n") if position else text})
     return {**message, "content": parts}

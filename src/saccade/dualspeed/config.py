@@ -10,10 +10,13 @@ from trl import SFTConfig
 from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
+from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.pruning import check_newlines, check_positions
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import TokenBudget
+
+GROUP_BY = ("none", "shortened", "full")
 
 # What a resumed run must share with the run it goes on from: with another value its loss curve would not continue.
 RESUME_FIELDS = (
@@ -50,6 +53,7 @@ RESUME_FIELDS = (
     "bf16",
     "fp16",
     "data_seed",
+    "group_by",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -122,7 +126,16 @@ class DualSpeedConfig(SFTConfig):
         assistant_only_loss (`bool`, *optional*):
             Learn the assistant's words only. When left out, true for datasets with a `messages` column.
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest full sequence. Text beyond it is cut; a limit that would cut image tokens is an error.
+            Longest full sequence. Text beyond it is cut; a sample of which it would cut image tokens, or every answer,
+            is a bad record.
+        group_by (`str`, *optional*, defaults to `"none"`):
+            `"shortened"` puts samples of similar length after pruning into one batch, `"full"` of similar full length,
+            `"none"` samples as they are drawn.
+        max_bad_records (`int`, *optional*, defaults to `0`):
+            How many records that cannot be used are skipped, each replaced by the next good one and listed in
+            `bad_records.jsonl`, before the run stops. 0 stops at the first.
+        max_image_pixels (`int`, *optional*, defaults to `89478485`):
+            Width times height above which an image is refused, before it is decoded.
 
     Raises:
         SaccadeError: on a value outside its range, naming the option and the fix.
@@ -176,6 +189,12 @@ class DualSpeedConfig(SFTConfig):
         default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
     )
 
+    group_by: str = field(
+        default="none", metadata={"help": "Batches of similar length: 'shortened', 'full' or 'none'."}
+    )
+    max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
+    max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
+
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
 
     def __post_init__(self) -> None:
@@ -206,6 +225,18 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(
                 "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
                 "nothing would train, set one to false"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
+        if self.group_by not in GROUP_BY:
+            raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
+        if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
+            raise SaccadeError(
+                f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
+            )
+        if not isinstance(self.max_image_pixels, int) or not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
+            raise SaccadeError(
+                f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
             )
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(

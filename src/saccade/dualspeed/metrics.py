@@ -112,6 +112,8 @@ class ModeMeter:
             if steps[mode]:
                 metrics[f"loss_{mode}"] = sums[f"loss_{mode}"] / steps[mode]
                 metrics[f"step_seconds_{mode}"] = _mean(self.step_seconds[mode][-steps[mode] :])
+                if mode in self.taught:
+                    metrics[f"teacher_seconds_{mode}"] = _mean(self.teacher_seconds[mode][-steps[mode] :])
         taught = sum(steps[mode] for mode in self.taught)
         if taught and sums["kl"]:
             metrics["kl"] = sums["kl"] / taught

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import shutil
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl import SFTTrainer
 
+from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
     check_same_run,
@@ -27,9 +28,11 @@ from saccade.dualspeed.checkpoint import (
 )
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.loading import LoadingTrainer
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.sampler import EpochStart
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
@@ -42,7 +45,7 @@ from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_sk
 ISOLATOR_NAME = "mode_isolator"
 
 
-class DualSpeedTrainer(SFTTrainer):
+class DualSpeedTrainer(LoadingTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
@@ -69,12 +72,19 @@ class DualSpeedTrainer(SFTTrainer):
             )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
-        columns = train_dataset.column_names or next(iter(train_dataset)).keys()
+        # Rows that are made when they are read have other columns than the table behind them.
+        columns = next(iter(train_dataset)).keys()
         if not {"image", "images"} & set(columns):
             raise SaccadeError(
                 f"train_dataset has the columns {sorted(columns)}, none of them images: DualSpeed needs an "
                 "'images' column, empty lists for text-only samples"
             )
+        if args.group_by != "none" and not isinstance(train_dataset, Sized):
+            raise SaccadeError(
+                f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
+            )
+        # The collator takes what it needs of a row; the stock trainer would drop columns that rows are made from.
+        args.remove_unused_columns = False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
@@ -90,6 +100,7 @@ class DualSpeedTrainer(SFTTrainer):
                 assistant_only_loss=args.assistant_only_loss,
                 chat_template=self.chat_template,
                 placeholder_id=self.family.placeholder_id,
+                max_image_pixels=args.max_image_pixels,
             )
         self._freeze()
         self.modes = args.all_modes()
@@ -103,6 +114,8 @@ class DualSpeedTrainer(SFTTrainer):
             taught=[mode.name for mode in self.modes if mode.teacher is not None],
         )
         self.add_callback(StepClock(self))
+        self.add_callback(EpochStart())
+        self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self._micro_batch = 0
         sequences = {mode.name: self._sequence(mode) for mode in self.modes}
         self._step = DualSpeedStep(
@@ -178,10 +191,6 @@ class DualSpeedTrainer(SFTTrainer):
         """Called before the first micro-batch of each optimizer step."""
         self._micro_batch = 0
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over ranks. Every rank must call it."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-
     def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
         """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
         parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
@@ -200,6 +209,8 @@ class DualSpeedTrainer(SFTTrainer):
         if self.model.training and "loss" in logs:
             metrics = self.meter.read(self.sum_over_ranks)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
+            if self.bad_records:
+                logs["bad_records"] = len(self.bad_records)
             # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         super().log(logs, start_time)
@@ -232,7 +243,11 @@ class DualSpeedTrainer(SFTTrainer):
             SaccadeError: if there is no whole checkpoint, or it was trained with other options.
         """
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint is not None:
+        if checkpoint is None:
+            if self.args.should_save:
+                self.bad_records.path.unlink(missing_ok=True)
+        else:
+            self.bad_records.read()
             check_same_run(checkpoint, self._resume_state())
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
@@ -240,7 +255,16 @@ class DualSpeedTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+        except Exception as error:
+            # By its name: it comes from the module that nothing here imports.
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise SaccadeError(
+                f"resume_from_checkpoint={str(checkpoint)!r} holds something other than tensors and plain values, "
+                "which could run code: resume from a checkpoint of your own"
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and what they were trained with. All ranks must call it.

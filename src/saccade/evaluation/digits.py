@@ -1,8 +1,11 @@
 """Accuracy on the digit scenes by greedy generation: exact match of the last answer, in total and by kind."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,18 @@ from torch import nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from saccade.counting import count_flops
 from saccade.dualspeed.checkpoint import read_run_file
 from saccade.dualspeed.collator import prepare_example
 from saccade.errors import SaccadeError
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs
 from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
 from saccade.tokens import TokenBudget
 
-INFERENCES = ("full", "pruned", "pruned_isolator")
+INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
+FROM_FOLDER = {"pruned_isolator": "isolator", "skip": "skip_vision"}
+"""The inferences that need a file which training wrote beside the model, and the option that names its folder."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class Inference:
     """How a model is run for evaluation.
 
     Args:
-        name: "full", "pruned", or "pruned_isolator" with the trained mode isolator before each image.
+        name: "full", "pruned", "pruned_isolator" with the trained mode isolator before each image, or "skip" with
+            Skip-Vision as it was trained.
         reducer: method that chooses the kept tokens.
         prune_ratio: share of visual tokens dropped.
         positions: "compact" or "original".
@@ -36,9 +44,10 @@ class Inference:
         budget: "crop", "image" or "sample", what the ratio or the number is of.
         adaptive: whether a batch's tokens are shared out by how varied its images are. A batch is `batch_size` scenes.
         newlines: "keep" or "drop", for the newline tokens of anyres images.
+        skip_vision: the folder that `skip_vision.safetensors` is in, for "skip".
 
     Raises:
-        SaccadeError: on an unknown name, or a missing isolator.
+        SaccadeError: on an unknown name, a missing isolator, or a missing folder.
     """
 
     name: str = "full"
@@ -50,16 +59,41 @@ class Inference:
     budget: str = "crop"
     adaptive: bool = False
     newlines: str = "keep"
+    skip_vision: Path | str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in INFERENCES:
             raise SaccadeError(f"inference={self.name!r} is unknown: use one of {', '.join(INFERENCES)}")
         if self.name == "pruned_isolator" and self.isolator is None:
             raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
+        if self.name == "skip" and self.skip_vision is None:
+            raise SaccadeError(f"inference='skip' needs the folder of a run that wrote {SUMMARY_FILE}")
+
+    @classmethod
+    def of_run(cls, name: str, folder: Path | str | None, **options: Any) -> "Inference":
+        """The inference `name` of the model that a run wrote to `folder`."""
+        return cls(name, **options, **({FROM_FOLDER[name]: folder} if name in FROM_FOLDER else {}))
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it drops visual tokens."""
+        return self.name.startswith("pruned")
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
+        """Make a model run so for a while, and give the function that prepares processed batches for `generate`."""
+        if self.name != "skip":
+            yield partial(self.prepare, model)
+            return
+        skip = load_skip_vision(model, self.skip_vision)
+        try:
+            yield partial(skip.prepare, padding_side="left")
+        finally:
+            skip.remove()
 
     def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What `generate` takes for a processed batch."""
-        if self.name == "full":
+        """What `generate` of the stock model takes for a processed batch; see `on` for "skip"."""
+        if not self.prunes:
             return dict(inputs)
         isolator = self.isolator if self.name == "pruned_isolator" else None
         return prune_inputs(
@@ -99,7 +133,8 @@ def plan_inferences(
     """
     folder = Path(model)
     trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
-    isolator = folder if (folder / ISOLATOR_FILE).is_file() else None
+    files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
+    missing = {name for name, file in files.items() if not (folder / file).is_file()}
     options = {
         "reducer": reducer or trained.get("reducer", "divprune"),
         # A model trained on all tokens was trained at ratio 0, which would prune nothing.
@@ -113,11 +148,10 @@ def plan_inferences(
     tokens = TokenBudget(*(options[name] for name in ("prune_ratio", "keep_tokens", "budget", "adaptive")))
     check_resolution_budget(get_reducer(options["reducer"]), tokens)
     if names is None:
-        names = [name for name in INFERENCES if name != "pruned_isolator" or isolator]
-    return [Inference(name, **options, isolator=isolator if name == "pruned_isolator" else None) for name in names]
+        names = [name for name in INFERENCES if name not in missing]
+    return [Inference.of_run(name, None if name in missing else folder, **options) for name in names]
 
 
-@torch.no_grad()
 def evaluate_digits(
     model: nn.Module,
     processor: ProcessorMixin,
@@ -132,32 +166,75 @@ def evaluate_digits(
 
     Returns:
         `accuracy` and `accuracy_by_kind`, as shares of 1; `samples`; `mean_prompt_length` in tokens as the language
-        model sees it; `inference` and its settings.
+        model sees it; `prefill_flops`, what the first batch takes a sample from its pixels to its first token;
+        `inference` and its settings.
 
     Raises:
         SaccadeError: if the dataset is empty.
     """
-    inference = inference or Inference()
+    return evaluate_inferences(model, processor, dataset, [inference or Inference()], batch_size)[0]
+
+
+@torch.no_grad()
+def evaluate_inferences(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    dataset: Dataset,
+    inferences: Sequence[Inference],
+    batch_size: int = 100,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """What `evaluate_digits` returns, for each of several ways to run a model; every batch is prepared once for all.
+
+    Args:
+        on_batch: called with the number of batches done and in all, a batch being done once for each way.
+
+    Raises:
+        SaccadeError: if the dataset is empty.
+    """
     if not len(dataset):
         raise SaccadeError("num_samples=0: evaluate at least one scene")
     model.eval()
-    right: dict[str, list[bool]] = defaultdict(list)
-    prompt_tokens = 0
+    right: list[dict[str, list[bool]]] = [defaultdict(list) for _ in inferences]
+    prompt_tokens = [0] * len(inferences)
+    flops: dict[int, float] = {}
+    done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
     # One token more than the longest answer, for the end of the turn.
-    longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in dataset["answer"])
+    answers = dataset.select_columns("answer")["answer"]
+    longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     for rows in _batches(dataset, batch_size):
-        inputs = inference.prepare(model, collate_prompts(processor, rows).to(model.device))
-        prompt_tokens += int(inputs["attention_mask"].sum())
-        outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
-        texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            right[row["kind"]].append(text.split() == row["answer"].split())
+        processed = collate_prompts(processor, rows).to(model.device)
+        for number, inference in enumerate(inferences):
+            with inference.on(model) as prepare:
+                inputs = prepare(processed)
+                if number not in flops:
+                    flops[number] = count_flops(partial(_read, model, prepare, processed)) / len(rows)
+                outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+            prompt_tokens[number] += int(inputs["attention_mask"].sum())
+            texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
+                right[number][row["kind"]].append(text.split() == row["answer"].split())
+            done += 1
+            if on_batch is not None:
+                on_batch(done, total)
+    return [
+        _result(inference, kinds, tokens) | {"prefill_flops": flops[number]}
+        for number, (inference, kinds, tokens) in enumerate(zip(inferences, right, prompt_tokens, strict=True))
+    ]
+
+
+def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any]], batch: Mapping[str, Any]) -> None:
+    """Encode the images of a batch and write the first token."""
+    model.generate(**prepare(batch), max_new_tokens=1, do_sample=False)
+
+
+def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens: int) -> dict[str, Any]:
     every = [value for values in right.values() for value in values]
     return {
         "inference": inference.name,
-        "reducer": inference.reducer if inference.name != "full" else None,
-        "prune_ratio": inference.prune_ratio if inference.name != "full" else 0.0,
-        "keep_tokens": inference.keep_tokens if inference.name != "full" else None,
+        "reducer": inference.reducer if inference.prunes else None,
+        "prune_ratio": inference.prune_ratio if inference.prunes else 0.0,
+        "keep_tokens": inference.keep_tokens if inference.prunes else None,
         "budget": inference.budget,
         "adaptive": inference.adaptive,
         "newlines": inference.newlines,

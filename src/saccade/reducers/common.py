@@ -3,13 +3,17 @@
 Shapes: B rows, N tokens a row, K tokens kept at most.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from saccade.errors import SaccadeError
-from saccade.tokens import VisualContext
+from saccade.tokens import Reduction, VisualContext
+
+CPU_CACHED_ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,37 @@ def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
         raise SaccadeError(f"keep={keep!r}: expected an int or a long tensor ({rows},)")
     width = min(max(keep, 1), tokens)
     return Budget(width, available.clamp(max=width), available, uniform=context.dense)
+
+
+def by_rows(
+    reduce: Callable[[VisualContext, int | Tensor], Reduction],
+    context: VisualContext,
+    keep: int | Tensor,
+    elements: int,
+) -> Reduction:
+    """`reduce(context, keep)`; on a CPU a few rows at a time, so that what it works on stays in a core's cache.
+
+    A GPU gets all rows at once: there the number of operations counts.
+
+    Args:
+        elements: numbers that `reduce` works on for each row.
+    """
+    rows = context.shape[0]
+    step = max(1, CPU_CACHED_ELEMENTS // max(1, elements))
+    if context.features.device.type != "cpu" or step >= rows:
+        return reduce(context, keep)
+    parts = []
+    for start in range(0, rows, step):
+        taken = slice(start, start + step)
+        parts.append(reduce(context.select_rows(taken), keep[taken] if isinstance(keep, Tensor) else keep))
+    width = max(part.index.shape[1] for part in parts)
+    missing = [width - part.index.shape[1] for part in parts]
+    index = torch.cat([pad(part.index, (0, more), value=-1) for part, more in zip(parts, missing, strict=True)])
+    dense = all(part.dense for part in parts) and not any(missing)
+    if parts[0].weight is None:
+        return Reduction(index, dense=dense)
+    weight = torch.cat([pad(part.weight, (0, 0, 0, more)) for part, more in zip(parts, missing, strict=True)])
+    return Reduction(index, weight, dense=dense)
 
 
 def valid_rank(context: VisualContext) -> Tensor:

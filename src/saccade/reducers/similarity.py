@@ -16,6 +16,7 @@ FLOAT32_TIE = 2.0**-18
 """How close two cosines computed in float32 have to be to count as equal: rounding errors are a tenth of it."""
 CHUNK_ELEMENTS = 2**25
 CPU_CHUNK_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
+CPU_BLOCKS, CPU_LEAST_BLOCK = 4, 96  # blocks a side of a product that is symmetric; with 4, 10 of 16 are computed
 
 
 def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
@@ -33,34 +34,58 @@ def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float
         precision: "float64" or "float32". The latter becomes float64 where float32 products are set to round to TF32
             or bfloat16, which is up to a thousand times coarser.
     """
-    similarity = inner_products(x, context, precision)
-    # The diagonal holds the squared lengths, so nothing of width D needs a second pass.
-    length = similarity.diagonal(dim1=1, dim2=2).sqrt().clamp_(min=torch.finfo(similarity.dtype).tiny)
-    return similarity.div_(length.unsqueeze(1)).div_(length.unsqueeze(2))
+    return _products(x, context, precision, unit=True)
 
 
-def inner_products(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
-    """Inner product of each pair of a row's tokens, 0 with padding: `(B, N, N)` in `precision`.
+def inner_products(x: Tensor, context: VisualContext) -> Tensor:
+    """Inner product of each pair of a row's tokens, 0 with padding: float64 `(B, N, N)`."""
+    return _products(x, context, "float64", unit=False)
 
-    In float32 each token is first scaled to a largest component of 1: squares leave that range.
+
+def _products(x: Tensor, context: VisualContext, precision: str, unit: bool) -> Tensor:
+    """Products of each pair of a row's tokens, or of their unit vectors: `(B, N, N)`.
+
+    Rows are converted a few at a time: on a CPU what a core's cache holds, so that memory is read and written once.
     """
-    rows, tokens, _ = x.shape
+    rows, tokens, width = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
     narrow = precision == "float32" and products_are_exact(x.device)
     if x.device.type == "mps" and not narrow:  # has no float64
         x = x.cpu()
     dtype = torch.float32 if narrow else torch.float64
+    smallest = torch.finfo(dtype).tiny
     products = torch.empty(rows, tokens, tokens, dtype=dtype, device=x.device)
     step = _rows_at_once(x)
+    buffer = torch.empty(min(step, rows), tokens, width, dtype=dtype, device=x.device)
     for start in range(0, rows, step):
-        chunk = x[start : start + step].to(dtype)
-        if narrow:
-            largest = torch.linalg.vector_norm(chunk, ord=torch.inf, dim=2, keepdim=True)
-            chunk = chunk / largest.clamp(min=torch.finfo(dtype).tiny)
-        # Autocast leaves products alone that are given where to write.
-        torch.bmm(chunk, chunk.transpose(1, 2), out=products[start : start + step])
+        chunk = buffer[: min(step, rows - start)].copy_(x[start : start + step])
+        if unit:
+            if narrow and width:  # squares leave float32's range: first to a largest component of 1
+                low, high = chunk.amin(dim=2, keepdim=True), chunk.amax(dim=2, keepdim=True)
+                chunk.div_(torch.maximum(high, -low).clamp_(min=smallest))
+            chunk.div_(torch.linalg.vector_norm(chunk, dim=2, keepdim=True).clamp_(min=smallest))
+        _multiply(chunk, products[start : start + step])
     return products
+
+
+def _multiply(x: Tensor, out: Tensor) -> None:
+    """`x @ x^T` of `x` `(b, N, D)` into `out` `(b, N, N)`.
+
+    A CPU is bound by arithmetic here and pays nothing for further calls: it computes blocks on and above the diagonal
+    only, and copies the others.
+    """
+    tokens = x.shape[1]
+    if x.device.type != "cpu" or tokens < CPU_BLOCKS * CPU_LEAST_BLOCK:
+        # Autocast leaves products alone that are given where to write.
+        torch.bmm(x, x.transpose(1, 2), out=out)
+        return
+    edge = -(-tokens // CPU_BLOCKS)
+    for image, target in zip(x, out, strict=True):
+        for start in range(0, tokens, edge):
+            stop = start + edge
+            torch.mm(image[start:stop], image[start:].T, out=target[start:stop, start:])
+            target[stop:, start:stop] = target[start:stop, stop:].T
 
 
 def products_are_exact(device: torch.device) -> bool:

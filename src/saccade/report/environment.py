@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: _installed(name) for name in PACKAGES},
         "commit": _commit(),
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(torch),
         "cuda": torch.version.cuda if torch else None,
@@ -37,6 +37,24 @@ def environment() -> dict[str, Any]:
     }
     found["warnings"] = _warnings(found)
     return found
+
+
+def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of a name and a text, for people, from what `environment` returned, now or in an older record."""
+    packages = {name: version or "not installed" for name, version in found.get("packages", {}).items()}
+    gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", []))
+    saccade = packages.pop("saccade", "-")
+    return [
+        ("saccade", saccade + (f" at {found['commit']}" if found.get("commit") else "")),
+        ("python", found.get("python", "-")),
+        *packages.items(),
+        ("mm_encoder_outputs", "yes" if found.get("mm_encoder_outputs") else "no"),
+        ("platform", found.get("platform", "-")),
+        ("cpu", f"{found.get('cpu')}, {found.get('cores')} cores, {found.get('threads')} torch threads"),
+        ("memory", f"{found.get('memory_gib')} GiB"),
+        ("gpu", gpus or "none"),
+        ("cuda", found.get("cuda") or "none"),
+    ]
 
 
 def _import_torch() -> Any:
@@ -137,3 +155,8 @@ def _warnings(found: dict[str, Any]) -> list[str]:
             "`pip uninstall torchvision`, Saccade does not need it"
         )
     return warnings
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container or a batch job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saccade.files import atomic_path
+from saccade.report.training_log import curve, modes_of, part_of
 
 # Okabe and Ito's palette, told apart with every common kind of colour blindness; the shapes repeat what it says.
 STYLES: dict[str, tuple[str, str, str]] = {
@@ -46,7 +47,7 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     groups = _group(runs)
     if not groups:
         raise ValueError("there are no runs to draw")
-    figure, axes = _figure()
+    figure, (axes,) = styled_figure()
     styles = _styles([group["method"] for group in groups])
     for group in groups:
         _draw_point(axes, group, styles[group["method"]])
@@ -55,54 +56,67 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("accuracy (%)")
     _legend_of_points(axes, groups)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_loss_by_mode(log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the training loss of fast and of slow steps over the steps, as PNG, each with a running mean.
+def plot_loss_by_mode(
+    log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], size: tuple[float, float] = SIZE
+) -> None:
+    """Draw the training loss of the steps of each mode over the steps, as PNG, each with a running mean.
 
     Args:
-        log_history: the trainer's log. Entries with `step` and `loss_fast` or `loss_slow` are drawn by mode; without
+        log_history: the trainer's log. Entries with `step` and `loss_MODE` are drawn by mode; without
             any such entry, `loss` is drawn as one curve.
         path: the file to write.
+        size: inches across and down.
 
     Raises:
         ValueError: if no entry holds a loss.
     """
-    curves = {mode: _curve(log_history, f"loss_{mode}") for mode in MODE_STYLES}
-    drawn = {mode: (*MODE_STYLES[mode], curve) for mode, curve in curves.items() if curve}
+    styles = mode_styles(modes_of(log_history))
+    curves = {mode: curve(log_history, f"loss_{mode}") for mode in styles}
+    drawn = {mode: (*styles[mode], points) for mode, points in curves.items() if points}
     if not drawn:
-        whole = _curve(log_history, "loss")
+        whole = curve(log_history, "loss")
         if not whole:
             raise ValueError("the log holds no loss to draw")
         drawn = {"all": (INK, "all steps", whole)}
-    figure, axes = _figure()
-    for color, label, curve in drawn.values():
-        steps, losses = zip(*curve, strict=True)
+    figure, (axes,) = styled_figure(1, size)
+    for color, label, points in drawn.values():
+        steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
-        axes.plot(steps, _running_mean(losses), color=color, linewidth=2, label=label)
+        axes.plot(steps, running_mean(losses), color=color, linewidth=2, label=label)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure() -> tuple[Figure, Axes]:
+def mode_styles(modes: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The colour and the name of each mode, the same in all pictures of a run."""
+    others = iter(OTHER_STYLES * len(modes))
+    return {mode: MODE_STYLES.get(mode) or (next(others)[0], part_of(mode)) for mode in modes}
+
+
+def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with panels side by side, in the style of all plots here."""
     # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.xaxis.label.set(color=INK, size=11)
-    axes.yaxis.label.set(color=INK, size=11)
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    drawn = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in drawn:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(colors=INK, labelsize=10)
+        axes.xaxis.label.set(color=INK, size=11)
+        axes.yaxis.label.set(color=INK, size=11)
+        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, drawn
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -184,7 +198,7 @@ def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str
             text += f", {group['speedup']:.1f}x faster"
         lines = text.split("\n")
         width, height = CHARACTER[0] * max(map(len, lines)), CHARACTER[1] * len(lines)
-        box, side = _free_box(x, y, width, height, taken)
+        box, side = free_box(x, y, width, height, taken)
         taken.append(box)
         shift = (box[1] + box[3]) / 2 - y
         # A label that had to move far gets a line to its point, or one would take it for a neighbour's.
@@ -197,7 +211,7 @@ def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str
         )  # fmt: skip
 
 
-def _free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
+def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
     """The nearest free place of a label beside (x, y), and its side: 1 right, -1 left. In shares of the axes."""
     candidates = []
     for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
@@ -232,11 +246,7 @@ def _legend_of_points(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
     )  # fmt: skip
 
 
-def _curve(log_history: Sequence[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None and "step" in entry]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
+def running_mean(values: Sequence[float]) -> list[float]:
     """The mean over a centred window of about a tenth of the curve, cut short at its ends."""
     half = max(1, len(values) // 20)
     return [fmean(values[max(0, number - half) : number + half + 1]) for number in range(len(values))]

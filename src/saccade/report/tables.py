@@ -1,6 +1,7 @@
-"""Tables, for the terminal and for Markdown."""
+"""Tables, for the terminal, for Markdown and for HTML."""
 
 from collections.abc import Sequence
+from html import escape
 from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
@@ -46,6 +47,35 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     rules = ["---:" if _is_numeric([row[number] for row in rows]) else "---" for number in range(len(columns))]
     lines = [list(columns), rules, *cells]
     return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, wrap: bool = False) -> str:
+    """A table for a page, in a box of its own that scrolls sideways. Columns of numbers are aligned to the right.
+
+    Args:
+        caption: what the table shows.
+        wrap: whether long words, such as paths, break rather than widen the table.
+
+    Raises:
+        ValueError: if a row does not have one cell a column.
+    """
+    numeric = [_is_numeric([row[number] for row in rows]) for number in range(len(columns))]
+    kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
+    heads = "".join(
+        f'<th scope="col"{kind}>{escape(column)}</th>' for kind, column in zip(kinds, columns, strict=True)
+    )
+    lines = []
+    for first, *others in _cells(columns, rows):
+        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
+        # A long name breaks after an underscore rather than in a word.
+        name = escape(first).replace("_", "_<wbr>") if wrap else escape(first)
+        lines.append(f'<tr><th scope="row"{kinds[0]}>{name}</th>{cells}</tr>\n')
+    style = ' class="wrap"' if wrap else ""
+    return (
+        f'<p class="caption">{escape(caption)}</p>\n<div class="scroll" role="region" tabindex="0" '
+        f'aria-label="{escape(caption)}"><table{style}>\n<thead><tr>{heads}</tr></thead>\n'
+        f"<tbody>\n{''.join(lines)}</tbody>\n</table></div>"
+    )
 
 
 def _cells(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[list[str]]:

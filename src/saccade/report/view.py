@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -18,25 +18,6 @@ from saccade.pruning import reduce
 from saccade.reducers import get_reducer, is_low_resolution
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.tokens import Reduction, TokenBudget
-
-
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in a file, in RGB, turned as its EXIF data says.
-
-    Raises:
-        SaccadeError: if the file is missing, truncated or no image.
-    """
-    from PIL import ImageOps
-
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError as error:
-        raise SaccadeError(f"image {str(path)!r} does not exist: give the path of an image file") from error
-    except UnidentifiedImageError as error:
-        raise SaccadeError(f"image {str(path)!r} is no image that Pillow can read: give a PNG or a JPEG") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SaccadeError(f"image {str(path)!r} cannot be read: {error}") from error
 
 
 @torch.no_grad()

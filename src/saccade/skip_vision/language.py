@@ -136,8 +136,7 @@ def _four_dimensional(
     if kind not in ("sdpa", "eager"):
         raise SaccadeError(
             f"attn_implementation={kind!r} takes no mask that hides skipped tokens from some text: load the model "
-            "with "
-            "'sdpa' or 'eager', or use text_visibility='all' and the cache"
+            "with 'sdpa' or 'eager', or use text_visibility='all' and the cache"
         )
     length, width = blind.shape[1], valid.shape[1]
     columns = torch.arange(width, device=valid.device)

@@ -1,6 +1,5 @@
 """`apply_skip_vision`: a stock model that skips, in place, until `remove()`."""
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
@@ -19,7 +19,7 @@ from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, language_forward
 from saccade.skip_vision.prepare import prepare, processor_outputs
 from saccade.skip_vision.rows import call_original, patch, patch_layers, unpatch
-from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file
+from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
 
 HANDLE = "_saccade_skip_vision"
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
@@ -74,14 +74,43 @@ class SkipVision:
         """
         return prepare(self.family, self.config, self.summary, inputs, labels, padding_side, encoded)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """Write the summary head and the options to `folder/skip_vision.safetensors`, and return the path.
+
+        Args:
+            tensors: the head's gathered tensors by name, where this process holds only shards of them.
 
         Raises:
             OSError: if the file cannot be written.
         """
-        head = self.summary
-        return SummaryHead.save(nn.Module() if head is None else head, folder, metadata=asdict(self.config))
+        if tensors is None:
+            tensors = {} if self.summary is None else self.summary.state_dict()
+        return write_summary_file(folder, tensors, asdict(self.config))
+
+    def load(self, folder: str | Path) -> None:
+        """Take the summary head's weights from what `save` wrote to `folder`; the options stay as they are.
+
+        Raises:
+            SaccadeError: if there is no such file, or it is of another model.
+        """
+        if self.summary is None:
+            return
+        _, tensors = read_summary_file(folder)
+        own = dict(self.summary.named_parameters())
+        if {name: tuple(value.shape) for name, value in tensors.items()} != {
+            name: tuple(value.shape) for name, value in own.items()
+        }:
+            width = self.model.config.get_text_config().hidden_size
+            raise SaccadeError(
+                f"folder={str(folder)!r}: its summary head is not of a model of width {width}: it was trained for "
+                "another model, or without summary tokens"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                value = tensors[name].to(parameter)
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                parameter.copy_(value)
 
     def remove(self) -> None:
         """Make the model what it was. Does nothing the second time."""
@@ -106,8 +135,8 @@ class SkipVision:
         language = self.family.language_model
         patch(language, language_forward)
         language.__dict__[CONFIG] = config
-        patch(model, _with_signature(model.forward, _model_forward))
-        patch(model, functools.wraps(model.generate)(_model_generate), "generate")
+        patch(model, _like(model.forward, _model_forward, ROLES_KEYWORD))
+        patch(model, _like(model.generate, _model_generate), "generate")
         self._patched += [language, model]
         if config.summary:
             # In bfloat16 its entries would be too coarse to move at fine-tuning rates.
@@ -159,15 +188,13 @@ def load_skip_vision(model: nn.Module, folder: str | Path, **options: Any) -> Sk
         config = SkipVisionConfig(**{**saved, **options})
     except TypeError as error:
         raise SaccadeError(f"folder={str(folder)!r}: options do not fit this version of saccade: {error}") from error
-    width = get_family(model).model.config.get_text_config().hidden_size
-    if tensors and tensors["norm.weight"].shape != (width,):
-        raise SaccadeError(
-            f"folder={str(folder)!r}: the summary head has width {tensors['norm.weight'].numel()}, the model {width}: "
-            "it was trained for another model"
-        )
     skip = apply_skip_vision(model, config)
-    if skip.summary is not None and tensors:
-        skip.summary.load_state_dict(tensors)
+    if tensors:
+        try:
+            skip.load(folder)
+        except SaccadeError:
+            skip.remove()
+            raise
     return skip
 
 
@@ -183,30 +210,29 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
         raise SaccadeError(
             f"text_visibility={config.text_visibility!r} needs a mask that attn_implementation={kind!r} does not "
-            "take: "
-            "load the model with 'sdpa' or 'eager', or use text_visibility='all'"
+            "take: load the model with 'sdpa' or 'eager', or use text_visibility='all'"
         )
     if config.split == "thumbnail" and family.thumbnail is None:
         raise SaccadeError(
             f"split='thumbnail': images of model_type={family.model.config.model_type!r} have no thumbnail next to "
-            "their "
-            "crops; use split='cls_attention' or the name of a reducer"
+            "their crops; use split='cls_attention' or the name of a reducer"
         )
 
 
-def _with_signature(stock: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with the signature of the bound method `stock` and `skip_roles`: `generate` and trainers read it."""
+def _like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
+    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
 
-    @functools.wraps(stock)
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return forward(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
 
+    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
+    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
     signature = inspect.signature(stock)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    roles = inspect.Parameter(ROLES_KEYWORD, inspect.Parameter.KEYWORD_ONLY, default=None)
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
     named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
     rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
-    wrapped.__signature__ = signature.replace(parameters=[own, *named, roles, *rest])
+    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
     return wrapped
 
 
@@ -220,6 +246,12 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = _by_name(model.forward, args, kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
+        state = state_of(kwargs.get("past_key_values"))
+        if state is not None and skip.family.several_axes and kwargs.get("position_ids") is None:
+            # The model would count from what it read last, whatever this cache holds.
+            new = kwargs["input_ids"]
+            positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
+            kwargs["position_ids"] = positions.expand(3, -1, -1)
         output = call_original(model, **kwargs)
         idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
         if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:

@@ -14,7 +14,7 @@ from saccade.skip_vision.compose import compose, rows_per_feature_row
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.skip_vision.summary import SummaryHead
-from saccade.tokens import VisualContext, find_blocks, lay_out
+from saccade.tokens import TokenBudget, VisualContext, find_blocks, lay_out
 
 PER_IMAGE = (
     "image_sizes",
@@ -38,9 +38,9 @@ def encode(family: Family, config: SkipVisionConfig, inputs: Mapping[str, Any], 
     """Encode the images with what the split and the merge need to know of them."""
     reducer = config.split_reducer()
     needs = frozenset() if config.merge == "none" else frozenset(get_reducer(config.merge).needs)
-    if reducer is not None and needs <= reducer.needs:
-        return encode_for(family, reducer, inputs, labels)
-    return family.encode(inputs, needs | (reducer.needs if reducer is not None else frozenset()), labels=labels)
+    if reducer is None:
+        return family.encode(inputs, needs, labels=labels)
+    return encode_for(family, reducer, inputs, TokenBudget(), labels, needs)
 
 
 def prepare(

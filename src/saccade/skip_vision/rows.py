@@ -137,13 +137,11 @@ def check_layer(number: int, layer: nn.Module) -> None:
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise SaccadeError(
                 f"layer {number} of the language model is a {type(layer).__name__} without {name!r}: Skip-Vision "
-                "needs "
-                "decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are"
+                "needs decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are"
             )
     for name, module in layer.named_children():
         if name.startswith("post_feedforward") and getattr(module, "bias", None) is not None:
             raise SaccadeError(
                 f"layer {number} of the language model has a {name!r} with a bias, which makes something of the "
-                "zeros of "
-                "skipped rows: Skip-Vision needs an RMSNorm there"
+                "zeros of skipped rows: Skip-Vision needs an RMSNorm there"
             )

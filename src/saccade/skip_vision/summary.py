@@ -1,6 +1,7 @@
 """The summary head: a tiny attention pooling that makes one token of a group of tokens (arXiv 2503.21817, Sec. 4)."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,6 @@ class SummaryHead(nn.Module):
         """A zero with a gradient for every parameter, for batches without images: engines wait for one."""
         return sum(parameter.sum() for parameter in self.parameters()) * 0
 
-    def save(self, folder: str | Path, metadata: dict[str, Any] | None = None) -> Path:
-        """Write `skip_vision.safetensors` into `folder`, whole or not at all.
-
-        Args:
-            metadata: the configuration, kept as JSON in the file's header.
-        """
-        path = Path(folder) / SUMMARY_FILE
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(path) as partial:
-            save_file(tensors, partial, metadata={"config": json.dumps(metadata or {})})
-        return path
-
 
 def pool(weight: Tensor, x: Tensor) -> Tensor:
     """`weight` `(G, N)` float32 times `x` `(G, N, D)`, summed in float32: `(G, 1, D)` in the dtype of `x`."""
@@ -67,8 +56,22 @@ def pool(weight: Tensor, x: Tensor) -> Tensor:
         return torch.bmm(weight.unsqueeze(1), x.float()).to(x.dtype)
 
 
+def write_summary_file(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
+    """Write `skip_vision.safetensors` into `folder`, whole or not at all.
+
+    Args:
+        tensors: the head's, empty without one.
+        metadata: the configuration, kept as JSON in the file's header.
+    """
+    path = Path(folder) / SUMMARY_FILE
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"config": json.dumps(dict(metadata))})
+    return path
+
+
 def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors that `SummaryHead.save` wrote.
+    """The configuration and the tensors that `write_summary_file` wrote.
 
     Raises:
         SaccadeError: if there is no such file, or it is not a whole one.

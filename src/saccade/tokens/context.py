@@ -88,8 +88,8 @@ class VisualContext:
         """`(B, N, D)`."""
         return self.features.shape
 
-    def select_rows(self, rows: Tensor) -> "VisualContext":
-        """The context of the given rows only: `rows` is a long or bool index over B."""
+    def select_rows(self, rows: Tensor | slice) -> "VisualContext":
+        """The context of the given rows only: `rows` is a long or bool index over B, or a slice without a copy."""
         names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
         values = {name: getattr(self, name) for name in names}
         return VisualContext(**{name: value[rows] for name, value in values.items() if value is not None})

@@ -22,15 +22,21 @@ class ModelOptions:
     Args:
         model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
         dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
-        dataset: "digits" for the embedded scenes, a JSON or JSON-lines file, a folder that `save_to_disk` wrote, or a
-            hub id.
+        dataset: "digits" for the embedded scenes; a JSON, JSON-lines or Parquet file; a folder with Parquet files or
+            that `save_to_disk` wrote; a hub id; or a list of these and of mappings with `path` and perhaps `format`,
+            `weight`, `rows`, `image_folder`, `split`.
+        dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to tell by the
+            rows.
+        dataset_streaming: read rows as they come, for what fits neither memory nor disk.
+        dataset_shuffle_buffer: for a stream: draw each row out of so many that were read; 0 keeps the order.
         dataset_split: split to train on.
         dataset_stage: for "digits": "pretrain" (captions) or "sft" (questions).
         dataset_rows: for "digits": rows to make; for others the first so many, all when left out.
-        dataset_seed: for "digits": which stream of scenes.
+        dataset_seed: for "digits": which stream of scenes; for others: of the draws of a mixture and of a stream.
         dataset_grid: for "digits": patches a side.
         dataset_turns: for "digits": questions about each image.
-        image_folder: folder that relative image paths start from; that of the data file when left out.
+        image_folder: folder, or several, that image paths start from; that of the data file when left out.
+        allow_outside_images: take image paths that lead out of these folders.
         lora: train low-rank adapters of the language model, and the projector in full.
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters.
@@ -40,14 +46,18 @@ class ModelOptions:
 
     model: str = "tiny"
     dtype: str = "auto"
-    dataset: str = "digits"
+    dataset: str | list[Any] = "digits"
+    dataset_format: str = "auto"
+    dataset_streaming: bool = False
+    dataset_shuffle_buffer: int = 1000
     dataset_split: str = "train"
     dataset_stage: str = "sft"
     dataset_rows: int | None = None
     dataset_seed: int = 0
     dataset_grid: int = 12
     dataset_turns: int = 1
-    image_folder: str | None = None
+    image_folder: str | list[str] | None = None
+    allow_outside_images: bool = False
     lora: bool = False
     lora_r: int = 128
     lora_alpha: int = 256
@@ -79,6 +89,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         SaccadeError: on a missing or malformed file, an unknown field, or a value of the wrong type.
     """
+    values = read_recipe(path)
+    if "pretrain" in values:
+        raise SaccadeError(
+            f"recipe {path} names pretrain={values['pretrain']!r}: `saccade sweep` trains both stages, here train one "
+            "after the other without this field"
+        )
+    return make_recipe({**values, **parse_overrides(overrides)}, source=str(find_recipe(path)))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe file as they are written, among them `pretrain`, the recipe to run before it.
+
+    Raises:
+        SaccadeError: on a missing or malformed file.
+    """
     path = find_recipe(path)
     try:
         values = yaml.safe_load(path.read_text())
@@ -86,7 +111,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
-    return make_recipe({**values, **parse_overrides(overrides)}, source=str(path))
+    return values
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:

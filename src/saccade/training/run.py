@@ -1,16 +1,21 @@
 """Train what a recipe describes, from its first check to the saved model."""
 
+from datetime import date
+from itertools import islice
 from pathlib import Path
 
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from saccade.dualspeed import DualSpeedTrainer
+from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
 from saccade.training.sources import load_model, load_rows
 
@@ -29,8 +34,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     options, args = recipe.options, recipe.trainer
     resume = _resume(options.resume, args.output_dir)
     check_lora(recipe)
-    dataset = load_rows(options)
-    model, processor = load_model(options)
+    dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
+    model, processor = load_model(options, args.trust_remote_code)
     beside = Path(options.model) / ISOLATOR_FILE
     if args.isolator_path is None and args.isolator_length and beside.is_file():
         args.isolator_path = str(beside)
@@ -54,14 +59,32 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
         # TRL's own checks of options, such as packing, which it refuses for images.
         raise SaccadeError(" ".join(str(error).split())) from error
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
-    trainer.data_collator([dataset[index] for index in range(min(2, len(dataset)))])
+    check_first_rows(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(args.output_dir)
     if args.should_save:
-        write_json_atomically(
-            Path(args.output_dir) / LOG_FILE, {"recipe": recipe.given, "log_history": trainer.state.log_history}
-        )
+        record = {
+            "recipe": recipe.given,
+            "log_history": trainer.state.log_history,
+            "environment": environment(),
+            "finished": date.today().isoformat(),
+        }
+        write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
     return trainer
+
+
+def check_first_rows(trainer: DualSpeedTrainer) -> None:
+    """Make a batch of the first two rows.
+
+    Raises:
+        SaccadeError: if it cannot be made, or more of its records are bad than may be.
+    """
+    batch = trainer.training_collator()(list(islice(trainer.train_dataset, 2)))
+    found = BadRecordLog(trainer.args.output_dir, trainer.args.max_bad_records)
+    found.add(batch.get(BAD_RECORDS, ()))
+    if found and trainer.args.should_save:
+        found.write()
+    found.check()
 
 
 def check_lora(recipe: Recipe) -> None:

@@ -1,28 +1,31 @@
 """Where a recipe's rows and weights come from: the embedded ones, files, folders, or the hub."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from saccade.data import digit_scenes
-from saccade.dualspeed.collator import as_parts, place_images
+from saccade.data.mixture import SourceOptions, mix, source_options, stream
+from saccade.data.sources import Source, TableSource
 from saccade.errors import SaccadeError
 from saccade.families import family_class
-from saccade.tiny import load_tiny
+from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.recipe import ModelOptions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DIGITS = "digits"
 _DIGIT_ROWS = 50_000
 
 
-def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model and its processor; LoRA adapters are merged into the model that they were trained on.
+
+    Args:
+        options: of the recipe.
+        trust_remote_code: run Python code that comes with a checkpoint.
 
     Raises:
         SaccadeError: if they cannot be loaded.
@@ -31,23 +34,42 @@ def load_model(options: ModelOptions) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
     if options.model == "tiny":
         return load_tiny(grid=options.dataset_grid)
-    check_family(options.model)
+    check_family(options.model, trust_remote_code)
+    loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
     try:
         if (Path(options.model) / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
-            model = AutoModelForImageTextToText.from_pretrained(base, dtype=options.dtype)
+            model = AutoModelForImageTextToText.from_pretrained(base, **loading)
             model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
         else:
-            model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=options.dtype)
+            model = AutoModelForImageTextToText.from_pretrained(options.model, **loading)
         if options.dtype == "auto" and model.dtype == torch.float16:
             model = model.float()
-        return model, AutoProcessor.from_pretrained(options.model)
+        return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise SaccadeError(f"model={options.model!r} cannot be loaded: {line}") from error
 
 
-def check_family(model: str) -> None:
+def load_processor(options: ModelOptions, trust_remote_code: bool = False) -> tuple[ProcessorMixin, int]:
+    """The processor of a model and the token id of its visual tokens, without the weights.
+
+    Raises:
+        SaccadeError: if they cannot be loaded.
+    """
+    if options.model == "tiny":
+        processor = build_tiny_processor(options.dataset_grid)
+        return processor, processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    check_family(options.model, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
+        return AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code), config.image_token_id
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(f"model={options.model!r} has no processor that loads: {line}") from error
+
+
+def check_family(model: str, trust_remote_code: bool = False) -> None:
     """Look up the family of a model before its weights are read.
 
     Raises:
@@ -57,124 +79,82 @@ def check_family(model: str) -> None:
         folder = Path(model)
         if (folder / "adapter_config.json").is_file():
             model = PeftConfig.from_pretrained(model).base_model_name_or_path
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:600]}") from error
     family_class(config)
 
 
-def load_rows(options: ModelOptions) -> Dataset:
-    """The rows to train on, with `messages` (or `prompt` and `completion`) and `images`.
+def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
+    """The sources that a recipe's `dataset` names. Paths of images, split and format are those of the recipe where a
+    source has none of its own.
 
     Raises:
-        SaccadeError: if they cannot be read, or a row names a missing image or has tags that match no image.
+        SaccadeError: on a source that is not described as it must be.
     """
     if options.dataset_rows is not None and options.dataset_rows < 1:
         raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
-    if options.dataset == "digits":
-        rows = _DIGIT_ROWS if options.dataset_rows is None else options.dataset_rows
-        return digit_scenes(
-            options.dataset_stage,
-            options.dataset_split,
-            rows,
-            options.dataset_seed,
-            options.dataset_grid,
-            turns=options.dataset_turns,
-        )
-    path = Path(options.dataset)
-    if path.suffix in (".json", ".jsonl"):
-        dataset = _read_json(path, Path(options.image_folder) if options.image_folder else path.parent)
-    elif path.is_dir():
-        try:
-            dataset = load_from_disk(str(path))
-        except OSError as error:
-            raise SaccadeError(f"dataset={str(path)!r} is no folder that save_to_disk wrote: {error}") from error
-        if isinstance(dataset, DatasetDict):
-            if options.dataset_split not in dataset:
-                raise SaccadeError(
-                    f"dataset_split={options.dataset_split!r} is not in {path}: use one of {', '.join(dataset)}"
-                )
-            dataset = dataset[options.dataset_split]
-    else:
-        try:
-            dataset = load_dataset(options.dataset, split=options.dataset_split)
-        except Exception as error:
-            line = " ".join(str(error).split())[:300]
-            raise SaccadeError(
-                f"dataset={options.dataset!r} is neither a JSON file, nor a folder, nor a dataset that loads: {line}"
-            ) from error
-    if options.dataset_rows is not None:
-        dataset = dataset.select(range(min(options.dataset_rows, len(dataset))))
-    return dataset
+    given = options.dataset if isinstance(options.dataset, list) else [options.dataset]
+    folders = options.image_folder
+    if isinstance(folders, str):
+        folders = folders.split(",")
+    return source_options(given, format=options.dataset_format, image_folder=folders, split=options.dataset_split)
 
 
-def _read_json(path: Path, image_folder: Path) -> Dataset:
-    """Rows of a JSON list or of JSON lines, image paths made absolute and looked up."""
-    if not path.is_file():
-        raise SaccadeError(f"dataset={str(path)!r} does not exist: give a JSON or JSON-lines file")
-    rows = [_checked_row(where, row, image_folder) for where, row in _json_rows(path)]
-    if not rows:
-        raise SaccadeError(f"dataset={str(path)!r} has no rows")
-    if len({tuple(row) for row in rows}) > 1:
-        raise SaccadeError(f"dataset={str(path)!r} mixes rows with 'messages' and rows with 'prompt' and 'completion'")
-    columns = [name for name in rows[0] if name != "images"]
-    if any(isinstance(message["content"], list) for row in rows for name in columns for message in row[name]):
-        # A column has one type: where some contents are lists of parts, all are.
-        for row in rows:
-            for name in columns:
-                row[name] = [as_parts(message) for message in row[name]]
-    return Dataset.from_list(rows)
+def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDataset:
+    """The rows to train on, with `messages` (or `prompt` and `completion`) and `images`.
 
+    Rows are read and converted when they are used; one that cannot be used comes with its `fault`.
 
-def _checked_row(where: str, row: Any, image_folder: Path) -> dict[str, Any]:
-    """One row with `images` and its conversation, checked.
+    Args:
+        options: of the recipe.
+        shards: for a stream: parts to read side by side, one a process and data-loader worker.
 
     Raises:
-        SaccadeError: naming the row.
+        SaccadeError: if they cannot be read, or none of the first ones can be used.
     """
-    columns = ("messages",) if isinstance(row, dict) and "messages" in row else ("prompt", "completion")
-    if not isinstance(row, dict) or not all(isinstance(row.get(name), list) for name in columns):
-        raise SaccadeError(
-            f"{where} has no 'messages' list: each row needs 'messages', or 'prompt' and 'completion', and 'images'"
+    if options.dataset_shuffle_buffer < 0:
+        raise SaccadeError(f"dataset_shuffle_buffer={options.dataset_shuffle_buffer}: give 0 for none, or a number")
+    sources = dataset_sources(options)
+    if options.dataset_streaming:
+        if any(source.path == DIGITS for source in sources):
+            raise SaccadeError("dataset_streaming=true: digits are drawn when they are read, set it to false")
+        return stream(
+            sources,
+            options.allow_outside_images,
+            options.dataset_seed,
+            options.dataset_shuffle_buffer,
+            shards,
+            options.dataset_rows,
         )
-    names = row.get("images") or []
-    names = [names] if isinstance(names, str) else names
-    images = [str(image_folder / name) for name in names]
-    missing = [image for image in images if not Path(image).is_file()]
-    if missing:
-        raise SaccadeError(f"{where}: image {missing[0]!r} does not exist: correct the path or image_folder")
-    checked: dict[str, Any] = {}
-    for name in columns:
-        for message in row[name]:
-            fits = isinstance(message, dict) and isinstance(message.get("role"), str)
-            if not fits or not isinstance(message.get("content"), (str, list)):
-                raise SaccadeError(f"{where}: each message needs a 'role' and a 'content', found {str(message)[:80]}")
-        checked[name] = [{"role": message["role"], "content": message["content"]} for message in row[name]]
-    try:
-        place_images(checked[columns[0]], len(images))
-    except SaccadeError as error:
-        raise SaccadeError(f"{where}: {error}") from error
-    return {**checked, "images": images}
+    if options.dataset == DIGITS:
+        return _digits(options, options.dataset_rows)
+    mixed = mix(
+        [open_source(source, options) for source in sources],
+        None if sources[0].weight is None else [source.weight for source in sources],
+        [source.rows for source in sources],
+        options.dataset_seed,
+    )
+    return mixed if options.dataset_rows is None else mixed.select(range(min(options.dataset_rows, len(mixed))))
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Pairs of (where, row), from a JSON list or from JSON lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SaccadeError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SaccadeError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, list):
-            raise SaccadeError(f"{path} holds a {type(values).__name__}, expected a list of rows")
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(values, start=1))
-        return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise SaccadeError(f"{path}, line {number} is not valid JSON: {error}") from error
+def open_source(source: SourceOptions, options: ModelOptions) -> Source:
+    """The rows of one source, by number.
+
+    Raises:
+        SaccadeError: if there are none to read.
+    """
+    if source.path == DIGITS:
+        return TableSource(_digits(options, source.rows), DIGITS)
+    return source.open(options.allow_outside_images)
+
+
+def _digits(options: ModelOptions, rows: int | None) -> Dataset:
+    return digit_scenes(
+        options.dataset_stage,
+        options.dataset_split,
+        _DIGIT_ROWS if rows is None else rows,
+        options.dataset_seed,
+        options.dataset_grid,
+        turns=options.dataset_turns,
+    )

@@ -1,0 +1,1 @@
+"""What models cost: shapes, floating-point operations, cache bytes, and times."""

@@ -1,0 +1,310 @@
+"""Floating-point operations and cache bytes in closed form.
+
+One multiplication and one addition are two operations. Matrix products and convolutions are counted, the rest, a few
+per mille of a real model, is not; neither is choosing and merging tokens. `attention="full"` counts scores between
+all pairs of rows, as `torch.utils.flop_counter` does; "causal" those that a causal kernel has to compute. Only shapes
+are read, so a count takes no time and no memory.
+
+Letters: d width, q width of all queries, k width of all keys, f width of the feed-forward network, L rows.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from saccade.benchmark.shapes import Shape
+from saccade.errors import SaccadeError
+from saccade.skip_vision import PRESETS, SkipVisionConfig
+from saccade.skip_vision.config import amount_of
+
+ATTENTIONS = ("full", "causal")
+TRAINED = ("language", "projector")
+
+
+@dataclass(frozen=True)
+class VisualRows:
+    """What an image becomes in the language model.
+
+    Args:
+        retained: rows that pass every layer as text does: all tokens, or those a reducer keeps.
+        summary: summary rows, which do so too.
+        skipped: rows that skip the feed-forward networks, and leave the cache after the prompt.
+
+    Raises:
+        SaccadeError: on a negative number of rows.
+    """
+
+    retained: int
+    summary: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in asdict(self).items():
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise SaccadeError(f"{name}={count!r}: give a number of rows, 0 or more")
+
+    @property
+    def total(self) -> int:
+        """Rows that the prompt has for the image."""
+        return self.retained + self.summary + self.skipped
+
+    @property
+    def kept(self) -> int:
+        """Rows that the cache has for the image once the prompt is read."""
+        return self.retained + self.summary
+
+
+def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
+    """The rows that Skip-Vision makes of one image.
+
+    Args:
+        tokens: visual tokens of the image; under `split="thumbnail"` of one crop.
+
+    Raises:
+        SaccadeError: if the tokens form no square, where the split is by scale, or if their number cannot be told.
+    """
+    if config.split == "thumbnail":
+        if config.skipped is None:
+            raise SaccadeError("skipped=None: the crops beside a thumbnail differ in number, give a number of tokens")
+        retained, rest = tokens, None
+    elif config.split == "scale":
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise SaccadeError(f"tokens={tokens!r}: split='scale' pools a square grid, give a square number")
+        retained, rest = sum(math.ceil(side / window) ** 2 for window in config.scales), tokens
+    else:
+        retained = min(max(1, amount_of(config.retained, tokens)), tokens)
+        rest = tokens - retained
+    skipped = rest if config.skipped is None else amount_of(config.skipped, tokens)
+    skipped = skipped if rest is None else min(skipped, rest)
+    last = int(config.keep_last_skipped and skipped > 0)
+    summary = (1 + (skipped > 0)) * config.summary
+    return VisualRows(retained + last, int(summary), skipped - last)
+
+
+def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
+    """The rows of a budget as it is written on the command line.
+
+    Args:
+        name: "full"; a number of kept tokens; the name of a preset, whose shares are taken of the image's tokens; or
+            numbers of rows, retained+skipped, as they are, with a summary of each.
+        shape: tells whether there is a thumbnail.
+        tokens: of the image.
+
+    Raises:
+        SaccadeError: if it is none of these, or keeps more tokens than there are.
+    """
+    if name == "full":
+        return VisualRows(tokens)
+    if name in PRESETS:
+        config = SkipVisionConfig.preset(name)
+        if config.split == "thumbnail":
+            if shape.crops < 2 and tokens <= 576:
+                raise SaccadeError(f"budget={name!r}: {shape.name} has no thumbnail, give another preset, or rows")
+            tokens = 576
+        return skip_rows(config, tokens)
+    parts = name.split("+")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise SaccadeError(
+            f"budget={name!r}: give 'full', a number of tokens, rows such as 100+156, or one of " + ", ".join(PRESETS)
+        )
+    numbers = [int(part) for part in parts]
+    if sum(numbers) > tokens or not numbers[0]:
+        raise SaccadeError(f"budget={name!r}: {shape.name} has {tokens} visual tokens, keep from 1 to all of them")
+    return VisualRows(numbers[0]) if len(parts) == 1 else VisualRows(numbers[0], 1 + (numbers[1] > 0), numbers[1])
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """What the cost of a decoder depends on."""
+
+    layers: int
+    width: int
+    query_width: int
+    key_width: int
+    feed_forward: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "TextShape":
+        """The shape of a decoder with gated feed-forward networks: Llama, Mistral, Qwen, Gemma."""
+        text = config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            text.num_hidden_layers,
+            text.hidden_size,
+            head * text.num_attention_heads,
+            head * text.num_key_value_heads,
+            text.intermediate_size,
+            text.vocab_size,
+        )
+
+    @property
+    def attention_row(self) -> int:
+        """Weights of a layer's attention: 2 d q + 2 d k."""
+        return 2 * self.width * (self.query_width + self.key_width)
+
+    @property
+    def feed_forward_row(self) -> int:
+        """Weights of a layer's gated feed-forward network: 3 d f."""
+        return 3 * self.width * self.feed_forward
+
+    @property
+    def skipped_share(self) -> float:
+        """The products with weights of a skipped row, as a share of those of any other."""
+        return self.attention_row / (self.attention_row + self.feed_forward_row)
+
+
+def linear_flops(text: TextShape, rows: VisualRows, text_tokens: int = 0) -> int:
+    """Products with the layers' weights in a prompt, as if the last layer were like the others."""
+    full = text_tokens + rows.kept
+    return 2 * text.layers * ((full + rows.skipped) * text.attention_row + full * text.feed_forward_row)
+
+
+def score_flops(text: TextShape, length: int, attention: str = "full") -> int:
+    """Scores and weighted sums of all layers over `length` rows.
+
+    Raises:
+        SaccadeError: if `attention` is unknown.
+    """
+    if attention not in ATTENTIONS:
+        raise SaccadeError(f"attention={attention!r} is not known: choose one of {', '.join(ATTENTIONS)}")
+    pairs = length**2 if attention == "full" else length * (length + 1) // 2
+    return 2 * text.layers * 2 * pairs * text.query_width
+
+
+def head_flops(text: TextShape, rows: int) -> int:
+    """Logits of `rows` rows."""
+    return 2 * rows * text.width * text.vocabulary
+
+
+def prefill_flops(text: TextShape, rows: VisualRows, text_tokens: int, attention: str = "full") -> int:
+    """Reading a prompt of one image, up to the logits of its last row.
+
+    In the last layer skipped rows need keys and values only; scores are still computed.
+    """
+    elided = 2 * rows.skipped * 2 * text.width * text.query_width
+    length = rows.total + text_tokens
+    linear = linear_flops(text, rows, text_tokens) - elided
+    return linear + score_flops(text, length, attention) + head_flops(text, 1)
+
+
+def decode_flops(text: TextShape, cached: int) -> int:
+    """Writing one token behind `cached` rows."""
+    row = text.attention_row + text.feed_forward_row + 2 * (cached + 1) * text.query_width
+    return 2 * text.layers * row + head_flops(text, 1)
+
+
+def cache_bytes(text: TextShape, rows: int, bytes_a_value: int = 2) -> int:
+    """Keys and values of `rows` rows in all layers; two bytes a value are bfloat16."""
+    return 2 * text.layers * text.key_width * rows * bytes_a_value
+
+
+def training_flops(
+    text: TextShape,
+    rows: VisualRows,
+    text_tokens: int,
+    label_rows: int,
+    trained: str = "language",
+    attention: str = "full",
+) -> int:
+    """Forward and backward of the language model on one sample with one image.
+
+    Every product y = W x costs as much again for the gradient of x, and once more for that of W where W is trained;
+    scores and weighted sums twice as much again. Gradient checkpointing would add one forward.
+
+    Args:
+        label_rows: rows whose logits are computed.
+        trained: "language", or "projector" with a frozen language model that gradients pass through.
+
+    Raises:
+        SaccadeError: if `trained` or `attention` is unknown.
+    """
+    if trained not in TRAINED:
+        raise SaccadeError(f"trained={trained!r} is not known: choose one of {', '.join(TRAINED)}")
+    weights = 3 if trained == "language" else 2
+    elided = 2 * rows.skipped * 2 * text.width * text.query_width
+    length = rows.total + text_tokens
+    linear = linear_flops(text, rows, text_tokens) - elided + head_flops(text, label_rows)
+    return weights * linear + 3 * score_flops(text, length, attention)
+
+
+def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
+    """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, or Qwen2.5-VL with its windows.
+
+    Every layer is counted, also one whose output is not used: stock models run it.
+    """
+    vision = config.vision_config
+    width, patches = vision.hidden_size, grid[0] * grid[1]
+    if hasattr(vision, "fullatt_block_indexes"):
+        volume = 3 * vision.temporal_patch_size * vision.patch_size**2
+        row = 4 * width**2 + 3 * width * vision.intermediate_size
+        whole = sum(layer < vision.depth for layer in set(vision.fullatt_block_indexes))
+        pairs = whole * patches**2 + (vision.depth - whole) * _window_pairs(vision, grid)
+        return 2 * crops * (patches * (volume * width + vision.depth * row) + 2 * pairs * width)
+    rows = patches + (vision.model_type == "clip_vision_model")  # and its class token
+    row = 4 * width**2 + 2 * width * vision.intermediate_size
+    embedding = patches * 3 * vision.patch_size**2 * width
+    return 2 * crops * (embedding + vision.num_hidden_layers * (rows * row + 2 * rows**2 * width))
+
+
+def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
+    """The projector: LLaVA's two layers for each patch, or Qwen's merger of the patches of a square."""
+    vision, width = config.vision_config, config.get_text_config().hidden_size
+    patches = crops * grid[0] * grid[1]
+    if hasattr(vision, "out_hidden_size") and hasattr(vision, "spatial_merge_size"):
+        merged = vision.hidden_size * vision.spatial_merge_size**2
+        return 2 * (patches // vision.spatial_merge_size**2) * (merged**2 + merged * vision.out_hidden_size)
+    return 2 * patches * (vision.hidden_size * width + width**2)
+
+
+def count(
+    shape: Shape,
+    config: PreTrainedConfig,
+    rows: VisualRows,
+    text_tokens: int = 60,
+    label_rows: int = 20,
+    attention: str = "full",
+    bytes_a_value: int = 2,
+) -> dict[str, Any]:
+    """Everything that one sample with one image costs.
+
+    Args:
+        shape: for the image; without crops there is no tower.
+        config: of the model, perhaps cut down.
+        text_tokens: of the prompt, and of the sample in training.
+        label_rows: of these, how many are learned in training.
+
+    Returns:
+        `tower`, `projector`, `prefill`, `decode_step` and `training` in operations; `cache_bytes_prompt` as the prompt
+        is read and `cache_bytes` once skipped rows have left; and the `rows` of each kind.
+
+    Raises:
+        SaccadeError: on a negative number of rows, or an unknown `attention`.
+    """
+    for name, value in (("text_tokens", text_tokens), ("label_rows", label_rows)):
+        if not isinstance(value, int) or value < 0:
+            raise SaccadeError(f"{name}={value!r}: give a number of tokens, 0 or more")
+    if label_rows > text_tokens:
+        raise SaccadeError(f"label_rows={label_rows!r}: there are {text_tokens} text tokens, give that many or fewer")
+    text = TextShape.of(config)
+    kept = rows.kept + text_tokens
+    return {
+        "rows": asdict(rows),
+        "tower": tower_flops(config, shape.crops, shape.grid) if shape.crops else 0,
+        "projector": projector_flops(config, shape.crops, shape.grid) if shape.crops else 0,
+        "prefill": prefill_flops(text, rows, text_tokens, attention),
+        "decode_step": decode_flops(text, kept),
+        "training": training_flops(text, rows, text_tokens, label_rows, attention=attention),
+        "cache_bytes_prompt": cache_bytes(text, rows.total + text_tokens, bytes_a_value),
+        "cache_bytes": cache_bytes(text, kept, bytes_a_value),
+    }
+
+
+def _window_pairs(vision: PreTrainedConfig, grid: tuple[int, int]) -> int:
+    """Pairs of patches in one window; windows at the right and the lower edge may be smaller."""
+    side = vision.window_size // vision.patch_size
+    sizes = [[min(side, extent - start) for start in range(0, extent, side)] for extent in grid]
+    return sum((height * width) ** 2 for height in sizes[0] for width in sizes[1])

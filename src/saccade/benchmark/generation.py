@@ -1,0 +1,200 @@
+"""Prefill, decoding and cache of a model that skips, measured apart and beside the same model without."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
+
+from saccade.benchmark.shapes import build_shape, get_shape, shape_config
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.pruning import prune_inputs
+from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
+from saccade.tokens import Role
+
+MEASURED = ("tiny", "llava-1.5-7b", "llama3-8b")
+FULL, SKIP = "full", "skip"
+
+
+@dataclass
+class Generation:
+    """What generating from one kind of prompt took.
+
+    Args:
+        prompt_rows: rows of the prompt, by kind.
+        prefill: seconds of each repeat from encoded images to the first token.
+        decode: seconds a token, of each repeat.
+        layout: seconds of each repeat to split, merge and lay out encoded images; empty for full prompts.
+        cache_peak: bytes of keys and values as the last layer has read the prompt.
+        cache: bytes of keys and values afterwards.
+    """
+
+    prompt_rows: dict[str, int]
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    layout: list[float] = field(default_factory=list)
+    cache_peak: int = 0
+    cache: int = 0
+
+
+def generation_model(
+    name: str,
+    layers: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """A LLaVA of this shape with random weights. A language model alone gets a small tower of 24 x 24 patches.
+
+    Raises:
+        SaccadeError: if the shape is none of `MEASURED`, or cannot be cut so.
+    """
+    get_shape(name)
+    if name not in MEASURED:
+        raise SaccadeError(f"shape={name!r} cannot be measured yet: choose one of {', '.join(MEASURED)}")
+    config = shape_config(name, layers, width)
+    if not isinstance(config, LlamaConfig):
+        return build_shape(name, layers, width, dtype, device)
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
+    )
+    whole = LlavaConfig(
+        vision_config=vision, text_config=config, image_token_id=config.vocab_size - 1, tie_word_embeddings=False
+    )
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration._from_config(whole, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def measure_generation(
+    model: PreTrainedModel,
+    config: SkipVisionConfig,
+    images: int = 1,
+    text_tokens: int = 60,
+    new_tokens: int = 16,
+    repeats: int = 5,
+) -> dict[str, Generation]:
+    """Time a prompt with all tokens and with skips, turn by turn, after one turn each to warm up.
+
+    Images are encoded once, outside all times. Turns alternate, so that other load falls on both alike.
+
+    Args:
+        model: a LLaVA, not skipping.
+        images: in the prompt.
+        new_tokens: written in each turn.
+        repeats: turns of each.
+
+    Returns:
+        `full` and `skip`.
+
+    Raises:
+        SaccadeError: on a count below 1, or a model that cannot skip so.
+    """
+    counts = {"images": images, "text_tokens": text_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise SaccadeError(f"{name}={value!r}: give 1 or more")
+    inputs = _prompt(model, images, text_tokens)
+    family = get_family(model)
+    encoded = family.encode(inputs, config.split_reducer().needs if config.split_reducer() else frozenset())
+    full = prune_inputs(model, inputs, "none", 0.0)
+    found = {
+        FULL: Generation({"text": text_tokens, "visual": full["input_ids"].shape[1] - text_tokens}),
+        SKIP: Generation({}),
+    }
+    for turn in range(repeats + 1):
+        for name in (FULL, SKIP):
+            result, warm = found[name], turn == 0
+            skip = apply_skip_vision(model, config) if name == SKIP else None
+            try:
+                prepared = full
+                if skip is not None:
+                    seconds, prepared = _timed(model, lambda skip=skip: skip.prepare(inputs, encoded=encoded))
+                    if warm:
+                        result.prompt_rows = {
+                            role.name.lower(): int((prepared["skip_roles"] == role).sum())
+                            for role in Role
+                            if role not in (Role.PADDING, Role.ANSWER)
+                        }
+                    else:
+                        result.layout.append(seconds)
+                _turn(model, prepared, new_tokens, result, warm)
+            finally:
+                if skip is not None:
+                    skip.remove()
+    return found
+
+
+def cache_size(cache: Any) -> int:
+    """Bytes of the keys and values that a cache stores."""
+    return sum(x.nbytes for layer in cache.layers if layer.is_initialized for x in (layer.keys, layer.values))
+
+
+def _turn(model: PreTrainedModel, prepared: dict[str, Any], new_tokens: int, result: Generation, warm: bool) -> None:
+    """Read the prompt and write tokens; the turn that warms up looks at the cache, the others at the clock."""
+    handle = None
+    if warm:
+
+        def look(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            result.cache_peak = cache_size(kwargs["past_key_values"])
+
+        handle = get_family(model).language_layers[-1].self_attn.register_forward_hook(look, with_kwargs=True)
+    seconds, output = _timed(model, lambda: model(**prepared, use_cache=True, logits_to_keep=1))
+    if handle is not None:
+        handle.remove()
+        result.cache = cache_size(output.past_key_values)
+    else:
+        result.prefill.append(seconds)
+    cache = output.past_key_values
+
+    def write() -> Tensor:
+        token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        for _ in range(new_tokens):
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(dim=-1, keepdim=True)
+        return token
+
+    seconds, _ = _timed(model, write)
+    if not warm:
+        result.decode.append(seconds / new_tokens)
+
+
+def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
+    _synchronize(model)
+    start = time.perf_counter()
+    done = work()
+    _synchronize(model)
+    return time.perf_counter() - start, done
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _prompt(model: PreTrainedModel, images: int, text_tokens: int) -> dict[str, Tensor]:
+    """Ids `(1, L)` with all images first, and pixels, both at random."""
+    config = model.config
+    vision = config.vision_config
+    placeholder = config.image_token_id
+    tokens = images * (vision.image_size // vision.patch_size) ** 2
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.get_text_config().vocab_size - 1, (1, text_tokens), generator=generator)
+    ids = ids + (ids >= placeholder)
+    ids = torch.cat((torch.full((1, tokens), placeholder), ids), dim=1)
+    pixels = torch.randn(images, 3, vision.image_size, vision.image_size, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids, device=model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }

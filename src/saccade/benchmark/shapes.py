@@ -1,0 +1,219 @@
+"""Real model shapes as stock configurations, built in code: nothing is downloaded, and weights are random."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+)
+
+from saccade.errors import SaccadeError
+from saccade.tiny import build_tiny_llava, build_tiny_processor
+
+CLIP_LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+VICUNA_7B = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+MISTRAL_LIMIT = 32768
+GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape, and the image it is counted for.
+
+    Args:
+        name: how it is called on the command line.
+        description: one line.
+        config: makes the stock configuration.
+        crops: crops of the image that the vision tower sees.
+        grid: patches (rows, columns) of one crop.
+        visual_tokens: rows that the language model receives for the image.
+    """
+
+    name: str
+    description: str
+    config: Callable[[], PreTrainedConfig]
+    crops: int
+    grid: tuple[int, int]
+    visual_tokens: int
+
+
+def _tiny() -> PreTrainedConfig:
+    return build_tiny_llava(build_tiny_processor()).config
+
+
+def _llava() -> PreTrainedConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
+        text_config=LlamaConfig(**VICUNA_7B),
+        vision_feature_layer=-2,
+        image_token_id=32000,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_next() -> PreTrainedConfig:
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
+        text_config=LlamaConfig(**{**VICUNA_7B, "max_position_embeddings": MISTRAL_LIMIT}),
+        vision_feature_layer=-2,
+        image_token_id=32000,
+        image_grid_pinpoints=GRID_PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen() -> PreTrainedConfig:
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+        tie_word_embeddings=False,
+    )
+
+
+def _llama3() -> PreTrainedConfig:
+    return LlamaConfig(
+        **{
+            **VICUNA_7B,
+            "vocab_size": 128256,
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, (12, 12), 144),
+        Shape("llava-1.5-7b", "CLIP-L/14, Vicuna-7B, 336 x 336 pixels", _llava, 1, (24, 24), 576),
+        # 576 of the thumbnail, and 48 rows of 48 tokens and a newline.
+        Shape("llava-next-7b", "CLIP-L/14, Vicuna-7B, 672 x 672 pixels, 5 crops", _llava_next, 5, (24, 24), 2928),
+        Shape("qwen2.5-vl-7b", "Qwen2.5-VL, 672 x 672 pixels", _qwen, 1, (48, 48), 576),
+        Shape("llama3-8b", "Llama-3-8B alone, beside 576 visual tokens", _llama3, 0, (0, 0), 576),
+    )
+}
+"""The known shapes by name."""
+
+
+def get_shape(name: str) -> Shape:
+    """A known shape.
+
+    Raises:
+        SaccadeError: if no shape has this name.
+    """
+    if name not in SHAPES:
+        raise SaccadeError(f"shape={name!r} is not known: choose one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def shape_config(name: str, layers: int | None = None, width: int | None = None) -> PreTrainedConfig:
+    """The stock configuration of a shape, its language model cut down if asked.
+
+    Args:
+        layers: language layers to keep; all when left out.
+        width: of the language model, a multiple of a head's width; heads, their groups and the feed-forward network
+            shrink in proportion.
+
+    Raises:
+        SaccadeError: on an unknown shape, or a cut that it does not allow.
+    """
+    config = get_shape(name).config()
+    text = config.get_text_config()
+    if layers is not None:
+        if not isinstance(layers, int) or not 1 <= layers <= text.num_hidden_layers:
+            raise SaccadeError(f"layers={layers!r}: {name} has {text.num_hidden_layers}, keep from 1 to all of them")
+        text.num_hidden_layers = layers
+        # Some configurations list a kind for each layer.
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:layers]
+    if width is not None:
+        _narrow(name, config, text, width)
+    return config
+
+
+def build_shape(
+    name: str,
+    layers: int | None = None,
+    width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A stock model of this shape with random weights, in evaluation mode; on `device="meta"` without any.
+
+    Raises:
+        SaccadeError: as `shape_config` raises.
+    """
+    config = shape_config(name, layers, width)
+    factory = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(seed)
+        return factory.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def _narrow(name: str, config: PreTrainedConfig, text: PreTrainedConfig, width: int) -> None:
+    """Keep the share `width` / D of heads, groups of keys and feed-forward columns."""
+    heads, groups, whole = text.num_attention_heads, text.num_key_value_heads, text.hidden_size
+    head = whole // heads
+    per_group = heads // groups
+    if not isinstance(width, int) or not 0 < width <= whole or width % (head * per_group):
+        raise SaccadeError(
+            f"width={width!r}: give a multiple of {head * per_group} up to {whole}, so that {name} keeps heads of "
+            f"{head} in groups of {per_group}"
+        )
+    text.hidden_size = width
+    text.num_attention_heads = width // head
+    text.num_key_value_heads = width // head // per_group
+    text.intermediate_size = max(8, text.intermediate_size * width // whole // 8 * 8)
+    if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):
+        config.vision_config.out_hidden_size = width

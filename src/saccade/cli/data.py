@@ -1,0 +1,99 @@
+"""`saccade data check`: read a dataset whole before a training run does."""
+
+import argparse
+from typing import Any
+
+EXAMPLES = """
+saccade data check llava_v1_5_mix665k.json --image-folder data/images
+saccade data check chat.jsonl --image-folder coco,ocr --model llava-hf/llava-1.5-7b-hf --prune-ratio 0.9
+saccade data check my_recipe.yaml                       every source that the recipe trains on
+saccade data check rows.parquet --output report.json
+"""
+SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.add_argument("action", choices=["check"], metavar="check", help="read every row and decode every image")
+    parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
+    parser.add_argument("--format", metavar="NAME", help="llava, chat or auto (default: auto)")
+    parser.add_argument("--image-folder", metavar="A,B", help="where images are (default: the data file's folder)")
+    parser.add_argument("--split", metavar="NAME", help="split, where there are several (default: train)")
+    parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
+    parser.add_argument(
+        "--allow-outside-images", action="store_true", help="take image paths that lead out of the image folders"
+    )
+    parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
+    parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
+    parser.add_argument("--prune-ratio", type=float, metavar="P", help="share of tokens to drop (default: 0.9)")
+    parser.add_argument("--isolator-length", type=int, metavar="L", help="tokens before each image (default: 4)")
+    parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, show, write the report, and return 1 if a record is bad or the check was interrupted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from saccade.files import write_json_atomically
+    from saccade.report.environment import available_cores
+    from saccade.training.checks import check_data
+
+    columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("rows", total=None)
+        report = check_data(
+            args.path,
+            _given(args),
+            jobs=available_cores() if args.jobs is None else args.jobs,
+            start=lambda total: bar.update(task, total=total),
+            progress=lambda count: bar.advance(task, count),
+        )
+    write_json_atomically(args.output, report)
+    _show(report)
+    print(f"written to {args.output}")
+    if not report["complete"]:
+        raise KeyboardInterrupt
+    return 1 if report["bad"] else 0
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a recipe that the flags set."""
+    fields = {
+        "dataset_format": args.format,
+        "image_folder": args.image_folder,
+        "dataset_split": args.split,
+        "dataset_rows": args.rows,
+        "allow_outside_images": args.allow_outside_images or None,
+        "max_image_pixels": args.max_image_pixels,
+        "model": args.model,
+        "prune_ratio": args.prune_ratio,
+        "isolator_length": args.isolator_length,
+        "max_length": args.max_length,
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _show(report: dict[str, Any]) -> None:
+    from saccade.report.tables import print_table
+
+    names = ("checked", "images", "text_only", "turns", "bad")
+    print_table("", ["records", *names], [[report["records"], *(report[name] for name in names)]])
+    tokens = report["tokens"]
+    if tokens and tokens["full"]:
+        rows = [[name, *tokens[name].values()] for name in ("full", "shortened")]
+        kept, ratio = tokens["keep_tokens"], tokens["prune_ratio"]
+        budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens an image"
+        print_table(f"tokens a row, {budget}", ["length", *tokens["full"]], rows)
+        if tokens["longer"]:
+            print(
+                f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"
+            )
+    for entry in report["bad_records"][:SHOWN]:
+        print(f"{entry['record']}: {entry['reason']}")
+    if report["bad"] > SHOWN:
+        print(f"... and {report['bad'] - SHOWN} more, all of them in the report")

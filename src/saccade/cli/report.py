@@ -1,0 +1,30 @@
+"""`saccade report`: one page of a run, a sweep or a demo, to read on a phone and to pass on."""
+
+import argparse
+
+EXAMPLES = """
+saccade report out/sft                              writes out/sft/report/report.html
+saccade report out/sft --overwrite                  again, after `saccade eval out/sft`
+saccade report out/studies/reducers --output pages/reducers
+saccade report out/demo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.add_argument("folder", metavar="FOLDER", help="what saccade train, saccade sweep or saccade demo wrote")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for report.html, its pictures and report.json (default: FOLDER/report)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the report that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and say where it is."""
+    from pathlib import Path
+
+    from saccade.pages import write_report
+
+    page = write_report(Path(args.folder), Path(args.output) if args.output else None, args.overwrite)
+    print(f"written to {page}")
+    return 0

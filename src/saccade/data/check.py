@@ -1,0 +1,216 @@
+"""Reading every row and every image of a dataset before a training run does: what is there, and what is bad."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from saccade.data.lengths import TokenCounter, check_words, row_text
+from saccade.data.sources import Source
+from saccade.errors import RecordError, SaccadeError
+from saccade.images import MAX_PIXELS, open_image
+
+PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+_CHUNK = 64
+_WAITING = 4  # chunks a process that are handed out ahead
+
+Chunk = tuple[int, int, int]
+"""A source's number, and its first row and the row after the last one of a part of it."""
+
+
+@dataclass
+class Findings:
+    """What was found in some rows."""
+
+    checked: int = 0
+    images: int = 0
+    text_only: int = 0
+    turns: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    full: list[int] = field(default_factory=list)
+    shortened: list[int] = field(default_factory=list)
+    visual: int = 0
+
+    def add(self, other: "Findings") -> None:
+        """Take up what was found in other rows."""
+        for name in ("checked", "images", "text_only", "turns", "visual"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("bad", "full", "shortened"):
+            getattr(self, name).extend(getattr(other, name))
+
+
+def check_sources(
+    sources: Sequence[Source],
+    counter: TokenCounter | None = None,
+    max_pixels: int = MAX_PIXELS,
+    jobs: int = 1,
+    max_length: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Read all rows, decode all images, and report.
+
+    Args:
+        sources: what to read.
+        counter: counts tokens; None for a report without lengths.
+        max_pixels: size above which an image is bad.
+        jobs: processes that read side by side; fewer where there is too little to read.
+        max_length: longest full sequence that training keeps whole.
+        progress: called with the number of rows just read.
+
+    Returns:
+        `complete`, false after an interruption, which ends the check early; `records`, all there are; `checked`;
+        `images`, `text_only` and `turns` (answers) of the good ones; `bad`, their number; `bad_by_kind`;
+        `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None
+        without a counter, else the number of `visual` tokens, the percentiles of the lengths `full` and `shortened`,
+        and the number of rows that are `longer` than `max_length`; `seconds`; `jobs`.
+
+    Raises:
+        SaccadeError: if `jobs` is below 1, or a process dies.
+    """
+    if jobs < 1:
+        raise SaccadeError(f"jobs={jobs}: give at least 1")
+    began = time.perf_counter()
+    found = Findings()
+    complete = True
+    chunks = list(_chunks(sources))
+    jobs = max(1, min(jobs, len(chunks)))
+    results = _results(_Reader(list(sources), counter, max_pixels), chunks, jobs)
+    try:
+        for part in results:
+            found.add(part)
+            if progress is not None:
+                progress(part.checked)
+    except KeyboardInterrupt:
+        complete = False
+    except BrokenProcessPool as error:
+        raise SaccadeError(f"jobs={jobs}: a process died, out of memory perhaps: try fewer") from error
+    finally:
+        results.close()
+    found.bad.sort(key=lambda entry: (entry["source"], entry["index"]))
+    return {
+        "complete": complete,
+        "records": sum(len(source) for source in sources),
+        "checked": found.checked,
+        "images": found.images,
+        "text_only": found.text_only,
+        "turns": found.turns,
+        "bad": len(found.bad),
+        "bad_by_kind": dict(Counter(entry["kind"] for entry in found.bad).most_common()),
+        "bad_records": found.bad,
+        "tokens": None if counter is None else _token_report(found, counter, max_length),
+        "seconds": round(time.perf_counter() - began, 2),
+        "jobs": jobs,
+    }
+
+
+@dataclass
+class _Reader:
+    """Reads a chunk of rows; a process has its own."""
+
+    sources: list[Source]
+    counter: TokenCounter | None
+    max_pixels: int
+
+    def read(self, chunk: Chunk) -> Findings:
+        found = Findings()
+        source, start, stop = chunk
+        for index in range(start, stop):
+            found.checked += 1
+            try:
+                self._read_row(self.sources[source], index, found)
+            except RecordError as error:
+                name = self.sources[source].name(index)
+                entry = {"record": name, "source": source, "index": index, "kind": error.kind, "reason": str(error)}
+                found.bad.append(entry)
+        return found
+
+    def _read_row(self, source: Source, index: int, found: Findings) -> None:
+        row = source.read(index)
+        sizes = [open_image(image, self.max_pixels).size for image in row["images"]]
+        messages = row["messages"] if "messages" in row else row["completion"]
+        if self.counter is not None:
+            check_words(row, self.counter.processor, self.counter.placeholder_id)
+            try:
+                full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
+            except TemplateError as error:
+                raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+            found.full.append(full)
+            found.shortened.append(shortened)
+            found.visual += sum(self.counter.image_tokens(size)[1] for size in sizes)
+        found.images += len(sizes)
+        found.text_only += not sizes
+        found.turns += sum(message["role"] == "assistant" for message in messages)
+
+
+_reader: _Reader | None = None
+
+
+def _start_process(reader: _Reader) -> None:
+    global _reader
+    _reader = reader
+    # An interruption reaches every process of the terminal; the first one alone decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _read_in_process(chunk: Chunk) -> Findings:
+    assert _reader is not None
+    return _reader.read(chunk)
+
+
+def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
+    for number, source in enumerate(sources):
+        for start in range(0, len(source), _CHUNK):
+            yield number, start, min(start + _CHUNK, len(source))
+
+
+def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findings]:
+    """What is found in each chunk, in the order in which they are done."""
+    if jobs == 1:
+        yield from map(reader.read, chunks)
+        return
+    pool = ProcessPoolExecutor(jobs, initializer=_start_process, initargs=(reader,))
+    remaining = iter(chunks)
+    waiting: set[Future] = set()
+    try:
+        while True:
+            free = jobs * _WAITING - len(waiting)
+            waiting |= {pool.submit(_read_in_process, chunk) for chunk in islice(remaining, free)}
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _token_report(found: Findings, counter: TokenCounter, max_length: int | None) -> dict[str, Any]:
+    return {
+        "prune_ratio": counter.budget.prune_ratio,
+        "keep_tokens": counter.budget.keep_tokens,
+        "isolator_length": counter.isolator_length,
+        "visual": found.visual,
+        "full": _percentiles(found.full),
+        "shortened": _percentiles(found.shortened),
+        "max_length": max_length,
+        "longer": 0 if max_length is None else sum(length > max_length for length in found.full),
+    }
+
+
+def _percentiles(lengths: list[int]) -> dict[str, float]:
+    """The mean, and lengths that so many per cent of the rows do not exceed."""
+    if not lengths:
+        return {}
+    values = np.percentile(np.array(lengths), PERCENTILES, method="higher").tolist()
+    names = [f"p{percent}" for percent in PERCENTILES[:-1]] + ["max"]
+    return {"mean": round(sum(lengths) / len(lengths), 1), **dict(zip(names, values, strict=True))}

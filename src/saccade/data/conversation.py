@@ -1,0 +1,171 @@
+"""Records to chat messages with images: LLaVA conversations, `messages`, `prompt` and `completion`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saccade.errors import RecordError
+
+IMAGE_TAG = "<image>"
+FORMATS = ("auto", "llava", "chat")
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+
+Message = dict[str, Any]
+
+
+def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
+    """A record as chat messages and what it names as images. The same record always gives the same result.
+
+    Args:
+        record: with `conversations` and perhaps `image` (LLaVA), or with `messages`, or `prompt` and `completion`, and
+            perhaps `images`.
+        form: "llava", "chat", or "auto" to tell by the record's fields.
+
+    Returns:
+        `messages`, or `prompt` and `completion`: lists of {"role", "content"}; and `images`, a list.
+
+    Raises:
+        RecordError: if it is none of these, or cannot be trained on.
+    """
+    if form == "llava" or (form == "auto" and "conversations" in record):
+        row: dict[str, Any] = {"messages": _llava_messages(record.get("conversations"))}
+    elif record.get("messages") is not None:
+        row = {"messages": _chat_messages(record["messages"], "messages")}
+    elif record.get("prompt") is not None:
+        row = {name: _chat_messages(record.get(name), name) for name in ("prompt", "completion")}
+    else:
+        raise RecordError(
+            f"this has no 'messages' list, only {sorted(record)}: each row needs 'conversations', or 'messages', or "
+            "'prompt' and 'completion'"
+        )
+    row["images"] = _images(record)
+    _check_answers(row["messages"] if "messages" in row else row["completion"])
+    for name in ("messages", "prompt"):
+        if name in row:
+            place_images(row[name], len(row["images"]))
+    return row
+
+
+def _llava_messages(turns: Any) -> list[Message]:
+    """Messages of LLaVA's `conversations`. What the model says before anybody asked is left out, as LLaVA does."""
+    if not isinstance(turns, Sequence) or isinstance(turns, str):
+        raise RecordError("this has no 'conversations' list: LLaVA's rows need one")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise RecordError(f"each turn needs a 'from' and a 'value', found {str(turn)[:80]}")
+        role = LLAVA_ROLES.get(str(turn.get("from")))
+        if role is None:
+            raise RecordError(f"role {turn.get('from')!r} is unknown: use human, gpt or system", "unknown_role")
+        if role == "assistant" and all(message["role"] == "system" for message in messages):
+            continue
+        messages.append({"role": role, "content": turn["value"]})
+    return messages
+
+
+def _chat_messages(messages: Any, name: str) -> list[Message]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
+    checked = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
+        if message["role"] not in CHAT_ROLES:
+            raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
+        if message.get("tool_calls"):
+            # No field of their own is learned: such an answer would teach its end token alone.
+            raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
+        if not isinstance(message.get("content"), (str, list)):
+            raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
+        checked.append({"role": message["role"], "content": _content(message["content"])})
+    return checked
+
+
+def _content(content: str | list) -> str | list:
+    """The content, its parts without the empty fields that `datasets` adds to make all parts of a column alike."""
+    if isinstance(content, str):
+        return content
+    if not all(isinstance(part, Mapping) for part in content):
+        raise RecordError(f"a content is a text or a list of parts with a 'type', found {str(content)[:80]}")
+    return [{name: value for name, value in part.items() if value is not None} for part in content]
+
+
+def _images(record: Mapping[str, Any]) -> list[Any]:
+    images = record.get("images")
+    images = record.get("image") if images is None else images
+    if images is None or images == "":
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _check_answers(messages: list[Message]) -> None:
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+    for answer in answers:
+        if not text_of(answer).strip():
+            raise RecordError("an answer is empty: write one, or remove the row", "empty_answer")
+        if image_count(answer):
+            raise RecordError(f"{IMAGE_TAG} stands in an answer: move it to a question", "placeholder_count")
+
+
+def text_of(message: Message) -> str:
+    """The words of a message, placeholders among them."""
+    content = message["content"]
+    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
+
+
+def image_count(message: Message) -> int:
+    """The number of image placeholders in a message: tags in its text, and image parts."""
+    parts = [] if isinstance(message["content"], str) else message["content"] or []
+    return text_of(message).count(IMAGE_TAG) + sum(part.get("type") == "image" for part in parts)
+
+
+def place_images(messages: list[Message], count: int) -> list[Message]:
+    """Turn `<image>` tags in the messages' text into image parts; messages without any come back as they were.
+
+    Raises:
+        RecordError: if there are tags, or structured image parts, and they differ in number from the images.
+    """
+    structured = any(isinstance(message.get("content"), list) for message in messages)
+    tags = sum(image_count(message) for message in messages)
+    if not tags and not structured:
+        if count and not any(message["role"] == "user" for message in messages):
+            raise RecordError(
+                f"messages has {count} image(s) but no user message to put them before: add one", "placeholder_count"
+            )
+        return messages
+    if tags != count:
+        raise RecordError(
+            f"messages has {tags} {IMAGE_TAG} placeholder(s) but images has {count}: give one image for each",
+            "placeholder_count",
+        )
+    return [as_parts(message) for message in messages]
+
+
+def as_parts(message: Message) -> Message:
+    """The message with its text as a list of parts, an image part for each `<image>` tag.
+
+    Line breaks beside a tag go: where a line ends, the model's chat template knows.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": _split(content)}
+    if not content or IMAGE_TAG not in text_of(message):
+        return message
+    split = [_split(part["text"]) if IMAGE_TAG in str(part.get("text")) else [part] for part in content]
+    return {**message, "content": [part for parts in split for part in parts]}
+
+
+def _split(content: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    texts = content.split(IMAGE_TAG)
+    for position, text in enumerate(texts):
+        if position:
+            parts.append({"type": "image"})
+            text = text.lstrip("\n")
+        if position < len(texts) - 1:
+            text = text.rstrip("\n")
+        if text.strip():
+            parts.append({"type": "text", "text": text})
+    return parts

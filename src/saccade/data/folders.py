@@ -1,0 +1,57 @@
+"""Image paths of data files, kept inside the folders that the user named."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from saccade.errors import RecordError, SaccadeError
+
+
+class ImageFolders:
+    """Finds images in folders, and lets no path out of them: a data file may come from a stranger.
+
+    Args:
+        folders: looked through in this order.
+        allow_outside: take paths that leave the folders through `..`, an absolute path or a symbolic link.
+
+    Raises:
+        SaccadeError: if a folder does not exist.
+    """
+
+    def __init__(self, folders: Sequence[str | Path], allow_outside: bool = False) -> None:
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise SaccadeError(f"image_folder={str(folder)!r} is no folder: correct the path")
+        self.folders = [str(folder) for folder in folders]
+        self.allow_outside = allow_outside
+        self._roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
+
+    def find(self, name: str) -> str:
+        """The path of the image that a record calls `name`.
+
+        Raises:
+            RecordError: if it is in none of the folders, or outside of them.
+        """
+        left = False
+        try:
+            for folder in self.folders:
+                path = os.path.join(folder, name)
+                if not (self.allow_outside or self._is_inside(path)):
+                    left = True
+                elif os.path.isfile(path):
+                    return path
+        except ValueError as error:  # a null byte in the name
+            raise RecordError(f"image {name!r} is no path: {error}") from error
+        where = ", ".join(self.folders) or "image_folder, which is empty"
+        if left:
+            raise RecordError(
+                f"image {name!r} leads out of the image folder {where}: name its folder in image_folder, or set "
+                "allow_outside_images to true for data that you trust",
+                "outside_image_folders",
+            )
+        raise RecordError(
+            f"image {name!r} does not exist in {where}: correct the path or image_folder", "missing_image"
+        )
+
+    def _is_inside(self, path: str) -> bool:
+        return os.path.join(os.path.realpath(path), "").startswith(tuple(self._roots))

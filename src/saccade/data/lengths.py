@@ -1,0 +1,165 @@
+"""How many tokens a row has, full and after pruning, without running a model."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from saccade.data.conversation import IMAGE_TAG, as_parts, image_count, text_of
+from saccade.errors import RecordError
+from saccade.images import image_size
+from saccade.tokens.budget import TokenBudget
+
+Size = tuple[int, int]
+"""Width and height."""
+
+# Unlike enough that a processor which gives all of them the same tokens gives them to any size.
+_PROBES: tuple[Size, ...] = ((640, 480), (224, 224), (1500, 500), (300, 1100))
+_CALIBRATION_ROWS = 256
+
+
+class TokenCounter:
+    """Counts the tokens of rows as the processor would make them.
+
+    Args:
+        processor: of the model.
+        placeholder_id: token id of a visual token.
+        budget: the visual tokens that fast steps keep.
+        isolator_length: tokens that fast steps put before each image.
+    """
+
+    def __init__(self, processor: Any, placeholder_id: int, budget: TokenBudget, isolator_length: int = 0) -> None:
+        self.processor, self.placeholder_id = processor, placeholder_id
+        self.budget, self.isolator_length = budget, isolator_length
+        self._tokens: dict[Size, tuple[int, int]] = {}
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+        self._one_image = processor.apply_chat_template([message], tokenize=False)
+        self._bare = len(self._ids(self._one_image))
+        measured = [self._measure(size) for size in _PROBES]
+        self.fixed = measured[0] if len(set(measured)) == 1 else None
+        """(tokens that an image adds, visual tokens among them) where images of all sizes have the same."""
+        self._computes = not self.fixed and all(
+            self._compute(size) == tokens for size, tokens in zip(_PROBES, measured, strict=True)
+        )
+
+    def image_tokens(self, size: Size) -> tuple[int, int]:
+        """Tokens that an image of this size adds to its text, and how many of all its tokens are visual."""
+        if self.fixed:
+            return self.fixed
+        if size not in self._tokens:
+            computed = self._compute(size) if self._computes else None
+            self._tokens[size] = computed or self._measure(size)
+        return self._tokens[size]
+
+    def text_tokens(self, row: Mapping[str, Any]) -> int:
+        """Tokens of a row's text in the model's chat format, each image counted as the one token that it starts as."""
+        messages = _with_places(row)
+        return len(self._ids(self.processor.apply_chat_template(messages, tokenize=False)))
+
+    def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
+        """Length of the full sequence, and of the shortened one."""
+        full = shortened = text_tokens
+        for size in sizes:
+            added, visual = self.image_tokens(size)
+            full += added
+            shortened += added - visual + self.budget.count(visual) + self.isolator_length
+        return full, shortened
+
+    def _ids(self, text: str) -> list[int]:
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _measure(self, size: Size) -> tuple[int, int]:
+        """What the processor itself makes of a blank image."""
+        inputs = self.processor(images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False)
+        ids = list(inputs["input_ids"][0])
+        return len(ids) - self._bare, ids.count(self.placeholder_id)
+
+    def _compute(self, size: Size) -> tuple[int, int] | None:
+        """The same by the processor's own arithmetic, as servers use it; it knows of no marker tokens."""
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None:
+            return None
+        visual = int(count(image_sizes=[(size[1], size[0])])["num_image_tokens"][0])
+        return visual - 1, visual
+
+
+def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
+    """Roughly how many tokens each row has: its text by what a character and a message cost, and its images.
+
+    The costs are fitted to the exact counts of a few hundred rows. Rows that cannot be used count as one token.
+    Image files are opened, for their headers, only where the number of visual tokens depends on the size of an image.
+    """
+    texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros where a row cannot be used
+    images: list[int] = []
+    sample: list[tuple[int, Mapping[str, Any]]] = []
+    stride = 1
+    for number, row in enumerate(rows):
+        text, visual = _measure_row(row, counter, shortened)
+        texts.append(text)
+        images.append(visual)
+        if number % stride == 0 and any(text):
+            sample.append((number, row_text(row)))
+            if len(sample) == 2 * _CALIBRATION_ROWS:
+                # Evenly spread over the rows, however many there are.
+                sample, stride = sample[::2], 2 * stride
+    measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
+    exact = np.array([counter.text_tokens(row) for _, row in sample], dtype=np.float64)
+    cost = np.linalg.lstsq(measured[[number for number, _ in sample]], exact, rcond=None)[0]
+    lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
+    return np.maximum(lengths, 1).tolist()
+
+
+def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> None:
+    """Refuse text that the processor would take for another image.
+
+    Raises:
+        RecordError: if the model's own placeholder stands in a text.
+    """
+    words = {processor.tokenizer.convert_ids_to_tokens(placeholder_id), getattr(processor, "image_token", None)}
+    # `<image>` is how records name an image, and counted already.
+    words -= {None, IMAGE_TAG}
+    for message in _messages(row):
+        for word in words:
+            if word in text_of(message):
+                raise RecordError(
+                    f"{word!r} stands in a text, where the model would look for an image: remove it",
+                    "placeholder_count",
+                )
+
+
+def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The conversation of a row, without its pixels."""
+    texts = {name: row[name] for name in ("messages", "prompt", "completion") if row.get(name)}
+    return {**texts, "images": [None] * len(row.get("images") or ())}
+
+
+def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
+    """Characters and messages of a row's text, and tokens that its images add to it."""
+    if row.get("fault"):
+        return (0, 0, 0), 0
+    try:
+        images = row.get("images") or []
+        sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images]
+    except RecordError:
+        return (0, 0, 0), 0
+    messages = _messages(row)
+    return (sum(len(text_of(message)) for message in messages), len(messages), 1), counter.lengths(0, sizes)[
+        int(shortened)
+    ]
+
+
+def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [message for name in ("messages", "prompt", "completion") for message in row.get(name) or []]
+
+
+def _with_places(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages as parts, with a part for each image: before the first question where no tag says otherwise."""
+    messages = [as_parts(message) for message in _messages(row)]
+    missing = len(row.get("images") or ()) - sum(map(image_count, messages))
+    for number, message in enumerate(messages):
+        if missing and message["role"] == "user":
+            content = [{"type": "image"}] * missing + list(message["content"])
+            messages[number] = {**message, "content": content}
+            break
+    return messages

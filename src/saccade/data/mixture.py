@@ -1,0 +1,240 @@
+"""One dataset out of one source or several: concatenated or drawn by weight, in memory or streamed."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
+
+from saccade.data.conversation import FORMATS
+from saccade.data.folders import ImageFolders
+from saccade.data.sources import (
+    PROBED,
+    JsonSource,
+    Row,
+    Rows,
+    Source,
+    TableSource,
+    faulty_row,
+    is_json,
+    open_table,
+    stream_source,
+)
+from saccade.errors import RecordError, SaccadeError
+
+_NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
+_PACKED = Features(
+    {
+        "row": Value("string"),
+        "images": List({"bytes": Value("binary"), "path": Value("string")}),
+        "record": Value("string"),
+        "fault": Value("string"),
+        "kind": Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """One source of a mixture.
+
+    Args:
+        path: a `.json`, `.jsonl` or `.parquet` file, a folder with Parquet files or that `save_to_disk` wrote, or a
+            hub id.
+        format: "llava" for rows with `conversations`, "chat" for rows with `messages`, or "auto".
+        weight: how often its rows are drawn, beside those of the other sources.
+        rows: take the first so many rows; all when left out.
+        image_folder: folder, or several, that image paths start from; that of the data file when left out.
+        split: split to read, where there are several.
+    """
+
+    path: str
+    format: str = "auto"
+    weight: float | None = None
+    rows: int | None = None
+    image_folder: str | Sequence[str] | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise SaccadeError(f"dataset path={self.path!r}: give a file, a folder or a hub id")
+        if self.format not in FORMATS:
+            raise SaccadeError(f"dataset format={self.format!r} is unknown: use one of {', '.join(FORMATS)}")
+        if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
+            raise SaccadeError(f"dataset rows={self.rows!r}: give at least 1, or null for all")
+        if self.weight is not None and not (isinstance(self.weight, (int, float)) and 0 < self.weight < float("inf")):
+            raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
+
+    def folders(self, allow_outside: bool) -> ImageFolders:
+        """Where its images are.
+
+        Raises:
+            SaccadeError: if a folder does not exist.
+        """
+        given = self.image_folder
+        if given is None:
+            place = Path(self.path)
+            given = place if place.is_dir() else place.parent if place.exists() else []
+        names = [given] if isinstance(given, (str, Path)) else list(given)
+        return ImageFolders(names, allow_outside)
+
+    def open(self, allow_outside: bool = False) -> Source:
+        """Its rows.
+
+        Raises:
+            SaccadeError: if there are none to read.
+        """
+        if is_json(self.path) and not Path(self.path).is_file():
+            raise SaccadeError(f"dataset={self.path!r} does not exist: give a JSON or JSON-lines file")
+        folders = self.folders(allow_outside)
+        if is_json(self.path):
+            return JsonSource(Path(self.path), self.format, folders)
+        return TableSource(open_table(self.path, self.split), self.path, self.format, folders)
+
+
+def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions]:
+    """The sources of a recipe's `dataset` list.
+
+    Args:
+        values: paths, or mappings with the fields of `SourceOptions`.
+        defaults: fields for sources that leave them out.
+
+    Raises:
+        SaccadeError: on an unknown field, a bad value, an empty list, or weights that only some sources have.
+    """
+    known = [entry.name for entry in fields(SourceOptions)]
+    sources = []
+    for value in values:
+        value = {"path": value} if isinstance(value, str) else value
+        if not isinstance(value, Mapping) or "path" not in value:
+            raise SaccadeError(f"dataset has the entry {value!r}: give a path, or a mapping with a 'path'")
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise SaccadeError(f"dataset has the unknown field {unknown[0]!r}: use {', '.join(known)}")
+        sources.append(SourceOptions(**{**defaults, **value}))
+    if not sources:
+        raise SaccadeError("dataset=[] is empty: give at least one source")
+    if len({source.weight is None for source in sources}) > 1:
+        raise SaccadeError("dataset gives some sources a weight and others none: give one to all of them, or to none")
+    return sources
+
+
+def mix(
+    sources: Sequence[Source],
+    weights: Sequence[float] | None = None,
+    rows: Sequence[int | None] | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The rows of all sources as one dataset, read and converted when they are used.
+
+    The table behind it holds three numbers a row. Without weights the sources follow one another; with them each row
+    is drawn from a source with the probability that its weight gives it, until every row of every source has been
+    drawn once: rows of a source that ends sooner come again.
+
+    Args:
+        sources: what to mix.
+        weights: one a source.
+        rows: use the first so many of each; None for all.
+        seed: of the draws.
+
+    Raises:
+        SaccadeError: if sources differ in their columns.
+    """
+    limits = [None] * len(sources) if rows is None else list(rows)
+    tables = []
+    for number, (source, limit) in enumerate(zip(sources, limits, strict=True)):
+        count = len(source) if limit is None else min(limit, len(source))
+        table = {"source": np.full(count, number, dtype=np.int32), "row": np.arange(count)}
+        tables.append(Dataset.from_dict(table, features=_NUMBERS))
+    mixed = _joined(tables, weights, seed)
+    numbers = {name: mixed.with_format("numpy")[name][:] for name in _NUMBERS}
+    table = {**numbers, "index": np.arange(len(mixed))}
+    features = Features({**_NUMBERS, "index": Value("int64")})
+    return Dataset.from_dict(table, features=features).with_transform(Rows(list(sources)))
+
+
+def stream(
+    options: Sequence[SourceOptions],
+    allow_outside: bool = False,
+    seed: int = 0,
+    shuffle_buffer: int = 0,
+    shards: int = 1,
+    rows: int | None = None,
+) -> IterableDataset:
+    """The rows of all sources as they come, of which only those in use are in memory.
+
+    Args:
+        options: the sources.
+        allow_outside: as for `ImageFolders`.
+        seed: of the draws and of the shuffling.
+        shuffle_buffer: draw each row out of so many that were read; 0 keeps the order.
+        shards: parts to read side by side: one a process and data-loader worker.
+        rows: stop after so many.
+    """
+    streams = []
+    columns: tuple[str, ...] | None = None
+    for source in options:
+        if is_json(source.path) and not Path(source.path).is_file():
+            raise SaccadeError(f"dataset={source.path!r} does not exist: give a JSON or JSON-lines file")
+        given = {"source": source, "folders": source.folders(allow_outside), "shards": shards}
+        columns = columns or _first_columns(_generate(**given, columns=None, numbers=[0]))
+        part = IterableDataset.from_generator(
+            _generate, features=_PACKED, gen_kwargs={**given, "columns": columns, "numbers": list(range(shards))}
+        )
+        streams.append(part if source.rows is None else part.take(source.rows))
+    weights = None if options[0].weight is None else [source.weight for source in options]
+    mixed = _joined(streams, weights, seed)
+    mixed = mixed if rows is None else mixed.take(rows)
+    mixed = mixed.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else mixed
+    return mixed.map(_unpack, remove_columns=list(_PACKED))
+
+
+def _joined(parts: list, weights: Sequence[float] | None, seed: int) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if weights is None:
+        return concatenate_datasets(parts)
+    shares = [weight / sum(weights) for weight in weights]
+    return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _generate(
+    source: SourceOptions, folders: ImageFolders, shards: int, columns: tuple[str, ...] | None, numbers: list[int]
+) -> Iterator[Row]:
+    for number in numbers:
+        for row in stream_source(source.path, source.format, source.split, folders, columns, number, shards):
+            yield _pack(row)
+
+
+def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:
+    """The columns of the first row of a stream that can be used."""
+    first = None
+    for row in islice(packed, PROBED):
+        if row["fault"] is None:
+            return tuple(json.loads(row["row"]))
+        first = first or row
+    if first is None:
+        raise SaccadeError("the first dataset to stream has no rows")
+    raise SaccadeError(f"the first {PROBED} rows are all bad; {first['record']}: {first['fault']}")
+
+
+def _pack(row: Row) -> Row:
+    """The row in columns of one type for all sources: its messages as JSON."""
+    extras = ("images", "record", "fault", "kind")
+    images = [{"bytes": None, "path": image} if isinstance(image, str) else image for image in row["images"]]
+    packed = {name: row[name] for name in extras} | {"images": images}
+    try:
+        return {**packed, "row": json.dumps({name: row[name] for name in row if name not in extras})}
+    except (TypeError, ValueError) as error:
+        columns = tuple(name for name in row if name not in extras)
+        fault = RecordError(f"its messages hold something other than text: {error}")
+        return _pack(faulty_row(columns, row["record"], fault))
+
+
+def _unpack(row: Row) -> Row:
+    images = [image["path"] if image["bytes"] is None else image for image in row["images"]]
+    return {**json.loads(row["row"]), "images": images, **{name: row[name] for name in ("record", "fault", "kind")}}

@@ -1,0 +1,172 @@
+"""Records of a JSON list or of JSON lines, found once and read one at a time, so that a large file costs little."""
+
+import json
+import mmap
+import re
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from saccade.errors import RecordError, SaccadeError
+
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SPACE = b" \t\r\n"
+_QUOTE = ord('"')
+
+Span = tuple[int, int, int]
+"""First byte, the byte after the last, and the number of a record: its line, or its place in the list, from 1."""
+
+
+class RecordFile:
+    """The records of a `.json` list or of JSON lines, parsed when they are read.
+
+    The file is mapped into memory, which all processes of a machine share, and only where each record lies is kept:
+    24 bytes a record.
+
+    Args:
+        path: the file. One that starts with a bracket is a list, one that starts with a brace is JSON lines.
+
+    Raises:
+        SaccadeError: if the file does not exist, is empty, or starts with neither.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.is_list = _is_list(self.path)
+        self._starts, self._ends, self._numbers = array("q"), array("q"), array("q")
+        self._mapped: mmap.mmap | None = None
+        for start, end, number in _spans(self._bytes, self.is_list):
+            self._starts.append(start)
+            self._ends.append(end)
+            self._numbers.append(number)
+        if not self._starts:
+            raise SaccadeError(f"dataset={str(path)!r} has no rows")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def name(self, index: int) -> str:
+        """Where record `index`, counted from 0, stands in the file."""
+        return place(self.path, self.is_list, self._numbers[index])
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Record `index`, counted from 0.
+
+        Raises:
+            RecordError: if it is no JSON object.
+        """
+        return parse(self._bytes[self._starts[index] : self._ends[index]])
+
+    @property
+    def _bytes(self) -> mmap.mmap:
+        if self._mapped is None:
+            self._mapped = _map(self.path)
+        return self._mapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A map belongs to its process; a worker that is not forked makes its own.
+        return {**self.__dict__, "_mapped": None}
+
+
+def stream_records(path: str | Path, shard: int = 0, num_shards: int = 1) -> Iterator[tuple[str, bytes]]:
+    """Place and bytes of every `num_shards`-th record from number `shard` on, without an index of the file.
+
+    Raises:
+        SaccadeError: as `RecordFile` does.
+    """
+    path = Path(path)
+    is_list = _is_list(path)
+    content = _map(path)
+    for count, (start, end, number) in enumerate(_spans(content, is_list)):
+        if count % num_shards == shard:
+            yield place(path, is_list, number), content[start:end]
+
+
+def place(path: Path, is_list: bool, number: int) -> str:
+    """How messages call a record."""
+    return f"{path}, {'row' if is_list else 'line'} {number}"
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """The JSON object in `content`.
+
+    Raises:
+        RecordError: if it is none.
+    """
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"this is not valid JSON: {' '.join(str(error).split())}", "not_json") from error
+    if not isinstance(record, dict):
+        raise RecordError(f"this is a {type(record).__name__}: each row is a JSON object", "not_json")
+    return record
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _is_list(path: Path) -> bool:
+    if not path.is_file():
+        raise SaccadeError(f"dataset={str(path)!r} does not exist: give a JSON or JSON-lines file")
+    with path.open("rb") as file:
+        head = file.read(1 << 16).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
+    if not head:
+        raise SaccadeError(f"dataset={str(path)!r} has no rows")
+    if path.suffix == ".json" and head[:1] == b"{":
+        # Many a file of JSON lines is called .json. One object over several lines is something else.
+        try:
+            json.loads(head.partition(b"\n")[0])
+        except ValueError as error:
+            raise SaccadeError(f"{path} holds a dict, expected a list of rows, or one row a line") from error
+        return False
+    return path.suffix != ".jsonl" and head[:1] == b"["
+
+
+def _spans(content: mmap.mmap, is_list: bool) -> Iterator[Span]:
+    return _spans_of_list(content) if is_list else _spans_of_lines(content)
+
+
+def _spans_of_lines(content: mmap.mmap) -> Iterator[Span]:
+    size, start, number = len(content), 0, 1
+    if content[:3] == _BYTE_ORDER_MARK:
+        start = 3
+    while start < size:
+        end = content.find(b"\n", start)
+        end = size if end < 0 else end
+        if content[start:end].strip(_SPACE):
+            yield start, end, number
+        start, number = end + 1, number + 1
+
+
+def _spans_of_list(content: mmap.mmap) -> Iterator[Span]:
+    """Spans of a list's elements. What is no object, or is cut off at the end, is a span that does not parse."""
+    depth, start, end, number = 0, 0, content.find(b"[") + 1, 0
+    for token in _TOKEN.finditer(content, end):
+        first = content[token.start()]
+        if first == _QUOTE:
+            if token.end() - token.start() == 1:  # without its partner: the file ends inside a string
+                break
+        elif first in b"{[":
+            if depth == 0:
+                start = token.start()
+            depth += 1
+        elif depth > 1:
+            depth -= 1
+        else:
+            # Between two objects stands a comma; whatever else does is an element of another kind.
+            if content[end : start if depth else token.start()].strip(_SPACE + b","):
+                number += 1
+                yield end, start if depth else token.start(), number
+            end = token.end()
+            if depth == 0:
+                if content[end:].strip(_SPACE):
+                    yield end, len(content), number + 1
+                return
+            depth = 0
+            number += 1
+            yield start, end, number
+    yield (start if depth else end), len(content), number + 1

@@ -1,0 +1,260 @@
+"""Where rows come from: a JSON file, or whatever `datasets` reads. Rows are read and converted one at a time."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+
+from saccade.data.conversation import convert
+from saccade.data.folders import ImageFolders
+from saccade.data.records import RecordFile, parse, stream_records
+from saccade.errors import RecordError, SaccadeError
+
+PROBED = 100
+"""Rows that are tried for one that can be used. If none can, the options are wrong rather than the rows."""
+
+Row = dict[str, Any]
+"""`messages`, or `prompt` and `completion`; `images`; `record`, its place in its file; and `fault` with `kind`, why it
+cannot be used, both None where it can."""
+
+
+class Source(Protocol):
+    """Rows that are read by number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Where row `index`, counted from 0, stands."""
+
+    def read(self, index: int) -> Row:
+        """Messages and images of row `index`. Raises a `RecordError` if it cannot be used."""
+
+
+class JsonSource:
+    """Rows of a JSON list or of JSON lines.
+
+    Args:
+        path: the file.
+        form: as for `convert`.
+        folders: where its images are.
+
+    Raises:
+        SaccadeError: if there are no rows to read.
+    """
+
+    def __init__(self, path: Path, form: str, folders: ImageFolders) -> None:
+        self.records = RecordFile(path)
+        self.form, self.folders = form, folders
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def name(self, index: int) -> str:
+        return self.records.name(index)
+
+    def read(self, index: int) -> Row:
+        return found(convert(self.records.read(index), self.form), self.folders)
+
+
+class TableSource:
+    """Rows of a `datasets.Dataset`, images left as the bytes or the path that they are stored as.
+
+    Args:
+        dataset: with the fields that `convert` takes.
+        path: how messages call it.
+        form: as for `convert`.
+        folders: where images that are stored as paths are; None takes images as they come, for embedded data.
+    """
+
+    def __init__(self, dataset: Dataset, path: str, form: str = "auto", folders: ImageFolders | None = None) -> None:
+        # As Arrow, nothing is decoded: `datasets` would open whatever path a row names, and fail on the first bad one.
+        self.dataset = dataset if folders is None else dataset.with_format("arrow")
+        self.path, self.form, self.folders = path, form, folders
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, row {index + 1}"
+
+    def read(self, index: int) -> Row:
+        if self.folders is None:
+            return convert(self.dataset[index], self.form)
+        return found(convert(self.dataset[index].to_pylist()[0], self.form), self.folders)
+
+
+class Rows:
+    """A `datasets` transform: from the numbers of sources and rows to the rows themselves.
+
+    A row that cannot be used comes with its `fault` and with empty messages: what becomes of it is for the reader to
+    say.
+
+    Args:
+        sources: what the numbers stand for.
+
+    Raises:
+        SaccadeError: if no row can be read, or sources differ in their columns.
+    """
+
+    def __init__(self, sources: list[Source]) -> None:
+        self.sources = sources
+        kinds = [_columns(source) for source in sources]
+        if len(set(kinds)) > 1:
+            raise SaccadeError(
+                f"dataset mixes sources with {' and '.join(map(repr, sorted(set(kinds))))}: train apart"
+            )
+        self.columns = kinds[0]
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        rows = [self.read(*place) for place in zip(batch["source"], batch["row"], strict=True)]
+        return {**{name: [row[name] for row in rows] for name in rows[0]}, "index": list(batch["index"])}
+
+    def read(self, source: int, index: int) -> Row:
+        """Row `index` of a source, or its fault."""
+        origin = self.sources[source]
+        try:
+            row = origin.read(index)
+            _check_columns(row, self.columns)
+        except RecordError as error:
+            return faulty_row(self.columns, origin.name(index), error)
+        return {**row, "record": origin.name(index), "fault": None, "kind": None}
+
+    def __deepcopy__(self, memo: dict) -> "Rows":
+        # Nothing in here changes, and `datasets` copies a transform whenever rows or columns are selected.
+        return self
+
+
+def faulty_row(columns: tuple[str, ...], record: str, error: RecordError) -> Row:
+    """What stands for a row that cannot be used."""
+    # Of the shape that a row has: trainers look at the first one to learn what they are given.
+    roles = ["user" if name == "prompt" else "assistant" for name in columns]
+    empty: Row = {name: [{"role": role, "content": ""}] for name, role in zip(columns, roles, strict=True)}
+    return {**empty, "images": [], "record": record, "fault": str(error), "kind": error.kind}
+
+
+def found(row: Row, folders: ImageFolders) -> Row:
+    """The row with the paths of its images looked up.
+
+    Raises:
+        RecordError: if one is missing or outside of the folders.
+    """
+    return {**row, "images": [_found(image, folders) for image in row["images"]]}
+
+
+def _found(image: Any, folders: ImageFolders) -> Any:
+    if isinstance(image, str):
+        return folders.find(image)
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        return {"bytes": image["bytes"], "path": image.get("path")}
+    if isinstance(image, Mapping) and isinstance(image.get("path"), str):
+        return folders.find(image["path"])
+    raise RecordError(f"an image is a path, or has 'bytes' or a 'path', found {str(image)[:80]}")
+
+
+def _columns(source: Source) -> tuple[str, ...]:
+    """The columns of the first row that can be used."""
+    faults = []
+    for index in range(min(len(source), PROBED)):
+        try:
+            return tuple(name for name in source.read(index) if name != "images")
+        except RecordError as error:
+            faults.append(f"{source.name(index)}: {error}")
+    if len(faults) == PROBED:
+        raise SaccadeError(f"the first {PROBED} rows are all bad; {faults[0]}")
+    return ("messages",)
+
+
+def _check_columns(row: Row, columns: tuple[str, ...]) -> None:
+    if columns[0] not in row:
+        raise RecordError(
+            f"this row has {[name for name in row if name != 'images']}, the first one has {list(columns)}: "
+            "a dataset that mixes rows with 'messages' and rows with 'prompt' and 'completion' is two datasets"
+        )
+
+
+def open_table(path: str, split: str) -> Dataset:
+    """A dataset that `datasets` reads, without its images being decoded: Parquet, a folder, or a hub id.
+
+    Raises:
+        SaccadeError: if it cannot be read.
+    """
+    place = Path(path)
+    if place.is_dir() and not _has_parquet(place):
+        try:
+            dataset = load_from_disk(path)
+        except OSError as error:
+            raise SaccadeError(
+                f"dataset={path!r} is no folder that save_to_disk wrote, and has no Parquet files: name a "
+                "JSON file in it, if there is one"
+            ) from error
+        except IndexError as error:  # all that `datasets` says of a table without rows
+            raise SaccadeError(f"dataset={path!r} has no rows") from error
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise SaccadeError(f"dataset_split={split!r} is not in {path}: use one of {', '.join(dataset)}")
+            dataset = dataset[split]
+        return dataset
+    return _load(path, split, streaming=False)
+
+
+def stream_source(
+    path: str, form: str, split: str, folders: ImageFolders, columns: tuple[str, ...] | None, shard: int, shards: int
+) -> Iterator[Row]:
+    """Every `shards`-th row of a source, in order, without reading or indexing the whole first.
+
+    Args:
+        columns: what rows must have, or None for whatever the first one has.
+    """
+    for record, raw in _stream(path, split, shard, shards):
+        try:
+            row = found(convert(parse(raw) if isinstance(raw, bytes) else raw, form), folders)
+            columns = columns or tuple(name for name in row if name != "images")
+            _check_columns(row, columns)
+            yield {**row, "record": record, "fault": None, "kind": None}
+        except RecordError as error:
+            yield faulty_row(columns or ("messages",), record, error)
+
+
+def _stream(path: str, split: str, shard: int, shards: int) -> Iterator[tuple[str, bytes | Row]]:
+    if is_json(path):
+        yield from stream_records(path, shard, shards)
+        return
+    place = Path(path)
+    if place.is_dir() and not _has_parquet(place):
+        dataset: IterableDataset = open_table(path, split).to_iterable_dataset()
+    else:
+        dataset = _load(path, split, streaming=True)
+    own_files = shards > 1 and dataset.num_shards >= shards
+    if own_files:
+        dataset = dataset.shard(shards, shard)
+    number = 0
+    for table in dataset.with_format("arrow").iter(batch_size=16):
+        for raw in table.to_pylist():
+            number += 1
+            if own_files:
+                yield f"{path}, part {shard + 1} of {shards}, row {number}", raw
+            elif (number - 1) % shards == shard:
+                yield f"{path}, row {number}", raw
+
+
+def is_json(path: str) -> bool:
+    """Whether a file's name says that it holds a JSON list or JSON lines."""
+    return Path(path).suffix in (".json", ".jsonl")
+
+
+def _has_parquet(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
+
+
+def _load(path: str, split: str, streaming: bool) -> Any:
+    try:
+        if Path(path).suffix == ".parquet":
+            # A file has no splits of its own; `datasets` calls its rows "train".
+            return load_dataset("parquet", data_files=path, split="train", streaming=streaming)
+        return load_dataset(path, split=split, streaming=streaming)
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(
+            f"dataset={path!r} is neither a JSON file, nor a folder, nor a dataset that loads: {line}"
+        ) from error

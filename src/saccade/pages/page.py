@@ -1,0 +1,105 @@
+"""A page while it is made: its sections, the pictures drawn for it, and the same as plain values."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from saccade.files import write_json_atomically, write_text_atomically
+from saccade.report.environment import environment, environment_lines
+from saccade.report.html import page, paragraph, picture, warning
+from saccade.report.tables import html_table
+
+PAGE_FILE, RECORD_FILE = "report.html", "report.json"
+
+
+class Page:
+    """One report.
+
+    Args:
+        workshop: the folder that its pictures are drawn in.
+        title: of the page.
+        kind: what it is about: "run", "sweep" or "demo".
+        source: the folder that it shows.
+    """
+
+    def __init__(self, workshop: Path, title: str, kind: str, source: Path) -> None:
+        self.workshop = workshop
+        self.title = title
+        self.lead = ""
+        self.sections: dict[str, list[str]] = {}
+        self.pictures: list[dict[str, str]] = []
+        self.record: dict[str, Any] = {"title": title, "kind": kind, "folder": str(source.resolve())}
+
+    def add(self, heading: str, *blocks: str) -> None:
+        """Add blocks of HTML under a heading, after those that it has."""
+        self.sections.setdefault(heading, []).extend(blocks)
+
+    def draw(
+        self,
+        file: str,
+        alt: str,
+        caption: str,
+        plot: Callable[..., None],
+        *arguments: Any,
+        wide: bool = False,
+        **options: Any,
+    ) -> str:
+        """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block."""
+        plot(*arguments, self.workshop / file, **options)
+        return self.show(file, alt, caption, wide)
+
+    def show(self, file: str, alt: str, caption: str, wide: bool = False) -> str:
+        """A picture that is there, as a block."""
+        self.pictures.append({"file": file, "alt": alt, "caption": caption})
+        return picture(self.workshop / file, alt, caption, wide)
+
+    def add_environment(
+        self,
+        found: Sequence[Mapping[str, Any]],
+        days: Sequence[str],
+        caption: str = "Where the training took place",
+    ) -> None:
+        """Add where the runs took place.
+
+        Args:
+            found: what `environment` returned in each run; empty where nothing recorded it.
+            days: when the runs ended.
+            caption: of the table.
+        """
+        heading = "Environment"
+        if not found:
+            self.add(heading, paragraph("Neither machine nor versions of this run were recorded."))
+        values: dict[str, dict[str, None]] = {}
+        for one in found:
+            for name, text in environment_lines(dict(one)):
+                values.setdefault(name, {})[text] = None
+        rows = [[name, "; ".join(texts)] for name, texts in values.items()]
+        if days:
+            rows.append(["finished", "; ".join(dict.fromkeys(days))])
+        if rows:
+            self.add(heading, html_table(("name", "value"), rows, caption, wrap=True))
+        for text in dict.fromkeys(text for one in found for text in one.get("warnings", [])):
+            self.add(heading, warning(text))
+        self.record["environment"] = list(found)
+        self.record["finished"] = list(dict.fromkeys(days))
+
+    def write(self, output: Path) -> Path:
+        """Write the page and, beside it, its pictures and the same as JSON, and return the page's path.
+
+        Args:
+            output: a folder on the file system of the workshop.
+
+        Raises:
+            OSError: if a file cannot be written.
+        """
+        here = environment()
+        version, commit = here["packages"]["saccade"] or "", (here["commit"] or "")[:8]
+        footer = f"Made on {date.today().isoformat()} by saccade {version}{f' at {commit}' if commit else ''} from "
+        footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} lie beside this page."
+        text = page(self.title, self.lead, self.sections, footer)
+        for entry in self.pictures:
+            os.replace(self.workshop / entry["file"], output / entry["file"])
+        write_json_atomically(output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
+        return write_text_atomically(output / PAGE_FILE, text)

@@ -1,0 +1,128 @@
+"""What a folder holds, read with one clear line where it cannot be."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saccade.dualspeed.checkpoint import RUN_FILE, newest_checkpoint
+from saccade.errors import SaccadeError
+from saccade.sweeps.plan import PLAN_FILE
+from saccade.sweeps.runner import RUNS
+from saccade.sweeps.worker import RESULT_FILE
+from saccade.training import LOG_FILE
+
+EVALUATION_FILE, STATE_FILE, DEMO_FILE = "eval.json", "trainer_state.json", "report.json"
+
+
+@dataclass
+class RunRecord:
+    """What the folder of a run says of it.
+
+    Args:
+        model: the folder with the weights.
+        log_history: the trainer's log.
+        recipe: the fields as given; empty where only a checkpoint tells of the run.
+        config: the options that a resumed run has to share.
+        tokens: of the batches as they came, trained on, and read by the teacher, in all.
+        environment: where it took place, None where it was not recorded.
+        finished: the day, None where it was not recorded.
+        evaluation: what `saccade eval` wrote on the digit scenes, None if it did not.
+        checkpoint: name of the checkpoint that was read instead of a whole run's log.
+    """
+
+    model: Path
+    log_history: list[dict[str, Any]]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, Any] | None = None
+    finished: str | None = None
+    evaluation: dict[str, Any] | None = None
+    checkpoint: str | None = None
+
+
+def kind_of(folder: Path) -> str:
+    """What a folder holds: "run", "sweep" or "demo".
+
+    Raises:
+        SaccadeError: if it is missing or holds none of them.
+    """
+    if not folder.is_dir():
+        state = "is a file" if folder.exists() else "does not exist"
+        raise SaccadeError(f"folder={str(folder)!r} {state}: give the folder of a run, a sweep or a demo")
+    if (folder / PLAN_FILE).is_file():
+        return "sweep"
+    if (folder / RUNS).is_dir():
+        if (folder / DEMO_FILE).is_file():
+            return "demo"
+        raise SaccadeError(f"folder={str(folder)!r} holds a demo that has not ended: the same command goes on with it")
+    if (folder / LOG_FILE).is_file() or (folder / STATE_FILE).is_file() or newest_checkpoint(folder):
+        return "run"
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{PLAN_FILE}"))
+    if inside:
+        raise SaccadeError(f"folder={str(folder)!r} holds several sweeps: give one of them, {', '.join(inside)}")
+    result = folder / RESULT_FILE
+    if result.is_file() and "model" in read_json(result):
+        raise SaccadeError(
+            f"folder={str(folder)!r} is one run of a sweep: give the sweep, or its model {read_json(result)['model']}"
+        )
+    raise SaccadeError(
+        f"folder={str(folder)!r} holds no run: there is neither {LOG_FILE} nor a whole checkpoint ({STATE_FILE} and "
+        f"{RUN_FILE}), nor {PLAN_FILE} of a sweep"
+    )
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The mapping in a file.
+
+    Raises:
+        SaccadeError: if it is half-written, is no mapping, or lacks one of the keys.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SaccadeError(
+            f"{path} is half-written or damaged ({error}): wait until it is whole, or move it away"
+        ) from error
+    missing = [key for key in keys if key not in found] if isinstance(found, dict) else list(keys)
+    if missing or not isinstance(found, dict):
+        raise SaccadeError(f"{path} is not what Saccade writes, it lacks {', '.join(missing) or 'all'}: move it away")
+    return found
+
+
+def read_run(folder: Path) -> RunRecord:
+    """The record of a run: of its log, or as long as it has none of its newest whole checkpoint.
+
+    Raises:
+        SaccadeError: if a file in it is half-written.
+    """
+    if (folder / LOG_FILE).is_file():
+        log = read_json(folder / LOG_FILE, "log_history")
+        record = RunRecord(folder, log["log_history"], log.get("recipe", {}))
+        record.environment, record.finished = log.get("environment"), log.get("finished")
+    else:
+        model = folder if (folder / STATE_FILE).is_file() else newest_checkpoint(folder)
+        record = RunRecord(model, read_json(model / STATE_FILE, "log_history")["log_history"], checkpoint=model.name)
+    if not _is_log(record.log_history):
+        raise SaccadeError(f"the log of {record.model} is not a list of entries: move it away, or train again")
+    stage = folder / RESULT_FILE
+    if record.environment is None and stage.is_file():
+        record.environment = read_json(stage).get("environment")  # a stage of a sweep
+    if (record.model / RUN_FILE).is_file():
+        run = read_json(record.model / RUN_FILE, "config")
+        record.config, record.tokens = run["config"], run.get("tokens", {})
+    if (folder / EVALUATION_FILE).is_file():
+        evaluation = read_json(folder / EVALUATION_FILE)
+        record.evaluation = evaluation if _is_of_digits(evaluation.get("results")) else None
+    return record
+
+
+def _is_of_digits(results: Any) -> bool:
+    """Whether these are results of `evaluate_digits`, not of another benchmark."""
+    keys = {"inference", "accuracy", "accuracy_by_kind", "mean_prompt_length", "samples"}
+    return isinstance(results, list) and bool(results) and all(keys <= set(result) for result in results)
+
+
+def _is_log(log: Any) -> bool:
+    return isinstance(log, list) and all(isinstance(entry, dict) for entry in log)

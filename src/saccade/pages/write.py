@@ -1,0 +1,72 @@
+"""From a folder to its report: what it holds, where the report goes, and the page itself."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from saccade.errors import SaccadeError
+from saccade.pages.comparison import demo_page, sweep_page
+from saccade.pages.page import PAGE_FILE, RECORD_FILE
+from saccade.pages.run import run_page
+from saccade.pages.source import kind_of, read_json
+
+MAKERS = {"run": run_page, "sweep": sweep_page, "demo": demo_page}
+
+
+def write_report(folder: Path, output: Path | None = None, overwrite: bool = False) -> Path:
+    """Write the page of a run, a sweep or a demo, its pictures and the same as JSON, and return the page's path.
+
+    Args:
+        folder: what `saccade train`, `saccade sweep` or `saccade demo` wrote.
+        output: the folder to write to; `report` inside `folder` when left out.
+        overwrite: whether a report that is there is replaced.
+
+    Raises:
+        SaccadeError: if `folder` holds nothing to report or something half-written, or `output` holds a report or
+            other files, or cannot be written.
+    """
+    make = MAKERS[kind_of(folder)]
+    output = folder / "report" if output is None else output
+    before = _check_output(output, overwrite)
+    with _workshop(output) as workshop:
+        page = make(folder, workshop)
+        path = page.write(output)
+    for name in before - {entry["file"] for entry in page.pictures}:
+        (output / name).unlink(missing_ok=True)
+    return path
+
+
+def _check_output(output: Path, overwrite: bool) -> set[str]:
+    """The names of the pictures of the report that is replaced."""
+    if (output / PAGE_FILE).exists() and not overwrite:
+        raise SaccadeError(f"output={str(output)!r} holds a report: give another --output, or --overwrite")
+    if not (output / PAGE_FILE).exists():
+        if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
+            raise SaccadeError(f"output={str(output)!r} is a folder with other files: give a new one")
+        return set()
+    if not (output / RECORD_FILE).is_file():
+        return set()
+    # Only names in this folder, whatever the record holds.
+    pictures = read_json(output / RECORD_FILE).get("pictures", [])
+    return {Path(entry["file"]).name for entry in pictures if str(entry.get("file", "")).endswith(".png")}
+
+
+@contextmanager
+def _workshop(output: Path) -> Iterator[Path]:
+    """A folder inside `output` to draw in, so that a report which cannot be finished leaves nothing behind."""
+    is_new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        workshop = TemporaryDirectory(prefix=".drawing-", dir=output)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise SaccadeError(f"output={str(output)!r} cannot be written ({reason}): give another --output") from error
+    try:
+        with workshop:
+            yield Path(workshop.name)
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: the report is there
+                output.rmdir()

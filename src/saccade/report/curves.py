@@ -1,0 +1,101 @@
+"""Panels of curves over one setting, with a spread at each point: how a study looks at a glance."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+
+from saccade.report.plots import FAINT, INK, save_figure, styled_figure
+
+# Okabe and Ito's palette; with markers and lines, no two of the first twenty-eight curves look alike.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "-.", ":")  # one for each time the palette is used
+MARKERS = ("o", "^", "D", "v", "P", "X", "s")
+PANEL_SIZE, LEGEND_ROW, LEGEND_COLUMNS = (5.4, 4.2), 0.28, 3
+SIDESTEP = 0.3  # of the distance between two ticks, over which the curves of a panel spread, lest whiskers cover
+Spread = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """One panel.
+
+    Args:
+        title: above it.
+        xlabel: what varies.
+        ylabel: what is measured.
+        ticks: the values that it takes, as text, in order; they are drawn at equal distances.
+        curves: by name, the spread ("mean", "min", "max", shares of 1) at each tick, None where there is none.
+        reference: the name and the mean of a dashed line across the panel.
+        joined: whether a line joins the points: ticks that are kinds of things, not amounts, are not joined.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    ticks: Sequence[str]
+    curves: Mapping[str, Sequence[Spread | None]]
+    reference: tuple[str, float] | None = None
+    joined: bool = True
+
+
+def plot_panels(panels: Sequence[CurvePanel], path: str | os.PathLike[str]) -> None:
+    """Draw panels side by side as PNG, curves of one name alike in all of them.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
+    if not names:
+        raise ValueError("there are no curves to draw")
+    labelled = len(names) > 1 or any(panel.reference for panel in panels)
+    entries = len(names) + any(panel.reference is not None for panel in panels)
+    columns = LEGEND_COLUMNS * len(panels)
+    rows = -(-entries // columns) if labelled else 0
+    width, height = PANEL_SIZE
+    width = max(width * len(panels), 8.0)
+    figure, drawn = styled_figure(len(panels), (width, height + LEGEND_ROW * rows))
+    for axes, panel in zip(drawn, panels, strict=True):
+        _draw_panel(axes, panel, names)
+    if labelled:
+        handles: dict[str, object] = {}
+        for axes in drawn:
+            for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(name, handle)
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=min(columns, entries), frameon=False,
+            fontsize=9.5, labelcolor=INK,
+        )  # fmt: skip
+    save_figure(figure, path)
+
+
+def _draw_panel(axes: Axes, panel: CurvePanel, names: Sequence[str]) -> None:
+    axes.set_title(panel.title, fontsize=11, color=INK)
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.set_xticks(range(len(panel.ticks)), panel.ticks)
+    axes.set_xlim(-0.5, len(panel.ticks) - 0.5)
+    if panel.reference is not None:
+        name, value = panel.reference
+        axes.axhline(100 * value, color=FAINT, linestyle="--", linewidth=1.2, label=name, zorder=1)
+    for number, (name, spreads) in enumerate(panel.curves.items()):
+        style = names.index(name)
+        shift = SIDESTEP * ((number + 0.5) / len(panel.curves) - 0.5)
+        known = [(place + shift, entry) for place, entry in enumerate(spreads) if entry is not None]
+        means = [100 * entry["mean"] for _, entry in known]
+        low = [100 * (entry["mean"] - entry["min"]) for _, entry in known]
+        high = [100 * (entry["max"] - entry["mean"]) for _, entry in known]
+        axes.errorbar(
+            [place for place, _ in known], means, yerr=[low, high], label=name, color=COLORS[style % len(COLORS)],
+            marker=MARKERS[(style + style // len(COLORS)) % len(MARKERS)], markersize=5.5, linewidth=1.4,
+            linestyle=LINES[style // len(COLORS) % len(LINES)] if panel.joined else "none",
+            elinewidth=1, alpha=0.9, zorder=3,
+        )  # fmt: skip
+        if len(panel.curves) == 1:
+            for (place, entry), mean in zip(known, means, strict=True):
+                axes.annotate(
+                    f"{mean:.1f}", (place, 100 * entry["max"]), xytext=(0, 5), textcoords="offset points",
+                    ha="center", fontsize=9, color=INK,
+                )  # fmt: skip
+    axes.margins(y=0.12)

@@ -1,0 +1,81 @@
+"""What a trainer's log says of a run: its curves, and where its time went."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TEACHER = "teachers"
+EVALUATION = "evaluation while training"
+OTHER = "waiting for batches, saving, start-up"
+
+
+def modes_of(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of the modes that the log has losses of, in order."""
+    keys = dict.fromkeys(key for entry in log_history for key in entry)
+    return [key.removeprefix("loss_") for key in keys if key.startswith("loss_")]
+
+
+def part_of(mode: str) -> str:
+    """What `time_parts` calls the steps of a mode."""
+    return f"{mode.replace('_', ' ')} steps"
+
+
+def curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of each entry that holds a finite number under `key`."""
+    return [(entry["step"], entry[key]) for entry in log_history if "step" in entry and _is_finite(entry.get(key))]
+
+
+def last(log_history: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The last finite number under `key`, or None."""
+    found = [entry[key] for entry in log_history if _is_finite(entry.get(key))]
+    return found[-1] if found else None
+
+
+def not_finite(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps whose logged loss was NaN or infinite, which JSON files hold as null."""
+    return [
+        entry["step"] for entry in log_history if "step" in entry and "loss" in entry and not _is_finite(entry["loss"])
+    ]
+
+
+def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Where the time went, in seconds, up to the last log; None where the log has no times of steps.
+
+    The time between two logs follows from what they count: samples = trained tokens / `length_in`, and seconds =
+    samples x `length_full` / `tokens_per_second`. So it is known of unfinished and of resumed runs too.
+
+    Returns:
+        Seconds of the steps of each mode, without their teacher's pass where the log tells it from them; `TEACHER`;
+        `EVALUATION`; and `OTHER`, what none of them took. Parts that took none are left out.
+    """
+    modes = modes_of(log_history)
+    seconds = dict.fromkeys([*map(part_of, modes), TEACHER, EVALUATION, OTHER], 0.0)
+    steps, tokens, wall = dict.fromkeys(modes, 0.0), 0.0, 0.0
+    for entry in log_history:
+        seconds[EVALUATION] += entry.get("eval_runtime") or 0.0
+        if not all(_is_finite(entry.get(key)) for key in ("num_tokens", "length_in", "tokens_per_second")):
+            continue
+        if entry["length_in"] and entry["tokens_per_second"]:
+            samples = (entry["num_tokens"] - tokens) / entry["length_in"]
+            wall += samples * entry["length_full"] / entry["tokens_per_second"]
+        tokens = entry["num_tokens"]
+        for mode in modes:
+            count = entry.get(f"steps_{mode}", steps[mode]) - steps[mode]
+            steps[mode] += count
+            teacher = count * (entry.get(f"teacher_seconds_{mode}") or 0.0)
+            seconds[TEACHER] += teacher
+            seconds[part_of(mode)] += count * (entry.get(f"step_seconds_{mode}") or 0.0) - teacher
+    if not wall:
+        return None
+    seconds[OTHER] = max(0.0, wall - sum(seconds.values()))
+    return {name: value for name, value in seconds.items() if value > 0}
+
+
+def hides_teacher(log_history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether steps learned from a teacher whose time the log does not tell from theirs, as older logs do not."""
+    keys = {key for entry in log_history for key in entry}
+    return "kl" in keys and not any(key.startswith("teacher_seconds_") for key in keys)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

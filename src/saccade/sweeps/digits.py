@@ -1,0 +1,192 @@
+"""The numbers and the methods that runs on the digit scenes share, in the demo and in the studies."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from saccade.errors import SaccadeError
+from saccade.sweeps.spec import Evaluation, RunSpec
+
+METHODS: dict[str, dict[str, Any]] = {
+    "all_tokens": {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0, "isolator_length": 0},
+    "prune_only": {"slow_probability": 0.0, "distill_weight": 0.0, "isolator_length": 0},
+    "slow_steps": {"distill_weight": 0.0, "isolator_length": 0},
+    "slow_steps_isolator": {"distill_weight": 0.0},
+    "dualspeed": {},
+}
+"""The options in which each method differs from DualSpeed. The order is that of the paper's Table 3, part by part."""
+
+OTHER_METHODS: dict[str, dict[str, Any]] = {
+    "skip_256_320": {**METHODS["all_tokens"], "skip_vision": "256/320"},
+    "skip_100_156": {**METHODS["all_tokens"], "skip_vision": "100/156"},
+    "skip_64_156": {**METHODS["all_tokens"], "skip_vision": "64/156"},
+    "dualspeed_skip": {"skip_vision": {"summary": True}},
+    "three_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.3, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+    "four_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.2, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "skipping", "probability": 0.1, "action": "skip", "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+}
+"""The same for Skip-Vision at three published budgets, for DualSpeed whose fast steps skip what they do not keep, and
+for more speeds than two."""
+
+LABELS = {
+    "all_tokens": "all tokens",
+    "prune_only": "pruning only",
+    "slow_steps": "+ slow steps",
+    "slow_steps_isolator": "+ isolator",
+    "dualspeed": "DualSpeed",
+    "skip_256_320": "Skip-Vision 256/320",
+    "skip_100_156": "Skip-Vision 100/156",
+    "skip_64_156": "Skip-Vision 64/156",
+    "dualspeed_skip": "DualSpeed that skips",
+    "three_speeds": "three speeds",
+    "four_speeds": "four speeds, one skips",
+}
+
+
+@dataclass(frozen=True)
+class DigitSettings:
+    """The numbers that the runs of a demo or of a study share.
+
+    Args:
+        pretrain_steps: steps of stage one, captions, projector only.
+        sft_steps: steps of stage two, questions, projector and language model.
+        batch_size: rows a step.
+        pretrain_learning_rate: peak rate of stage one.
+        learning_rate: peak rate of stage two.
+        turns: questions about each scene in stage two.
+        prune_ratio: p of fast steps and of pruned inference.
+        slow_probability: r.
+        isolator_length: l.
+        reducer: method that chooses the tokens.
+        test_scenes: scenes that every model is evaluated on.
+        split: split of those scenes; settings are tuned on "validation".
+        threads: threads a run computes with; one more process prepares its batches.
+    """
+
+    pretrain_steps: int
+    sft_steps: int
+    batch_size: int = 32
+    pretrain_learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
+    turns: int = 4
+    prune_ratio: float = 0.9
+    slow_probability: float = 0.1
+    isolator_length: int = 4
+    reducer: str = "divprune"
+    test_scenes: int = 1000
+    split: str = "test"
+    threads: int = 1
+
+    def shrink(self, steps: int) -> "DigitSettings":
+        """The same settings with `steps` steps of stage two, and stage one in proportion."""
+        share = steps / self.sft_steps
+        return replace(self, sft_steps=steps, pretrain_steps=max(1, round(self.pretrain_steps * share)))
+
+
+QUICK = DigitSettings(pretrain_steps=60, sft_steps=320)
+
+
+def digit_run(
+    name: str,
+    labels: Mapping[str, Any],
+    settings: DigitSettings,
+    method: str,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    pretrain_method: str | None = None,
+    inferences: tuple[dict[str, Any], ...] | None = None,
+) -> RunSpec:
+    """Both stages on the digit scenes, and the evaluation.
+
+    Args:
+        name: the run's folder.
+        labels: what tells it from the others; `seed` is added.
+        method: a key of `METHODS` or `OTHER_METHODS`.
+        seed: of weights, data order and modes.
+        options: fields of the recipe that differ in this run, in both stages.
+        pretrain_method: the method of stage one where it is another.
+        inferences: ways to run the trained model; all tokens, pruned as in training, and with its isolator if it has
+            one, when left out.
+
+    Raises:
+        SaccadeError: on an unknown method.
+    """
+    known = METHODS | OTHER_METHODS
+    for chosen in filter(None, (method, pretrain_method)):
+        if chosen not in known:
+            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(known)}")
+    methods = {"pretrain": pretrain_method or method, "sft": method}
+    stages = tuple({**_recipe(stage, settings, seed), **(options or {}), **known[methods[stage]]} for stage in methods)
+    if inferences is None:
+        pruned = {"reducer": settings.reducer, "prune_ratio": settings.prune_ratio}
+        pruned |= {name: value for name, value in (options or {}).items() if name in ("reducer", "prune_ratio")}
+        inferences = standard_inferences({**stages[-1], **pruned})
+    evaluation = Evaluation(inferences, settings.split, settings.test_scenes)
+    return RunSpec(name, {**labels, "seed": seed}, stages, evaluation, settings.threads)
+
+
+def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
+    common = {
+        "reducer": values.get("reducer", "divprune"),
+        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
+        "prune_ratio": values.get("prune_ratio", 0.9) or 0.9,
+        "positions": values.get("positions", "compact"),
+    }
+    ways = [{"name": "full"}, {"name": "pruned", **common}]
+    actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
+    skips = values.get("skip_vision") is not None or "skip" in actions
+    drops = "drop" in actions if values.get("modes") else not skips or values.get("skip_mode") == "slow"
+    if values.get("isolator_length", 4) and drops:
+        ways.append({"name": "pruned_isolator", **common})
+    if skips:
+        ways.append({"name": "skip"})
+    return tuple(ways)
+
+
+def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:
+    pretrain = stage == "pretrain"
+    steps = settings.pretrain_steps if pretrain else settings.sft_steps
+    return {
+        **({"model": "tiny"} if pretrain else {}),
+        "dataset": "digits",
+        "dataset_stage": stage,
+        "dataset_rows": steps * settings.batch_size,
+        "dataset_seed": seed,
+        "dataset_turns": 1 if pretrain else settings.turns,
+        "seed": seed,
+        "reducer": settings.reducer,
+        "prune_ratio": settings.prune_ratio,
+        "slow_probability": settings.slow_probability,
+        # Short runs would otherwise depend on the luck of the draw; the share is the same.
+        "schedule": "stratified",
+        "isolator_length": settings.isolator_length,
+        "positions": "compact",
+        "freeze_language_model": pretrain,
+        "learning_rate": settings.pretrain_learning_rate if pretrain else settings.learning_rate,
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, round(0.03 * steps)),
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 1,
+        "dataloader_persistent_workers": True,
+        "disable_tqdm": True,
+    }

@@ -1,0 +1,174 @@
+"""The page of all studies that a folder holds: tables, pictures, what the paper reports, and what people say of it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saccade.errors import SaccadeError
+from saccade.files import write_text_atomically
+from saccade.report.curves import CurvePanel, plot_panels
+from saccade.report.tables import markdown_table
+from saccade.sweeps.figures import percent
+from saccade.sweeps.plan import PLAN_FILE, Plan
+from saccade.sweeps.studies import STUDIES, Panel, Study
+from saccade.sweeps.table import Standing, label_text
+
+PAGE = "results.md"
+IMAGES = "images"
+NO_NOTES = "*Nobody has written here yet where this agrees with the paper and where it does not.*"
+INTRODUCTION = """# The paper's studies on the digit scenes
+
+The studies of [DualSpeed](dualspeed.md) ([arXiv 2602.03815](https://arxiv.org/abs/2602.03815)) on the
+[digit scenes](digit-scenes.md) with the tiny LLaVA, beside what the paper reports of LLaVA-1.5-7B. A model of 0.8
+million parameters on a made-up task says which way an effect goes, not how large it is elsewhere.
+
+`saccade sweep --study NAME --output OUT` runs a study, `saccade sweep --output OUT --write-docs docs` writes this page
+from its folders. The texts between the marks of notes are written by people and stay; all else is overwritten.
+
+Accuracies are exact matches of greedy answers, means over seeds with the least and the greatest in brackets; *n* says
+over how many seeds where some are missing. *Share* is against all-token training of the same seed. *Speed-up of
+steps* is measured within a run, a slow step less its teacher over the mean step; *tokens allow* is what token counts
+allow.
+"""
+
+
+def write_docs(output: Path, folder: Path) -> Path:
+    """Write `results.md` and its pictures into `folder`, from all studies in `output`, and return the page's path.
+
+    A page that is there keeps its notes, and the sections of studies that `output` does not hold are left out.
+
+    Raises:
+        SaccadeError: if `output` holds no study with a finished run.
+    """
+    page = folder / PAGE
+    notes = read_notes(page.read_text(encoding="utf-8")) if page.is_file() else {}
+    sections = []
+    for name, study in STUDIES.items():
+        if not (output / name / PLAN_FILE).is_file():
+            continue
+        standing = Standing(Plan.read(output / name), output / name)
+        if standing.rows:
+            picture = f"{IMAGES}/study_{name}.png"
+            panels = [curve_panel(standing, panel) for panel in study.panels if panel.drawn]
+            drawn = [panel for panel in panels if any(any(curve) for curve in panel.curves.values())]
+            if drawn:
+                plot_panels(drawn, folder / picture)
+            text = notes.pop(name, NO_NOTES)
+            sections.append(_section(name, study, standing, picture if drawn else None, text))
+    if not sections:
+        raise SaccadeError(
+            f"output={str(output)!r} holds no study with a finished run: run `saccade sweep --study NAME`"
+        )
+    lost = [name for name, text in notes.items() if text != NO_NOTES]
+    if lost:
+        raise SaccadeError(
+            f"{page} has notes on {', '.join(lost)}, which output={str(output)!r} does not hold: "
+            "give the folder that does, or move the notes away"
+        )
+    return write_text_atomically(page, "\n".join([INTRODUCTION, *sections]))
+
+
+def read_notes(text: str) -> dict[str, str]:
+    """What stands between the marks of notes, by study."""
+    return {
+        name: note.strip() for name, note in re.findall(r"<!-- notes: (\w+) -->(.*?)<!-- end -->", text, re.DOTALL)
+    }
+
+
+def curve_panel(standing: Standing, panel: Panel) -> CurvePanel:
+    """What a panel draws of what is done."""
+    entries = [entry for entry in standing.summary(panel.where) if entry[panel.x] is not None]
+    ticks = list(dict.fromkeys(entry[panel.x] for entry in entries))
+    amounts = all(isinstance(tick, (int, float)) for tick in ticks)
+    if amounts:
+        ticks.sort()
+    curves: dict[str, list[Mapping[str, float] | None]] = {}
+    for entry in entries:
+        curve = curves.setdefault(_series(panel, entry), [None] * len(ticks))
+        curve[ticks.index(entry[panel.x])] = entry.get(panel.figure)
+    reference = standing.baseline()
+    return CurvePanel(
+        title=panel.title,
+        xlabel=AXES.get(panel.x, panel.x.replace("_", " ")),
+        ylabel=panel.y,
+        ticks=[label_text(tick) for tick in ticks],
+        curves=curves,
+        reference=("all tokens, in training and inference", reference["mean"]) if amounts and reference else None,
+        joined=amounts,
+    )
+
+
+AXES = {
+    "prune_ratio": "share of visual tokens dropped, p",
+    "slow_probability": "share of slow steps, r",
+    "isolator_length": "rows of the isolator, l",
+    "method": "training",
+    "pruned_stages": "pruned",
+}
+
+
+def _series(panel: Panel, entry: Mapping[str, Any]) -> str:
+    return ", ".join(label_text(entry[name]) for name in panel.series) or panel.y
+
+
+def pivot_table(standing: Standing, panel: Panel) -> str | None:
+    """A panel as a table: a row for each curve, a column for each value of `x`; None if nothing of it is done."""
+    entries = [entry for entry in standing.summary(panel.where) if entry[panel.x] is not None]
+    ticks = sorted({entry[panel.x] for entry in entries})
+    planned = len({spec.labels["seed"] for spec in standing.plan.runs})
+    cells: dict[str, dict[Any, str]] = {}
+    for entry in entries:
+        missing = f", n = {entry['seeds']}" if entry["seeds"] < planned else ""
+        cells.setdefault(_series(panel, entry), {})[entry[panel.x]] = percent(entry.get(panel.figure)) + missing
+    if not cells:
+        return None
+    columns = [" and ".join(panel.series), *(f"{AXES[panel.x][-1]} = {tick}" for tick in ticks)]
+    return markdown_table(columns, [[name, *(row.get(tick) for tick in ticks)] for name, row in cells.items()])
+
+
+def _section(name: str, study: Study, standing: Standing, picture: str | None, notes: str) -> str:
+    parts = [f"## {study.title}", study.varies, f"**The paper.** {study.paper}"]
+    if picture:
+        parts.append(f"![{study.title}]({picture})")
+    reference = standing.baseline()
+    if study.pivot and reference:
+        parts.append(f"All tokens in training and inference: {percent(reference)}.")
+    for panel in study.panels if study.pivot else ():
+        found = pivot_table(standing, panel)
+        if found:
+            parts.append(f"**{panel.title}**, {panel.y.removesuffix(' (%)')}:\n\n{found.rstrip()}")
+    columns, cells = standing.table(study.detail)
+    if cells:
+        where = " and ".join(f"{label.replace('_', ' ')} {value}" for label, value in study.detail)
+        parts.append((f"All figures of {where}:\n\n" if where else "") + markdown_table(columns, cells).rstrip())
+    parts.append(f"<!-- notes: {name} -->\n{notes}\n<!-- end -->")
+    parts.append(origin(standing))
+    return "\n\n".join(parts) + "\n"
+
+
+def origin(standing: Standing) -> str:
+    """Where the figures come from: settings, runs, command, dates, commits, machine and versions."""
+    plan, results = standing.plan, list(standing.results.values())
+    settings = plan.settings or {}
+    seeds = sorted({result["spec"]["labels"]["seed"] for result in results})
+    found = [result["environment"] for result in results]
+    packages = ("torch", "transformers", "trl")
+    python = [f"Python {one['python']}" for one in found]
+    versions = [", ".join(f"{name} {one['packages'][name]}" for name in packages) for one in found]
+    machines = [f"{one['cpu']} ({one['cores']} cores, {one['memory_gib']} GiB)" for one in found]
+    commits = [(one["commit"] or "unknown")[:7] for one in found]
+    days = [result.get("finished", plan.started) for result in results]
+    steps = f"{settings['pretrain_steps']} and {settings['sft_steps']} steps of {settings['batch_size']} rows"
+    usual = f"p = {settings['prune_ratio']}, r = {settings['slow_probability']}, l = {settings['isolator_length']}"
+    return (
+        f"*{standing.progress}. {steps}, the `stratified` schedule; unless they vary {usual}, {settings['reducer']}, "
+        f"compact positions; {settings['test_scenes']} scenes of the {settings['split']} split. Seeds {_list(seeds)}; "
+        f"`{plan.command}`; {_list(days)}; commit {_list(commits)}; {_list(machines)}, {settings['threads']} thread a "
+        f"run; {_list(python)}, {_list(versions)}. Training times, and with them the "
+        f"speed-up of steps, depend on what else the machine did.*"
+    )
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values))

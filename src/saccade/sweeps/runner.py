@@ -1,0 +1,285 @@
+"""Runs specs in processes of their own, several at a time, each stage once, and shows how far they are."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from saccade.errors import SaccadeError
+from saccade.files import write_json_atomically
+from saccade.report.environment import environment
+from saccade.sweeps.lock import folder_lock
+from saccade.sweeps.spec import RunSpec, stage_names
+from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
+
+RUNS, STAGES = "runs", "stages"
+LOG_FILE = "log.txt"
+ERROR_FILE = "error.json"
+
+
+@dataclass
+class Outcome:
+    """What became of the runs.
+
+    Args:
+        results: what `result.json` holds, by run name, in the order of the specs.
+        failures: one line each for the runs that failed, by run name.
+    """
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def raise_failures(self) -> None:
+        """End with the failures, if there are any.
+
+        Raises:
+            SaccadeError: with the first of them and their number.
+        """
+        if self.failures:
+            first, *others = self.failures.values()
+            more = f"; {len(others)} more failed: {', '.join(list(self.failures)[1:])}" if others else ""
+            raise SaccadeError(f"{first}{more}; the same command goes on with what is missing")
+
+
+def run_specs(
+    specs: Sequence[RunSpec],
+    output: Path,
+    stages: Path | None = None,
+    jobs: int = 1,
+    any_commit: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Run what `output` does not hold yet, in order, and return every result.
+
+    A run that is there with the same spec, commit and package versions is taken as it is, and so is a stage. An
+    interrupted run starts again at the stage where it was; a run that fails does not stop the others.
+
+    Args:
+        output: holds the folder `runs`, with one folder a run.
+        stages: the folder of stages, which several sweeps may share; `stages` inside `output` when left out.
+        jobs: runs at a time.
+        any_commit: take runs and stages of any commit and version as they are.
+
+    Raises:
+        SaccadeError: on a number of jobs below 1, runs of one name, or another sweep at work in the same folder.
+    """
+    if jobs < 1:
+        raise SaccadeError(f"jobs={jobs}: give at least 1")
+    names = [spec.name for spec in specs]
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise SaccadeError(f"two runs are called {repeated[0]!r}: a value is given twice")
+    console = console or Console()
+    stages = stages or output / STAGES
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with folder_lock(stages), Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        return _Runner(output / RUNS, stages, progress, any_commit).run(list(specs), jobs)
+
+
+def read_result(output: Path, spec: RunSpec) -> dict[str, Any] | None:
+    """What a run's `result.json` holds if it is there and of this very spec, of whatever commit; else None."""
+    path = output / RUNS / spec.name / RESULT_FILE
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return found if found["spec"] == spec.as_json() else None
+
+
+def read_failure(output: Path, spec: RunSpec) -> str | None:
+    """Why a run failed the last time, or None."""
+    path = output / RUNS / spec.name / ERROR_FILE
+    return json.loads(path.read_text())["error"] if path.is_file() else None
+
+
+def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a run made in one environment stands for a run in the other: the same commit and package versions."""
+    return all(before.get(name) == now.get(name) for name in ("commit", "packages"))
+
+
+class _Runner:
+    def __init__(self, folder: Path, stages: Path, progress: Progress, any_commit: bool) -> None:
+        self.folder = folder
+        self.stages = stages
+        self.progress = progress
+        self.any_commit = any_commit
+        self.environment = environment()
+        self.outcome = Outcome()
+        self.processes: set[subprocess.Popen] = set()
+        self.busy: set[str] = set()
+        """Stages that a process trains now."""
+        self.changed = threading.Condition()
+
+    def run(self, specs: list[RunSpec], jobs: int) -> Outcome:
+        """Run what is missing, and return the outcome with the results in the order of `specs`."""
+        found = {spec.name: self._found(spec) for spec in specs}
+        self.pending = [spec for spec in specs if found[spec.name] is None]
+        for name in (name for name, result in found.items() if result is not None):
+            self.progress.console.print(f"{name}: found, not trained again")
+        self._say_what_is_replaced()
+        self.whole = self.progress.add_task("all runs", total=sum(sum(_weights(spec).values()) for spec in specs))
+        for spec in specs:
+            if found[spec.name] is not None:
+                self.progress.advance(self.whole, sum(_weights(spec).values()))
+        with ThreadPoolExecutor(jobs) as pool:
+            workers = [pool.submit(self._work) for _ in range(jobs)]
+            try:
+                for worker in workers:
+                    worker.result()
+            except BaseException:
+                with self.changed:
+                    self.pending.clear()
+                    self.changed.notify_all()
+                for process in list(self.processes):
+                    process.kill()
+                raise
+        results = {name: result for name, result in found.items() if result is not None} | self.outcome.results
+        order = [spec.name for spec in specs]
+        return Outcome(
+            {name: results[name] for name in order if name in results},
+            {name: self.outcome.failures[name] for name in order if name in self.outcome.failures},
+        )
+
+    def _found(self, spec: RunSpec) -> dict[str, Any] | None:
+        result = read_result(self.folder.parent, spec)
+        return result if result is not None and self._fits(result) else None
+
+    def _fits(self, record: dict[str, Any]) -> bool:
+        return self.any_commit or same_code(record.get("environment", {}), self.environment)
+
+    def _has(self, stage: str) -> bool:
+        path = self.stages / stage / RESULT_FILE
+        return path.is_file() and self._fits(json.loads(path.read_text()))
+
+    def _say_what_is_replaced(self) -> None:
+        others = [spec for spec in self.pending if read_result(self.folder.parent, spec) is not None]
+        if others:
+            self.progress.console.print(
+                f"{len(others)} runs are of another commit or other versions, and are made again: "
+                "any_commit takes them as they are"
+            )
+
+    def _work(self) -> None:
+        """What each of the threads does: the first run that can start, then the next, until there is none left."""
+        while (taken := self._take()) is not None:
+            spec, missing = taken
+            try:
+                self._run_and_tell(spec, missing)
+            finally:
+                with self.changed:
+                    self.busy -= missing
+                    self.changed.notify_all()
+
+    def _take(self) -> tuple[RunSpec, set[str]] | None:
+        """The first pending run none of whose missing stages another run is training, and those stages."""
+        with self.changed:
+            while self.pending:
+                for spec in self.pending:
+                    missing = {stage for stage in spec.stage_ids if not self._has(stage)}
+                    if not missing & self.busy:
+                        self.pending.remove(spec)
+                        self.busy |= missing
+                        return spec, missing
+                self.changed.wait()
+        return None
+
+    def _run_and_tell(self, spec: RunSpec, missing: set[str]) -> None:
+        folder = self.folder / spec.name
+        shutil.rmtree(folder, ignore_errors=True)
+        for stage in missing:
+            self._clear(stage)
+        write_json_atomically(folder / SPEC_FILE, spec.as_json())
+        task = self.progress.add_task(spec.name, total=sum(_weights(spec).values()))
+        try:
+            error = self._run(spec, folder, task)
+        finally:
+            self.progress.remove_task(task)
+        if error is not None:
+            self.outcome.failures[spec.name] = error
+            self.progress.console.print(error)
+            write_json_atomically(folder / ERROR_FILE, {"error": error})
+            return
+        result = json.loads((folder / RESULT_FILE).read_text())
+        self.outcome.results[spec.name] = result
+        self.progress.console.print(f"{spec.name}: {_describe(result, missing)}")
+
+    def _clear(self, stage: str) -> None:
+        """Remove an unfinished stage of other code; one of this code may go on from its checkpoints."""
+        path = self.stages / stage / SPEC_FILE
+        finished = (self.stages / stage / RESULT_FILE).is_file()
+        if finished or not path.is_file() or not self._fits(json.loads(path.read_text())):
+            shutil.rmtree(self.stages / stage, ignore_errors=True)
+
+    def _run(self, spec: RunSpec, folder: Path, task: TaskID) -> str | None:
+        """Run one spec in a process of its own; None, or one line on why it failed."""
+        log = folder / LOG_FILE
+        variables = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        weights = _weights(spec)
+        done = dict.fromkeys(weights, 0.0)
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "saccade.sweeps.worker", str(folder), str(self.stages)],
+                # Never written to: it closes when this process ends in whatever way, which ends the run.
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=variables,
+            )
+            self.processes.add(process)
+            for line in process.stdout:
+                words = line.split()
+                if len(words) == 4 and words[0] == "progress":
+                    stage, step, total = words[1], int(words[2]), int(words[3])
+                    before, done[stage] = done[stage], weights[stage] * step / total
+                    for bar in (task, self.whole):
+                        self.progress.advance(bar, done[stage] - before)
+            status = process.wait()
+            process.stdin.close()
+            self.processes.remove(process)
+        # Stages that were there already, and what a failed run did not reach.
+        self.progress.advance(self.whole, sum(weights.values()) - sum(done.values()))
+        if status:
+            last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+            return f"the run {spec.name} ended with status {status}: {' '.join(last)} (see {log})"
+        return None
+
+
+def _describe(result: dict[str, Any], missing: set[str]) -> str:
+    trained = [result["stages"][stage.partition("-")[0]]["seconds"] for stage in missing]
+    words = [f"trained in {sum(trained):.0f} s" if trained else "stages found"]
+    full = next((entry for entry in result["evaluations"] if entry["inference"] == "full"), None)
+    if full:
+        words.append(f"accuracy {100 * full['accuracy']:.1f} %")
+    return ", ".join(words)
+
+
+def _weights(spec: RunSpec) -> dict[str, float]:
+    """Rough seconds of each part in relation to one another, for the time left."""
+    weights = {}
+    for name, values in zip(stage_names(spec.stages), spec.stages, strict=True):
+        slow = 0.0 if values.get("freeze_language_model") else values.get("slow_probability", 0.1)
+        fast = 0.2 + 0.8 * (1 - values.get("prune_ratio", 0.9))
+        steps = values.get("max_steps", 0)
+        weights[name] = (steps if steps > 0 else 1000) * ((1 - slow) * fast + slow * (1 + fast / 3))
+    if spec.evaluation:
+        seconds = sum(7 if fields["name"] == "full" else 3 for fields in spec.evaluation.inferences)
+        weights["evaluate"] = 3 * seconds * spec.evaluation.scenes / 1000
+    return weights

@@ -1,0 +1,77 @@
+"""`saccade data check`: the sources of a file or of a recipe, read as training would read them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from saccade.data.check import check_sources
+from saccade.data.lengths import TokenCounter
+from saccade.training.recipe import Recipe, load_recipe, make_recipe
+from saccade.training.sources import dataset_sources, load_processor, open_source
+
+
+class FirstRows:
+    """The first rows of a source."""
+
+    def __init__(self, source: Any, count: int) -> None:
+        self.source, self.count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def read(self, index: int) -> dict[str, Any]:
+        return self.source.read(index)
+
+
+def check_data(
+    path: str,
+    given: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    start: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Read every row and every image that a data file, or a recipe, would train on.
+
+    Args:
+        path: a data file, a folder, a hub id, or a recipe's YAML.
+        given: fields of a recipe, over those of the YAML. With a `model`, tokens are counted.
+        jobs: processes that read side by side.
+        start: called with the number of rows before the first is read.
+        progress: called with the number of rows just read.
+
+    Returns:
+        What `saccade.data.check.check_sources` returns, and `sources`, the path and the number of rows of each.
+
+    Raises:
+        SaccadeError: on bad input.
+    """
+    recipe = _recipe(path, dict(given or {}))
+    options, args = recipe.options, recipe.trainer
+    opened = []
+    for source in dataset_sources(options):
+        limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]
+        rows = open_source(replace(source, rows=None) if source.path != "digits" else source, options)
+        opened.append((source.path, FirstRows(rows, min(limits)) if limits else rows))
+    counter = None
+    if "model" in recipe.given:
+        processor, placeholder_id = load_processor(options, args.trust_remote_code)
+        counter = TokenCounter(processor, placeholder_id, args.token_budget, args.isolator_length)
+    if start is not None:
+        start(sum(len(rows) for _, rows in opened))
+    report = check_sources(
+        [rows for _, rows in opened], counter, args.max_image_pixels, jobs, args.max_length, progress
+    )
+    named = [{"path": name, "records": len(rows)} for name, rows in opened]
+    return {"sources": named, **report}
+
+
+def _recipe(path: str, given: dict[str, Any]) -> Recipe:
+    if Path(path).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(path)
+        return make_recipe({**recipe.given, **given}, source=path)
+    # What a check needs of the options of training is the same on any machine.
+    return make_recipe({"bf16": False, "use_cpu": True, **given, "dataset": path}, source="saccade data check")

@@ -1,0 +1,257 @@
+"""Training on data with bad records: skipped in step, counted, listed, and too many of them an end on every rank."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from data_files import bad_records, good_records, turn, write_json
+from helpers import losses, make_trainer
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
+from saccade.tiny import build_tiny_llava
+from saccade.training import ModelOptions, load_rows
+
+TINY = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Good records with all bad ones among them."""
+    folder = tmp_path / "data"
+    good, bad = good_records(folder, 9), list(bad_records(folder).values())
+    return write_json(folder / "data.jsonl", [good[0], *bad, *good[1:]])
+
+
+@pytest.fixture
+def spread(data):
+    """Two bad records after every four good ones, so that the first batch of each rank holds a good one."""
+    bad = [json.loads(line) for line in data.open()][1:12]
+    good = good_records(data.parent, 24, "spread")
+    rows = [
+        row for number in range(6) for row in (*good[4 * number : 4 * number + 4], *bad[2 * number : 2 * number + 2])
+    ]
+    return write_json(data.parent / "spread.jsonl", rows)
+
+
+def listed(output):
+    return [json.loads(line) for line in (output / BAD_RECORDS_FILE).read_text().splitlines()]
+
+
+def collate(trainer, indices):
+    return trainer.training_collator()([trainer.train_dataset[index] for index in indices])
+
+
+def test_a_bad_record_is_replaced_by_the_next_good_one(model, processor, tmp_path, data):
+    rows = load_rows(ModelOptions(dataset=str(data)))
+    trainer = make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=20)
+    bad = 11
+    good = collate(trainer, [0, bad + 1, bad + 2])
+    assert "bad_records" not in good
+    # All of the bad ones follow one another, so that the same good one stands in for each.
+    for index in (1, 4, bad):
+        batch = collate(trainer, [0, index, bad + 2])
+        found = batch.pop("bad_records")
+        assert [entry["record"] for entry in found] == [f"{data}, line {n + 1}" for n in range(index, bad + 1)]
+        for name, value in good.items():
+            assert torch.equal(batch[name], value), name
+    # The last row is followed by the first one.
+    last = write_json(data.parent / "last.jsonl", [json.loads(line) for line in reversed(data.open().readlines())][8:])
+    trainer.train_dataset = load_rows(ModelOptions(dataset=str(last)))
+    batch = collate(trainer, [1, 0])
+    assert batch["input_ids"].shape[0] == 2
+    assert len(batch["bad_records"]) == 11
+
+
+def test_a_batch_is_given_up_beyond_the_limit_and_where_nothing_is_good(model, processor, tmp_path, data):
+    rows = load_rows(ModelOptions(dataset=str(data)))
+    trainer = make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=3)
+    assert set(collate(trainer, [0, 1])) == {"bad_records"}
+    assert len(collate(trainer, [0, 1])["bad_records"]) == 4
+    trainer.args.max_bad_records = 100
+    trainer.train_dataset = rows.select(range(1, 5))
+    assert len(collate(trainer, [0, 1])["bad_records"]) == 4
+    strict = trainer.data_collator
+    with pytest.raises(SaccadeError, match=r"data.jsonl, line 2: image 'images/none.jpg' does not exist"):
+        strict([rows[0], rows[1]])
+
+
+def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, tmp_path, data):
+    streamed = load_rows(ModelOptions(dataset=str(data), dataset_streaming=True, dataset_shuffle_buffer=0))
+    rows = list(streamed)
+    trainer = make_trainer(model, processor, tmp_path / "out", rows=streamed, max_bad_records=20)
+    collator = trainer.training_collator()
+    batch = collator([rows[0], rows[1], rows[13]])
+    expected = collator([rows[0], rows[13], rows[13]])
+    assert [entry["kind"] for entry in batch.pop("bad_records")] == ["missing_image"]
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    # In a batch without any, the last sample before stands in.
+    batch = collator([rows[1], rows[2]])
+    assert len(batch["bad_records"]) == 2
+    assert torch.equal(batch["input_ids"], expected["input_ids"][1:])
+    assert set(trainer.training_collator()([rows[1], rows[2]])) == {"bad_records"}
+
+
+def test_a_run_whose_first_batch_holds_nothing_good_stops(model, processor, tmp_path, data):
+    path = write_json(data.parent / "bad.jsonl", [json.loads(line) for line in data.open()][1:3])
+    rows = load_rows(ModelOptions(dataset=str(path)))
+    with pytest.raises(SaccadeError, match="no record of a batch can be used"):
+        make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=9).train()
+    assert len(listed(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_skips_counts_and_lists(processor, tmp_path, data, workers):
+    """The same losses whatever the workers, each bad record counted once though it is met in every epoch."""
+    outputs = []
+    for run in ("one", "two"):
+        rows = load_rows(ModelOptions(dataset=str(data)))
+        trainer = make_trainer(
+            *(build_tiny_llava(processor, seed=0), processor, tmp_path / run),
+            rows=rows,
+            max_steps=15,
+            max_bad_records=11,
+            dataloader_num_workers=workers if run == "one" else 0,
+        )
+        trainer.train()
+        outputs.append(losses(trainer))
+        entries = listed(tmp_path / run)
+        assert sorted(entry["record"] for entry in entries) == sorted(f"{data}, line {n}" for n in range(2, 13))
+        assert {entry["kind"] for entry in entries} == set(bad_records(data.parent))
+        assert trainer.state.log_history[-2]["bad_records"] == 11
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0]) == 15
+
+
+def test_a_resumed_run_goes_on_with_the_list_and_a_new_one_starts_anew(processor, tmp_path, data):
+    options = {"max_steps": 8, "max_bad_records": 11, "save_strategy": "steps", "save_steps": 5}
+    options["lr_scheduler_type"] = "constant"
+
+    def run(output, resume=None, **more):
+        rows = load_rows(ModelOptions(dataset=str(data)))
+        model = build_tiny_llava(processor, seed=0)
+        trainer = make_trainer(model, processor, output, rows=rows, **{**options, **more})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "parts", max_steps=5)
+    first = listed(tmp_path / "parts")
+    resumed = run(tmp_path / "parts", resume=True)
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    assert {entry["record"] for entry in first} <= {entry["record"] for entry in listed(tmp_path / "parts")}
+    assert resumed.bad_records.records == whole.bad_records.records
+    good = write_json(data.parent / "good.json", good_records(data.parent, 4))
+    trainer = make_trainer(
+        build_tiny_llava(processor, seed=0),
+        processor,
+        tmp_path / "parts",
+        rows=load_rows(ModelOptions(dataset=str(good))),
+        max_steps=1,
+    )
+    trainer.train()
+    assert not (tmp_path / "parts" / BAD_RECORDS_FILE).exists()
+
+
+def launch(data, output, *flags):
+    """`saccade train` on two processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    recipe = ["saccade.cli.main", "train", "tiny-digits/sft", "--model", "tiny", "--dataset", str(data)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*run, *recipe, "--output_dir", str(output), "--dataloader_num_workers", "1", *TINY, *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+
+
+def test_two_processes_skip_in_step_and_stop_together(tmp_path, spread):
+    done = launch(spread, tmp_path / "out", "--max_bad_records", "11", "--max_steps", "12")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(listed(tmp_path / "out")) == 11
+    assert len(json.loads((tmp_path / "out" / "log.json").read_text())["log_history"]) >= 1
+    done = launch(spread, tmp_path / "few", "--max_bad_records", "2", "--max_steps", "12")
+    assert done.returncode != 0
+    # Both ranks say so, rather than one that raises and one that waits for it.
+    errors = re.findall(r"saccade: error: (\d+) bad records, more than max_bad_records=2; ", done.stderr)
+    assert len(errors) == 2, done.stderr[-2000:]
+    assert errors[0] == errors[1]
+    assert 2 < len(listed(tmp_path / "few")) <= 11
+
+
+def test_a_stream_on_two_processes(tmp_path, spread):
+    flags = ["--max_bad_records", "11", "--dataset_streaming", "true", "--max_steps", "12"]
+    done = launch(spread, tmp_path / "out", *flags, "--dataset_shuffle_buffer", "4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(listed(tmp_path / "out")) == 11
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_without_a_limit_the_first_one_ends_the_run(tmp_path, data, capsys, streaming):
+    flags = ["--dataset", str(data), "--dataset_streaming", streaming, "--dataset_shuffle_buffer", "0"]
+    assert (
+        main(["train", "tiny-digits/sft", "--model", "tiny", "--output_dir", str(tmp_path / "o"), *flags, *TINY]) == 2
+    )
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith(
+        f"saccade: error: {data}, line 2: image 'images/none.jpg' does not exist in {data.parent}"
+    )
+    assert "max_bad_records=0 stops at the first" in printed
+
+
+def test_what_max_length_leaves_unusable_is_bad(model, processor, tmp_path, collator):
+    """Images that would be cut, and answers that all are; a row of which some answer stays is cut as before."""
+    folder = tmp_path / "data"
+    records = good_records(folder, 4)
+    records[1]["conversations"] = turn("<image>\n" + "how many digits ? " * 30, "3")
+    records[2] = {"image": ["images/good2.jpg"] * 2, "conversations": turn("<image> <image> how many ?", "3")}
+    records[3]["conversations"] = turn("<image>\nhow many ?", "3") + turn("how many digits ? " * 30, "3")
+    rows = load_rows(ModelOptions(dataset=str(write_json(folder / "data.json", records))))
+    options = {"rows": rows, "max_bad_records": 2, "max_length": 200}
+    trainer = make_trainer(model, processor, tmp_path / "out", **options)
+    batch = collate(trainer, [0, 1, 2, 3])
+    assert [(entry["record"][-5:], entry["kind"]) for entry in batch["bad_records"]] == [
+        ("row 2", "too_long"),
+        ("row 3", "too_long"),
+    ]
+    assert "cuts every answer" in batch["bad_records"][0]["reason"]
+    assert "cuts image tokens" in batch["bad_records"][1]["reason"]
+    assert batch["input_ids"].shape == (4, 200)
+    assert (batch["labels"] != -100).any(dim=1).all()
+    # Both were replaced by the last row.
+    assert torch.equal(batch["input_ids"][1], batch["input_ids"][3])
+    with pytest.raises(SaccadeError, match=r"row 2: max_length=200 cuts every answer: it has 2.. tokens"):
+        trainer.data_collator([rows[0], rows[1]])
+
+
+def test_what_the_chat_template_refuses_is_bad(model, processor, tmp_path):
+    folder = tmp_path / "data"
+    records = good_records(folder, 3)
+    records[1]["conversations"] = turn("forbidden <image>", "3")
+    rows = load_rows(ModelOptions(dataset=str(write_json(folder / "data.json", records))))
+    trainer = make_trainer(model, processor, tmp_path / "out", rows=rows, max_bad_records=1)
+    template = processor.chat_template
+    word = "messages[0]['content'][0].get('text', '')"
+    check = f"{{% if 'forbidden' in {word} %}}{{{{ raise_exception('no such word') }}}}{{% endif %}}"
+    trainer.data_collator.chat_template = check + template
+    batch = collate(trainer, [0, 1])
+    assert [entry["reason"] for entry in batch["bad_records"]] == ["the chat template refuses it: no such word"]
+    assert batch["input_ids"].shape[0] == 2
+
+
+def test_the_log_counts_each_record_once(tmp_path):
+    log = BadRecordLog(tmp_path, limit=2)
+    entries = [{"record": f"a, line {number}", "kind": "not_json", "reason": "bad"} for number in range(3)]
+    log.add(entries[:2])
+    log.add(entries[:1])
+    log.check()
+    log.write()
+    again = BadRecordLog(tmp_path, limit=2)
+    again.read()
+    assert again.unknown(entries) == entries[2:]
+    again.add(entries)
+    with pytest.raises(SaccadeError, match=r"3 bad records, more than max_bad_records=2; a, line 0: bad; ") as error:
+        again.check()
+    assert "\n" not in str(error.value)

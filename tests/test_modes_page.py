@@ -1,0 +1,30 @@
+"""docs/modes.md: its examples are configurations, and its list trains."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import make_config, make_trainer
+
+from saccade.dualspeed.modes import ACTIONS, Mode
+from saccade.tiny import build_tiny_llava
+
+PAGE = (Path(__file__).parent.parent / "docs" / "modes.md").read_text()
+EXAMPLES = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
+ACTIONS_OF = [["skip", "keep"], ["skip"], ["drop", "drop", "skip", "keep"]]
+
+
+@pytest.mark.parametrize(("options", "actions"), list(zip(EXAMPLES, ACTIONS_OF, strict=True)))
+def test_examples_make_the_modes_that_the_text_says(options, actions, processor, tmp_path):
+    modes = make_config(tmp_path, **options).all_modes()
+    assert [mode.action for mode in modes] == actions
+    trainer = make_trainer(build_tiny_llava(processor), processor, tmp_path, max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_page_names_every_field_and_action():
+    fields = set(Mode.__dataclass_fields__) - {"budget", "skip_vision"} | {"prune_ratio", "keep_tokens"}
+    assert [name for name in fields if f"`{name}`" not in PAGE] == []
+    assert [action for action in ACTIONS if f"`{action}`" not in PAGE] == []

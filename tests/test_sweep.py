@@ -1,0 +1,303 @@
+"""Sweeps end to end at a size that learns nothing: shared stages, failures, kills, tables and the page of results."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.sweeps import QUICK, run_specs
+from saccade.sweeps.docs import NO_NOTES, read_notes, write_docs
+from saccade.sweeps.lock import folder_lock
+from saccade.sweeps.plan import Plan, plan_study
+from saccade.sweeps.runner import same_code
+from saccade.sweeps.sweep import check_folder
+from saccade.sweeps.table import Standing
+
+SMALL = [
+    "tiny-digits/sft",
+    "--pretrain",
+    "tiny-digits/pretrain",
+    "--max_steps",
+    "2",
+    "--pretrain.max_steps",
+    "1",
+    "--dataset_rows",
+    "8",
+    "--pretrain.dataset_rows",
+    "4",
+    "--per_device_train_batch_size",
+    "4",
+    "--pretrain.per_device_train_batch_size",
+    "4",
+    "--save_strategy",
+    "no",
+    "--pretrain.save_strategy",
+    "no",
+    "--scenes",
+    "8",
+]
+# A limit that cuts image tokens shows in the first batch only, when the run has started.
+FAILING = ["--grid", "slow_probability=0.5,0", "--grid", "max_length=2048,30"]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """Four runs, two of which fail, and what the command said."""
+    output = tmp_path_factory.mktemp("sweep")
+    command = [sys.executable, "-m", "saccade.cli.main", "sweep", *SMALL, *FAILING, "--jobs", "2"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
+    return output, done
+
+
+def test_a_failed_run_does_not_lose_the_others(swept) -> None:
+    output, done = swept
+    assert done.returncode == 1
+    complaints = done.stderr.splitlines()
+    assert len(complaints) == 3
+    for line, probability in zip(complaints, ("0.5", "0"), strict=False):
+        assert f"the run slow_probability={probability}-max_length=30-seed=0 ended with status 1" in line
+        assert "max_length=30" in line
+    assert complaints[2] == "saccade: 2 runs failed; the same command tries them again"
+    standing = Standing(Plan.read(output), output)
+    assert standing.progress.startswith("2 of 4 runs done, 2 failed: slow_probability=0.5-max_length=30-seed=0, ")
+    assert {(row["slow_probability"], row["max_length"]) for row in standing.rows} == {(0.5, 2048), (0, 2048)}
+
+
+def test_the_first_stage_was_trained_once(swept) -> None:
+    output, _ = swept
+    results = list((output / "stages").glob("pretrain-*/result.json"))
+    assert len(results) == 1
+    seconds = json.loads(results[0].read_text())["seconds"]
+    for path in output.glob("runs/*/result.json"):
+        assert json.loads(path.read_text())["stages"]["pretrain"]["seconds"] == seconds
+
+
+def test_results_hold_the_whole_evaluation(swept) -> None:
+    output, _ = swept
+    for path in output.glob("runs/*/result.json"):
+        result = json.loads(path.read_text())
+        assert [entry["inference"] for entry in result["evaluations"]] == ["full", "pruned", "pruned_isolator"]
+        assert all(entry["samples"] == 8 for entry in result["evaluations"])
+        assert result["stages"]["sft"]["samples"] == 2 * 4
+        assert (Path(result["model"]) / "model.safetensors").is_file()
+
+
+def test_what_is_there_is_not_made_again(swept, capfd) -> None:
+    output, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/result.json")}
+    flags = ["--only", "max_length=2048", "--output", str(output)]
+    assert main(["sweep", *SMALL, *FAILING, *flags]) == 0
+    assert capfd.readouterr().out.count("found, not trained again") == 2
+    assert {path: path.stat().st_mtime_ns for path in output.glob("runs/*/result.json")} == before
+
+
+def test_the_table_of_some_folders_has_the_rows_of_all(swept, tmp_path, capsys) -> None:
+    output, _ = swept
+    whole = Standing(Plan.read(output), output)
+    partial = tmp_path / "partial"
+    shutil.copytree(output, partial, ignore=shutil.ignore_patterns("stages"))
+    shutil.rmtree(partial / "runs" / "slow_probability=0-max_length=2048-seed=0")
+    assert main(["sweep", "--output", str(partial), "--table"]) == 0
+    assert "1 of 4 runs done" in capsys.readouterr().out
+    table = json.loads((partial / "table.json").read_text())
+    assert table["rows"] == [row for row in json.loads(json.dumps(whole.rows)) if row["slow_probability"] == 0.5]
+    (line,) = (partial / "table.md").read_text().splitlines()[2:]
+    assert line.startswith("| 0.5 | 2048 | 1 |")
+
+
+def test_another_commit_is_made_again_unless_any_will_do(swept, tmp_path, capfd, monkeypatch) -> None:
+    output, _ = swept
+    moved = tmp_path / "moved"
+    shutil.copytree(output, moved)
+    (spec,) = [run for run in Plan.read(moved).runs if run.name == "slow_probability=0-max_length=2048-seed=0"]
+    path = moved / "runs" / spec.name / "result.json"
+    result = json.loads(path.read_text())
+    result["environment"]["commit"] = "another"
+    path.write_text(json.dumps(result))
+    assert run_specs([spec], moved, any_commit=True).results[spec.name]["environment"]["commit"] == "another"
+    outcome = run_specs([spec], moved)
+    assert "1 runs are of another commit" in capfd.readouterr().out
+    again = outcome.results[spec.name]
+    assert again["environment"]["commit"] != "another"
+    # The stages are of this commit, so the model is the same.
+    assert again["evaluations"] == result["evaluations"]
+
+
+def test_a_folder_of_another_sweep_is_refused(swept, capsys) -> None:
+    output, _ = swept
+    before = {path: path.read_bytes() for path in output.glob("**/*.json")}
+    for words in (["--grid", "slow_probability=0.5"], ["--grid", "slow_probability=0.5,0", "--dataset_rows", "12"]):
+        flags = ["--grid", "max_length=2048", "--output", str(output)]
+        assert main(["sweep", *SMALL, *words, *flags]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "finished runs of another sweep (saccade " in line
+        assert "-max_length=2048-seed=0: give another output, or --only" in line
+    assert {path: path.read_bytes() for path in output.glob("**/*.json")} == before
+
+
+def test_a_sweep_may_grow(swept) -> None:
+    output, _ = swept
+    plan = Plan.read(output)
+    failed = [spec for spec in plan.runs if spec.labels["max_length"] == 30]
+    extra = replace(plan.runs[0], name="one more")
+    check_folder(replace(plan, runs=(*(spec for spec in plan.runs if spec not in failed), extra)), output)
+    with pytest.raises(SaccadeError, match="holds 1 finished runs of another sweep"):
+        check_folder(replace(plan, runs=plan.runs[1:]), output)
+
+
+def test_same_code() -> None:
+    now = {"commit": "a", "packages": {"torch": "1"}, "cpu": "x"}
+    assert same_code({**now, "cpu": "y"}, now)
+    assert not same_code({**now, "commit": "b"}, now)
+    assert not same_code({**now, "packages": {"torch": "2"}}, now)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that any thread of a process started and that still run."""
+    lists = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(word) for words in lists for word in words]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are looked up in /proc")
+def test_a_killed_sweep_goes_on(tmp_path, capfd) -> None:
+    # The second run is long enough to be killed in the middle of its second stage.
+    words = [*SMALL, "--grid", "sft.max_steps=2,60", "--dataset_rows", "240", "--output", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "saccade.cli.main", "sweep", *words], stdout=subprocess.PIPE)
+    wait_for((tmp_path / "sweep.json").is_file)
+    short, long = Plan.read(tmp_path).runs
+    first, second = (tmp_path / "runs" / spec.name / "result.json" for spec in (short, long))
+    stage = tmp_path / "stages" / long.stage_ids[1]
+    wait_for((stage / "spec.json").is_file)
+    (worker,) = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    # Nobody is left who would write into the folders of the next sweep.
+    wait_for(lambda: not runs(worker), 20)
+    assert first.is_file()
+    assert not second.exists()
+    assert not (stage / "result.json").exists()
+    before = first.stat().st_mtime_ns
+    assert main(["sweep", *words]) == 0
+    printed = capfd.readouterr().out
+    assert f"{short.name}: found, not trained again" in printed
+    assert f"{long.name}: trained in" in printed
+    assert first.stat().st_mtime_ns == before
+    assert json.loads(second.read_text())["stages"]["sft"]["samples"] == 60 * 4
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
+    with folder_lock(tmp_path / "stages"), pytest.raises(SaccadeError, match="another sweep is at work in"):
+        run_specs([], tmp_path)
+    assert run_specs([], tmp_path).results == {}
+
+
+# The page of results, from made-up results.
+
+
+def made_up(spec, accuracy: float) -> dict:
+    stage = {
+        "seconds": 10.0,
+        "samples": 100,
+        "tokens": {"full": 3000.0, "trained": 1000.0, "teacher": 0.0},
+        "step_speedup": 2.0,
+        "log_history": [{"loss": 1.0}],
+    }
+    ways = [
+        {
+            "inference": fields["name"],
+            "reducer": fields.get("reducer"),
+            "prune_ratio": fields.get("prune_ratio", 0.0),
+            "positions": fields.get("positions", "compact"),
+            "accuracy": accuracy,
+            "accuracy_by_kind": {},
+            "samples": 8,
+            "mean_prompt_length": 20.0,
+        }
+        for fields in spec.evaluation.inferences
+    ]
+    packages = dict.fromkeys(("torch", "transformers", "trl"), "1.0")
+    environment = {
+        "commit": "0123456789",
+        "packages": packages,
+        "python": "3.11",
+        "cpu": "a processor",
+        "cores": 2,
+        "memory_gib": 8,
+    }
+    stages = dict.fromkeys(("pretrain", "sft"), stage)
+    return {"spec": spec.as_json(), "environment": environment, "stages": stages, "evaluations": ways}
+
+
+@pytest.fixture
+def studies(tmp_path):
+    """All of `parts`, and of `reducers` the runs up to the first with another ratio."""
+    for name, last in (("parts", "dualspeed-seed2"), ("reducers", "plugin-divprune-p0.5-compact-seed0")):
+        plan = plan_study(name, QUICK, 3)
+        plan.write(tmp_path / name)
+        for spec in plan.runs[: [spec.name for spec in plan.runs].index(last) + 1]:
+            accuracy = 0.9 if "all_tokens" in spec.name else 0.5 + spec.labels["seed"] / 10
+            folder = tmp_path / name / "runs" / spec.name
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(made_up(spec, accuracy)))
+    return tmp_path
+
+
+def test_the_page_has_the_means_and_the_missing_seeds(studies) -> None:
+    page = write_docs(studies, studies / "docs").read_text()
+    parts = page.partition("## Part by part")[2]
+    assert "| DualSpeed | 3 | 60.0 % (50.0-70.0) | 66.7 % (55.6-77.8) |" in parts
+    assert "| all tokens | 3 | 90.0 % | 100.0 % |" in parts
+    assert "99.61 %" in parts
+    reducers = page.partition("## Which reducer")[2].partition("\n## ")[0]
+    plugin = reducers.partition("**As the plug-in of DualSpeed**")[2]
+    line = next(line for line in plugin.splitlines() if line.startswith("| divprune |"))
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[2] == "50.0 %, n = 1"
+    assert cells[3] == "60.0 % (50.0-70.0)"  # p = 0.9, all three seeds
+    plan = Plan.read(studies / "reducers")
+    done = len(list((studies / "reducers" / "runs").glob("*/result.json")))
+    assert f"{done} of {len(plan.runs)} runs done" in reducers
+    assert "commit 0123456; a processor (2 cores, 8 GiB), 1 thread a run; Python 3.11" in reducers
+    for name in ("parts", "reducers"):
+        with Image.open(studies / "docs" / "images" / f"study_{name}.png") as image:
+            assert image.width >= 800
+
+
+def test_notes_are_kept(studies) -> None:
+    docs = studies / "docs"
+    page = write_docs(studies, docs)
+    assert read_notes(page.read_text()) == {"reducers": NO_NOTES, "parts": NO_NOTES}
+    text = page.read_text().replace(NO_NOTES, "Agrees: *parts*.\n\nDisagrees:\n- nothing", 2)
+    page.write_text(text.replace("## Part by part", "## Something that is generated"))
+    write_docs(studies, docs)
+    again = page.read_text()
+    assert read_notes(again) == dict.fromkeys(("reducers", "parts"), "Agrees: *parts*.\n\nDisagrees:\n- nothing")
+    assert again == text
+    shutil.rmtree(studies / "parts")
+    with pytest.raises(SaccadeError, match="has notes on parts, which output="):
+        write_docs(studies, docs)
+    assert page.read_text() == text

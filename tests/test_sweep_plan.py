@@ -1,0 +1,194 @@
+"""What a sweep plans before anything runs: grids, seeds, shared stages, studies, and what it refuses."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.reducers import list_reducers
+from saccade.sweeps import METHODS, QUICK, Evaluation, RunSpec, digit_run
+from saccade.sweeps.grid import choose, parse_grid, place, plan_grid
+from saccade.sweeps.plan import Plan, check_runs, plan_study
+from saccade.sweeps.studies import STUDIES
+
+SFT = {"dataset": "digits", "max_steps": 2, "learning_rate": 1e-3}
+PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_model": True, "max_steps": 1}
+
+
+class TestGrid:
+    def test_values_are_read_as_yaml(self) -> None:
+        grid = parse_grid(["prune_ratio=0.5,0.9", "reducer=divprune,random", "reducer_options={seed: 1},{seed: 2}"])
+        assert grid == {
+            "prune_ratio": [0.5, 0.9],
+            "reducer": ["divprune", "random"],
+            "reducer_options": [{"seed": 1}, {"seed": 2}],
+        }
+
+    def test_the_runs_are_the_product_seed_by_seed(self) -> None:
+        grid = {"prune_ratio": [0.5, 0.9], "learning_rate": [1e-3, 1e-4, 1e-5]}
+        specs = plan_grid(SFT, PRETRAIN, grid, seeds=2, scenes=7, split="validation")
+        wanted = [
+            {"prune_ratio": ratio, "learning_rate": rate, "seed": seed}
+            for seed, ratio, rate in product(range(2), grid["prune_ratio"], grid["learning_rate"])
+        ]
+        assert [spec.labels for spec in specs] == wanted
+        assert len({spec.name for spec in specs}) == 12
+        for spec, labels in zip(specs, wanted, strict=True):
+            pretrain, sft = spec.stages
+            assert (pretrain["prune_ratio"], sft["prune_ratio"]) == (labels["prune_ratio"],) * 2
+            assert (pretrain["seed"], sft["seed"], sft["dataset_seed"]) == (labels["seed"],) * 3
+            assert sft["learning_rate"] == labels["learning_rate"]
+            assert "learning_rate" not in pretrain
+            assert (spec.evaluation.scenes, spec.evaluation.split) == (7, "validation")
+            assert [way["name"] for way in spec.evaluation.inferences] == ["full", "pruned", "pruned_isolator"]
+
+    def test_without_seeds_the_recipe_s_own_stays(self) -> None:
+        (spec,) = plan_grid({**SFT, "seed": 7, "dataset_seed": 3}, None, {}, seeds=None)
+        assert (spec.labels, spec.stages[0]["seed"], spec.stages[0]["dataset_seed"]) == ({"seed": 7}, 7, 3)
+
+    def test_a_field_goes_to_the_stage_that_it_names(self) -> None:
+        stages = {"pretrain": {}, "sft": {}}
+        for name, value in (("positions", "original"), ("max_steps", 5), ("pretrain.max_steps", 9)):
+            place(stages, name, value)
+        place(stages, "sft.positions", "compact")
+        assert stages == {
+            "pretrain": {"positions": "original", "max_steps": 9},
+            "sft": {"positions": "compact", "max_steps": 5},
+        }
+        with pytest.raises(SaccadeError, match="there is no stage 'first', the stages are pretrain, sft"):
+            place(stages, "first.seed", 1)
+
+    def test_rows_of_other_data_are_not_evaluated_on(self) -> None:
+        (spec,) = plan_grid({"dataset": "rows.jsonl"}, None, {}, seeds=None)
+        assert spec.evaluation is None
+
+    def test_only(self) -> None:
+        specs = plan_study("reducers", QUICK, 2).runs
+        chosen = choose(specs, {"prune_ratio": [0.9], "seed": [1], "part": ["plugin"]})
+        assert {(spec.labels["prune_ratio"], spec.labels["seed"]) for spec in chosen} == {(0.9, 1)}
+        assert len(chosen) == 2 * (len(list_reducers()) - 1)
+        with pytest.raises(SaccadeError, match="--only color: no run has this label, they have part, reducer"):
+            choose(specs, {"color": ["red"]})
+        with pytest.raises(SaccadeError, match="--only seed=9: no run has it, there are 0, 1"):
+            choose(specs, {"seed": [9]})
+
+
+class TestStages:
+    def test_equal_first_stages_are_one(self) -> None:
+        specs = plan_grid(SFT, PRETRAIN, {"slow_probability": [0.1, 0.5], "max_steps": [2, 3]}, seeds=2)
+        assert len({spec.stage_ids[0] for spec in specs}) == 2  # one a seed: an always fast stage has no slow steps
+        assert len({spec.stage_ids[1] for spec in specs}) == 8
+
+    def test_what_a_stage_comes_after_makes_it_another(self) -> None:
+        one, other = plan_grid(SFT, PRETRAIN, {"pretrain.max_steps": [1, 2]}, seeds=None)
+        assert one.stages[1] == other.stages[1]
+        assert one.stage_ids[1] != other.stage_ids[1]
+
+    def test_all_tokens_in_a_first_stage_are_not_pruning(self) -> None:
+        runs = [digit_run("x", {}, QUICK, "prune_only", 0, pretrain_method=name) for name in METHODS]
+        shared = {name: run.stage_ids[0] for name, run in zip(METHODS, runs, strict=True)}
+        assert shared["all_tokens"] != shared["prune_only"] == shared["slow_steps"]
+        assert shared["slow_steps_isolator"] == shared["dualspeed"] != shared["slow_steps"]
+
+    def test_a_second_stage_starts_from_the_first(self, tmp_path: Path) -> None:
+        (spec,) = plan_grid({**SFT, "save_strategy": "no"}, PRETRAIN, {}, seeds=None)
+        first, second = spec.recipes(tmp_path)
+        assert second["model"] == first["output_dir"] == str(tmp_path / spec.stage_ids[0])
+        assert first["resume"] == "auto"  # the trainer's default writes checkpoints
+        assert "resume" not in second
+
+    def test_a_spec_survives_json(self) -> None:
+        run = RunSpec("a", {"seed": 0}, (SFT,), Evaluation(({"name": "full"},)))
+        for spec in (run, *plan_study("reducers", QUICK, 1).runs):
+            again = RunSpec.from_json(json.loads(json.dumps(spec.as_json())))
+            assert again.as_json() == spec.as_json()
+            assert again.stage_ids == spec.stage_ids
+
+
+class TestStudies:
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_every_run_can_start(self, name: str) -> None:
+        plan = plan_study(name, QUICK, 2)
+        assert len({spec.name for spec in plan.runs}) == len(plan.runs)
+        check_runs(plan.runs)
+
+    @pytest.mark.parametrize("name", STUDIES)
+    def test_panels_find_runs(self, name: str) -> None:
+        labels = {label for spec in plan_study(name, QUICK, 1).runs for label in spec.labels}
+        for panel in STUDIES[name].panels:
+            assert {panel.x, *panel.series, *dict(panel.where)} <= labels
+
+    def test_the_order_of_the_reducers_study(self) -> None:
+        runs = plan_study("reducers", QUICK, 3).runs
+        plugins = [spec.labels for spec in runs if spec.labels["part"] == "plugin"]
+        reducers = [name for name in list_reducers() if name != "none"]
+        first = plugins[: len(reducers)]
+        assert {(run["prune_ratio"], run["positions"], run["seed"]) for run in first} == {(0.9, "compact", 0)}
+        assert sorted(run["reducer"] for run in first) == reducers
+        settings = {(run["reducer"], run["prune_ratio"], run["positions"], run["seed"]) for run in plugins}
+        compact = set(product(reducers, (0.5, 0.7, 0.8, 0.9, 0.95), ["compact"], range(3)))
+        assert settings == compact | set(product(reducers, (0.9,), ["original"], range(3)))
+        after = plugins[3 * len(reducers) :]
+        core = [run["reducer"] in ("divprune", "random", "downsample") for run in after]
+        assert core.index(False) == sum(core), "the other ratios of the core come before those of the rest"
+
+    def test_inference_only_shares_one_model_a_seed(self) -> None:
+        runs = [spec for spec in plan_study("reducers", QUICK, 2).runs if spec.labels["part"] != "plugin"]
+        for seed in range(2):
+            assert len({spec.stage_ids for spec in runs if spec.labels["seed"] == seed}) == 1
+
+    def test_pruning_in_one_stage(self) -> None:
+        runs = {spec.labels["pruned_stages"]: spec.stages for spec in plan_study("stage", QUICK, 1).runs}
+        ratios = {name: tuple(stage["prune_ratio"] for stage in stages) for name, stages in runs.items()}
+        assert ratios == {"none": (0, 0), "pretrain": (0.9, 0), "sft": (0, 0.9), "both": (0.9, 0.9)}
+
+    def test_a_plan_survives_its_file(self, tmp_path: Path) -> None:
+        plan = plan_study("parts", QUICK, 2)
+        plan.write(tmp_path)
+        assert Plan.read(tmp_path) == plan
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to run"),
+        (["tiny-digits/sft", "--grid", "prune_ratio"], "write --grid field=a,b,c"),
+        (["tiny-digits/sft", "--grid", "prune_ratio=0.5,0.5"], "the value 0.5 is given twice"),
+        (["tiny-digits/sft", "--grid", "prune_rat=0.5"], "unknown field 'prune_rat': did you mean 'prune_ratio'?"),
+        (
+            ["tiny-digits/sft", "--model", "tiny", "--grid", "prune_ratio=0.5,1.5"],
+            "run prune_ratio=1.5-seed=0: prune_ratio=1.5",
+        ),
+        (["tiny-digits/sft", "--model", "tiny", "--grid", "reducer=divprune,nope"], "reducer='nope' is not known"),
+        (["tiny-digits/sft", "--grid", "model=tiny,nowhere"], "model='nowhere' cannot be loaded"),
+        (["tiny-digits/sft", "--grid", "seed=1,2", "--seeds", "2"], "--grid seed and --seeds both"),
+        (["tiny-digits/sft", "--model", "tiny", "--dataset", "no.jsonl"], "'no.jsonl' does not exist"),
+        (["tiny-digits/sft", "--model", "tiny", "--split", "nope"], "split is 'nope'"),
+        (["tiny-digits/sft", "--pretrain", "nope"], "recipe 'nope' does not exist"),
+        (["tiny-digits/sft", "--steps", "3"], "steps=3 is for studies"),
+        (["tiny-digits/sft", "--study", "parts"], "give one of them"),
+        (["--study", "nope"], "study='nope' is unknown: use one of reducers, prune_ratio"),
+        (["--study", "parts", "--grid", "seed=1"], "has its own recipes"),
+        (["--study", "parts", "--seeds", "0"], "seeds=0"),
+        (["--study", "parts", "--jobs", "0"], "jobs=0"),
+        (["--study", "parts", "--only", "method=nope"], "--only method=nope: no run has it"),
+        (["--table"], "holds no sweep"),
+        (["--write-docs", "docs"], "holds no study with a finished run"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, capsys) -> None:
+    output = tmp_path / "out"
+    assert main(["sweep", *words, "--output", str(output)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not output.exists()
+
+
+def test_train_says_who_runs_two_stages(tmp_path, capsys) -> None:
+    recipe = tmp_path / "both.yaml"
+    recipe.write_text("model: tiny\npretrain: tiny-digits/pretrain\n")
+    assert main(["train", str(recipe)]) == 2
+    assert "`saccade sweep` trains both stages" in capsys.readouterr().err
