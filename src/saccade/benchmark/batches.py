@@ -11,8 +11,8 @@ from saccade.errors import SaccadeError
 from saccade.families import Family
 from saccade.tokens import IGNORE_INDEX
 
-QWEN_SIDE = 36
-"""Merged patches along an edge of a Qwen-VL image: 1,296 visual tokens, a picture of 1008 x 1008 px."""
+QWEN_PATCHES = 48
+"""Patches along an edge of a Qwen-VL image: a picture of 672 x 672 px, 576 visual tokens after merging."""
 
 
 def image_inputs(family: Family, images: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
@@ -33,10 +33,10 @@ def image_inputs(family: Family, images: int, generator: torch.Generator) -> tup
         sizes = torch.full((images, 2), 2 * side)
         return {"pixel_values": pixels, "image_sizes": sizes}, patches**2 + 2 * patches * (2 * patches + 1)
     if config.model_type in ("qwen2_vl", "qwen2_5_vl"):
-        edge = QWEN_SIDE * vision.spatial_merge_size
+        edge, side = QWEN_PATCHES, QWEN_PATCHES // vision.spatial_merge_size
         width = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.randn(images * edge * edge, width, generator=generator)
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, edge, edge]] * images)}, QWEN_SIDE**2
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, edge, edge]] * images)}, side**2
     raise SaccadeError(f"model_type={config.model_type!r}: no benchmark images; use llava, llava_next or qwen2_5_vl")
 
 

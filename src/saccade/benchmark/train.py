@@ -13,10 +13,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from saccade.benchmark.batches import make_batch
-from saccade.benchmark.counting import count_flops, count_saved_bytes
 from saccade.benchmark.lengths import Source, draw_lengths
 from saccade.benchmark.released import ReleasedProcedure
 from saccade.benchmark.variants import STOCK, Mix, Settings, Variant, training_variants
+from saccade.counting import count_flops, count_saved_bytes
 from saccade.families import Family, get_family
 from saccade.reducers import get_reducer, list_reducers
 
