@@ -8,16 +8,9 @@ Each (shape, provider, metric) becomes one row of the ledger, which is only appe
 """
 
 import argparse
-import csv
-import os
-import platform
-import shlex
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -26,14 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from saccade.benchmark.ledger import append_rows, figures, origin
 from saccade.counting import OperationCount
 from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
 from saccade.tokens import VisualContext
 
-COLUMNS = [
-    *("benchmark", "provider", "metric", "unit", "shape", "p20", "p50", "p80", "ratio_to_baseline"),
-    *("device", "cpu", "torch", "saccade", "date", "command", "threads", "dtype", "repeats", "load"),
-]
 SHAPES = [(16, 576, 58), (80, 576, 58), (4, 2880, 288)]
 QUICK_SHAPES = [(4, 144, 14), (2, 576, 58)]
 LOOP = ", loop over images"
@@ -118,74 +108,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def percentiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return cuts[1], statistics.median(values), cuts[7]
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit(*rooms: str) -> str:
-    """The commit of the library that ran, with a mark if the files of these rooms differ from it."""
-    run = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        paths = ["--", *(f":/src/saccade/{room}" for room in rooms)]
-        changed = subprocess.run([*run, "diff", "--quiet", "HEAD", *paths], check=False).returncode
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+changes" if changed else "")
-
-
 def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.Namespace) -> list[dict]:
     """One row per provider and metric; the ratio is to the provider's loop over images, below one is less."""
     device = torch.device(arguments.device)
-    shared = {
-        "benchmark": "selection",
-        "shape": f"B={shape[0]} N={shape[1]} k={shape[2]} D={arguments.width}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "saccade": commit("reducers", "tokens"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "threads": torch.get_num_threads(),
-        "dtype": arguments.dtype,
-        "repeats": arguments.repeats,
-        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-    }
+    shared = origin("selection", device, arguments.dtype, arguments.repeats, ("reducers", "tokens"))
+    shared["shape"] = f"B={shape[0]} N={shape[1]} k={shape[2]} D={arguments.width}"
     rows = []
     for name in results:
         loop = results[name.removesuffix(LOOP) + LOOP]
-        base = {"time": statistics.median(loop["seconds"]), "operations": loop["operations"]}
         for metric, unit in (("time", "ms"), ("operations", "count")):
-            values = results[name]["seconds"] if metric == "time" else [results[name]["operations"]]
-            scale = 1000 if metric == "time" else 1
-            low, middle, high = (f"{value * scale:.5g}" for value in percentiles(values))
-            ratio = f"{statistics.median(values) / base[metric]:.4g}"
-            figures = {"p20": low, "p50": middle, "p80": high, "ratio_to_baseline": ratio}
-            rows.append({**shared, "provider": name, "metric": metric, "unit": unit, **figures})
+            values, baseline = (
+                [1000 * value for value in result["seconds"]] if metric == "time" else [result["operations"]]
+                for result in (results[name], loop)
+            )
+            row = {**shared, "provider": name, "metric": metric, "unit": unit}
+            rows.append({**row, **figures(values, baseline)})
     return rows
-
-
-def append(path: Path, rows: list[dict]) -> None:
-    """Add rows to the ledger, with a header if it is new."""
-    new = not path.exists()
-    if not new and path.read_text().splitlines()[0].split(",") != COLUMNS:
-        raise SystemExit(f"{path}: the first line is not the header that this script writes; choose another --ledger")
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def show(console: Console, rows: list[dict], results: dict) -> None:
@@ -195,9 +133,9 @@ def show(console: Console, rows: list[dict], results: dict) -> None:
     for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "ops", "x loop ", "equal"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     for timed, counted in zip(rows[::2], rows[1::2], strict=True):
-        figures = [timed[column] for column in ("p20", "p50", "p80", "ratio_to_baseline")]
+        shown = [timed[column] for column in ("p20", "p50", "p80", "ratio_to_baseline")]
         equal = str(results[timed["provider"]]["equal"])
-        table.add_row(timed["provider"], *figures, counted["p50"], counted["ratio_to_baseline"], equal)
+        table.add_row(timed["provider"], *shown, counted["p50"], counted["ratio_to_baseline"], equal)
     console.print(table)
 
 
@@ -222,7 +160,7 @@ def main() -> None:
         rows = ledger_rows(shape, results, arguments)
         show(console, rows, results)
         if ledger is not None:
-            append(ledger, rows)
+            append_rows(ledger, rows)
 
 
 if __name__ == "__main__":

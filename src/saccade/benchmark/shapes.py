@@ -188,17 +188,32 @@ def build_shape(
     device: str | torch.device = "cpu",
     attention: str = "sdpa",
     seed: int = 0,
+    tower_layers: int | None = None,
 ) -> PreTrainedModel:
     """A stock model of this shape with random weights, in evaluation mode; on `device="meta"` without any.
 
+    Args:
+        tower_layers: layers of the vision tower to keep; all when left out.
+
     Raises:
-        SaccadeError: as `shape_config` raises.
+        SaccadeError: as `shape_config` raises, and on a cut of the tower that it does not allow.
     """
     config = shape_config(name, layers, width)
+    if tower_layers is not None:
+        _cut_tower(name, config, tower_layers)
     factory = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         return factory.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def _cut_tower(name: str, config: PreTrainedConfig, layers: int) -> None:
+    vision = config.vision_config
+    field = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
+    whole = getattr(vision, field)
+    if not isinstance(layers, int) or not 2 <= layers <= whole:
+        raise SaccadeError(f"tower_layers={layers!r}: the tower of {name} has {whole}, keep from 2 to all of them")
+    setattr(vision, field, layers)
 
 
 def _narrow(name: str, config: PreTrainedConfig, text: PreTrainedConfig, width: int) -> None:

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
+    "bench": ("saccade.cli.bench", "time every way to train, and generation, in one run"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }
 

@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _installed(name) for name in PACKAGES},
         "commit": _commit(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": available_cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(torch),
@@ -91,7 +91,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

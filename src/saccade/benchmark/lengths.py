@@ -1,0 +1,79 @@
+"""How long the texts of training samples are, for batches of a benchmark."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a data mixture.
+
+    Args:
+        name: of the dataset.
+        samples: how many thousands of samples it gives to the mixture.
+        turns: questions and answers in a sample.
+        question: tokens of a question, its role markers included.
+        answer: tokens of an answer, its end included.
+    """
+
+    name: str
+    samples: float
+    turns: int
+    question: int
+    answer: int
+
+
+LLAVA_665K: tuple[Source, ...] = (
+    Source("LLaVA-Instruct conversations", 58, 4, 18, 40),
+    Source("LLaVA-Instruct descriptions", 23, 1, 20, 130),
+    Source("LLaVA-Instruct reasoning", 77, 1, 25, 100),
+    Source("VQAv2", 83, 5, 20, 3),
+    Source("GQA", 72, 8, 20, 3),
+    Source("OKVQA", 9, 1, 22, 3),
+    Source("OCR-VQA", 80, 5, 20, 6),
+    Source("A-OKVQA", 66, 1, 55, 3),
+    Source("TextCaps", 22, 1, 40, 15),
+    Source("RefCOCO", 48, 5, 30, 20),
+    Source("Visual Genome", 86, 8, 28, 20),
+)
+"""The parts of the LLaVA-1.5 instruction mixture that have images. Numbers of samples: LLaVA-1.5 paper (arXiv
+2310.03744), Table 7. Turns and tokens are estimates from the formats of the tasks, not counts of the data."""
+
+LLAVA_558K: tuple[Source, ...] = (Source("LLaVA-Pretrain captions", 558, 1, 6, 18),)
+"""Captions of stage one. The number of samples is published; the tokens are an estimate."""
+
+DIGITS: tuple[Source, ...] = (Source("digit scenes", 1, 4, 10, 3),)
+"""Questions about the embedded digit scenes, four a scene."""
+
+DIGIT_CAPTIONS: tuple[Source, ...] = (Source("captions of digit scenes", 1, 1, 4, 20),)
+"""Captions of the embedded digit scenes."""
+
+SPREAD = 0.35
+"""Lengths of a source are log-normal around its typical ones, with this standard deviation of the logarithm."""
+
+
+@dataclass(frozen=True)
+class TextLength:
+    """The text of one sample: tokens of each question and of the answer that follows it."""
+
+    turns: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole text."""
+        return sum(question + answer for question, answer in self.turns)
+
+
+def draw_lengths(sources: Sequence[Source], count: int, seed: int) -> list[TextLength]:
+    """Texts of `count` samples of a mixture, the same for the same seed."""
+    draw = random.Random(f"saccade lengths {seed}")
+
+    def around(typical: int) -> int:
+        return max(1, round(typical * draw.lognormvariate(0, SPREAD)))
+
+    chosen = draw.choices(sources, [source.samples for source in sources], k=count)
+    return [
+        TextLength(tuple((around(source.question), around(source.answer)) for _ in range(source.turns)))
+        for source in chosen
+    ]

@@ -1,0 +1,56 @@
+"""Pictures of a training benchmark: speed-ups beside what FLOPs allow, and where a step's time goes."""
+
+import os
+from collections.abc import Mapping
+
+from saccade.report.curves import COLORS
+from saccade.report.plots import FAINT, INK, save_figure, styled_figure
+
+Speedup = tuple[float, float, float, float]
+"""Median, 20th and 80th percentile, and what FLOPs allow."""
+ROW, HEAD = 0.36, 1.3  # inches of a bar, and of what is above and below all bars
+
+
+def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.PathLike[str]) -> None:
+    """Draw the speed-up of each way to train, by stage, with a mark where FLOPs would have it, as PNG."""
+    most = max(len(found) for found in stages.values())
+    figure, drawn = styled_figure(len(stages), (5.6 * len(stages), HEAD + ROW * most))
+    for axes, (stage, found) in zip(drawn, stages.items(), strict=True):
+        names = list(found)[::-1]
+        places = range(len(names))
+        values = [found[name][0] for name in names]
+        low = [max(0.0, found[name][0] - found[name][1]) for name in names]
+        high = [max(0.0, found[name][2] - found[name][0]) for name in names]
+        axes.barh(
+            places, values, xerr=[low, high], color=COLORS[0], alpha=0.75, ecolor=INK, height=0.62, label="measured"
+        )
+        axes.scatter(
+            [found[name][3] for name in names], places, marker="|", s=240, color=COLORS[1], label="FLOPs allow"
+        )
+        axes.axvline(1, color=FAINT, linestyle="--", linewidth=1)
+        axes.set_yticks(places, names)
+        axes.set_xlabel("speed-up of a step over stock TRL")
+        axes.set_title(f"stage {stage}", fontsize=11, color=INK)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    handles, labels = drawn[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
+    save_figure(figure, path)
+
+
+def plot_parts(variants: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw the shares of a step's time as stacked bars, one a way to train, as PNG."""
+    names = list(variants)[::-1]
+    parts = list(next(iter(variants.values())))
+    figure, (axes,) = styled_figure(1, (9.0, HEAD + ROW * len(names)))
+    left = [0.0] * len(names)
+    for number, part in enumerate(parts):
+        shares = [100 * variants[name][part] for name in names]
+        axes.barh(range(len(names)), shares, left=left, color=COLORS[number % len(COLORS)], height=0.66, label=part)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of a step's time (%)")
+    axes.grid(visible=False)
+    figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=9.5, labelcolor=INK)
+    save_figure(figure, path)

@@ -1,0 +1,121 @@
+"""`saccade bench generate`: prefill, a decoding step and cache bytes, with all visual tokens and with skipped ones."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saccade.benchmark.generation import MEASURED, Generation, generation_model, measure_generation
+from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
+from saccade.errors import SaccadeError
+from saccade.report.tables import print_table
+from saccade.skip_vision import SkipVisionConfig
+
+ROOMS = ("benchmark", "skip_vision", "families", "tokens")
+METRICS = ("prefill", "decode", "layout", "cache_peak", "cache")
+
+
+@dataclass(frozen=True)
+class GenerateBench:
+    """What to measure.
+
+    Args:
+        shape: name of a model shape.
+        layers, width: how far to cut its language model.
+        preset: budget of retained and skipped tokens.
+        images: images in the prompt, one measurement each.
+        text_tokens, new_tokens: tokens of the prompt's text, and of the answer.
+        repeats: timed turns of each.
+        device, dtype, threads: where and how.
+
+    Raises:
+        SaccadeError: on a value out of range.
+    """
+
+    shape: str = "tiny"
+    layers: int | None = None
+    width: int | None = None
+    preset: str = "100/156"
+    images: tuple[int, ...] = (1, 4, 16)
+    text_tokens: int = 60
+    new_tokens: int = 16
+    repeats: int = 10
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("text_tokens", "new_tokens", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        if not self.images or min(self.images) < 1:
+            raise SaccadeError(f"images={self.images!r}: give numbers from 1 on, such as 1,4,16")
+        if self.shape not in MEASURED:
+            raise SaccadeError(f"shape={self.shape!r} cannot be timed: choose one of {', '.join(MEASURED)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise SaccadeError(f"dtype={self.dtype!r}: use float32 or bfloat16")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise SaccadeError(f"device={self.device!r}: torch sees no GPU here; use cpu")
+
+
+def bench_generate(
+    bench: GenerateBench, ledger: Path | None, on_rows: Callable[[Sequence[Mapping[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """Measure each number of images, append to the ledger, and return all rows.
+
+    Args:
+        on_rows: called with the rows of each number of images.
+
+    Raises:
+        SaccadeError: on bad input, before anything is measured.
+    """
+    if ledger is not None:
+        check_ledger(ledger)
+    config = SkipVisionConfig.preset(bench.preset)
+    torch.set_num_threads(bench.threads)
+    model = generation_model(bench.shape, bench.layers, bench.width, getattr(torch, bench.dtype), bench.device)
+    every = []
+    for images in bench.images:
+        found = measure_generation(model, config, images, bench.text_tokens, bench.new_tokens, bench.repeats)
+        rows = _ledger_rows(bench, found, images)
+        on_rows(rows)
+        if ledger is not None:
+            append_rows(ledger, rows)
+        every += rows
+    return every
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of one number of images."""
+    first = rows[0]
+    columns = ("provider", "metric", "unit", "p20", "p50", "p80", "ratio_to_baseline")
+    cells = [[row[name] for name in columns] for row in rows]
+    title = f"{first['shape']}; {first['device']}, {first['threads']} thread(s), load {first['load']}"
+    print_table(title, [*columns[:-1], "x full"], cells)
+
+
+def _ledger_rows(bench: GenerateBench, found: Mapping[str, Generation], images: int) -> list[dict[str, Any]]:
+    """One row per provider and metric; ratios are to the full prompt, below one is less."""
+    cut = "".join(f" {name}={getattr(bench, name)}" for name in ("layers", "width") if getattr(bench, name))
+    shared = origin("generate", torch.device(bench.device), bench.dtype, bench.repeats, ROOMS)
+    rows = []
+    for provider, result in found.items():
+        kinds = " ".join(f"{kind}={count}" for kind, count in result.prompt_rows.items())
+        name = "full" if provider == "full" else f"skip {bench.preset}"
+        shape = f"{bench.shape}{cut} images={images} {kinds}"
+        for metric in METRICS:
+            values, unit = _values(result, metric)
+            if values:
+                row = {**shared, "shape": shape, "provider": name, "metric": metric, "unit": unit}
+                baseline, _ = _values(found["full"], metric)
+                rows.append({**row, **figures(values, baseline, digits=5 if unit == "ms" else 12)})
+    return rows
+
+
+def _values(result: Generation, metric: str) -> tuple[list[float], str]:
+    """What was measured, in its unit."""
+    if metric.startswith("cache"):
+        return [getattr(result, metric)], "bytes"
+    return [1000 * seconds for seconds in getattr(result, metric)], "ms"

@@ -1,0 +1,228 @@
+"""`saccade bench train`: a model of a shape, both stages of a recipe, every way to train, and what it says."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
+
+from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
+from saccade.benchmark.lengths import DIGIT_CAPTIONS, DIGITS, LLAVA_558K, LLAVA_665K
+from saccade.benchmark.plots import plot_parts, plot_speedups
+from saccade.benchmark.shapes import build_shape, get_shape
+from saccade.benchmark.train import Stage, Timing, measure_stage, token_rate, whole_schedule
+from saccade.benchmark.variants import STOCK, Settings
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.files import write_json_atomically
+from saccade.report.environment import environment
+from saccade.report.tables import print_table
+
+ROOMS = ("benchmark", "dualspeed", "skip_vision", "pruning", "families", "reducers", "tokens")
+RESULT_FILE = "bench_train.json"
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """What to measure.
+
+    Args:
+        shape: name of a model shape.
+        layers, width, tower_layers: how far to cut it.
+        batch_size: rows a step, in both stages.
+        repeats, warm_up: timed steps of each variant and stage, and those before.
+        prune_ratio, slow_probability, reducer, skip: what the methods are set to.
+        lora: train adapters of the language model, as the published recipe does.
+        gradient_checkpointing: recompute activations in the backward pass.
+        device, dtype, threads: where and how.
+    """
+
+    shape: str = "tiny"
+    layers: int | None = None
+    width: int | None = None
+    tower_layers: int | None = None
+    batch_size: int = 8
+    repeats: int = 10
+    warm_up: int = 2
+    prune_ratio: float = 0.9
+    slow_probability: float = 0.1
+    reducer: str = "divprune"
+    skip: str = "100/156"
+    lora: bool = False
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        if self.warm_up < 0:
+            raise SaccadeError(f"warm_up={self.warm_up}: give 0 or more")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise SaccadeError(f"dtype={self.dtype!r}: use float32 or bfloat16")
+        if not 0 < self.slow_probability < 1:
+            raise SaccadeError(f"slow_probability={self.slow_probability!r}: give a share between 0 and 1")
+        if not get_shape(self.shape).crops:
+            raise SaccadeError(f"shape={self.shape!r} has no vision tower to train beside: choose another")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise SaccadeError(f"device={self.device!r}: torch sees no GPU here; use cpu")
+
+    @property
+    def settings(self) -> Settings:
+        """What the methods are set to.
+
+        Raises:
+            SaccadeError: on a value out of its range.
+        """
+        return Settings(self.prune_ratio, self.slow_probability, reducer=self.reducer, skip=self.skip)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Captions with the projector alone, then questions with the language model."""
+        captions, questions = (DIGIT_CAPTIONS, DIGITS) if self.shape == "tiny" else (LLAVA_558K, LLAVA_665K)
+        return [
+            Stage("pretrain", captions, 558, self.batch_size, language=False),
+            Stage("sft", questions, 665, self.batch_size, language=True),
+        ]
+
+
+def bench_train(
+    bench: TrainBench, output: Path, ledger: Path | None, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """Measure, write `bench_train.json` and the pictures into `output`, append to the ledger, and return the result.
+
+    Raises:
+        SaccadeError: on bad input, before a model is built.
+    """
+    settings = bench.settings
+    if ledger is not None:
+        check_ledger(ledger)
+    torch.set_num_threads(bench.threads)
+    model = _model(bench)
+    timings: dict[str, dict[str, Timing]] = {}
+    for stage in bench.stages:
+        progress(f"stage {stage.name}")
+        found = measure_stage(model, stage, settings, bench.repeats, bench.warm_up)
+        timings[stage.name] = {timing.variant: timing for timing in found}
+    result = {
+        "bench": asdict(bench),
+        "environment": environment(),
+        "timings": {stage: [timing.as_json() for timing in found.values()] for stage, found in timings.items()},
+        "whole_schedule": whole_schedule(bench.stages, timings),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    write_json_atomically(output / RESULT_FILE, result)
+    plot_speedups({name: _speedups(found) for name, found in timings.items()}, output / "bench_train_speedups.png")
+    plot_parts(
+        {name: timing.parts for name, timing in timings["sft"].items() if timing.parts},
+        output / "bench_train_parts.png",
+    )
+    if ledger is not None:
+        append_rows(ledger, _ledger_rows(bench, timings))
+    return result
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Columns and cells for each stage, and of the whole schedule."""
+    found = {}
+    for stage, entries in result["timings"].items():
+        timings = [Timing(**entry) for entry in entries]
+        stock = timings[0]
+        columns = ["training", "ms p20", "p50", "p80", "speed-up", "FLOPs allow", "share reached", "tokens/s"]
+        columns.append("MiB kept for backward" if stock.peak_bytes is None else "peak GiB")
+        cells = []
+        for timing in timings:
+            figure = figures([1000 * seconds for seconds in timing.seconds], digits=4)
+            speedup, allowed = statistics.median(timing.ratios), stock.flops / timing.flops
+            memory = timing.saved_bytes / 2**20 if timing.peak_bytes is None else timing.peak_bytes / 2**30
+            cells.append(
+                [
+                    timing.variant, figure["p20"], figure["p50"], figure["p80"], f"{speedup:.2f}x", f"{allowed:.2f}x",
+                    f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}", f"{memory:.1f}",
+                ]
+            )  # fmt: skip
+        found[f"stage {stage}"] = (columns, cells)
+    schedule = sorted(result["whole_schedule"].items(), key=lambda item: -item[1])
+    found["both stages, by the published numbers of samples"] = (
+        ["training", "speed-up"],
+        [[name, f"{ratio:.2f}x"] for name, ratio in schedule],
+    )
+    return found
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    for title, (columns, cells) in tables(result).items():
+        print_table(title, columns, cells)
+
+
+def _model(bench: TrainBench) -> PreTrainedModel:
+    model = build_shape(
+        bench.shape,
+        bench.layers,
+        bench.width,
+        getattr(torch, bench.dtype),
+        bench.device,
+        tower_layers=bench.tower_layers,
+    )
+    if bench.lora:
+        targets = rf".*language_model.*\.({'|'.join(_linear_names(model))})"
+        model = get_peft_model(model, LoraConfig(r=128, lora_alpha=256, lora_dropout=0.05, target_modules=targets))
+    if bench.gradient_checkpointing:
+        get_family(model).model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    names = {
+        name.rpartition(".")[2]
+        for name, module in get_family(model).language_layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    return sorted(names)
+
+
+def _speedups(found: Mapping[str, Timing]) -> dict[str, tuple[float, float, float, float]]:
+    """The median speed-up, its 20th and 80th percentile, and what FLOPs allow, by variant."""
+    stock = found[STOCK]
+    speedups = {}
+    for name, timing in found.items():
+        if name == STOCK:
+            continue
+        figure = figures(timing.ratios)
+        low, middle, high = (float(figure[column]) for column in ("p20", "p50", "p80"))
+        speedups[name] = (middle, low, high, stock.flops / timing.flops)
+    return speedups
+
+
+def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]]) -> Sequence[dict[str, Any]]:
+    shared = origin("train", torch.device(bench.device), bench.dtype, bench.repeats, ROOMS)
+    cuts = "".join(
+        f" {name}={getattr(bench, name)}"
+        for name in ("layers", "width", "tower_layers")
+        if getattr(bench, name) is not None
+    )
+    kinds = "".join(f" {name}" for name in ("lora", "gradient_checkpointing") if getattr(bench, name))
+    rows = []
+    for stage, found in timings.items():
+        shape = f"{bench.shape}{cuts}{kinds} {stage} B={bench.batch_size}"
+        stock = found[STOCK]
+        for name, timing in found.items():
+            metrics = [
+                ("step", "ms", [1000 * value for value in timing.seconds], [1000 * value for value in stock.seconds]),
+                ("flops", "count", [timing.flops], [stock.flops]),
+                ("saved", "bytes", [timing.saved_bytes], [stock.saved_bytes]),
+            ]
+            if timing.peak_bytes is not None:
+                metrics.append(("peak", "bytes", [timing.peak_bytes], [stock.peak_bytes]))
+            for metric, unit, values, baseline in metrics:
+                digits = 5 if unit == "ms" else 12
+                row = {**shared, "shape": shape, "provider": name, "metric": metric, "unit": unit}
+                rows.append({**row, **figures(values, baseline, digits)})
+    return rows

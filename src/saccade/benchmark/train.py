@@ -1,0 +1,296 @@
+"""Times of training steps, every variant in one run: interleaved, warmed up, with what was counted beside them."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from saccade.benchmark.batches import make_batch
+from saccade.benchmark.lengths import Source, draw_lengths
+from saccade.benchmark.released import ReleasedProcedure
+from saccade.benchmark.variants import STOCK, Mix, Settings, Variant, training_variants
+from saccade.counting import count_flops, count_saved_bytes
+from saccade.families import Family, get_family
+from saccade.reducers import get_reducer, list_reducers
+
+PARTS = ("tower", "projector", "selection", "language", "other forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a recipe, as a benchmark runs it.
+
+    Args:
+        name: "pretrain" or "sft".
+        sources: lengths of its texts.
+        samples: thousands of samples of the published data, its weight in the whole schedule.
+        batch_size: rows a step.
+        language: whether the language model trains; the projector always does.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    samples: float
+    batch_size: int
+    language: bool
+
+
+@dataclass
+class Timing:
+    """What a variant took.
+
+    Args:
+        stage: name of the stage.
+        variant: name.
+        seconds: of each timed step; of a mix, the shares of its parts' medians in the same repeat.
+        ratios: for each repeat, the stock step's seconds over this one's.
+        tokens: of the batch as it came, for each repeat.
+        flops: of one step on the first batch, forward and backward.
+        saved_bytes: kept for the backward pass of that step.
+        peak_bytes: peak memory of the device during a step; None on the CPU.
+        parts: share of a step's time in each part; empty for a mix.
+    """
+
+    stage: str
+    variant: str
+    seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    flops: float = 0.0
+    saved_bytes: int = 0
+    peak_bytes: int | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure_stage(
+    model: PreTrainedModel,
+    stage: Stage,
+    settings: Settings,
+    repeats: int = 10,
+    warm_up: int = 2,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Timing]:
+    """Time every variant of a stage on the same batches, taking turns, in an order that rotates.
+
+    Args:
+        model: a stock model, PEFT-wrapped or not, on its device; it is left with the parameters that the stage trains.
+        repeats: timed steps of each variant, each on a batch of its own.
+        warm_up: steps of each before the first timed one.
+        progress: called after each step.
+    """
+    family = get_family(model)
+    train_stage(model, family, stage)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    variants, mixes = training_variants(model, settings, slow=stage.language)
+    timings = {variant.name: Timing(stage.name, variant.name) for variant in variants}
+    texts = draw_lengths(stage.sources, stage.batch_size * (repeats + 1), seed=0)
+    batches = [
+        make_batch(family, texts[start : start + stage.batch_size], seed=start)
+        for start in range(0, len(texts), stage.batch_size)
+    ]
+    for variant in variants:
+        _count(variant, batches[0], timings[variant.name], optimizer)
+        for _ in range(warm_up):
+            _step(variant, batches[0], optimizer)
+            progress()
+    for number, batch in enumerate(batches[1:]):
+        for variant in _rotated(variants, number):
+            timing = timings[variant.name]
+            seconds, peak = _step(variant, batch, optimizer)
+            timing.seconds.append(seconds)
+            timing.tokens.append(int(batch["attention_mask"].sum()))
+            if peak is not None:
+                timing.peak_bytes = max(peak, timing.peak_bytes or 0)
+            progress()
+    for variant in variants:
+        timings[variant.name].parts = _parts(variant, family, batches[1:4], optimizer)
+        progress()
+    found = [*timings.values(), *(_mixed(mix, timings) for mix in mixes)]
+    for timing in found:
+        timing.ratios = [
+            stock / seconds for stock, seconds in zip(timings[STOCK].seconds, timing.seconds, strict=True)
+        ]
+    return found
+
+
+def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
+    """Set which parameters train, as the recipes do: adapters or all of the language model, and the projector."""
+    adapters = model is not family.model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name if adapters else True)
+    for module, trains in (
+        (family.vision_tower, False),
+        (family.projector, True),
+        (family.language_model, stage.language),
+        (family.model.get_output_embeddings(), stage.language),
+    ):
+        if not trains or (trains and not adapters) or module is family.projector:
+            module.requires_grad_(trains)
+    model.train()
+
+
+def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, Timing]]) -> dict[str, float]:
+    """The speed-up of both stages together, against the stock trainer in both, by method.
+
+    Args:
+        timings: by stage and variant.
+    """
+    methods = {
+        "pruning only": ("pruning only", "pruning only"),
+        "DualSpeed": ("DualSpeed, fast step", "DualSpeed"),
+        "released procedure": ("released procedure, fast step", "released procedure"),
+        "DualSpeed with a skip": ("DualSpeed with a skip, fast step", "DualSpeed with a skip"),
+        "Skip-Vision": (STOCK, "Skip-Vision"),
+        "lower resolution": ("lower resolution", "lower resolution"),
+    }
+
+    def seconds(stage: Stage, variant: str) -> float:
+        return stage.samples / stage.batch_size * statistics.median(timings[stage.name][variant].seconds)
+
+    stock = sum(seconds(stage, STOCK) for stage in stages)
+    return {
+        method: stock / sum(seconds(stage, variant) for stage, variant in zip(stages, names, strict=True))
+        for method, names in methods.items()
+        if all(variant in timings[stage.name] for stage, variant in zip(stages, names, strict=True))
+    }
+
+
+def _rotated(variants: Sequence[Variant], number: int) -> list[Variant]:
+    start = number % len(variants)
+    return [*variants[start:], *variants[:start]]
+
+
+def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> tuple[float, int | None]:
+    """Seconds of one optimizer step, and the device's peak memory in it."""
+    device = batch["input_ids"].device
+    with variant.active() as loss:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = _now(device)
+        optimizer.zero_grad(set_to_none=True)
+        loss(batch).backward()
+        optimizer.step()
+        seconds = _now(device) - started
+    optimizer.zero_grad(set_to_none=True)
+    return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer: torch.optim.Optimizer) -> None:
+    """FLOPs and saved bytes of one step."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    with variant.active() as loss:
+        timing.flops = count_flops(lambda: loss(batch).backward())
+        optimizer.zero_grad(set_to_none=True)
+        with count_saved_bytes(parameters) as saved:
+            loss(batch)
+        timing.saved_bytes = saved.total
+
+
+def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
+    """What a run of several kinds of steps takes, by their shares."""
+    parts = [(timings[name], share) for name, share in mix.parts.items()]
+    first = parts[0][0]
+    mixed = Timing(first.stage, mix.name, tokens=first.tokens)
+    mixed.seconds = [
+        sum(share * timing.seconds[number] for timing, share in parts) for number in range(len(first.seconds))
+    ]
+    mixed.flops = sum(share * timing.flops for timing, share in parts)
+    # A run needs what its hungriest step needs.
+    mixed.saved_bytes = max(timing.saved_bytes for timing, _ in parts)
+    peaks = [timing.peak_bytes for timing, _ in parts if timing.peak_bytes is not None]
+    mixed.peak_bytes = max(peaks) if peaks else None
+    return mixed
+
+
+def _parts(
+    variant: Variant, family: Family, batches: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
+) -> dict[str, float]:
+    """Where a step's time goes, as shares; measured apart, since looking costs time on a GPU."""
+    totals = dict.fromkeys(PARTS, 0.0)
+    for batch in batches:
+        device = batch["input_ids"].device
+        with variant.active() as loss, _watched(family, device) as spent:
+            started = _now(device)
+            value = loss(batch)
+            forward = _now(device) - started
+            for name, seconds in spent.items():
+                totals[name] += seconds
+            totals["other forward"] += forward - sum(spent.values())
+            started = _now(device)
+            value.backward()
+            totals["backward"] += _now(device) - started
+            started = _now(device)
+            optimizer.step()
+            totals["optimizer"] += _now(device) - started
+        optimizer.zero_grad(set_to_none=True)
+    whole = sum(totals.values())
+    return {name: seconds / whole for name, seconds in totals.items()}
+
+
+@contextmanager
+def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds inside the tower, the projector, reducers, and the language model while the forward pass runs."""
+    spent = dict.fromkeys(PARTS[:4], 0.0)
+    handles = []
+
+    def watch(module: nn.Module, name: str) -> None:
+        begun: list[float] = []
+        handles.append(module.register_forward_pre_hook(lambda *_: begun.append(_now(device))))
+
+        def end(*_: Any) -> None:
+            spent[name] += _now(device) - begun.pop()
+
+        handles.append(module.register_forward_hook(end))
+
+    watch(family.vision_tower, "tower")
+    if family.projector is not family.vision_tower:
+        watch(family.projector, "projector")
+    watch(family.language_model, "language")
+    selectors = [(type(get_reducer(name)), "__call__") for name in list_reducers()]
+    selectors.append((ReleasedProcedure, "select"))
+    depth = 0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            started = _now(device)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                depth -= 1
+                # A reducer may ask another one.
+                spent["selection"] += 0 if depth else _now(device) - started
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name in selectors:
+            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        for handle in handles:
+            stack.callback(handle.remove)
+        yield spent
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def token_rate(timing: Timing) -> float:
+    """Tokens of the batches as they came, a second: the median over the steps."""
+    rates = [tokens / seconds for tokens, seconds in zip(timing.tokens, timing.seconds, strict=True)]
+    return statistics.median(rates)

@@ -1,0 +1,171 @@
+"""What a training benchmark compares: ways to compute the loss of the same micro-batch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from saccade.benchmark.batches import label_count
+from saccade.benchmark.released import ReleasedProcedure
+from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
+from saccade.dualspeed.step import DualSpeedStep, ModePlan
+from saccade.families import Family, get_family
+from saccade.pruning import ModeIsolator
+from saccade.reducers import get_reducer
+from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
+from saccade.tiny import build_tiny_processor
+from saccade.tokens import TokenBudget
+
+Loss = Callable[[Mapping[str, Any]], Tensor]
+STOCK = "stock TRL, all tokens"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train.
+
+    Args:
+        name: as tables call it.
+        active: makes the model ready, gives the loss of a micro-batch, and undoes it.
+    """
+
+    name: str
+    active: Callable[[], AbstractContextManager[Loss]]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A run whose steps alternate between two variants, computed from their times.
+
+    Args:
+        name: as tables call it.
+        parts: variants by name, with their shares of steps.
+    """
+
+    name: str
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the methods are set to.
+
+    Args:
+        prune_ratio: p.
+        slow_probability: r.
+        isolator_length: l.
+        reducer: method that chooses the kept tokens.
+        skip: a published budget of Skip-Vision.
+    """
+
+    prune_ratio: float = 0.9
+    slow_probability: float = 0.1
+    isolator_length: int = 4
+    reducer: str = "divprune"
+    skip: str = "100/156"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) -> tuple[list[Variant], list[Mix]]:
+    """The variants of a stage, the stock one first, and the runs made of them.
+
+    Args:
+        model: a stock model, PEFT-wrapped or not, whose parameters already train or not as in the stage.
+        slow: whether the stage has slow steps; stage one has none.
+    """
+    family = get_family(model)
+    width = family.model.config.get_text_config().hidden_size
+    budget = TokenBudget(settings.prune_ratio)
+    isolator = ModeIsolator(settings.isolator_length, width).to(family.model.device)
+    released = ReleasedProcedure(model, settings.prune_ratio, settings.isolator_length)
+
+    def pruned(reducer: str, with_isolator: bool) -> Sequence:
+        used = isolator if with_isolator else None
+        return PrunedSequence(family, get_reducer(reducer), budget, used, "compact", pad_id=0)
+
+    def ours(sequence: Sequence, teacher: Sequence | None = None) -> Callable[[], AbstractContextManager[Loss]]:
+        step = DualSpeedStep(family, {"mode": ModePlan(sequence, teacher)}, 1.0, 1.0)
+
+        @contextmanager
+        def active() -> Iterator[Loss]:
+            yield lambda batch: step("mode", batch, label_count(batch)).loss
+
+        return active
+
+    def skipping(config: SkipVisionConfig) -> Callable[[], AbstractContextManager[Loss]]:
+        @contextmanager
+        def active() -> Iterator[Loss]:
+            skip = apply_skip_vision(model, config)
+            try:
+                sequence = SkippedSequence(family, config, skip.summary)
+                step = DualSpeedStep(family, {"mode": ModePlan(sequence)}, 1.0, 1.0)
+                yield lambda batch: step("mode", batch, label_count(batch)).loss
+            finally:
+                skip.remove()
+
+        return active
+
+    fast = pruned(settings.reducer, True)
+    variants = [
+        Variant(STOCK, lambda: stock(model)),
+        Variant("pruning only", ours(pruned(settings.reducer, False))),
+        Variant("DualSpeed, fast step", ours(fast)),
+        Variant("released procedure, fast step", lambda: plain(released.fast)),
+        Variant("Skip-Vision", skipping(SkipVisionConfig.preset(settings.skip))),
+        Variant(
+            "DualSpeed with a skip, fast step",
+            skipping(
+                SkipVisionConfig(retained=1 - settings.prune_ratio, skipped=None, split=settings.reducer, merge="none")
+            ),
+        ),
+    ]
+    if type(family)._encode_low_resolution is not Family._encode_low_resolution:
+        variants.append(Variant("lower resolution", ours(pruned("downsample", False))))
+    if not slow:
+        return variants, []
+    variants += [
+        Variant("DualSpeed, slow step", ours(FullSequence(), fast)),
+        Variant("released procedure, slow step", lambda: plain(released.slow)),
+    ]
+    rate = settings.slow_probability
+    mixes = [
+        Mix(name, {f"{name}, fast step": 1 - rate, f"{slow_name}, slow step": rate})
+        for name, slow_name in (
+            ("DualSpeed", "DualSpeed"),
+            ("released procedure", "released procedure"),
+            ("DualSpeed with a skip", "DualSpeed"),
+        )
+    ]
+    return variants, mixes
+
+
+@contextmanager
+def plain(loss: Loss) -> Iterator[Loss]:
+    """A loss that needs nothing done to the model."""
+    yield loss
+
+
+@contextmanager
+def stock(model: PreTrainedModel) -> Iterator[Loss]:
+    """The loss that TRL's trainer computes for a vision-language model, its logged metrics included."""
+    device = get_family(model).model.device
+    args = SFTConfig(
+        output_dir="unused",
+        report_to="none",
+        save_strategy="no",
+        use_cpu=device.type == "cpu",
+        bf16=False,
+        gradient_checkpointing=False,
+        activation_checkpointing=False,
+        max_length=None,
+    )
+    rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}], "images": []}])
+    trainer = SFTTrainer(
+        model, args, train_dataset=rows, data_collator=lambda batch: batch, processing_class=build_tiny_processor()
+    )
+    yield lambda batch: trainer.compute_loss(model, dict(batch), num_items_in_batch=label_count(batch))

@@ -1,0 +1,205 @@
+"""The training benchmark: what it counts, how it mixes and sums up, and that it runs as a user runs it."""
+
+import csv
+import json
+import statistics
+
+import pytest
+import torch
+
+from saccade.benchmark.batches import image_inputs, label_count, make_batch
+from saccade.benchmark.ledger import append_rows, figures
+from saccade.benchmark.lengths import LLAVA_665K, draw_lengths
+from saccade.benchmark.released import ReleasedProcedure, divprune_image, rows_of_labels, shifted_cross_entropy
+from saccade.benchmark.shapes import build_shape
+from saccade.benchmark.train import Stage, Timing, train_stage, whole_schedule
+from saccade.benchmark.variants import STOCK, Settings, training_variants
+from saccade.cli.main import main
+from saccade.counting import count_flops, count_saved_bytes
+from saccade.errors import SaccadeError
+from saccade.families import get_family
+from saccade.reducers import get_reducer
+from saccade.tokens import VisualContext
+
+
+@pytest.fixture
+def small_batch(model):
+    return make_batch(get_family(model), draw_lengths(LLAVA_665K, 3, seed=1), seed=2)
+
+
+def test_lengths_are_the_same_for_the_same_seed_and_about_as_the_table_says():
+    assert draw_lengths(LLAVA_665K, 50, seed=3) == draw_lengths(LLAVA_665K, 50, seed=3)
+    drawn = statistics.fmean(text.tokens for text in draw_lengths(LLAVA_665K, 4000, seed=0))
+    weights = [source.samples for source in LLAVA_665K]
+    typical = [source.turns * (source.question + source.answer) for source in LLAVA_665K]
+    expected = sum(w * t for w, t in zip(weights, typical, strict=True)) / sum(weights)
+    # The mean of a log-normal is above its median.
+    assert expected < drawn < 1.15 * expected
+
+
+@pytest.mark.parametrize("shape", ["tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"])
+def test_batches_fit_their_models(shape):
+    """As many placeholders as the model's own tower gives features, checked on a shape cut to a sliver."""
+    cuts = {} if shape == "tiny" else {"layers": 1, "width": 512, "tower_layers": 2}
+    if shape == "qwen2.5-vl-7b":
+        cuts["width"] = 896
+    model = build_shape(shape, **cuts)
+    family = get_family(model)
+    batch = make_batch(family, draw_lengths(LLAVA_665K, 1, seed=0), seed=0)
+    _, visual = image_inputs(family, 1, torch.Generator())
+    assert int(family.placeholder(batch["input_ids"]).sum()) == visual
+    assert 0 < label_count(batch) < int(batch["attention_mask"].sum()) - visual
+    with torch.no_grad():
+        family.encode(batch)
+        if shape == "tiny":
+            assert torch.isfinite(model(**batch).loss)
+
+
+def test_flops_of_the_cpus_attention_kernel_are_counted():
+    query = torch.randn(1, 2, 5, 4)
+    assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query)) == 2 * 2 * (
+        2 * 5 * 5 * 4
+    )
+
+
+def test_saved_bytes_leave_out_parameters_and_count_memory_once():
+    layer = torch.nn.Linear(8, 8, bias=False)
+    given = torch.randn(3, 8, requires_grad=True)
+    with count_saved_bytes(layer.parameters()) as saved:
+        hidden = layer(given)
+        (hidden.exp() + hidden.exp()).sum()
+    # `given`, and the two results of exp.
+    assert saved.total == 3 * (3 * 8 * 4)
+
+
+def test_the_released_selection_is_divprune(small_batch, model):
+    """Image by image, and with the number of tokens rounded down as there."""
+    features = get_family(model).encode(small_batch).context.features.detach()
+    keep = int((1 - 0.9) * features.shape[1])
+    expected = get_reducer("divprune")(VisualContext(features), keep).index
+    found = torch.stack([divprune_image(image, keep) for image in features])
+    assert torch.equal(found, expected)
+
+
+def test_the_released_slow_step_is_its_formula(small_batch, model):
+    released = ReleasedProcedure(model, isolator_length=4)
+    with torch.no_grad():
+        got = released.slow(small_batch)
+        full = model(**{name: value for name, value in small_batch.items() if name != "labels"}).logits
+        teacher, teacher_labels = released._pass(small_batch, prune=True)
+    labels = small_batch["labels"]
+    wanted = labels[:, 1:] != -100
+    student = full[:, :-1][wanted]
+    taught = teacher[:, :-1][teacher_labels[:, 1:] != -100]
+    kl = (taught.softmax(1) * (taught.log_softmax(1) - student.log_softmax(1))).sum() / len(student)
+    expected = torch.nn.functional.cross_entropy(student, labels[:, 1:][wanted]) + kl
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(rows_of_labels(full, labels), student)
+    torch.testing.assert_close(shifted_cross_entropy(full, labels), model(**small_batch).loss)
+
+
+def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch, model):
+    """And leaves the model as it found it: the stock loss is the same before and after all of them."""
+    family = get_family(model)
+    stage = Stage("sft", LLAVA_665K, 665, 3, language=True)
+    train_stage(model, family, stage)
+    variants, mixes = training_variants(model, Settings(), slow=True)
+    names = [variant.name for variant in variants]
+    assert names[0] == STOCK
+    assert all(part in names for mix in mixes for part in mix.parts)
+    losses = {}
+    for variant in (*variants, variants[0]):
+        model.zero_grad(set_to_none=True)
+        with variant.active() as loss:
+            value = loss(small_batch)
+            value.backward()
+        assert torch.isfinite(value)
+        assert all(p.grad is not None for p in (*family.projector.parameters(), *family.language_layers.parameters()))
+        assert all(p.grad is None for p in family.vision_tower.parameters())
+        losses.setdefault(variant.name, []).append(value.detach())
+    assert torch.equal(*losses[STOCK])
+    torch.testing.assert_close(losses["DualSpeed, fast step"], losses["DualSpeed, fast step"])
+
+
+def test_the_whole_schedule_weighs_stages_by_their_samples():
+    stages = [Stage("pretrain", (), 3, 2, False), Stage("sft", (), 5, 2, True)]
+    timings = {
+        "pretrain": {STOCK: Timing("pretrain", STOCK, [2.0]), "pruning only": Timing("pretrain", "", [1.0])},
+        "sft": {STOCK: Timing("sft", STOCK, [4.0]), "pruning only": Timing("sft", "", [2.0])},
+    }
+    expected = (3 / 2 * 2 + 5 / 2 * 4) / (3 / 2 * 1 + 5 / 2 * 2)
+    assert whole_schedule(stages, timings) == {"pruning only": pytest.approx(expected)}
+
+
+def test_the_command_measures_both_stages_and_writes_ledger_json_and_pictures(tmp_path, capsys):
+    ledger = tmp_path / "ledger.csv"
+    flags = ["--repeats", "2", "--warm-up", "0", "--batch-size", "2", "--output", str(tmp_path / "out")]
+    assert main(["bench", "train", *flags, "--ledger", str(ledger)]) == 0
+    result = json.loads((tmp_path / "out" / "bench_train.json").read_text())
+    sft = {entry["variant"]: entry for entry in result["timings"]["sft"]}
+    mixed, fast, slow = (sft[f"DualSpeed{kind}"] for kind in ("", ", fast step", ", slow step"))
+    assert mixed["flops"] == pytest.approx(0.9 * fast["flops"] + 0.1 * slow["flops"])
+    for number in range(2):
+        expected = 0.9 * fast["seconds"][number] + 0.1 * slow["seconds"][number]
+        assert mixed["seconds"][number] == pytest.approx(expected)
+    assert sft[STOCK]["ratios"] == [1.0, 1.0]
+    assert fast["flops"] < sft["Skip-Vision"]["flops"] < sft[STOCK]["flops"] < slow["flops"]
+    assert fast["saved_bytes"] < sft[STOCK]["saved_bytes"]
+    for entry in result["timings"]["sft"]:
+        assert not entry["parts"] or sum(entry["parts"].values()) == pytest.approx(1)
+    assert fast["parts"]["selection"] > 0
+    assert result["whole_schedule"].keys() >= {"DualSpeed", "released procedure", "Skip-Vision"}
+    rows = list(csv.DictReader(ledger.open()))
+    step = next(row for row in rows if (row["provider"], row["metric"]) == ("DualSpeed", "step"))
+    assert float(step["p50"]) == pytest.approx(1000 * statistics.median(mixed["seconds"]), rel=1e-3)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "bench_train_parts.png",
+        "bench_train_speedups.png",
+    }
+    assert "both stages" in capsys.readouterr().out
+
+
+def test_figures_are_percentiles_and_a_ratio():
+    found = figures([3.0, 1.0, 2.0], [4.0])
+    assert found["p50"] == "2"
+    assert found["ratio_to_baseline"] == "0.5"
+    assert float(found["p20"]) < 2 < float(found["p80"])
+
+
+def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
+    path = tmp_path / "notes.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(SaccadeError, match="is not a ledger"):
+        append_rows(path, [])
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["train", "--shape", "gpt"], "shape='gpt'"),
+        (["train", "--shape", "llama3-8b"], "has no vision tower"),
+        (["train", "--repeats", "0"], "repeats=0"),
+        (["train", "--dtype", "int8"], "dtype='int8'"),
+        (["train", "--device", "cuda:9"], "device='cuda:9'"),
+        (["train", "--reducer", "best"], "best"),
+        (["train", "--skip", "1/2"], "preset='1/2'"),
+        (["train", "--prune-ratio", "1.5"], "prune_ratio=1.5"),
+        (["train", "--slow-probability", "2"], "slow_probability=2.0"),
+        (["train", "--layers", "99", "--shape", "llava-1.5-7b"], "layers=99"),
+        (["train", "--tower-layers", "99", "--shape", "llava-1.5-7b"], "tower_layers=99"),
+        (["generate", "--images", "some"], "images='some'"),
+        (["generate", "--images", "0"], "images=(0,)"),
+        (["generate", "--shape", "qwen2.5-vl-7b"], "cannot be timed"),
+        (["generate", "--preset", "7/7"], "preset='7/7'"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available() and "cuda:9" in flags:
+        pytest.skip("needs a machine without a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not list(tmp_path.iterdir())
