@@ -1,8 +1,10 @@
 """`saccade bench train`: a model of a shape, both stages of a recipe, every way to train, and what it says."""
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,8 @@ def bench_train(
     result = {
         "bench": asdict(bench),
         "environment": environment(),
+        "date": date.today().isoformat(),
+        "load": f"{os.getloadavg()[0]:.1f}",
         "timings": {stage: [timing.as_json() for timing in found.values()] for stage, found in timings.items()},
         "whole_schedule": whole_schedule(bench.stages, timings),
     }

@@ -1,0 +1,56 @@
+"""Put results of `saccade bench train` into docs/performance.md, with their pictures.
+
+    python scripts/write_performance.py tiny=out/bench llava=out/bench-llava
+
+Each NAME=FOLDER fills what stands between `<!-- bench: NAME -->` and `<!-- end -->` on the page. The text around is
+written by people.
+"""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from saccade.benchmark.run_train import RESULT_FILE, tables
+from saccade.files import write_text_atomically
+from saccade.report.tables import markdown_table
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = DOCS / "performance.md"
+
+
+def section(name: str, folder: Path) -> str:
+    """Tables, pictures, and where the figures come from."""
+    result = json.loads((folder / RESULT_FILE).read_text())
+    parts = []
+    for title, (columns, cells) in tables(result).items():
+        parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{markdown_table(columns, cells)}")
+    for kind, alt in (("speedups", "Speed-ups of a step"), ("parts", "Where a step's time goes, stage two")):
+        picture = f"images/bench_{name}_{kind}.png"
+        shutil.copyfile(folder / f"bench_train_{kind}.png", DOCS / picture)
+        parts.append(f"![{alt}]({picture})\n")
+    bench, found = result["bench"], result["environment"]
+    given = ", ".join(f"{key} {value}" for key, value in bench.items() if value not in (None, False))
+    versions = ", ".join(f"{package} {found['packages'][package]}" for package in ("torch", "transformers", "trl"))
+    parts.append(
+        f"*`saccade bench train` with {given}; {result['date']}; commit {(found['commit'] or 'unknown')[:7]}; "
+        f"{found['cpu']} ({found['cores']} cores), load {result['load']}; Python {found['python']}, {versions}.*\n"
+    )
+    return "\n".join(parts)
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for argument in sys.argv[1:]:
+        name, _, folder = argument.partition("=")
+        marked = re.compile(rf"(<!-- bench: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not marked.search(page):
+            raise SystemExit(f"{PAGE} has no place for {name!r}: add <!-- bench: {name} --> and <!-- end -->")
+        text = section(name, Path(folder))
+        page = marked.sub(lambda match, text=text: match[1] + text + match[2], page)
+    write_text_atomically(PAGE, page)
+
+
+if __name__ == "__main__":
+    main()
