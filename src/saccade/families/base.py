@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from saccade.errors import SaccadeError
 from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
 from saccade.families.relevance import TextTower, relevance
+from saccade.families.tower import unused_layers_passed_over
 from saccade.tokens import TokenBudget, VisualContext
 
 
@@ -90,7 +91,10 @@ class Family(ABC):
         Raises:
             SaccadeError: if this family cannot give what is needed.
         """
-        return encode_collecting(self, inputs, needs, labels, text_tower, budget) if needs else self._encode(inputs)
+        with unused_layers_passed_over(self.vision_tower, getattr(self.model.config, "vision_feature_layer", None)):
+            if needs:
+                return encode_collecting(self, inputs, needs, labels, text_tower, budget)
+            return self._encode(inputs)
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
