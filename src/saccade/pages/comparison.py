@@ -20,7 +20,7 @@ from saccade.report.tables import html_table
 from saccade.report.training_log import curve, hides_teacher, time_parts
 from saccade.sweeps import LABELS, RunSpec
 from saccade.sweeps.docs import curve_panel
-from saccade.sweeps.figures import percent, train_seconds
+from saccade.sweeps.figures import percent, trade_off
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.runner import RUNS, STAGES, read_failure
 from saccade.sweeps.studies import STUDIES
@@ -113,32 +113,6 @@ def group_results(results: Sequence[Result]) -> Groups:
         words = [_label(name, entry[name]) for name in varying if entry.get(name) is not None]
         groups.setdefault(", ".join(words) or result["spec"]["name"], []).append(result)
     return groups
-
-
-def trade_off(groups: Groups) -> list[dict[str, Any]]:
-    """A point for each group and each way to run its models, as `plot_trade_off` takes it."""
-    points = []
-    for name, results in groups.items():
-        seconds = fmean(train_seconds(one) for one in results)
-        ways: dict[str, list[dict[str, Any]]] = {}
-        for entry in (entry for one in results for entry in one["evaluations"]):
-            ways.setdefault(entry["inference"], []).append(entry)
-        for inference, entries in ways.items():
-            accuracies = [entry["accuracy"] for entry in entries]
-            flops = [entry.get("prefill_flops") or 0.0 for entry in entries]
-            points.append(
-                {
-                    "training": name,
-                    "inference": inference,
-                    "accuracy": fmean(accuracies),
-                    "accuracy_low": min(accuracies),
-                    "accuracy_high": max(accuracies),
-                    "seconds": seconds,
-                    "tokens": fmean(entry["mean_prompt_length"] for entry in entries),
-                    "flops": fmean(flops) if all(flops) else None,
-                }
-            )
-    return points
 
 
 def _has_own_training(result: Result) -> bool:

@@ -32,7 +32,7 @@ WAYS = {
 """Colour and name of each way to run a trained model."""
 UNKNOWN_WAY = "#7A5195"
 LINES = ("-", "--", ":", "-.")
-BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 44, 6
+BAR_HEIGHT, LONGEST_NAME, NAMED_POINTS = 0.42, 44, 8
 SMALL = (5.0, 3.4)
 """Inches of the plots of one run: their text stays readable where a phone shows them 320 pixels wide."""
 SMALLEST, LARGEST = 30.0, 400.0  # areas of circles, in points squared
@@ -134,7 +134,9 @@ def _part_colors(bars: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     return colors | {part: color for part, color in REST_COLORS.items() if part in found}
 
 
-def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+def plot_trade_off(
+    points: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], xlabel: str = "training time (s)"
+) -> None:
     """Draw accuracy over training time as PNG; the area of a circle is what inference costs.
 
     A line joins the ways to run one training. Few trainings are named, many are numbered in the order of `points`.
@@ -174,7 +176,7 @@ def plot_trade_off(points: Sequence[Mapping[str, Any]], path: str | os.PathLike[
         )  # fmt: skip
     _set_limits(axes, points)
     _name_points(axes, points, trainings, named)
-    axes.set_xlabel("training time (s)")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel("accuracy (%)")
     _legend(figure, points, cost)
     save_figure(figure, path)

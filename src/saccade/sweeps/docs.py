@@ -8,14 +8,16 @@ from typing import Any
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
 from saccade.report.curves import CurvePanel, plot_panels
+from saccade.report.run_plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
-from saccade.sweeps.figures import percent
+from saccade.sweeps.figures import percent, trade_off, train_cpu_seconds
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.studies import STUDIES, Panel, Study
 from saccade.sweeps.table import Standing, label_text
 
 PAGE = "results.md"
 IMAGES = "images"
+CPU_TIME = "CPU time of training (s)"
 NO_NOTES = "*Nobody has written here yet where this agrees with the paper and where it does not.*"
 INTRODUCTION = """# The paper's studies on the digit scenes
 
@@ -54,8 +56,11 @@ def write_docs(output: Path, folder: Path) -> Path:
             drawn = [panel for panel in panels if any(any(curve) for curve in panel.curves.values())]
             if drawn:
                 plot_panels(drawn, folder / picture)
+            points = trade_off_points(standing, study)
+            if points:
+                plot_trade_off(points, folder / picture, CPU_TIME)
             text = notes.pop(name, NO_NOTES)
-            sections.append(_section(name, study, standing, picture if drawn else None, text))
+            sections.append(_section(name, study, standing, picture if drawn or points else None, text, points))
     if not sections:
         raise SaccadeError(
             f"output={str(output)!r} holds no study with a finished run: run `saccade sweep --study NAME`"
@@ -74,6 +79,36 @@ def read_notes(text: str) -> dict[str, str]:
     return {
         name: note.strip() for name, note in re.findall(r"<!-- notes: (\w+) -->(.*?)<!-- end -->", text, re.DOTALL)
     }
+
+
+def trade_off_points(standing: Standing, study: Study) -> list[dict[str, Any]]:
+    """The points of a study's picture of accuracy over training time; none if it has none or nothing is done."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for method, ways in study.ways:
+        for result in standing.results.values():
+            if result["spec"]["labels"]["method"] == method and train_cpu_seconds(result) is not None:
+                shown = [entry for entry in result["evaluations"] if entry["inference"] in ways]
+                groups.setdefault(str(label_text(method)), []).append({**result, "evaluations": shown})
+    return trade_off(groups, train_cpu_seconds)
+
+
+def trade_off_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """The points as a table, ratios against the first."""
+    first = points[0]
+    columns = ["training", "answers", "accuracy", "CPU time of training", "times as fast", "GFLOPs a prompt", "share"]
+    cells = [
+        [
+            point["training"],
+            way_name(point["inference"]),
+            percent({"mean": point["accuracy"], "min": point["accuracy_low"], "max": point["accuracy_high"]}),
+            f"{point['seconds']:.0f} s",
+            f"{first['seconds'] / point['seconds']:.2f}x",
+            f"{point['flops'] / 1e9:.3f}",
+            f"{100 * point['flops'] / first['flops']:.0f} %",
+        ]
+        for point in points
+    ]
+    return markdown_table(columns, cells)
 
 
 def curve_panel(standing: Standing, panel: Panel) -> CurvePanel:
@@ -127,7 +162,14 @@ def pivot_table(standing: Standing, panel: Panel) -> str | None:
     return markdown_table(columns, [[name, *(row.get(tick) for tick in ticks)] for name, row in cells.items()])
 
 
-def _section(name: str, study: Study, standing: Standing, picture: str | None, notes: str) -> str:
+def _section(
+    name: str,
+    study: Study,
+    standing: Standing,
+    picture: str | None,
+    notes: str,
+    points: Sequence[Mapping[str, Any]] = (),
+) -> str:
     parts = [f"## {study.title}", study.varies, f"**The paper.** {study.paper}"]
     if picture:
         parts.append(f"![{study.title}]({picture})")
@@ -138,6 +180,12 @@ def _section(name: str, study: Study, standing: Standing, picture: str | None, n
         found = pivot_table(standing, panel)
         if found:
             parts.append(f"**{panel.title}**, {panel.y.removesuffix(' (%)')}:\n\n{found.rstrip()}")
+    if points:
+        parts.append(
+            "Training time is the CPU time of the training process, both stages, which other load on the machine "
+            "changes little. Circles in the picture are the operations of a prompt, from its pixels to the first token.\n\n"
+            + trade_off_table(points).rstrip()
+        )
     columns, cells = standing.table(study.detail)
     if cells:
         where = " and ".join(f"{label.replace('_', ' ')} {value}" for label, value in study.detail)

@@ -53,6 +53,7 @@ class Study:
         panels: the pictures.
         pivot: whether each panel is a table too, series by `x`, before the one of all figures.
         detail: labels that a run must have to be in the table of all figures.
+        ways: for a picture of accuracy over training time, the methods, and the inferences of each that are drawn.
     """
 
     title: str
@@ -62,6 +63,7 @@ class Study:
     panels: tuple[Panel, ...]
     pivot: bool = False
     detail: tuple[tuple[str, Any], ...] = ()
+    ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def plan(self, settings: DigitSettings, seeds: int) -> list[RunSpec]:
         """The runs in the order in which they are made: an interrupted study holds whole comparisons.
@@ -289,7 +291,15 @@ STUDIES: dict[str, Study] = {
         "times as fast at 99.61 %. Neither paper combines them.",
         _trade_off,
         (),
-        detail=(),
+        ways=(
+            ("all_tokens", ("full",)),
+            ("prune_only", ("full", "pruned")),
+            ("dualspeed", ("full", "pruned")),
+            ("dualspeed_skip", ("full", "skip")),
+            ("skip_256_320", ("skip",)),
+            ("skip_100_156", ("skip",)),
+            ("skip_64_156", ("skip",)),
+        ),
     ),
 }  # fmt: skip
 """The studies by name. Published figures are those of arXiv 2602.03815; its per-benchmark cells are not quoted."""
