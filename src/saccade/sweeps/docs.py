@@ -183,8 +183,8 @@ def _section(
     if points:
         parts.append(
             "Training time is the CPU time of the training process, both stages, which other load on the machine "
-            "changes little. Circles in the picture are the operations of a prompt, from its pixels to the first token.\n\n"
-            + trade_off_table(points).rstrip()
+            "changes little. Circles in the picture are the operations of a prompt, from its pixels to the first "
+            "token.\n\n" + trade_off_table(points).rstrip()
         )
     columns, cells = standing.table(study.detail)
     if cells:
