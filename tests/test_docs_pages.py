@@ -1,0 +1,156 @@
+"""The four pages for a new user, docs/start.md and the three that it ends with, followed from top to bottom."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from family_models import FAMILIES, noise_image
+from PIL import Image
+
+from saccade.cli.main import main
+from saccade.data import digit_scenes
+from saccade.tiny import tiny_checkpoint
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"(?:`([\w.]+)`:\n\n)?```(bash|python|json|yaml)\n(.*?)```", re.DOTALL)
+
+SMALL = {
+    "train": "--max_steps 2 --dataset_rows 8 --per_device_train_batch_size 2 --save_steps 1 --disable_tqdm true",
+    "eval": "--num-samples 6",
+    "demo": "--steps 1 --scenes 4 --jobs 2",
+    "data": "--jobs 1",
+}
+"""Flags that end each command of a verb; what comes last overrides what the page says."""
+
+STAND_INS = {
+    "llava-hf/llava-1.5-7b-hf": str(tiny_checkpoint()),
+    "bf16: true": "bf16: true\nuse_cpu: true",
+    "DualSpeedConfig(": "DualSpeedConfig(max_steps=1, per_device_train_batch_size=2, use_cpu=True, ",
+}
+"""What stands in for the parts of files and of Python that need a download or a GPU."""
+
+RUNS_ELSEWHERE = {
+    ". .venv/bin/activate": "VENV := .venv",
+    "make demo": "saccade demo --output out/demo",
+}
+"""Lines for the user's own shell, and what must be in the Makefile, or in what it would run, for them to hold."""
+
+TORCHRUN = "torchrun --nproc_per_node 2 -m saccade.cli.main"
+"""One process here; tests/test_distributed.py starts two in this way."""
+
+
+def blocks(page: str) -> Iterator[tuple[str, str, str]]:
+    """File name, kind and text of each block of a page that is not plain text."""
+    for name, kind, text in BLOCK.findall((DOCS / page).read_text()):
+        for words, others in STAND_INS.items():
+            text = text if kind == "bash" else text.replace(words, others)
+        yield name, kind, text
+
+
+def run_line(line: str) -> None:
+    if line in RUNS_ELSEWHERE:
+        planned = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert RUNS_ELSEWHERE[line] in planned + (ROOT / "Makefile").read_text()
+        return
+    program, *words = shlex.split(line.replace(TORCHRUN, "saccade"))
+    assert program == "saccade", f"nothing runs {line!r}"
+    if "--resume" in words:  # as if it had been stopped after the first step
+        shutil.rmtree("out/mine/checkpoint-2")
+    assert main([*words, *SMALL.get(words[0], "").split()]) == 0, line
+
+
+def follow(page: str) -> dict:
+    """Do what a page says, in the current folder, and return the names that its Python leaves."""
+    names: dict = {}
+    for name, kind, text in blocks(page):
+        if name:
+            Path(name).write_text(text)
+        elif kind == "python":
+            exec(text, names)
+        else:
+            assert kind == "bash", f"{page}: a {kind} block has no file name"
+            for line in text.splitlines():
+                run_line(line)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train_first(stage: str) -> None:
+    """A model that start.md has trained."""
+    lines = [line for _, kind, text in blocks("start.md") if kind == "bash" for line in text.splitlines()]
+    (line,) = [line for line in lines if line.startswith(f"saccade train tiny-digits/{stage}")]
+    run_line(line)
+
+
+def test_start(folder) -> None:
+    follow("start.md")
+    results = json.loads((folder / "out/sft/eval.json").read_text())["results"]
+    assert [result["inference"] for result in results] == ["full", "pruned", "pruned_isolator"]
+    for name in ("out/look/table.md", "out/sft/report/report.html", "kept.png", "kept.json"):
+        assert (folder / name).is_file(), name
+
+
+def test_train_your_own(folder) -> None:
+    (folder / "images").mkdir()
+    for number in range(2):
+        noise_image(96, 96, number).save(folder / "images" / f"{number}.jpg")
+    names = follow("train-your-own.md")
+    assert names["trainer"].state.global_step == 1
+    assert (folder / "out/mine_python/adapter_model.safetensors").is_file()
+    page = (DOCS / "train-your-own.md").read_text()
+    saved = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
+    assert len(saved) == 3
+    assert [name for name in saved if not (folder / "out/mine" / name).is_file()] == []
+    steps = [entry["step"] for entry in json.loads((folder / "out/mine/log.json").read_text())["log_history"]]
+    assert max(steps) == 2
+    assert json.loads((folder / "data_check.json").read_text())["checked"] == 3
+
+
+def test_prune_at_inference(folder) -> None:
+    train_first("pretrain")
+    train_first("sft")
+    digit_scenes("sft", "test", 1)[0]["images"][0].save("scene.png")
+    names = follow("prune-at-inference.md")
+    visual = names["pruned"]["input_ids"] == names["model"].config.image_token_id
+    assert visual.sum() == 14 + 4
+    assert isinstance(names["answer"], str)
+    results = json.loads((folder / "out/skip_vision/eval.json").read_text())["results"]
+    assert [result["inference"] for result in results] == ["full", "skip"]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
+def test_pruning_is_the_same_for_other_families(family) -> None:
+    model, processor = FAMILIES[family].build()
+    names = {"model": model, "processor": processor, "image": noise_image(32, 32, 0), "torch": torch, "Image": Image}
+    texts = [text for _, kind, text in blocks("prune-at-inference.md") if kind == "python"]
+    for text in texts[1:5]:
+        exec(text, names)
+        assert names["pruned"]["input_ids"].shape[1] < names["inputs"]["input_ids"].shape[1]
+    assert "positions=" in texts[4]
+
+
+def test_how_it_works() -> None:
+    names = follow("how-it-works.md")
+    assert names["encoded"].context.features.shape == (1, 144, 96)
+    index = names["reduction"].index
+    assert index.shape == (1, 14)
+    assert torch.equal(index, index.sort(dim=1).values)
+    assert names["inputs"]["input_ids"].shape[1] - names["short"].inputs["input_ids"].shape[1] == 130
+    assert names["logits"].shape[1] == names["short"].inputs["input_ids"].shape[1]
+
+
+def test_the_index_names_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text()))
+    assert linked == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
