@@ -38,10 +38,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": METHOD | {"counting", "data", "tiny", "report"},
     "training": METHOD | {"benchmark", "counting", "data", "tiny", "report"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "suites": METHOD | {"report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
     "cli": METHOD
-    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "training", "sweeps", "demo", "pages"},
+    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "training", "sweeps", "suites", "demo"}
+    | {"pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
 }

@@ -1,0 +1,126 @@
+"""The scores of two result folders side by side, and the mean share of the baseline's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saccade.errors import SaccadeError
+from saccade.suites.definitions import BENCHMARKS, SUITES, Suite, get_suite
+from saccade.suites.results import Scores, read_scores
+
+COLUMNS = ("benchmark", "baseline", "model", "share")
+
+
+def compare_results(baseline: str | Path, model: str | Path, suite: str | None = None) -> dict[str, Any]:
+    """Every score of a model as a share of the baseline's, and the mean of the shares.
+
+    DualSpeed's summary is the mean over benchmarks of score / baseline score, MME's among them. Skip-Vision prints the
+    mean of the scores without MME; its share of the baseline's is given too. A mean over a part of a suite says so.
+
+    Args:
+        baseline: result folder or file of the model that is the measure.
+        model: that of the model to compare with it.
+        suite: name of a suite, whose benchmarks are then the rows. When left out, the suite that every common task
+            belongs to if there is just one; else the rows are the tasks that both have.
+
+    Returns:
+        `rows` (`benchmark`, `task`, `baseline`, `model`, `share` as a share of 1; None where there is no value),
+        `mean_share`, `shares` (number of them in the mean), `benchmarks` (number of rows), `average` (None, or
+        `baseline`, `model`, `share`, `scores`), `suite`, `notes` and the two sources.
+
+    Raises:
+        SaccadeError: if a folder has no scores, the suite is unknown, or the two have no benchmark in common.
+    """
+    chosen = None if suite is None else get_suite(suite)
+    first, second = read_scores(baseline), read_scores(model)
+    common = [task for task in first.values if task in second.values]
+    chosen = chosen or _suite_of(common)
+    tasks = chosen.tasks if chosen else common
+    rows = [_row(task, first, second) for task in tasks]
+    if not set(tasks) & set(common):
+        raise SaccadeError(
+            f"baseline={str(baseline)!r} has {', '.join(first.values)} and model={str(model)!r} "
+            f"{', '.join(second.values)}: no benchmark {f'of suite {chosen.name} ' if chosen else ''}is in both"
+        )
+    shares = [row["share"] for row in rows if row["share"] is not None]
+    return {
+        "baseline": first.source,
+        "model": second.source,
+        "suite": chosen.name if chosen else None,
+        "rows": rows,
+        "mean_share": sum(shares) / len(shares) if shares else None,
+        "shares": len(shares),
+        "benchmarks": len(rows),
+        "average": _average(chosen, rows) if chosen and chosen.average else None,
+        "notes": _notes(rows, first, second),
+    }
+
+
+def comparison_rows(comparison: dict[str, Any]) -> list[list[str | None]]:
+    """What `compare_results` returned, as the cells of a table with `COLUMNS`."""
+    rows: list[list[str | None]] = [
+        [row["benchmark"], _number(row["baseline"]), _number(row["model"]), _percent(row["share"])]
+        for row in comparison["rows"]
+    ]
+    average = comparison["average"]
+    if average is not None:
+        label = _partly("average without MME", average["scores"], average["of"])
+        rows.append([label, _number(average["baseline"]), _number(average["model"]), _percent(average["share"])])
+    label = _partly("mean share", comparison["shares"], comparison["benchmarks"])
+    rows.append([label, None, None, _percent(comparison["mean_share"])])
+    return rows
+
+
+def _suite_of(tasks: Sequence[str]) -> Suite | None:
+    """The suite that tasks belong to, if it is one and only one."""
+    fitting = [suite for suite in SUITES.values() if tasks and set(tasks) <= set(suite.tasks)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _row(task: str, baseline: Scores, model: Scores) -> dict[str, Any]:
+    first, second = baseline.values.get(task), model.values.get(task)
+    return {
+        "benchmark": BENCHMARKS[task].name if task in BENCHMARKS else task,
+        "task": task,
+        "baseline": first,
+        "model": second,
+        # Of a baseline of nothing there is no share.
+        "share": second / first if first and second is not None else None,
+    }
+
+
+def _average(suite: Suite, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of the scores that both have, of those that the suite averages."""
+    counted = [row for row, benchmark in zip(rows, suite.benchmarks, strict=True) if benchmark.in_average]
+    pairs = [(row["baseline"], row["model"]) for row in counted if None not in (row["baseline"], row["model"])]
+    first, second = (sum(values) / len(pairs) for values in zip(*pairs, strict=True)) if pairs else (None, None)
+    share = second / first if first and second is not None else None
+    return {"baseline": first, "model": second, "share": share, "scores": len(pairs), "of": len(counted)}
+
+
+def _notes(rows: Sequence[dict[str, Any]], baseline: Scores, model: Scores) -> list[str]:
+    """What makes a row less than a comparison."""
+    notes = []
+    for row in rows:
+        task = row["task"]
+        for scores, name in ((baseline, "baseline"), (model, "model")):
+            if task not in scores.values:
+                notes.append(f"{row['benchmark']}: no score in {scores.source} ({name})")
+        counts = [scores.documents.get(task) for scores in (baseline, model)]
+        if None not in counts and counts[0] != counts[1]:
+            notes.append(f"{row['benchmark']}: {counts[0]} documents against {counts[1]}, not the same benchmark")
+        if row["baseline"] == 0:
+            notes.append(f"{row['benchmark']}: the baseline's score is 0, of which there is no share")
+    return notes
+
+
+def _partly(label: str, count: int, total: int) -> str:
+    return label if count == total else f"{label} ({count} of {total})"
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f} %"
