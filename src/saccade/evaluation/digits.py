@@ -249,9 +249,16 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
 def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
     """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
     examples = [prepare_example({"messages": row["messages"][:-1], "images": row["images"]}) for row in rows]
-    messages = [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples]
+    return prepare_prompts(
+        processor,
+        [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples],
+    )
+
+
+def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
+    """Processor outputs of a batch of conversations that wait for an answer, left-padded."""
     return processor.apply_chat_template(
-        messages,
+        conversations,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

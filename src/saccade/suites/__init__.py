@@ -3,5 +3,16 @@
 from saccade.suites.compare import compare_results
 from saccade.suites.definitions import SUITES, Benchmark, Suite
 from saccade.suites.results import Scores, read_scores
+from saccade.suites.run import check_lmms_eval, choose_tasks, run_suite
 
-__all__ = ["SUITES", "Benchmark", "Scores", "Suite", "compare_results", "read_scores"]
+__all__ = [
+    "SUITES",
+    "Benchmark",
+    "Scores",
+    "Suite",
+    "check_lmms_eval",
+    "choose_tasks",
+    "compare_results",
+    "read_scores",
+    "run_suite",
+]

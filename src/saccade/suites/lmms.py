@@ -1,0 +1,203 @@
+"""The model `saccade` of lmms-eval: any stock model on all of its visual tokens, on a few, or skipping."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.protocol import ChatMessages
+from torch import nn
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from saccade.errors import SaccadeError
+from saccade.evaluation import Inference, plan_inferences, prepare_prompts
+from saccade.pruning import ModeIsolator
+from saccade.training import ModelOptions, load_model
+
+PLAN_OPTIONS = ("reducer", "prune_ratio", "positions", "keep_tokens", "budget", "adaptive", "newlines")
+"""Options of `plan_inferences`, all of which `--model_args` takes."""
+
+LONGEST_ANSWER = 1024
+"""Tokens, where a task names no limit."""
+
+
+class SaccadeModel(lmms):
+    """A model of lmms-eval: `--model saccade --model_args pretrained=FOLDER,inference=pruned,prune_ratio=0.9`.
+
+    Args:
+        pretrained: folder that training wrote, hub id of a stock checkpoint, or "tiny".
+        inference: "full", "pruned", "pruned_isolator" or "skip".
+        batch_size: documents at a time.
+        device: of the model; that of the process when left out.
+        max_batch_size: lmms-eval names it; it is not used.
+        dtype: dtype to load the weights in.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        options: of `PLAN_OPTIONS`; what is left out is as the model was trained.
+
+    Raises:
+        SaccadeError: on an option that is unknown or out of range, or a model that cannot be loaded so.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str = "tiny",
+        inference: str = "full",
+        batch_size: int | str | None = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        for name in options:
+            if name not in PLAN_OPTIONS:
+                known = ", ".join(("pretrained", "inference", "dtype", "trust_remote_code", *PLAN_OPTIONS))
+                raise SaccadeError(f"model_args: {name}={options[name]!r} is unknown: use {known}")
+        size = _batch_size(batch_size)
+        plan = plan_inferences(pretrained, [inference], **options)[0]
+        loaded = load_model(ModelOptions(model=pretrained, dtype=dtype), trust_remote_code)
+        self._set_up(plan, loaded, size, device)
+
+    @classmethod
+    def planned(
+        cls, inference: Inference, loaded: tuple[nn.Module, ProcessorMixin], batch_size: int = 1
+    ) -> "SaccadeModel":
+        """The model of lmms-eval for a model and its processor that are loaded already."""
+        lm = cls.__new__(cls)
+        lmms.__init__(lm)
+        lm._set_up(inference, loaded, batch_size)
+        return lm
+
+    def _set_up(
+        self,
+        inference: Inference,
+        loaded: tuple[nn.Module, ProcessorMixin],
+        batch_size: int,
+        device: str | None = None,
+    ) -> None:
+        self.inference = _with_isolator(inference)
+        self.batch_size = batch_size
+        self._model, self.processor = loaded
+        if not getattr(self.processor, "chat_template", None):
+            raise SaccadeError("pretrained: the model's processor has no chat template; add chat_template.jinja to it")
+        # lmms-eval gathers through it where there are several processes.
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
+        self._model.to(self.device).eval()
+        self.prompts = 0
+        self.prompt_tokens = 0
+
+    @torch.no_grad()
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The answers to requests `(context, doc_to_messages, generation options, document, task, split)`.
+
+        Raises:
+            SaccadeError: if a document has a video or a sound.
+        """
+        # What generates differently cannot share a batch.
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[repr(request.args[2])].append(number)
+        answers: dict[int, GenerationResult] = {}
+        with self.inference.on(self._model) as prepare, tqdm(total=len(requests), disable=self.rank != 0) as bar:
+            for numbers in groups.values():
+                for start in range(0, len(numbers), self.batch_size):
+                    chunk = numbers[start : start + self.batch_size]
+                    batch = [requests[number].args for number in chunk]
+                    processed = prepare_prompts(self.processor, [self._messages(args) for args in batch])
+                    inputs = prepare(processed.to(device=self.device, dtype=self._model.dtype))
+                    answers.update(zip(chunk, self._answer(inputs, batch[0][2]), strict=True))
+                    bar.update(len(chunk))
+        return [answers[number] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
+        """Not offered: pruned models are scored by what they write.
+
+        Raises:
+            SaccadeError: always.
+        """
+        self._refuse(requests, "log-likelihoods")
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
+        """Not offered.
+
+        Raises:
+            SaccadeError: always.
+        """
+        self._refuse(requests, "answers in several rounds")
+
+    def _refuse(self, requests: Sequence[Instance], what: str) -> NoReturn:
+        task = requests[0].task_name if requests else "?"
+        raise SaccadeError(
+            f"task={task!r} asks for {what}, which saccade has not: use one of output_type generate_until"
+        )
+
+    def _messages(self, args: tuple) -> list[dict[str, Any]]:
+        """The conversation of one document, as chat templates take it."""
+        _, doc_to_messages, _, document, task, split = args
+        chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][document]))
+        _, videos, sounds = chat.extract_media()
+        if videos or sounds:
+            raise SaccadeError(f"task={task!r}: document {document} has a video or a sound; saccade reads images only")
+        return chat.to_hf_messages()
+
+    def _answer(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[GenerationResult]:
+        """Generate for a prepared batch, and cut the prompt off as the language model saw it."""
+        outputs = self._model.generate(**inputs, **generation_options(options))
+        tokenizer = self.processor.tokenizer
+        new = outputs[:, inputs["input_ids"].shape[1] :]
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        self.prompts += len(lengths)
+        self.prompt_tokens += sum(lengths)
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        written = (new != tokenizer.pad_token_id).sum(dim=1).tolist()
+        return [
+            GenerationResult(cut_at(text, options.get("until")), TokenCounts(input_tokens=prompt, output_tokens=count))
+            for text, prompt, count in zip(texts, lengths, written, strict=True)
+        ]
+
+
+def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` as `generate` takes them; greedy unless the task asks for sampling."""
+    temperature = options.get("temperature") or 0.0
+    chosen: dict[str, Any] = {
+        "max_new_tokens": options.get("max_new_tokens", LONGEST_ANSWER),
+        "num_beams": options.get("num_beams", 1),
+        "do_sample": bool(options.get("do_sample", temperature > 0)) and temperature > 0,
+    }
+    if chosen["do_sample"]:
+        chosen["temperature"] = temperature
+        if options.get("top_p"):
+            chosen["top_p"] = options["top_p"]
+    return chosen
+
+
+def cut_at(text: str, until: str | Sequence[str] | None) -> str:
+    """`text` up to the first of the strings that end an answer, without the spaces around it."""
+    for stop in [until] if isinstance(until, str) else until or ():
+        if stop:
+            text = text.partition(stop)[0]
+    return text.strip()
+
+
+def _batch_size(given: int | str | None) -> int:
+    size = int(given) if str(given or 1).isdecimal() else 0
+    if given is not None and size < 1:
+        raise SaccadeError(f"batch_size={given!r}: give a number of at least 1")
+    return size if given is not None else 1
+
+
+def _with_isolator(inference: Inference) -> Inference:
+    """The same with its isolator read, which would otherwise be read anew for each batch."""
+    if inference.isolator is None or isinstance(inference.isolator, ModeIsolator):
+        return inference
+    return replace(inference, isolator=ModeIsolator.load(inference.isolator))
