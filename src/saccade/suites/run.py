@@ -163,6 +163,8 @@ def _is_done(file: Path, settings: str, limit: int | None, identity: dict[str, A
 
 
 def _task_manager(include_path: str | Path | None) -> Any:
+    # It says what it thinks of every file of its own otherwise.
+    os.environ.setdefault("LOGURU_LEVEL", "WARNING")
     from lmms_eval.tasks import TaskManager
 
     return TaskManager(include_path=None if include_path is None else str(include_path), model_name="saccade")
@@ -215,8 +217,8 @@ def _evaluate(
         limit=limit,
         log_samples=False,
         task_manager=manager,
-        # Where tasks write submissions.
-        cli_args=Namespace(output_path=str(folder)),
+        # Where tasks write submissions; and no image is kept in memory for scoring, as by lmms-eval's own command.
+        cli_args=Namespace(output_path=str(folder), process_with_media=False),
     )
     plain = json.loads(json.dumps(results, default=handle_non_serializable))
     plain["saccade"] = {"inference": inference.name, "mean_prompt_length": lm.prompt_tokens / max(lm.prompts, 1)}
