@@ -103,7 +103,9 @@ def write_task(folder: Path, name: str, shape: dict[str, Any], data: Path, **cha
     """Write one task's YAML; what names a function becomes `!function`."""
     functions = {key: shape[key] for key in ("doc_to_visual", "doc_to_text", "process_results")}
     metrics = "".join(
-        f"  - metric: {metric}\n    aggregation: {'!function ' if '.' in how else ''}{how}\n    higher_is_better: true\n"
+        f"  - metric: {metric}\n"
+        f"    aggregation: {'!function ' if '.' in how else ''}{how}\n"
+        "    higher_is_better: true\n"
         for metric, how in shape["metric_list"].items()
     )
     plain = {

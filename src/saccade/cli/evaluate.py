@@ -1,6 +1,9 @@
-"""`saccade eval`: accuracy of a trained model on the digit scenes, on all visual tokens and on a few."""
+"""`saccade eval`: a trained model on all visual tokens and on a few, on digit scenes or on the papers' benchmarks."""
 
 import argparse
+from typing import Any
+
+from saccade.errors import SaccadeError
 
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
@@ -8,12 +11,21 @@ saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer downsample --keep-tokens 16 a lower resolution, 16 tokens an image
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
+saccade eval out/sft --suite dualspeed                    the nine benchmarks of the paper, through lmms-eval
+saccade eval out/sft --suite dualspeed --tasks pope,mme --limit 50 --output out/try
+saccade eval out/sft --tasks my_task --include-path tasks/ a task of your own
+saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
 """
+DIGITS_ONLY = {"split": "test", "num_samples": 1000}
+SUITES_ONLY = ("suite", "tasks", "include_path", "limit", "resume")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", help="folder of a trained model, with or without LoRA adapters; tiny is the embedded one"
+        "model", help="folder of a trained model, with or without LoRA adapters; tiny is the embedded one; or compare"
+    )
+    parser.add_argument(
+        "folders", nargs="*", metavar="A B", help="with compare: two folders of results, the baseline's first"
     )
     parser.add_argument(
         "--inference",
@@ -39,32 +51,127 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--newlines", default=None, help="keep or drop newlines of anyres images (default: as trained)"
     )
     parser.add_argument("--positions", default=None, help="compact or original (default: as trained)")
-    parser.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
-    parser.add_argument("--num-samples", type=int, default=1000, help="scenes to evaluate on (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=100, help="scenes at a time (default: %(default)s)")
+    parser.add_argument("--split", default=None, help="of scenes: train, validation or test (default: test)")
+    parser.add_argument("--num-samples", type=int, default=None, help="scenes to evaluate on (default: 1000)")
     parser.add_argument(
-        "--output", default=None, metavar="FILE", help="JSON (default: eval.json in the model's folder)"
+        "--batch-size", type=int, default=None, help="prompts at a time (default: 100 scenes, 1 of a benchmark)"
+    )
+    parser.add_argument("--suite", default=None, help="benchmarks of a paper: dualspeed, skip-vision; needs lmms-eval")
+    parser.add_argument(
+        "--tasks", default=None, metavar="A,B", help="some of the suite's tasks; without a suite any of lmms-eval's"
+    )
+    parser.add_argument("--include-path", default=None, metavar="FOLDER", help="folder with the YAML of further tasks")
+    parser.add_argument("--limit", type=int, default=None, metavar="N", help="documents of each benchmark, to try it")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out the benchmarks that the output folder has from the same model"
+    )
+    parser.add_argument(
+        "--output",
+        default=None,
+        metavar="PATH",
+        help="scenes, compare: a JSON file; benchmarks: a folder (default: eval.json or benchmarks in the model's "
+        "folder)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    from pathlib import Path
+    if args.model == "compare":
+        return _compare(args)
+    if args.folders:
+        raise SaccadeError(
+            f"argument {args.folders[0]!r}: give one model, or `saccade eval compare A B` for two folders"
+        )
+    if args.suite is not None or args.tasks is not None:
+        return _run_benchmarks(args)
+    return _run_scenes(args)
 
+
+def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.data import digit_scenes
-    from saccade.errors import SaccadeError
-    from saccade.evaluation import evaluate_inferences, plan_inferences
+    from saccade.evaluation import evaluate_inferences
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_model
 
-    for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
-            raise SaccadeError(f"{name}={getattr(args, name)}: give at least 1")
-    names = None if args.inference is None else args.inference.split(",")
-    inferences = plan_inferences(
+    _refuse(args, SUITES_ONLY, "is for benchmarks: add --suite or --tasks")
+    split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
+    batch_size = 100 if args.batch_size is None else args.batch_size
+    for name, value in (("num_samples", args.num_samples), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise SaccadeError(f"{name}={value}: give at least 1")
+    inferences = _plan(args)
+    scenes = digit_scenes("sft", split, num_samples)
+    model, processor = load_model(ModelOptions(model=args.model))
+    results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
+    kinds = sorted(results[0]["accuracy_by_kind"])
+    columns = ["kind", *(result["inference"] for result in results)]
+    rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]
+    rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
+    rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
+    print_table(f"{args.model}, {num_samples} scenes of the {split} split", columns, rows)
+    output = args.output or _beside(args.model, "eval.json")
+    write_json_atomically(
+        output, {"model": args.model, "split": split, "results": results, "environment": environment()}
+    )
+    print(f"written to {output}")
+    return 0
+
+
+def _run_benchmarks(args: argparse.Namespace) -> int:
+    from saccade.files import write_json_atomically
+    from saccade.report.tables import print_table
+    from saccade.suites import check_lmms_eval, choose_tasks, judge_notes, run_suite, summarize, summary_rows
+
+    check_lmms_eval()
+    _refuse(args, DIGITS_ONLY, "is of the digit scenes: leave it out with --suite or --tasks")
+    output = _beside(args.model, "benchmarks") if args.output is None else args.output
+    tasks = choose_tasks(args.suite, None if args.tasks is None else args.tasks.split(","))
+    folders = run_suite(
         args.model,
-        names,
+        _plan(args),
+        output,
+        tasks,
+        args.include_path,
+        args.limit,
+        1 if args.batch_size is None else args.batch_size,
+        resume=args.resume,
+    )
+    summary = summarize(folders, tasks, args.suite)
+    summary["notes"] += judge_notes(tasks)
+    columns, rows = summary_rows(summary)
+    print_table(f"{args.model}, {args.suite or args.tasks}", columns, rows)
+    _print_notes(summary)
+    print(f"written to {write_json_atomically(f'{output}/summary.json', summary)}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from saccade.files import write_json_atomically
+    from saccade.report.tables import print_table
+    from saccade.suites import compare_results, comparison_rows
+
+    _refuse(args, (*DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:], "inference"), "is not of compare: leave it out")
+    if len(args.folders) != 2:
+        raise SaccadeError(
+            f"compare takes two folders of results, the baseline's first, and was given {len(args.folders)}"
+        )
+    comparison = compare_results(*args.folders, suite=args.suite)
+    columns, rows = comparison_rows(comparison)
+    print_table(f"{comparison['model']} against {comparison['baseline']}", columns, rows)
+    _print_notes(comparison)
+    if args.output is not None:
+        print(f"written to {write_json_atomically(args.output, comparison)}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> list[Any]:
+    """The ways to run the model."""
+    from saccade.evaluation import plan_inferences
+
+    return plan_inferences(
+        args.model,
+        None if args.inference is None else args.inference.split(","),
         args.reducer,
         args.prune_ratio,
         args.positions,
@@ -73,19 +180,22 @@ def run(args: argparse.Namespace) -> int:
         adaptive=args.adaptive,
         newlines=args.newlines,
     )
-    scenes = digit_scenes("sft", args.split, args.num_samples)
-    model, processor = load_model(ModelOptions(model=args.model))
-    results = evaluate_inferences(model, processor, scenes, inferences, args.batch_size)
-    kinds = sorted(results[0]["accuracy_by_kind"])
-    columns = ["kind", *(result["inference"] for result in results)]
-    rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]
-    rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
-    rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
-    print_table(f"{args.model}, {args.num_samples} scenes of the {args.split} split", columns, rows)
-    folder = Path(args.model)
-    output = Path(args.output or (folder / "eval.json" if folder.is_dir() else "eval.json"))
-    write_json_atomically(
-        output, {"model": args.model, "split": args.split, "results": results, "environment": environment()}
-    )
-    print(f"written to {output}")
-    return 0
+
+
+def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
+    """Refuse flags that would have no effect."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            raise SaccadeError(f"--{name.replace('_', '-')} {why}")
+
+
+def _beside(model: str, name: str) -> str:
+    """A path in the model's folder; in the current one where the model is no folder."""
+    from pathlib import Path
+
+    return str(Path(model) / name) if Path(model).is_dir() else name
+
+
+def _print_notes(content: dict[str, Any]) -> None:
+    for note in content["notes"]:
+        print(f"note: {note}")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from saccade.suites.definitions import BENCHMARKS
 
 LMMS_FILES = "*results.json"
 DIGIT_FILE = "eval.json"
+DIGITS = "digits/"
 
 
 @dataclass
@@ -21,51 +22,74 @@ class Scores:
     Args:
         source: the folder, or the file.
         values: score by task, in the unit that papers print.
-        settings: by task, how the model was run, as text.
+        settings: how the model was run, as lmms-eval's `model_args`; None for digit scenes.
         documents: by task, how many documents were answered, where the file says so.
+        prompt_lengths: by task, the mean number of tokens that the language model read, where the file says so.
     """
 
     source: str
     values: dict[str, float] = field(default_factory=dict)
-    settings: dict[str, str] = field(default_factory=dict)
+    settings: str | None = None
     documents: dict[str, int] = field(default_factory=dict)
+    prompt_lengths: dict[str, float] = field(default_factory=dict)
 
 
-def read_scores(path: str | Path) -> Scores:
+@dataclass(frozen=True)
+class _Result:
+    """One task's result in one file."""
+
+    task: str
+    score: float
+    settings: str
+    documents: int | None
+    prompt_length: float | None
+
+
+def read_scores(path: str | Path, tasks: Collection[str] | None = None) -> Scores:
     """The scores in a result folder, or in one of its files.
 
-    Of several results of one task the newest counts, if the model was run in the same way for all.
+    Of several results of one task the newest counts.
 
     Args:
         path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
             depth. Of digit scenes, each inference is a task: "digits/full".
+        tasks: the tasks to look at; all when left out.
 
     Raises:
-        SaccadeError: if there is no result, a file cannot be read, or the results are of several ways to run a model.
+        SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
     """
     place = Path(path)
     if place.is_file():
         files = [place]
     elif place.is_dir():
         found = {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
-        # Files of one second of the clock are told apart by name: lmms-eval's start with the date.
+        # Of one time they are told apart by name, which lmms-eval begins with the date.
         files = sorted(found, key=lambda file: (file.stat().st_mtime, file.name))
     else:
         raise SaccadeError(f"folder={str(path)!r} does not exist: give what an evaluation wrote")
     scores = Scores(str(path))
     origin: dict[str, Path] = {}
     for file in files:
-        for task, score, settings, documents in _read(file, must=file is place):
-            known = scores.settings.get(task)
-            if known is not None and known != settings:
+        for result in _read(file, must=file is place):
+            if tasks is not None and result.task not in tasks:
+                continue
+            task = result.task
+            if task.startswith(DIGITS):
+                if task in origin and file != origin[task]:
+                    raise SaccadeError(f"folder={str(path)!r} has {origin[task]} and {file}: name the folder of one")
+            elif scores.settings not in (None, result.settings):
                 raise SaccadeError(
-                    f"folder={str(path)!r} has results of {task} for two ways to run a model, in {origin[task]} and "
-                    f"{file}: name the folder of one"
+                    f"folder={str(path)!r} has results of two ways to run a model, {scores.settings!r} and "
+                    f"{result.settings!r} in {file}: name the folder of one"
                 )
-            scores.values[task], scores.settings[task], origin[task] = score, settings, file
-            scores.documents.pop(task, None)
-            if documents is not None:
-                scores.documents[task] = documents
+            else:
+                scores.settings = result.settings
+            origin[task] = file
+            scores.values[task] = result.score
+            for kept, value in ((scores.documents, result.documents), (scores.prompt_lengths, result.prompt_length)):
+                kept.pop(task, None)
+                if value is not None:
+                    kept[task] = value
     if not scores.values:
         raise SaccadeError(
             f"folder={str(path)!r} holds no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}"
@@ -73,8 +97,8 @@ def read_scores(path: str | Path) -> Scores:
     return scores
 
 
-def _read(file: Path, must: bool) -> Iterator[tuple[str, float, str, int | None]]:
-    """Task, score, settings and number of documents of every result in a file; none from a JSON of another kind."""
+def _read(file: Path, must: bool) -> Iterator[_Result]:
+    """Every result in a file; none from a JSON of another kind, unless there must be some."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,15 +108,21 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, float, str, int | None]
     results = content.get("results") if isinstance(content, dict) else None
     if isinstance(results, list) and all(isinstance(entry, dict) and "accuracy" in entry for entry in results):
         for entry in results:
-            # What was trained is the same for every inference of one file: the name tells them apart.
-            yield f"digits/{entry['inference']}", 100 * entry["accuracy"], "digit scenes", entry.get("samples")
-    elif isinstance(results, dict):
+            yield _Result(
+                DIGITS + entry["inference"],
+                100 * entry["accuracy"],
+                "",
+                entry.get("samples"),
+                entry.get("mean_prompt_length"),
+            )
+    elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
+        length = (content.get("saccade") or {}).get("mean_prompt_length")
         for task, metrics in results.items():
             score = _score(task, metrics, (content.get("higher_is_better") or {}).get(task) or {}, file)
             if score is not None:
                 samples = (content.get("n-samples") or {}).get(task) or {}
-                yield task, score, settings, samples.get("effective")
+                yield _Result(task, score, settings, samples.get("effective"), length)
     elif must:
         raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
 

@@ -50,20 +50,29 @@ def choose_tasks(suite: str | None, tasks: Sequence[str] | None) -> list[str]:
                 raise SaccadeError(
                     f"tasks: {task!r} is not of suite {suite!r}, which has {', '.join(get_suite(suite).tasks)}"
                 )
-    judged = [task for task in chosen if task in BENCHMARKS and BENCHMARKS[task].judged]
-    if judged and not any(os.environ.get(key) for key in KEYS):
+    judged = [task for task in chosen if task in BENCHMARKS and BENCHMARKS[task].judge == "all"]
+    if judged and not _has_key():
         rest = [task for task in chosen if task not in judged]
         leave = f", or leave them out: --tasks {','.join(rest)}" if rest else ""
         raise SaccadeError(f"tasks: {', '.join(judged)} are scored by a judge: set {' or '.join(KEYS)}{leave}")
     return chosen
 
 
+def judge_notes(tasks: Sequence[str]) -> list[str]:
+    """What to know of tasks that ask a judge for some answers, where no key is set."""
+    if _has_key():
+        return []
+    names = [BENCHMARKS[task].name for task in tasks if task in BENCHMARKS and BENCHMARKS[task].judge == "rest"]
+    return [
+        f"{name}: {' or '.join(KEYS)} is not set, so answers without a clear letter get a random one" for name in names
+    ]
+
+
 def run_suite(
     model: str | Path,
     inferences: Sequence[Inference],
     output: str | Path,
-    suite: str | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: Sequence[str],
     include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 1,
@@ -79,8 +88,7 @@ def run_suite(
         model: folder that training wrote, hub id of a stock checkpoint, or "tiny".
         inferences: of `plan_inferences`.
         output: folder; an inference's files go to the folder in it that has its name.
-        suite: name of a suite.
-        tasks: some of its tasks; without a suite any of lmms-eval's.
+        tasks: of `choose_tasks`.
         include_path: folder with further tasks as YAML files.
         limit: documents of each benchmark, to try it; all when left out.
         batch_size: documents at a time.
@@ -92,10 +100,9 @@ def run_suite(
 
     Raises:
         SaccadeError: if lmms-eval is not installed, a task is unknown, its data cannot be loaded or it does not
-            generate, a judge has no key, a number is below 1, or the model cannot be loaded.
+            generate, a number is below 1, or the model cannot be loaded.
     """
     check_lmms_eval()
-    chosen = choose_tasks(suite, tasks)
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
@@ -108,14 +115,14 @@ def run_suite(
     settings = {inference.name: model_args(model, inference, dtype) for inference in inferences}
     open_tasks = {
         name: [
-            task for task in chosen if not (resume and _is_done(_file(folder, task), settings[name], limit, identity))
+            task for task in tasks if not (resume and _is_done(_file(folder, task), settings[name], limit, identity))
         ]
         for name, folder in folders.items()
     }
     if not any(open_tasks.values()):
         return folders
     manager = _task_manager(include_path)
-    wanted = [task for task in chosen if any(task in names for names in open_tasks.values())]
+    wanted = [task for task in tasks if any(task in names for names in open_tasks.values())]
     _check_tasks(manager, wanted)
     loaded = load_model(ModelOptions(model=str(model), dtype=dtype))
     for inference in inferences:
@@ -140,6 +147,10 @@ def model_args(model: str | Path, inference: Inference, dtype: str = "auto") -> 
         values.pop("prune_ratio" if inference.keep_tokens is not None else "keep_tokens")
         given |= {name: str(value) for name, value in values.items()}
     return ",".join(f"{name}={value}" for name, value in given.items())
+
+
+def _has_key() -> bool:
+    return any(os.environ.get(key) for key in KEYS)
 
 
 def _file(folder: Path, task: str) -> Path:
@@ -184,8 +195,11 @@ def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
             loaded = get_task_dict([task], manager, "chat")[task]
         # Whatever goes wrong here, a missing data set, hub or package, is the user's to mend and has no common type.
         except Exception as error:
-            line = " ".join(str(error).split())[:300]
-            raise SaccadeError(f"tasks: {task!r} cannot be loaded: {type(error).__name__}: {line}") from error
+            first: BaseException = error
+            while first.__cause__ is not None:
+                first = first.__cause__
+            line = " ".join(str(first).split())[:300]
+            raise SaccadeError(f"tasks: {task!r} cannot be loaded: {type(first).__name__}: {line}") from error
         kind = loaded.OUTPUT_TYPE
         if kind != "generate_until":
             raise SaccadeError(f"tasks: {task!r} is of output_type {kind}: use one of output_type generate_until")
