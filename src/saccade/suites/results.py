@@ -139,7 +139,9 @@ def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str,
     numbers: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            numbers.setdefault(key.partition(",")[0], float(value))
+            name = key.partition(",")[0]
+            if name != "samples" and "_stderr" not in name:
+                numbers.setdefault(name, float(value))
     if task in BENCHMARKS:
         benchmark = BENCHMARKS[task]
         if benchmark.metric not in numbers:
@@ -148,6 +150,5 @@ def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str,
                 f"{', '.join(numbers) or 'nothing'}: evaluate it again"
             )
         return benchmark.scale * numbers[benchmark.metric]
-    names = [name for name in numbers if higher_is_better.get(name, True) and "_stderr" not in name]
-    names = [name for name in names if name not in ("samples", "alias")]
+    names = [name for name in numbers if higher_is_better.get(name, True)]
     return numbers[names[0]] if names else None

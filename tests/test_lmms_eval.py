@@ -1,0 +1,238 @@
+"""lmms-eval's own evaluator on local tasks, with the embedded model run in every way."""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make test-eval` has it in a venv of its own")
+
+import torch
+from lmms_eval.models import get_model
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import load_yaml_config
+
+from lmms_tasks import CHOICE, TASKS, choice_documents, write_task, write_tasks, yes_no_documents
+from saccade.cli.main import main
+from saccade.errors import SaccadeError
+from saccade.evaluation import INFERENCES, Inference, plan_inferences
+from saccade.pruning import ModeIsolator
+from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
+from saccade.suites import SUITES, read_scores, run_suite
+from saccade.suites.lmms import SaccadeModel, cut_at, generation_options
+from saccade.tiny import load_tiny
+
+SCENES = 4
+MODEL_ARGS = "prune_ratio=0.8,reducer=uniform"
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the YAML of the local tasks."""
+    return write_tasks(tmp_path_factory.mktemp("lmms"), SCENES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as training leaves it: the embedded model, with an isolator and a summary head."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, processor = load_tiny()
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    ModeIsolator(4, model.config.text_config.hidden_size).save(folder)
+    skip = apply_skip_vision(model, SkipVisionConfig(n_retained=20, n_skipped=40))
+    skip.save(folder)
+    skip.remove()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tasks: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The result folders of all four inferences."""
+    plan = plan_inferences(trained, reducer="uniform", prune_ratio=0.8)
+    assert [inference.name for inference in plan] == list(INFERENCES)
+    return run_suite(trained, plan, tmp_path_factory.mktemp("results"), TASKS, tasks, batch_size=3)
+
+
+def naive_answers(inference: Inference, questions: list[tuple[str, Any]]) -> list[str]:
+    """One prompt at a time, written out as text, without lmms-eval and without the plug-in."""
+    model, processor = load_tiny()
+    answers = []
+    for question, image in questions:
+        text = f"<s><user>{'' if image is None else 'image <image>'} {question}<assistant>"
+        inputs = processor(
+            text=[text],
+            images=None if image is None else [image.convert("RGB")],
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        with inference.on(model) as prepare, torch.no_grad():
+            prepared = prepare(dict(inputs))
+            output = model.generate(**prepared, max_new_tokens=3, do_sample=False)
+        new = output[0, prepared["input_ids"].shape[1] :]
+        answers.append(processor.decode(new, skip_special_tokens=True).strip())
+    return answers
+
+
+def f1_of_yes(pairs: list[tuple[str, str]]) -> float:
+    hits = sum(gold == said == "yes" for gold, said in pairs)
+    said_yes, are_yes = (sum(pair[side] == "yes" for pair in pairs) for side in (1, 0))
+    precision, recall = (hits / count if count else 0.0 for count in (said_yes, are_yes))
+    return 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def mme_points(documents: list[dict[str, Any]], answers: list[str]) -> float:
+    """Per image: percent of right answers, and 100 if both are right; the mean over images."""
+    right = defaultdict(list)
+    for document, answer in zip(documents, answers, strict=True):
+        right[document["question_id"]].append(answer == document["answer"])
+    return sum(100 * sum(pair) / 2 + 100 * all(pair) for pair in right.values()) / len(right)
+
+
+@pytest.mark.parametrize("name", INFERENCES)
+def test_scores_are_those_of_prompts_one_at_a_time(results: dict[str, Path], trained: Path, name: str) -> None:
+    (inference,) = plan_inferences(trained, [name], reducer="uniform", prune_ratio=0.8)
+    documents = yes_no_documents(SCENES)
+    answers = naive_answers(inference, [(document["question"], document["image"]) for document in documents])
+    assert set(answers) & {"yes", "no"}, "no answer is a word that the task scores"
+    found = {task: json.loads((results[name] / f"{task}_results.json").read_text()) for task in TASKS}
+    pope = found["digits_pope"]["results"]["digits_pope"]
+    gold = [document["answer"] for document in documents]
+    pairs = list(zip(gold, answers, strict=True))
+    assert pope["pope_accuracy,none"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+    assert pope["pope_f1_score,none"] == pytest.approx(f1_of_yes(pairs))
+    mme = found["digits_mme"]["results"]["digits_mme"]
+    for metric, category in (("perception", "existence"), ("cognition", "numerical_calculation")):
+        part = [pair for pair in zip(documents, answers, strict=True) if pair[0]["category"] == category]
+        expected = mme_points([document for document, _ in part], [answer for _, answer in part])
+        assert mme[f"mme_{metric}_score,none"] == pytest.approx(expected)
+    choices = choice_documents(SCENES)
+    prompts = [f"{row['question']}\nA. {row['choices'][0]}\nB. {row['choices'][1]}" for row in choices]
+    said = naive_answers(inference, [(prompt, row["image"]) for prompt, row in zip(prompts, choices, strict=True)])
+    right = [answer == "ab"[row["answer"]] for answer, row in zip(said, choices, strict=True)]
+    assert found["digits_choice"]["results"]["digits_choice"]["exact_match,none"] == sum(right) / len(right)
+
+
+def test_fewer_tokens_are_read(results: dict[str, Path]) -> None:
+    lengths = {name: read_scores(folder).prompt_lengths["digits_pope"] for name, folder in results.items()}
+    # 144 visual tokens, of which 29 stay; four more for the isolator.
+    assert lengths["full"] - lengths["pruned"] == 144 - 29
+    assert lengths["pruned_isolator"] - lengths["pruned"] == 4
+    # 60 laid-out tokens and the two summaries.
+    assert lengths["full"] - lengths["skip"] == 144 - 62
+
+
+def test_resuming_leaves_out_what_is_done(
+    results: dict[str, Path], trained: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_inferences(trained, ["full"])
+    output = results["full"].parent
+    monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run_suite(trained, plan, output, TASKS, tasks, resume=True)["full"] == results["full"]
+    # Fewer documents are another measurement, and so is another model at the same place.
+    for options in ({"limit": 2}, {"dtype": "bfloat16"}):
+        with pytest.raises(pytest.fail.Exception):
+            run_suite(trained, plan, output, TASKS[:1], tasks, resume=True, **options)
+
+
+def test_lmms_eval_knows_the_model_and_scores_it_alike(
+    results: dict[str, Path], trained: Path, tasks: Path, tmp_path: Path
+) -> None:
+    assert get_model("saccade") is SaccadeModel
+    command = [sys.executable, "-m", "lmms_eval", "--model", "saccade", "--tasks", "digits_pope,digits_mme"]
+    command += ["--model_args", f"pretrained={trained},inference=pruned,{MODEL_ARGS}", "--batch_size", "2"]
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path), "--log_samples"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = read_scores(results["pruned"]).values
+    assert read_scores(tmp_path).values == {task: expected[task] for task in ("digits_pope", "digits_mme")}
+
+
+def test_the_command_line_runs_tasks_and_prints_a_table(
+    trained: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--tasks", "digits_pope", "--include-path", str(tasks), "--limit", "2", "--inference", "full,pruned"]
+    assert main(["eval", str(trained), *flags, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "mean share of full" in shown
+    assert "mean prompt length" in shown
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["scores"]) == {"full", "pruned"}
+    assert main(["eval", "compare", str(tmp_path / "full"), str(tmp_path / "pruned")]) == 0
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager()
+
+
+@pytest.mark.parametrize(("suite", "number"), [("dualspeed", 9), ("skip-vision", 8)])
+def test_lmms_eval_has_the_benchmarks_of_a_suite(manager: TaskManager, suite: str, number: int) -> None:
+    benchmarks = SUITES[suite].benchmarks
+    assert len(benchmarks) == number
+    for benchmark in benchmarks:
+        assert benchmark.task in manager.all_subtasks
+        config = load_yaml_config(manager.task_index[benchmark.task]["yaml_path"], mode="simple")
+        metrics = {entry["metric"]: entry for entry in config["metric_list"]}
+        assert metrics[benchmark.metric]["higher_is_better"] is True
+        assert config["output_type"] == "generate_until"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_ratios": 0.5}, "model_args: prune_ratios=0.5 is unknown"),
+        ({"inference": "fast"}, "inference='fast' is unknown"),
+        ({"inference": "skip"}, "needs the folder of a run"),
+        ({"prune_ratio": 2.0}, "prune_ratio"),
+        ({"batch_size": "auto"}, "batch_size='auto': give a number"),
+    ],
+)
+def test_bad_model_args(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SaccadeError, match=message):
+        SaccadeModel("tiny", **options)
+
+
+def test_bad_tasks(tasks: Path, tmp_path: Path) -> None:
+    write_task(tmp_path, "gone", CHOICE, tmp_path / "nowhere")
+    write_task(tmp_path, "likely", CHOICE, tasks.parent / "data" / "digits_choice", output_type="loglikelihood")
+    plan = plan_inferences("tiny", ["full"])
+    for task, message in (
+        ("gone", "'gone' cannot be loaded: FileNotFoundError"),
+        ("likely", "'likely' is of output_type loglikelihood"),
+        ("gonne", "'gonne' is not a task of lmms-eval: did you mean gone"),
+    ):
+        with pytest.raises(SaccadeError, match=message):
+            run_suite("tiny", plan, tmp_path / "out", [task], tmp_path)
+
+
+def test_what_cannot_be_asked_of_it() -> None:
+    lm = SaccadeModel("tiny")
+    with pytest.raises(SaccadeError, match="task='t' asks for log-likelihoods"):
+        lm.loglikelihood([SimpleNamespace(task_name="t")])
+    lm.task_dict = {"t": {"test": [None]}}
+    messages = [{"role": "user", "content": [{"type": "video", "url": "a.mp4"}]}]
+    request = SimpleNamespace(args=("", lambda _: messages, {}, 0, "t", "test"))
+    with pytest.raises(SaccadeError, match="document 0 has a video or a sound"):
+        lm.generate_until([request])
+
+
+def test_generation_options() -> None:
+    greedy = {"max_new_tokens": 16, "num_beams": 1, "do_sample": False}
+    assert generation_options({"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "until": ["x"]}) == greedy
+    assert generation_options({"temperature": 0.2, "do_sample": False})["do_sample"] is False
+    sampled = generation_options({"temperature": 0.2, "top_p": 0.9})
+    assert (sampled["do_sample"], sampled["temperature"], sampled["top_p"]) == (True, 0.2, 0.9)
+    assert sampled["max_new_tokens"] == 1024
+
+
+def test_an_answer_ends_at_the_first_stop() -> None:
+    assert cut_at(" yes\n\nQuestion: ASSISTANT: no", ["ASSISTANT:", "\n\n"]) == "yes"
+    assert cut_at("B. two ", None) == "B. two"
+    assert cut_at("a;b", ";") == "a"

@@ -1,0 +1,290 @@
+"""Suites and tables of their scores, from result folders of lmms-eval's shape; lmms-eval itself is not needed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saccade.cli.main import main
+from saccade.errors import SaccadeError
+from saccade.evaluation import Inference, plan_inferences
+from saccade.suites import SUITES, choose_tasks, compare_results, judge_notes, read_scores, run_suite, summarize
+from saccade.suites.run import model_args
+
+# Raw numbers as lmms-eval writes them, of a baseline and of a model.
+DUALSPEED = {
+    "vqav2_val": ("exact_match", 0.785, 0.768),
+    "gqa": ("exact_match", 0.619, 0.601),
+    "scienceqa_img": ("exact_match", 0.695, 0.69),
+    "textvqa_val": ("exact_match", 0.582, 0.56),
+    "pope": ("pope_f1_score", 0.859, 0.83),
+    "mme": ("mme_perception_score", 1506.5, 1440.0),
+    "mmbench_en_dev_static": ("gpt_eval_score", 64.7, 63.0),
+    "mmbench_cn_dev": ("gpt_eval_score", 58.1, 56.0),
+    "seedbench": ("seed_image", 0.661, 0.64),
+}
+SKIP_VISION = {
+    "mme": ("mme_perception_score", 1535.0, 1519.0),
+    "textvqa_val": ("exact_match", 0.586, 0.565),
+    "mmbench_en_dev_static": ("gpt_eval_score", 72.2, 72.5),
+    "mmvet": ("gpt_eval_score", 32.8, 32.4),
+    "mmmu_val": ("mmmu_acc", 0.396, 0.388),
+    "mathvista_testmini_format": ("llm_as_judge_eval", 21.3, 21.2),
+    "ocrbench": ("ocrbench_accuracy", 0.327, 0.307),
+    "mmstar": ("average", 0.365, 0.365),
+}
+
+
+def write_results(
+    folder: Path, scores: dict[str, Any], args: str = "pretrained=a", name: str = "", **more: Any
+) -> Path:
+    """A results file as lmms-eval writes it: `scores` are metrics by task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "results": {
+            task: {"alias": task, "samples": 10, **{f"{metric},none": value for metric, value in metrics.items()}}
+            for task, metrics in scores.items()
+        },
+        "higher_is_better": {task: dict.fromkeys(metrics, True) for task, metrics in scores.items()},
+        "n-samples": {task: {"original": 10, "effective": 10} for task in scores},
+        "config": {"model": "saccade", "model_args": args, "limit": None},
+        **more,
+    }
+    path = folder / f"{name or '20261121_120000'}_results.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_pair(folder: Path, table: dict[str, tuple[str, float, float]]) -> tuple[Path, Path]:
+    """A baseline's folder and a model's."""
+    for column, name in enumerate(("base", "model"), start=1):
+        scores = {task: {"submission": None, row[0]: row[column]} for task, row in table.items()}
+        write_results(folder / name / "org__model", scores, args=f"pretrained={name}")
+    return folder / "base", folder / "model"
+
+
+def test_dualspeed_is_the_mean_of_nine_shares(tmp_path: Path) -> None:
+    comparison = compare_results(*write_pair(tmp_path, DUALSPEED))
+    shares = [model / base for _, base, model in DUALSPEED.values()]
+    assert comparison["suite"] == "dualspeed"
+    assert [row["task"] for row in comparison["rows"]] == SUITES["dualspeed"].tasks
+    assert [row["share"] for row in comparison["rows"]] == pytest.approx(shares)
+    assert comparison["mean_share"] == pytest.approx(sum(shares) / 9)
+    assert (comparison["shares"], comparison["benchmarks"], comparison["average"]) == (9, 9, None)
+    # In the units of the papers: percent, MME in points.
+    by_name = {row["benchmark"]: row["baseline"] for row in comparison["rows"]}
+    assert by_name["GQA"] == pytest.approx(61.9)
+    assert by_name["MME"] == 1506.5
+    assert by_name["MMBench"] == 64.7
+    assert comparison["notes"] == []
+
+
+def test_skip_vision_averages_seven_scores_as_published(tmp_path: Path) -> None:
+    """The published rows of LLaVA, whose average is printed as 42.0, and of 100/156, printed as 41.3."""
+    comparison = compare_results(*write_pair(tmp_path, SKIP_VISION))
+    average = comparison["average"]
+    assert comparison["suite"] == "skip-vision"
+    assert round(average["baseline"], 1) == 42.0
+    assert round(average["model"], 1) == 41.2  # of the printed scores, which are rounded themselves
+    assert average["share"] == pytest.approx(average["model"] / average["baseline"])
+    assert (average["scores"], average["of"], comparison["shares"]) == (7, 7, 8)
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 1)), min_size=9, max_size=9))
+def test_the_mean_share_is_the_formula(tmp_path_factory: pytest.TempPathFactory, values: list) -> None:
+    folder = tmp_path_factory.mktemp("pair")
+    table = {task: (row[0], *pair) for (task, row), pair in zip(DUALSPEED.items(), values, strict=True)}
+    expected = sum(model / base for base, model in values) / 9
+    assert compare_results(*write_pair(folder, table))["mean_share"] == pytest.approx(expected)
+
+
+def test_a_mean_over_a_part_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, model = write_pair(tmp_path, DUALSPEED)
+    write_results(tmp_path / "some", {"gqa": {"exact_match": 0.6}, "pope": {"pope_f1_score": 0.8}})
+    assert main(["eval", "compare", str(base), str(tmp_path / "some")]) == 0
+    shown = capsys.readouterr().out
+    assert "mean share (2 of 9)" in shown
+    assert "SEED-Bench: no score in" in shown
+    # A single benchmark that two suites share belongs to neither.
+    write_results(tmp_path / "mme", {"mme": {"mme_perception_score": 1400.0}})
+    alone = compare_results(tmp_path / "mme", tmp_path / "mme")
+    assert (alone["suite"], alone["benchmarks"], alone["mean_share"]) == (None, 1, 1.0)
+    named = compare_results(tmp_path / "mme", model, "skip-vision")
+    assert (named["shares"], named["benchmarks"], named["average"]["scores"]) == (1, 8, 0)
+
+
+def test_a_baseline_of_nothing_has_no_share(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", {"gqa": {"exact_match": 0.0}, "pope": {"pope_f1_score": 0.5}})
+    write_results(tmp_path / "b", {"gqa": {"exact_match": 0.2}, "pope": {"pope_f1_score": 0.25}})
+    comparison = compare_results(tmp_path / "a", tmp_path / "b")
+    assert [row["share"] for row in comparison["rows"]] == [None, 0.5]
+    assert (comparison["mean_share"], comparison["shares"]) == (0.5, 1)
+    assert "GQA: the baseline's score is 0" in comparison["notes"][0]
+
+
+def test_other_numbers_of_documents_are_noted(tmp_path: Path) -> None:
+    write_results(tmp_path / "a", {"gqa": {"exact_match": 0.5}})
+    write_results(tmp_path / "b", {"gqa": {"exact_match": 0.5}}, **{"n-samples": {"gqa": {"effective": 4}}})
+    assert compare_results(tmp_path / "a", tmp_path / "b")["notes"] == [
+        "GQA: 10 documents against 4, not the same benchmark"
+    ]
+
+
+def test_the_newest_result_of_a_task_counts(tmp_path: Path) -> None:
+    old = write_results(tmp_path, {"gqa": {"exact_match": 0.5}}, name="old")
+    new = write_results(tmp_path, {"gqa": {"exact_match": 0.25}}, name="a_new")
+    os.utime(old, (1, 1))
+    os.utime(new, (2, 2))
+    assert read_scores(tmp_path).values == {"gqa": 25.0}
+    assert read_scores(old).values == {"gqa": 50.0}
+
+
+def test_a_task_of_no_suite_stands_for_its_first_number(tmp_path: Path) -> None:
+    scores = {"own": {"submission": None, "errors": 3.0, "right": 0.5, "right_stderr": 0.1, "other": 0.7}}
+    write_results(tmp_path, scores, higher_is_better={"own": {"errors": False, "right": True}})
+    assert read_scores(tmp_path).values == {"own": 0.5}
+
+
+def test_digit_scenes_compare_inference_by_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        flags = ["--num-samples", "6", "--batch-size", "6", "--inference", "full,pruned"]
+        (tmp_path / name).mkdir()
+        assert main(["eval", "tiny", *flags, "--output", str(tmp_path / name / "eval.json")]) == 0
+    path = tmp_path / "b" / "eval.json"
+    content = json.loads(path.read_text())
+    content["results"][0]["accuracy"], content["results"][1]["accuracy"] = 0.8, 0.4
+    path.write_text(json.dumps(content))
+    reference = tmp_path / "a" / "eval.json"
+    changed = json.loads(reference.read_text())
+    changed["results"][0]["accuracy"] = changed["results"][1]["accuracy"] = 0.5
+    reference.write_text(json.dumps(changed))
+    capsys.readouterr()
+    output = tmp_path / "table.json"
+    assert main(["eval", "compare", str(tmp_path / "a"), str(path), "--output", str(output)]) == 0
+    comparison = json.loads(output.read_text())
+    assert [row["share"] for row in comparison["rows"]] == pytest.approx([1.6, 0.8])
+    assert comparison["prompt_length"]["share"] == 1.0
+    shown = capsys.readouterr().out
+    assert "digits/pruned" in shown
+    assert "120.0 %" in shown
+
+
+def test_a_summary_reads_what_was_run_and_nothing_else(tmp_path: Path) -> None:
+    for name, score, length in (("full", 0.5, 100.0), ("pruned", 0.4, 30.0)):
+        saccade = {"mean_prompt_length": length}
+        write_results(tmp_path / name, {"gqa": {"exact_match": score}}, f"inference={name}", "gqa", saccade=saccade)
+        write_results(tmp_path / name, {"pope": {"pope_f1_score": score}}, "another run", "pope", saccade=saccade)
+    summary = summarize({name: tmp_path / name for name in ("full", "pruned")}, ["gqa"])
+    assert summary["scores"] == {"full": {"gqa": 50.0}, "pruned": {"gqa": 40.0}}
+    assert summary["comparisons"]["pruned"]["mean_share"] == pytest.approx(0.8)
+    assert summary["comparisons"]["pruned"]["prompt_length"]["share"] == pytest.approx(0.3)
+    with pytest.raises(SaccadeError, match="two ways to run a model"):
+        read_scores(tmp_path / "full")
+
+
+def test_model_args_say_how_a_model_is_run() -> None:
+    assert model_args("m", Inference()) == "pretrained=m,inference=full"
+    pruned = model_args("m", Inference("pruned", reducer="random", keep_tokens=8), "bfloat16")
+    assert pruned.startswith("pretrained=m,inference=pruned,dtype=bfloat16,reducer=random,positions=compact,")
+    assert "keep_tokens=8" in pruned
+    assert "prune_ratio" not in pruned
+    assert "prune_ratio=0.5" in model_args("m", Inference("pruned", prune_ratio=0.5))
+
+
+def test_judges_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "AZURE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        SaccadeError, match="mmvet, mathvista_testmini_format are scored by a judge: set OPENAI_API_KEY"
+    ):
+        choose_tasks("skip-vision", None)
+    assert choose_tasks("skip-vision", ["mme", "ocrbench"]) == ["mme", "ocrbench"]
+    assert judge_notes(["gqa"]) == []
+    assert "MMBench-CN" in judge_notes(choose_tasks("dualspeed", None))[0]
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    assert choose_tasks("skip-vision", None) == SUITES["skip-vision"].tasks
+    assert judge_notes(SUITES["dualspeed"].tasks) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["compare", "a"], "compare takes two folders of results, the baseline's first, and was given 1"),
+        (["compare", "nowhere", "b"], "folder='nowhere' does not exist"),
+        (["compare", "a", "empty"], "folder='empty' holds no scores"),
+        (["compare", "a", "b"], "no benchmark is in both"),
+        (["compare", "a", "a", "--suite", "skip-vision"], "no benchmark of suite skip-vision is in both"),
+        (["compare", "a", "a", "--suite", "nine"], "suite='nine' is unknown: use one of dualspeed, skip-vision"),
+        (["compare", "a", "a", "--limit", "3"], "--limit is not of compare"),
+        (["compare", "a", "broken"], "is not readable JSON"),
+        (["compare", "a", "other.json"], "file='other.json' has no results"),
+        (["compare", "a", "lacking"], "pope has no number for pope_f1_score, only for pope_accuracy"),
+        (["tiny", "a"], "argument 'a': give one model"),
+        (["tiny", "--limit", "3"], "--limit is for benchmarks: add --suite or --tasks"),
+        (["tiny", "--num-samples", "0"], "num_samples=0: give at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_results(Path("a"), {"gqa": {"exact_match": 0.5}})
+    write_results(Path("b"), {"pope": {"pope_f1_score": 0.5}})
+    write_results(Path("lacking"), {"pope": {"pope_accuracy": 0.5}})
+    Path("empty").mkdir()
+    write_results(Path("broken"), {}).write_text("{")
+    Path("other.json").write_text("[]")
+    assert main(["eval", *flags]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+
+
+def test_without_lmms_eval_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: None)
+    # Before anything is loaded: not even the model's folder is looked at.
+    assert main(["eval", str(tmp_path / "nowhere"), "--suite", "dualspeed"]) == 2
+    assert "lmms-eval is not installed" in (line := capsys.readouterr().err)
+    assert "pip install 'saccade[eval]'" in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit=0: give at least 1"),
+        ({"batch_size": 0}, "batch_size=0: give at least 1"),
+        ({"include_path": "nowhere"}, "include_path='nowhere' is not a folder"),
+    ],
+)
+def test_a_bad_request_ends_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: object())
+    monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SaccadeError, match=message):
+        run_suite("tiny", plan_inferences("tiny"), tmp_path, ["pope"], **options)
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "message"),
+    [
+        (None, None, "suite and tasks are not given"),
+        ("nine", None, "suite='nine' is unknown"),
+        ("dualspeed", ["pope", "mmvet"], "'mmvet' is not of suite 'dualspeed'"),
+        ("dualspeed", ["pope", "pope"], "names a task twice"),
+    ],
+)
+def test_bad_choices_of_tasks(suite: str | None, tasks: list[str] | None, message: str) -> None:
+    with pytest.raises(SaccadeError, match=message):
+        choose_tasks(suite, tasks)
