@@ -16,8 +16,8 @@ import torch
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
-
 from lmms_tasks import CHOICE, TASKS, choice_documents, write_task, write_tasks, yes_no_documents
+
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.evaluation import INFERENCES, Inference, plan_inferences
@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     ModeIsolator(4, model.config.text_config.hidden_size).save(folder)
-    skip = apply_skip_vision(model, SkipVisionConfig(n_retained=20, n_skipped=40))
+    skip = apply_skip_vision(model, SkipVisionConfig(retained=20, skipped=40))
     skip.save(folder)
     skip.remove()
     return folder
