@@ -8,16 +8,18 @@ TORCH_FROM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EVAL := .venv-eval
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow style bench clean
+.PHONY: help demo test test-slow test-eval style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
 	@echo "make test       style, then every test that takes seconds"
 	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
 	@echo "make clean      remove out/, caches and build folders; $(VENV) stays"
@@ -39,6 +41,20 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"
+
+# lmms-eval in a place of its own, on top of what $(VENV) has. It asks for torchvision and for much else that is not
+# for images: without its dependencies, and with those that it needs here.
+$(EVAL)/.installed: $(STAMP) requirements-eval.txt
+	rm -rf $(EVAL)
+	$(BIN)/python -m venv $(EVAL)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(EVAL)/bin/pip install --quiet --no-deps -r requirements-eval.txt
+	$(EVAL)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+test-eval: $(EVAL)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(EVAL)/bin/python -m pytest tests/test_lmms_eval.py tests/test_suites.py
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .
