@@ -1,6 +1,7 @@
 """lmms-eval's own evaluator on local tasks, with the embedded model run in every way."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -24,9 +25,10 @@ from saccade.evaluation import INFERENCES, Inference, plan_inferences
 from saccade.pruning import ModeIsolator
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.suites import SUITES, read_scores, run_suite
-from saccade.suites.lmms import SaccadeModel, cut_at, generation_options
+from saccade.suites.lmms import PLAN_OPTIONS, SaccadeModel, cut_at, generation_options
 from saccade.tiny import load_tiny
 
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 SCENES = 4
 MODEL_ARGS = "prune_ratio=0.8,reducer=uniform"
 
@@ -154,17 +156,33 @@ def test_lmms_eval_knows_the_model_and_scores_it_alike(
     assert read_scores(tmp_path).values == {task: expected[task] for task in ("digits_pope", "digits_mme")}
 
 
-def test_the_command_line_runs_tasks_and_prints_a_table(
+def test_the_command_line_runs_the_task_of_the_page(
     trained: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--tasks", "digits_pope", "--include-path", str(tasks), "--limit", "2", "--inference", "full,pruned"]
-    assert main(["eval", str(trained), *flags, "--output", str(tmp_path)]) == 0
+    text = re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    folder = tmp_path / "my_tasks"
+    folder.mkdir()
+    (folder / "my_task.yaml").write_text(text.replace("/data/my_task ", f"{tasks.parent}/data/digits_pope "))
+    flags = ["--tasks", "my_task", "--include-path", str(folder), "--limit", "2", "--inference", "full,pruned"]
+    assert main(["eval", str(trained), *flags, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "mean share of full" in shown
     assert "mean prompt length" in shown
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["scores"]) == {"full", "pruned"}
-    assert main(["eval", "compare", str(tmp_path / "full"), str(tmp_path / "pruned")]) == 0
+    assert read_scores(tmp_path / "out" / "full").documents == {"my_task": 2}
+    assert main(["eval", "compare", *(str(tmp_path / "out" / name) for name in ("full", "pruned"))]) == 0
+
+
+def test_the_page_names_the_model_args() -> None:
+    named = re.search(r"`model_args` takes (.*?)\. ", PAGE.read_text().replace("\n", " "))[1]
+    assert set(re.findall(r"`(\w+)`", named)) == {
+        "pretrained",
+        "inference",
+        "dtype",
+        "trust_remote_code",
+        *PLAN_OPTIONS,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +196,8 @@ def test_lmms_eval_has_the_benchmarks_of_a_suite(manager: TaskManager, suite: st
     assert len(benchmarks) == number
     for benchmark in benchmarks:
         assert benchmark.task in manager.all_subtasks
-        config = load_yaml_config(manager.task_index[benchmark.task]["yaml_path"], mode="simple")
+        # In full: with the code that scores it, and so with everything that this code imports.
+        config = load_yaml_config(manager.task_index[benchmark.task]["yaml_path"], mode="full")
         metrics = {entry["metric"]: entry for entry in config["metric_list"]}
         assert metrics[benchmark.metric]["higher_is_better"] is True
         assert config["output_type"] == "generate_until"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.cli.main import main
+from saccade.cli import evaluate
+from saccade.cli.main import Parser, main
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences
 from saccade.suites import SUITES, choose_tasks, compare_results, judge_notes, read_scores, run_suite, summarize
 from saccade.suites.run import model_args
+
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
 # Raw numbers as lmms-eval writes them, of a baseline and of a model.
 DUALSPEED = {
@@ -288,3 +293,30 @@ def test_a_bad_request_ends_before_the_model_is_loaded(
 def test_bad_choices_of_tasks(suite: str | None, tasks: list[str] | None, message: str) -> None:
     with pytest.raises(SaccadeError, match=message):
         choose_tasks(suite, tasks)
+
+
+def page_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("saccade eval")]
+
+
+@pytest.mark.parametrize("command", page_commands())
+def test_the_commands_of_the_page_parse(command: str) -> None:
+    parser = Parser(prog="saccade eval")
+    evaluate.add_arguments(parser)
+    args = parser.parse_args(shlex.split(command, comments=True)[2:])
+    assert args.suite is None or args.suite in SUITES
+    assert (args.model == "compare") == bool(args.folders)
+    if args.suite and args.tasks:
+        assert choose_tasks(args.suite, args.tasks.split(",")) == args.tasks.split(",")
+
+
+def test_the_table_of_the_page_is_that_of_the_suites() -> None:
+    rows = re.findall(r"^\| (`[a-z-]+`|both) \| (\S+) \| `(\w+)` \| `(\w+)`", PAGE.read_text(), re.MULTILINE)
+    said = {(name, *row) for where, *row in rows for name in SUITES if where in ("both", f"`{name}`")}
+    assert said == {
+        (name, benchmark.name, benchmark.task, benchmark.metric)
+        for name, suite in SUITES.items()
+        for benchmark in suite.benchmarks
+    }

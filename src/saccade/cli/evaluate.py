@@ -18,6 +18,7 @@ saccade eval compare out/eval/full out/eval/pruned        each score, and the me
 """
 DIGITS_ONLY = {"split": "test", "num_samples": 1000}
 SUITES_ONLY = ("suite", "tasks", "include_path", "limit", "resume")
+PLAN = ("inference", "reducer", "prune_ratio", "positions", "keep_tokens", "budget", "adaptive", "newlines")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +152,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.suites import compare_results, comparison_rows
 
-    _refuse(args, (*DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:], "inference"), "is not of compare: leave it out")
+    _refuse(args, (*PLAN, *DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:]), "is not of compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(
             f"compare takes two folders of results, the baseline's first, and was given {len(args.folders)}"
