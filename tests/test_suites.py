@@ -229,7 +229,7 @@ def test_judges_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["compare", "a", "other.json"], "file='other.json' has no results"),
         (["compare", "a", "lacking"], "pope has no number for pope_f1_score, only for pope_accuracy"),
         (["tiny", "a"], "argument 'a': give one model"),
-        (["tiny", "--limit", "3"], "--limit is for benchmarks: add --suite or --tasks"),
+        (["tiny", "--limit", "0"], "--limit is for benchmarks: add --suite or --tasks"),
         (["tiny", "--num-samples", "0"], "num_samples=0: give at least 1"),
     ],
 )
@@ -270,6 +270,7 @@ def test_without_lmms_eval_one_line_says_what_to_install(
         ({"limit": 0}, "limit=0: give at least 1"),
         ({"batch_size": 0}, "batch_size=0: give at least 1"),
         ({"include_path": "nowhere"}, "include_path='nowhere' is not a folder"),
+        ({"model": "./nowhere"}, "model='./nowhere' cannot be loaded"),
     ],
 )
 def test_a_bad_request_ends_before_the_model_is_loaded(
@@ -278,7 +279,17 @@ def test_a_bad_request_ends_before_the_model_is_loaded(
     monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: object())
     monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(SaccadeError, match=message):
-        run_suite("tiny", plan_inferences("tiny"), tmp_path, ["pope"], **options)
+        run_suite(**{"model": "tiny", **options}, inferences=plan_inferences("tiny"), output=tmp_path, tasks=["pope"])
+
+
+def test_an_output_that_is_a_file_is_found_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: object())
+    monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "taken").write_text("")
+    assert main(["eval", "tiny", "--tasks", "pope", "--output", str(tmp_path / "taken")]) == 1
+    assert "a part of this path is a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,8 @@ def _plan(args: argparse.Namespace) -> list[Any]:
 def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
     """Refuse flags that would have no effect."""
     for name in names:
-        if getattr(args, name) not in (None, False):
+        # Not by equality: 0 is a value that somebody gave.
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             raise SaccadeError(f"--{name.replace('_', '-')} {why}")
 
 

@@ -16,6 +16,7 @@ from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.suites.definitions import BENCHMARKS, get_suite
 from saccade.training import ModelOptions, load_model
+from saccade.training.sources import check_family
 
 INSTALL = "pip install 'saccade[eval]'"
 KEYS = ("OPENAI_API_KEY", "AZURE_API_KEY")
@@ -101,6 +102,7 @@ def run_suite(
     Raises:
         SaccadeError: if lmms-eval is not installed, a task is unknown, its data cannot be loaded or it does not
             generate, a number is below 1, or the model cannot be loaded.
+        OSError: if `output` cannot be written to.
     """
     check_lmms_eval()
     for name, value in (("limit", limit), ("batch_size", batch_size)):
@@ -110,7 +112,12 @@ def run_suite(
         raise SaccadeError("WORLD_SIZE: this runs one process; for several GPUs use lmms-eval itself, --model saccade")
     if include_path is not None and not Path(include_path).is_dir():
         raise SaccadeError(f"include_path={str(include_path)!r} is not a folder: give the one with the tasks' YAML")
+    if str(model) != "tiny":
+        check_family(str(model))
     folders = {inference.name: Path(output) / inference.name for inference in inferences}
+    for folder in folders.values():
+        # A place that cannot be written to shows now, and not after hours.
+        folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(model)
     settings = {inference.name: model_args(model, inference, dtype) for inference in inferences}
     open_tasks = {
