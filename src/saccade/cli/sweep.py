@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--study",
         metavar="NAME",
-        help="a study: reducers, prune_ratio, slow_probability, isolator_length, stage, parts, inference, speeds, "
-        "trade_off",
+        help="a study: reducers, prune_ratio, slow_probability, isolator_length, stage, parts, inference, "
+        "changing_r, speeds, trade_off",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: the recipe's; 3 for a study)")
     parser.add_argument("--steps", type=int, metavar="N", help="of a study: steps of fine-tuning, for a short look")
