@@ -218,9 +218,12 @@ def test_bad_model_args(options: dict[str, Any], message: str) -> None:
         SaccadeModel("tiny", **options)
 
 
-def test_bad_tasks(tasks: Path, tmp_path: Path) -> None:
+def test_bad_tasks(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_task(tmp_path, "gone", CHOICE, tmp_path / "nowhere")
     write_task(tmp_path, "likely", CHOICE, tasks.parent / "data" / "digits_choice", output_type="loglikelihood")
+    # Once for the three: lmms-eval reads every task that it has.
+    index = TaskManager(include_path=str(tmp_path))
+    monkeypatch.setattr("saccade.suites.run._task_manager", lambda include_path: index)
     plan = plan_inferences("tiny", ["full"])
     for task, message in (
         ("gone", "'gone' cannot be loaded: FileNotFoundError"),

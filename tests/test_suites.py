@@ -246,7 +246,7 @@ def test_bad_input_is_one_line(
     write_results(Path("lacking"), {"pope": {"pope_accuracy": 0.5}})
     Path("empty").mkdir()
     write_results(Path("broken"), {}).write_text("{")
-    Path("other.json").write_text("[]")
+    Path("other.json").write_text('{"results": [{"accuracy": 0.5}]}')
     assert main(["eval", *flags]) == 2
     line = capsys.readouterr().err
     assert message in line

@@ -106,7 +106,8 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
             f"file={str(file)!r} is not readable JSON: {error}; evaluate again, or remove it"
         ) from error
     results = content.get("results") if isinstance(content, dict) else None
-    if isinstance(results, list) and all(isinstance(entry, dict) and "accuracy" in entry for entry in results):
+    scenes = {"inference", "accuracy"}
+    if isinstance(results, list) and all(isinstance(entry, dict) and scenes <= entry.keys() for entry in results):
         for entry in results:
             yield _Result(
                 DIGITS + entry["inference"],
