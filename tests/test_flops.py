@@ -202,7 +202,14 @@ def test_rows_of_a_thumbnail():
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llava-1.5-7b", 7.06), ("llava-next-7b", 7.06), ("qwen2.5-vl-7b", 8.29), ("llama3-8b", 8.03)],
+    [
+        ("llava-1.5-7b", 7.06),
+        ("llava-next-7b", 7.06),
+        ("qwen2.5-vl-7b", 8.29),
+        ("qwen3-vl-4b", 4.44),
+        ("llama3-8b", 8.03),
+        ("llava-llama3-8b", 8.36),
+    ],
 )
 def test_shapes_have_the_published_number_of_weights(name, billions):
     model = build_shape(name, device="meta")
