@@ -232,7 +232,7 @@ def training_flops(
 
 
 def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
-    """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, Qwen3-VL, or Qwen2.5-VL with its windows.
+    """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, Qwen3-VL, Qwen2.5-VL with windows.
 
     Every layer is counted, also one whose output is not used: stock models run it.
     """
