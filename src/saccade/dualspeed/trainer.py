@@ -37,7 +37,7 @@ from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.errors import SaccadeError
-from saccade.families import family_class, get_family, stock_model
+from saccade.families import Family, family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision

@@ -18,7 +18,6 @@ from saccade.benchmark.flops import (
     VisualRows,
     head_flops,
     projector_flops,
-    score_flops,
     skip_rows,
     tower_flops,
     training_flops,
@@ -33,10 +32,8 @@ from saccade.training.quantization import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe, find_recipe, load_recipe, read_recipe
 from saccade.training.run import check_lora, lora_config
 
-TEXT_TOKENS, LABEL_ROWS = 124, 62
-"""Text of a sample: LLaVA-1.5 in its fine-tuning has about 700 tokens, 576 of them visual. Half is taken as learned."""
-
-GIB = 2**30
+TEXT_TOKENS = 124
+"""Text of a sample, a guess: samples of LLaVA-1.5's fine-tuning then have 700 tokens, 576 of them visual."""
 
 
 @dataclass(frozen=True)
