@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from saccade.benchmark.flops import (
     TextShape,
@@ -182,10 +182,20 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
     options, args = recipe.options, recipe.trainer
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(options.dtype, config))
+        if options.load_in_4bit:
+            _as_prepared(model)
         if options.lora:
             return get_peft_model(model, lora_config(model, recipe))
     freeze_parts(get_family(model), args)
     return model
+
+
+def _as_prepared(model: PreTrainedModel) -> None:
+    """The dtypes that `peft.prepare_model_for_kbit_training` leaves: float32 for all that is not in four bits."""
+    quantized = {id(weight) for weight in quantized_weights(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in quantized:
+            parameter.data = parameter.data.float()
 
 
 class _Costs:
