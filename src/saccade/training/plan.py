@@ -31,6 +31,7 @@ from saccade.tokens import TokenBudget
 from saccade.training.quantization import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe, find_recipe, load_recipe, read_recipe
 from saccade.training.run import check_lora, lora_config
+from saccade.training.sources import DTYPES
 
 TEXT_TOKENS = 124
 """Text of a sample, a guess: samples of LLaVA-1.5's fine-tuning then have 700 tokens, 576 of them visual."""
@@ -366,12 +367,11 @@ class _Costs:
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that `load_model` would load in, where the configuration tells; else float32."""
-    found = getattr(torch, name, None) if name != "auto" else config.dtype
-    if not isinstance(found, torch.dtype):
-        if name != "auto":
-            raise SaccadeError(f"dtype={name!r} is unknown: use one of auto, float32, bfloat16, float16")
-        found = torch.float32
-    return torch.float32 if name == "auto" and found == torch.float16 else found
+    if name not in DTYPES:
+        raise SaccadeError(f"dtype={name!r} is unknown: use one of {', '.join(DTYPES)}")
+    found = config.dtype if name == "auto" else getattr(torch, name)
+    # Half precision overflows in training, so that `auto` loads it as float32.
+    return torch.float32 if name == "auto" and found in (None, torch.float16) else found
 
 
 def _mode_row(mode: ModeCost) -> dict[str, Any]:
