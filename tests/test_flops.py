@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saccade.benchmark.flops import (
     TextShape,
@@ -104,6 +105,19 @@ def test_tower_and_merger_of_qwen(grid):
     config._attn_implementation = "eager"
     tower = Qwen2_5_VLModel._from_config(config, attn_implementation="eager").visual
     patches = torch.zeros(grid[0] * grid[1], 3 * 2 * 14 * 14)
+    total = counted(lambda: tower(patches, grid_thw=torch.tensor([[1, *grid]])))
+    assert total == tower_flops(config, 1, grid) + projector_flops(config, 1, grid)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (12, 6)])
+def test_tower_and_mergers_of_qwen3(grid):
+    config = shape_config("qwen3-vl-4b", layers=1)
+    config.text_config.vocab_size = 64
+    vision = config.vision_config
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 3, 48, 68, 2
+    vision.deepstack_visual_indexes, vision.out_hidden_size = [0, 1], 56
+    tower = Qwen3VLVisionModel._from_config(vision, attn_implementation="eager")
+    patches = torch.zeros(grid[0] * grid[1], 3 * 2 * 16 * 16)
     total = counted(lambda: tower(patches, grid_thw=torch.tensor([[1, *grid]])))
     assert total == tower_flops(config, 1, grid) + projector_flops(config, 1, grid)
 
