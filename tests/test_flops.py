@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from saccade.benchmark.flops import (
     TextShape,
@@ -108,6 +109,19 @@ def test_tower_and_merger_of_qwen(grid):
     assert total == tower_flops(config, 1, grid) + projector_flops(config, 1, grid)
 
 
+@pytest.mark.parametrize("grid", [(8, 8), (12, 6)])
+def test_tower_and_mergers_of_qwen3(grid):
+    config = shape_config("qwen3-vl-4b", layers=1)
+    config.text_config.vocab_size = 64
+    vision = config.vision_config
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 3, 48, 68, 2
+    vision.deepstack_visual_indexes, vision.out_hidden_size = [0, 1], 56
+    tower = Qwen3VLVisionModel._from_config(vision, attn_implementation="eager")
+    patches = torch.zeros(grid[0] * grid[1], 3 * 2 * 16 * 16)
+    total = counted(lambda: tower(patches, grid_thw=torch.tensor([[1, *grid]])))
+    assert total == tower_flops(config, 1, grid) + projector_flops(config, 1, grid)
+
+
 @pytest.mark.parametrize("keep", [36, 20, 4])
 def test_prefill_on_all_and_on_kept_tokens(model, keep):
     inputs = prompt(9)
@@ -202,7 +216,14 @@ def test_rows_of_a_thumbnail():
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("llava-1.5-7b", 7.06), ("llava-next-7b", 7.06), ("qwen2.5-vl-7b", 8.29), ("llama3-8b", 8.03)],
+    [
+        ("llava-1.5-7b", 7.06),
+        ("llava-next-7b", 7.06),
+        ("qwen2.5-vl-7b", 8.29),
+        ("qwen3-vl-4b", 4.44),
+        ("llama3-8b", 8.03),
+        ("llava-llama3-8b", 8.36),
+    ],
 )
 def test_shapes_have_the_published_number_of_weights(name, billions):
     model = build_shape(name, device="meta")

@@ -232,7 +232,7 @@ def training_flops(
 
 
 def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
-    """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, or Qwen2.5-VL with its windows.
+    """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, Qwen3-VL, Qwen2.5-VL with windows.
 
     Every layer is counted, also one whose output is not used: stock models run it.
     """
@@ -244,6 +244,10 @@ def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> 
         whole = sum(layer < vision.depth for layer in set(vision.fullatt_block_indexes))
         pairs = whole * patches**2 + (vision.depth - whole) * _window_pairs(vision, grid)
         return 2 * crops * (patches * (volume * width + vision.depth * row) + 2 * pairs * width)
+    if hasattr(vision, "deepstack_visual_indexes"):
+        volume = 3 * vision.temporal_patch_size * vision.patch_size**2
+        row = 4 * width**2 + 2 * width * vision.intermediate_size
+        return 2 * crops * (patches * (volume * width + vision.depth * row) + 2 * vision.depth * patches**2 * width)
     rows = patches + (vision.model_type == "clip_vision_model")  # and its class token
     row = 4 * width**2 + 2 * width * vision.intermediate_size
     embedding = patches * 3 * vision.patch_size**2 * width
@@ -251,12 +255,13 @@ def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> 
 
 
 def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
-    """The projector: LLaVA's two layers for each patch, or Qwen's merger of the patches of a square."""
+    """The projector: LLaVA's two layers for each patch, or Qwen's mergers of the patches of a square."""
     vision, width = config.vision_config, config.get_text_config().hidden_size
     patches = crops * grid[0] * grid[1]
     if hasattr(vision, "out_hidden_size") and hasattr(vision, "spatial_merge_size"):
         merged = vision.hidden_size * vision.spatial_merge_size**2
-        return 2 * (patches // vision.spatial_merge_size**2) * (merged**2 + merged * vision.out_hidden_size)
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return 2 * mergers * (patches // vision.spatial_merge_size**2) * (merged**2 + merged * vision.out_hidden_size)
     return 2 * patches * (vision.hidden_size * width + width**2)
 
 

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen3VLConfig,
 )
 
 from saccade.errors import SaccadeError
@@ -37,7 +38,15 @@ VICUNA_7B = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 4096,
 }
+LLAMA3_8B = {
+    **VICUNA_7B,
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
 MISTRAL_LIMIT = 32768
+PIXELS = 672
 GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -52,6 +61,8 @@ class Shape:
         crops: crops of the image that the vision tower sees.
         grid: patches (rows, columns) of one crop.
         visual_tokens: rows that the language model receives for the image.
+        hub_ids: checkpoints on the hub that have this shape.
+        newlines: of the visual tokens, those that end a line of an image in crops.
     """
 
     name: str
@@ -60,6 +71,8 @@ class Shape:
     crops: int
     grid: tuple[int, int]
     visual_tokens: int
+    hub_ids: tuple[str, ...] = ()
+    newlines: int = 0
 
 
 def _tiny() -> PreTrainedConfig:
@@ -117,15 +130,51 @@ def _qwen() -> PreTrainedConfig:
     )
 
 
-def _llama3() -> PreTrainedConfig:
-    return LlamaConfig(
-        **{
-            **VICUNA_7B,
-            "vocab_size": 128256,
-            "intermediate_size": 14336,
+def _qwen3() -> PreTrainedConfig:
+    return Qwen3VLConfig(
+        text_config={
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
             "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": True,
         },
+        vision_config={
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2560,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        tie_word_embeddings=True,
+    )
+
+
+def _llama3() -> PreTrainedConfig:
+    return LlamaConfig(**LLAMA3_8B, tie_word_embeddings=False)
+
+
+def _llava_llama3() -> PreTrainedConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
+        text_config=LlamaConfig(**{**LLAMA3_8B, "vocab_size": 128320}),
+        vision_feature_layer=-2,
+        image_token_id=128257,
         tie_word_embeddings=False,
     )
 
@@ -133,12 +182,47 @@ def _llama3() -> PreTrainedConfig:
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, (12, 12), 144),
-        Shape("llava-1.5-7b", "CLIP-L/14, Vicuna-7B, 336 x 336 pixels", _llava, 1, (24, 24), 576),
+        Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, (12, 12), 144, ("tiny",)),
+        Shape(
+            "llava-1.5-7b",
+            "CLIP-L/14, Vicuna-7B, 336 x 336 pixels",
+            _llava,
+            1,
+            (24, 24),
+            576,
+            ("llava-hf/llava-1.5-7b-hf",),
+        ),
         # 576 of the thumbnail, and 48 rows of 48 tokens and a newline.
-        Shape("llava-next-7b", "CLIP-L/14, Vicuna-7B, 672 x 672 pixels, 5 crops", _llava_next, 5, (24, 24), 2928),
-        Shape("qwen2.5-vl-7b", "Qwen2.5-VL, 672 x 672 pixels", _qwen, 1, (48, 48), 576),
+        Shape(
+            "llava-next-7b",
+            "CLIP-L/14, Vicuna-7B, 672 x 672 pixels, 5 crops",
+            _llava_next,
+            5,
+            (24, 24),
+            2928,
+            ("llava-hf/llava-v1.6-vicuna-7b-hf",),
+            newlines=48,
+        ),
+        Shape(
+            "qwen2.5-vl-7b",
+            "Qwen2.5-VL, 672 x 672 pixels",
+            _qwen,
+            1,
+            (48, 48),
+            576,
+            ("Qwen/Qwen2.5-VL-7B-Instruct",),
+        ),
+        Shape("qwen3-vl-4b", "Qwen3-VL, 672 x 672 pixels", _qwen3, 1, (42, 42), 441, ("Qwen/Qwen3-VL-4B-Instruct",)),
         Shape("llama3-8b", "Llama-3-8B alone, beside 576 visual tokens", _llama3, 0, (0, 0), 576),
+        Shape(
+            "llava-llama3-8b",
+            "CLIP-L/14, Llama-3-8B, 336 x 336 pixels",
+            _llava_llama3,
+            1,
+            (24, 24),
+            576,
+            ("xtuner/llava-llama-3-8b-v1_1-transformers",),
+        ),
     )
 }
 """The known shapes by name."""
@@ -153,6 +237,32 @@ def get_shape(name: str) -> Shape:
     if name not in SHAPES:
         raise SaccadeError(f"shape={name!r} is not known: choose one of {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def shape_of(name: str, config: PreTrainedConfig) -> Shape:
+    """The shape of a model by its configuration, with an image of 672 x 672 pixels where the size is not fixed.
+
+    Raises:
+        SaccadeError: if images of the model's type cannot be counted yet.
+    """
+    vision = getattr(config, "vision_config", None)
+    if config.model_type == "llava":
+        side = vision.image_size // vision.patch_size
+        tokens, grid, crops, newlines = side * side, (side, side), 1, 0
+    elif config.model_type == "llava_next":
+        # A thumbnail and 2 x 2 crops, with a newline behind each line of the latter.
+        side = vision.image_size // vision.patch_size
+        tokens, grid, crops, newlines = 5 * side * side + 2 * side, (side, side), 5, 2 * side
+    elif config.model_type in ("qwen2_5_vl", "qwen3_vl"):
+        merge = vision.spatial_merge_size
+        side = PIXELS // (vision.patch_size * merge)
+        tokens, grid, crops, newlines = side * side, (side * merge, side * merge), 1, 0
+    else:
+        raise SaccadeError(
+            f"model={name!r}: images of model_type={config.model_type!r} cannot be counted yet, only those of llava, "
+            "llava_next, qwen2_5_vl and qwen3_vl"
+        )
+    return Shape(name, config.model_type, lambda: config, crops, grid, tokens, newlines=newlines)
 
 
 def shape_config(name: str, layers: int | None = None, width: int | None = None) -> PreTrainedConfig:

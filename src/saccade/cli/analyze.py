@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(error, preset="100/156", output="skip_error.png")
     flops = verbs.add_parser("flops", help="operations and cache bytes of real model shapes", allow_abbrev=False)
     flops.add_argument(
-        "--shape", default="all", metavar="A,B", help="tiny, llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, llama3-8b"
+        "--shape",
+        default="all",
+        metavar="A,B",
+        help="tiny, llava-1.5-7b, llava-next-7b, qwen2.5-vl-7b, qwen3-vl-4b, llama3-8b, llava-llama3-8b",
     )
     flops.add_argument(
         "--budget",

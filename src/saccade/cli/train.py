@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from typing import Any
 
 PASS_UNKNOWN = True
 EXAMPLES = """
@@ -13,7 +14,10 @@ saccade train my.yaml --resume auto                     goes on from the newest 
 saccade train my.yaml --dataset data.jsonl --lora true  your own rows: {"messages": [...], "images": [...]}
 saccade train my.yaml --launch fsdp2 --processes 8      sharded over eight GPUs
 saccade train my.yaml --launch zero2 --processes 16 --machines 2 --machine-rank 0 --main-address 10.0.0.1:29500
+saccade train llava-1.5-7b/sft_lora --dry-run           what it would take; nothing is downloaded or trained
 """
+
+PLAN_FLAGS = ("output", "text_tokens", "label_rows", "devices", "shards")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +32,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine-rank", type=int, default=None, help="number of this machine, from 0 (default: 0)")
     parser.add_argument("--main-address", default=None, metavar="HOST:PORT", help="where machine 0 listens")
     parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="count weights, tokens, operations and memory, and end")
+    parser.add_argument("--output", metavar="FILE", help="with --dry-run: also write JSON to FILE")
+    parser.add_argument("--text-tokens", type=int, metavar="N", help="with --dry-run: of a sample (default: 124)")
+    parser.add_argument(
+        "--label-rows", type=int, metavar="N", help="with --dry-run: of these, how many are learned (default: half)"
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: GPUs side by side (default: 8)")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="with --dry-run: GPUs that share weights, gradients and optimizer states, as FSDP and ZeRO-3 do "
+        "(default: 1)",
+    )
     parser.epilog = f"Any field of the recipe can be given as --field value.\n\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
+    from saccade.errors import SaccadeError
+
+    if args.dry_run:
+        return _dry_run(args)
+    for name in PLAN_FLAGS:
+        if getattr(args, name) is not None:
+            raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
     if args.launch is not None:
         return _launch(args)
     _check_alone(args)
@@ -76,3 +101,51 @@ def _check_alone(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None:
             raise SaccadeError(f"{name}={value!r} without --launch: add --launch ddp, fsdp2, zero2 or zero3")
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    from saccade.files import write_json_atomically
+    from saccade.training.plan import plan_recipe
+
+    names = ("text_tokens", "label_rows", "devices", "shards")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    plan = plan_recipe(args.recipe, args.overrides, **given)
+    _print(plan)
+    if args.output:
+        write_json_atomically(args.output, plan)
+        print(f"written to {args.output}")
+    return 0
+
+
+def _print(plan: dict[str, Any]) -> None:
+    from saccade.report.tables import print_table
+
+    parameters, expected, batch, assumed = (plan[name] for name in ("parameters", "expected", "batch", "assumed"))
+    rows = [
+        ["model", plan["model"] if plan["model"] == plan["shape"] else f"{plan['model']} ({plan['shape']})"],
+        ["parameters", f"{parameters['total']:,}"],
+        ["trainable", f"{parameters['trainable']:,}, of these adapters {parameters['adapters']:,}"],
+        ["isolator and summary head", f"{parameters['own']:,}"],
+        ["visual tokens of an image", plan["visual_tokens"]],
+        ["rows an image, expected", f"{expected['visual_rows']:.1f}"],
+        ["sequence length, expected", f"{expected['length']:.1f} of {plan['baseline']['length']}"],
+        ["speed-up of a step, in operations", f"{expected['speedup']:.2f}x"],
+        ["speed-up of the language model", f"{expected['speedup_language']:.2f}x"],
+        [
+            "global batch",
+            f"{batch['global']} = {batch['per_device']} x {batch['accumulation']} steps x {batch['devices']} devices",
+        ],
+    ]
+    print_table(f"dry run of {plan['recipe']}", ["", "value"], rows)
+    columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP a sample"]
+    keys = ("name", "probability", "kept", "skipped", "summary", "isolator", "length")
+    modes = [*plan["modes"], {**plan["baseline"], "name": "(all tokens)", "probability": None}]
+    print()
+    print_table("modes", columns, [[*(mode[key] for key in keys), mode["flops"] / 1e12] for mode in modes])
+    print()
+    sizes = [[name, f"{value / 2**30:.3f}"] for name, value in plan["memory"].items()]
+    print_table("memory of a device, estimated", ["", "GiB"], sizes)
+    print(
+        f"\nOne image and {assumed['text_tokens']} text tokens a sample, {assumed['label_rows']} of them learned. "
+        "Operations are counted, not timed; memory is an estimate."
+    )

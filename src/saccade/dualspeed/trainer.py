@@ -39,7 +39,7 @@ from saccade.dualspeed.sharding import WithBlankImage, layer_classes
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
-from saccade.families import family_class, get_family, stock_model
+from saccade.families import Family, family_class, get_family, stock_model
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
@@ -391,17 +391,8 @@ class DualSpeedTrainer(LoadingTrainer):
 
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
-        if self.model is not self.family.model:
-            return
-        parts = (
-            (self.args.freeze_vision_tower, self.family.vision_tower),
-            (self.args.freeze_projector, self.family.projector),
-            (self.args.freeze_language_model, self.family.language_model),
-            (self.args.freeze_language_model, self.family.model.get_output_embeddings()),
-        )
-        for frozen, module in parts:
-            if frozen:
-                module.requires_grad_(False)
+        if self.model is self.family.model:
+            freeze_parts(self.family, self.args)
 
     def _stage_schedule(self) -> ModeSchedule:
         """The configured schedule, or an always fast one if no parameter of the decoder layers trains."""
@@ -479,3 +470,16 @@ def _gathered(weight: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([weight]):
             return weight.detach().clone()
     return weight
+
+
+def freeze_parts(family: Family, args: DualSpeedConfig) -> None:
+    """Freeze the parts of a model that the options name."""
+    parts = (
+        (args.freeze_vision_tower, family.vision_tower),
+        (args.freeze_projector, family.projector),
+        (args.freeze_language_model, family.language_model),
+        (args.freeze_language_model, family.model.get_output_embeddings()),
+    )
+    for frozen, module in parts:
+        if frozen:
+            module.requires_grad_(False)

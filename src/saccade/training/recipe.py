@@ -41,6 +41,8 @@ class ModelOptions:
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters.
         lora_dropout: dropout before the adapters.
+        load_in_4bit: keep the decoder's weights in four bits (QLoRA: NF4, quantized twice) under the adapters; needs
+            `lora` and bitsandbytes.
         resume: "auto" goes on from the newest whole checkpoint in `output_dir` if there is one; a path names one.
     """
 
@@ -62,6 +64,7 @@ class ModelOptions:
     lora_r: int = 128
     lora_alpha: int = 256
     lora_dropout: float = 0.05
+    load_in_4bit: bool = False
     resume: str | None = None
 
 

@@ -4,7 +4,8 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, prepare_model_for_kbit_training
+from torch import nn
 from transformers import TrainerCallback
 
 from saccade.dualspeed import DualSpeedTrainer
@@ -37,6 +38,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     check_lora(recipe)
     dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
     model, processor = load_model(options, args.trust_remote_code)
+    if options.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     beside = Path(options.model) / ISOLATOR_FILE
     if args.isolator_path is None and args.isolator_length and beside.is_file():
         args.isolator_path = str(beside)
@@ -100,6 +103,8 @@ def check_lora(recipe: Recipe) -> None:
         SaccadeError: with a frozen language model, or on a model that is adapters itself.
     """
     options = recipe.options
+    if options.load_in_4bit and not options.lora:
+        raise SaccadeError("load_in_4bit=true freezes the language model in four bits: train adapters with lora=true")
     if not options.lora:
         return
     if recipe.trainer.freeze_language_model:
@@ -124,9 +129,24 @@ def lora_config(model, recipe: Recipe) -> LoraConfig:
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=rf"{layers}\.\d+\..*_proj".replace(".layers", r"\.layers"),
-        modules_to_save=None if recipe.trainer.freeze_projector else [names[id(family.projector)].rpartition(".")[2]],
+        modules_to_save=None if recipe.trainer.freeze_projector else _projector_names(family.projector, names),
         task_type="CAUSAL_LM",
     )
+
+
+def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:
+    """What PEFT knows the projector by. It saves no list of modules, only what is in it."""
+    if not isinstance(projector, nn.ModuleList):
+        return [names[id(projector)].rpartition(".")[2]]
+    return [
+        name
+        for child in projector
+        for name in (
+            [".".join(names[id(one)].split(".")[-2:]) for one in child]
+            if isinstance(child, nn.ModuleList)
+            else _projector_names(child, names)
+        )
+    ]
 
 
 def _resume(resume: str | None, output_dir: str) -> str | bool | None:

@@ -13,6 +13,7 @@ from saccade.data.sources import Source, TableSource
 from saccade.errors import SaccadeError
 from saccade.families import family_class
 from saccade.tiny import build_tiny_processor, load_tiny
+from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,18 +33,25 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     """
     if options.dtype not in DTYPES:
         raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    if options.load_in_4bit:
+        check_quantization(options.model)
     if options.model == "tiny":
         return load_tiny(grid=options.dataset_grid)
     check_family(options.model, trust_remote_code)
     loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
     try:
+        if options.load_in_4bit:
+            config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                names = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+            loading["quantization_config"] = quantization_config(names, options.dtype)
         if (Path(options.model) / "adapter_config.json").is_file():
             base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
             model = AutoModelForImageTextToText.from_pretrained(base, **loading)
             model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
         else:
             model = AutoModelForImageTextToText.from_pretrained(options.model, **loading)
-        if options.dtype == "auto" and model.dtype == torch.float16:
+        if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
         return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

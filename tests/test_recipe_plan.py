@@ -1,0 +1,234 @@
+"""The dry run of recipes, beside small formulas and the published numbers; QLoRA as far as it goes without a GPU."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from saccade import SaccadeError
+from saccade.benchmark.flops import projector_flops, tower_flops
+from saccade.benchmark.shapes import build_shape, get_shape, shape_config
+from saccade.cli.main import main
+from saccade.families import get_family
+from saccade.training import ModelOptions, load_model, load_recipe, make_recipe, train_recipe
+from saccade.training.plan import meta_model, plan_recipe
+from saccade.training.quantization import quantization_options, quantized_weights
+from saccade.training.recipe import RECIPES
+from saccade.training.run import lora_config
+
+REAL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "tiny-digits")
+TINY = sorted((RECIPES / "tiny-digits").glob("*.yaml"))
+BILLIONS = {
+    "llava-1.5-7b": 7.063,
+    "llava-next-7b": 7.063,
+    "qwen2.5-vl-7b": 8.292,
+    "qwen3-vl-4b": 4.438,
+    "llava-llama3-8b": 8.355,
+}
+TOKENS = {
+    "llava-1.5-7b": 576,
+    "llava-next-7b": 2928,
+    "qwen2.5-vl-7b": 576,
+    "qwen3-vl-4b": 441,
+    "llava-llama3-8b": 576,
+}
+GLOBAL_BATCH = {"pretrain": 256, "sft_lora": 128, "sft_full": 128, "sft_qlora": 128, "vicuna_64_156": 128}
+
+
+def test_the_real_recipes_are_there():
+    names = {str(path.relative_to(RECIPES).with_suffix("")) for path in REAL}
+    stages = ("pretrain", "sft_lora", "sft_full", "sft_qlora")
+    assert names >= {f"{model}/{stage}" for model in ("llava-1.5-7b", "llava-next-7b") for stage in stages}
+    assert names >= {f"{model}/sft_{kind}lora" for model in ("qwen2.5-vl-7b", "qwen3-vl-4b") for kind in ("", "q")}
+    assert names >= {"skip-vision/pretrain", "skip-vision/sft_100_156", "skip-vision/sft_256_320"}
+
+
+@pytest.mark.parametrize("path", REAL, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_real_recipes_are_planned(path):
+    plan = plan_recipe(path)
+    shape = plan["shape"]
+    assert plan["parameters"]["total"] == pytest.approx(BILLIONS[shape] * 1e9, rel=0.01)
+    assert plan["visual_tokens"] == TOKENS[shape]
+    assert plan["batch"]["global"] == GLOBAL_BATCH.get(path.stem, 64)
+    assert sum(mode["probability"] for mode in plan["modes"]) == pytest.approx(1)
+    assert plan["memory"]["total"] == pytest.approx(sum(v for k, v in plan["memory"].items() if k != "total"))
+    assert plan["memory"]["total"] < 80 * 2**30
+    if "fast" in {mode["name"] for mode in plan["modes"]}:
+        fast = plan["modes"][0]
+        # A tenth of each picture, rounded; with newlines in the large one's share.
+        assert fast["kept"] == {576: 58, 441: 44, 2928: 58 + 235}[plan["visual_tokens"]]
+        assert fast["length"] == fast["kept"] + 4 + 124
+        assert plan["expected"]["speedup"] > 2
+    if path.parent.name == "skip-vision" and path.stem != "pretrain":
+        retained, skipped = map(int, re.findall(r"\d+", path.stem))
+        assert (plan["modes"][0]["kept"], plan["modes"][0]["skipped"]) == (retained, skipped)
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_tiny_recipes_are_planned_before_stage_one_has_run(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_recipe(path)
+    assert plan["visual_tokens"] == 144
+    assert plan["parameters"]["total"] == sum(p.numel() for p in build_shape("tiny").parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def forward(visual: int, text: int, label_rows: int) -> tuple[int, int]:
+    """Forward of Vicuna-7B: products with weights, and scores."""
+    rows, width, inner, layers = visual + text, 4096, 11008, 32
+    weights = layers * rows * (4 * width**2 + 3 * width * inner) + label_rows * width * 32064
+    return 2 * weights, 2 * layers * 2 * rows**2 * width
+
+
+@pytest.mark.parametrize(("ratio", "slow"), [(0.9, 0.1), (0.5, 0.3), (0.9, 0.0)])
+def test_the_speedup_of_full_fine_tuning(ratio, slow):
+    text, labels = 100, 40
+    head = 2 * labels * 4096 * 32064
+    kept = math.floor(576 * (1 - ratio) + 0.5)
+    overrides = ["--prune_ratio", str(ratio), "--slow_probability", str(slow)]
+    plan = plan_recipe("llava-1.5-7b/sft_full", overrides, text_tokens=text, label_rows=labels)
+
+    def trained(visual: int) -> int:
+        # Forward, a backward of twice as much, and the layers' forward again, for checkpointing.
+        whole = sum(forward(visual, text, labels))
+        return 3 * whole + whole - head
+
+    full, fast = trained(576), trained(kept + 4)
+    teacher = sum(forward(kept + 4, text, labels))
+    language = (1 - slow) * fast + slow * (full + teacher)
+    shape, config = get_shape("llava-1.5-7b"), shape_config("llava-1.5-7b")
+    vision = tower_flops(config, 1, shape.grid) + 3 * projector_flops(config, 1, shape.grid)
+    assert plan["expected"]["speedup_language"] == pytest.approx(full / language, rel=1e-9)
+    assert plan["expected"]["speedup"] == pytest.approx((full + vision) / (language + vision), rel=1e-9)
+    assert plan["expected"]["length"] == pytest.approx((1 - slow) * (text + kept + 4) + slow * (text + 576))
+
+
+def test_adapters_are_counted_and_frozen_weights_get_no_gradient():
+    plan = plan_recipe("llava-1.5-7b/sft_lora", ["--lora_r", "8", "--gradient_checkpointing", "false"])
+    assert plan["parameters"]["adapters"] == 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert plan["parameters"]["trainable"] == plan["parameters"]["adapters"] + 1024 * 4096 + 4096**2 + 2 * 4096
+    weights, scores = forward(576, 124, 62)
+    adapters = 2 * 700 * plan["parameters"]["adapters"]
+    assert plan["baseline"]["language_flops"] == 2 * weights + 3 * scores + 3 * adapters
+
+
+def test_memory_of_weights_gradients_and_optimizer():
+    full = plan_recipe("llava-1.5-7b/sft_full")
+    count, trained = full["parameters"]["total"], full["parameters"]["trainable"]
+    own = full["parameters"]["own"]
+    assert own == 4 * 4096
+    assert full["memory"]["weights"] == 2 * count + 4 * own
+    assert full["memory"]["gradients"] == 2 * trained + 4 * own
+    assert full["memory"]["optimizer"] == 2 * full["memory"]["gradients"]
+    shared = plan_recipe("llava-1.5-7b/sft_full", ["--dtype", "float32"], shards=8)
+    assert shared["memory"]["weights"] == pytest.approx((4 * count + 4 * own) / 8)
+    four = plan_recipe("llava-1.5-7b/sft_qlora", ["--lora_r", "8"])
+    inside = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    outside = 4 * (count - inside + four["parameters"]["trainable"] + own)
+    assert four["memory"]["weights"] == pytest.approx(inside * 4.127 / 8 + outside, rel=1e-4)
+
+
+def test_activations_shrink_with_checkpointing_and_grow_with_the_batch():
+    base = plan_recipe("tiny-digits/sft")["memory"]["activations"]
+    assert plan_recipe("tiny-digits/sft", ["--gradient_checkpointing", "true"])["memory"]["activations"] < base
+    twice = plan_recipe("tiny-digits/sft", ["--per_device_train_batch_size", "64"])["memory"]["activations"]
+    assert twice == 2 * base
+
+
+def test_a_local_folder_with_a_config_alone(tmp_path):
+    shape_config("llava-1.5-7b", layers=2).save_pretrained(tmp_path)
+    plan = plan_recipe("llava-1.5-7b/sft_full", ["--model", str(tmp_path)])
+    assert plan["visual_tokens"] == 576
+    whole = build_shape("llava-1.5-7b", layers=2, device="meta")
+    assert plan["parameters"]["total"] == sum(p.numel() for p in whole.parameters())
+
+
+def test_the_command_prints_and_writes_json_and_nothing_else(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dry-run", "--devices", "4", "--output", "plan.json", "--output_dir", "here"]
+    assert main(["train", "llava-1.5-7b/sft_full", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "7,063,427,072" in printed
+    assert "64 = 16 x 1 steps x 4 devices" in printed
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert f"{plan['expected']['speedup']:.2f}x" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dry-run", "--model", "someone/unknown"], "model='someone/unknown' is no folder .* put its config.json"),
+        (["--dry-run", "--max_length", "500"], "max_length=500 cuts image tokens"),
+        (["--dry-run", "--devices", "0"], "devices=0"),
+        (["--dry-run", "--shards", "3"], "shards=3"),
+        (["--dry-run", "--label-rows", "500"], "label_rows=500"),
+        (["--dry-run", "--prune_ratio", "2"], "prune_ratio=2"),
+        (["--dry-run", "--dtype", "int4"], "dtype='int4'"),
+        (["--dry-run", "--load_in_4bit", "true"], "train adapters with lora=true"),
+        (["--devices", "8"], "--devices goes with --dry-run"),
+    ],
+)
+def test_bad_dry_runs_end_in_one_line(flags, message, capsys):
+    assert main(["train", "llava-1.5-7b/sft_full", *flags]) == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_images_of_other_families_are_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    assert main(["train", "llava-1.5-7b/sft_full", "--dry-run", "--model", str(tmp_path)]) == 2
+    assert "model_type='gemma3' cannot be counted yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-4b"])
+def test_four_bits_for_the_decoder_alone(name):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shape_config(name, layers=2))
+    options = quantization_options(model)
+    assert options["bnb_4bit_quant_type"] == "nf4"
+    assert options["bnb_4bit_use_double_quant"]
+    assert options["bnb_4bit_compute_dtype"] == torch.bfloat16
+    assert quantization_options(model, "float16")["bnb_4bit_compute_dtype"] == torch.float16
+    skipped = options["llm_int8_skip_modules"]
+    inside = {id(weight) for weight in quantized_weights(model)}
+    assert len(inside) == 7 * 2
+    for place, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            left_out = any(place == prefix or place.startswith(f"{prefix}.") for prefix in skipped)
+            assert left_out == (id(module.weight) not in inside), place
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-4b"])
+def test_adapters_on_qwen_save_the_mergers_in_full(name):
+    recipe = make_recipe({"lora": True, "lora_r": 2, "use_cpu": True, "bf16": False})
+    with torch.device("meta"):
+        model = build_shape(name, layers=1, device="meta")
+        mergers = sum(p.numel() for p in get_family(model).projector.parameters())
+        model = get_peft_model(model, lora_config(model, recipe))
+    trained = {key: p.numel() for key, p in model.named_parameters() if p.requires_grad}
+    assert sum(count for key, count in trained.items() if "merger" in key) == mergers
+    assert all("lora_" in key or "merger" in key for key in trained)
+
+
+def test_quantization_is_refused_where_it_cannot_be(monkeypatch):
+    options = ModelOptions(model="llava-hf/llava-1.5-7b-hf", lora=True, load_in_4bit=True)
+    monkeypatch.setattr("saccade.training.quantization.find_spec", lambda name: None)
+    with pytest.raises(SaccadeError, match=r"needs bitsandbytes: pip install 'saccade\[quant\]'"):
+        load_model(options)
+    with pytest.raises(SaccadeError, match="'tiny' is too small"):
+        load_model(ModelOptions(load_in_4bit=True, lora=True))
+    with pytest.raises(SaccadeError, match="train adapters with lora=true"):
+        train_recipe(make_recipe({"load_in_4bit": True, "use_cpu": True, "bf16": False}))
+
+
+def test_a_stage_one_recipe_trains_the_projector_alone():
+    recipe = load_recipe("llava-1.5-7b/pretrain", ["--use_cpu", "true"])
+    model = meta_model(recipe, shape_config("llava-1.5-7b", layers=1))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("multi_modal_projector" in name for name in trained)
