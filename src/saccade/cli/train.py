@@ -144,7 +144,7 @@ def _print(plan: dict[str, Any]) -> None:
     print_table("modes", columns, [[*(mode[key] for key in keys), mode["flops"] / 1e12] for mode in modes])
     print()
     sizes = [[name, f"{value / 2**30:.3f}"] for name, value in plan["memory"].items()]
-    print_table("memory of a device, estimated", ["", "GiB"], sizes)
+    print_table("memory, GiB", ["a device, estimated", "GiB"], sizes)
     print(
         f"\nOne image and {assumed['text_tokens']} text tokens a sample, {assumed['label_rows']} of them learned. "
         "Operations are counted, not timed; memory is an estimate."
