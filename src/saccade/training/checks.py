@@ -1,5 +1,6 @@
 """`saccade data check`: the sources of a file or of a recipe, read as training would read them."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,9 @@ from saccade.data.check import check_sources
 from saccade.data.lengths import TokenCounter
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.sources import dataset_sources, load_processor, open_source
+
+ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
+"""Options of training that a machine may not have, and a check does not need."""
 
 
 class FirstRows:
@@ -71,7 +75,6 @@ def check_data(
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:
     if Path(path).suffix in (".yaml", ".yml"):
-        recipe = load_recipe(path)
+        recipe = load_recipe(path, [f"--{name}={json.dumps(value)}" for name, value in ANY_MACHINE.items()])
         return make_recipe({**recipe.given, **given}, source=path)
-    # What a check needs of the options of training is the same on any machine.
-    return make_recipe({"bf16": False, "use_cpu": True, **given, "dataset": path}, source="saccade data check")
+    return make_recipe({**ANY_MACHINE, **given, "dataset": path}, source="saccade data check")
