@@ -23,13 +23,8 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(?:`([\w.]+)`:\n\n)?```(bash|python|json|yaml)\n(.*?)```", re.DOTALL)
 
 SMALL = {
-<<<<<<< HEAD
-    "train": "--max_steps 2 --logging_steps 1 --dataset_rows 8 --per_device_train_batch_size 2 --save_steps 1 "
-    "--disable_tqdm true",
-=======
     "train": "--max_steps 2 --dataset_rows 8 --per_device_train_batch_size 2 --save_steps 1 --logging_steps 1 "
     "--disable_tqdm true --use_cpu true",
->>>>>>> pages
     "eval": "--num-samples 6",
     "demo": "--steps 1 --scenes 4",
     "data": "--jobs 1",
