@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_to, tie_terms
 from saccade.reducers.visionzip import evenly_spread
@@ -47,11 +47,10 @@ class PruMerge:
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) a row."""
-        most = keep if isinstance(keep, int) else int(keep.max()) if keep.numel() else 1
-        return by_rows(self._reduce, context, keep, elements=context.shape[1] * max(1, most))
-
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         budget = row_budget(context, keep)
+        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
+
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         saliency = context.saliency.float()
         order = best_first(saliency, context)

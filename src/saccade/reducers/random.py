@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import ascending, by_rows, row_budget, valid_rank
+from saccade.reducers.common import Budget, ascending, by_rows, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
 from saccade.tokens import Reduction, VisualContext
 
@@ -38,10 +38,9 @@ class RandomSubset:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of a random subset of each row's valid tokens."""
         tokens, width = context.shape[1:]
-        return by_rows(self._reduce, context, keep, elements=tokens * max(tokens, width))
+        return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * max(tokens, width))
 
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        budget = row_budget(context, keep)
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rank = valid_rank(context)
         seed = _content_hash(context, rank) if context.seed is None else context.seed
         seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import TIE, cosine_to
 from saccade.tokens import Reduction, VisualContext
@@ -43,11 +43,10 @@ class VisionZip:
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N Dk) a row."""
-        most = keep if isinstance(keep, int) else int(keep.max()) if keep.numel() else 1
-        return by_rows(self._reduce, context, keep, elements=context.shape[1] * max(1, most))
-
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         budget = row_budget(context, keep)
+        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
+
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         contextual = (budget.counts.double() * self.contextual + 0.5).long()
         contextual = torch.minimum(contextual, (budget.counts - 1).clamp(min=0))
