@@ -66,22 +66,19 @@ class PruMerge:
         extra = chosen_mask(pruned_first, rest_token.long(), tokens)
         index = mask_to_index(kept | extra, budget.width, budget.uniform)
 
-        similarity = cosine_to(context.keys, index, context) - tie_terms(tokens, _device(index))  # (B, K, N)
+        similarity = cosine_to(context.keys, index, context)  # (B, K, N)
+        similarity -= tie_terms(tokens, similarity.device)
         device = similarity.device
         own, pruned, extra, valid = (value.to(device) for value in (index, pruned, extra, context.valid))
         amount = saliency.to(device).masked_fill(~valid, 0).unsqueeze(1)  # (B, 1, N)
         itself = torch.arange(tokens, device=device) == own.unsqueeze(2)
-        similarity = similarity.masked_fill(itself | ~valid.unsqueeze(1), -torch.inf)
+        similarity.masked_fill_(itself | ~valid.unsqueeze(1), -torch.inf)
         nearest = similarity.topk(min(self.neighbours, max(tokens - 1, 0)), dim=2).indices
-        near = torch.zeros_like(similarity, dtype=torch.bool).scatter_(2, nearest, True) & (similarity > -torch.inf)
-        weight = near * amount + itself
+        # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
+        weight = torch.zeros_like(similarity, dtype=torch.float32)
+        weight.scatter_(2, nearest, amount.expand_as(similarity).gather(2, nearest)).masked_fill_(itself, 1)
         if tokens:
             is_extra = (extra.gather(1, own.clamp(min=0)) & (own >= 0)).unsqueeze(2)
             weight = torch.where(is_extra, amount * pruned.unsqueeze(1), weight)
         weight = weight.masked_fill((own < 0).unsqueeze(2), 0)
-        return Reduction(index, weight.float().to(index.device), dense=budget.uniform)
-
-
-def _device(index: Tensor) -> torch.device:
-    """Where similarities are computed: MPS has no float64."""
-    return torch.device("cpu") if index.device.type == "mps" else index.device
+        return Reduction(index, weight.to(index.device), dense=budget.uniform)

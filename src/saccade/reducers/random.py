@@ -69,10 +69,10 @@ def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
     """
     bits = context.features.float().contiguous().view(torch.int32)
     # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
-    bits = bits ^ (bits >> 16)
+    bits = (bits >> 16).bitwise_xor_(bits)
     place = torch.arange(bits.shape[-1], device=bits.device) + 1
     factor = ((_mix(place) >> 1) | 1).to(torch.int32)
     # A sum that wraps around at 32 bits is as good a hash, and half the memory traffic of one that does not.
-    token = (bits * factor).sum(dim=-1, dtype=torch.int32).long() & WORD
+    token = bits.mul_(factor).sum(dim=-1, dtype=torch.int32).long() & WORD
     token = _mix((_mix(token) + rank * 2 + 1) & WORD)
     return token.masked_fill(~context.valid, 0).sum(dim=1) & WORD
