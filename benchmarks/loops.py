@@ -1,24 +1,116 @@
-"""Selection methods image by image, as their formulas read: what the batched forms are measured against.
+"""Every reducer image by image, as its formula reads: what the batched forms are measured against.
 
-Each takes one image's tokens `(N, D)`, its scores and the number k to keep, and returns the tokens kept, in ascending
-order. In float32 like a plain implementation, and without the care for ties that the library takes.
+Each takes one image as a context of one row and the number k to keep, and returns the tokens kept, long `(k,)` in
+ascending order, and for a merge its weight `(k, N)`. Plain implementations: in float32, vectorised within the image,
+without padding, budgets of rows or the care for ties that the library takes.
 """
 
+import math
+import zlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from saccade.tokens import VisualContext
 
+PATCH = 14
+"""Pixels a side that one token stands for."""
+Choice = tuple[Tensor, Tensor | None]
 
-def cosine(features: Tensor) -> Tensor:
-    """`(N, N)` float32."""
+
+def cosine(features: Tensor, to: Tensor | None = None) -> Tensor:
+    """Cosines of tokens `(M, D)` with tokens `(N, D)`, or with each other: float32 `(M, N)`."""
     unit = features.float() / features.float().norm(dim=1, keepdim=True)
-    return unit @ unit.T
+    return unit @ (unit if to is None else to.float() / to.float().norm(dim=1, keepdim=True)).T
 
 
-def divprune(image: VisualContext, keep: int) -> list[int]:
+def ascending(chosen: list[int], image: VisualContext) -> Tensor:
+    return torch.tensor(sorted(chosen), device=image.features.device)
+
+
+def none(image: VisualContext, keep: int) -> Choice:
+    """All tokens."""
+    return torch.arange(image.shape[1], device=image.features.device), None
+
+
+def random(image: VisualContext, keep: int) -> Choice:
+    """A permutation seeded by a checksum of the features, so that an image always gives the same one."""
+    seed = zlib.crc32(image.features.contiguous().view(torch.uint8).cpu().numpy())
+    drawn = torch.rand(image.shape[1], generator=torch.Generator().manual_seed(seed))
+    return drawn.topk(keep).indices.sort().values.to(image.features.device), None
+
+
+def seeded_random(image: VisualContext, keep: int) -> Choice:
+    """A permutation seeded by a number that the caller has."""
+    drawn = torch.rand(image.shape[1], generator=torch.Generator().manual_seed(int(image.seed)))
+    return drawn.topk(keep).indices.sort().values.to(image.features.device), None
+
+
+def regions(height: int, width: int, keep: int) -> list[list[int]]:
+    """Tokens of each of `keep` regions: bands of rows, each cut into pieces along a path up and down its columns."""
+
+    def cost(bands: int) -> tuple[int, int]:
+        lattice = keep % bands == 0 and height % bands == 0 and width % max(1, keep // bands) == 0
+        return round(1000 * (abs(math.log2(bands * bands * width / (keep * height))) - lattice)), bands
+
+    bands = min((number for number in range(1, height + 1) if keep * (height // number) >= height), key=cost)
+    found = []
+    for band in range(bands):
+        top, bottom = -(-band * height // bands), -(-(band + 1) * height // bands)
+        pieces = (2 * keep * bottom + height) // (2 * height) - (2 * keep * top + height) // (2 * height)
+        path = [
+            row * width + column
+            for column in range(width)
+            for row in (range(top, bottom) if column % 2 == 0 else range(bottom - 1, top - 1, -1))
+        ]
+        edges = [-(-piece * len(path) // pieces) for piece in range(pieces + 1)]
+        found += [path[start:stop] for start, stop in pairwise(edges)]
+    return found
+
+
+def central(tokens: list[int], width: int) -> int:
+    """The token nearest the centroid of `tokens`, the first of equals."""
+    count = len(tokens)
+    y, x = sum(token // width for token in tokens), sum(token % width for token in tokens)
+    return min(tokens, key=lambda t: ((count * (t // width) - y) ** 2 + (count * (t % width) - x) ** 2, t))
+
+
+def uniform(image: VisualContext, keep: int) -> Choice:
+    """The central token of each region."""
+    _, height, width = image.grid[0].tolist()
+    return ascending([central(tokens, width) for tokens in regions(height, width, keep)], image), None
+
+
+def avgpool(image: VisualContext, keep: int) -> Choice:
+    """The mean of each region, in the order of their central tokens."""
+    _, height, width = image.grid[0].tolist()
+    found = sorted(regions(height, width, keep), key=lambda tokens: central(tokens, width))
+    weight = torch.zeros(keep, image.shape[1])
+    for region, tokens in enumerate(found):
+        weight[region, tokens] = 1 / len(tokens)
+    index = ascending([central(tokens, width) for tokens in found], image)
+    return index, weight.to(image.features.device)
+
+
+def downsample(pixels: Tensor, grid: tuple[int, int], keep: int) -> Choice:
+    """One image `(C, H, W)` shrunk to at most `keep` tokens of its aspect ratio, and where their centres fall."""
+    height, width = grid
+    short = [min(height, max(1, math.isqrt(keep * height // width))), 0]
+    short[1] = min(width, keep // short[0])
+    wide = [0, min(width, max(1, math.isqrt(keep * width // height)))]
+    wide[0] = min(height, keep // wide[1])
+    rows, columns = max(short, wide, key=lambda lower: (lower[0] * lower[1], lower[1]))
+    size = (rows * PATCH, columns * PATCH)
+    interpolate(pixels.unsqueeze(0).float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+    y = ((torch.arange(rows) + 0.5) * height / rows).long()
+    x = ((torch.arange(columns) + 0.5) * width / columns).long()
+    return (y.unsqueeze(1) * width + x).flatten().to(pixels.device), None
+
+
+def divprune(image: VisualContext, keep: int) -> Choice:
     """Greedy max-min selection with a running minimum over the kept tokens."""
     distance = 1.0 - cosine(image.features[0])
     others = distance.clone().fill_diagonal_(float("inf"))
@@ -28,7 +120,7 @@ def divprune(image: VisualContext, keep: int) -> list[int]:
         nearest = torch.minimum(nearest, distance[chosen[-1]])
         nearest[chosen[-1]] = -1.0
         chosen.append(int(nearest.argmax()))
-    return sorted(chosen)
+    return ascending(chosen, image), None
 
 
 def greedy_map(kernel: Tensor, keep: int) -> list[int]:
@@ -43,27 +135,28 @@ def greedy_map(kernel: Tensor, keep: int) -> list[int]:
         factor[step] = row
         gain = gain - row.square()
         gain[newest] = -float("inf")
-    return sorted(chosen)
+    return chosen
 
 
-def dpp(image: VisualContext, keep: int) -> list[int]:
-    """Greedy maximum of det S over the kept tokens."""
-    return greedy_map(cosine(image.features[0]), keep)
+def dpp(image: VisualContext, keep: int) -> Choice:
+    """Greedy maximum of det S over the kept tokens; the diagonal of S is one, so that all tie for the first place."""
+    return ascending(greedy_map(cosine(image.features[0]).fill_diagonal_(1), keep), image), None
 
 
-def cdpruner(image: VisualContext, keep: int) -> list[int]:
+def cdpruner(image: VisualContext, keep: int) -> Choice:
     """The same of diag(q) S diag(q), with q the relevance scaled to [0, 1]."""
     relevance = image.relevance[0].float()
     quality = (relevance - relevance.min()) / (relevance.max() - relevance.min())
-    return greedy_map(quality.unsqueeze(0) * cosine(image.features[0]) * quality.unsqueeze(1), keep)
+    kernel = quality.unsqueeze(0) * cosine(image.features[0]) * quality.unsqueeze(1)
+    return ascending(greedy_map(kernel, keep), image), None
 
 
-def fastervlm(image: VisualContext, keep: int) -> list[int]:
+def fastervlm(image: VisualContext, keep: int) -> Choice:
     """The tokens of highest saliency."""
-    return sorted(image.saliency[0].topk(keep).indices.tolist())
+    return image.saliency[0].topk(keep).indices.sort().values, None
 
 
-def vispruner(image: VisualContext, keep: int) -> list[int]:
+def vispruner(image: VisualContext, keep: int) -> Choice:
     """Half by saliency; of the rest, the eight likest duplicates at even places are dropped again and again."""
     tokens = image.shape[1]
     important = image.saliency[0].topk(int(keep / 2 + 0.5)).indices
@@ -78,13 +171,87 @@ def vispruner(image: VisualContext, keep: int) -> list[int]:
         staying = torch.ones(len(even), dtype=torch.bool, device=rest.device)
         staying[best.topk(min(8, len(rest) - target, len(even))).indices] = False
         rest = torch.cat((even[staying], odd)).sort().values
-    return sorted(important.tolist() + rest.tolist())
+    return torch.cat((important, rest)).sort().values, None
 
 
-LOOPS: dict[str, Callable[[VisualContext, int], list[int]]] = {
+def visionzip(image: VisualContext, keep: int) -> Choice:
+    """The most salient tokens; of the rest, evenly spread targets, each plus the mean of the tokens most like it."""
+    keys, tokens = image.keys[0], image.shape[1]
+    contextual = int(keep * 10 / 64 + 0.5)
+    dominant = image.saliency[0].topk(keep - contextual).indices
+    mask = torch.ones(tokens, dtype=torch.bool, device=keys.device)
+    mask[dominant] = False
+    rest = mask.nonzero().flatten()
+    targets = rest[:: len(rest) // contextual][:contextual]
+    index = torch.cat((dominant, targets)).sort().values
+    mask[targets] = False
+    others = mask.nonzero().flatten()
+    best = targets[cosine(keys[others], keys[targets]).argmax(dim=1)]
+    weight = torch.zeros(keep, tokens, device=keys.device)
+    weight[torch.searchsorted(index, best), others] = 1
+    weight /= weight.sum(dim=1, keepdim=True).clamp(min=1)
+    weight[torch.arange(keep, device=keys.device), index] = 1
+    return index, weight
+
+
+def prumerge(image: VisualContext, keep: int) -> Choice:
+    """The most salient tokens, each plus its 32 nearest by key times saliency; one token for all that was pruned."""
+    keys, saliency, tokens = image.keys[0], image.saliency[0], image.shape[1]
+    order = saliency.argsort(descending=True)
+    kept, pruned = order[: keep - 1], order[keep - 1 :]
+    similarity = cosine(keys[kept], keys)
+    similarity[torch.arange(keep - 1, device=keys.device), kept] = -torch.inf
+    nearest = similarity.topk(32, dim=1).indices
+    weight = torch.zeros(keep, tokens, device=keys.device)
+    weight[:-1].scatter_(1, nearest, saliency[nearest])
+    weight[torch.arange(keep - 1, device=keys.device), kept] = 1
+    weight[-1, pruned] = saliency[pruned]
+    weight[-1, pruned[0]] = saliency[pruned[0]]
+    index, place = order[:keep].sort()
+    return index, weight[place]
+
+
+def tome(image: VisualContext, keep: int) -> Choice:
+    """Rounds in which up to half of the tokens, those at even places, join the likest ones at odd places."""
+    features = image.features[0].float()
+    member = torch.eye(len(features), device=features.device)
+    place = torch.arange(len(features), device=features.device)
+    means = features
+    while len(place) > keep:
+        best, partner = cosine(means[0::2], means[1::2]).max(dim=1)
+        gone = best.topk(min(len(place) // 2, len(place) - keep)).indices
+        member[1::2] = member[1::2].index_add(0, partner[gone], member[0::2][gone])
+        alive = torch.ones(len(place), dtype=torch.bool, device=features.device)
+        alive[2 * gone] = False
+        member, place = member[alive], place[alive]
+        means = member @ features / member.sum(dim=1, keepdim=True)
+    return place, member / member.sum(dim=1, keepdim=True)
+
+
+def redundancy(image: VisualContext, keep: int) -> Choice:
+    """The tokens least like all others, each averaged with those that are most like it."""
+    similarity = cosine(image.features[0])
+    sums = similarity.sum(dim=1) - similarity.diagonal()
+    index = sums.topk(keep, largest=False).indices.sort().values
+    weight = torch.zeros(keep, len(sums), device=sums.device)
+    weight[similarity[:, index].argmax(dim=1), torch.arange(len(sums), device=sums.device)] = 1
+    weight[:, index] = torch.eye(keep, device=sums.device)
+    return index, weight / weight.sum(dim=1, keepdim=True)
+
+
+LOOPS: dict[str, Callable[[VisualContext, int], Choice]] = {
+    "avgpool": avgpool,
     "cdpruner": cdpruner,
     "divprune": divprune,
     "dpp": dpp,
     "fastervlm": fastervlm,
+    "none": none,
+    "prumerge": prumerge,
+    "random": random,
+    "random, seeded": seeded_random,
+    "redundancy": redundancy,
+    "tome": tome,
+    "uniform": uniform,
+    "visionzip": visionzip,
     "vispruner": vispruner,
 }

@@ -3,36 +3,50 @@
     python benchmarks/selection.py [--quick] [--threads 1] [--repeats 7] [--device cpu|cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
-machine falls on all alike. Operations of the batched forms are counted on the meta device: those that a GPU is given.
-Each (shape, provider, metric) becomes one row of the ledger, which is only appended to.
+machine falls on all alike. Beside the time that passed stands the processor's, which other load hardly stretches.
+Operations of the batched forms are counted on the meta device: those that a GPU is given. Each (shape, provider,
+metric) becomes one row of the ledger, which is only appended to.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from loops import LOOPS
+from loops import LOOPS, PATCH, downsample
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from saccade.benchmark.ledger import append_rows, figures, origin
 from saccade.counting import OperationCount
+from saccade.families.resolution import shrink_images
 from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
-from saccade.tokens import VisualContext
+from saccade.reducers.downsample import grid_places, lower_grid
+from saccade.tokens import Reduction, VisualContext
 
 SHAPES = [(16, 576, 58), (80, 576, 58), (4, 2880, 288)]
 QUICK_SHAPES = [(4, 144, 14), (2, 576, 58)]
 LOOP = ", loop over images"
+SEEDED = "random, seeded"
+METRICS = {"time": "ms", "cpu_time": "ms", "operations": "count"}
 HEAD_WIDTH = 64
 LEDGER = Path(__file__).with_name("ledger.csv")
 
 
+def full_grid(tokens: int) -> tuple[int, int]:
+    """Rows and columns of N tokens, as nearly square as their number allows."""
+    rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
+    return rows, tokens // rows
+
+
 def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> VisualContext:
-    """B rows of N random tokens, with everything that a reducer may need."""
+    """B rows of N random tokens, with everything that a reducer may need; without values on the meta device."""
     rows, tokens, _ = shape
     generator = torch.Generator().manual_seed(0)
 
@@ -44,62 +58,95 @@ def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, de
     return VisualContext(
         features,
         encoder_features=features,
+        grid=torch.tensor((1, *full_grid(tokens))).expand(rows, 3).to(device),
         saliency=draw(rows, tokens).softmax(dim=1).to(device),
         keys=draw(rows, tokens, HEAD_WIDTH).to(device),
         relevance=draw(rows, tokens).tanh().to(device),
     )
 
 
-def empty_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype) -> VisualContext:
-    """The same without values, on the meta device: what it is asked to do is what a GPU would be."""
-    rows, tokens, _ = shape
-    features = torch.empty(rows, tokens, width, dtype=dtype, device="meta")
-    scores = torch.empty(rows, tokens, device="meta")
-    keys = torch.empty(rows, tokens, HEAD_WIDTH, device="meta")
-    return VisualContext(features, encoder_features=features, saliency=scores, keys=keys, relevance=scores)
+def make_pixels(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The images of these tokens, `(B, 3, H, W)`."""
+    height, width = full_grid(shape[1])
+    drawn = torch.rand(shape[0], 3, height * PATCH, width * PATCH, generator=torch.Generator().manual_seed(1))
+    return drawn.to(device, dtype)
 
 
-def reducers() -> dict[str, Reducer]:
-    """What is timed, by name: every reducer of tokens."""
-    found = {name: get_reducer(name) for name in list_reducers()}
-    return {name: reducer for name, reducer in found.items() if not is_low_resolution(reducer)} | {
-        "divprune, float64": get_reducer("divprune", precision="float64")
+def providers() -> dict[str, Reducer]:
+    """What is timed, by name: every reducer, and the options that change what one costs."""
+    return {name: get_reducer(name) for name in list_reducers()} | {
+        "divprune, float64": get_reducer("divprune", precision="float64"),
+        SEEDED: get_reducer("random"),
     }
 
 
-def loop_over_images(name: str, reducer: Reducer, context: VisualContext, keep: int) -> Tensor:
-    """Index `(B, K)`: image by image by the method's formula, or by the reducer where that is itself one line."""
-    images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
-    formula = LOOPS.get(name.partition(",")[0])
-    if formula is None:
-        return torch.cat([reducer(image, keep).index for image in images])
-    return torch.tensor([formula(image, keep) for image in images])
+def seed_rows(name: str, context: VisualContext) -> VisualContext:
+    """`context`, with seeds if the provider takes some."""
+    seeds = torch.arange(context.shape[0], device=context.features.device)
+    return replace(context, seed=seeds, valid=None) if name == SEEDED else context
+
+
+def reduce_batch(name: str, reducer: Reducer, context: VisualContext, pixels: Tensor, keep: int) -> Reduction:
+    """The batched form; of `downsample`, shrinking the images and naming the places of their tokens."""
+    if is_low_resolution(reducer):
+        full = full_grid(context.shape[1])
+        lower = lower_grid(*full, keep)
+        shrink_images(pixels, lower[0] * PATCH, lower[1] * PATCH)
+        places = torch.tensor(grid_places(full, lower), device=pixels.device).expand(len(pixels), -1)
+        context = replace(context, low_resolution=places, valid=None)
+    return reducer(seed_rows(name, context), keep)
+
+
+def loop_over_images(name: str, reducer: Reducer, context: VisualContext, pixels: Tensor, keep: int) -> Reduction:
+    """The same image by image, by the formula in `loops.py`."""
+    if is_low_resolution(reducer):
+        found = [downsample(image, full_grid(context.shape[1]), keep) for image in pixels]
+    else:
+        context = seed_rows(name, context)
+        images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
+        formula = LOOPS.get(name) or LOOPS[name.partition(",")[0]]
+        found = [formula(image, keep) for image in images]
+    weights = [weight for _, weight in found if weight is not None]
+    return Reduction(torch.stack([index for index, _ in found]), torch.stack(weights) if weights else None)
+
+
+def rows_equal(batched: Reduction, looped: Reduction) -> int:
+    """In how many rows both keep the same tokens, and merge them by the same weights."""
+    same = (batched.index == looped.index).all(dim=1)
+    if batched.weight is not None:
+        same &= (batched.weight - looped.weight).abs().amax(dim=(1, 2)) < 1e-4
+    return int(same.sum())
 
 
 def measure(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """By reducer: seconds of each repeat and operations, batched and in a loop, and in how many rows they agree."""
-    keep = shape[2]
-    context, empty = make_context(shape, width, dtype, device), empty_context(shape, width, dtype)
-    calls: dict[str, Callable[[], Tensor]] = {}
+    """By provider: seconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
+
+    `random` and its loop draw other numbers, so nothing is said about their rows.
+    """
+    keep, meta = shape[2], torch.device("meta")
+    context, pixels = make_context(shape, width, dtype, device), make_pixels(shape, dtype, device)
+    empty, no_pixels = make_context(shape, width, dtype, meta), make_pixels(shape, dtype, meta)
+    calls: dict[str, Callable[[], Reduction]] = {}
     results: dict[str, dict] = {}
-    for name, reducer in reducers().items():
-        calls[name] = lambda reducer=reducer: reducer(context, keep).index
-        calls[name + LOOP] = lambda name=name, reducer=reducer: loop_over_images(name, reducer, context, keep)
+    for name, reducer in providers().items():
+        calls[name] = partial(reduce_batch, name, reducer, context, pixels, keep)
+        calls[name + LOOP] = partial(loop_over_images, name, reducer, context, pixels, keep)
         with OperationCount() as batched:
-            reducer(empty, keep)
-        index = calls[name]()
+            reduce_batch(name, reducer, empty, no_pixels, keep)
+        reduction = calls[name]()
         with OperationCount() as looped:
-            loop_index = calls[name + LOOP]()
-        same = int((index.cpu() == loop_index.cpu()).all(dim=1).sum())
-        results[name] = {"operations": batched.count, "seconds": [], "equal": same}
-        results[name + LOOP] = {"operations": looped.count, "seconds": [], "equal": shape[0]}
+            loop = calls[name + LOOP]()
+        same = None if name.startswith("random") else rows_equal(reduction, loop)
+        results[name] = {"time": [], "cpu_time": [], "operations": [batched.count], "equal": same}
+        results[name + LOOP] = {"time": [], "cpu_time": [], "operations": [looped.count], "equal": None}
     for _ in range(repeats):
         for name, call in calls.items():
             synchronize(device)
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             call()
             synchronize(device)
-            results[name]["seconds"].append(time.perf_counter() - start)
+            results[name]["cpu_time"].append(1000 * (time.process_time() - start_cpu))
+            results[name]["time"].append(1000 * (time.perf_counter() - start))
     return results
 
 
@@ -116,13 +163,9 @@ def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.
     rows = []
     for name in results:
         loop = results[name.removesuffix(LOOP) + LOOP]
-        for metric, unit in (("time", "ms"), ("operations", "count")):
-            values, baseline = (
-                [1000 * value for value in result["seconds"]] if metric == "time" else [result["operations"]]
-                for result in (results[name], loop)
-            )
+        for metric, unit in METRICS.items():
             row = {**shared, "provider": name, "metric": metric, "unit": unit}
-            rows.append({**row, **figures(values, baseline)})
+            rows.append({**row, **figures(results[name][metric], loop[metric])})
     return rows
 
 
@@ -130,12 +173,13 @@ def show(console: Console, rows: list[dict], results: dict) -> None:
     first = rows[0]
     title = f"{first['shape']}  {first['device']}, {first['threads']} thread(s), load {first['load']}"
     table = Table(title=title, caption="x loop: of the loop over images; equal: rows in which both chose the same")
-    for column in ("provider", "ms p20", "ms p50", "ms p80", "x loop", "ops", "x loop ", "equal"):
+    for column in ("provider", "ms p50", "x loop", "cpu ms p50", "x loop ", "ops", " x loop", "equal"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
-    for timed, counted in zip(rows[::2], rows[1::2], strict=True):
-        shown = [timed[column] for column in ("p20", "p50", "p80", "ratio_to_baseline")]
-        equal = str(results[timed["provider"]]["equal"])
-        table.add_row(timed["provider"], *shown, counted["p50"], counted["ratio_to_baseline"], equal)
+    for start in range(0, len(rows), len(METRICS)):
+        metrics = rows[start : start + len(METRICS)]
+        shown = [metric[column] for metric in metrics for column in ("p50", "ratio_to_baseline")]
+        same = results[metrics[0]["provider"]]["equal"]
+        table.add_row(metrics[0]["provider"], *shown, "" if same is None else str(same))
     console.print(table)
 
 

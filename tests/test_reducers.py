@@ -21,9 +21,56 @@ from saccade.reducers.random import _content_hash
 from saccade.reducers.similarity import FLOAT32_TIE, cosine_similarity, products_are_exact
 from saccade.tokens import Reduction, VisualContext
 
+BY_ROWS = ["prumerge", "random", "tome", "visionzip", "vispruner"]
+"""Reducers that take a few rows at a time on a CPU."""
+
 
 class TestEveryReducer(ReducerTester):
     pass
+
+
+class TestFewRowsAtATime:
+    @pytest.mark.parametrize("ragged", [False, True])
+    @pytest.mark.parametrize("keep", [1, 6, torch.tensor([9, 2, 1, 4, 3])])
+    @pytest.mark.parametrize("name", BY_ROWS)
+    def test_gives_the_same(self, name, keep, ragged, monkeypatch):
+        features = torch.randn(5, 24, 7, generator=torch.Generator().manual_seed(2))
+        valid = torch.arange(24) < torch.tensor([24, 3, 24, 17, 1]).unsqueeze(1) if ragged else None
+        reducer = get_reducer(name)
+        context = make_context(features, reducer.needs, valid=valid)
+        whole = reducer(context, keep)
+        calls = []
+        monkeypatch.setattr("saccade.reducers.common.CPU_CACHED_ELEMENTS", 1)
+        monkeypatch.setattr(VisualContext, "select_rows", counted(VisualContext.select_rows, calls))
+        parts = reducer(context, keep)
+        assert len(calls) == 5
+        assert torch.equal(parts.index, whole.index)
+        assert parts.dense == whole.dense
+        if whole.weight is not None:
+            torch.testing.assert_close(parts.weight, whole.weight)
+
+    @pytest.mark.parametrize("tokens", [383, 384, 387, 401])
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    def test_products_in_blocks_are_the_whole_product(self, tokens, precision):
+        """From 384 tokens on, half of the blocks are computed and the others copied."""
+        features = torch.randn(2, tokens, 5, generator=torch.Generator().manual_seed(tokens))
+        features[0, 7] = 0
+        valid = torch.arange(tokens) < torch.tensor([tokens, tokens - 30]).unsqueeze(1)
+        found = cosine_similarity(features, make_context(features, valid=valid), precision)
+        unit = torch.nn.functional.normalize(features.double(), dim=2) * valid.unsqueeze(2)
+        torch.testing.assert_close(
+            found.double(), unit @ unit.mT, rtol=0, atol=1e-6 if precision == "float32" else 1e-14
+        )
+        if tokens > 383:
+            assert torch.equal(found, found.mT)
+
+
+def counted(method, calls: list):
+    def call(*args):
+        calls.append(args)
+        return method(*args)
+
+    return call
 
 
 class TestTheTester:
@@ -70,11 +117,15 @@ class TestRegistry:
             get_reducer("random", seed="x")
 
     @pytest.mark.parametrize(
-        "keep", [2.0, True, None, "3", torch.tensor([1.0, 2.0]), torch.tensor([1]), torch.tensor(2)]
+        "keep",
+        [2.0, True, None, "3", torch.tensor([1.0, 2.0]), torch.tensor([1]), torch.tensor(2), torch.ones(4).long()],
     )
-    def test_bad_keep(self, keep):
+    @pytest.mark.parametrize("name", ["divprune", *BY_ROWS])
+    def test_bad_keep(self, name, keep, monkeypatch):
+        monkeypatch.setattr("saccade.reducers.common.CPU_CACHED_ELEMENTS", 1)
+        reducer = get_reducer(name)
         with pytest.raises(SaccadeError, match="keep"):
-            get_reducer("divprune")(VisualContext(torch.ones(2, 4, 3)), keep)
+            reducer(make_context(torch.ones(2, 4, 3), reducer.needs), keep)
 
     def test_register(self, clean):
         @register_reducer("first")

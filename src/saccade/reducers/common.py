@@ -4,11 +4,10 @@ Shapes: B rows, N tokens a row, K tokens kept at most.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from saccade.errors import SaccadeError
 from saccade.tokens import Reduction, VisualContext
@@ -31,6 +30,10 @@ class Budget:
     counts: Tensor
     available: Tensor
     uniform: bool
+
+    def select_rows(self, rows: slice) -> "Budget":
+        """The budget of the given rows, of the same width."""
+        return replace(self, counts=self.counts[rows], available=self.available[rows])
 
 
 def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
@@ -62,12 +65,9 @@ def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
 
 
 def by_rows(
-    reduce: Callable[[VisualContext, int | Tensor], Reduction],
-    context: VisualContext,
-    keep: int | Tensor,
-    elements: int,
+    reduce: Callable[[VisualContext, Budget], Reduction], context: VisualContext, budget: Budget, elements: int
 ) -> Reduction:
-    """`reduce(context, keep)`; on a CPU a few rows at a time, so that what it works on stays in a core's cache.
+    """`reduce(context, budget)`; on a CPU a few rows at a time, so that what it works on stays in a core's cache.
 
     A GPU gets all rows at once: there the number of operations counts.
 
@@ -77,19 +77,12 @@ def by_rows(
     rows = context.shape[0]
     step = max(1, CPU_CACHED_ELEMENTS // max(1, elements))
     if context.features.device.type != "cpu" or step >= rows:
-        return reduce(context, keep)
-    parts = []
-    for start in range(0, rows, step):
-        taken = slice(start, start + step)
-        parts.append(reduce(context.select_rows(taken), keep[taken] if isinstance(keep, Tensor) else keep))
-    width = max(part.index.shape[1] for part in parts)
-    missing = [width - part.index.shape[1] for part in parts]
-    index = torch.cat([pad(part.index, (0, more), value=-1) for part, more in zip(parts, missing, strict=True)])
-    dense = all(part.dense for part in parts) and not any(missing)
-    if parts[0].weight is None:
-        return Reduction(index, dense=dense)
-    weight = torch.cat([pad(part.weight, (0, 0, 0, more)) for part, more in zip(parts, missing, strict=True)])
-    return Reduction(index, weight, dense=dense)
+        return reduce(context, budget)
+    slices = [slice(start, start + step) for start in range(0, rows, step)]
+    parts = [reduce(context.select_rows(taken), budget.select_rows(taken)) for taken in slices]
+    index = torch.cat([part.index for part in parts])
+    weight = None if parts[0].weight is None else torch.cat([part.weight for part in parts])
+    return Reduction(index, weight, dense=all(part.dense for part in parts))
 
 
 def valid_rank(context: VisualContext) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_to, tie_terms
 from saccade.reducers.visionzip import evenly_spread
@@ -47,11 +47,10 @@ class PruMerge:
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) a row."""
-        most = keep if isinstance(keep, int) else int(keep.max()) if keep.numel() else 1
-        return by_rows(self._reduce, context, keep, elements=context.shape[1] * max(1, most))
-
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         budget = row_budget(context, keep)
+        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
+
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         saliency = context.saliency.float()
         order = best_first(saliency, context)
@@ -67,22 +66,19 @@ class PruMerge:
         extra = chosen_mask(pruned_first, rest_token.long(), tokens)
         index = mask_to_index(kept | extra, budget.width, budget.uniform)
 
-        similarity = cosine_to(context.keys, index, context) - tie_terms(tokens, _device(index))  # (B, K, N)
+        similarity = cosine_to(context.keys, index, context)  # (B, K, N)
+        similarity -= tie_terms(tokens, similarity.device)
         device = similarity.device
         own, pruned, extra, valid = (value.to(device) for value in (index, pruned, extra, context.valid))
         amount = saliency.to(device).masked_fill(~valid, 0).unsqueeze(1)  # (B, 1, N)
         itself = torch.arange(tokens, device=device) == own.unsqueeze(2)
-        similarity = similarity.masked_fill(itself | ~valid.unsqueeze(1), -torch.inf)
+        similarity.masked_fill_(itself | ~valid.unsqueeze(1), -torch.inf)
         nearest = similarity.topk(min(self.neighbours, max(tokens - 1, 0)), dim=2).indices
-        near = torch.zeros_like(similarity, dtype=torch.bool).scatter_(2, nearest, True) & (similarity > -torch.inf)
-        weight = near * amount + itself
+        # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
+        weight = torch.zeros_like(similarity, dtype=torch.float32)
+        weight.scatter_(2, nearest, amount.expand_as(similarity).gather(2, nearest)).masked_fill_(itself, 1)
         if tokens:
             is_extra = (extra.gather(1, own.clamp(min=0)) & (own >= 0)).unsqueeze(2)
             weight = torch.where(is_extra, amount * pruned.unsqueeze(1), weight)
         weight = weight.masked_fill((own < 0).unsqueeze(2), 0)
-        return Reduction(index, weight.float().to(index.device), dense=budget.uniform)
-
-
-def _device(index: Tensor) -> torch.device:
-    """Where similarities are computed: MPS has no float64."""
-    return torch.device("cpu") if index.device.type == "mps" else index.device
+        return Reduction(index, weight.to(index.device), dense=budget.uniform)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import ascending, by_rows, row_budget, valid_rank
+from saccade.reducers.common import Budget, ascending, by_rows, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
 from saccade.tokens import Reduction, VisualContext
 
@@ -38,10 +38,9 @@ class RandomSubset:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of a random subset of each row's valid tokens."""
         tokens, width = context.shape[1:]
-        return by_rows(self._reduce, context, keep, elements=tokens * max(tokens, width))
+        return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * max(tokens, width))
 
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        budget = row_budget(context, keep)
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rank = valid_rank(context)
         seed = _content_hash(context, rank) if context.seed is None else context.seed
         seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)
@@ -70,10 +69,10 @@ def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
     """
     bits = context.features.float().contiguous().view(torch.int32)
     # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
-    bits = bits ^ (bits >> 16)
+    bits = (bits >> 16).bitwise_xor_(bits)
     place = torch.arange(bits.shape[-1], device=bits.device) + 1
     factor = ((_mix(place) >> 1) | 1).to(torch.int32)
     # A sum that wraps around at 32 bits is as good a hash, and half the memory traffic of one that does not.
-    token = (bits * factor).sum(dim=-1, dtype=torch.int32).long() & WORD
+    token = bits.mul_(factor).sum(dim=-1, dtype=torch.int32).long() & WORD
     token = _mix((_mix(token) + rank * 2 + 1) & WORD)
     return token.masked_fill(~context.valid, 0).sum(dim=1) & WORD

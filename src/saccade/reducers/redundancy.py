@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.reducers.common import ascending, best_first, chosen_mask, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_similarity, tie_terms
+from saccade.reducers.similarity import cosine_to, mean_cosine, tie_terms
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -30,31 +30,29 @@ class RedundancyMerge:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(N^2 D) a row."""
+        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(K N D) a row."""
         return self.ranked(context, keep)[0]
 
     @torch.no_grad()
     def ranked(self, context: VisualContext, keep: int | Tensor) -> tuple[Reduction, Tensor]:
         """The reduction, and its outputs by falling redundancy: long `(B, K)` places in `index`, padding last."""
         budget = row_budget(context, keep)
-        rows, tokens, _ = context.shape
+        tokens = context.shape[1]
         home = context.features.device
-        similarity = cosine_similarity(context.features, context)  # (B, N, N)
-        device = similarity.device
-        own = similarity.diagonal(dim1=1, dim2=2)
-        # The mean in place of the sum: the order is the same, and rounding stays below what settles ties.
-        redundancy = (similarity.sum(dim=2) - own) / max(tokens, 1) - tie_terms(tokens, device)
+        redundancy = mean_cosine(context.features, context)  # (B, N)
+        device = redundancy.device
+        redundancy = redundancy - tie_terms(tokens, device)
         on_device = context.valid.to(device)
         # The most distinctive first.
         order = best_first(-redundancy, VisualContext(features=redundancy.unsqueeze(2), valid=on_device))
         counts = budget.counts.to(device)
         stays = chosen_mask(order[:, : budget.width], counts, tokens)
         index = ascending(order[:, : budget.width].to(home), budget, tokens).to(device)
-        places = similarity.gather(2, index.clamp(min=0).unsqueeze(1).expand(rows, tokens, -1))  # (B, N, K)
-        places = (places - tie_terms(index.shape[1], device)).masked_fill((index < 0).unsqueeze(1), -torch.inf)
         if index.shape[1] == 0:
             return Reduction(index.to(home), dense=True), index.to(home)
-        joined = places.argmax(dim=2)  # (B, N)
+        similarity = cosine_to(context.features, index, context)  # (B, K, N)
+        similarity = similarity.sub_(tie_terms(index.shape[1], device).unsqueeze(1))
+        joined = similarity.masked_fill_((index < 0).unsqueeze(2), -torch.inf).argmax(dim=1)  # (B, N)
         slots = torch.arange(index.shape[1], device=device)
         member = (joined.unsqueeze(1) == slots.unsqueeze(1)) & (on_device & ~stays).unsqueeze(1)
         member |= index.unsqueeze(2) == torch.arange(tokens, device=device)

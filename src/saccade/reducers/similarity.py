@@ -110,12 +110,37 @@ def cosine_to(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     similarity = torch.empty(rows, index.shape[1], tokens, dtype=torch.float64, device=x.device)
     step = _rows_at_once(x)
     for start in range(0, rows, step):
-        unit = x[start : start + step].to(torch.float64)
-        length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
-        unit = unit / length.clamp(min=torch.finfo(torch.float64).tiny)
+        unit = _unit(x[start : start + step])
         picked = unit.gather(1, index[start : start + step].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
         torch.bmm(picked, unit.transpose(1, 2), out=similarity[start : start + step])
     return similarity
+
+
+def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
+    """Sum of each token's cosines with its row's other tokens, over N: float64 `(B, N)`.
+
+    With unit vectors u the sum is u_i . (sum_j u_j) - u_i . u_i, so that no `(B, N, N)` is needed. The mean in place
+    of the sum: the order is the same, and rounding stays below `TIE`.
+    """
+    rows, tokens, _ = x.shape
+    if not context.dense:
+        x = x.masked_fill(~context.valid.unsqueeze(2), 0)
+    if x.device.type == "mps":
+        x = x.cpu()
+    mean = torch.empty(rows, tokens, dtype=torch.float64, device=x.device)
+    step = _rows_at_once(x)
+    for start in range(0, rows, step):
+        unit = _unit(x[start : start + step])
+        total = torch.bmm(unit, unit.sum(dim=1).unsqueeze(2)).squeeze(2)
+        mean[start : start + step] = (total - unit.square().sum(dim=2)) / max(tokens, 1)
+    return mean
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit vectors of `x` `(b, N, D)`, zeros where it is zero: float64."""
+    unit = x.to(torch.float64)
+    length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+    return unit / length.clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _rows_at_once(x: Tensor) -> int:

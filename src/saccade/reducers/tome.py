@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import by_rows, chosen_mask, row_budget, valid_rank
+from saccade.reducers.common import Budget, by_rows, chosen_mask, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import inner_products, tie_terms
 from saccade.tokens import Reduction, VisualContext
@@ -34,10 +34,9 @@ class TokenMerging:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(N^2 D) a row."""
         tokens, width = context.shape[1:]
-        return by_rows(self._reduce, context, keep, elements=tokens * max(tokens, width))
+        return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * max(tokens, width))
 
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        budget = row_budget(context, keep)
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rows, tokens, _ = context.shape
         products = inner_products(context.features, context)  # (B, W, W), of the sums over each group's members
         device = products.device

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import TIE, cosine_to
+from saccade.reducers.similarity import cosine_to, tie_terms
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -42,12 +42,11 @@ class VisionZip:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N Dk) a row."""
-        most = keep if isinstance(keep, int) else int(keep.max()) if keep.numel() else 1
-        return by_rows(self._reduce, context, keep, elements=context.shape[1] * max(1, most))
-
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(C N Dk) a row, C contextual tokens."""
         budget = row_budget(context, keep)
+        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
+
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         contextual = (budget.counts.double() * self.contextual + 0.5).long()
         contextual = torch.minimum(contextual, (budget.counts - 1).clamp(min=0))
@@ -57,20 +56,21 @@ class VisionZip:
         target = evenly_spread(rest, contextual)
         index = mask_to_index(dominant | target, budget.width, budget.uniform)
 
-        similarity = cosine_to(context.keys, index, context)  # (B, K, N)
-        target, rest, own = (value.to(similarity.device) for value in (target, rest, index))
-        is_target = target.gather(1, own.clamp(min=0)) & (own >= 0) if tokens else own >= 0
-        place = torch.arange(budget.width, device=similarity.device).unsqueeze(1)
-        similarity = (similarity - place * TIE).masked_fill(~is_target.unsqueeze(2), -torch.inf)
-        assigned = torch.zeros_like(similarity, dtype=torch.bool)
-        if budget.width:
-            best = similarity.argmax(dim=1, keepdim=True)
-            merged = rest & ~target & is_target.any(dim=1, keepdim=True)
-            assigned.scatter_(1, best, merged.unsqueeze(1))
+        most = min(int(budget.width * self.contextual + 0.5), max(budget.width - 1, 0))  # C, contextual tokens
+        itself = (torch.arange(tokens, device=index.device) == index.unsqueeze(2)).float()  # (B, K, N)
+        if most == 0:
+            return Reduction(index, itself, dense=budget.uniform)
+        places = mask_to_index(target, most, uniform=False)
+        similarity = cosine_to(context.keys, places, context)  # (B, C, N)
+        similarity -= tie_terms(most, similarity.device).unsqueeze(1)
+        similarity.masked_fill_((places < 0).to(similarity.device).unsqueeze(2), -torch.inf)
+        best = similarity.argmax(dim=1).to(index.device)  # (B, N), which of the targets
+        # A target's place among the kept tokens, all of which are in raster order.
+        slot = (dominant | target).cumsum(dim=1).gather(1, places.clamp(min=0)).gather(1, best) - 1
+        merged = rest & ~target & (contextual > 0).unsqueeze(1)
+        assigned = torch.zeros_like(itself).scatter_(1, slot.clamp(min=0).unsqueeze(1), merged.float().unsqueeze(1))
         share = assigned.sum(dim=2, keepdim=True).clamp(min=1)
-        itself = torch.arange(tokens, device=similarity.device) == own.unsqueeze(2)
-        weight = (assigned.float() / share + itself).to(index.device)
-        return Reduction(index, weight, dense=budget.uniform)
+        return Reduction(index, assigned / share + itself, dense=budget.uniform)
 
 
 def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_similarity, tie_terms
 from saccade.tokens import Reduction, VisualContext
@@ -40,10 +40,9 @@ class VisPruner:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of the selected tokens. Time O(N^2 D + N^3 / 100) a row: one round drops eight tokens."""
         tokens = context.shape[1]
-        return by_rows(self._reduce, context, keep, elements=tokens * tokens // 2)
+        return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * tokens // 2)
 
-    def _reduce(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        budget = row_budget(context, keep)
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         if budget.width == 0 or context.shape[0] == 0:
             return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
