@@ -43,8 +43,8 @@ RUNS_ELSEWHERE = {
 }
 """Lines for the user's own shell, and what must be in the Makefile, or in what it would run, for them to hold."""
 
-TORCHRUN = "torchrun --nproc_per_node 2 -m saccade.cli.main"
-"""One process here; tests/test_distributed.py starts two in this way."""
+LAUNCH = " --launch ddp --processes 2"
+"""One process here; tests/test_launch.py starts two in this way."""
 
 
 def blocks(page: str) -> Iterator[tuple[str, str, str]]:
@@ -60,7 +60,7 @@ def run_line(line: str) -> None:
         planned = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert RUNS_ELSEWHERE[line] in planned + (ROOT / "Makefile").read_text()
         return
-    program, *words = shlex.split(line.replace(TORCHRUN, "saccade"))
+    program, *words = shlex.split(line.replace(LAUNCH, ""))
     assert program == "saccade", f"nothing runs {line!r}"
     if "--resume" in words:  # as if it had been stopped after the first step
         shutil.rmtree("out/mine/checkpoint-2")
