@@ -42,13 +42,19 @@ HOLES = {
     "videos of InternVL and SmolVLM": "they reach the model as images, and were not tested: their processors need "
     "torchvision, which is not installed here",
     "video processors": "need torchvision as well; the tests put together by hand what they return",
+    "a budget of a frame on Qwen2-VL and Qwen2.5-VL": "all frames of a video are one row there: `crop` and `image` "
+    "both mean the whole video. On Qwen3-VL and LLaVA-OneVision `crop` is a frame and `image` the video",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "the text separates them, so that each is an image of its own, with its own "
     "isolator",
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "
-    'one token of the image beside them; `prune_inputs(newlines="drop")` drops them, training keeps them',
+    'one token of the image beside them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
+    "`downsample` on LLaVA-NeXT, LLaVA-OneVision and Gemma 3": "the stock models pack crops, or pool patches, of one "
+    "fixed grid. `saccade` refuses in one line; a processor of smaller images is the way there",
+    "`downsample` with a budget of an image or a sample, or an adaptive one": "each image gets its size before any "
+    "token is seen; refused in one line",
     "SmolVLM's own processor": "needs the num2words package; the tests use Idefics3's, which writes the same tokens",
 }
 
@@ -82,7 +88,8 @@ video before an image. For each pair of a family and a reducer, at a ratio of 0.
 
 ## Which pairs work
 
-The number of tests that passed; in bold, where one did not. `none` keeps everything, and is the first of them.
+The number of tests that passed; in bold, where one did not; `-` where there are none, for which the last table has the
+reason. `none` keeps everything, and is the first of them.
 """
 
 

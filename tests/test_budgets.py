@@ -268,6 +268,24 @@ def test_shared_budgets_on_real_models(name, reducer, per):
     assert torch.equal(cached, uncached)
 
 
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_what_a_budget_is_of_in_a_video(name):
+    """A crop is a frame where frames are rows, and else the whole video; an image is the whole video everywhere."""
+    case = VIDEO_CASES[f"{name}-video"]
+    with torch.no_grad():
+        context = encode_for(case.family, get_reducer("divprune"), case.inputs, TokenBudget(per="sample")).context
+    rows = {"llava_onevision": 2, "qwen2_vl": 1, "qwen2_5_vl": 1, "qwen3_vl": 3}[name]  # of the first video
+    video, video_and_image = context.sample == 0, context.sample == 3
+    assert int(video.sum()) == rows
+
+    def count(which: Tensor, per: str) -> int:
+        budget = TokenBudget(keep_tokens=3, per=per)
+        return int(reduce(context, get_reducer("divprune"), budget, "drop").counts[which].sum())
+
+    assert [count(video, per) for per in ("crop", "image", "sample")] == [3 * rows, 3, 3]
+    assert [count(video_and_image, per) for per in ("image", "sample")] == [6, 3]
+
+
 def test_prune_inputs_takes_every_option():
     case = CASES["llava"]
     images = case.inputs["pixel_values"].shape[0]

@@ -21,7 +21,7 @@ from saccade.reducers.random import _content_hash
 from saccade.reducers.similarity import FLOAT32_TIE, cosine_similarity, products_are_exact
 from saccade.tokens import Reduction, VisualContext
 
-BY_ROWS = ["prumerge", "random", "tome", "visionzip", "vispruner"]
+BY_ROWS = ["prumerge", "tome", "visionzip", "vispruner"]
 """Reducers that take a few rows at a time on a CPU."""
 
 

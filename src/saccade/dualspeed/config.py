@@ -77,9 +77,9 @@ class DualSpeedConfig(SFTConfig):
         keep_tokens (`int`, *optional*):
             Number of visual tokens that fast steps keep, in place of the ratio.
         budget (`str`, *optional*, defaults to `"crop"`):
-            What the ratio or the number is of. `"crop"`: each feature row, as an image, a crop or a frame is.
-            `"image"`: the crops of an image, or the frames of a video, compete for its tokens. `"sample"`: all images
-            of a sample do.
+            What the ratio or the number is of. `"crop"`: each feature row, as an image, a crop or a frame is; a whole
+            video, where the model has no row a frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of an image, or the
+            frames of a video, compete for its tokens. `"sample"`: all images and videos of a sample do.
         adaptive (`bool`, *optional*, defaults to `False`):
             Share the tokens of a micro-batch out by how varied its images are, with the same total. Ours, not the
             paper's.

@@ -49,7 +49,8 @@ def prune_inputs(
         reducer_options: keyword options of the reducer.
         newlines: "keep" or "drop", for the newline tokens of anyres images.
         keep_tokens: number of tokens to keep, in place of the ratio.
-        budget: what the ratio or the number is of: each "crop", all crops of an "image", or all images of a "sample".
+        budget: what the ratio or the number is of: each "crop" or frame, all crops of an "image" or frames of a video,
+            or all images and videos of a "sample".
         adaptive: share the batch's tokens out by how varied the images are, see `saccade.pruning.adaptive_counts`. A
             sample's tokens then depend on the samples beside it.
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, ascending, by_rows, row_budget, valid_rank
+from saccade.reducers.common import ascending, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import rows_at_once
 from saccade.tokens import Reduction, VisualContext
 
 WORD = 0xFFFFFFFF
@@ -37,10 +38,7 @@ class RandomSubset:
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of a random subset of each row's valid tokens."""
-        tokens, width = context.shape[1:]
-        return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * max(tokens, width))
-
-    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
+        budget = row_budget(context, keep)
         rank = valid_rank(context)
         seed = _content_hash(context, rank) if context.seed is None else context.seed
         seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)
@@ -67,12 +65,16 @@ def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
 
     Integer sums do not depend on the order of summation, so neither does the hash depend on device or batch.
     """
-    bits = context.features.float().contiguous().view(torch.int32)
-    # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
-    bits = (bits >> 16).bitwise_xor_(bits)
-    place = torch.arange(bits.shape[-1], device=bits.device) + 1
-    factor = ((_mix(place) >> 1) | 1).to(torch.int32)
-    # A sum that wraps around at 32 bits is as good a hash, and half the memory traffic of one that does not.
-    token = bits.mul_(factor).sum(dim=-1, dtype=torch.int32).long() & WORD
-    token = _mix((_mix(token) + rank * 2 + 1) & WORD)
+    rows, tokens, width = context.shape
+    device = context.features.device
+    factor = ((_mix(torch.arange(width, device=device) + 1) >> 1) | 1).to(torch.int32)
+    sums = torch.empty(rows, tokens, dtype=torch.int32, device=device)
+    step = rows_at_once(context.features)
+    for start in range(0, rows, step):
+        bits = context.features[start : start + step].float().contiguous().view(torch.int32)
+        # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
+        bits = (bits >> 16).bitwise_xor_(bits).mul_(factor)
+        # A sum that wraps around at 32 bits is as good a hash, and half the memory traffic of one that does not.
+        sums[start : start + step] = bits.sum(dim=-1, dtype=torch.int32)
+    token = _mix((_mix(sums.long() & WORD) + rank * 2 + 1) & WORD)
     return token.masked_fill(~context.valid, 0).sum(dim=1) & WORD

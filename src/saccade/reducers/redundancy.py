@@ -56,7 +56,8 @@ class RedundancyMerge:
         slots = torch.arange(index.shape[1], device=device)
         member = (joined.unsqueeze(1) == slots.unsqueeze(1)) & (on_device & ~stays).unsqueeze(1)
         member |= index.unsqueeze(2) == torch.arange(tokens, device=device)
-        weight = member.float() / member.sum(dim=2, keepdim=True).clamp(min=1)
+        weight = member.float()
+        weight /= weight.sum(dim=2, keepdim=True).clamp(min=1)
         falling = redundancy.gather(1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
         ranks = falling.sort(dim=1, descending=True, stable=True).indices
         return Reduction(index.to(home), weight.to(home), dense=budget.uniform), ranks.to(home)

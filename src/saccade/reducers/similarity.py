@@ -4,6 +4,8 @@ Every method that compares tokens uses these, so that none lets a row's batch ma
 summation decide between tokens that are equally good.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def _products(x: Tensor, context: VisualContext, precision: str, unit: bool) -> 
     dtype = torch.float32 if narrow else torch.float64
     smallest = torch.finfo(dtype).tiny
     products = torch.empty(rows, tokens, tokens, dtype=dtype, device=x.device)
-    step = _rows_at_once(x)
+    step = rows_at_once(x)
     buffer = torch.empty(min(step, rows), tokens, width, dtype=dtype, device=x.device)
     for start in range(0, rows, step):
         chunk = buffer[: min(step, rows - start)].copy_(x[start : start + step])
@@ -108,11 +110,9 @@ def cosine_to(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     if x.device.type == "mps":
         x, index = x.cpu(), index.cpu()
     similarity = torch.empty(rows, index.shape[1], tokens, dtype=torch.float64, device=x.device)
-    step = _rows_at_once(x)
-    for start in range(0, rows, step):
-        unit = _unit(x[start : start + step])
-        picked = unit.gather(1, index[start : start + step].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
-        torch.bmm(picked, unit.transpose(1, 2), out=similarity[start : start + step])
+    for taken, unit in _unit_vectors(x):
+        picked = unit.gather(1, index[taken].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
+        torch.bmm(picked, unit.transpose(1, 2), out=similarity[taken])
     return similarity
 
 
@@ -128,22 +128,27 @@ def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
     if x.device.type == "mps":
         x = x.cpu()
     mean = torch.empty(rows, tokens, dtype=torch.float64, device=x.device)
-    step = _rows_at_once(x)
-    for start in range(0, rows, step):
-        unit = _unit(x[start : start + step])
+    for taken, unit in _unit_vectors(x):
         total = torch.bmm(unit, unit.sum(dim=1).unsqueeze(2)).squeeze(2)
-        mean[start : start + step] = (total - unit.square().sum(dim=2)) / max(tokens, 1)
+        mean[taken] = (total - torch.linalg.vector_norm(unit, dim=2).square()) / max(tokens, 1)
     return mean
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Unit vectors of `x` `(b, N, D)`, zeros where it is zero: float64."""
-    unit = x.to(torch.float64)
-    length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
-    return unit / length.clamp(min=torch.finfo(torch.float64).tiny)
+def _unit_vectors(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows of `x` `(B, N, D)` at a time, and their unit vectors: float64 `(b, N, D)`, zeros where x is zero.
+
+    Each overwrites the one before: fresh memory costs a CPU more than the arithmetic.
+    """
+    rows, tokens, width = x.shape
+    step = rows_at_once(x)
+    buffer = torch.empty(min(step, rows), tokens, width, dtype=torch.float64, device=x.device)
+    for start in range(0, rows, step):
+        unit = buffer[: min(step, rows - start)].copy_(x[start : start + step])
+        length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
+        yield slice(start, start + step), unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
 
 
-def _rows_at_once(x: Tensor) -> int:
+def rows_at_once(x: Tensor) -> int:
     """Rows of `x` `(B, N, D)` to convert to a wider dtype at a time."""
     limit = CPU_CHUNK_ELEMENTS if x.device.type == "cpu" else CHUNK_ELEMENTS
     return max(1, limit // max(1, x.shape[1] * x.shape[2]))

@@ -69,8 +69,8 @@ class VisionZip:
         slot = (dominant | target).cumsum(dim=1).gather(1, places.clamp(min=0)).gather(1, best) - 1
         merged = rest & ~target & (contextual > 0).unsqueeze(1)
         assigned = torch.zeros_like(itself).scatter_(1, slot.clamp(min=0).unsqueeze(1), merged.float().unsqueeze(1))
-        share = assigned.sum(dim=2, keepdim=True).clamp(min=1)
-        return Reduction(index, assigned / share + itself, dense=budget.uniform)
+        assigned /= assigned.sum(dim=2, keepdim=True).clamp(min=1)
+        return Reduction(index, assigned.add_(itself), dense=budget.uniform)
 
 
 def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:
