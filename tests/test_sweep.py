@@ -140,7 +140,7 @@ def test_a_folder_of_another_sweep_is_refused(swept, capsys) -> None:
         flags = ["--grid", "max_length=2048", "--output", str(output)]
         assert main(["sweep", *SMALL, *words, *flags]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert "finished runs of another sweep (saccade " in line
+        assert "finished runs of another sweep (saccade" in line
         assert "-max_length=2048-seed=0: give another output, or --only" in line
     assert {path: path.read_bytes() for path in output.glob("**/*.json")} == before
 
