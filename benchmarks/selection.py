@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from saccade.benchmark.ledger import append_rows, figures, origin
+from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
 from saccade.counting import OperationCount
+from saccade.errors import SaccadeError
 from saccade.families.resolution import shrink_images
 from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
 from saccade.reducers.downsample import grid_places, lower_grid
@@ -197,6 +198,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ledger = arguments.ledger or (None if arguments.quick else LEDGER)
+    if ledger is not None:
+        try:
+            check_ledger(ledger)
+        except SaccadeError as error:
+            raise SystemExit(str(error)) from error
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
         dtype = getattr(torch, arguments.dtype)

@@ -46,5 +46,5 @@ def test_quick_run_appends_to_a_ledger(tmp_path):
     ledger.write_text("something else\n")
     done = subprocess.run([*script, "--ledger", str(ledger)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "not the header" in done.stderr
+    assert "is not a ledger's header" in done.stderr
     assert ledger.read_text() == "something else\n"
