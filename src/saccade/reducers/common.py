@@ -135,6 +135,14 @@ def mask_to_index(mask: Tensor, width: int, uniform: bool) -> Tensor:
     return index if uniform else index.masked_fill(index == tokens, -1)
 
 
+def add_own(weight: Tensor, index: Tensor) -> Tensor:
+    """Set each kept token's weight of itself in `weight` `(B, K, N)` to 1, in place; padding stays as it is."""
+    if weight.shape[2] == 0:
+        return weight
+    own = index.clamp(min=0).unsqueeze(2)
+    return weight.scatter_(2, own, torch.where(index.unsqueeze(2) < 0, weight.gather(2, own), 1.0))
+
+
 def scale_per_row(values: Tensor, context: VisualContext) -> Tensor:
     """`values` `(B, N)` scaled to [0, 1] over each row's valid tokens; 1 where they are all equal, and on padding."""
     if values.numel() == 0:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, add_own, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_to, tie_terms
 from saccade.reducers.visionzip import evenly_spread
@@ -71,14 +71,21 @@ class PruMerge:
         device = similarity.device
         own, pruned, extra, valid = (value.to(device) for value in (index, pruned, extra, context.valid))
         amount = saliency.to(device).masked_fill(~valid, 0).unsqueeze(1)  # (B, 1, N)
-        itself = torch.arange(tokens, device=device) == own.unsqueeze(2)
-        similarity.masked_fill_(itself | ~valid.unsqueeze(1), -torch.inf)
+        if tokens:
+            similarity.scatter_(2, own.clamp(min=0).unsqueeze(2), -torch.inf)
+        if not context.dense:
+            similarity.masked_fill_(~valid.unsqueeze(1), -torch.inf)
         nearest = similarity.topk(min(self.neighbours, max(tokens - 1, 0)), dim=2).indices
         # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
         weight = torch.zeros_like(similarity, dtype=torch.float32)
-        weight.scatter_(2, nearest, amount.expand_as(similarity).gather(2, nearest)).masked_fill_(itself, 1)
-        if tokens:
-            is_extra = (extra.gather(1, own.clamp(min=0)) & (own >= 0)).unsqueeze(2)
-            weight = torch.where(is_extra, amount * pruned.unsqueeze(1), weight)
-        weight = weight.masked_fill((own < 0).unsqueeze(2), 0)
+        weight.scatter_(2, nearest, amount.expand_as(similarity).gather(2, nearest))
+        add_own(weight, own)
+        if index.shape[1]:
+            # The row of the extra token; where there is none, the first row stays what it is.
+            is_extra = extra.gather(1, own.clamp(min=0)) & (own >= 0)
+            slot = is_extra.long().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens)
+            there = is_extra.any(dim=1).view(-1, 1, 1)
+            weight.scatter_(1, slot, torch.where(there, amount * pruned.unsqueeze(1), weight.gather(1, slot)))
+        if not budget.uniform:
+            weight.masked_fill_((own < 0).unsqueeze(2), 0)
         return Reduction(index, weight.to(index.device), dense=budget.uniform)

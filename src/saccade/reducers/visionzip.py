@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import Budget, add_own, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_to, tie_terms
 from saccade.tokens import Reduction, VisualContext
@@ -57,9 +57,9 @@ class VisionZip:
         index = mask_to_index(dominant | target, budget.width, budget.uniform)
 
         most = min(int(budget.width * self.contextual + 0.5), max(budget.width - 1, 0))  # C, contextual tokens
-        itself = (torch.arange(tokens, device=index.device) == index.unsqueeze(2)).float()  # (B, K, N)
+        weight = context.features.new_zeros(*index.shape, tokens, dtype=torch.float32)  # (B, K, N)
         if most == 0:
-            return Reduction(index, itself, dense=budget.uniform)
+            return Reduction(index, add_own(weight, index), dense=budget.uniform)
         places = mask_to_index(target, most, uniform=False)
         similarity = cosine_to(context.keys, places, context)  # (B, C, N)
         similarity -= tie_terms(most, similarity.device).unsqueeze(1)
@@ -68,9 +68,11 @@ class VisionZip:
         # A target's place among the kept tokens, all of which are in raster order.
         slot = (dominant | target).cumsum(dim=1).gather(1, places.clamp(min=0)).gather(1, best) - 1
         merged = rest & ~target & (contextual > 0).unsqueeze(1)
-        assigned = torch.zeros_like(itself).scatter_(1, slot.clamp(min=0).unsqueeze(1), merged.float().unsqueeze(1))
-        assigned /= assigned.sum(dim=2, keepdim=True).clamp(min=1)
-        return Reduction(index, assigned.add_(itself), dense=budget.uniform)
+        slot = slot.clamp(min=0)
+        size = torch.zeros_like(index).scatter_add_(1, slot, merged.long())
+        share = merged / size.gather(1, slot).clamp(min=1)
+        weight.scatter_(1, slot.unsqueeze(1), share.unsqueeze(1))
+        return Reduction(index, add_own(weight, index), dense=budget.uniform)
 
 
 def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ class TokenBudget:
     Args:
         prune_ratio: share of a unit's tokens to drop, in [0, 1); 0 keeps all.
         keep_tokens: number of tokens to keep of a unit, in place of the ratio. A unit that has fewer keeps them all.
-        per: the unit. "crop" is a feature row: an image, or the crop, frame or picture that the model makes of it.
+        per: the unit. "crop" is a feature row: an image, or the crop, frame or picture that the model makes of it; a
+            whole video, where the model has no row a frame (Qwen2-VL, Qwen2.5-VL).
             "image" is a `VisualContext.group`: the crops of an image, or the frames of a video, compete for the same
             tokens. "sample" is a `VisualContext.sample`: so do all images of a sample.
         adaptive: spend what the units of a batch have together where it is needed, see
