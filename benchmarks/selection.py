@@ -120,7 +120,7 @@ def rows_equal(batched: Reduction, looped: Reduction) -> int:
 
 
 def measure(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """By provider: seconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
+    """By provider: milliseconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
 
     `random` and its loop draw other numbers, so nothing is said about their rows.
     """
