@@ -181,6 +181,7 @@ def test_two_processes_skip_in_step_and_stop_together(tmp_path, spread):
     assert 2 < len(listed(tmp_path / "few")) <= 11
 
 
+@pytest.mark.slow
 def test_a_stream_on_two_processes(tmp_path, spread):
     flags = ["--max_bad_records", "11", "--dataset_streaming", "true", "--max_steps", "12"]
     done = launch(spread, tmp_path / "out", *flags, "--dataset_shuffle_buffer", "4")

@@ -83,6 +83,7 @@ def test_markdown_table(output):
     assert len(table) == 2 + 5
 
 
+@pytest.mark.slow
 def test_going_on_takes_finished_runs_as_they_are(output, capsys):
     before = (output / "report.json").read_text()
     (output / "runs" / "dualspeed-original-seed0" / "result.json").unlink()
@@ -93,6 +94,7 @@ def test_going_on_takes_finished_runs_as_they_are(output, capsys):
     assert accuracies == [run["accuracy_full"] for run in json.loads(before)["runs"]]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path):
     with pytest.raises(SaccadeError, match=r"the run all_tokens-compact-seed0 ended with status 1: .*'nope'.*log.txt"):
         run_demo(tmp_path, settings=replace(SMALL, reducer="nope"))

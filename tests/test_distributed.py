@@ -154,6 +154,7 @@ def test_another_engine_does_not_go_on(tmp_path, capfd):
     assert "engine='ddp' (checkpoint: 'fsdp')" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_stops_and_saves_all(tmp_path):
     launch(tmp_path, 2, signal_at_step=2, kill_rank=1, max_steps=50)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]

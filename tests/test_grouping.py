@@ -51,6 +51,7 @@ def test_batches_hold_rows_of_similar_length(processor, tmp_path, group_by):
     assert spread[group_by] < 0.5 * spread["none"]
 
 
+@pytest.mark.slow
 def test_a_resume_in_the_second_epoch_goes_on_in_the_same_order(tmp_path):
     """64 rows in batches of 4 are 16 steps an epoch; killed in step 22 and gone on from checkpoint 20."""
     options = {"max_steps": 24, "group_by": "shortened", "save_steps": 10}
@@ -63,6 +64,7 @@ def test_a_resume_in_the_second_epoch_goes_on_in_the_same_order(tmp_path):
         assert parts[step]["loss"] == pytest.approx(entry["loss"], abs=1e-6), step
 
 
+@pytest.mark.slow
 def test_two_processes_share_each_global_batch(tmp_path):
     """The same samples in every step as one process, so the same losses, in both epochs."""
     options = {"group_by": "shortened", "max_steps": 20, "slow_probability": 0.0}
