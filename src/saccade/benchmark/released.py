@@ -75,7 +75,8 @@ class ReleasedProcedure(nn.Module):
     def _pass(self, inputs: Mapping[str, Any], prune: bool, hidden: bool = False) -> tuple[Tensor, Tensor]:
         """Encode, splice sample by sample, run the language model: logits of every row, and their labels."""
         family = self.family
-        features = family.encode(inputs).context.features
+        # Not `encode`, which stops the tower at the layer that is used: the released code runs all of them.
+        features = family._encode(inputs).context.features
         if prune:
             keep = max(1, int((1 - self.prune_ratio) * features.shape[1]))
             isolator = self.isolator.weight.to(features.dtype)
