@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.families import Encoded, Family
 from saccade.pruning import ModeIsolator, reduce, shorten
-from saccade.reducers import Reducer, get_reducer, is_low_resolution
+from saccade.reducers import Reducer, is_low_resolution
 from saccade.skip_vision import SkipVisionConfig, SummaryHead
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.skip_vision.prepare import prepare
@@ -116,7 +116,7 @@ class SkippedSequence:
         self.head = head
         self.reducer = config.split_reducer()
         self.budget = TokenBudget()
-        self.also = frozenset() if config.merge == "none" else frozenset(get_reducer(config.merge).needs)
+        self.also = config.merge_needs
         self.trains: tuple[nn.Module, ...] = () if head is None else (head,)
         self.share = skipped_share(family, config)
 

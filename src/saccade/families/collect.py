@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.families.relevance import load_text_tower, row_samples
+from saccade.families.tower import used_layers
 from saccade.reducers.downsample import check_resolution_budget
 from saccade.tokens import TokenBudget
 
@@ -173,12 +174,11 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
 
     Of several layers it is the last, the one nearest to the language model.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None:
+    used = used_layers(tower, feature_layer)
+    if used is None:
         return None
-    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
-    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    attention = layers[max(max(number % states for number in numbers) - 1, 0)].self_attn
+    # No block gives the embeddings: the first one reads them.
+    attention = (used[-1] if used else tower.encoder.layers[0]).self_attn
     has_class = hasattr(tower.embeddings, "class_embedding")
     return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, has_class)
 

@@ -7,6 +7,20 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
+    """The blocks of a CLIP or SigLIP tower up to the one whose output is `hidden_states[feature_layer]`.
+
+    Of several layers that is the last, the one nearest to the language model. None for other towers; empty where the
+    features are those of the embeddings.
+    """
+    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    if layers is None:
+        return None
+    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
+    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    return list(layers)[: max(number % states for number in numbers)]
+
+
 @contextmanager
 def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] | None) -> Iterator[None]:
     """Let the layers behind the last used one hand on what they get, while the tower runs.
@@ -18,13 +32,11 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
         tower: of the CLIP or SigLIP kind; others run as they are.
         feature_layer: `vision_feature_layer` of the model's configuration.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None or feature_layer is None:
+    used = None if feature_layer is None else used_layers(tower, feature_layer)
+    if used is None:
         yield
         return
-    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
-    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    unused = list(layers)[max(number % states for number in numbers) :]
+    unused = list(tower.encoder.layers)[len(used) :]
     before = [layer.__dict__.get("forward") for layer in unused]
     for layer in unused:
         layer.forward = _pass_on

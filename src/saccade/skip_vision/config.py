@@ -127,6 +127,11 @@ class SkipVisionConfig:
             "split", "fastervlm" if self.split == "cls_attention" else self.split, **self.split_options
         )
 
+    @property
+    def merge_needs(self) -> frozenset[str]:
+        """What the merge asks of an encoding beyond the features."""
+        return frozenset() if self.merge == "none" else frozenset(get_reducer(self.merge).needs)
+
     @classmethod
     def preset(cls, name: str, **options: Any) -> "SkipVisionConfig":
         """A published budget, scaled to the model's number of tokens, with `options` on top.

@@ -9,7 +9,6 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family
 from saccade.families.collect import encode_for
-from saccade.reducers import get_reducer
 from saccade.skip_vision.compose import compose, rows_per_feature_row
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.language import ROLES_KEYWORD
@@ -37,10 +36,9 @@ def processor_outputs(family: Family, given: Mapping[str, Any]) -> dict[str, Any
 def encode(family: Family, config: SkipVisionConfig, inputs: Mapping[str, Any], labels: Tensor | None) -> Encoded:
     """Encode the images with what the split and the merge need to know of them."""
     reducer = config.split_reducer()
-    needs = frozenset() if config.merge == "none" else frozenset(get_reducer(config.merge).needs)
     if reducer is None:
-        return family.encode(inputs, needs, labels=labels)
-    return encode_for(family, reducer, inputs, TokenBudget(), labels, needs)
+        return family.encode(inputs, config.merge_needs, labels=labels)
+    return encode_for(family, reducer, inputs, TokenBudget(), labels, config.merge_needs)
 
 
 def prepare(
