@@ -1,5 +1,8 @@
 """The exceptions that mean "the user can fix this"."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class SaccadeError(ValueError):
     """Bad input: the message is one line that names the field, its value and the fix.
@@ -41,3 +44,9 @@ class RecordError(SaccadeError):
     def __init__(self, message: str, kind: str = "malformed") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The hint behind an unknown name: the known one that looks like it, or else `otherwise`."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise

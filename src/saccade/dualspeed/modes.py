@@ -3,13 +3,12 @@
 The published run has two, fast and slow. `DualSpeedConfig.modes` lists any number of them.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, did_you_mean
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import TokenBudget
@@ -137,8 +136,7 @@ def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | 
     known = own | {"prune_ratio", "keep_tokens"}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(sorted(known))}"
+            hint = did_you_mean(str(name), known, f"use {', '.join(sorted(known))}")
             raise SaccadeError(f"modes: unknown field {name!r}: {hint}")
     for name in ("name", "probability"):
         if name not in values:

@@ -1,6 +1,5 @@
 """A recipe: one flat YAML of model, data, LoRA and trainer options, with overrides from the command line."""
 
-import difflib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -10,7 +9,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from saccade.dualspeed import DualSpeedConfig
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, did_you_mean
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -126,8 +125,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     known = {entry.name: entry for cls in (ModelOptions, DualSpeedConfig) for entry in fields(cls) if entry.init}
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "DualSpeedConfig and docs/recipes.md list the fields"
+            hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
             raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
     typed = {name: _coerce(name, value, known[name].type) for name, value in values.items()}
     own = {entry.name for entry in fields(ModelOptions)}
