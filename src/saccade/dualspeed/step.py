@@ -181,9 +181,9 @@ class DualSpeedStep:
     ) -> _Sums:
         if plan.teacher is None:
             return self._plain(plan.sequence(encoded, text, labels))
-        started = _now(labels.device)
+        started = seconds_on(labels.device)
         teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, teacher, text, labels)
-        teacher_seconds = _now(labels.device) - started
+        teacher_seconds = seconds_on(labels.device) - started
         laid = plan.sequence(encoded, text, labels)
         rows, targets = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
@@ -212,7 +212,7 @@ def evaluating(module: nn.Module):
             submodule.training = True
 
 
-def _now(device: torch.device) -> float:
+def seconds_on(device: torch.device) -> float:
     """Seconds on a clock that waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -172,14 +172,8 @@ class DualSpeedTrainer(LoadingTrainer):
         normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
         mode = self.mode_of(self.state.global_step)
         self._micro_batch += 1
-
-        def run(batch: dict[str, Any]) -> StepOutput:
-            # The engine's own autocast wraps the forward that is replaced here.
-            with self.accelerator.autocast():
-                return self._step(mode, batch, normaliser, self._row_seed())
-
         with self.watch.computing(inputs):
-            output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+            output = self._run_step(model, mode, inputs, normaliser, self._row_seed())
         self.watch.see(output.loss, inputs)
         ranks = self.accelerator.num_processes
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -193,13 +187,20 @@ class DualSpeedTrainer(LoadingTrainer):
         """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
         mode = self.meter.full or self.modes[-1].name
         count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+        output = self._run_step(model, mode, inputs, count)
+        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
+
+    def _run_step(
+        self, model: nn.Module, mode: str, inputs: dict[str, Any], normaliser: Tensor, row_seed: int = 0
+    ) -> StepOutput:
+        """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
 
         def run(batch: dict[str, Any]) -> StepOutput:
+            # The engine's own autocast wraps the forward that is replaced here.
             with self.accelerator.autocast():
-                return self._step(mode, batch, count)
+                return self._step(mode, batch, normaliser, row_seed)
 
-        output = redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
-        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
+        return redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
