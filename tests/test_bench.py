@@ -118,7 +118,8 @@ def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch,
         assert all(p.grad is None for p in family.vision_tower.parameters())
         losses.setdefault(variant.name, []).append(value.detach())
     assert torch.equal(*losses[STOCK])
-    torch.testing.assert_close(losses["DualSpeed, fast step"], losses["DualSpeed, fast step"])
+    # Each way to train is a loss of its own; what mixes repeat is the stock one only.
+    assert len({float(values[0]) for values in losses.values()}) == len(losses)
 
 
 def test_the_whole_schedule_weighs_stages_by_their_samples():

@@ -1,6 +1,5 @@
 """Prefill, decoding and cache of a model that skips, measured apart and beside the same model without."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from saccade.benchmark.shapes import build_shape, get_shape, shape_config
+from saccade.dualspeed.step import seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.pruning import prune_inputs
@@ -170,16 +170,9 @@ def _turn(model: PreTrainedModel, prepared: dict[str, Any], new_tokens: int, res
 
 
 def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
-    _synchronize(model)
-    start = time.perf_counter()
+    start = seconds_on(model.device)
     done = work()
-    _synchronize(model)
-    return time.perf_counter() - start, done
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    return seconds_on(model.device) - start, done
 
 
 def _prompt(model: PreTrainedModel, images: int, text_tokens: int) -> dict[str, Tensor]:

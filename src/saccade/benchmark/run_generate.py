@@ -9,6 +9,7 @@ import torch
 
 from saccade.benchmark.generation import MEASURED, Generation, generation_model, measure_generation
 from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
+from saccade.benchmark.shapes import check_place
 from saccade.errors import SaccadeError
 from saccade.report.tables import print_table
 from saccade.skip_vision import SkipVisionConfig
@@ -54,10 +55,7 @@ class GenerateBench:
             raise SaccadeError(f"images={self.images!r}: give numbers from 1 on, such as 1,4,16")
         if self.shape not in MEASURED:
             raise SaccadeError(f"shape={self.shape!r} cannot be timed: choose one of {', '.join(MEASURED)}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise SaccadeError(f"dtype={self.dtype!r}: use float32 or bfloat16")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise SaccadeError(f"device={self.device!r}: torch sees no GPU here; use cpu")
+        check_place(self.device, self.dtype, ("float32", "bfloat16"))
 
 
 def bench_generate(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
 from saccade.benchmark.lengths import DIGIT_CAPTIONS, DIGITS, LLAVA_558K, LLAVA_665K
 from saccade.benchmark.plots import plot_parts, plot_speedups
-from saccade.benchmark.shapes import build_shape, get_shape
+from saccade.benchmark.shapes import build_shape, check_place, get_shape
 from saccade.benchmark.train import Stage, Timing, measure_stage, token_rate, whole_schedule
 from saccade.benchmark.variants import STOCK, Settings
 from saccade.errors import SaccadeError
@@ -66,14 +66,11 @@ class TrainBench:
                 raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
         if self.warm_up < 0:
             raise SaccadeError(f"warm_up={self.warm_up}: give 0 or more")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise SaccadeError(f"dtype={self.dtype!r}: use float32 or bfloat16")
+        check_place(self.device, self.dtype, ("float32", "bfloat16"))
         if not 0 < self.slow_probability < 1:
             raise SaccadeError(f"slow_probability={self.slow_probability!r}: give a share between 0 and 1")
         if not get_shape(self.shape).crops:
             raise SaccadeError(f"shape={self.shape!r} has no vision tower to train beside: choose another")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise SaccadeError(f"device={self.device!r}: torch sees no GPU here; use cpu")
 
     @property
     def settings(self) -> Settings:

@@ -1,6 +1,6 @@
 """Real model shapes as stock configurations, built in code: nothing is downloaded, and weights are random."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -315,6 +315,18 @@ def build_shape(
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         return factory.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+
+
+def check_place(device: str, dtype: str, dtypes: Sequence[str]) -> None:
+    """Check where and in what a shape is to run, before it is built.
+
+    Raises:
+        SaccadeError: on a dtype that is none of `dtypes`, or a device that is not there.
+    """
+    if dtype not in dtypes:
+        raise SaccadeError(f"dtype={dtype!r} is not known: choose one of {', '.join(dtypes)}")
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise SaccadeError(f"device={device!r} is not at hand: choose cpu, or cuda where there is a GPU")
 
 
 def _cut_tower(name: str, config: PreTrainedConfig, layers: int) -> None:

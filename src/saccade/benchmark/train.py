@@ -1,7 +1,6 @@
 """Times of training steps, every variant in one run: interleaved, warmed up, with what was counted beside them."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from saccade.benchmark.lengths import Source, draw_lengths
 from saccade.benchmark.released import ReleasedProcedure
 from saccade.benchmark.variants import STOCK, Mix, Settings, Variant, training_variants
 from saccade.counting import count_flops, count_saved_bytes
+from saccade.dualspeed.step import seconds_on
 from saccade.families import Family, get_family
 from saccade.reducers import get_reducer, list_reducers
 
@@ -79,7 +79,6 @@ def measure_stage(
     settings: Settings,
     repeats: int = 10,
     warm_up: int = 2,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
     """Time every variant of a stage on the same batches, taking turns, in an order that rotates.
 
@@ -87,7 +86,6 @@ def measure_stage(
         model: a stock model, PEFT-wrapped or not, on its device; it is left with the parameters that the stage trains.
         repeats: timed steps of each variant, each on a batch of its own.
         warm_up: steps of each before the first timed one.
-        progress: called after each step.
     """
     family = get_family(model)
     train_stage(model, family, stage)
@@ -104,7 +102,6 @@ def measure_stage(
         _count(variant, batches[0], timings[variant.name], optimizer)
         for _ in range(warm_up):
             _step(variant, batches[0], optimizer)
-            progress()
     for number, batch in enumerate(batches[1:]):
         for variant in _rotated(variants, number):
             timing = timings[variant.name]
@@ -113,10 +110,8 @@ def measure_stage(
             timing.tokens.append(int(batch["attention_mask"].sum()))
             if peak is not None:
                 timing.peak_bytes = max(peak, timing.peak_bytes or 0)
-            progress()
     for variant in variants:
         timings[variant.name].parts = _parts(variant, family, batches[1:4], optimizer)
-        progress()
     found = [*timings.values(), *(_mixed(mix, timings) for mix in mixes)]
     for timing in found:
         timing.ratios = [
@@ -178,11 +173,11 @@ def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Opt
     with variant.active() as loss:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        started = _now(device)
+        started = seconds_on(device)
         optimizer.zero_grad(set_to_none=True)
         loss(batch).backward()
         optimizer.step()
-        seconds = _now(device) - started
+        seconds = seconds_on(device) - started
     optimizer.zero_grad(set_to_none=True)
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
@@ -222,18 +217,18 @@ def _parts(
     for batch in batches:
         device = batch["input_ids"].device
         with variant.active() as loss, _watched(family, device) as spent:
-            started = _now(device)
+            started = seconds_on(device)
             value = loss(batch)
-            forward = _now(device) - started
+            forward = seconds_on(device) - started
             for name, seconds in spent.items():
                 totals[name] += seconds
             totals["other forward"] += forward - sum(spent.values())
-            started = _now(device)
+            started = seconds_on(device)
             value.backward()
-            totals["backward"] += _now(device) - started
-            started = _now(device)
+            totals["backward"] += seconds_on(device) - started
+            started = seconds_on(device)
             optimizer.step()
-            totals["optimizer"] += _now(device) - started
+            totals["optimizer"] += seconds_on(device) - started
         optimizer.zero_grad(set_to_none=True)
     whole = sum(totals.values())
     return {name: seconds / whole for name, seconds in totals.items()}
@@ -247,10 +242,10 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
 
     def watch(module: nn.Module, name: str) -> None:
         begun: list[float] = []
-        handles.append(module.register_forward_pre_hook(lambda *_: begun.append(_now(device))))
+        handles.append(module.register_forward_pre_hook(lambda *_: begun.append(seconds_on(device))))
 
         def end(*_: Any) -> None:
-            spent[name] += _now(device) - begun.pop()
+            spent[name] += seconds_on(device) - begun.pop()
 
         handles.append(module.register_forward_hook(end))
 
@@ -266,13 +261,13 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
-            started = _now(device)
+            started = seconds_on(device)
             try:
                 return function(*args, **kwargs)
             finally:
                 depth -= 1
                 # A reducer may ask another one.
-                spent["selection"] += 0 if depth else _now(device) - started
+                spent["selection"] += 0 if depth else seconds_on(device) - started
 
         return call
 
@@ -282,12 +277,6 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
         for handle in handles:
             stack.callback(handle.remove)
         yield spent
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def token_rate(timing: Timing) -> float:

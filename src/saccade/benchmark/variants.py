@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -68,7 +68,6 @@ class Settings:
     isolator_length: int = 4
     reducer: str = "divprune"
     skip: str = "100/156"
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) -> tuple[list[Variant], list[Mix]]:

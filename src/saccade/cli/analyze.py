@@ -223,8 +223,7 @@ def _table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 def _check_measure(args: argparse.Namespace) -> list[str]:
     """The presets among the budgets, once all that the measurement needs is found in order."""
-    import torch
-
+    from saccade.benchmark.shapes import check_place
     from saccade.errors import SaccadeError
     from saccade.skip_vision import PRESETS
 
@@ -236,10 +235,7 @@ def _check_measure(args: argparse.Namespace) -> list[str]:
         raise SaccadeError(
             f"visual_tokens={args.visual_tokens!r}: --measure takes the shape's own image, leave it out"
         )
-    if args.dtype not in ("float32", "bfloat16", "float16"):
-        raise SaccadeError(f"dtype={args.dtype!r} is not known: choose one of float32, bfloat16, float16")
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        raise SaccadeError(f"device={args.device!r} is not at hand: choose cpu, or cuda where there is a GPU")
+    check_place(args.device, args.dtype, ("float32", "bfloat16", "float16"))
     if args.repeats < 1:
         raise SaccadeError(f"repeats={args.repeats!r}: give 1 or more")
     return presets
