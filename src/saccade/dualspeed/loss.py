@@ -28,9 +28,10 @@ def label_rows(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         `(M, D)` and long `(M,)`: row (b, t) predicts label (b, t + 1).
     """
-    targets = labels[:, 1:]
-    wanted = targets != IGNORE_INDEX
-    return hidden_states[:, :-1][wanted], targets[wanted]
+    wanted = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+    # Found once: indexing with the mask would make the host wait for it twice here, and again in the backward pass.
+    rows = wanted.flatten().nonzero().squeeze(1)
+    return hidden_states.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows + 1)
 
 
 def cross_entropy_sum(hidden_rows: Tensor, targets: Tensor, head: Head, chunk_rows: int = CHUNK_ROWS) -> Tensor:
