@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from saccade import DualSpeedTrainer, prune_inputs
 from saccade.dualspeed import DualSpeedCollator
+from saccade.dualspeed.packing import allow_packing
+from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.step import DualSpeedStep
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import Encoded, Family, get_family
@@ -298,3 +300,57 @@ def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
         name for name, value in loaded.state_dict().items() if not torch.equal(value, case.model.state_dict()[name])
     ]
     assert changed
+
+
+def losses_and_gradients(
+    case: Case, step: DualSpeedStep, isolator: ModeIsolator, samples: int | None = None
+) -> dict[str, Tensor]:
+    """Losses of both modes, their terms and every gradient, by name; a few samples at a time where it is said."""
+    found, scale = {}, 3.0
+    in_parts = None if samples is None else InParts(samples, Tensor.backward, scale)
+    for mode in ("fast", "slow"):
+        step.family.model.zero_grad()
+        isolator.zero_grad()
+        output = step(mode, case.batch, 7.0, in_parts=in_parts)
+        (output.loss * scale).backward()
+        named = {"isolator": isolator.weight, **dict(step.family.model.named_parameters())}
+        found |= {f"{mode} {name}": parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+        found |= {f"{mode} loss": output.loss.detach(), f"{mode} cross entropy": output.cross_entropy}
+        found |= {f"{mode} kl": output.kl} if output.kl is not None else {}
+        # The teacher's differ: it has nothing to teach in a part that is all text.
+        found |= {f"{mode} tokens in": output.tokens_in, f"{mode} tokens full": output.tokens_full}
+    return found
+
+
+def check_same_step(case: Case, reducer: str, positions: str, samples: int | None = None, **options: Any) -> None:
+    """A step with `options`, or a few samples at a time, has the losses and the gradients of one without."""
+    torch.manual_seed(0)
+    isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
+    found = []
+    for given, at_a_time in (({}, None), (options, samples)):
+        family = get_family(copy.deepcopy(case.model))
+        if given.get("padding_free"):
+            allow_packing(family)
+        step = fast_slow_step(family, reducer, TokenBudget(RATIO), isolator, positions, **given)
+        values = losses_and_gradients(case, step, isolator, at_a_time)
+        found.append({name: value.clone() for name, value in values.items()})
+    plain, other = found
+    assert plain.keys() == other.keys()
+    assert plain["slow kl"] > 0
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_padding_free(case: Case, reducer: str) -> None:
+    """Rows behind one another give the losses and the gradients of rows with padding, in each position mode."""
+    assert not case.batch["attention_mask"].bool().all()
+    for positions in case.positions:
+        check_same_step(case, reducer, positions, padding_free=True)
+
+
+def check_in_parts(case: Case, reducer: str) -> None:
+    """Two samples at a time, and one, give the losses and the gradients of all at once, with packed rows too."""
+    for positions in case.positions:
+        check_same_step(case, reducer, positions, samples=2)
+    packed = {} if case.family.attends_both_ways else {"padding_free": True}
+    check_same_step(case, reducer, case.positions[0], samples=1, **packed)

@@ -60,13 +60,14 @@ def fast_slow_step(
     distill: bool = True,
     distill_weight: float = 1.0,
     distill_temperature: float = 1.0,
+    **options: Any,
 ) -> DualSpeedStep:
     """The step of the published two modes."""
     family = model if isinstance(model, Family) else get_family(model)
     reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
     fast = PrunedSequence(family, reducer, budget or TokenBudget(), isolator, positions, pad_id=0)
     modes = {"fast": ModePlan(fast), "slow": ModePlan(FullSequence(), fast if distill else None)}
-    return DualSpeedStep(family, modes, distill_weight, distill_temperature)
+    return DualSpeedStep(family, modes, distill_weight, distill_temperature, **options)
 
 
 def losses(trainer) -> list[float]:

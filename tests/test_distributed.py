@@ -41,7 +41,8 @@ def launch(output, processes, engine="ddp", expect=0, **options):
     with mock.patch("saccade.launch.plan._gpus", return_value=2), mock.patch.dict(os.environ, environment):
         plan = make_plan(engine, processes)
         assert run_processes(plan, [sys.executable, str(SCRIPT), json.dumps(values)]) == expect
-    lines = (output / "steps.jsonl").read_text().splitlines()
+    record = output / "steps.jsonl"
+    lines = record.read_text().splitlines() if record.exists() else []
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
@@ -82,6 +83,16 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
     isolators = [ModeIsolator.load(folder / "final").weight for folder in (reference, tmp_path)]
     torch.testing.assert_close(isolators[1], isolators[0], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_in_parts_and_without_padding_equal_one(one_process, tmp_path):
+    """The parts before the last one run backwards inside the forward pass of DDP, which averages the last one's."""
+    check_equal(launch(tmp_path, 2, slow_micro_batch_size=1, padding_free=True), one_process[1])
+
+
+def test_engines_that_shard_take_no_parts(tmp_path, capfd):
+    launch(tmp_path, 2, "fsdp2", expect=1, slow_micro_batch_size=1)
+    assert "slow_micro_batch_size=1: FSDP and DeepSpeed count backward passes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,17 @@ class DualSpeedConfig(SFTConfig):
         group_by (`str`, *optional*, defaults to `"none"`):
             `"shortened"` puts samples of similar length after pruning into one batch, `"full"` of similar full length,
             `"none"` samples as they are drawn.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Run the rows of a micro-batch behind one another, without padding, each attending to itself alone: by
+            variable-length attention on a GPU in half precision, row by row elsewhere. For `"sdpa"` and
+            `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3. Evaluation keeps its padding.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Compile the decoder layers one by one, for sequences of any length. Not for modes that skip, nor under FSDP
+            and DeepSpeed.
+        slow_micro_batch_size (`int`, *optional*):
+            Samples that the language passes of a mode on all tokens run on at a time. Memory of slow steps falls
+            accordingly, so that a larger `per_device_train_batch_size` fits for the fast ones; images are encoded
+            once, and loss and gradients stay what they are. Not under FSDP and DeepSpeed.
         max_bad_records (`int`, *optional*, defaults to `0`):
             How many records that cannot be used are skipped, each replaced by the next good one and listed in
             `bad_records.jsonl`, before the run stops. 0 stops at the first.
@@ -197,6 +208,9 @@ class DualSpeedConfig(SFTConfig):
     group_by: str = field(
         default="none", metadata={"help": "Batches of similar length: 'shortened', 'full' or 'none'."}
     )
+    slow_micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples at a time in passes on all tokens; by default all of a micro-batch."}
+    )
     max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
     max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
 
@@ -235,6 +249,17 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
         if self.group_by not in GROUP_BY:
             raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
+        if self.packing:
+            raise SaccadeError(
+                "packing=True joins texts before their images are encoded: set padding_free=True, which joins the "
+                "rows of a micro-batch after that"
+            )
+        skips = any(mode.action == "skip" for mode in self.all_modes())
+        for name in ("padding_free", "torch_compile"):
+            if skips and getattr(self, name):
+                raise SaccadeError(f"{name}=True does not go with modes that skip tokens: set it to false")
+        if self.slow_micro_batch_size is not None:
+            self._check_slow_micro_batch_size()
         if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
             raise SaccadeError(
                 f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
@@ -248,6 +273,17 @@ class DualSpeedConfig(SFTConfig):
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "
                 "DualSpeed trains on plain cross-entropy, leave them at 'nll' and 0"
             )
+
+    def _check_slow_micro_batch_size(self) -> None:
+        name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
+        if not isinstance(self.slow_micro_batch_size, int) or self.slow_micro_batch_size < 1:
+            raise SaccadeError(f"{name}: give a number of samples from 1 on, or null for all at once")
+        if self.adaptive:
+            raise SaccadeError(
+                f"{name} with adaptive=True, which shares tokens out over a whole micro-batch: drop one"
+            )
+        if self.fp16:
+            raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
 
     def mode_schedule(self) -> ModeSchedule:
         """The schedule that this configuration describes, for a stage that trains the language model."""

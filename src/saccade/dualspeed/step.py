@@ -6,7 +6,7 @@ Any other mode of the run, too.
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
+from saccade.dualspeed.packing import pack
+from saccade.dualspeed.parts import Cut, InParts
 from saccade.dualspeed.sequence import LaidOut, Sequence, is_of_small_images
 from saccade.families import Encoded, Family
 from saccade.families.collect import encode_for
@@ -57,6 +59,16 @@ class _Sums:
     tokens_teacher: Tensor | None = None
     teacher_seconds: float = 0.0
 
+    def detached(self) -> "_Sums":
+        kl = None if self.kl is None else self.kl.detach()
+        return replace(self, cross_entropy=self.cross_entropy.detach(), kl=kl)
+
+    def __add__(self, other: "_Sums") -> "_Sums":
+        """The sums of two parts, one of which may have no images and so no teacher."""
+        names = (entry.name for entry in fields(self))
+        pairs = {name: [x for x in (getattr(self, name), getattr(other, name)) if x is not None] for name in names}
+        return _Sums(**{name: sum(values) for name, values in pairs.items() if values})
+
 
 @dataclass
 class ModePlan:
@@ -80,15 +92,22 @@ class DualSpeedStep:
         modes: the modes by name.
         distill_weight: weight of the KL term in modes that have a teacher.
         distill_temperature: temperature of both distributions in the KL.
+        padding_free: whether rows run behind one another without padding; see `allow_packing`.
     """
 
     family: Family
     modes: Mapping[str, ModePlan]
     distill_weight: float
     distill_temperature: float
+    padding_free: bool = False
 
     def __call__(
-        self, mode: str, inputs: Mapping[str, Any], normaliser: Tensor | float, row_seed: int = 0
+        self,
+        mode: str,
+        inputs: Mapping[str, Any],
+        normaliser: Tensor | float,
+        row_seed: int = 0,
+        in_parts: InParts | None = None,
     ) -> StepOutput:
         """Run the micro-batch in `mode`.
 
@@ -96,6 +115,8 @@ class DualSpeedStep:
             inputs: processor outputs with `labels`; the labels of image placeholders are ignored.
             normaliser: number of label tokens in the global batch.
             row_seed: seed of the first feature row for stochastic reducers; the next rows count on from it.
+            in_parts: run the language passes of a batch with images a few samples at a time. The gradients of all
+                parts but the last are then in the parameters already.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
@@ -103,16 +124,22 @@ class DualSpeedStep:
         text = self.family.without_vision(inputs)
         plan = self.modes[mode]
         trained: tuple[nn.Module, ...] = ()
+        carried: Tensor | float = 0.0
         if self.family.has_images(inputs):
             trained = plan.sequence.trains
             encoded, teacher = self._encode(plan, inputs, labels)
             for encoding in (encoded, teacher):
                 encoding.context.seed = torch.arange(encoding.context.shape[0], device=labels.device) + row_seed
-            sums = self._run(plan, encoded, teacher, text, labels)
+            if in_parts is None or in_parts.samples >= labels.shape[0]:
+                sums = self._run(plan, encoded, teacher, text, labels)
+            else:
+                cut = Cut(self.family, encoded, teacher, text, labels)
+                sums = self._run_in_parts(plan, cut, normaliser, in_parts)
+                carried = cut.carried(in_parts.scale)
         else:
             # Without images the two sequences are the same, and a teacher would have nothing to teach.
             encoded, sums = None, self._plain(LaidOut(text, labels, text["attention_mask"].sum()))
-        loss = sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
+        loss = self._weighted(sums)
         # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
         for module in self._own_modules():
             if not any(module is other for other in trained):
@@ -120,7 +147,7 @@ class DualSpeedStep:
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
         return StepOutput(
-            loss=loss / normaliser,
+            loss=loss / normaliser + carried,
             cross_entropy=sums.cross_entropy.detach() / normaliser,
             kl=None if sums.kl is None else sums.kl.detach() / normaliser,
             tokens_full=inputs["attention_mask"].sum(),
@@ -171,9 +198,15 @@ class DualSpeedStep:
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
         return sum((p.sum() for p in local), start=0.0)
 
+    def _label_rows(self, laid: LaidOut) -> tuple[Tensor, Tensor]:
+        """Hidden states `(M, D)` of the rows that predict a label, and those labels `(M,)`."""
+        if self.padding_free:
+            laid = pack(laid, self.family)
+        return label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+
     def _plain(self, laid: LaidOut) -> _Sums:
         """Cross-entropy of one pass, whatever sequence it runs on."""
-        rows, targets = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+        rows, targets = self._label_rows(laid)
         return _Sums(cross_entropy_sum(rows, targets, self.family.logits), laid.tokens)
 
     def _run(
@@ -185,9 +218,26 @@ class DualSpeedStep:
         teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, teacher, text, labels)
         teacher_seconds = seconds_on(labels.device) - started
         laid = plan.sequence(encoded, text, labels)
-        rows, targets = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+        rows, targets = self._label_rows(laid)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
         return _Sums(ce, laid.tokens, kl, tokens_teacher, teacher_seconds)
+
+    def _run_in_parts(self, plan: ModePlan, cut: Cut, normaliser: Tensor | float, in_parts: InParts) -> _Sums:
+        """The sums of all parts, of which the last one's alone have a gradient."""
+        total: _Sums | None = None
+        for part, last in cut.parts(in_parts.samples):
+            if part.encoded is None:
+                sums = self._plain(LaidOut(part.text, part.labels, part.text["attention_mask"].sum()))
+            else:
+                sums = self._run(plan, part.encoded, part.teacher, part.text, part.labels)
+            if not last:
+                in_parts.backward(self._weighted(sums) / normaliser * in_parts.scale)
+                sums = sums.detached()
+            total = sums if total is None else total + sums
+        return total
+
+    def _weighted(self, sums: _Sums) -> Tensor:
+        return sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
 
     @torch.no_grad()
     def _teacher_rows(
@@ -196,7 +246,7 @@ class DualSpeedStep:
         """Label rows `(M, D)` of the teacher's sequence, without gradient and without dropout, and its token count."""
         with evaluating(self.family.model):
             laid = sequence(encoded, text, labels)
-            rows, _ = label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+            rows, _ = self._label_rows(laid)
         return rows, laid.tokens
 
 

@@ -2,9 +2,9 @@
 
 import errno
 import os
-import random
 import shutil
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ from saccade.dualspeed.checkpoint import (
     write_run_file,
 )
 from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.loading import LoadingTrainer
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import Mode
-from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.sampler import EpochStart
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.sharding import WithBlankImage, layer_classes
-from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
+from saccade.dualspeed.step import DualSpeedStep, ModePlan
+from saccade.dualspeed.stepping import SteppingTrainer
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import Family, family_class, get_family, stock_model
@@ -47,7 +48,7 @@ from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_sk
 ISOLATOR_NAME = "mode_isolator"
 
 
-class DualSpeedTrainer(LoadingTrainer):
+class DualSpeedTrainer(SteppingTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
@@ -90,8 +91,10 @@ class DualSpeedTrainer(LoadingTrainer):
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
-        super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        with _withheld(args):
+            super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.family = get_family(self.model)
+        self._speed_up()
         if own_collator:
             self.data_collator = DualSpeedCollator(
                 processor=self.processing_class,
@@ -114,7 +117,8 @@ class DualSpeedTrainer(LoadingTrainer):
         self._freeze()
         self.modes = args.all_modes()
         self.schedule = self._stage_schedule()
-        self.is_ordinary = args.is_ordinary
+        # TRL's own loss is of padded rows, all at once.
+        self.is_ordinary = args.is_ordinary and not args.padding_free and args.slow_micro_batch_size is None
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
         self.meter = ModeMeter(
@@ -134,11 +138,28 @@ class DualSpeedTrainer(LoadingTrainer):
             modes={mode.name: ModePlan(sequences[mode.name], sequences.get(mode.teacher)) for mode in self.modes},
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
+            padding_free=args.padding_free,
         )
 
-    def mode_of(self, step: int) -> str:
-        """The mode of optimizer step `step`, counted from 0."""
-        return self.schedule.mode(step)
+    def _speed_up(self) -> None:
+        """Do what the options for speed ask for.
+
+        Raises:
+            SaccadeError: where the model or the engine cannot.
+        """
+        args = self.args
+        if args.padding_free:
+            allow_packing(self.family)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.slow_micro_batch_size is not None:
+                raise SaccadeError(
+                    f"slow_micro_batch_size={args.slow_micro_batch_size}: FSDP and DeepSpeed count backward passes; "
+                    "use a smaller per_device_train_batch_size with more gradient_accumulation_steps"
+                )
+            if args.torch_compile:
+                raise SaccadeError("torch_compile=True is not known to work under FSDP and DeepSpeed: set it to false")
+        if args.torch_compile:
+            compile_layers(self.family, args.torch_compile_backend, args.torch_compile_mode)
 
     def _sequence(self, mode: Mode) -> Sequence:
         """What a mode runs on."""
@@ -156,74 +177,10 @@ class DualSpeedTrainer(LoadingTrainer):
             newlines=self.args.newlines,
         )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.skip is not None and not self.model.training:
-            return self._evaluation_loss(model, inputs, return_outputs)
-        if self.is_ordinary or return_outputs or not self.model.training:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            if self.is_ordinary and self.model.training:
-                self.watch.see(loss, inputs)
-                self._count_ordinary(inputs, loss, num_items_in_batch)
-            return loss
-        normaliser = num_items_in_batch
-        if normaliser is None:
-            normaliser = (inputs["labels"][:, 1:] != -100).sum()
-        # An all-text batch of masked samples has no label at all and contributes a plain zero.
-        normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
-        mode = self.mode_of(self.state.global_step)
-        self._micro_batch += 1
-        with self.watch.computing(inputs):
-            output = self._run_step(model, mode, inputs, normaliser, self._row_seed())
-        self.watch.see(output.loss, inputs)
-        ranks = self.accelerator.num_processes
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The normaliser counts every rank's tokens, and the engines average gradients over ranks.
-            self.meter.add(mode, output)
-            return output.loss * ranks
-        self.meter.add(mode, output, share=self._mean_share(num_items_in_batch))
-        return output.loss
-
-    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
-        """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
-        mode = self.meter.full or self.modes[-1].name
-        count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
-        output = self._run_step(model, mode, inputs, count)
-        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
-
-    def _run_step(
-        self, model: nn.Module, mode: str, inputs: dict[str, Any], normaliser: Tensor, row_seed: int = 0
-    ) -> StepOutput:
-        """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
-
-        def run(batch: dict[str, Any]) -> StepOutput:
-            # The engine's own autocast wraps the forward that is replaced here.
-            with self.accelerator.autocast():
-                return self._step(mode, batch, normaliser, row_seed)
-
-        return redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
-
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.watch.check(grad_norm)
         return grad_norm
-
-    def begin_step(self) -> None:
-        """Called before the first micro-batch of each optimizer step."""
-        self._micro_batch = 0
-
-    def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
-        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
-        return 1 / (self.accelerator.num_processes * parts)
-
-    def _row_seed(self) -> int:
-        key = f"{self.args.seed} {self.state.global_step} {self._micro_batch} {self.args.process_index}"
-        return random.Random(key).getrandbits(60)
-
-    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor, num_items_in_batch: Tensor | int | None) -> None:
-        tokens = inputs["attention_mask"].sum()
-        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]), 0.0)
-        self.meter.add("slow", output, share=self._mean_share(num_items_in_batch))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training and "loss" in logs:
@@ -451,6 +408,25 @@ class DualSpeedTrainer(LoadingTrainer):
             weight = distribute_tensor(weight, self.isolator.weight.device_mesh, self.isolator.weight.placements)
         with torch.no_grad():
             self.isolator.weight.copy_(weight)
+
+
+@contextmanager
+def _withheld(args: DualSpeedConfig) -> Iterator[None]:
+    """Hide the options that this trainer acts on itself.
+
+    TRL refuses `padding_free` for images: its collator would join rows before their images are encoded. Accelerate
+    would compile the whole model, whose forward is redirected.
+    """
+    withheld = {"padding_free": False, "torch_compile": False}
+    withheld |= {"torch_compile_backend": None, "torch_compile_mode": None}
+    before = {name: getattr(args, name) for name in withheld}
+    for name, value in withheld.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
 
 
 def _load_config(model: str, args: DualSpeedConfig):

@@ -59,6 +59,9 @@ class Family(ABC):
     """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
     `positions` says: counted anew along one axis they would mean something else to the model."""
 
+    attends_both_ways: bool = False
+    """Whether the tokens of an image attend to one another in both directions."""
+
     thumbnail: int | None = None
     """Which row of an image is a small picture of all of it, next to its crops: 0 for the first, -1 for the last."""
 

@@ -24,6 +24,7 @@ class Gemma3Family(Family):
     name = "gemma3"
     model_types = ("gemma3",)
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
+    attends_both_ways = True
     fixed_resolution = "the stock projector pools one fixed grid of patches"
 
     @property

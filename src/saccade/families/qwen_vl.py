@@ -133,11 +133,13 @@ class Qwen2VLFamily(Family):
         return order.to(grid.device).argsort()
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Long `(3, B, L)`.
+        """Long `(3, B, L)`, those that `inputs` give if they do.
 
         Raises:
             SaccadeError: if `inputs` lack `mm_token_type_ids`, without which the model cannot compute them.
         """
+        if inputs.get("position_ids") is not None:
+            return inputs["position_ids"]
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         if inputs.get("mm_token_type_ids") is None:
             raise SaccadeError(

@@ -1,0 +1,138 @@
+"""Batches without padding: the rows behind one another as one, each attending to itself alone.
+
+Shapes: B rows, S tokens of the padded batch, T tokens of all rows without padding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from saccade.dualspeed.sequence import LaidOut
+from saccade.errors import SaccadeError
+from saccade.families import Family
+from saccade.tokens import IGNORE_INDEX
+
+PACKED = "saccade_packed"
+"""Name of the attention that `allow_packing` sets. Without packed rows it is SDPA."""
+KEYWORD = "packed_rows"
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+"""Stock implementations that take packed rows by themselves."""
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the rows of a packed batch lie.
+
+    Args:
+        lengths: tokens of each row.
+        ends: int32 `(B + 1,)`, 0 and the running sum of the lengths.
+    """
+
+    lengths: list[int]
+    ends: Tensor
+
+
+def allow_packing(family: Family) -> None:
+    """Let the language model take packed rows. Batches with padding, and generation, run as before.
+
+    Raises:
+        SaccadeError: if its attention is not one that can be cut into rows.
+    """
+    config = family.language_model.config
+    kind = config._attn_implementation
+    if kind not in (PACKED, "sdpa", *FLASH):
+        raise SaccadeError(f"padding_free=True with attn_implementation={kind!r}: use 'sdpa' or 'flash_attention_2'")
+    types = set(getattr(config, "layer_types", None) or ())
+    if types - {"full_attention"} or family.attends_both_ways:
+        raise SaccadeError(
+            f"padding_free=True: model_type={family.model.config.model_type!r} has layers whose attention is not "
+            "simply causal, which packed rows do not cover; set it to false, group_by='shortened' saves padding too"
+        )
+    if kind == "sdpa":
+        config._attn_implementation = PACKED
+
+
+def pack(laid: LaidOut, family: Family) -> LaidOut:
+    """The same rows behind one another, without padding: `(1, T)` for `(B, S)`.
+
+    Each row keeps its positions, and the first token of a row is no label of the row before it.
+    """
+    inputs = dict(laid.inputs)
+    mask = inputs["attention_mask"].bool()
+    positions = inputs.get("position_ids")
+    if positions is None:
+        positions = family.full_positions(inputs)
+    lengths = mask.sum(dim=1)
+    ends = torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0))
+    for name in {"input_ids", *family.token_inputs} & inputs.keys():
+        inputs[name] = _behind_one_another(inputs[name], mask)
+    inputs["position_ids"] = _behind_one_another(positions, mask)
+    labels = _behind_one_another(laid.labels, mask).index_fill(1, ends[:-1], IGNORE_INDEX)
+    rows = PackedRows(lengths.tolist(), ends.to(torch.int32))
+    return LaidOut({**inputs, **_attention_inputs(rows, family, labels.device)}, labels, laid.tokens)
+
+
+def _behind_one_another(values: Tensor, mask: Tensor) -> Tensor:
+    """Per-token values `(..., B, S)` as `(..., 1, T)`."""
+    return values[..., mask].unsqueeze(-2)
+
+
+def _attention_inputs(rows: PackedRows, family: Family, device: torch.device) -> Mapping[str, Any]:
+    if family.language_model.config._attn_implementation == PACKED:
+        # A mask of four axes is handed through as it is, so that none of T times T is made.
+        return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), KEYWORD: rows}
+    ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), rows.ends)
+    return {"attention_mask": None, **ends, **dict.fromkeys(("max_length_q", "max_length_k"), max(rows.lengths))}
+
+
+# Its loop is over rows, whose number and lengths change from batch to batch.
+@torch.compiler.disable
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_rows: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each row to itself, or SDPA without `packed_rows`.
+
+    Args:
+        query: `(1, H, T, Dh)`; key and value `(1, Hk, T, Dh)`, where Hk divides H.
+
+    Returns:
+        `(1, T, H, Dh)`.
+    """
+    if packed_rows is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        # Torch has it for CUDA alone.
+        from torch.nn.attention.varlen import varlen_attn
+
+        tensors = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, Dh)
+        ends, longest = packed_rows.ends, max(packed_rows.lengths)
+        grouped = query.shape[1] != key.shape[1]
+        output = varlen_attn(
+            *tensors, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
+        )
+        return output.unsqueeze(0), None
+    rows = zip(*(x.split(packed_rows.lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for row in rows
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)

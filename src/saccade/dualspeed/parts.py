@@ -1,0 +1,114 @@
+"""A micro-batch whose language passes run a few samples at a time, after its images were encoded once.
+
+Shapes: B samples, L tokens, R feature rows of N visual tokens.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from saccade.families import Encoded, Family
+from saccade.families.relevance import row_samples
+
+
+@dataclass(frozen=True)
+class InParts:
+    """How to cut a micro-batch.
+
+    Args:
+        samples: at most so many at a time.
+        backward: runs the backward pass of a part's loss; the last part's is left to the caller.
+        scale: what the caller multiplies the loss with before its own backward pass.
+    """
+
+    samples: int
+    backward: Callable[[Tensor], None]
+    scale: float = 1.0
+
+
+@dataclass
+class Part:
+    """Some samples of a micro-batch.
+
+    Args:
+        encoded: their images' features, or None without images.
+        teacher: the same for the teacher.
+        text: their inputs less the images.
+        labels: long `(b, L)`.
+    """
+
+    encoded: Encoded | None
+    teacher: Encoded | None
+    text: dict[str, Any]
+    labels: Tensor
+
+
+@dataclass
+class Cut:
+    """A micro-batch cut into parts.
+
+    The features of all parts but the last are cut off the graph of projector and vision tower, which then runs
+    backwards once, with the gradients that the parts have left: see `carried`.
+    """
+
+    family: Family
+    encoded: Encoded
+    teacher: Encoded
+    text: Mapping[str, Any]
+    labels: Tensor
+    _left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def parts(self, samples: int) -> Iterator[tuple[Part, bool]]:
+        """The parts in order, and whether each is the last one."""
+        count = self.labels.shape[0]
+        placeholder = self.family.placeholder(self.text["input_ids"])
+        owners = row_samples(self.encoded, placeholder).tolist()
+        text = self._per_token()
+        for start in range(0, count, samples):
+            stop = min(start + samples, count)
+            rows = [number for number, owner in enumerate(owners) if start <= owner < stop]
+            last = stop == count
+            pieces = (None, None)
+            if rows:
+                inside = slice(rows[0], rows[-1] + 1)
+                encoded = self._encoded(self.encoded, inside, cut=not last)
+                same = self.teacher is self.encoded
+                pieces = encoded, encoded if same else self._encoded(self.teacher, inside, cut=False)
+            some = {name: value[..., start:stop, :] for name, value in text.items()}
+            yield Part(*pieces, some, self.labels[start:stop]), last
+
+    def carried(self, scale: float) -> Tensor | float:
+        """A zero whose gradient is the one that parts have left at their features, divided by `scale`."""
+        total = 0.0
+        for features, leaf in self._left:
+            if leaf.grad is not None:
+                total = total + (features * (leaf.grad / scale)).sum()
+        return total - total.detach() if isinstance(total, Tensor) else total
+
+    def _per_token(self) -> dict[str, Tensor]:
+        """Inputs `(..., B, L)`: a part's positions cannot be computed from grids of all images, so they are here."""
+        shape = self.text["input_ids"].shape
+        text = {name: value for name, value in self.text.items() if isinstance(value, Tensor) and value.shape == shape}
+        if self.family.several_axes:
+            text["position_ids"] = self.family.full_positions(self.text)
+        return text
+
+    def _encoded(self, encoded: Encoded, rows: slice, cut: bool) -> Encoded:
+        features, *deeper = (self._features(x[rows], cut) for x in (encoded.context.features, *encoded.deeper))
+        context = replace(encoded.context.select_rows(rows), features=features)
+        part = Encoded(context, {}, tuple(deeper), encoded.videos[rows])
+        if encoded.outputs:
+            valid = [
+                [row[keep] for row, keep in zip(x, context.valid, strict=True)] for x in (context.features, *deeper)
+            ]
+            part.outputs = self.family.wrap_features(valid[0], part, valid[1:])
+        return part
+
+    def _features(self, features: Tensor, cut: bool) -> Tensor:
+        if not (cut and features.requires_grad):
+            return features
+        leaf = features.detach().requires_grad_()
+        self._left.append((features, leaf))
+        return leaf

@@ -1,0 +1,160 @@
+"""Batches without padding: the same losses and gradients as with it, on every family that can."""
+
+import copy
+
+import family_tester as tester
+import pytest
+import torch
+import torch.nn.functional as F
+from family_models import FAMILIES, WITH_VIDEO
+from helpers import ORDINARY, losses, make_config, make_trainer
+
+from saccade import SaccadeError
+from saccade.data import digit_scenes
+from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention
+from saccade.dualspeed.sequence import LaidOut
+from saccade.families import get_family
+from saccade.tiny import build_tiny_llava
+
+CAUSAL = [name for name in FAMILIES if name != "gemma3"]
+CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
+VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+
+
+@pytest.mark.parametrize("reducer", ["divprune", "avgpool"])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_packed_rows_train_as_padded_ones(name, reducer):
+    tester.check_padding_free(CASES[name], reducer)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_packed_rows_of_videos_train_as_padded_ones(name):
+    tester.check_padding_free(VIDEO_CASES[name], "divprune")
+
+
+def test_attention_of_a_row_is_to_itself_alone():
+    """Against softmax(QK^T) under a block-diagonal causal mask, with fewer key heads than query heads."""
+    torch.manual_seed(0)
+    lengths, width = [3, 1, 5], 4
+    query = torch.randn(1, 4, 9, width)
+    key, value = torch.randn(2, 1, 2, 9, width)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    rows = PackedRows(lengths, torch.tensor([0, 3, 4, 9], dtype=torch.int32))
+    got, _ = packed_attention(module, query, key, value, None, scaling=0.3, packed_rows=rows)
+    row = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+    seen = (row[:, None] == row[None]) & torch.ones(9, 9).tril().bool()
+    for head in range(4):
+        scores = 0.3 * query[0, head] @ key[0, head // 2].T
+        expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0, head // 2]
+        torch.testing.assert_close(got[0, :, head], expected)
+
+
+def test_no_padding_runs_and_no_row_is_a_label_of_another(monkeypatch):
+    """Every word is learned here, the first of each row too: it has no token before it."""
+    case = CASES["llava"]
+    family = get_family(copy.deepcopy(case.model))
+    allow_packing(family)
+    batch = {**case.batch, "labels": case.batch["input_ids"].masked_fill(case.batch["attention_mask"] == 0, -100)}
+    step = tester.make_step(family, "divprune", None)
+    expected = step("slow", batch, 1.0).loss
+    seen = []
+    original = family.hidden_states
+    monkeypatch.setattr(family, "hidden_states", lambda **inputs: seen.append(inputs) or original(**inputs))
+    step.padding_free = True
+    torch.testing.assert_close(step("slow", batch, 1.0).loss, expected)
+    fast, slow = seen
+    assert slow["input_ids"].shape == slow["position_ids"].shape == (1, batch["attention_mask"].sum())
+    assert fast["input_ids"].shape[1] < slow["input_ids"].shape[1]
+
+
+def test_batches_with_padding_and_generation_run_as_before():
+    case = CASES["llava"]
+    model = copy.deepcopy(case.model)
+    options = tester.generation_options(case)
+    expected = [tester.logits(model, case.inputs), model.generate(**case.prompts(), **options)]
+    allow_packing(get_family(model))
+    assert model.config.text_config._attn_implementation == PACKED
+    assert PACKED not in str(model.config.to_dict())
+    got = [tester.logits(model, case.inputs), model.generate(**case.prompts(), **options)]
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_attention_that_cannot_be_cut_is_refused():
+    with pytest.raises(SaccadeError, match=r"padding_free=True: model_type='gemma3'.*set it to false"):
+        allow_packing(get_family(copy.deepcopy(CASES["gemma3"].model)))
+    model = copy.deepcopy(CASES["llava"].model)
+    model.set_attn_implementation("eager")
+    with pytest.raises(SaccadeError, match=r"attn_implementation='eager': use 'sdpa'"):
+        allow_packing(get_family(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_variable_length_attention_on_a_gpu_is_that_of_the_loop(key_heads):
+    torch.manual_seed(0)
+    lengths = [70, 3, 129]
+    query = torch.randn(1, 4, 202, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, key_heads, 202, 64, device="cuda", dtype=torch.bfloat16)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads
+    rows = PackedRows(lengths, torch.tensor([0, 70, 73, 202], dtype=torch.int32, device="cuda"))
+    got, _ = packed_attention(module, query, key, value, None, packed_rows=rows)
+    expected, _ = packed_attention(module, *(x.float() for x in (query, key, value)), None, packed_rows=rows)
+    torch.testing.assert_close(got.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_the_loop_and_flash_agree_on_what_a_row_is():
+    """What a stock flash implementation is told, which no CPU can run."""
+    case = CASES["llava"]
+    family = get_family(copy.deepcopy(case.model))
+    family.language_model.config._attn_implementation_internal = "flash_attention_2"
+    allow_packing(family)
+    text = family.without_vision(case.inputs)
+    laid = pack(LaidOut(dict(text), case.batch["labels"], text["attention_mask"].sum()), family)
+    lengths = text["attention_mask"].sum(dim=1)
+    assert laid.inputs["attention_mask"] is None
+    assert laid.inputs["max_length_q"] == laid.inputs["max_length_k"] == lengths.max()
+    ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    assert torch.equal(laid.inputs["cu_seq_lens_q"], ends)
+    assert torch.equal(laid.inputs["cu_seq_lens_k"], ends)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"slow_probability": 0.5, "gradient_checkpointing": True},
+        {**ORDINARY, "gradient_accumulation_steps": 2},
+        {"slow_probability": 0.5, "slow_micro_batch_size": 3},
+    ],
+    ids=["checkpointing", "ordinary", "in parts"],
+)
+def test_a_run_without_padding_is_the_run_with_it(processor, tmp_path, options):
+    """Losses and weights; rows of similar length leave nothing to test, so that they come as they are."""
+    runs = []
+    for free in (False, True):
+        trainer = make_trainer(
+            build_tiny_llava(processor, seed=0), processor, tmp_path / str(free), padding_free=free, **options
+        )
+        trainer.train()
+        assert trainer.args.padding_free == free
+        runs.append(trainer)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-4)
+    assert len(losses(runs[0])) == 4
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    evaluated = [run.evaluate(digit_scenes("sft", "validation", 8))["eval_loss"] for run in runs]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding_free": True, "skip_vision": "100/156"}, "padding_free=True does not go with modes that skip"),
+        ({"packing": True}, "packing=True .*set padding_free=True"),
+        ({"padding_free": True, "reducer": "divprun"}, "divprun"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(tmp_path, options, message):
+    with pytest.raises(SaccadeError, match=message):
+        make_config(tmp_path, **options)

@@ -1,0 +1,107 @@
+"""A micro-batch a few samples at a time: the same losses and gradients as all at once, on every family."""
+
+import family_tester as tester
+import pytest
+import torch
+from family_models import FAMILIES, FIXED_RESOLUTION, WITH_VIDEO
+from helpers import fast_slow_step, losses, make_config, make_trainer
+from peft import LoraConfig
+
+from saccade import SaccadeError
+from saccade.counting import count_saved_bytes
+from saccade.dualspeed.parts import InParts
+from saccade.pruning import ModeIsolator
+from saccade.tiny import build_tiny_llava
+
+CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
+VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+
+
+@pytest.mark.parametrize("reducer", ["divprune", "downsample"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_train_as_the_whole(name, reducer):
+    if reducer == "downsample" and name in FIXED_RESOLUTION:
+        reducer = "avgpool"
+    tester.check_in_parts(CASES[name], reducer)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_parts_with_videos_train_as_the_whole(name):
+    tester.check_in_parts(VIDEO_CASES[name], "divprune")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "bf16": True},
+        {"lora": True},
+    ],
+    ids=["accumulation", "means", "checkpointing in bf16", "lora"],
+)
+def test_a_run_in_parts_is_the_run_at_once(processor, tmp_path, options):
+    """Four samples at once, or three and one."""
+    options = dict(options)
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
+    peft_config = lora if options.pop("lora", False) else None
+    runs = []
+    for size in (None, 3):
+        model = build_tiny_llava(processor, seed=0)
+        folder = tmp_path / str(size)
+        torch.manual_seed(0)
+        trainer = make_trainer(
+            model, processor, folder, None, peft_config, slow_probability=0.5, slow_micro_batch_size=size, **options
+        )
+        seen = watch_rows(trainer)
+        trainer.train()
+        assert {trainer.mode_of(step) for step in range(4)} == {"fast", "slow"}
+        runs.append((trainer, seen))
+    (whole, all_rows), (parts, few_rows) = runs
+    assert set(all_rows) == {4}
+    assert set(few_rows) == {4, 3, 1}
+    close = 2e-2 if options.get("bf16") else 1e-4
+    assert losses(parts) == pytest.approx(losses(whole), abs=close)
+    norms = [[entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry] for run in (whole, parts)]
+    assert norms[1] == pytest.approx(norms[0], rel=close)
+    if not options.get("bf16"):
+        for name, value in whole.model.state_dict().items():
+            torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def watch_rows(trainer):
+    """Batch sizes that the language model runs on in training."""
+    seen = []
+
+    def note(module, args, kwargs):
+        if torch.is_grad_enabled():
+            seen.append(kwargs["inputs_embeds"].shape[0])
+
+    trainer.family.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+def test_less_is_kept_for_the_backward_pass(scenes, collator, model):
+    """What autograd holds at a time, of a slow step on eight samples."""
+    batch = dict(collator(scenes.select(range(8))))
+    step = fast_slow_step(model, isolator=ModeIsolator(4, model.config.text_config.hidden_size))
+    peaks = []
+    for in_parts in (None, InParts(2, torch.Tensor.backward)):
+        with count_saved_bytes(model.parameters()) as saved:
+            step("slow", batch, 1.0, in_parts=in_parts).loss.backward()
+        assert saved.now == 0
+        peaks.append(saved.peak)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slow_micro_batch_size": 0}, "slow_micro_batch_size=0: give a number of samples from 1 on"),
+        ({"slow_micro_batch_size": 2.5}, "slow_micro_batch_size=2.5: give a number"),
+        ({"slow_micro_batch_size": 2, "adaptive": True}, "slow_micro_batch_size=2 with adaptive=True"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(tmp_path, options, message):
+    with pytest.raises(SaccadeError, match=message):
+        make_config(tmp_path, **options)
