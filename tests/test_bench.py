@@ -13,7 +13,7 @@ from saccade.benchmark.lengths import LLAVA_665K, draw_lengths
 from saccade.benchmark.released import ReleasedProcedure, divprune_image, rows_of_labels, shifted_cross_entropy
 from saccade.benchmark.shapes import build_shape
 from saccade.benchmark.train import Stage, Timing, train_stage, whole_schedule
-from saccade.benchmark.variants import STOCK, Settings, training_variants
+from saccade.benchmark.variants import IN_PARTS, NO_PADDING, STOCK, Settings, training_variants
 from saccade.cli.main import main
 from saccade.counting import count_flops, count_saved_bytes
 from saccade.errors import SaccadeError
@@ -69,7 +69,7 @@ def test_saved_bytes_leave_out_parameters_and_count_memory_once():
         hidden = layer(given)
         (hidden.exp() + hidden.exp()).sum()
     # `given`, and the two results of exp.
-    assert saved.total == 3 * (3 * 8 * 4)
+    assert saved.peak == 3 * (3 * 8 * 4)
 
 
 def test_the_released_selection_is_divprune(small_batch, model):
@@ -118,7 +118,11 @@ def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch,
         assert all(p.grad is None for p in family.vision_tower.parameters())
         losses.setdefault(variant.name, []).append(value.detach())
     assert torch.equal(*losses[STOCK])
-    # Each way to train is a loss of its own; what mixes repeat is the stock one only.
+    # Each way to train is a loss of its own; those that only compute it otherwise have the same.
+    for mode, names in {"fast": (NO_PADDING,), "slow": (NO_PADDING, IN_PARTS)}.items():
+        for name in names:
+            same = losses.pop(f"{name}, {mode} step")
+            torch.testing.assert_close(same, losses[f"DualSpeed, {mode} step"])
     assert len({float(values[0]) for values in losses.values()}) == len(losses)
 
 
@@ -146,6 +150,7 @@ def test_the_command_measures_both_stages_and_writes_ledger_json_and_pictures(tm
     assert sft[STOCK]["ratios"] == [1.0, 1.0]
     assert fast["flops"] < sft["Skip-Vision"]["flops"] < sft[STOCK]["flops"] < slow["flops"]
     assert fast["saved_bytes"] < sft[STOCK]["saved_bytes"]
+    assert sft["DualSpeed, slow in parts, slow step"]["saved_bytes"] < 0.7 * slow["saved_bytes"]
     for entry in result["timings"]["sft"]:
         assert not entry["parts"] or sum(entry["parts"].values()) == pytest.approx(1)
     assert fast["parts"]["selection"] > 0

@@ -40,6 +40,7 @@ class TrainBench:
         prune_ratio, slow_probability, reducer, skip: what the methods are set to.
         lora: train adapters of the language model, as the published recipe does.
         gradient_checkpointing: recompute activations in the backward pass.
+        compile: measure compiled decoder layers too, which takes minutes to compile.
         device, dtype, threads: where and how.
     """
 
@@ -56,6 +57,7 @@ class TrainBench:
     skip: str = "100/156"
     lora: bool = False
     gradient_checkpointing: bool = False
+    compile: bool = False
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -79,7 +81,9 @@ class TrainBench:
         Raises:
             SaccadeError: on a value out of its range.
         """
-        return Settings(self.prune_ratio, self.slow_probability, reducer=self.reducer, skip=self.skip)
+        return Settings(
+            self.prune_ratio, self.slow_probability, reducer=self.reducer, skip=self.skip, compiled=self.compile
+        )
 
     @property
     def stages(self) -> list[Stage]:

@@ -12,6 +12,9 @@ from trl import SFTConfig, SFTTrainer
 
 from saccade.benchmark.batches import label_count
 from saccade.benchmark.released import ReleasedProcedure
+from saccade.dualspeed.compiling import compile_layers
+from saccade.dualspeed.packing import allow_packing
+from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.families import Family, get_family
@@ -23,6 +26,13 @@ from saccade.tokens import TokenBudget
 
 Loss = Callable[[Mapping[str, Any]], Tensor]
 STOCK = "stock TRL, all tokens"
+STOCK_COMPILED = "stock TRL, compiled"
+NO_PADDING = "DualSpeed, no padding"
+IN_PARTS = "DualSpeed, slow in parts"
+COMPILED = "DualSpeed, compiled"
+BOTH = "DualSpeed, no padding, compiled"
+PARTS = 4
+"""Into how many parts the micro-batch of a slow step is cut."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Settings:
         isolator_length: l.
         reducer: method that chooses the kept tokens.
         skip: a published budget of Skip-Vision.
+        compiled: measure compiled layers too.
     """
 
     prune_ratio: float = 0.9
@@ -68,6 +79,7 @@ class Settings:
     isolator_length: int = 4
     reducer: str = "divprune"
     skip: str = "100/156"
+    compiled: bool = False
 
 
 def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) -> tuple[list[Variant], list[Mix]]:
@@ -87,12 +99,24 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         used = isolator if with_isolator else None
         return PrunedSequence(family, get_reducer(reducer), budget, used, "compact", pad_id=0)
 
-    def ours(sequence: Sequence, teacher: Sequence | None = None) -> Callable[[], AbstractContextManager[Loss]]:
-        step = DualSpeedStep(family, {"mode": ModePlan(sequence, teacher)}, 1.0, 1.0)
+    def ours(
+        sequence: Sequence,
+        teacher: Sequence | None = None,
+        padding_free: bool = False,
+        in_parts: bool = False,
+        compiled: bool = False,
+    ) -> Callable[[], AbstractContextManager[Loss]]:
+        step = DualSpeedStep(family, {"mode": ModePlan(sequence, teacher)}, 1.0, 1.0, padding_free)
+
+        def loss(batch: Mapping[str, Any]) -> Tensor:
+            rows = len(batch["labels"])
+            parts = InParts(max(1, rows // PARTS), Tensor.backward) if in_parts else None
+            return step("mode", batch, label_count(batch), in_parts=parts).loss
 
         @contextmanager
         def active() -> Iterator[Loss]:
-            yield lambda batch: step("mode", batch, label_count(batch)).loss
+            with packing(family, padding_free), compiling(family, compiled):
+                yield loss
 
         return active
 
@@ -123,6 +147,13 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             ),
         ),
     ]
+    variants.append(Variant(f"{NO_PADDING}, fast step", ours(fast, padding_free=True)))
+    if settings.compiled:
+        variants += [
+            Variant(STOCK_COMPILED, lambda: stock(model, compiled=True)),
+            Variant(f"{COMPILED}, fast step", ours(fast, compiled=True)),
+            Variant(f"{BOTH}, fast step", ours(fast, padding_free=True, compiled=True)),
+        ]
     if type(family)._encode_low_resolution is not Family._encode_low_resolution:
         variants.append(Variant("lower resolution", ours(pruned("downsample", False))))
     if not slow:
@@ -130,15 +161,26 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
     variants += [
         Variant("DualSpeed, slow step", ours(FullSequence(), fast)),
         Variant("released procedure, slow step", lambda: plain(released.slow)),
+        Variant(f"{NO_PADDING}, slow step", ours(FullSequence(), fast, padding_free=True)),
+        Variant(f"{IN_PARTS}, slow step", ours(FullSequence(), fast, in_parts=True)),
     ]
+    pairs = [
+        ("DualSpeed", "DualSpeed", "DualSpeed"),
+        ("released procedure", "released procedure", "released procedure"),
+        ("DualSpeed with a skip", "DualSpeed with a skip", "DualSpeed"),
+        (NO_PADDING, NO_PADDING, NO_PADDING),
+        (IN_PARTS, "DualSpeed", IN_PARTS),
+    ]
+    if settings.compiled:
+        variants += [
+            Variant(f"{COMPILED}, slow step", ours(FullSequence(), fast, compiled=True)),
+            Variant(f"{BOTH}, slow step", ours(FullSequence(), fast, padding_free=True, compiled=True)),
+        ]
+        pairs += [(name, name, name) for name in (COMPILED, BOTH)]
     rate = settings.slow_probability
     mixes = [
-        Mix(name, {f"{name}, fast step": 1 - rate, f"{slow_name}, slow step": rate})
-        for name, slow_name in (
-            ("DualSpeed", "DualSpeed"),
-            ("released procedure", "released procedure"),
-            ("DualSpeed with a skip", "DualSpeed"),
-        )
+        Mix(name, {f"{fast_name}, fast step": 1 - rate, f"{slow_name}, slow step": rate})
+        for name, fast_name, slow_name in pairs
     ]
     return variants, mixes
 
@@ -150,7 +192,32 @@ def plain(loss: Loss) -> Iterator[Loss]:
 
 
 @contextmanager
-def stock(model: PreTrainedModel) -> Iterator[Loss]:
+def packing(family: Family, wanted: bool) -> Iterator[None]:
+    """Let the model take rows without padding, for a while."""
+    config = family.language_model.config
+    before = config._attn_implementation
+    if wanted:
+        allow_packing(family)
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def compiling(family: Family, wanted: bool) -> Iterator[None]:
+    """Let the decoder layers run compiled, for a while; what was compiled once is found again."""
+    if wanted:
+        compile_layers(family)
+    try:
+        yield
+    finally:
+        for layer in family.language_layers:
+            layer._compiled_call_impl = None
+
+
+@contextmanager
+def stock(model: PreTrainedModel, compiled: bool = False) -> Iterator[Loss]:
     """The loss that TRL's trainer computes for a vision-language model, its logged metrics included."""
     device = get_family(model).model.device
     args = SFTConfig(
@@ -167,4 +234,5 @@ def stock(model: PreTrainedModel) -> Iterator[Loss]:
     trainer = SFTTrainer(
         model, args, train_dataset=rows, data_collator=lambda batch: batch, processing_class=build_tiny_processor()
     )
-    yield lambda batch: trainer.compute_loss(model, dict(batch), num_items_in_batch=label_count(batch))
+    with compiling(get_family(model), compiled):
+        yield lambda batch: trainer.compute_loss(model, dict(batch), num_items_in_batch=label_count(batch))

@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--skip", default="100/156", metavar="PRESET", help="of Skip-Vision (default: %(default)s)")
     train.add_argument("--lora", action="store_true", help="train adapters of the language model in stage two")
     train.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
+    train.add_argument("--compile", action="store_true", help="measure compiled decoder layers too")
     train.add_argument("--output", default="out/bench", metavar="DIR", help="JSON and PNGs (default: %(default)s)")
     generate = verbs.add_parser("generate", help="prefill, decoding and cache bytes", allow_abbrev=False)
     _shared(generate)
