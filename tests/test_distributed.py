@@ -131,8 +131,9 @@ def test_the_isolator_stays_where_it_is_in_slow_steps(tmp_path, engine):
         ({"gradient_checkpointing": True}, 1.0),
         ({"bf16": True}, 300.0),
         ({"lora": True, "gradient_checkpointing": True}, 1.0),
+        ({"padding_free": True, "gradient_checkpointing": True}, 1.0),
     ],
-    ids=["accumulation", "checkpointing", "bf16", "lora"],
+    ids=["accumulation", "checkpointing", "bf16", "lora", "padding_free"],
 )
 def test_options_that_engines_treat_differently(tmp_path, engine, options, loose):
     one = launch(tmp_path / "one", 1, **{**options, "max_steps": 4})
