@@ -71,7 +71,7 @@ def checkpoint_table(runs: Runs, seeds: int) -> str:
         missing = f", n = {len(members)}" if len(members) < seeds else ""
         for row, entries in zip(rows, zip(*members.values(), strict=True), strict=True):
             row.append(percent(mean_and_range([entry["accuracy"] for entry in entries])) + missing)
-            row.append(spread(mean_and_range([entry["cpu_seconds"] for entry in entries]), "{:.0f} s"))
+            row.append(spread(mean_and_range([entry["cpu_seconds"] for entry in entries]), "{:.1f} s"))
     return markdown_table(columns, rows)
 
 
@@ -100,7 +100,7 @@ def reach_table(runs: Runs, seeds: int) -> str | None:
             if not times:
                 row.append("not reached" + (f", n = {len(curves)}" if len(curves) < seeds else ""))
                 continue
-            text = spread(mean_and_range(list(times.values())), "{:.0f} s")
+            text = spread(mean_and_range(list(times.values())), "{:.1f} s")
             if method != BASELINE:
                 ratios = [seconds_to(baseline[seed], goals[seed]) / seconds for seed, seconds in times.items()]
                 text += f", {spread(mean_and_range(ratios), '{:.2f}x')}"

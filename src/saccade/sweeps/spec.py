@@ -63,8 +63,8 @@ class RunSpec:
         digests = [_digest(stages[: number + 1]) for number in range(len(stages))]
         if self.checkpoints:
             # Evaluated checkpoints are removed, so a stage serves one evaluation of them only.
-            names = ("split", "checkpoints", "checkpoint_scenes")
-            digests[-1] = _digest([*stages, {name: getattr(self.evaluation, name) for name in names}])
+            fields = ("split", "checkpoints", "checkpoint_scenes")
+            digests[-1] = _digest([*stages, {name: getattr(self.evaluation, name) for name in fields}])
         ids = tuple(f"{name}-{digest}" for name, digest in zip(names, digests, strict=True))
         object.__setattr__(self, "stage_ids", ids)
 
