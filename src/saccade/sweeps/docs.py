@@ -7,18 +7,11 @@ from typing import Any
 
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
-from saccade.report.curves import CurvePanel, plot_panels, plot_time_curves
+from saccade.report.curves import CurvePanel, plot_panels
 from saccade.report.run_plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps.figures import percent, trade_off, train_cpu_seconds
-from saccade.sweeps.over_time import (
-    Runs,
-    checkpoint_table,
-    checkpointed_runs,
-    final_accuracy,
-    reach_table,
-    time_curves,
-)
+from saccade.sweeps.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.studies import STUDIES, Panel, Study
 from saccade.sweeps.table import Standing, label_text
@@ -26,7 +19,6 @@ from saccade.sweeps.table import Standing, label_text
 PAGE = "results.md"
 IMAGES = "images"
 CPU_TIME = "CPU time of training (s)"
-STAGE_TWO_TIME = "CPU time of stage two (s)"
 NO_NOTES = "*Nobody has written here yet where this agrees with the paper and where it does not.*"
 INTRODUCTION = """# The paper's studies on the digit scenes
 
@@ -68,12 +60,9 @@ def write_docs(output: Path, folder: Path) -> Path:
             points = trade_off_points(standing, study)
             if points:
                 plot_trade_off(points, folder / picture, CPU_TIME)
-            runs = checkpointed_runs(standing)
+            runs = checkpointed_runs(standing) if study.over_time else {}
             if runs:
-                final = final_accuracy(runs)
-                reference = None if final is None else ("all tokens, at the end", final)
-                ylabel = "accuracy on all tokens (%)"
-                plot_time_curves(time_curves(runs), folder / picture, STAGE_TWO_TIME, ylabel, reference)
+                draw_over_time(runs, folder / picture)
             text = notes.pop(name, NO_NOTES)
             shown = picture if drawn or points or runs else None
             sections.append(_section(name, study, standing, shown, text, points, runs))

@@ -1,10 +1,11 @@
 """Accuracy over training time at the checkpoints of runs: the curves of each method, and how soon it gets where."""
 
+import os
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from saccade.report.curves import TimeCurve
+from saccade.report.curves import TimeCurve, plot_time_curves
 from saccade.report.plots import method_styles
 from saccade.report.tables import markdown_table
 from saccade.sweeps.figures import mean_and_range, percent, spread
@@ -34,10 +35,15 @@ def time_curves(runs: Runs) -> list[TimeCurve]:
     ]
 
 
-def final_accuracy(runs: Runs) -> float | None:
-    """The mean accuracy at the last checkpoint of all-token training, None as long as no such run is done."""
+def draw_over_time(runs: Runs, path: str | os.PathLike[str]) -> None:
+    """Draw the curves as PNG, with a line at what all-token training ends with if any of it is done.
+
+    Raises:
+        ValueError: if there are no runs.
+    """
     ends = [checkpoints[-1]["accuracy"] for checkpoints in runs.get(BASELINE, {}).values()]
-    return mean(ends) if ends else None
+    reference = ("all tokens, at the end", mean(ends)) if ends else None
+    plot_time_curves(time_curves(runs), path, "CPU time of stage two (s)", "accuracy on all tokens (%)", reference)
 
 
 def seconds_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:

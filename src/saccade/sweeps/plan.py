@@ -138,5 +138,5 @@ def _check_checkpoints(spec: RunSpec) -> None:
     if spec.checkpoints > max(0, values.get("max_steps", 0)):
         raise SaccadeError(
             f"checkpoints={spec.checkpoints} are more than the max_steps={values.get('max_steps')} of the last stage: "
-            f"train it for at least {spec.checkpoints} steps"
+            f"set it, for a study with --steps, to at least {spec.checkpoints}"
         )
