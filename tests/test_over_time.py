@@ -1,6 +1,8 @@
 """Accuracy over training time: which steps are saved and when, what a stage is, and the page of the study."""
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +16,12 @@ from test_sweep import made_up
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.sweeps import QUICK, DigitSettings, Evaluation, RunSpec, digit_run, run_specs
+from saccade.sweeps import QUICK, DigitSettings, Evaluation, RunSpec, digit_run
 from saccade.sweeps.checkpoints import CheckpointSaver, checkpoint_steps, evaluate_checkpoints
 from saccade.sweeps.docs import write_docs
 from saccade.sweeps.over_time import seconds_to
 from saccade.sweeps.plan import Plan, check_runs, plan_study
-from saccade.sweeps.runner import read_result
+from saccade.sweeps.runner import _weights, read_result
 from saccade.sweeps.worker import run_one
 
 METHODS = ("all_tokens", "dualspeed", "prune_only")
@@ -217,21 +219,27 @@ class TestStudy:
         assert not output.exists()
 
 
+TINY = DigitSettings(pretrain_steps=1, sft_steps=5, batch_size=2, test_scenes=6)
+SPEC = digit_run("a", {"method": "dualspeed"}, TINY, "dualspeed", 0, inferences=({"name": "full"},), checkpoints=3)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A whole run where a kill in its second stage left checkpoints: the stages, the result, and what it said."""
+    stages = tmp_path_factory.mktemp("stages")
+    killed = stages / SPEC.stage_ids[1]
+    for name in ("checkpoint-2", ".partial-checkpoint/checkpoint-4"):
+        (killed / name).mkdir(parents=True)
+        (killed / name / "model.safetensors").write_text("half-written")
+    said = io.StringIO()
+    with redirect_stdout(said):
+        result = run_one(SPEC, stages)
+    return stages, result, said.getvalue()
+
+
 class TestRun:
-    SETTINGS = DigitSettings(pretrain_steps=1, sft_steps=5, batch_size=2, test_scenes=6)
-
-    @pytest.fixture(scope="class")
-    def made(self, tmp_path_factory):
-        output = tmp_path_factory.mktemp("over_time")
-        spec = digit_run(
-            "a", {"method": "dualspeed"}, self.SETTINGS, "dualspeed", 0, inferences=({"name": "full"},), checkpoints=3
-        )
-        outcome = run_specs([spec], output)
-        assert not outcome.failures
-        return output, spec, outcome.results["a"]
-
     def test_checkpoints_are_evaluated_and_removed(self, made) -> None:
-        output, spec, result = made
+        stages, result, _ = made
         checkpoints = result["checkpoints"]
         assert [entry["step"] for entry in checkpoints] == [2, 4, 5]
         for name in ("cpu_seconds", "seconds"):
@@ -242,21 +250,26 @@ class TestRun:
         (full,) = result["evaluations"]
         assert checkpoints[-1]["accuracy_by_kind"] == full["accuracy_by_kind"]
         assert result["spec"]["evaluation"]["checkpoints"] == 3
-        stage = output / "stages" / spec.stage_ids[1]
+        assert all("checkpoints" not in stage for stage in result["stages"].values())
+        stage = stages / SPEC.stage_ids[1]
         assert (stage / "model.safetensors").is_file()
         assert not [path for path in stage.rglob("*") if "checkpoint" in path.name]
 
+    def test_the_bar_knows_every_part_that_is_told_of(self, made) -> None:
+        *_, said = made
+        lines = [line.split()[1:] for line in said.splitlines() if line.startswith("progress ")]
+        assert {stage for stage, *_ in lines} == set(_weights(SPEC)) == {"pretrain", "sft", "evaluate", "checkpoints"}
+        assert [line[1:] for line in lines if line[0] == "checkpoints"] == [["1", "3"], ["2", "3"], ["3", "3"]]
+
     def test_what_was_evaluated_is_not_evaluated_again(self, made) -> None:
-        output, spec, result = made
-        again = run_one(spec, output / "stages")
-        assert again["checkpoints"] == result["checkpoints"]
+        stages, result, _ = made
+        assert run_one(SPEC, stages)["checkpoints"] == result["checkpoints"]
 
     def test_saving_changes_nothing_in_training(self, made) -> None:
-        output, spec, _ = made
-        plain = replace(spec, evaluation=Evaluation(({"name": "full"},), scenes=1))
-        result = run_one(plain, output / "stages")
-        assert "checkpoints" not in result
-        first, other = (output / "stages" / one.stage_ids[1] / "model.safetensors" for one in (spec, plain))
+        stages, *_ = made
+        plain = replace(SPEC, evaluation=Evaluation(({"name": "full"},), scenes=1))
+        assert "checkpoints" not in run_one(plain, stages)
+        first, other = (stages / one.stage_ids[1] / "model.safetensors" for one in (SPEC, plain))
         assert first != other
         assert first.read_bytes() == other.read_bytes()
 
@@ -339,7 +352,8 @@ class TestPage:
         text = write_docs(study, study / "docs").read_text()
         rows = rows_of(text, "| method | 50 % | 75 % | 90 % | 100 % |")
         # On the straight line of a curve, half its own end is at half its time.
-        assert rows["all tokens"] == ["50.0 s", "75.0 s", "90.0 s", "100.0 s"]
+        times = [cell.partition(" s")[0] for cell in rows["all tokens"]]
+        assert times == ["50.0", "75.0", "90.0", "100.0"]
         half = [40 * 0.4 / 0.8, 40 * 0.4 / 0.7]
         ratios = [50 / seconds for seconds in half]
         cell = f"{sum(half) / 2:.1f} s ({half[0]:.1f}-{half[1]:.1f})"
