@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -206,21 +207,21 @@ def _section(
 def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
     """The tables of checkpoints over training time, and what they count."""
     seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
-    evaluation = next(iter(standing.results.values()))["spec"]["evaluation"]
+    scenes = next(iter(standing.results.values()))["spec"]["evaluation"]["checkpoint_scenes"]
     parts = [
         "Training time is the CPU time of the training process in stage two, from its first step on. Stage one is not "
         "in it, nor is saving and evaluating checkpoints. The lines are means over seeds, the faint ones are the "
         "seeds. The learning rate falls to zero at the end of a run, so an early checkpoint is not what a shorter run "
         "would end with.",
-        f"Accuracy on all tokens at each checkpoint, on {evaluation['checkpoint_scenes']} scenes:\n\n"
-        + checkpoint_table(runs, seeds).rstrip(),
+        f"Accuracy on all tokens at each checkpoint, on {scenes} scenes, which is a standard error of up to "
+        f"{100 * sqrt(0.25 / scenes):.1f} points for one run:\n\n" + checkpoint_table(runs, seeds).rstrip(),
     ]
     reached = reach_table(runs, seeds)
     if reached:
         parts.append(
             "Time to shares of the accuracy that all-token training of the same seed has at its last checkpoint, and "
-            "how many times as soon as all-token training; on straight lines between checkpoints, and what the first "
-            "one has reached counts with its time:\n\n" + reached.rstrip()
+            "how many times as soon as all-token training; on straight lines between checkpoints, the first time that "
+            "counts. What the first checkpoint has reached counts with its time:\n\n" + reached.rstrip()
         )
     return parts
 

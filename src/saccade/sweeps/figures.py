@@ -122,11 +122,10 @@ def percent(value: Mapping[str, float] | None) -> str:
 
 
 def spread(value: Mapping[str, float] | None, form: str) -> str:
-    """The mean, and the least and the greatest behind it where they differ."""
+    """The mean, and the least and the greatest behind it where they differ as text."""
     if value is None:
         return "-"
-    text = form.format(value["mean"])
-    if value["min"] == value["max"]:
-        return text
     number = form.partition("}")[0] + "}"
-    return f"{text} ({number.format(value['min'])}-{number.format(value['max'])})"
+    low, high = (number.format(value[name]) for name in ("min", "max"))
+    text = form.format(value["mean"])
+    return text if low == high else f"{text} ({low}-{high})"
