@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
@@ -195,7 +197,7 @@ class TestStudy:
         ("evaluation", "stage", "message"),
         [
             ({"checkpoints": 10}, {"max_steps": 9}, "checkpoints=10 are more than the max_steps=9 of the last stage"),
-            ({"checkpoints": 1}, {"num_train_epochs": 1}, "checkpoints=1 are more than the max_steps=None"),
+            ({"checkpoints": 1}, {"num_train_epochs": 1}, "checkpoints=1 are more than the max_steps=0"),
             ({"checkpoints": -1}, {"max_steps": 9}, "checkpoints=-1: give a number of checkpoints"),
             ({"checkpoints": 2, "checkpoint_scenes": 0}, {"max_steps": 9}, "checkpoint_scenes=0: give at least 1"),
             (
@@ -272,6 +274,15 @@ class TestRun:
         first, other = (stages / one.stage_ids[1] / "model.safetensors" for one in (SPEC, plain))
         assert first != other
         assert first.read_bytes() == other.read_bytes()
+
+
+def test_a_stage_that_was_asked_to_stop_is_not_done(tmp_path: Path, monkeypatch) -> None:
+    spec = RunSpec("a", {"seed": 0}, ({**SPEC.stages[1], "model": "tiny"},), Evaluation((), checkpoints=3))
+    with monkeypatch.context() as patch:
+        patch.setattr("saccade.sweeps.worker._tell", lambda *words: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SaccadeError, match="stage sft was asked to stop after step 1 of 5"):
+            run_one(spec, tmp_path)
+    assert not list(tmp_path.rglob("result.json"))
 
 
 class TestSecondsTo:

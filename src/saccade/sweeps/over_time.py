@@ -109,9 +109,8 @@ def reach_table(runs: Runs, seeds: int) -> str | None:
             text = spread(mean_and_range(list(times.values())), "{:.1f} s")
             if method != BASELINE:
                 # Of means, over the same seeds: one seed's ratio of two short times can be anything.
-                text += (
-                    f", {mean(seconds_to(baseline[seed], goals[seed]) for seed in times) / mean(times.values()):.2f}x"
-                )
+                slower = mean(seconds_to(baseline[seed], goals[seed]) for seed in times)
+                text += f", {slower / mean(times.values()):.2f}x"
             if len(times) < len(curves):
                 text += f", reached by {len(times)} of {len(curves)}"
             elif len(curves) < seeds:

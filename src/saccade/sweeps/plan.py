@@ -135,8 +135,9 @@ def _check_checkpoints(spec: RunSpec) -> None:
         raise SaccadeError(
             f"checkpoints={spec.checkpoints} choose their own steps: set save_strategy of the last stage to 'no'"
         )
-    if spec.checkpoints > max(0, values.get("max_steps", 0)):
+    steps = values.get("max_steps") or 0
+    if spec.checkpoints > max(0, steps):
         raise SaccadeError(
-            f"checkpoints={spec.checkpoints} are more than the max_steps={values.get('max_steps')} of the last stage: "
+            f"checkpoints={spec.checkpoints} are more than the max_steps={steps} of the last stage: "
             f"set it, for a study with --steps, to at least {spec.checkpoints}"
         )

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from saccade.data import digit_scenes
+from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
@@ -46,6 +47,9 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
 
     Args:
         stages: the folder that holds the stages of all runs.
+
+    Raises:
+        SaccadeError: if SIGTERM ended the training of a stage.
     """
     results = {}
     for name, values, recipe in zip(stage_names(spec.stages), spec.stages, spec.recipes(stages), strict=True):
@@ -80,6 +84,12 @@ def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoin
     started = time.process_time()
     trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=callbacks)
     cpu_seconds = time.process_time() - started
+    if trainer.watch.stopped:
+        state = trainer.state
+        raise SaccadeError(
+            f"stage {stage} was asked to stop after step {state.global_step} of {state.max_steps}: "
+            "run the same command again"
+        )
     args, history = trainer.args, trainer.state.log_history
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     saving_cpu, saving = map(float, saver.saving)
