@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--study",
         metavar="NAME",
         help="a study: reducers, prune_ratio, slow_probability, isolator_length, stage, parts, inference, "
-        "changing_r, speeds, trade_off",
+        "changing_r, speeds, trade_off, over_time",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: the recipe's; 3 for a study)")
     parser.add_argument("--steps", type=int, metavar="N", help="of a study: steps of fine-tuning, for a short look")

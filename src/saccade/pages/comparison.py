@@ -21,6 +21,7 @@ from saccade.report.training_log import curve, hides_teacher, time_parts
 from saccade.sweeps import LABELS, RunSpec
 from saccade.sweeps.docs import curve_panel
 from saccade.sweeps.figures import percent, trade_off
+from saccade.sweeps.over_time import checkpointed_runs, draw_over_time
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.runner import RUNS, STAGES, read_failure
 from saccade.sweeps.studies import STUDIES
@@ -69,6 +70,11 @@ def sweep_page(folder: Path, workshop: Path) -> Page:
             alt = f"{drawn.ylabel} over {drawn.xlabel}, one curve for each of {', '.join(known)}; the table has the "
             alt += "values."
             page.add("Results", page.draw(f"study_{number}.png", alt, "", plot_panels, [drawn], wide=True))
+    runs = checkpointed_runs(standing) if plan.study in STUDIES and STUDIES[plan.study].over_time else {}
+    if runs:
+        alt = f"Accuracy on all tokens over the training time of stage two, one curve for each of {', '.join(runs)}."
+        caption = "Further up and further left is better. Faint lines are seeds. Stage one is not in the time."
+        page.add("Results", page.draw("over_time.png", alt, caption, draw_over_time, runs, wide=True))
     columns, cells = standing.table()
     table = html_table(columns, cells, "Means over seeds, the least and the greatest in brackets")
     page.add("Results", table if len(cells) <= LONGEST_TABLE else fold(f"All {len(cells)} rows as a table", table))

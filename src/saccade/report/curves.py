@@ -1,8 +1,9 @@
-"""Panels of curves over one setting, with a spread at each point: how a study looks at a glance."""
+"""Curves over one setting with a spread at each point, and over time: how a study looks at a glance."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from matplotlib.axes import Axes
 
@@ -38,6 +39,73 @@ class CurvePanel:
     curves: Mapping[str, Sequence[Spread | None]]
     reference: tuple[str, float] | None = None
     joined: bool = True
+
+
+@dataclass(frozen=True)
+class TimeCurve:
+    """What runs that differ in their seed only reach over time.
+
+    Args:
+        name: in the legend.
+        color: of its lines.
+        marker: of its points.
+        runs: for each run the seconds and the accuracy, a share of 1, at each checkpoint.
+    """
+
+    name: str
+    color: str
+    marker: str
+    runs: Sequence[Sequence[tuple[float, float]]]
+
+    @property
+    def mean(self) -> list[tuple[float, float]]:
+        """The mean seconds and the mean accuracy at each checkpoint."""
+        return [
+            (fmean(seconds for seconds, _ in points), fmean(share for _, share in points))
+            for points in zip(*self.runs, strict=True)
+        ]
+
+
+def plot_time_curves(
+    curves: Sequence[TimeCurve],
+    path: str | os.PathLike[str],
+    xlabel: str,
+    ylabel: str,
+    reference: tuple[str, float] | None = None,
+) -> None:
+    """Draw accuracy over time as PNG: the mean of each curve's runs, and the runs themselves thin and faint.
+
+    Args:
+        reference: the name and the share of a dashed line across the picture.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    if not curves:
+        raise ValueError("there are no curves to draw")
+    figure, (axes,) = styled_figure()
+    if reference is not None:
+        name, share = reference
+        axes.axhline(100 * share, color=FAINT, linestyle="--", linewidth=1.2, label=name, zorder=1)
+    for curve in curves:
+        for points in curve.runs if len(curve.runs) > 1 else ():
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, [100 * y for y in ys], color=curve.color, linewidth=0.8, alpha=0.35, zorder=2)
+        xs, ys = zip(*curve.mean, strict=True)
+        axes.plot(
+            xs, [100 * y for y in ys], color=curve.color, marker=curve.marker, markersize=5.5, linewidth=1.8,
+            label=curve.name, zorder=3,
+        )  # fmt: skip
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    # From zero, so that lengths compare as times do.
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    figure.legend(
+        loc="outside lower center", ncols=len(curves) + (reference is not None), frameon=False, fontsize=9.5,
+        labelcolor=INK,
+    )  # fmt: skip
+    save_figure(figure, path)
 
 
 def plot_panels(panels: Sequence[CurvePanel], path: str | os.PathLike[str]) -> None:

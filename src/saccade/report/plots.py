@@ -48,7 +48,7 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     if not groups:
         raise ValueError("there are no runs to draw")
     figure, (axes,) = styled_figure()
-    styles = _styles([group["method"] for group in groups])
+    styles = method_styles([group["method"] for group in groups])
     for group in groups:
         _draw_point(axes, group, styles[group["method"]])
     _limits(axes, groups)
@@ -148,7 +148,8 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
     return fmean(values), min(values), max(values)
 
 
-def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The colour and the marker of each method, the same in all pictures."""
     others = iter(OTHER_STYLES * len(methods))
     return {method: STYLES[method][:2] if method in STYLES else next(others) for method in dict.fromkeys(methods)}
 

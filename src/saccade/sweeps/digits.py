@@ -54,6 +54,9 @@ LABELS = {
     "four_speeds": "four speeds, one skips",
 }
 
+CHECKPOINT_SCENES = 300
+"""Scenes that a checkpoint is evaluated on: there are many of them, and one curve is read as a whole."""
+
 
 @dataclass(frozen=True)
 class DigitSettings:
@@ -107,6 +110,7 @@ def digit_run(
     options: Mapping[str, Any] | None = None,
     pretrain_method: str | None = None,
     inferences: tuple[dict[str, Any], ...] | None = None,
+    checkpoints: int = 0,
 ) -> RunSpec:
     """Both stages on the digit scenes, and the evaluation.
 
@@ -119,6 +123,7 @@ def digit_run(
         pretrain_method: the method of stage one where it is another.
         inferences: ways to run the trained model; all tokens, pruned as in training, and with its isolator if it has
             one, when left out.
+        checkpoints: number of checkpoints of stage two to evaluate, on at most `CHECKPOINT_SCENES` scenes each.
 
     Raises:
         SaccadeError: on an unknown method.
@@ -134,6 +139,9 @@ def digit_run(
         pruned |= {name: value for name, value in (options or {}).items() if name in ("reducer", "prune_ratio")}
         inferences = standard_inferences({**stages[-1], **pruned})
     evaluation = Evaluation(inferences, settings.split, settings.test_scenes)
+    if checkpoints:
+        few = min(CHECKPOINT_SCENES, settings.test_scenes)
+        evaluation = replace(evaluation, checkpoints=checkpoints, checkpoint_scenes=few)
     return RunSpec(name, {**labels, "seed": seed}, stages, evaluation, settings.threads)
 
 

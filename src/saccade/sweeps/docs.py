@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from saccade.report.curves import CurvePanel, plot_panels
 from saccade.report.run_plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps.figures import percent, trade_off, train_cpu_seconds
+from saccade.sweeps.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.studies import STUDIES, Panel, Study
 from saccade.sweeps.table import Standing, label_text
@@ -59,8 +61,12 @@ def write_docs(output: Path, folder: Path) -> Path:
             points = trade_off_points(standing, study)
             if points:
                 plot_trade_off(points, folder / picture, CPU_TIME)
+            runs = checkpointed_runs(standing) if study.over_time else {}
+            if runs:
+                draw_over_time(runs, folder / picture)
             text = notes.pop(name, NO_NOTES)
-            sections.append(_section(name, study, standing, picture if drawn or points else None, text, points))
+            shown = picture if drawn or points or runs else None
+            sections.append(_section(name, study, standing, shown, text, points, runs))
     if not sections:
         raise SaccadeError(
             f"output={str(output)!r} holds no study with a finished run: run `saccade sweep --study NAME`"
@@ -168,7 +174,8 @@ def _section(
     standing: Standing,
     picture: str | None,
     notes: str,
-    points: Sequence[Mapping[str, Any]] = (),
+    points: Sequence[Mapping[str, Any]],
+    runs: Runs,
 ) -> str:
     parts = [f"## {study.title}", study.varies, f"**The paper.** {study.paper}"]
     if picture:
@@ -186,6 +193,8 @@ def _section(
             "changes little. Circles in the picture are the operations of a prompt, from its pixels to the first "
             "token.\n\n" + trade_off_table(points).rstrip()
         )
+    if runs:
+        parts += over_time_parts(standing, runs)
     columns, cells = standing.table(study.detail)
     if cells:
         where = " and ".join(f"{label.replace('_', ' ')} {value}" for label, value in study.detail)
@@ -193,6 +202,28 @@ def _section(
     parts.append(f"<!-- notes: {name} -->\n{notes}\n<!-- end -->")
     parts.append(origin(standing))
     return "\n\n".join(parts) + "\n"
+
+
+def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
+    """The tables of checkpoints over training time, and what they count."""
+    seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
+    scenes = next(iter(standing.results.values()))["spec"]["evaluation"]["checkpoint_scenes"]
+    parts = [
+        "Training time is the CPU time of the training process in stage two, from its first step on. Stage one is not "
+        "in it, nor is saving and evaluating checkpoints. The lines are means over seeds, the faint ones are the "
+        "seeds. The learning rate falls to zero at the end of a run, so an early checkpoint is not what a shorter run "
+        "would end with.",
+        f"Accuracy on all tokens at each checkpoint, on {scenes} scenes, which is a standard error of up to "
+        f"{100 * sqrt(0.25 / scenes):.1f} points for one run:\n\n" + checkpoint_table(runs, seeds).rstrip(),
+    ]
+    reached = reach_table(runs, seeds)
+    if reached:
+        parts.append(
+            "Time to shares of the accuracy that all-token training of the same seed has at its last checkpoint, and "
+            "how many times as soon as all-token training; on straight lines between checkpoints, the first time that "
+            "counts. What the first checkpoint has reached counts with its time:\n\n" + reached.rstrip()
+        )
+    return parts
 
 
 def origin(standing: Standing) -> str:

@@ -41,6 +41,7 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
         "speedup_tokens": 3 * tokens["full"] / (3 * tokens["trained"] + tokens.get("teacher", 0.0)),
         "mean_sequence_length": tokens["trained"] / samples,
         "mean_sequence_length_full": tokens["full"] / samples,
+        **({"checkpoints": result["checkpoints"]} if "checkpoints" in result else {}),
     }
 
 
@@ -105,9 +106,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[di
                 if isinstance(row.get(name), (int, float)) and not isinstance(row[name], bool)
             ]
             if numbers:
-                entry[name] = {"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}
+                entry[name] = mean_and_range(numbers)
         entries.append(entry)
     return entries
+
+
+def mean_and_range(numbers: Sequence[float]) -> dict[str, float]:
+    """The spread of numbers, of which there is one at least."""
+    return {"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}
 
 
 def percent(value: Mapping[str, float] | None) -> str:
@@ -116,11 +122,10 @@ def percent(value: Mapping[str, float] | None) -> str:
 
 
 def spread(value: Mapping[str, float] | None, form: str) -> str:
-    """The mean, and the least and the greatest behind it where they differ."""
+    """The mean, and the least and the greatest behind it where they differ as text."""
     if value is None:
         return "-"
-    text = form.format(value["mean"])
-    if value["min"] == value["max"]:
-        return text
     number = form.partition("}")[0] + "}"
-    return f"{text} ({number.format(value['min'])}-{number.format(value['max'])})"
+    low, high = (number.format(value[name]) for name in ("min", "max"))
+    text = form.format(value["mean"])
+    return text if low == high else f"{text} ({low}-{high})"

@@ -93,6 +93,7 @@ def check_runs(specs: Sequence[RunSpec]) -> None:
                     seen.add(spec.stage_ids[number])
                     _check_stage(f"stage {name}", values, is_first=number == 0, seen=seen)
             _check_evaluation(spec, seen)
+            _check_checkpoints(spec)
         except SaccadeError as error:
             raise SaccadeError(f"run {spec.name}: {error}") from error
 
@@ -119,7 +120,24 @@ def _check_evaluation(spec: RunSpec, seen: set[str]) -> None:
         return
     for fields in evaluation.inferences:
         Inference.of_run(folder="its own", **fields)
-    if evaluation.scenes < 1:
-        raise SaccadeError(f"scenes={evaluation.scenes}: give at least 1")
+    for name in ("scenes", "checkpoint_scenes"):
+        if getattr(evaluation, name) < 1:
+            raise SaccadeError(f"{name}={getattr(evaluation, name)}: give at least 1")
     digit_scenes("sft", evaluation.split, 1)
     seen.add(str(evaluation))
+
+
+def _check_checkpoints(spec: RunSpec) -> None:
+    values = spec.stages[-1]
+    if spec.checkpoints < 0:
+        raise SaccadeError(f"checkpoints={spec.checkpoints}: give a number of checkpoints, or 0 for none")
+    if spec.checkpoints and values.get("save_strategy") != "no":
+        raise SaccadeError(
+            f"checkpoints={spec.checkpoints} choose their own steps: set save_strategy of the last stage to 'no'"
+        )
+    steps = values.get("max_steps") or 0
+    if spec.checkpoints > max(0, steps):
+        raise SaccadeError(
+            f"checkpoints={spec.checkpoints} are more than the max_steps={steps} of the last stage: "
+            f"set it, for a study with --steps, to at least {spec.checkpoints}"
+        )

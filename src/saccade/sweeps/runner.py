@@ -282,4 +282,6 @@ def _weights(spec: RunSpec) -> dict[str, float]:
     if spec.evaluation:
         seconds = sum(7 if fields["name"] == "full" else 3 for fields in spec.evaluation.inferences)
         weights["evaluate"] = 3 * seconds * spec.evaluation.scenes / 1000
+    if spec.checkpoints:
+        weights["checkpoints"] = 3 * 7 * spec.checkpoints * spec.evaluation.checkpoint_scenes / 1000
     return weights

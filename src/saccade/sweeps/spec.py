@@ -22,11 +22,15 @@ class Evaluation:
         inferences: the fields of `saccade.evaluation.Inference` each, without the isolator, which is the run's own.
         split: "train", "validation" or "test".
         scenes: number of scenes.
+        checkpoints: number of checkpoints, evenly spread over the last stage, that are evaluated on all tokens too.
+        checkpoint_scenes: number of scenes for each of them.
     """
 
     inferences: tuple[dict[str, Any], ...]
     split: str = "test"
     scenes: int = 1000
+    checkpoints: int = 0
+    checkpoint_scenes: int = 300
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,25 @@ class RunSpec:
         object.__setattr__(self, "stages", stages)
         names = stage_names(stages)
         digests = [_digest(stages[: number + 1]) for number in range(len(stages))]
+        if self.checkpoints:
+            # Evaluated checkpoints are removed, so a stage serves one evaluation of them only.
+            fields = ("split", "checkpoints", "checkpoint_scenes")
+            digests[-1] = _digest([*stages, {name: getattr(self.evaluation, name) for name in fields}])
         ids = tuple(f"{name}-{digest}" for name, digest in zip(names, digests, strict=True))
         object.__setattr__(self, "stage_ids", ids)
+
+    @property
+    def checkpoints(self) -> int:
+        """How many checkpoints of the last stage are evaluated."""
+        return self.evaluation.checkpoints if self.evaluation else 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the spec again."""
         values = asdict(self)
         del values["stage_ids"]
+        if values["evaluation"] is not None and not self.checkpoints:
+            # Finished runs are found by these values, and those without checkpoints are older than the fields.
+            del values["evaluation"]["checkpoints"], values["evaluation"]["checkpoint_scenes"]
         return json.loads(to_json(values))
 
     @classmethod

@@ -14,6 +14,8 @@ RATIOS = (0.9, 0.5, 0.7, 0.8, 0.95)
 CORE = ("divprune", "random", "downsample")
 """The published reducer and the two plain ones that every other has to beat."""
 POSITIONS = ("compact", "original")
+CHECKPOINTS = 10
+"""Of stage two, as in the paper's Figure 4."""
 
 Planner = Callable[[DigitSettings, int], Iterator[RunSpec]]
 
@@ -54,6 +56,7 @@ class Study:
         pivot: whether each panel is a table too, series by `x`, before the one of all figures.
         detail: labels that a run must have to be in the table of all figures.
         ways: for a picture of accuracy over training time, the methods, and the inferences of each that are drawn.
+        over_time: whether the picture and the tables are of checkpoints over the training time of stage two.
     """
 
     title: str
@@ -64,6 +67,7 @@ class Study:
     pivot: bool = False
     detail: tuple[tuple[str, Any], ...] = ()
     ways: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    over_time: bool = False
 
     def plan(self, settings: DigitSettings, seeds: int) -> list[RunSpec]:
         """The runs in the order in which they are made: an interrupted study holds whole comparisons.
@@ -200,6 +204,16 @@ def _trade_off(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
             )
 
 
+def _over_time(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
+    ways = ({"name": "full"},)
+    for seed in range(seeds):
+        for method in ("all_tokens", "dualspeed", "prune_only"):
+            labels = {"method": method}
+            yield digit_run(
+                f"{method}-seed{seed}", labels, settings, method, seed, inferences=ways, checkpoints=CHECKPOINTS
+            )
+
+
 STUDIES: dict[str, Study] = {
     "reducers": Study(
         "Which reducer, in inference only and as DualSpeed's plug-in",
@@ -319,6 +333,15 @@ STUDIES: dict[str, Study] = {
             ("skip_100_156", ("skip",)),
             ("skip_64_156", ("skip",)),
         ),
+    ),
+    "over_time": Study(
+        "Accuracy over training time",
+        "All tokens, DualSpeed and pruning only at p = 0.9, evaluated on all tokens at ten checkpoints of stage two.",
+        "Figure 4: accuracy over the wall-clock training time of stage two; DualSpeed reaches any accuracy earlier "
+        "than all-token training.",
+        _over_time,
+        (),
+        over_time=True,
     ),
 }  # fmt: skip
 """The studies by name. Published figures are those of arXiv 2602.03815; its per-benchmark cells are not quoted."""

@@ -10,7 +10,9 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from saccade.data import digit_scenes
+from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
-from saccade.sweeps.spec import Evaluation, RunSpec, stage_names
+from saccade.sweeps.checkpoints import CheckpointSaver, evaluate_checkpoints
+from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names
 from saccade.training import ModelOptions, load_model, make_recipe, train_recipe
 
 SPEC_FILE = "spec.json"
@@ -43,15 +47,20 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
 
     Args:
         stages: the folder that holds the stages of all runs.
+
+    Raises:
+        SaccadeError: if SIGTERM ended the training of a stage.
     """
     results = {}
     for name, values, recipe in zip(stage_names(spec.stages), spec.stages, spec.recipes(stages), strict=True):
         folder = Path(recipe["output_dir"])
+        checkpoints = spec.checkpoints if name == STAGES[-1] else 0
         if not (folder / RESULT_FILE).is_file():
-            write_json_atomically(folder / RESULT_FILE, _train(name, values, recipe))
+            write_json_atomically(folder / RESULT_FILE, _train(name, values, recipe, checkpoints))
         results[name] = json.loads((folder / RESULT_FILE).read_text())
         # The record of a stage is the stage's own; the run keeps what tables and plots read.
-        del results[name]["values"], results[name]["environment"]
+        for key in ("values", "environment", "checkpoints"):
+            results[name].pop(key, None)
     return {
         "spec": spec.as_json(),
         "environment": environment(),
@@ -59,42 +68,82 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
         "model": str(folder),
         "stages": results,
         "evaluations": _evaluate(spec.evaluation, folder, recipe) if spec.evaluation else [],
+        **({"checkpoints": _evaluate_checkpoints(spec.evaluation, folder, recipe)} if checkpoints else {}),
     }
 
 
-def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoints: int) -> dict[str, Any]:
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
+    saver = CheckpointSaver(checkpoints)
+    callbacks: list[TrainerCallback] = [_Progress(stage)]
+    if checkpoints:
+        callbacks.append(saver)
+        # Such a stage never goes on from a checkpoint: the times of what came before are not in it.
+        recipe = {**recipe, "save_only_model": True}
     started = time.process_time()
-    trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=[_Progress(stage)])
+    trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=callbacks)
     cpu_seconds = time.process_time() - started
+    if trainer.watch.stopped:
+        state = trainer.state
+        raise SaccadeError(
+            f"stage {stage} was asked to stop after step {state.global_step} of {state.max_steps}: "
+            "run the same command again"
+        )
     args, history = trainer.args, trainer.state.log_history
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    saving_cpu, saving = map(float, saver.saving)
     return {
         "values": values,
         "environment": found,
-        "seconds": history[-1]["train_runtime"],
-        "cpu_seconds": cpu_seconds,
+        "seconds": history[-1]["train_runtime"] - saving,
+        "cpu_seconds": cpu_seconds - saving_cpu,
         "samples": trainer.state.global_step * rows,
         "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
         "step_seconds": trainer.meter.step_seconds,
         "step_speedup": trainer.meter.time_speedup(),
         "log_history": history,
+        **({"checkpoints": saver.saved} if checkpoints else {}),
     }
 
 
 def _evaluate(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
+    return _evaluate_model(folder, recipe, inferences, evaluation.split, evaluation.scenes, partial(_tell, "evaluate"))
+
+
+def _evaluate_checkpoints(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """On all tokens, in the record of the stage, which is returned; then the checkpoints are removed."""
+    record = json.loads((folder / RESULT_FILE).read_text())
+
+    def evaluate(checkpoint: Path, number: int) -> dict[str, Any]:
+        def tell(done: int, total: int) -> None:
+            _tell("checkpoints", number * total + done, evaluation.checkpoints * total)
+
+        scenes = evaluation.checkpoint_scenes
+        (entry,) = _evaluate_model(checkpoint, recipe, [Inference("full")], evaluation.split, scenes, tell)
+        return {name: entry[name] for name in ("accuracy", "accuracy_by_kind", "samples")}
+
+    evaluate_checkpoints(
+        record["checkpoints"], folder, evaluate, keep=lambda: write_json_atomically(folder / RESULT_FILE, record)
+    )
+    return record["checkpoints"]
+
+
+def _evaluate_model(
+    folder: Path,
+    recipe: dict[str, Any],
+    inferences: list[Inference],
+    split: str,
+    number: int,
+    on_batch: Callable[[int, int], None],
+) -> list[dict[str, Any]]:
     # From its folder, trained just now or long ago: what is evaluated is what was saved.
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
         model.to("cuda")
-    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
-    scenes = digit_scenes(
-        "sft", evaluation.split, evaluation.scenes, seed=0, grid=recipe.get("dataset_grid", ModelOptions.dataset_grid)
-    )
-    return evaluate_inferences(
-        model, processor, scenes, inferences, on_batch=lambda done, total: _tell("evaluate", done, total)
-    )
+    scenes = digit_scenes("sft", split, number, seed=0, grid=recipe.get("dataset_grid", ModelOptions.dataset_grid))
+    return evaluate_inferences(model, processor, scenes, inferences, on_batch=on_batch)
 
 
 def _tell(stage: str, done: int, total: int) -> None:

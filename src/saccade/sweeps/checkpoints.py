@@ -1,0 +1,80 @@
+"""Checkpoints over a run's last stage: when they are saved, at what training time, and how good they are."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+Clock = Callable[[], tuple[float, float]]
+
+
+def checkpoint_steps(total: int, count: int) -> list[int]:
+    """`count` steps spread evenly over `total`, in order, the last of which is the last."""
+    return [-(-number * total // count) for number in range(1, count + 1)]
+
+
+def process_clock() -> tuple[float, float]:
+    """CPU seconds of this process, and seconds of the clock on the wall."""
+    return time.process_time(), time.perf_counter()
+
+
+class CheckpointSaver(TrainerCallback):
+    """Has the trainer save at evenly spread steps, and keeps the time that saving takes out of that of training.
+
+    Args:
+        count: number of checkpoints.
+        clock: gives CPU seconds and seconds.
+    """
+
+    def __init__(self, count: int, clock: Clock = process_clock) -> None:
+        self.count = count
+        self._clock = clock
+        self.saved: list[dict[str, Any]] = []
+        """For each checkpoint its `step`, and the `cpu_seconds` and `seconds` of training up to it without saving."""
+        self.saving = np.zeros(2)
+        """CPU seconds and seconds that went into saving."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started = self._now()
+        self._steps = set(checkpoint_steps(state.max_steps, self.count))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step_ended = self._now()
+        if state.global_step in self._steps:
+            cpu, wall = map(float, self._step_ended - self._started - self.saving)
+            self.saved.append({"step": state.global_step, "cpu_seconds": cpu, "seconds": wall})
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saving += self._now() - self._step_ended
+
+    def _now(self) -> np.ndarray:
+        return np.array(self._clock())
+
+
+def evaluate_checkpoints(
+    saved: list[dict[str, Any]],
+    folder: Path,
+    evaluate: Callable[[Path, int], dict[str, Any]],
+    keep: Callable[[], None],
+) -> None:
+    """Add to each of `saved` what its evaluation found, and remove the checkpoint once that is kept.
+
+    Checkpoints that have been evaluated before are passed over, so that an interrupted evaluation goes on.
+
+    Args:
+        folder: the stage's, which holds the checkpoints.
+        evaluate: from a checkpoint's folder and its number to what is found.
+        keep: writes `saved` to where it lasts.
+    """
+    for number, entry in enumerate(saved):
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{entry['step']}"
+        if "accuracy" not in entry:
+            entry.update(evaluate(checkpoint, number))
+            keep()
+        shutil.rmtree(checkpoint, ignore_errors=True)
