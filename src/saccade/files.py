@@ -12,11 +12,15 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
     """A temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
 
     The parent folders are made. The temporary name keeps the suffix, from which writers such as PIL and matplotlib
     guess the format, and starts with a dot. A file that was at `path` stays as it was until the rename.
+
+    Args:
+        flush: wait until the bytes are on disk before the rename. Without it a power cut may leave a file that is not
+            whole: for content with a checksum, which can be made again.
 
     Raises:
         FileNotFoundError: if the block ends without having written the temporary file.
@@ -32,7 +36,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}")
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        if flush:
+            _flush_to_disk(temporary)
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):

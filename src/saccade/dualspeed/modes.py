@@ -68,6 +68,16 @@ class Mode:
             check_resolution_budget(get_reducer(self.reducer, **self.reducer_options), self.budget)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """What an encoding must offer beyond the features for this mode to choose, or to merge, tokens."""
+        if self.action == "keep":
+            return frozenset()
+        if self.action == "drop":
+            return frozenset(get_reducer(self.reducer, **self.reducer_options).needs)
+        split = self.skip_vision.split_reducer()
+        return self.skip_vision.merge_needs | (frozenset() if split is None else frozenset(split.needs))
+
+    @property
     def keeps_all(self) -> bool:
         """Whether the mode is the stock model on its whole sequence."""
         return self.action == "keep" or (self.action == "drop" and self.budget.keeps_all and not self.isolator)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.dualspeed.caching import CachingTrainer
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.loading import LoadingTrainer
 from saccade.dualspeed.metrics import ModeMeter
 from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.redirect import redirect_forward
@@ -16,7 +16,7 @@ from saccade.dualspeed.watch import RunWatch
 from saccade.skip_vision import SkipVision
 
 
-class SteppingTrainer(LoadingTrainer):
+class SteppingTrainer(CachingTrainer):
     """TRL's trainer with the loss of the step's mode in the place of its own."""
 
     args: DualSpeedConfig

@@ -115,6 +115,7 @@ class DualSpeedTrainer(SteppingTrainer):
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
         self._freeze()
+        self.open_feature_cache()
         self.modes = args.all_modes()
         self.schedule = self._stage_schedule()
         # TRL's own loss is of padded rows, all at once.

@@ -148,6 +148,14 @@ class Family(ABC):
         return relevance(self, encoded, inputs, labels, text_tower)
 
     @property
+    def tower_states(self) -> tuple[int, ...] | None:
+        """What the stock model reads of its tower's output: numbers of hidden states; none for `last_hidden_state`.
+
+        None where the tower is not called with one image, crop or frame a row. Its features then cannot be kept.
+        """
+        return None
+
+    @property
     def language_layers(self) -> nn.ModuleList:
         """The decoder layers of the language model."""
         return self.model.base_model.language_model.layers

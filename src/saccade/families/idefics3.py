@@ -97,5 +97,9 @@ class Idefics3Family(Family):
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, -1)
 
+    @property
+    def tower_states(self) -> tuple[int, ...]:
+        return ()
+
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

@@ -84,5 +84,10 @@ class InternVLFamily(Family):
         # The norms are identities where the model has none.
         return AttentionBlock(attention, attention.q_norm, attention.k_norm, attention.num_heads, class_token=True)
 
+    @property
+    def tower_states(self) -> tuple[int, ...]:
+        layer = self.model.config.vision_feature_layer
+        return () if layer == -1 else (layer,)
+
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

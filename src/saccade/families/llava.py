@@ -11,6 +11,7 @@ from saccade.errors import SaccadeError
 from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
 from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.families.resolution import low_resolution_rows, shrink_images
+from saccade.families.tower import used_states
 from saccade.reducers.downsample import lower_grid
 from saccade.tokens import TokenBudget, VisualContext
 
@@ -66,6 +67,10 @@ class LlavaFamily(Family):
 
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
+
+    @property
+    def tower_states(self) -> tuple[int, ...] | None:
+        return used_states(self.vision_tower, self.model.config.vision_feature_layer)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

@@ -18,6 +18,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from saccade.families.base import Encoded, Family, positions_from_mask
 from saccade.families.collect import AttentionBlock, Patches, encoder_block
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
+from saccade.families.tower import used_states
 
 
 class LlavaNextFamily(Family):
@@ -70,6 +71,10 @@ class LlavaNextFamily(Family):
     def packing(self) -> dict[str, Any]:
         """Further options of the model's `pack_image_features`."""
         return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
+
+    @property
+    def tower_states(self) -> tuple[int, ...] | None:
+        return used_states(self.vision_tower, self.model.config.vision_feature_layer)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         return positions_from_mask(inputs["attention_mask"])

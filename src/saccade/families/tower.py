@@ -21,6 +21,15 @@ def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Mod
     return list(layers)[: max(number % states for number in numbers)]
 
 
+def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, ...] | None:
+    """The hidden states that a model with this `vision_feature_layer` reads, counted from 0; None for other towers."""
+    if used_layers(tower, feature_layer) is None:
+        return None
+    states = len(tower.encoder.layers) + 1
+    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    return tuple(dict.fromkeys(number % states for number in numbers))
+
+
 @contextmanager
 def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] | None) -> Iterator[None]:
     """Let the layers behind the last used one hand on what they get, while the tower runs.

@@ -27,6 +27,7 @@ from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.trainer import freeze_parts
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
+from saccade.families.cache import check_cacheable
 from saccade.tokens import TokenBudget
 from saccade.training.quantization import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe, find_recipe, load_recipe, read_recipe
@@ -103,6 +104,8 @@ def plan_recipe(
             "give more, and room for text"
         )
     model = meta_model(recipe, config)
+    if args.feature_cache is not None:
+        check_cacheable(get_family(model), args.feature_cache)
     cost = _Costs(recipe, model, shape, config, text_tokens, label_rows)
     modes = cost.modes()
     baseline = cost.of(Mode("all_tokens", 1.0, "keep"))

@@ -1,0 +1,268 @@
+"""What a frozen vision tower gives, read from disk where the same pixels went through the same tower before.
+
+The tower's `forward` is replaced while a step runs, so that all that goes through it is served alike: encoding for
+any mode, stock steps and evaluation. A row (image, crop, frame) is known by a hash of its pixels and of what else the
+tower is told about it, the tower by a hash of its weights. A processor that prepares images otherwise makes other
+pixels, and a tower with other weights has a folder of its own, so neither can be given what is not theirs.
+
+Shapes: R rows of P patches, class token included, width Dv.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.errors import SaccadeError
+from saccade.families.base import Family
+from saccade.families.collect import FROM_ATTENTION
+from saccade.families.store import DIGEST_BYTES, Store, digest
+from saccade.files import write_json_atomically
+from saccade.reducers import get_reducer, list_reducers
+
+LAST = "last_hidden_state"
+TOWER_FILE = "tower.json"
+NOT_SEEN_IN_VALUES = {"return_dict", "output_hidden_states"}
+"""Arguments of a tower that decide about what of the output is returned, not about its values."""
+NOT_OF_THE_TOWER = {"architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Fields of a tower's configuration that differ between two copies of the same tower."""
+
+
+@dataclass
+class _Call:
+    """A call of the tower that can be served.
+
+    Args:
+        pixels: `(R, C, H, W)`.
+        rows: further arguments that have a value a row, `(R, ...)` each.
+        others: those that hold for all rows.
+    """
+
+    pixels: Tensor
+    rows: dict[str, Tensor]
+    others: dict[str, Any]
+
+    def part(self, numbers: list[int]) -> dict[str, Any]:
+        """Keyword arguments for some of the rows."""
+        if len(numbers) == len(self.pixels):
+            return {"pixel_values": self.pixels, **self.rows, **self.others}
+        index = torch.tensor(numbers, device=self.pixels.device)
+        rows = {name: value[index.to(value.device)] for name, value in self.rows.items()}
+        return {"pixel_values": self.pixels[index], **rows, **self.others}
+
+
+class FeatureCache:
+    """A folder of a frozen tower's outputs, for any number of runs and processes at once.
+
+    Args:
+        family: of the model whose tower is served.
+        folder: where the features are; a subfolder for each tower.
+        max_bytes: bound of the folder, see [`Store`].
+
+    Raises:
+        SaccadeError: if the tower's outputs cannot be kept, see [`check_cacheable`], or the folder not be written.
+    """
+
+    def __init__(self, family: Family, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        check_cacheable(family, str(folder))
+        self.tower = family.vision_tower
+        self.states = family.tower_states
+        self.store = Store(Path(folder), max_bytes)
+        self.read_rows = 0
+        """Rows that came from disk so far, or from an equal row of the same call."""
+        self.encoded_rows = 0
+        """Rows that the tower encoded so far."""
+        self._named: tuple[Any, str] | None = None
+        self._parameters = list(inspect.signature(type(self.tower).forward).parameters)[1:]  # less `self`
+        self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="features")
+        with suppress(OSError):
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.store.folder, os.W_OK | os.X_OK):
+            raise SaccadeError(f"feature_cache={str(folder)!r} is no folder that can be written: give another")
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve what goes through the tower inside the block."""
+        plain = self.tower.forward
+        before = self.tower.__dict__.get("forward")
+        self.tower.forward = lambda *args, **kwargs: self._forward(plain, args, kwargs)
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.tower.forward
+            else:
+                self.tower.forward = before
+
+    @torch.no_grad()
+    def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the tower returns, as far as the stock model reads it."""
+        call = self._call(args, kwargs)
+        if call is None:
+            return plain(*args, **kwargs)
+        shelf, keys = self.shelf(), self._keys(call)
+        wanted = list(dict.fromkeys(keys))
+        found = dict(zip(wanted, self._threads.map(lambda key: self.store.read(shelf, key), wanted), strict=True))
+        missing = [key for key in wanted if found[key] is None]
+        if missing:
+            output = plain(**call.part([keys.index(key) for key in missing]))
+            fresh = {name: value.cpu() for name, value in self._used(output).items()}  # (missing, P, Dv)
+            for number, key in enumerate(missing):
+                found[key] = {name: value[number] for name, value in fresh.items()}
+            if not self.store.stopped:
+                list(self._threads.map(lambda key: self._keep(shelf, key, found[key]), missing))
+        self.read_rows += len(keys) - len(missing)
+        self.encoded_rows += len(missing)
+        if len(missing) == len(keys):
+            return output
+        device = call.pixels.device
+        return self._output({name: torch.stack([found[key][name] for key in keys]).to(device) for name in self._names})
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
+        """The arguments of a call, or None if it asks for what is not kept."""
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        pixels = given.pop("pixel_values", None)
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+            return None
+        given = {name: value for name, value in given.items() if value is not None and value is not False}
+        rows = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in given.items() if name not in rows}
+        known = {*self._parameters, *NOT_SEEN_IN_VALUES}
+        if not given.keys() <= known or any(len(value) != len(pixels) for value in rows.values()):
+            return None
+        return _Call(pixels, rows, others)
+
+    def _keys(self, call: _Call) -> list[str]:
+        """The name of each row: of its values, and of all that decides about what the tower makes of them."""
+        device = call.pixels.device.type
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
+        tensors = {name: value.detach().cpu() for name, value in {"pixels": call.pixels, **call.rows}.items()}
+        others = sorted((name, repr(value)) for name, value in call.others.items() if name not in NOT_SEEN_IN_VALUES)
+        shapes = [(name, str(value.dtype), list(value.shape[1:])) for name, value in tensors.items()]
+        header = json.dumps([autocast, others, shapes]).encode()
+
+        def key(row: int) -> str:
+            return digest(header, *(_bytes(value[row]) for value in tensors.values()))
+
+        return list(self._threads.map(key, range(len(call.pixels))))
+
+    def shelf(self) -> str:
+        """The subfolder of the tower as it is now: a hash of its configuration and all its weights.
+
+        The weights are looked at again when one was written to, as loading a checkpoint does.
+        """
+        weights = {**dict(self.tower.named_parameters()), **dict(self.tower.named_buffers())}
+        versions = tuple((value.data_ptr(), value._version) for value in weights.values())
+        if self._named is None or self._named[0] != versions:
+            name = tower_fingerprint(self.tower, self.states)
+            self._named = (versions, name)
+            about = {"class": type(self.tower).__name__, "states": self._names, "config": _tower_config(self.tower)}
+            with suppress(OSError):
+                write_json_atomically(self.store.folder / name / TOWER_FILE, about)
+        return self._named[1]
+
+    def _keep(self, shelf: str, key: str, tensors: Mapping[str, Tensor]) -> None:
+        # What a fault of the machine made must not be read for ever.
+        if all(value.isfinite().all() for value in tensors.values()):
+            self.store.write(shelf, key, tensors)
+
+    @property
+    def _names(self) -> list[str]:
+        """What is kept of a row."""
+        return [str(state) for state in self.states] or [LAST]
+
+    def _used(self, output: Any) -> dict[str, Tensor]:
+        if not self.states:
+            return {LAST: output.last_hidden_state}
+        return {str(state): output.hidden_states[state] for state in self.states}
+
+    def _output(self, tensors: Mapping[str, Tensor]) -> BaseModelOutputWithPooling:
+        """The tower's output as its model reads it: with the hidden states that are used at their places."""
+        if not self.states:
+            return BaseModelOutputWithPooling(last_hidden_state=tensors[LAST])
+        states: list[Tensor | None] = [None] * (self.tower.config.num_hidden_layers + 1)
+        for state in self.states:
+            states[state] = tensors[str(state)]
+        return BaseModelOutputWithPooling(hidden_states=tuple(states))
+
+
+def check_cacheable(family: Family, folder: str) -> None:
+    """Refuse a tower whose outputs are not the same for the same pixels, or do not come row by row.
+
+    Args:
+        folder: the value of `feature_cache`.
+
+    Raises:
+        SaccadeError: naming the field, its value, and the fix.
+    """
+    model_type, tower = family.model.config.model_type, family.vision_tower
+    if family.tower_states is None:
+        raise SaccadeError(
+            f"feature_cache={folder!r}: the vision tower of model_type={model_type!r} does not encode each image by "
+            "itself, so that its features cannot be kept; leave feature_cache out"
+        )
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        raise SaccadeError(
+            f"feature_cache={folder!r}: the vision tower trains, so that its features change from step to step; set "
+            "freeze_vision_tower to true, give it no adapters, or leave feature_cache out"
+        )
+    for name, value in tower.config.to_dict().items():
+        if "drop" in name and isinstance(value, (int, float)) and value > 0:
+            raise SaccadeError(
+                f"feature_cache={folder!r}: the vision tower has {name}={value}, so that its features differ from "
+                f"step to step; set {name} to 0 in the model's vision_config, or leave feature_cache out"
+            )
+
+
+def check_needs(folder: str, mode: str, needs: frozenset[str]) -> None:
+    """Refuse a mode that looks into the tower, which does not run where its features are read.
+
+    Args:
+        folder: the value of `feature_cache`.
+        mode: its name.
+        needs: of its reducer.
+
+    Raises:
+        SaccadeError: naming reducers that do not.
+    """
+    inside = sorted(needs & FROM_ATTENTION)
+    if inside:
+        others = [name for name in list_reducers() if not get_reducer(name).needs & FROM_ATTENTION]
+        raise SaccadeError(
+            f"feature_cache={folder!r}: mode {mode!r} chooses tokens by {' and '.join(inside)}, which are read inside "
+            f"the vision tower while it runs; choose by one of {', '.join(others)}, or leave feature_cache out"
+        )
+
+
+def tower_fingerprint(tower: nn.Module, states: tuple[int, ...]) -> str:
+    """A hash of a tower: its class, configuration, used states, and names, dtypes, shapes and bytes of its weights.
+
+    The attention implementation and the device are not part of it: what they change is rounding.
+    """
+    found = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    about = [type(tower).__name__, _tower_config(tower), sorted(states)]
+    found.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, value in sorted(tower.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(_bytes(value.detach().cpu()))
+    return found.hexdigest()
+
+
+def _tower_config(tower: nn.Module) -> dict[str, Any]:
+    config = tower.config.to_dict()
+    return {name: value for name, value in config.items() if name[0] != "_" and name not in NOT_OF_THE_TOWER}
+
+
+def _bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU."""
+    return memoryview(value.reshape(-1).contiguous().view(torch.uint8).numpy())
