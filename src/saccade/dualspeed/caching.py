@@ -1,4 +1,4 @@
-"""The trainer's option `feature_cache`: what the frozen tower gives, kept on disk, and how often it was found there."""
+"""The trainer's option `feature_cache`: the frozen tower's features on disk, and how often they were found there."""
 
 from contextlib import ExitStack
 
