@@ -1,7 +1,9 @@
-"""Small training runs that several test files share."""
+"""Small training runs, and looks at a tower and its cache, that several test files share."""
 
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from saccade import DualSpeedConfig, DualSpeedTrainer
 from saccade.data import digit_scenes
@@ -9,6 +11,7 @@ from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.families import Family, get_family
+from saccade.families.store import SUFFIX
 from saccade.pruning import ModeIsolator
 from saccade.reducers import Reducer, get_reducer
 from saccade.tokens import TokenBudget
@@ -73,3 +76,27 @@ def fast_slow_step(
 def losses(trainer) -> list[float]:
     """The logged loss of each step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class TowerRows:
+    """How many rows the first layer of a vision tower ran on."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.rows = 0
+        layers = getattr(tower.encoder, "layers", None) or tower.encoder.layer
+        layers[0].register_forward_hook(self.count)
+
+    def count(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.rows += (output[0] if isinstance(output, tuple) else output).shape[0]
+
+
+def frozen_family(model: nn.Module) -> Family:
+    """The family of a model whose tower does not train."""
+    family = get_family(model)
+    family.vision_tower.requires_grad_(False)
+    return family
+
+
+def feature_files(folder: str | Path) -> list[Path]:
+    """The entries of a feature cache."""
+    return sorted(Path(folder).rglob(f"*{SUFFIX}"))

@@ -95,6 +95,17 @@ def test_engines_that_shard_take_no_parts(tmp_path, capfd):
     assert "slow_micro_batch_size=1: FSDP and DeepSpeed count backward passes" in capfd.readouterr().err
 
 
+def test_ranks_share_a_feature_cache(one_process, tmp_path):
+    """They fill one folder at once, and a second run reads all of it: the losses stay those of one process without."""
+    _, one = one_process
+    folder = str(tmp_path / "features")
+    for name in ("first", "second"):
+        entries = launch(tmp_path / name, 2, "ddp", feature_cache=folder)
+        hits = [entry.pop("feature_cache_hits") for entry in entries.values() if "feature_cache_hits" in entry]
+        assert (sum(hits) < len(hits)) if name == "first" else (hits == [1.0] * len(hits) != [])
+        check_equal(entries, one)
+
+
 @pytest.mark.parametrize(
     ("engine", "find_unused"),
     [

@@ -3,22 +3,16 @@
 import errno
 import multiprocessing
 import os
-from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from family_models import FAMILIES, WITH_VIDEO
 from family_tester import Case, VideoCase
-from helpers import ORDINARY, losses, make_config, make_trainer
-from peft import LoraConfig
+from helpers import TowerRows, feature_files, frozen_family
 from transformers import LlavaForConditionalGeneration
 
-from saccade import SaccadeError
-from saccade.data import digit_scenes
-from saccade.dualspeed.modes import Mode
-from saccade.families import get_family, store
-from saccade.families.cache import FeatureCache, check_cacheable, tower_fingerprint
+from saccade.families import store
+from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.collect import encode_for
 from saccade.families.store import SLACK, Store, folder_bytes
 from saccade.reducers import get_reducer
@@ -27,14 +21,6 @@ from saccade.tokens import TokenBudget
 
 GIB = 2**30
 SERVED = [name for name in FAMILIES if not name.startswith("qwen")]
-LORA = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
-
-
-def frozen(model):
-    """The family of a model whose tower does not train."""
-    family = get_family(model)
-    family.vision_tower.requires_grad_(False)
-    return family
 
 
 def features(family, inputs, cache=None):
@@ -43,22 +29,6 @@ def features(family, inputs, cache=None):
         return family.encode(inputs).context.features.detach()
     with cache.serving():
         return family.encode(inputs).context.features.detach()
-
-
-def files(folder) -> list[Path]:
-    return sorted(Path(folder).rglob(f"*{store.SUFFIX}"))
-
-
-class Layers:
-    """How many rows the first layer of a tower ran on."""
-
-    def __init__(self, tower) -> None:
-        self.rows = 0
-        layers = getattr(tower.encoder, "layers", None) or tower.encoder.layer
-        layers[0].register_forward_hook(self.count)
-
-    def count(self, module, args, output) -> None:
-        self.rows += (output[0] if isinstance(output, tuple) else output).shape[0]
 
 
 @pytest.fixture
@@ -77,10 +47,10 @@ def inputs(collator, scenes):
 def test_features_are_the_towers_bit_for_bit(name, dtype, tmp_path):
     """The rows of a batch go through the tower together, as without a cache, so that not even rounding differs."""
     case = Case(name, FAMILIES[name])
-    family = frozen(case.model.to(dtype))
+    family = frozen_family(case.model.to(dtype))
     inputs = {key: value.to(dtype) if key == "pixel_values" else value for key, value in case.inputs.items()}
     plain, cache = features(family, inputs), FeatureCache(family, tmp_path, GIB)
-    ran = Layers(family.vision_tower)
+    ran = TowerRows(family.vision_tower)
     assert torch.equal(features(family, inputs, cache), plain)
     encoded = ran.rows
     assert encoded == cache.encoded_rows > 0
@@ -94,7 +64,7 @@ def test_features_are_the_towers_bit_for_bit(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", [name for name in SERVED if name in WITH_VIDEO])
 def test_frames_of_videos_are_kept_too(name, tmp_path):
     case = VideoCase(name, FAMILIES[name])
-    family = frozen(case.model)
+    family = frozen_family(case.model)
     cache = FeatureCache(family, tmp_path, GIB)
     plain = features(family, case.inputs)
     for _ in range(2):
@@ -109,14 +79,14 @@ def test_hidden_states_are_those_that_the_model_reads(feature_layer, tmp_path):
     model.config.vision_feature_layer = feature_layer
     count = 1 if isinstance(feature_layer, int) else len(feature_layer)
     projector.linear_1 = torch.nn.Linear(32 * count, projector.linear_1.out_features)
-    family = frozen(model)
+    family = frozen_family(model)
     plain, cache = features(family, case.inputs), FeatureCache(family, tmp_path, GIB)
     for _ in range(2):
         assert torch.equal(features(family, case.inputs, cache), plain)
 
 
 def test_a_reader_of_other_hidden_states_has_a_folder_of_its_own(model, inputs, tmp_path):
-    family = frozen(model)
+    family = frozen_family(model)
     names = set()
     for layer in (-1, -2):
         model.config.vision_feature_layer = layer
@@ -128,8 +98,8 @@ def test_a_reader_of_other_hidden_states_has_a_folder_of_its_own(model, inputs, 
 
 def test_rows_of_other_batches_are_found_and_equal_rows_encoded_once(model, inputs, tmp_path):
     """A row that ran in another batch differs in rounding at most: matrix products may add up in another order."""
-    family, pixels = frozen(model), inputs["pixel_values"]
-    cache, ran = FeatureCache(family, tmp_path, GIB), Layers(model.model.vision_tower)
+    family, pixels = frozen_family(model), inputs["pixel_values"]
+    cache, ran = FeatureCache(family, tmp_path, GIB), TowerRows(model.model.vision_tower)
     plain = features(family, inputs)
     ran.rows = 0
     tower = model.model.vision_tower
@@ -144,7 +114,7 @@ def test_rows_of_other_batches_are_found_and_equal_rows_encoded_once(model, inpu
 def test_what_else_the_tower_is_told_counts(tmp_path):
     """Of the same pixels another mask, and of a smaller image interpolated positions, are other features."""
     case = Case("idefics3", FAMILIES["idefics3"])
-    tower = frozen(case.model).vision_tower
+    tower = frozen_family(case.model).vision_tower
     pixels = case.inputs["pixel_values"].flatten(0, 1)[:2]
     masks = torch.ones(3, 2, 6, 6, dtype=torch.bool)
     masks[1, 1, :, 3:] = False
@@ -163,7 +133,7 @@ def test_what_else_the_tower_is_told_counts(tmp_path):
 
 def test_lower_resolutions_are_kept_beside_the_full_one(tmp_path):
     case = Case("llava", FAMILIES["llava"])
-    family, reducer = frozen(case.model), get_reducer("downsample")
+    family, reducer = frozen_family(case.model), get_reducer("downsample")
     cache = FeatureCache(family, tmp_path, GIB)
     for budget in (TokenBudget(0.7), TokenBudget(0.5), TokenBudget(0.0)):
         plain = encode_for(family, reducer, case.inputs, budget).context.features
@@ -174,7 +144,7 @@ def test_lower_resolutions_are_kept_beside_the_full_one(tmp_path):
 
 
 def test_autocast_makes_other_features(model, inputs, tmp_path):
-    family = frozen(model)
+    family = frozen_family(model)
     cache = FeatureCache(family, tmp_path, GIB)
     full = features(family, inputs, cache)
     with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +156,7 @@ def test_autocast_makes_other_features(model, inputs, tmp_path):
 
 
 def test_the_projector_gets_its_gradient_and_the_tower_none(model, inputs, tmp_path):
-    family = frozen(model)
+    family = frozen_family(model)
     cache = FeatureCache(family, tmp_path, GIB)
     gradients = []
     for serving in (None, cache, cache):
@@ -206,7 +176,7 @@ def test_the_projector_gets_its_gradient_and_the_tower_none(model, inputs, tmp_p
 
 
 def test_another_towers_features_are_never_read(model, inputs, tmp_path):
-    family = frozen(model)
+    family = frozen_family(model)
     cache = FeatureCache(family, tmp_path, GIB)
     before = features(family, inputs, cache)
     with torch.no_grad():
@@ -218,7 +188,7 @@ def test_another_towers_features_are_never_read(model, inputs, tmp_path):
 
 
 def test_the_fingerprint_is_of_the_tower_and_of_nothing_else(model, processor, tmp_path):
-    tower, states = model.model.vision_tower, frozen(model).tower_states
+    tower, states = model.model.vision_tower, frozen_family(model).tower_states
     name = tower_fingerprint(tower, states)
     model.save_pretrained(tmp_path)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)
@@ -241,9 +211,9 @@ def test_the_fingerprint_is_of_the_tower_and_of_nothing_else(model, processor, t
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "one bit", "folder"])
 def test_damaged_files_count_as_missing(model, inputs, tmp_path, damage):
-    family = frozen(model)
+    family = frozen_family(model)
     plain = features(family, inputs, FeatureCache(family, tmp_path, GIB))
-    for path in files(tmp_path):
+    for path in feature_files(tmp_path):
         content = bytearray(path.read_bytes())
         if damage == "folder":
             path.unlink()
@@ -265,19 +235,19 @@ def test_damaged_files_count_as_missing(model, inputs, tmp_path, damage):
 
 
 def test_features_that_are_no_numbers_are_not_kept(model, inputs, tmp_path):
-    family = frozen(model)
+    family = frozen_family(model)
     cache = FeatureCache(family, tmp_path, GIB)
     pixels = inputs["pixel_values"].clone()
     pixels[1, 0, 0, 0] = torch.nan
     given = features(family, {**inputs, "pixel_values": pixels}, cache)
     assert given[1].isnan().any()
-    assert len(files(tmp_path)) == len(pixels) - 1
+    assert len(feature_files(tmp_path)) == len(pixels) - 1
 
 
 def test_the_bound_holds_for_all_that_is_in_the_folder(model, inputs, tmp_path, caplog):
-    family, rows = frozen(model), len(inputs["pixel_values"])
+    family, rows = frozen_family(model), len(inputs["pixel_values"])
     plain = features(family, inputs, FeatureCache(family, tmp_path / "free", GIB))
-    entry = files(tmp_path / "free")[0].stat().st_size
+    entry = feature_files(tmp_path / "free")[0].stat().st_size
     folder = tmp_path / "bounded"
     folder.mkdir()
     (folder / "of another run").write_bytes(bytes(10 * entry))
@@ -285,7 +255,7 @@ def test_the_bound_holds_for_all_that_is_in_the_folder(model, inputs, tmp_path, 
     cache = FeatureCache(family, folder, bound)
     for _ in range(3):
         assert torch.equal(features(family, inputs, cache), plain)
-    assert len(files(folder)) == 2
+    assert len(feature_files(folder)) == 2
     assert folder_bytes(folder) <= bound + bound // SLACK + entry
     assert [record.message for record in caplog.records if "is full" in record.message] == [
         f"feature_cache={str(folder)!r} is full (feature_cache_gib={bound / GIB:g}): no more features are stored in "
@@ -303,13 +273,13 @@ def test_several_writers_stay_within_the_bound_and_its_slack(tmp_path):
         for writer in writers:
             writer.write("shelf", f"{number:032x}", tensors)
             number += 1
-    entry = files(tmp_path)[0].stat().st_size
+    entry = feature_files(tmp_path)[0].stat().st_size
     assert bound * 0.9 < folder_bytes(tmp_path) <= bound + len(writers) * (bound // SLACK + entry)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_refuses_costs_one_warning(model, inputs, tmp_path, monkeypatch, caplog, code):
-    family = frozen(model)
+    family = frozen_family(model)
     tried = []
 
     def refuse(path, flush):
@@ -317,7 +287,7 @@ def test_a_disk_that_refuses_costs_one_warning(model, inputs, tmp_path, monkeypa
         raise OSError(code, os.strerror(code), str(path))
 
     plain = features(family, inputs, FeatureCache(family, tmp_path, GIB))
-    half = files(tmp_path)[::2]
+    half = feature_files(tmp_path)[::2]
     for path in half:
         path.unlink()
     monkeypatch.setattr(store, "atomic_path", refuse)
@@ -333,7 +303,7 @@ def _fill(folder: str, start, reverse: bool):
     """Fill a folder row by row: the features of each row, and how many were read and encoded."""
     torch.set_num_threads(1)
     model = build_tiny_llava(build_tiny_processor(), seed=0)
-    cache = FeatureCache(frozen(model), folder, GIB)
+    cache = FeatureCache(frozen_family(model), folder, GIB)
     pixels = torch.randn(24, 3, *[model.config.vision_config.image_size] * 2, generator=torch.manual_seed(0))
     start.wait()
     found = {}
@@ -364,132 +334,6 @@ def test_two_processes_fill_a_folder_at_once(tmp_path):
         assert process.exitcode == 0
     assert first == second
     assert sum(counts) == sum(other_counts) == 24
-    assert len(files(folder)) == 24
+    assert len(feature_files(folder)) == 24
     assert not list(tmp_path.rglob(".*"))
     assert _fill(folder, context.Barrier(1), False) == (first, 24, 0)
-
-
-# In training
-
-
-def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, **options):
-    """Two epochs of four steps each."""
-    options = {"max_steps": -1, "num_train_epochs": 2, "slow_probability": 0.5, **options}
-    if cached:
-        options["feature_cache"] = str(tmp_path / "features")
-    rows = digit_scenes("sft", "train", 16, seed=5)
-    trainer = make_trainer(model, processor, tmp_path / name, rows=rows, peft_config=peft_config, **options)
-    trainer.train()
-    return trainer
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gradient_checkpointing": True},
-        {"peft_config": LORA},
-        {"freeze_language_model": True},
-        {"reducer": "downsample"},
-        {"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}},
-        ORDINARY,
-    ],
-    ids=["default", "checkpointing", "lora", "projector", "downsample", "skip", "ordinary"],
-)
-def test_losses_are_those_without_a_cache(processor, tmp_path, options):
-    plain, cached = (
-        short_run(build_tiny_llava(processor, seed=0), processor, tmp_path, str(on), cached=on, **options)
-        for on in (False, True)
-    )
-    assert len(losses(plain)) == 8
-    assert losses(cached) == pytest.approx(losses(plain), abs=2e-5)
-    hits = [entry["feature_cache_hits"] for entry in cached.state.log_history if "feature_cache_hits" in entry]
-    assert hits[0] < 1
-    assert all(0 <= hit <= 1 for hit in hits)
-    assert not any("feature_cache_hits" in entry for entry in plain.state.log_history)
-    assert cached.feature_cache.read_rows > 0
-    assert plain.feature_cache is None
-
-
-def test_the_second_epoch_runs_no_tower_and_is_logged(model, processor, tmp_path):
-    ran = Layers(model.model.vision_tower)
-    trainer = short_run(model, processor, tmp_path, "run")
-    cache = trainer.feature_cache
-    assert ran.rows == cache.encoded_rows == len(files(tmp_path))
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["feature_cache_hits"] for entry in logs[4:]] == [1.0] * 4
-    assert all(entry["feature_cache_hits"] < 1 for entry in logs[:2])
-    # Evaluation is on the same pixels, in the stock model's own forward.
-    metrics = trainer.evaluate(trainer.train_dataset)
-    assert "eval_loss" in metrics
-    assert trainer.state.log_history[-1]["eval_feature_cache_hits"] == 1.0
-    assert ran.rows == cache.encoded_rows
-
-
-def test_two_stages_share_a_folder(model, processor, tmp_path):
-    first = short_run(model, processor, tmp_path, "one", freeze_language_model=True)
-    first.save_model(str(tmp_path / "one"))
-    second = short_run(str(tmp_path / "one"), processor, tmp_path, "two")
-    assert second.feature_cache.encoded_rows == 0
-    assert second.feature_cache.read_rows > 0
-    assert len(list((tmp_path / "features").iterdir())) == 1
-
-
-def test_hits_are_of_the_window(model, processor, tmp_path):
-    """What was logged is not logged again: shares of rows since the last log, not since the start."""
-    trainer = short_run(model, processor, tmp_path, "run", logging_steps=4)
-    logs = [entry["feature_cache_hits"] for entry in trainer.state.log_history if "feature_cache_hits" in entry]
-    assert len(logs) == 2
-    assert logs[1] == 1.0
-    assert all(one < other for one, other in pairwise(logs))
-
-
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"feature_cache": ""}, "feature_cache='' names no folder"),
-        ({"feature_cache_gib": 0}, "feature_cache_gib=0: give a number of GiB above 0"),
-        ({"feature_cache_gib": -1.5}, "feature_cache_gib=-1.5"),
-        ({"feature_cache_gib": float("nan")}, "feature_cache_gib=nan"),
-        ({"freeze_vision_tower": False}, "freeze_vision_tower=false trains it: leave one of them out"),
-        ({"reducer": "fastervlm"}, "mode 'fast' chooses tokens by saliency.*choose by one of .*divprune"),
-        ({"reducer": "visionzip"}, "mode 'fast' chooses tokens by keys and saliency"),
-        ({"skip_vision": "100/156", **ORDINARY}, "mode 'skip' chooses tokens by saliency"),
-    ],
-)
-def test_options_that_cannot_be_served(tmp_path, options, message):
-    with pytest.raises(SaccadeError, match=message) as refused:
-        make_config(tmp_path / "run", **{"feature_cache": str(tmp_path / "features"), **options})
-    assert "\n" not in str(refused.value)
-    assert not (tmp_path / "features").exists()
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_towers_that_do_not_encode_row_by_row_are_refused(name):
-    family = frozen(Case(name, FAMILIES[name]).model)
-    with pytest.raises(SaccadeError, match=rf"feature_cache='features'.*model_type='{name}'.*leave feature_cache out"):
-        check_cacheable(family, "features")
-
-
-def test_a_tower_that_trains_or_drops_is_refused(model, processor, tmp_path):
-    adapters = LoraConfig(r=4, target_modules=r".*vision_tower.*q_proj")
-    with pytest.raises(SaccadeError, match=r"the vision tower trains.*give it no adapters"):
-        short_run(build_tiny_llava(processor, seed=0), processor, tmp_path, "lora", peft_config=adapters)
-    model.model.vision_tower.config.attention_dropout = 0.1
-    with pytest.raises(SaccadeError, match=r"attention_dropout=0.1.*set attention_dropout to 0"):
-        short_run(model, processor, tmp_path, "dropout")
-
-
-def test_a_folder_that_is_none_is_refused_before_training(model, processor, tmp_path):
-    (tmp_path / "features").write_text("a file")
-    with pytest.raises(SaccadeError, match=r"feature_cache='.*features' is no folder that can be written"):
-        short_run(model, processor, tmp_path, "run")
-
-
-def test_modes_say_what_they_need():
-    assert Mode("full", 1.0, "keep", reducer="fastervlm").needs == frozenset()
-    assert Mode("fast", 1.0, reducer="visionzip").needs == {"saliency", "keys"}
-    assert Mode("fast", 1.0, reducer="cdpruner").needs == {"relevance"}
