@@ -11,6 +11,7 @@ from family_tester import Case, VideoCase
 from helpers import TowerRows, feature_files, frozen_family
 from transformers import LlavaForConditionalGeneration
 
+from saccade.families import cache as cache_module
 from saccade.families import store
 from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.collect import encode_for
@@ -131,6 +132,31 @@ def test_what_else_the_tower_is_told_counts(tmp_path):
     assert cache.encoded_rows == 5  # the first row's mask is the same in two of the three calls
 
 
+def test_options_of_the_tower_count_unless_they_are_off(model, inputs, tmp_path):
+    tower, pixels = frozen_family(model).vision_tower, inputs["pixel_values"][:1]
+    cache = FeatureCache(frozen_family(model), tmp_path, GIB)
+    for options, encoded in (
+        ({}, 1),
+        ({"interpolate_pos_encoding": False, "output_hidden_states": True}, 1),
+        ({"interpolate_pos_encoding": True}, 2),
+    ):
+        with cache.serving():
+            tower(pixels, **{"output_hidden_states": [-2], **options})
+        assert cache.encoded_rows == encoded
+
+
+def test_a_call_for_what_is_not_kept_goes_to_the_tower(model, inputs, tmp_path):
+    model.set_attn_implementation("eager")
+    tower, pixels = frozen_family(model).vision_tower, inputs["pixel_values"]
+    cache = FeatureCache(frozen_family(model), tmp_path, GIB)
+    with cache.serving():
+        for _ in range(2):
+            assert tower(pixels, output_attentions=True).attentions[0].shape[0] == len(pixels)
+        with pytest.raises(AttributeError):
+            tower()
+    assert not feature_files(tmp_path)
+
+
 def test_lower_resolutions_are_kept_beside_the_full_one(tmp_path):
     case = Case("llava", FAMILIES["llava"])
     family, reducer = frozen_family(case.model), get_reducer("downsample")
@@ -185,6 +211,20 @@ def test_another_towers_features_are_never_read(model, inputs, tmp_path):
         assert torch.equal(features(family, inputs, served), features(family, inputs))
     assert not torch.equal(features(family, inputs), before)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_weights_are_hashed_once(model, inputs, tmp_path, monkeypatch):
+    """Not after every step in which DDP wrote the same values to the buffers of a rank."""
+    family, found = frozen_family(model), []
+    monkeypatch.setattr(
+        cache_module, "tower_fingerprint", lambda *given: found.append(tower_fingerprint(*given)) or "x"
+    )
+    cache = FeatureCache(family, tmp_path, GIB)
+    for _ in range(3):
+        features(family, inputs, cache)
+        for buffer in family.vision_tower.buffers():
+            buffer.copy_(buffer.clone())
+    assert len(found) == 1
 
 
 def test_the_fingerprint_is_of_the_tower_and_of_nothing_else(model, processor, tmp_path):

@@ -161,8 +161,8 @@ class FeatureCache:
 
         The weights are looked at again when one was written to, as loading a checkpoint does.
         """
-        weights = {**dict(self.tower.named_parameters()), **dict(self.tower.named_buffers())}
-        versions = tuple((value.data_ptr(), value._version) for value in weights.values())
+        # Not of buffers: DDP writes to those of all ranks in each step, and to them what they were.
+        versions = tuple((weight.data_ptr(), weight._version) for weight in self.tower.parameters())
         if self._named is None or self._named[0] != versions:
             name = tower_fingerprint(self.tower, self.states)
             self._named = (versions, name)
