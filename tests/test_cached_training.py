@@ -37,10 +37,11 @@ def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, *
         {"peft_config": LORA},
         {"freeze_language_model": True},
         {"reducer": "downsample"},
+        {"padding_free": True, "slow_micro_batch_size": 2},
         {"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}},
         ORDINARY,
     ],
-    ids=["default", "checkpointing", "lora", "projector", "downsample", "skip", "ordinary"],
+    ids=["default", "checkpointing", "lora", "projector", "downsample", "no padding, in parts", "skip", "ordinary"],
 )
 def test_losses_are_those_without_a_cache(processor, tmp_path, options):
     plain, cached = (
