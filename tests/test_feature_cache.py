@@ -152,8 +152,11 @@ def test_a_call_for_what_is_not_kept_goes_to_the_tower(model, inputs, tmp_path):
     with cache.serving():
         for _ in range(2):
             assert tower(pixels, output_attentions=True).attentions[0].shape[0] == len(pixels)
-        with pytest.raises(AttributeError):
-            tower()
+            assert isinstance(tower(pixels, output_hidden_states=True, return_dict=False), tuple)
+            assert tower(pixels).last_hidden_state.shape[0] == len(pixels)
+        for wrong, error in (((), AttributeError), ((pixels[:0],), RuntimeError)):
+            with pytest.raises(error):
+                tower(*wrong, output_hidden_states=True)
     assert not feature_files(tmp_path)
 
 

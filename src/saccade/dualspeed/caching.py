@@ -33,7 +33,7 @@ class CachingTrainer(LoadingTrainer):
                 "ranks, of which some would wait for others that read from disk; use DDP or ZeRO-2, or leave "
                 "feature_cache out"
             )
-        self.feature_cache = FeatureCache(self.family, args.feature_cache, int(args.feature_cache_gib * 2**30))
+        self.feature_cache = FeatureCache(self.family, args.feature_cache, args.feature_cache_gib * 2**30)
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack = super().compute_loss_context_manager()

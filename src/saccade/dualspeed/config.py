@@ -155,7 +155,8 @@ class DualSpeedConfig(SFTConfig):
             runs, at once or one after another. Its features are those of the tower; what changes is the time of a
             step, and the room on disk: 1.2 MB an image for LLaVA-1.5 in bfloat16.
         feature_cache_gib (`float`, *optional*, defaults to `50.0`):
-            GiB that the folder may take. Once it is full nothing more is stored, and nothing is dropped.
+            GiB that the folder may take, infinity for no bound. Once it is full nothing more is stored, and nothing is
+            dropped.
 
     Raises:
         SaccadeError: on a value outside its range, naming the option and the fix.
@@ -298,7 +299,7 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
 
     def _check_feature_cache(self) -> None:
-        if not self.feature_cache_gib > 0:
+        if not isinstance(self.feature_cache_gib, (int, float)) or not self.feature_cache_gib > 0:
             raise SaccadeError(
                 f"feature_cache_gib={self.feature_cache_gib!r}: give a number of GiB above 0, such as 50"
             )

@@ -73,7 +73,7 @@ class FeatureCache:
         SaccadeError: if the tower's outputs cannot be kept, see [`check_cacheable`], or the folder not be written.
     """
 
-    def __init__(self, family: Family, folder: str | os.PathLike[str], max_bytes: int) -> None:
+    def __init__(self, family: Family, folder: str | os.PathLike[str], max_bytes: float) -> None:
         check_cacheable(family, str(folder))
         self.tower = family.vision_tower
         self.states = family.tower_states
@@ -132,13 +132,15 @@ class FeatureCache:
         """The arguments of a call, or None if it asks for what is not kept."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         pixels = given.pop("pixel_values", None)
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) == 0:
+            return None
+        if given.get("return_dict") is False or (self.states and not given.get("output_hidden_states")):
             return None
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         rows = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in rows}
         known = {*self._parameters, *NOT_SEEN_IN_VALUES}
-        if not given.keys() <= known or any(len(value) != len(pixels) for value in rows.values()):
+        if not given.keys() <= known or any(value.shape[:1] != pixels.shape[:1] for value in rows.values()):
             return None
         return _Call(pixels, rows, others)
 

@@ -45,7 +45,7 @@ class Store:
         max_bytes: the bound. Each process that writes may go beyond it by a 64th of it and one entry.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: float) -> None:
         self.folder = folder
         self.max_bytes = max_bytes
         self.stopped = False
