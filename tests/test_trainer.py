@@ -1,6 +1,7 @@
 """The trainer: against stock TRL, its modes, what it trains, what it saves, and what it refuses."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -279,3 +280,13 @@ def test_bf16(processor, tmp_path, mode, kind):
         trainer = train(model.bfloat16(), processor, tmp_path / "b", **options)
     assert trainer.isolator.weight.dtype == torch.float32
     assert losses(trainer) == pytest.approx(losses(exact), rel=0.02)
+
+
+@pytest.mark.parametrize("max_steps", [2, 20], ids=["within an epoch", "at its end"])
+def test_persistent_workers_end_with_training(model, processor, tmp_path, max_steps):
+    """Left to the garbage collector they would be waited for in vain for ten seconds."""
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": max_steps}
+    trainer = make_trainer(model, processor, tmp_path, **options)
+    assert not multiprocessing.active_children()
+    trainer.train()
+    assert not multiprocessing.active_children()

@@ -33,6 +33,7 @@ class LoadingTrainer(SFTTrainer):
     schedule: ModeSchedule
     isolator: ModeIsolator | None
     bad_records: BadRecordLog
+    _train_loader: DataLoader | None = None
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """The sum of a tensor over ranks. Every rank must call it."""
@@ -43,9 +44,20 @@ class LoadingTrainer(SFTTrainer):
         strict = self.data_collator
         self.data_collator = self.training_collator()
         try:
-            return super().get_train_dataloader()
+            self._train_loader = super().get_train_dataloader()
         finally:
             self.data_collator = strict
+        return self._train_loader
+
+    def end_workers(self) -> None:
+        """End the processes that prepare training batches, which persistent ones would go on waiting for more.
+
+        The garbage collector takes their queues away before it tells them to end, and then waits ten seconds for them.
+        """
+        base = getattr(self._train_loader, "base_dataloader", self._train_loader)
+        if base is not None:
+            base._iterator = None
+        self._train_loader = None
 
     def training_collator(self) -> Any:
         """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""

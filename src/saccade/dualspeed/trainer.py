@@ -247,6 +247,8 @@ class DualSpeedTrainer(SteppingTrainer):
                 f"resume_from_checkpoint={str(checkpoint)!r} holds something other than tensors and plain values, "
                 "which could run code: resume from a checkpoint of your own"
             ) from error
+        finally:
+            self.end_workers()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and what they were trained with. All ranks must call it.
