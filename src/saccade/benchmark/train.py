@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.benchmark.batches import make_batch
@@ -253,8 +253,11 @@ def _parts(
 
 @contextmanager
 def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds inside the tower, the projector, reducers, and the language model while the forward pass runs."""
-    spent = dict.fromkeys(PARTS[:4], 0.0)
+    """Seconds inside the tower, the projector, reducers, and the language model while the forward pass runs.
+
+    The backward passes of parts of a batch are run inside it.
+    """
+    spent = dict.fromkeys((*PARTS[:4], "backward"), 0.0)
     handles = []
 
     def watch(module: nn.Module, name: str) -> None:
@@ -274,7 +277,7 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
     selectors.append((ReleasedProcedure, "select"))
     depth = 0
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(function: Callable[..., Any], part: str = "selection") -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
@@ -284,13 +287,14 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
             finally:
                 depth -= 1
                 # A reducer may ask another one.
-                spent["selection"] += 0 if depth else seconds_on(device) - started
+                spent[part] += 0 if depth else seconds_on(device) - started
 
         return call
 
     with ExitStack() as stack:
         for owner, name in selectors:
             stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+        stack.enter_context(patch.object(Tensor, "backward", timed(Tensor.backward, "backward")))
         for handle in handles:
             stack.callback(handle.remove)
         yield spent
