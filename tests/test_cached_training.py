@@ -70,6 +70,9 @@ def test_the_second_epoch_runs_no_tower_and_is_logged(model, processor, tmp_path
     metrics = trainer.evaluate(trainer.train_dataset)
     assert "eval_loss" in metrics
     assert trainer.state.log_history[-1]["eval_feature_cache_hits"] == 1.0
+    trainer.evaluate({"a": trainer.train_dataset, "b": trainer.train_dataset})
+    for entry, name in zip(trainer.state.log_history[-2:], "ab", strict=True):
+        assert entry[f"eval_{name}_feature_cache_hits"] == 1.0
     assert ran.rows == cache.encoded_rows
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from family_models import FAMILIES
 from helpers import fast_slow_step, losses, make_config, make_trainer
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from saccade import SaccadeError
+from saccade.data import digit_scenes
 from saccade.dualspeed.compiling import compile_layers
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
@@ -47,22 +49,28 @@ def test_compiled_layers_train_as_plain_ones(name):
         {"torch_compile_backend": "aot_eager"},
         {"torch_compile_backend": "aot_eager", "padding_free": True},
         {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True},
+        {"torch_compile_backend": "aot_eager", "slow_micro_batch_size": 3, "lora": True},
         pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "without padding", "checkpointing", "inductor"],
+    ids=["plain", "without padding", "checkpointing", "lora in parts", "inductor"],
 )
 def test_a_compiled_run_is_the_plain_run(processor, tmp_path, options):
     """Lengths differ from step to step; compiled code is made anew for a few kinds of passes, and not for lengths."""
-    runs = []
+    runs, options = [], dict(options)
+    targets = r".*language_model.*_proj"
+    lora = LoraConfig(r=4, target_modules=targets) if options.pop("lora", False) else None
     for given in ({}, options):
         folder = tmp_path / str(bool(given))
         model = build_tiny_llava(processor, seed=0)
-        trainer = make_trainer(model, processor, folder, slow_probability=0.5, max_steps=6, **given)
+        torch.manual_seed(0)
+        trainer = make_trainer(model, processor, folder, None, lora, slow_probability=0.5, max_steps=6, **given)
         torch._dynamo.utils.counters.clear()
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             trainer.train()
+            evaluated = trainer.evaluate(digit_scenes("sft", "validation", 8))["eval_loss"]
         trainer.save_model(str(folder))
-        runs.append((losses(trainer), load_file(folder / "model.safetensors")))
+        saved = "model.safetensors" if lora is None else "adapter_model.safetensors"
+        runs.append(([*losses(trainer), evaluated], load_file(folder / saved)))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     (plain, weights), (compiled, same) = runs
     assert compiled == pytest.approx(plain, abs=1e-4)
@@ -74,3 +82,15 @@ def test_a_compiled_run_is_the_plain_run(processor, tmp_path, options):
 def test_layers_that_skip_are_not_compiled(tmp_path):
     with pytest.raises(SaccadeError, match="torch_compile=True does not go with modes that skip"):
         make_config(tmp_path, torch_compile=True, skip_vision="100/156")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile_backend": "nonsense"}, "torch_compile_backend='nonsense' is unknown: use one of .*inductor"),
+        ({"torch_compile_mode": "max"}, "torch_compile_mode='max' is unknown: use one of .*max-autotune"),
+    ],
+)
+def test_what_torch_does_not_know_is_refused(tmp_path, options, message):
+    with pytest.raises(SaccadeError, match=message):
+        make_config(tmp_path, **options)

@@ -69,6 +69,34 @@ def test_a_run_in_parts_is_the_run_at_once(processor, tmp_path, options):
             torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("texts", [[3], [1, 3], [0, 1, 2, 3]], ids=["one", "two", "all"])
+def test_text_beside_images_and_alone_under_dropout(model, collator, mixed_rows, texts):
+    """A teacher takes dropout away from text too, so that its divergence is not zero; the parts do the same."""
+    rows = [row for number, row in enumerate(mixed_rows) if number not in texts]
+    rows += [text_row() for _ in texts]
+    batch = dict(collator(rows))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    isolator = ModeIsolator(4, model.config.text_config.hidden_size)
+    step = fast_slow_step(model, isolator=isolator)
+    seen = []
+    hook = lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[0])  # noqa: E731
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
+    whole = step("slow", batch, 1.0)
+    seen.clear()
+    parts = step("slow", batch, 1.0, in_parts=InParts(1, torch.Tensor.backward))
+    assert set(seen) == {1}
+    assert (whole.kl is None) == (parts.kl is None) == (len(texts) == 4)
+    if whole.kl is not None:
+        assert parts.kl > 0
+        assert whole.kl > 0
+
+
+def text_row():
+    return {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}], "images": []}
+
+
 def watch_rows(trainer):
     """Batch sizes that the language model runs on in training."""
     seen = []
@@ -99,6 +127,8 @@ def test_less_is_kept_for_the_backward_pass(scenes, collator, model):
     [
         ({"slow_micro_batch_size": 0}, "slow_micro_batch_size=0: give a number of samples from 1 on"),
         ({"slow_micro_batch_size": 2.5}, "slow_micro_batch_size=2.5: give a number"),
+        ({"slow_micro_batch_size": True}, "slow_micro_batch_size=True: give a number"),
+        ({"slow_micro_batch_size": 2, "skip_vision": {"summary": True}, "skip_mode": "slow"}, "is for modes on all"),
         ({"slow_micro_batch_size": 2, "adaptive": True}, "slow_micro_batch_size=2 with adaptive=True"),
     ],
 )

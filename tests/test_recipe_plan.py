@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, MistralConfig
 
 from saccade import SaccadeError
 from saccade.benchmark.flops import projector_flops, tower_flops
@@ -131,6 +131,29 @@ def test_memory_of_weights_gradients_and_optimizer():
     inside = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     outside = 4 * (count - inside + four["parameters"]["trainable"] + own)
     assert four["memory"]["weights"] == pytest.approx(inside * 4.127 / 8 + outside, rel=1e-4)
+
+
+def test_activations_of_slow_steps_in_parts():
+    """Those of as many samples at a time, or of a whole fast step where that is more."""
+    base, half, one = (
+        plan_recipe("tiny-digits/sft", ["--slow_micro_batch_size", size])["memory"]["activations"]
+        for size in ("32", "16", "1")
+    )
+    fast = plan_recipe("tiny-digits/sft", ["--slow_probability", "0"])["memory"]["activations"]
+    assert half == max(base / 2, fast)
+    assert one == fast < base
+
+
+def test_padding_free_is_checked_against_the_model(tmp_path):
+    config = shape_config("llava-1.5-7b", layers=2)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    text = {name: getattr(config.text_config, name) for name in names}
+    config.text_config = MistralConfig(**text, sliding_window=4096)
+    config.save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--padding_free"]
+    with pytest.raises(SaccadeError, match="padding_free=True: model_type='llava' with a language model of 'mistral'"):
+        plan_recipe("llava-1.5-7b/sft_full", [*options, "true"])
+    plan_recipe("llava-1.5-7b/sft_full", [*options, "false"])
 
 
 def test_activations_shrink_with_checkpointing_and_grow_with_the_batch():

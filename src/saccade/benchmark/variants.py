@@ -110,7 +110,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
 
         def loss(batch: Mapping[str, Any]) -> Tensor:
             rows = len(batch["labels"])
-            parts = InParts(max(1, rows // PARTS), Tensor.backward) if in_parts else None
+            parts = InParts(-(-rows // PARTS), Tensor.backward) if in_parts else None
             return step("mode", batch, label_count(batch), in_parts=parts).loss
 
         @contextmanager

@@ -42,7 +42,9 @@ class CachingTrainer(LoadingTrainer):
         return stack
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        name = next((name for name in ("loss", "eval_loss") if name in logs), None)
+        # `loss`, `eval_loss`, `eval_NAME_loss` of several sets; `train_loss` is of a whole run, at its end.
+        names = (name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss"))
+        name = next(names, None)
         if self.feature_cache is not None and name is not None:
             cache = self.feature_cache
             now = (cache.read_rows, cache.encoded_rows)

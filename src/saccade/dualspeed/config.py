@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from os import PathLike
 from typing import Any, ClassVar
 
 from trl import SFTConfig
 
+from saccade.dualspeed.compiling import check_compiling
 from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
@@ -270,6 +272,8 @@ class DualSpeedConfig(SFTConfig):
         for name in ("padding_free", "torch_compile"):
             if skips and getattr(self, name):
                 raise SaccadeError(f"{name}=True does not go with modes that skip tokens: set it to false")
+        if self.torch_compile:
+            check_compiling(self.torch_compile_backend, self.torch_compile_mode)
         if self.slow_micro_batch_size is not None:
             self._check_slow_micro_batch_size()
         if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
@@ -289,8 +293,11 @@ class DualSpeedConfig(SFTConfig):
 
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
-        if not isinstance(self.slow_micro_batch_size, int) or self.slow_micro_batch_size < 1:
+        size = self.slow_micro_batch_size
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise SaccadeError(f"{name}: give a number of samples from 1 on, or null for all at once")
+        if not any(mode.keeps_all for mode in self.all_modes()):
+            raise SaccadeError(f"{name} is for modes on all tokens, of which there is none here: leave it out")
         if self.adaptive:
             raise SaccadeError(
                 f"{name} with adaptive=True, which shares tokens out over a whole micro-batch: drop one"
@@ -299,14 +306,15 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
 
     def _check_feature_cache(self) -> None:
-        if not isinstance(self.feature_cache_gib, (int, float)) or not self.feature_cache_gib > 0:
+        bound = self.feature_cache_gib
+        if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
             raise SaccadeError(
                 f"feature_cache_gib={self.feature_cache_gib!r}: give a number of GiB above 0, such as 50"
             )
         if self.feature_cache is None:
             return
-        if not self.feature_cache:
-            raise SaccadeError("feature_cache='' names no folder: give one, or leave it out")
+        if not isinstance(self.feature_cache, (str, PathLike)) or not str(self.feature_cache):
+            raise SaccadeError(f"feature_cache={self.feature_cache!r} names no folder: give one, or leave it out")
         if not self.freeze_vision_tower:
             raise SaccadeError(
                 f"feature_cache={self.feature_cache!r} keeps the features of a frozen tower, and "

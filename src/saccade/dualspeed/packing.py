@@ -48,14 +48,27 @@ def allow_packing(family: Family) -> None:
     kind = config._attn_implementation
     if kind not in (PACKED, "sdpa", *FLASH):
         raise SaccadeError(f"padding_free=True with attn_implementation={kind!r}: use 'sdpa' or 'flash_attention_2'")
-    types = set(getattr(config, "layer_types", None) or ())
-    if types - {"full_attention"} or family.attends_both_ways:
-        raise SaccadeError(
-            f"padding_free=True: model_type={family.model.config.model_type!r} has layers whose attention is not "
-            "simply causal, which packed rows do not cover; set it to false, group_by='shortened' saves padding too"
-        )
+    check_packing(family)
     if kind == "sdpa":
         config._attn_implementation = PACKED
+
+
+def check_packing(family: Family) -> None:
+    """Check that all layers attend causally to their whole row. Weights are not looked at.
+
+    Raises:
+        SaccadeError: if there are layers that do not.
+    """
+    config = family.language_model.config
+    types = set(getattr(config, "layer_types", None) or ())
+    # Mistral's kind has no types of layers, and windows all of them.
+    windowed = not types and getattr(config, "sliding_window", None) is not None
+    if types - {"full_attention"} or windowed or family.attends_both_ways:
+        raise SaccadeError(
+            f"padding_free=True: model_type={family.model.config.model_type!r} with a language model of "
+            f"{config.model_type!r} has layers whose attention is not simply causal, which packed rows do not cover; "
+            "set it to false, group_by='shortened' saves padding too"
+        )
 
 
 def pack(laid: LaidOut, family: Family) -> LaidOut:
@@ -116,6 +129,10 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave float32 behind, where SDPA would cast.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         # Torch has it for CUDA alone.
         from torch.nn.attention.varlen import varlen_attn

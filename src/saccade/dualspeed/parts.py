@@ -54,8 +54,8 @@ class Cut:
     """
 
     family: Family
-    encoded: Encoded
-    teacher: Encoded
+    encoded: Encoded | None
+    teacher: Encoded | None
     text: Mapping[str, Any]
     labels: Tensor
     _left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -63,8 +63,9 @@ class Cut:
     def parts(self, samples: int) -> Iterator[tuple[Part, bool]]:
         """The parts in order, and whether each is the last one."""
         count = self.labels.shape[0]
-        placeholder = self.family.placeholder(self.text["input_ids"])
-        owners = row_samples(self.encoded, placeholder).tolist()
+        owners = []
+        if self.encoded is not None:
+            owners = row_samples(self.encoded, self.family.placeholder(self.text["input_ids"])).tolist()
         text = self._per_token()
         for start in range(0, count, samples):
             stop = min(start + samples, count)

@@ -58,9 +58,10 @@ class FullSequence:
     also: frozenset[str] = frozenset()
     trains: tuple[nn.Module, ...] = ()
 
-    def __call__(self, encoded: Encoded, text: Mapping[str, Any], labels: Tensor) -> LaidOut:
-        """The stock inputs."""
-        return LaidOut({**text, "mm_encoder_outputs": encoded.outputs}, labels, text["attention_mask"].sum())
+    def __call__(self, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> LaidOut:
+        """The stock inputs; `encoded` is None where there are no images."""
+        images = {} if encoded is None else {"mm_encoder_outputs": encoded.outputs}
+        return LaidOut({**text, **images}, labels, text["attention_mask"].sum())
 
 
 @dataclass

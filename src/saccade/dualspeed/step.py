@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.dualspeed.packing import pack
 from saccade.dualspeed.parts import Cut, InParts
-from saccade.dualspeed.sequence import LaidOut, Sequence, is_of_small_images
+from saccade.dualspeed.sequence import FullSequence, LaidOut, Sequence, is_of_small_images
 from saccade.families import Encoded, Family
 from saccade.families.collect import encode_for
 from saccade.pruning import ModeIsolator
@@ -64,10 +64,9 @@ class _Sums:
         return replace(self, cross_entropy=self.cross_entropy.detach(), kl=kl)
 
     def __add__(self, other: "_Sums") -> "_Sums":
-        """The sums of two parts, one of which may have no images and so no teacher."""
-        names = (entry.name for entry in fields(self))
-        pairs = {name: [x for x in (getattr(self, name), getattr(other, name)) if x is not None] for name in names}
-        return _Sums(**{name: sum(values) for name, values in pairs.items() if values})
+        """The sums of two parts."""
+        pairs = {entry.name: (getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)}
+        return _Sums(**{name: sum(values) for name, values in pairs.items() if None not in values})
 
 
 @dataclass
@@ -115,34 +114,32 @@ class DualSpeedStep:
             inputs: processor outputs with `labels`; the labels of image placeholders are ignored.
             normaliser: number of label tokens in the global batch.
             row_seed: seed of the first feature row for stochastic reducers; the next rows count on from it.
-            in_parts: run the language passes of a batch with images a few samples at a time. The gradients of all
-                parts but the last are then in the parameters already.
+            in_parts: run the language passes a few samples at a time. The gradients of all parts but the last are
+                then in the parameters already.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
-        plan = self.modes[mode]
-        trained: tuple[nn.Module, ...] = ()
-        carried: Tensor | float = 0.0
         if self.family.has_images(inputs):
-            trained = plan.sequence.trains
+            plan = self.modes[mode]
             encoded, teacher = self._encode(plan, inputs, labels)
             for encoding in (encoded, teacher):
                 encoding.context.seed = torch.arange(encoding.context.shape[0], device=labels.device) + row_seed
-            if in_parts is None or in_parts.samples >= labels.shape[0]:
-                sums = self._run(plan, encoded, teacher, text, labels)
-            else:
-                cut = Cut(self.family, encoded, teacher, text, labels)
-                sums = self._run_in_parts(plan, cut, normaliser, in_parts)
-                carried = cut.carried(in_parts.scale)
         else:
             # Without images the two sequences are the same, and a teacher would have nothing to teach.
-            encoded, sums = None, self._plain(LaidOut(text, labels, text["attention_mask"].sum()))
+            plan, encoded, teacher = ModePlan(FullSequence()), None, None
+        carried: Tensor | float = 0.0
+        if in_parts is None or in_parts.samples >= labels.shape[0]:
+            sums = self._run(plan, encoded, teacher, text, labels)
+        else:
+            cut = Cut(self.family, encoded, teacher, text, labels)
+            sums = self._run_in_parts(plan, cut, normaliser, in_parts)
+            carried = cut.carried(in_parts.scale)
         loss = self._weighted(sums)
         # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
         for module in self._own_modules():
-            if not any(module is other for other in trained):
+            if not any(module is other for other in plan.sequence.trains):
                 loss = loss + module.idle()
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
@@ -204,16 +201,18 @@ class DualSpeedStep:
             laid = pack(laid, self.family)
         return label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
 
-    def _plain(self, laid: LaidOut) -> _Sums:
-        """Cross-entropy of one pass, whatever sequence it runs on."""
-        rows, targets = self._label_rows(laid)
-        return _Sums(cross_entropy_sum(rows, targets, self.family.logits), laid.tokens)
-
     def _run(
-        self, plan: ModePlan, encoded: Encoded, teacher: Encoded, text: Mapping[str, Any], labels: Tensor
+        self,
+        plan: ModePlan,
+        encoded: Encoded | None,
+        teacher: Encoded | None,
+        text: Mapping[str, Any],
+        labels: Tensor,
     ) -> _Sums:
         if plan.teacher is None:
-            return self._plain(plan.sequence(encoded, text, labels))
+            laid = plan.sequence(encoded, text, labels)
+            rows, targets = self._label_rows(laid)
+            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), laid.tokens)
         started = seconds_on(labels.device)
         teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, teacher, text, labels)
         teacher_seconds = seconds_on(labels.device) - started
@@ -225,11 +224,11 @@ class DualSpeedStep:
     def _run_in_parts(self, plan: ModePlan, cut: Cut, normaliser: Tensor | float, in_parts: InParts) -> _Sums:
         """The sums of all parts, of which the last one's alone have a gradient."""
         total: _Sums | None = None
+        # Its dropout is all that a teacher takes away where there are no images, as beside samples that have some.
+        all_text = ModePlan(FullSequence(), None if plan.teacher is None else FullSequence())
         for part, last in cut.parts(in_parts.samples):
-            if part.encoded is None:
-                sums = self._plain(LaidOut(part.text, part.labels, part.text["attention_mask"].sum()))
-            else:
-                sums = self._run(plan, part.encoded, part.teacher, part.text, part.labels)
+            chosen = all_text if part.encoded is None else plan
+            sums = self._run(chosen, part.encoded, part.teacher, part.text, part.labels)
             if not last:
                 in_parts.backward(self._weighted(sums) / normaliser * in_parts.scale)
                 sums = sums.detached()
@@ -241,7 +240,7 @@ class DualSpeedStep:
 
     @torch.no_grad()
     def _teacher_rows(
-        self, sequence: Sequence, encoded: Encoded, text: Mapping[str, Any], labels: Tensor
+        self, sequence: Sequence, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Label rows `(M, D)` of the teacher's sequence, without gradient and without dropout, and its token count."""
         with evaluating(self.family.model):

@@ -13,19 +13,16 @@ def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Mod
     Of several layers that is the last, the one nearest to the language model. None for other towers; empty where the
     features are those of the embeddings.
     """
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
-    if layers is None:
-        return None
-    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
-    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    return list(layers)[: max(number % states for number in numbers)]
+    used = used_states(tower, feature_layer)
+    return None if used is None else list(tower.encoder.layers)[: max(used)]
 
 
 def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, ...] | None:
     """The hidden states that a model with this `vision_feature_layer` reads, counted from 0; None for other towers."""
-    if used_layers(tower, feature_layer) is None:
+    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    if layers is None:
         return None
-    states = len(tower.encoder.layers) + 1
+    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
     numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     return tuple(dict.fromkeys(number % states for number in numbers))
 

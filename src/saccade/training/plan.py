@@ -24,6 +24,7 @@ from saccade.benchmark.flops import (
 )
 from saccade.benchmark.shapes import SHAPES, Shape, shape_of
 from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.packing import check_packing
 from saccade.dualspeed.trainer import freeze_parts
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
@@ -50,6 +51,7 @@ class ModeCost:
         length: rows of the whole sequence.
         flops: of the trained pass and the teacher's, tower and projector with them.
         language_flops: of these, the language model's.
+        samples: of a micro-batch that run at a time.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ModeCost:
     length: int
     flops: int
     language_flops: int
+    samples: int
 
 
 def plan_recipe(
@@ -106,6 +109,8 @@ def plan_recipe(
     model = meta_model(recipe, config)
     if args.feature_cache is not None:
         check_cacheable(get_family(model), args.feature_cache)
+    if args.padding_free:
+        check_packing(get_family(model))
     cost = _Costs(recipe, model, shape, config, text_tokens, label_rows)
     modes = cost.modes()
     baseline = cost.of(Mode("all_tokens", 1.0, "keep"))
@@ -113,7 +118,6 @@ def plan_recipe(
     language = sum(mode.probability * mode.language_flops for mode in modes)
     own = cost.own_parameters()
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    longest = max((mode for mode in modes if mode.probability), key=lambda mode: mode.length)
     return {
         "recipe": str(find_recipe(path)),
         "model": recipe.options.model,
@@ -129,7 +133,7 @@ def plan_recipe(
             "speedup": baseline.flops / expected,
             "speedup_language": baseline.language_flops / language,
         },
-        "memory": cost.memory(longest, micro, shards, own),
+        "memory": cost.memory([mode for mode in modes if mode.probability], shards, own),
         "batch": {
             "per_device": micro,
             "accumulation": accumulation,
@@ -292,7 +296,11 @@ class _Costs:
             language += self._forward(*self.rows(teacher))
         vision = self._vision()
         length = rows.total + isolator + self.text_tokens
-        return ModeCost(mode.name, mode.probability, rows, isolator, length, language + vision, language)
+        args = self.recipe.trainer
+        samples = args.per_device_train_batch_size
+        if mode.keeps_all and args.slow_micro_batch_size is not None:
+            samples = min(samples, args.slow_micro_batch_size)
+        return ModeCost(mode.name, mode.probability, rows, isolator, length, language + vision, language, samples)
 
     def _forward(self, rows: VisualRows, isolator: int) -> int:
         # Forward and backward are three times the forward where all weights train.
@@ -324,12 +332,11 @@ class _Costs:
         projectors = 3 if any(p.requires_grad for p in self.family.projector.parameters()) else towers
         return towers * tower + projectors * projector
 
-    def memory(self, mode: ModeCost, samples: int, shards: int, own: int) -> dict[str, float]:
+    def memory(self, modes: Sequence[ModeCost], shards: int, own: int) -> dict[str, float]:
         """Bytes a device, estimated: what the framework itself holds, fragments and buffers are left out.
 
         Args:
-            mode: the one with the longest sequence.
-            samples: of a micro-batch.
+            modes: of the run, of which the hungriest counts.
             shards: devices that share weights, gradients and optimizer states.
             own: parameters of isolator and summary head.
         """
@@ -343,7 +350,7 @@ class _Costs:
             "weights": (weights + 4 * own) / shards,
             "gradients": gradients / shards,
             "optimizer": states / shards,
-            "activations": samples * self._activations(mode),
+            "activations": max(mode.samples * self._activations(mode) for mode in modes),
         }
         return {**found, "total": sum(found.values())}
 
