@@ -90,6 +90,12 @@ def test_two_processes_in_parts_and_without_padding_equal_one(one_process, tmp_p
     check_equal(launch(tmp_path, 2, slow_micro_batch_size=1, padding_free=True), one_process[1])
 
 
+@pytest.mark.slow
+def test_two_compiled_processes_equal_one(one_process, tmp_path):
+    options = {"slow_micro_batch_size": 1, "padding_free": True, "torch_compile_backend": "aot_eager"}
+    check_equal(launch(tmp_path, 2, **options), one_process[1])
+
+
 def test_engines_that_shard_take_no_parts(tmp_path, capfd):
     launch(tmp_path, 2, "fsdp2", expect=1, slow_micro_batch_size=1)
     assert "slow_micro_batch_size=1: FSDP and DeepSpeed count backward passes" in capfd.readouterr().err
