@@ -8,18 +8,27 @@ import torch
 from torch import Tensor
 
 from saccade.families.base import Encoded, square_grid
+from saccade.reducers.common import CPU_CACHED_ELEMENTS
 from saccade.reducers.downsample import grid_places
 from saccade.tokens import VisualContext
 
 
 def shrink_images(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Images `(R, C, H, W)` as `(R, C, height, width)`, bicubic with antialiasing, in float32, then their dtype."""
+    """Images `(R, C, H, W)` as `(R, C, height, width)`, bicubic with antialiasing, in float32, then their dtype.
+
+    A CPU gets a few images at a time, so that what it works on stays in a core's cache.
+    """
     if tuple(pixels.shape[-2:]) == (height, width):
         return pixels
-    resized = torch.nn.functional.interpolate(
-        pixels.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized.to(pixels.dtype)
+    rows = pixels.shape[0]
+    step = max(1, CPU_CACHED_ELEMENTS // max(1, pixels[:1].numel())) if pixels.device.type == "cpu" else max(1, rows)
+    resized = [
+        torch.nn.functional.interpolate(
+            part.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        ).to(pixels.dtype)
+        for part in pixels.split(step)
+    ]
+    return torch.cat(resized)
 
 
 def shrink_patches(
