@@ -18,9 +18,9 @@ def check_compiling(backend: str | None, mode: str | None) -> None:
     backends = torch._dynamo.list_backends(exclude_tags=())
     if backend is not None and backend not in backends:
         raise SaccadeError(f"torch_compile_backend={backend!r} is unknown: use one of {', '.join(backends)}")
-    modes = ["default", *torch._inductor.list_mode_options()]
+    modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
-        raise SaccadeError(f"torch_compile_mode={mode!r} is unknown: use one of {', '.join(dict.fromkeys(modes))}")
+        raise SaccadeError(f"torch_compile_mode={mode!r} is unknown: use one of {', '.join(modes)}")
 
 
 def compile_layers(family: Family, backend: str | None = None, mode: str | None = None) -> None:
