@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from saccade.dualspeed.step import StepOutput
+from saccade.dualspeed.step import StepOutput, seconds_on
 
 TOKENS = ("full", "trained", "teacher")
 SUMS = ("kl", "samples", *TOKENS)
@@ -141,20 +141,15 @@ class StepClock(TrainerCallback):
         # Kept for `on_step_end`, which comes after the global step has moved on.
         self._mode = self.trainer.mode_of(state.global_step)
         self.trainer.begin_step()
-        self._started = self._now()
+        # One wait a step, outside the step itself, so that a step's time is its own.
+        self._started = seconds_on(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.meter.end_step(self._mode, self._now() - self._started)
+        self.trainer.meter.end_step(self._mode, seconds_on(args.device) - self._started)
 
     def on_train_end(self, args, state, control, **kwargs):
         # What came after the last log belongs to the totals too.
         self.trainer.meter.collect(self.trainer.sum_over_ranks)
-
-    def _now(self) -> float:
-        # One wait a step, outside the step itself, so that a step's time is its own.
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def _mean(values: list[float]) -> float | None:
