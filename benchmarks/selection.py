@@ -76,7 +76,7 @@ def make_pixels(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
 def providers() -> dict[str, Reducer]:
     """What is timed, by name: every reducer, and the options that change what one costs."""
     return {name: get_reducer(name) for name in list_reducers()} | {
-        "divprune, float64": get_reducer("divprune", precision="float64"),
+        **{f"{name}, float64": get_reducer(name, precision="float64") for name in ("cdpruner", "divprune", "dpp")},
         SEEDED: get_reducer("random"),
     }
 

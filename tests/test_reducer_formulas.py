@@ -50,8 +50,9 @@ def determinant_oracle(features: Tensor, quality: list[float], keep: int) -> lis
     return sorted(chosen)
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("keep", [1, 4, 12])
-def test_dpp_and_cdpruner_maximise_the_determinant(keep):
+def test_dpp_and_cdpruner_maximise_the_determinant(keep, precision):
     context = full_context()
     relevance = context.relevance.double()
     for row in range(3):
@@ -64,7 +65,7 @@ def test_dpp_and_cdpruner_maximise_the_determinant(keep):
             ("cdpruner", {"theta": 0.8}, [math.exp(alpha * value) for value in quality]),
             ("cdpruner", {"theta": 0.0}, [1.0] * 37),
         ):
-            found = kept(get_reducer(name, **options)(context, keep))[row]
+            found = kept(get_reducer(name, precision=precision, **options)(context, keep))[row]
             assert found == determinant_oracle(context.features[row], scale, keep), (name, options)
 
 
@@ -94,16 +95,36 @@ def test_what_adds_no_volume_is_taken_by_relevance():
     assert get_reducer("cdpruner")(zeros, 3).index.tolist() == [[0, 1, 5]]
 
 
+@pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("rank", [1, 2, 20])
-def test_more_tokens_than_dimensions(rank):
+def test_more_tokens_than_dimensions(rank, precision):
     features = drawn(2, 80, rank, 3) @ drawn(1, rank, 64, 4).squeeze(0)
     for name in ("dpp", "cdpruner"):
         context = make_context(features, get_reducer(name).needs)
-        for row in kept(get_reducer(name)(context, 64)):
+        for row in kept(get_reducer(name, precision=precision)(context, 64)):
             assert len(set(row)) == 64
     # The first tokens are those of the determinant, as long as it is not zero.
-    first = kept(get_reducer("dpp")(make_context(features), rank))
+    first = kept(get_reducer("dpp", precision=precision)(make_context(features), rank))
     assert first == [determinant_oracle(row, [1.0] * 80, rank) for row in features]
+
+
+@pytest.mark.parametrize("name", ["dpp", "cdpruner"])
+def test_twins_are_settled_by_raster_order_in_any_company(name):
+    """Each token three times over, in a space that the kept ones nearly fill, alone, in a batch and padded."""
+    features = drawn(4, 40, 24, 6).repeat_interleave(3, dim=1)
+    context = make_context(features, get_reducer(name).needs)
+    if context.relevance is not None:
+        context.relevance = context.relevance[:, :40].repeat_interleave(3, dim=1)
+    place = torch.full((131,), -1)
+    place[torch.randperm(131, generator=torch.Generator().manual_seed(0))[:120].sort().values] = torch.arange(120)
+    for keep in (5, 20):
+        together = kept(get_reducer(name)(context, keep))
+        assert all(token % 3 == 0 for row in together for token in row)
+        assert together == kept(get_reducer(name, precision="float64")(context, keep))
+        padded = kept(get_reducer(name)(take_tokens(context, place, 3.0), keep))
+        assert [[int(place[token]) for token in row] for row in padded] == together
+        for row in range(4):
+            assert kept(get_reducer(name)(context.select_rows(torch.tensor([row])), keep))[0] == together[row]
 
 
 def test_fastervlm_takes_the_highest():
@@ -294,6 +315,8 @@ class TestDegenerateNeeds:
         ("prumerge", {"neighbours": 2.5}),
         ("prumerge", {"plus": "yes"}),
         ("cdpruner", {"theta": 1.0}),
+        ("cdpruner", {"precision": "half"}),
+        ("dpp", {"precision": 32}),
     ],
 )
 def test_bad_options_are_named(name, options):

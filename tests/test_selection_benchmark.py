@@ -40,7 +40,7 @@ def test_quick_run_appends_to_a_ledger(tmp_path):
         done = subprocess.run([*script, "--ledger", str(ledger)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         rows = list(csv.DictReader(ledger.open()))
-        assert len(rows) == runs * 2 * 3 * 2 * (len(list_reducers()) + 2)  # shapes, metrics, a loop each
+        assert len(rows) == runs * 2 * 3 * 2 * (len(list_reducers()) + 4)  # shapes, metrics, a loop each
     assert {row["metric"] for row in rows} == {"time", "cpu_time", "operations"}
     assert all(float(row["ratio_to_baseline"]) == 1 for row in rows if row["provider"].endswith("loop over images"))
     ledger.write_text("something else\n")

@@ -94,7 +94,7 @@ class Units:
         kept = torch.zeros(rows * tokens + 1, dtype=torch.bool, device=number.device)
         kept[number.reshape(-1)] = True
         kept = kept[:-1].reshape(rows, tokens)
-        index = mask_to_index(kept, int(kept.sum(dim=1).max()), uniform=False)
+        index = mask_to_index(kept, int(kept.sum(dim=1).max()))
         return Reduction(index) if reduction.weight is None else JointReduction(index, units=self, joint=reduction)
 
 

@@ -10,6 +10,7 @@ from saccade.errors import SaccadeError
 from saccade.reducers.common import row_budget, scale_per_row
 from saccade.reducers.determinantal import greedy_map
 from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import check_precision
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -33,17 +34,20 @@ class CDPruner:
             language model's input embeddings.
         tokenizer: folder of the language model's tokenizer, to turn ids back into words for the text tower. None
             takes the folder that the model was loaded from.
+        precision: "float32" or "float64", as in `dpp`.
     """
 
     theta: float | None = None
     text_tower: str | None = None
     tokenizer: str | None = None
+    precision: str = "float32"
     needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
 
     def __post_init__(self) -> None:
         number = isinstance(self.theta, (int, float)) and not isinstance(self.theta, bool)
         if self.theta is not None and not (number and 0 <= self.theta < 1):
             raise SaccadeError(f"reducer 'cdpruner': theta={self.theta!r} is outside [0, 1)")
+        check_precision("cdpruner", self.precision)
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
@@ -52,4 +56,4 @@ class CDPruner:
         if self.theta is not None:
             # exp(alpha q) over its largest value: a common factor of the kernel changes no choice.
             quality = torch.exp((quality - 1) * (self.theta / (2 * (1 - self.theta))))
-        return greedy_map(context, row_budget(context, keep), quality)
+        return greedy_map(context, row_budget(context, keep), quality, self.precision)

@@ -10,22 +10,26 @@ import torch
 from torch import Tensor
 
 from saccade.reducers.common import Budget, ascending
-from saccade.reducers.similarity import TIE, cosine_similarity, tie_terms
+from saccade.reducers.similarity import TIE, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
-RANK_TOLERANCE = 1e-6
-"""Squared share of a token outside the span of the chosen ones below which it counts as inside: float32's resolution,
-where the recursion divides rounding errors by rounding errors and, unguarded, chooses tokens twice."""
+RANK_TOLERANCE = {torch.float32: 2.0**-14, torch.float64: 1e-6}
+"""Squared share of a token outside the span of the chosen ones below which it counts as inside: where the recursion
+would divide rounding errors by rounding errors and, unguarded, choose tokens twice."""
+GAIN_TIE = {torch.float32: 2.0**-17, torch.float64: TIE}
+"""How close two gains have to be to count as equal. The recursion adds up the errors of the cosines: in float32 up to
+3e-6 over 288 choices among 576 tokens, also of low rank."""
 
 
-def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None) -> Reduction:
-    """The greedy maximum of det L_A over A of `budget.counts` tokens.
+def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, precision: str) -> Reduction:
+    """The greedy maximum of det L_A over A of `budget.counts` tokens; of tokens that tie, the first in raster order.
 
     When no token is left that adds volume (fewer dimensions than tokens to keep, or zero quality), the rest are the
     best by quality, then the first in raster order.
 
     Args:
         quality: `(B, N)` in [0, 1], or None for 1 everywhere.
+        precision: "float32" or "float64", of the similarities and the recursion; see `cosine_similarity`.
 
     Time O(N^2 D + K^2 N) a row, memory O(N^2 + K N).
     """
@@ -33,38 +37,45 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None) -
     if budget.width == 0 or rows == 0:
         empty = torch.zeros(rows, budget.width, dtype=torch.long, device=context.features.device)
         return Reduction(empty, dense=True)
-    similarity = cosine_similarity(context.features, context)
-    device = similarity.device
+    similarity = cosine_similarity(context.features, context, precision)
+    device, dtype = similarity.device, similarity.dtype
+    tolerance, tie = RANK_TOLERANCE[dtype], GAIN_TIE[dtype]
     residual = similarity.diagonal(dim1=1, dim2=2).clone()  # 1, or 0 for zero tokens and padding
-    if quality is None:
-        quality = torch.ones((), dtype=torch.float64, device=device)
-    quality = quality.to(device, torch.float64)
-    square, ties = quality.square(), tie_terms(tokens, device)
-    # Quality ranks what has no volume left; 0.5 keeps it below any token that has.
-    leftover = 0.5 * quality - ties
-    barred = torch.zeros(rows, tokens, dtype=torch.float64, device=device)
-    if not context.dense:
-        barred.masked_fill_(~context.valid.to(device), -torch.inf)
-    factor = torch.zeros(rows, budget.width, tokens, dtype=torch.float64, device=device)
+    square = None if quality is None else quality.square().to(device, dtype)
+    leftover = _leftover_scores(context, quality).to(device)
+    factor = torch.zeros(rows, budget.width, tokens, dtype=dtype, device=device)
     chosen = []
     for step in range(budget.width):
-        gain = residual * square
-        adds = (residual > RANK_TOLERANCE) & (gain > TIE * tokens)
-        newest = (torch.where(adds, 1 + gain - ties, leftover) + barred).argmax(dim=1, keepdim=True)
+        gain = residual if square is None else residual * square
+        gain = torch.where(residual > tolerance, gain, 0)
+        best = gain.amax(dim=1, keepdim=True).sub_(tie).clamp_(min=tie)
+        # `argmax` gives the first of equal maxima; what adds volume ranks above what does not.
+        newest = leftover.masked_fill(gain > best, 1).argmax(dim=1, keepdim=True)
         chosen.append(newest)
         if step == budget.width - 1:
             break
-        barred.scatter_(1, newest, -torch.inf)
         column = newest.unsqueeze(2)
         row = similarity.gather(1, column.expand(-1, -1, tokens)).squeeze(1)
         if step:
             past = factor[:, :step]
             own = past.gather(2, column.expand(-1, step, 1))  # (B, t, 1)
-            row = torch.baddbmm(row.unsqueeze(1), own.transpose(1, 2), past, alpha=-1).squeeze(1)
+            # In place, since autocast would round the products of the other form to bfloat16.
+            row.unsqueeze(1).baddbmm_(own.transpose(1, 2), past, alpha=-1)
         left = residual.gather(1, newest)
         # A token inside the span adds no direction of its own: rounding errors must not be scaled up into one.
-        row = torch.where(left > RANK_TOLERANCE, row / left.clamp(min=RANK_TOLERANCE).sqrt(), 0)
+        row = torch.where(left > tolerance, row / left.clamp(min=tolerance).sqrt(), 0)
         factor[:, step] = row
-        residual = (residual - row.square()).clamp_(min=0)
+        residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, newest, -torch.inf)
+        leftover.scatter_(1, newest, -torch.inf)
     index = torch.cat(chosen, dim=1).to(context.features.device)
     return Reduction(ascending(index, budget, tokens), dense=budget.uniform)
+
+
+def _leftover_scores(context: VisualContext, quality: Tensor | None) -> Tensor:
+    """A score below 1 for tokens that add no volume: by `quality`, then raster order. `(B, N)`, -inf on padding."""
+    rows, tokens, _ = context.shape
+    place = torch.arange(tokens, device=context.features.device).expand(rows, tokens)
+    if quality is not None:
+        place = quality.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    score = -place.float()
+    return score if context.dense else score.masked_fill(~context.valid, -torch.inf)

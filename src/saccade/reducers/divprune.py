@@ -6,10 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
 from saccade.reducers.common import ascending, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import FLOAT32_TIE, TIE, cosine_similarity
+from saccade.reducers.similarity import FLOAT32_TIE, TIE, check_precision, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -34,8 +33,7 @@ class DivPrune:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float64", "float32"):
-            raise SaccadeError(f"reducer 'divprune': precision={self.precision!r} is neither 'float64' nor 'float32'")
+        check_precision("divprune", self.precision)
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:

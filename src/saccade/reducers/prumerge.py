@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, add_own, best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_to, tie_terms
+from saccade.reducers.similarity import cosines_by_rows, tie_terms
 from saccade.reducers.visionzip import evenly_spread
 from saccade.tokens import Reduction, VisualContext
 
@@ -48,12 +48,9 @@ class PruMerge:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) a row."""
         budget = row_budget(context, keep)
-        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
-
-    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         saliency = context.saliency.float()
-        order = best_first(saliency, context)
+        order = best_first(saliency, context, budget.width)
         rest_token = (budget.counts > 1) & (budget.counts < budget.available)
         centres = budget.counts - rest_token.long()
         by_saliency = centres - centres // 2 if self.plus else centres
@@ -62,30 +59,37 @@ class PruMerge:
             kept = kept | evenly_spread(context.valid & ~kept, centres - by_saliency)
         pruned = context.valid & ~kept
         # The pruned tokens in order of saliency: the first of them stands for all.
-        pruned_first = best_first(saliency.masked_fill(~pruned, -torch.inf), context)[:, :1]
+        pruned_first = best_first(saliency.masked_fill(~pruned, -torch.inf), context, 1)
         extra = chosen_mask(pruned_first, rest_token.long(), tokens)
-        index = mask_to_index(kept | extra, budget.width, budget.uniform)
+        index = mask_to_index(kept | extra, budget.width)
 
-        similarity = cosine_to(context.keys, index, context)  # (B, K, N)
-        similarity -= tie_terms(tokens, similarity.device)
-        device = similarity.device
-        own, pruned, extra, valid = (value.to(device) for value in (index, pruned, extra, context.valid))
-        amount = saliency.to(device).masked_fill(~valid, 0).unsqueeze(1)  # (B, 1, N)
-        if tokens:
-            similarity.scatter_(2, own.clamp(min=0).unsqueeze(2), -torch.inf)
-        if not context.dense:
-            similarity.masked_fill_(~valid.unsqueeze(1), -torch.inf)
-        nearest = similarity.topk(min(self.neighbours, max(tokens - 1, 0)), dim=2).indices
+        nearest = self._nearest(context, index)
+        amount = saliency.masked_fill(~context.valid, 0).unsqueeze(1)  # (B, 1, N)
         # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
-        weight = torch.zeros_like(similarity, dtype=torch.float32)
-        weight.scatter_(2, nearest, amount.expand_as(similarity).gather(2, nearest))
-        add_own(weight, own)
+        weight = saliency.new_zeros(*index.shape, tokens)
+        weight.scatter_(2, nearest, amount.expand_as(weight).gather(2, nearest))
+        add_own(weight, index)
         if index.shape[1]:
             # The row of the extra token; where there is none, the first row stays what it is.
-            is_extra = extra.gather(1, own.clamp(min=0)) & (own >= 0)
+            is_extra = extra.gather(1, index.clamp(min=0)) & (index >= 0)
             slot = is_extra.long().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens)
             there = is_extra.any(dim=1).view(-1, 1, 1)
             weight.scatter_(1, slot, torch.where(there, amount * pruned.unsqueeze(1), weight.gather(1, slot)))
         if not budget.uniform:
-            weight.masked_fill_((own < 0).unsqueeze(2), 0)
-        return Reduction(index, weight.to(index.device), dense=budget.uniform)
+            weight.masked_fill_((index < 0).unsqueeze(2), 0)
+        return Reduction(index, weight, dense=budget.uniform)
+
+    def _nearest(self, context: VisualContext, index: Tensor) -> Tensor:
+        """The `neighbours` tokens whose keys are nearest to that of each token `index` `(B, K)`: long `(B, K, n)`."""
+        tokens = context.shape[1]
+        count = min(self.neighbours, max(tokens - 1, 0))
+        nearest = index.new_empty(*index.shape, count)
+        for taken, similarity in cosines_by_rows(context.keys, index, context):
+            device = similarity.device
+            similarity -= tie_terms(tokens, device)
+            if tokens:
+                similarity.scatter_(2, index[taken].clamp(min=0).unsqueeze(2).to(device), -torch.inf)
+            if not context.dense:
+                similarity.masked_fill_(~context.valid[taken].unsqueeze(1).to(device), -torch.inf)
+            nearest[taken] = similarity.topk(count, dim=2).indices.to(nearest.device)
+        return nearest

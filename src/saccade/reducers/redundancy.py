@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.reducers.common import ascending, best_first, chosen_mask, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_to, mean_cosine, tie_terms
+from saccade.reducers.similarity import mean_cosine, nearest_kept, tie_terms
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -44,15 +44,14 @@ class RedundancyMerge:
         redundancy = redundancy - tie_terms(tokens, device)
         on_device = context.valid.to(device)
         # The most distinctive first.
-        order = best_first(-redundancy, VisualContext(features=redundancy.unsqueeze(2), valid=on_device))
+        scored = VisualContext(features=redundancy.unsqueeze(2), valid=on_device)
+        order = best_first(-redundancy, scored, budget.width)
         counts = budget.counts.to(device)
-        stays = chosen_mask(order[:, : budget.width], counts, tokens)
-        index = ascending(order[:, : budget.width].to(home), budget, tokens).to(device)
+        stays = chosen_mask(order, counts, tokens)
+        index = ascending(order.to(home), budget, tokens).to(device)
         if index.shape[1] == 0:
             return Reduction(index.to(home), dense=True), index.to(home)
-        similarity = cosine_to(context.features, index, context)  # (B, K, N)
-        similarity = similarity.sub_(tie_terms(index.shape[1], device).unsqueeze(1))
-        joined = similarity.masked_fill_((index < 0).unsqueeze(2), -torch.inf).argmax(dim=1)  # (B, N)
+        joined = nearest_kept(context.features, index, context)  # (B, N)
         slots = torch.arange(index.shape[1], device=device)
         member = (joined.unsqueeze(1) == slots.unsqueeze(1)) & (on_device & ~stays).unsqueeze(1)
         member |= index.unsqueeze(2) == torch.arange(tokens, device=device)

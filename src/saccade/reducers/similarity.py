@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saccade.errors import SaccadeError
 from saccade.tokens import VisualContext
 
 TIE = 2.0**-44
@@ -19,6 +20,16 @@ FLOAT32_TIE = 2.0**-18
 CHUNK_ELEMENTS = 2**25
 CPU_CHUNK_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
 CPU_BLOCKS, CPU_LEAST_BLOCK = 4, 96  # blocks a side of a product that is symmetric; with 4, 10 of 16 are computed
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Refuse what is not a precision of similarities.
+
+    Raises:
+        SaccadeError: naming the reducer, the field and its value.
+    """
+    if precision not in ("float64", "float32"):
+        raise SaccadeError(f"reducer {name!r}: precision={precision!r} is neither 'float64' nor 'float32'")
 
 
 def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
@@ -36,19 +47,6 @@ def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float
         precision: "float64" or "float32". The latter becomes float64 where float32 products are set to round to TF32
             or bfloat16, which is up to a thousand times coarser.
     """
-    return _products(x, context, precision, unit=True)
-
-
-def inner_products(x: Tensor, context: VisualContext) -> Tensor:
-    """Inner product of each pair of a row's tokens, 0 with padding: float64 `(B, N, N)`."""
-    return _products(x, context, "float64", unit=False)
-
-
-def _products(x: Tensor, context: VisualContext, precision: str, unit: bool) -> Tensor:
-    """Products of each pair of a row's tokens, or of their unit vectors: `(B, N, N)`.
-
-    Rows are converted a few at a time: on a CPU what a core's cache holds, so that memory is read and written once.
-    """
     rows, tokens, width = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
@@ -58,15 +56,15 @@ def _products(x: Tensor, context: VisualContext, precision: str, unit: bool) -> 
     dtype = torch.float32 if narrow else torch.float64
     smallest = torch.finfo(dtype).tiny
     products = torch.empty(rows, tokens, tokens, dtype=dtype, device=x.device)
-    step = rows_at_once(x)
-    buffer = torch.empty(min(step, rows), tokens, width, dtype=dtype, device=x.device)
+    # A few rows at a time: on a CPU what a core's cache holds, so that memory is read and written once.
+    step = rows_at_once(rows, tokens * width, x.device)
+    buffer = torch.empty(step, tokens, width, dtype=dtype, device=x.device)
     for start in range(0, rows, step):
         chunk = buffer[: min(step, rows - start)].copy_(x[start : start + step])
-        if unit:
-            if narrow and width:  # squares leave float32's range: first to a largest component of 1
-                low, high = chunk.amin(dim=2, keepdim=True), chunk.amax(dim=2, keepdim=True)
-                chunk.div_(torch.maximum(high, -low).clamp_(min=smallest))
-            chunk.div_(torch.linalg.vector_norm(chunk, dim=2, keepdim=True).clamp_(min=smallest))
+        if narrow and width:  # squares leave float32's range: first to a largest component of 1
+            low, high = chunk.amin(dim=2, keepdim=True), chunk.amax(dim=2, keepdim=True)
+            chunk.div_(torch.maximum(high, -low).clamp_(min=smallest))
+        chunk.div_(torch.linalg.vector_norm(chunk, dim=2, keepdim=True).clamp_(min=smallest))
         _multiply(chunk, products[start : start + step])
     return products
 
@@ -102,18 +100,37 @@ def products_are_exact(device: torch.device) -> bool:
     return precision in ("ieee", "none")
 
 
-def cosine_to(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
-    """The rows `index` (long `(B, K)`, -1 on padding) of `cosine_similarity(x, context)`: float64 `(B, K, N)`."""
+def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext) -> Iterator[tuple[slice, Tensor]]:
+    """The rows `index` (long `(B, K)`, -1 on padding) of `cosine_similarity(x, context)`, for a few images at a time.
+
+    Yields which images, and theirs: float64 `(b, K, N)`, which the next ones overwrite. With what is made of it taken
+    at once, a CPU works in its cache.
+    """
     rows, tokens, width = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
     if x.device.type == "mps":
         x, index = x.cpu(), index.cpu()
-    similarity = torch.empty(rows, index.shape[1], tokens, dtype=torch.float64, device=x.device)
-    for taken, unit in _unit_vectors(x):
+    step = rows_at_once(rows, tokens * max(width, index.shape[1]), x.device)
+    similarity = torch.empty(step, index.shape[1], tokens, dtype=torch.float64, device=x.device)
+    for taken, unit in _unit_vectors(x, step):
         picked = unit.gather(1, index[taken].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
-        torch.bmm(picked, unit.transpose(1, 2), out=similarity[taken])
-    return similarity
+        # Autocast leaves products alone that are given where to write.
+        yield taken, torch.bmm(picked, unit.transpose(1, 2), out=similarity[: len(unit)])
+
+
+def nearest_kept(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
+    """Which of the tokens `index` (long `(B, K)`, -1 on padding) has the highest cosine with a token: long `(B, N)`.
+
+    Of equals, the first. In float64 equal cosines come out within 1e-15, so that rounded to float32 they are equal.
+    """
+    nearest = torch.empty(x.shape[:2], dtype=torch.long, device=index.device)
+    absent = (index < 0).unsqueeze(2)
+    for taken, similarity in cosines_by_rows(x, index, context):
+        similarity = similarity.float().masked_fill_(absent[taken].to(similarity.device), -torch.inf)
+        # `max` gives the first of equals too, in a third of the time of `argmax`.
+        nearest[taken] = similarity.max(dim=1).indices.to(nearest.device)
+    return nearest
 
 
 def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
@@ -128,30 +145,29 @@ def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
     if x.device.type == "mps":
         x = x.cpu()
     mean = torch.empty(rows, tokens, dtype=torch.float64, device=x.device)
-    for taken, unit in _unit_vectors(x):
+    for taken, unit in _unit_vectors(x, rows_at_once(rows, tokens * x.shape[2], x.device)):
         total = torch.bmm(unit, unit.sum(dim=1).unsqueeze(2)).squeeze(2)
         mean[taken] = (total - torch.linalg.vector_norm(unit, dim=2).square()) / max(tokens, 1)
     return mean
 
 
-def _unit_vectors(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows of `x` `(B, N, D)` at a time, and their unit vectors: float64 `(b, N, D)`, zeros where x is zero.
+def _unit_vectors(x: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    """`step` rows of `x` `(B, N, D)` at a time, and their unit vectors: float64 `(b, N, D)`, zeros where x is zero.
 
     Each overwrites the one before: fresh memory costs a CPU more than the arithmetic.
     """
     rows, tokens, width = x.shape
-    step = rows_at_once(x)
-    buffer = torch.empty(min(step, rows), tokens, width, dtype=torch.float64, device=x.device)
+    buffer = torch.empty(step, tokens, width, dtype=torch.float64, device=x.device)
     for start in range(0, rows, step):
         unit = buffer[: min(step, rows - start)].copy_(x[start : start + step])
         length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
         yield slice(start, start + step), unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
 
 
-def rows_at_once(x: Tensor) -> int:
-    """Rows of `x` `(B, N, D)` to convert to a wider dtype at a time."""
-    limit = CPU_CHUNK_ELEMENTS if x.device.type == "cpu" else CHUNK_ELEMENTS
-    return max(1, limit // max(1, x.shape[1] * x.shape[2]))
+def rows_at_once(rows: int, elements: int, device: torch.device) -> int:
+    """How many of `rows`, each of so many elements, to convert to a wider dtype at a time; at least one."""
+    limit = CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+    return max(1, min(rows, limit // max(1, elements)))
 
 
 def tie_terms(tokens: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saccade.reducers.common import Budget, by_rows, chosen_mask, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import inner_products, tie_terms
+from saccade.reducers.similarity import tie_terms
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -38,8 +38,9 @@ class TokenMerging:
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rows, tokens, _ = context.shape
-        products = inner_products(context.features, context)  # (B, W, W), of the sums over each group's members
-        device = products.device
+        # The sums over each group's members (B, W, D). The MPS device has no float64.
+        sums = (context.features.cpu() if context.features.device.type == "mps" else context.features).double()
+        device = sums.device
         width, counts = tokens, budget.counts.to(device)
         alive = budget.available.to(device)
         label = valid_rank(context).to(device)  # the group of each token; `width` on padding
@@ -48,40 +49,46 @@ class TokenMerging:
             valid = context.valid.to(device)
             label = label.masked_fill(~valid, tokens)
             place = torch.where(valid, place, tokens).sort(dim=1).values
-            packed = place.clamp(max=max(tokens - 1, 0))
-            products = products.gather(1, packed.unsqueeze(2).expand(-1, -1, tokens))
-            products = products.gather(2, packed.unsqueeze(1).expand(-1, tokens, -1))
+            packed = place.clamp(max=max(tokens - 1, 0)).unsqueeze(2).expand(sums.shape)
+            sums = sums.masked_fill(~valid.unsqueeze(2), 0).gather(1, packed)
+            sums.masked_fill_((place == tokens).unsqueeze(2), 0)
         # Rows with fewer tokens or a smaller budget than the widest may take the most rounds that halving can.
         rounds = None if budget.uniform and context.dense else tokens.bit_length()
         while width > budget.width if rounds is None else rounds > 0:
             narrower = max(width - width // 2, budget.width)
-            move, survives = _round(products, alive, counts, narrower)
+            move, survives = _round(sums, alive, counts, narrower)
             label = torch.cat((move, torch.full_like(move[:, :1], narrower)), dim=1).gather(1, label)
             place = torch.where(survives, place, tokens).sort(dim=1).values[:, :narrower]
-            products = _merge(products, move, narrower)
+            sums = _merge(sums, move, narrower)
             alive = torch.minimum(alive, torch.maximum(alive - alive // 2, counts))
             width = narrower
             rounds = None if rounds is None else rounds - 1
-        member = label.unsqueeze(1) == torch.arange(budget.width, device=device).unsqueeze(1)
-        weight = member.float() / member.sum(dim=2, keepdim=True).clamp(min=1)
+        size = torch.zeros(rows, budget.width + 1, device=device)
+        size.scatter_add_(1, label, torch.ones(rows, tokens, device=device))
+        weight = torch.zeros(rows, budget.width + 1, tokens, device=device)
+        weight.scatter_(1, label.unsqueeze(1), (1 / size.gather(1, label)).unsqueeze(1))
         place = place[:, : budget.width]
         place = place if budget.uniform and context.dense else place.masked_fill(place == tokens, -1)
         home = context.features.device
-        return Reduction(place.contiguous().to(home), weight.to(home), dense=budget.uniform)
+        return Reduction(place.contiguous().to(home), weight[:, : budget.width].to(home), dense=budget.uniform)
 
 
-def _round(products: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[Tensor, Tensor]:
+def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[Tensor, Tensor]:
     """Where each of W groups goes, long `(B, W)` in [0, narrower], and which keep their place, bool `(B, W)`."""
-    rows, width, _ = products.shape
-    device = products.device
+    rows, width, _ = sums.shape
+    device = sums.device
     slot = torch.arange(width, device=device)
     real = slot < alive.unsqueeze(1)
-    length = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    cosine = products[:, 0::2, 1::2] / length[:, 0::2].unsqueeze(2) / length[:, 1::2].unsqueeze(1)
-    ties = tie_terms(width, device)
     target = slot.expand(rows, width)
-    if cosine.shape[2]:
-        cosine = (cosine - ties[: cosine.shape[2]]).masked_fill(~real[:, 1::2].unsqueeze(1), -torch.inf)
+    if width > 1:
+        ties = tie_terms(width, device)
+        even, odd = sums[:, 0::2], sums[:, 1::2]
+        # Autocast leaves products alone that are given where to write.
+        cosine = sums.new_empty(rows, even.shape[1], odd.shape[1])
+        torch.bmm(even, odd.transpose(1, 2), out=cosine)
+        length = torch.linalg.vector_norm(sums, dim=2).clamp_(min=torch.finfo(torch.float64).tiny)
+        cosine.div_(length[:, 0::2].unsqueeze(2)).div_(length[:, 1::2].unsqueeze(1)).sub_(ties[: odd.shape[1]])
+        cosine.masked_fill_(~real[:, 1::2].unsqueeze(1), -torch.inf)
         best, partner = cosine.max(dim=2)
         # The tie term of the partner's place is no part of the similarity, but far too small to matter between pairs.
         best = (best - ties[: best.shape[1]]).masked_fill(~real[:, 0::2], -torch.inf)
@@ -96,11 +103,10 @@ def _round(products: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tu
     return torch.where(real, move, narrower), survives
 
 
-def _merge(products: Tensor, move: Tensor, narrower: int) -> Tensor:
-    """Inner products `(B, narrower, narrower)` of the sums of what moves together."""
-    rows, width, _ = products.shape
-    once = products.new_zeros(rows, narrower + 1, width)
-    once.scatter_add_(1, move.unsqueeze(2).expand(-1, -1, width), products)
-    twice = products.new_zeros(rows, narrower, narrower + 1)
-    twice.scatter_add_(2, move.unsqueeze(1).expand(-1, narrower, -1), once[:, :narrower])
-    return twice[:, :, :narrower]
+def _merge(sums: Tensor, move: Tensor, narrower: int) -> Tensor:
+    """The sums `(B, narrower, D)` of what moves together; padding, which is zero, may go anywhere."""
+    rows, _, width = sums.shape
+    first = torch.arange(rows, device=sums.device).unsqueeze(1) * narrower
+    slot = move.clamp(max=narrower - 1) + first
+    merged = sums.new_zeros(rows * narrower, width).index_add_(0, slot.flatten(), sums.flatten(0, 1))
+    return merged.view(rows, narrower, width)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, add_own, best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_to, tie_terms
+from saccade.reducers.similarity import nearest_kept
 from saccade.tokens import Reduction, VisualContext
 
 
@@ -44,27 +44,21 @@ class VisionZip:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(C N Dk) a row, C contextual tokens."""
         budget = row_budget(context, keep)
-        return by_rows(self._reduce, context, budget, elements=context.shape[1] * budget.width)
-
-    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         contextual = (budget.counts.double() * self.contextual + 0.5).long()
         contextual = torch.minimum(contextual, (budget.counts - 1).clamp(min=0))
-        order = best_first(context.saliency.float(), context)[:, : budget.width]
+        order = best_first(context.saliency, context, budget.width)
         dominant = chosen_mask(order, budget.counts - contextual, tokens)
         rest = context.valid & ~dominant
         target = evenly_spread(rest, contextual)
-        index = mask_to_index(dominant | target, budget.width, budget.uniform)
+        index = mask_to_index(dominant | target, budget.width)
 
         most = min(int(budget.width * self.contextual + 0.5), max(budget.width - 1, 0))  # C, contextual tokens
         weight = context.features.new_zeros(*index.shape, tokens, dtype=torch.float32)  # (B, K, N)
         if most == 0:
             return Reduction(index, add_own(weight, index), dense=budget.uniform)
-        places = mask_to_index(target, most, uniform=False)
-        similarity = cosine_to(context.keys, places, context)  # (B, C, N)
-        similarity -= tie_terms(most, similarity.device).unsqueeze(1)
-        similarity.masked_fill_((places < 0).to(similarity.device).unsqueeze(2), -torch.inf)
-        best = similarity.argmax(dim=1).to(index.device)  # (B, N), which of the targets
+        places = mask_to_index(target, most)
+        best = nearest_kept(context.keys, places, context)  # (B, N), which of the targets
         # A target's place among the kept tokens, all of which are in raster order.
         slot = (dominant | target).cumsum(dim=1).gather(1, places.clamp(min=0)).gather(1, best) - 1
         merged = rest & ~target & (contextual > 0).unsqueeze(1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_similarity, tie_terms
+from saccade.reducers.similarity import cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
 DROPPED_A_ROUND = 8
@@ -47,11 +47,11 @@ class VisPruner:
         if budget.width == 0 or context.shape[0] == 0:
             return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
         salient = (budget.counts.double() * self.important + 0.5).long()
-        order = best_first(context.saliency.float(), context)
-        important = chosen_mask(order[:, : budget.width], salient, tokens)
+        important = chosen_mask(best_first(context.saliency, context, budget.width), salient, tokens)
         rest = context.valid & ~important
 
-        similarity = cosine_similarity(context.features, context)
+        # In float64 equal cosines come out within 1e-15 of each other, so that rounded to float32 they are equal.
+        similarity = cosine_similarity(context.features, context).float()
         device = similarity.device
         wanted = (budget.counts - salient).to(device).unsqueeze(1)
         left = (budget.available - salient).to(device).unsqueeze(1)
@@ -62,7 +62,6 @@ class VisPruner:
         rounds = tokens // DROPPED_A_ROUND + 1 + DROPPED_A_ROUND.bit_length()
         place = torch.arange(tokens, device=device)
         slots = torch.where(rest.to(device), place, tokens).sort(dim=1).values[:, :width]
-        ties = tie_terms(tokens + 1, device)
         names = place.expand(slots.shape[0], -1)  # the tokens that the rows of `similarity` stand for
         while width > target if alike else rounds > 0:
             if alike and 4 * width < 3 * similarity.shape[1]:
@@ -71,7 +70,7 @@ class VisPruner:
                 similarity = similarity.gather(2, slots.unsqueeze(1).expand(-1, width, -1))
                 names, slots = names.gather(1, slots), place[:width].expand(slots.shape[0], -1)
             even, odd = slots[:, 0::2], slots[:, 1::2]
-            best = _highest(similarity, even, odd, padded=not alike) - ties[: even.shape[1]]
+            best = _highest(similarity, even, odd, padded=not alike)
             best = best.masked_fill(even == tokens, -torch.inf)
             real = (even < tokens).sum(dim=1, keepdim=True)
             drops = torch.minimum((left - wanted).clamp(min=0, max=DROPPED_A_ROUND), real)
@@ -88,7 +87,7 @@ class VisPruner:
             slots = names.gather(1, slots)
         diverse = torch.zeros(slots.shape[0], tokens + 1, dtype=torch.bool, device=device).scatter_(1, slots, True)
         mask = important | diverse[:, :tokens].to(important.device)
-        return Reduction(mask_to_index(mask, budget.width, budget.uniform), dense=budget.uniform)
+        return Reduction(mask_to_index(mask, budget.width), dense=budget.uniform)
 
 
 def _highest(similarity: Tensor, even: Tensor, odd: Tensor, padded: bool) -> Tensor:

@@ -99,7 +99,7 @@ def merge_rest(config: SkipVisionConfig, context: VisualContext, split: Split) -
         # As many as there are: they stay as they are, in raster order.
         counts = torch.tensor(budgets, dtype=torch.long, device=device).unsqueeze(1)
         width = max(budgets, default=0)
-        return Reduction(mask_to_index(rest & (counts > 0), width, uniform=len(set(budgets)) <= 1))
+        return Reduction(mask_to_index(rest & (counts > 0), width))
     if config.merge == "none":
         number = next(number for number in range(len(left)) if budgets[number] < left[number])
         raise SaccadeError(

@@ -103,7 +103,7 @@ def _chosen(context: VisualContext, chosen: Tensor, base: list[int]) -> Split:
     counts = chosen.sum(dim=1)
     width = int(counts.max()) if counts.numel() else 0
     uniform = bool((counts == width).all())
-    index = mask_to_index(chosen, width, uniform)
+    index = mask_to_index(chosen, width)
     return Split(Reduction(index, dense=uniform), index >= 0, context.valid & ~chosen, base)
 
 
