@@ -3,9 +3,10 @@
     python benchmarks/selection.py [--quick] [--threads 1] [--repeats 7] [--device cpu|cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
-machine falls on all alike; what takes less than a tenth of a second runs once untimed before each timing. Beside the time that passed stands the processor's, which other load hardly stretches.
-Operations of the batched forms are counted on the meta device: those that a GPU is given. Each (shape, provider,
-metric) becomes one row of the ledger, which is only appended to.
+machine falls on all alike; what takes less than a tenth of a second runs once untimed before each timing. Beside the
+time that passed stands the processor's, which other load hardly stretches. Operations of the batched forms are counted
+on the meta device: those that a GPU is given. Each (shape, provider, metric) becomes one row of the ledger, which is
+only appended to.
 """
 
 import argparse

@@ -22,13 +22,14 @@ def shrink_images(pixels: Tensor, height: int, width: int) -> Tensor:
         return pixels
     rows = pixels.shape[0]
     step = max(1, CPU_CACHED_ELEMENTS // max(1, pixels[:1].numel())) if pixels.device.type == "cpu" else max(1, rows)
-    resized = [
-        torch.nn.functional.interpolate(
-            part.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
-        ).to(pixels.dtype)
-        for part in pixels.split(step)
-    ]
-    return torch.cat(resized)
+    shrunk = pixels.new_empty(rows, pixels.shape[1], height, width)
+    for part, target in zip(pixels.split(step), shrunk.split(step), strict=True):
+        target.copy_(
+            torch.nn.functional.interpolate(
+                part.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+            )
+        )
+    return shrunk
 
 
 def shrink_patches(

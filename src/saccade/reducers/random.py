@@ -57,7 +57,9 @@ class RandomSubset:
 def _mix(word: Tensor | int) -> Tensor | int:
     """A bijection of 32-bit words, held in 64 bits, that spreads each bit over all of them."""
     for _ in range(2):
-        word = ((word ^ (word >> 16)) * 0x045D9F3B) & WORD
+        word = word ^ (word >> 16)
+        word *= 0x045D9F3B
+        word &= WORD
     return word ^ (word >> 16)
 
 
