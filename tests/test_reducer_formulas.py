@@ -1,14 +1,19 @@
 """Each published method against loops written from its formula, one image and one token at a time."""
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reducer_tester import kept, make_context, special_features, take_tokens
 from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer, is_low_resolution, list_reducers
+from saccade.reducers.similarity import nearest_kept
 from saccade.tokens import VisualContext
 
 
@@ -29,6 +34,20 @@ def full_context(rows: int = 3, tokens: int = 37, seed: int = 0) -> VisualContex
 def cosine(a: Tensor, b: Tensor) -> float:
     norms = float(a.double().norm() * b.double().norm())
     return float(a.double() @ b.double()) / norms if norms else 0.0
+
+
+def signed_square(a: Tensor, b: Tensor) -> Fraction:
+    """The square of the cosine of two whole-numbered vectors, with its sign, exactly."""
+    a, b = a.long(), b.long()
+    product, lengths = int(a @ b), int(a @ a) * int(b @ b)
+    return Fraction(product * abs(product), lengths) if lengths else Fraction(0)
+
+
+Likeness = Callable[[Tensor, Tensor], float | Fraction]
+WHOLE_NUMBERS = st.integers(0, 2**32 - 1).map(
+    lambda seed: torch.randint(-2, 3, (2, 1 + seed % 29, 5), generator=torch.Generator().manual_seed(seed)).float()
+)
+"""Tokens `(2, N, 5)` whose cosines are often equal, and not often equal in floating point."""
 
 
 def by_saliency(saliency: Tensor, among: list[int]) -> list[int]:
@@ -167,14 +186,16 @@ def test_visionzip_equals_the_loop(keep, share):
         torch.testing.assert_close(reduction.weight[row], weight)
 
 
-def vispruner_oracle(context: VisualContext, row: int, keep: int) -> list[int]:
+def vispruner_oracle(context: VisualContext, row: int, keep: int, likeness: Likeness = cosine) -> list[int]:
     tokens = context.shape[1]
     important = by_saliency(context.saliency[row], list(range(tokens)))[: math.floor(keep / 2 + 0.5)]
     rest = [token for token in range(tokens) if token not in important]
     features = context.features[row]
     while len(rest) > keep - len(important):
         even, odd = rest[0::2], rest[1::2]
-        score = {token: max((cosine(features[token], features[other]) for other in odd), default=-2) for token in even}
+        score = {
+            token: max((likeness(features[token], features[other]) for other in odd), default=-2) for token in even
+        }
         drop = min(8, len(rest) - (keep - len(important)), len(even))
         dropped = sorted(even, key=lambda token: -score[token])[:drop]
         rest = [token for token in rest if token not in dropped]
@@ -191,8 +212,21 @@ def test_vispruner_equals_the_loop(keep):
     assert kept(ragged) == [vispruner_oracle(context, row, count) for row, count in enumerate((keep, 1, 50))]
 
 
+@settings(max_examples=100, deadline=None)
+@given(WHOLE_NUMBERS, st.integers(1, 29))
+def test_vispruner_and_prumerge_settle_ties_by_raster_order(tokens, keep):
+    keep = min(keep, tokens.shape[1])
+    context = VisualContext(tokens, keys=tokens, saliency=drawn(2, tokens.shape[1], 1, 4).squeeze(2).sigmoid())
+    pruned, merged = get_reducer("vispruner")(context, keep), get_reducer("prumerge", neighbours=3)(context, keep)
+    for row in range(2):
+        assert kept(pruned)[row] == vispruner_oracle(context, row, keep, signed_square)
+        index, weight = prumerge_oracle(context, row, keep, False, 3, signed_square)
+        assert merged.index[row].tolist() == index
+        torch.testing.assert_close(merged.weight[row], weight)
+
+
 def prumerge_oracle(
-    context: VisualContext, row: int, keep: int, plus: bool, neighbours: int
+    context: VisualContext, row: int, keep: int, plus: bool, neighbours: int, likeness: Likeness = cosine
 ) -> tuple[list[int], Tensor]:
     tokens = context.shape[1]
     saliency, keys = context.saliency[row], context.keys[row]
@@ -207,7 +241,7 @@ def prumerge_oracle(
     weight = torch.zeros(tokens, tokens)
     for centre in kept_tokens:
         weight[centre, centre] = 1
-        others = sorted(set(range(tokens)) - {centre}, key=lambda token: -cosine(keys[centre], keys[token]))
+        others = sorted(set(range(tokens)) - {centre}, key=lambda token: -likeness(keys[centre], keys[token]))
         for token in others[:neighbours]:
             weight[centre, token] = saliency[token]
     index = list(kept_tokens)
@@ -230,16 +264,47 @@ def test_prumerge_equals_the_loop(keep, plus):
             torch.testing.assert_close(reduction.weight[row], weight)
 
 
-def tome_oracle(features: Tensor, keep: int) -> tuple[list[int], Tensor]:
-    """Lists of members, whose mean is recomputed from the features in every round."""
+@settings(max_examples=200, deadline=None)
+@given(WHOLE_NUMBERS, st.data())
+def test_the_first_of_equally_near_tokens_is_joined(tokens, data):
+    count = tokens.shape[1]
+    index = torch.tensor([sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))] * 2)
+    found = nearest_kept(tokens, index, make_context(tokens))
+    for row in range(2):
+        for token in range(count):
+            near = [signed_square(tokens[row, token], tokens[row, kept_one]) for kept_one in index[row]]
+            assert found[row, token] == near.index(max(near))
+
+
+@settings(max_examples=200, deadline=None)
+@given(WHOLE_NUMBERS, st.integers(1, 29))
+def test_tome_settles_ties_by_raster_order(tokens, keep):
+    reduction = get_reducer("tome")(make_context(tokens), keep)
+    for row in range(2):
+        index, weight = tome_oracle(tokens[row], keep, exact_cosine_of_means(tokens[row]))
+        assert reduction.index[row].tolist() == index
+        torch.testing.assert_close(reduction.weight[row], weight)
+
+
+def exact_cosine_of_means(features: Tensor) -> Callable[[list[int], list[int]], Fraction]:
+    return lambda a, b: signed_square(features[a].sum(dim=0), features[b].sum(dim=0))
+
+
+def cosine_of_means(features: Tensor) -> Callable[[list[int], list[int]], float]:
+    return lambda a, b: cosine(features[a].double().mean(dim=0), features[b].double().mean(dim=0))
+
+
+def tome_oracle(
+    features: Tensor, keep: int, similarity: Callable[[list[int], list[int]], float | Fraction]
+) -> tuple[list[int], Tensor]:
+    """Lists of members, whose likeness is computed anew from the features in every round."""
     groups = [[token] for token in range(len(features))]  # the first member says where a group stands
     while len(groups) > keep:
-        means = [features[group].double().mean(dim=0) for group in groups]
         even, odd = range(0, len(groups), 2), range(1, len(groups), 2)
         pairs = []
         for one in even:
-            partner = max(odd, key=lambda other: cosine(means[one], means[other]))
-            pairs.append((cosine(means[one], means[partner]), one, partner))
+            near = [similarity(groups[one], groups[other]) for other in odd]
+            pairs.append((max(near), one, odd[near.index(max(near))]))
         pairs.sort(key=lambda pair: (-pair[0], pair[1]))
         gone = pairs[: min(len(groups) // 2, len(groups) - keep)]
         for _, one, partner in gone:
@@ -260,7 +325,7 @@ def test_tome_equals_the_loop(tokens, keep):
         reduction = get_reducer("tome")(context, budget)
         for row in range(3):
             count = keep if isinstance(budget, int) else int(budget[row])
-            index, weight = tome_oracle(context.features[row], count)
+            index, weight = tome_oracle(context.features[row], count, cosine_of_means(context.features[row]))
             assert kept(reduction)[row] == index
             torch.testing.assert_close(reduction.weight[row, :count], weight)
             assert not reduction.weight[row, count:].any()

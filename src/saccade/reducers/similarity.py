@@ -119,15 +119,23 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext) -> Iterato
         yield taken, torch.bmm(picked, unit.transpose(1, 2), out=similarity[: len(unit)])
 
 
+def levelled(similarity: Tensor) -> Tensor:
+    """2 + `similarity`, float64 cosines, in float32: there equals are equal, which float64 leaves 1e-15 apart.
+
+    The 2 is for cosines near zero, where float32 would still tell such differences apart. It is added in place.
+    """
+    return similarity.add_(2).float()
+
+
 def nearest_kept(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     """Which of the tokens `index` (long `(B, K)`, -1 on padding) has the highest cosine with a token: long `(B, N)`.
 
-    Of equals, the first. In float64 equal cosines come out within 1e-15, so that rounded to float32 they are equal.
+    Of equals, the first.
     """
     nearest = torch.empty(x.shape[:2], dtype=torch.long, device=index.device)
     absent = (index < 0).unsqueeze(2)
     for taken, similarity in cosines_by_rows(x, index, context):
-        similarity = similarity.float().masked_fill_(absent[taken].to(similarity.device), -torch.inf)
+        similarity = levelled(similarity).masked_fill_(absent[taken].to(similarity.device), -torch.inf)
         # `max` gives the first of equals too, in a third of the time of `argmax`.
         nearest[taken] = similarity.max(dim=1).indices.to(nearest.device)
     return nearest

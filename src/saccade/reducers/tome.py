@@ -90,8 +90,8 @@ def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[
         cosine.div_(length[:, 0::2].unsqueeze(2)).div_(length[:, 1::2].unsqueeze(1)).sub_(ties[: odd.shape[1]])
         cosine.masked_fill_(~real[:, 1::2].unsqueeze(1), -torch.inf)
         best, partner = cosine.max(dim=2)
-        # The tie term of the partner's place is no part of the similarity, but far too small to matter between pairs.
-        best = (best - ties[: best.shape[1]]).masked_fill(~real[:, 0::2], -torch.inf)
+        # Between pairs the even token's place settles ties, and no longer its partner's.
+        best = (best + ties[partner] - ties[: best.shape[1]]).masked_fill(~real[:, 0::2], -torch.inf)
         merges = torch.minimum(alive // 2, (alive - counts).clamp(min=0))
         order = best.sort(dim=1, descending=True, stable=True).indices
         merged = chosen_mask(order, merges, best.shape[1])

@@ -9,7 +9,7 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosine_similarity
+from saccade.reducers.similarity import cosine_similarity, levelled
 from saccade.tokens import Reduction, VisualContext
 
 DROPPED_A_ROUND = 8
@@ -50,8 +50,7 @@ class VisPruner:
         important = chosen_mask(best_first(context.saliency, context, budget.width), salient, tokens)
         rest = context.valid & ~important
 
-        # In float64 equal cosines come out within 1e-15 of each other, so that rounded to float32 they are equal.
-        similarity = cosine_similarity(context.features, context).float()
+        similarity = levelled(cosine_similarity(context.features, context))
         device = similarity.device
         wanted = (budget.counts - salient).to(device).unsqueeze(1)
         left = (budget.available - salient).to(device).unsqueeze(1)
@@ -91,18 +90,18 @@ class VisPruner:
 
 
 def _highest(similarity: Tensor, even: Tensor, odd: Tensor, padded: bool) -> Tensor:
-    """The highest similarity `(B, E)` of each even token to an odd one; -2, less than any, where there is none.
+    """The highest similarity `(B, E)`, 2 more, of each even token to an odd one; 0, less than any, if there is none.
 
     Args:
         padded: whether `even` and `odd` may hold padding, the number of tokens N.
     """
     if odd.shape[1] == 0:
-        return torch.full(even.shape, -2.0, dtype=similarity.dtype, device=similarity.device)
+        return similarity.new_zeros(even.shape)
     rows, tokens, _ = similarity.shape
     # Whole rows are read many times faster than single entries, and the matrix is symmetric.
     first = torch.arange(rows, device=similarity.device).unsqueeze(1) * tokens
     block = similarity.view(-1, tokens).index_select(0, (odd.clamp(max=tokens - 1) + first).reshape(-1))
     block = block.view(rows, -1, tokens)  # (B, O, N)
     if padded:
-        block.masked_fill_((odd == tokens).unsqueeze(2), -2.0)
+        block.masked_fill_((odd == tokens).unsqueeze(2), 0)
     return block.amax(dim=1).gather(1, even.clamp(max=tokens - 1))
