@@ -140,6 +140,10 @@ class ReducerTester:
         assert torch.equal(
             reduction.apply(context.features)[0], torch.zeros_like(reduction.apply(context.features)[0])
         )
+        nothing = make_context(self.features(2, 9), reducer.needs, valid=torch.zeros(2, 9, dtype=torch.bool))
+        for keep in (4, torch.tensor([4, 2])):
+            assert kept(reducer(nothing, keep)) == [[], []]
+            assert not reducer(nothing, keep).apply(nothing.features).any()
 
     def test_distinct_on_degenerate_features(self, name, reducer):
         for kind, features in special_features(25, 12).items():

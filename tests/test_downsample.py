@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saccade import SaccadeError, prune_inputs
 from saccade.families import get_family
 from saccade.families.collect import encode_for
-from saccade.families.resolution import shrink_patches
+from saccade.families.resolution import shrink_images, shrink_patches
 from saccade.pruning import reduce
 from saccade.reducers import get_reducer
 from saccade.reducers.downsample import grid_places, lower_grid
@@ -112,6 +112,17 @@ def test_the_tower_sees_the_smaller_images_only(name):
     assert seen[1] / seen[0] == pytest.approx(int(counts.sum()) / int(context.valid.sum()))
     filled = context.features.abs().sum(dim=2) > 0
     assert torch.equal(filled, tester.kept_mask(reduction.index, context.shape[1]))
+
+
+@pytest.mark.parametrize("at_once", [1, 2**20])
+def test_gradients_reach_the_pixels_of_full_images(at_once, monkeypatch):
+    monkeypatch.setattr("saccade.families.resolution.CPU_CACHED_ELEMENTS", at_once)
+    pixels = torch.rand(3, 2, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    small = shrink_images(pixels, 14, 14)
+    expected = F.interpolate(pixels, size=(14, 14), mode="bicubic", antialias=True)
+    torch.testing.assert_close(small, expected)
+    found, wanted = (torch.autograd.grad(images.square().sum(), pixels)[0] for images in (small, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_features_equal_the_stock_model_on_a_resized_image():

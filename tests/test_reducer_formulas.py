@@ -114,6 +114,16 @@ def test_what_adds_no_volume_is_taken_by_relevance():
     assert get_reducer("cdpruner")(zeros, 3).index.tolist() == [[0, 1, 5]]
 
 
+@pytest.mark.parametrize("theta", [None, 0.5, 0.9, 0.95])
+def test_cdpruner_compares_small_qualities_too(theta):
+    """One token is a hundred times as relevant as all others, whose qualities lie near zero then."""
+    context = make_context(drawn(4, 150, 64, 0), get_reducer("cdpruner").needs)
+    context.relevance = context.relevance.clone()
+    context.relevance[:, 17] = 100.0
+    single = get_reducer("cdpruner", theta=theta)(context, 32).index
+    assert torch.equal(single, get_reducer("cdpruner", theta=theta, precision="float64")(context, 32).index)
+
+
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("rank", [1, 2, 20])
 def test_more_tokens_than_dimensions(rank, precision):

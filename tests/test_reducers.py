@@ -23,8 +23,9 @@ from saccade.reducers.similarity import FLOAT32_TIE, cosine_similarity, products
 from saccade.tokens import Reduction, VisualContext
 
 BY_ROWS = ["tome", "vispruner"]
-COSINES_BY_ROWS = ["prumerge", "redundancy", "visionzip"]
 """Reducers that take a few rows at a time on a CPU."""
+COSINES_BY_ROWS = ["prumerge", "redundancy", "visionzip"]
+"""Those that do so for cosines alone."""
 
 
 class TestEveryReducer(ReducerTester):

@@ -23,11 +23,10 @@ def shrink_images(pixels: Tensor, height: int, width: int) -> Tensor:
     rows = pixels.shape[0]
     step = max(1, CPU_CACHED_ELEMENTS // max(1, pixels[:1].numel())) if pixels.device.type == "cpu" else max(1, rows)
     shrunk = pixels.new_empty(rows, pixels.shape[1], height, width)
-    for part, target in zip(pixels.split(step), shrunk.split(step), strict=True):
-        target.copy_(
-            torch.nn.functional.interpolate(
-                part.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
-            )
+    for start in range(0, rows, step):
+        part = pixels[start : start + step].float()
+        shrunk[start : start + step] = torch.nn.functional.interpolate(
+            part, size=(height, width), mode="bicubic", antialias=True, align_corners=False
         )
     return shrunk
 

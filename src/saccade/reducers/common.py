@@ -13,6 +13,7 @@ from saccade.errors import SaccadeError
 from saccade.tokens import Reduction, VisualContext
 
 CPU_CACHED_ELEMENTS = 2**20
+GPU_ELEMENTS = 2**27  # a gigabyte of float64
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,15 @@ def by_rows(
 ) -> Reduction:
     """`reduce(context, budget)`; on a CPU a few rows at a time, so that what it works on stays in a core's cache.
 
-    A GPU gets all rows at once: there the number of operations counts.
+    A GPU gets as many as its memory may be asked for: there the number of operations counts.
 
     Args:
         elements: numbers that `reduce` works on for each row.
     """
     rows = context.shape[0]
-    step = max(1, CPU_CACHED_ELEMENTS // max(1, elements))
-    if context.features.device.type != "cpu" or step >= rows:
+    step = CPU_CACHED_ELEMENTS if context.features.device.type == "cpu" else GPU_ELEMENTS
+    step = max(1, step // max(1, elements))
+    if step >= rows:
         return reduce(context, budget)
     index, weight, dense = None, None, True
     for start in range(0, rows, step):
@@ -111,7 +113,7 @@ def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
 
 
 def best_first(score: Tensor, context: VisualContext, count: int) -> Tensor:
-    """The `count` tokens of highest `score` `(B, N)`, the best first: long `(B, count)`.
+    """The `count` tokens of highest `score` `(B, N)`, the best first: long `(B, min(count, N))`.
 
     Equals come in raster order, wherever the padding lies, and padding last.
     """

@@ -17,8 +17,8 @@ RANK_TOLERANCE = {torch.float32: 2.0**-14, torch.float64: 1e-6}
 """Squared share of a token outside the span of the chosen ones below which it counts as inside: where the recursion
 would divide rounding errors by rounding errors and, unguarded, choose tokens twice."""
 GAIN_TIE = {torch.float32: 2.0**-17, torch.float64: TIE}
-"""How close two gains have to be to count as equal. The recursion adds up the errors of the cosines: in float32 up to
-3e-6 over 288 choices among 576 tokens, also of low rank."""
+"""How close two residuals have to be to count as equal. The recursion adds up the errors of the cosines: in float32 up
+to 3e-6 over 288 choices among 576 tokens, also of low rank."""
 
 
 def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, precision: str) -> Reduction:
@@ -48,9 +48,9 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
     for step in range(budget.width):
         gain = residual if square is None else residual * square
         gain = torch.where(residual > tolerance, gain, 0)
-        best = gain.amax(dim=1, keepdim=True).sub_(tie).clamp_(min=tie)
+        best = (gain - (tie if square is None else tie * square)).amax(dim=1, keepdim=True)
         # `argmax` gives the first of equal maxima; what adds volume ranks above what does not.
-        newest = leftover.masked_fill(gain > best, 1).argmax(dim=1, keepdim=True)
+        newest = leftover.masked_fill((gain >= best) & (gain > 0), 1).argmax(dim=1, keepdim=True)
         chosen.append(newest)
         if step == budget.width - 1:
             break

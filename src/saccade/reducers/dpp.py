@@ -19,9 +19,10 @@ class Determinantal:
     """Keeps the tokens whose unit vectors span the largest volume: greedy max of det S over the kept tokens.
 
     S is the matrix of cosine similarities (CDPruner's kernel, arXiv 2506.10967, with every relevance equal to 1).
-    Where the features have fewer dimensions than there are tokens to keep, the rest are the first in raster order.
-    Of tokens that tie, the first in raster order is taken; volumes whose last factors differ by less than rounding may
-    count as equal, 2^-17 in float32 and 2^-44 in float64.
+    Of tokens that tie, the first in raster order is taken, and what of a token lies outside the span of the kept ones
+    is known to 2^-17 of its squared length in float32 and to 2^-44 in float64. A token with less than 2^-14 of it out
+    there (10^-6 in float64) adds nothing; where there are no others, as on a blank image or with fewer dimensions than
+    tokens to keep, the rest are the first in raster order.
 
     Args:
         precision: of the similarities and the volumes: "float32", or "float64", which takes twice as long on a CPU and

@@ -27,5 +27,5 @@ class FasterVLM:
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Index `(B, K)` of the most salient tokens. Time O(N log N) a row."""
         budget = row_budget(context, keep)
-        order = best_first(context.saliency, context, budget.width)
+        order = best_first(context.saliency.float(), context, budget.width)
         return Reduction(ascending(order, budget, context.shape[1]), dense=budget.uniform)

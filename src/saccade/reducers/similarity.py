@@ -44,13 +44,13 @@ def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float
     Args:
         x: `(B, N, D)`, any dtype; values on padding do not matter.
         context: says what is padding.
-        precision: "float64" or "float32". The latter becomes float64 where float32 products are set to round to TF32
-            or bfloat16, which is up to a thousand times coarser.
+        precision: "float64" or "float32". The latter becomes float64 where `x` is, and where float32 products are set
+            to round to TF32 or bfloat16, which is up to a thousand times coarser.
     """
     rows, tokens, width = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
-    narrow = precision == "float32" and products_are_exact(x.device)
+    narrow = precision == "float32" and x.dtype != torch.float64 and products_are_exact(x.device)
     if x.device.type == "mps" and not narrow:  # has no float64
         x = x.cpu()
     dtype = torch.float32 if narrow else torch.float64
@@ -119,14 +119,6 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext) -> Iterato
         yield taken, torch.bmm(picked, unit.transpose(1, 2), out=similarity[: len(unit)])
 
 
-def levelled(similarity: Tensor) -> Tensor:
-    """2 + `similarity`, float64 cosines, in float32: there equals are equal, which float64 leaves 1e-15 apart.
-
-    The 2 is for cosines near zero, where float32 would still tell such differences apart. It is added in place.
-    """
-    return similarity.add_(2).float()
-
-
 def nearest_kept(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     """Which of the tokens `index` (long `(B, K)`, -1 on padding) has the highest cosine with a token: long `(B, N)`.
 
@@ -135,7 +127,8 @@ def nearest_kept(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     nearest = torch.empty(x.shape[:2], dtype=torch.long, device=index.device)
     absent = (index < 0).unsqueeze(2)
     for taken, similarity in cosines_by_rows(x, index, context):
-        similarity = levelled(similarity).masked_fill_(absent[taken].to(similarity.device), -torch.inf)
+        similarity -= tie_terms(index.shape[1], similarity.device).unsqueeze(1)
+        similarity.masked_fill_(absent[taken].to(similarity.device), -torch.inf)
         # `max` gives the first of equals too, in a third of the time of `argmax`.
         nearest[taken] = similarity.max(dim=1).indices.to(nearest.device)
     return nearest

@@ -38,6 +38,9 @@ class TokenMerging:
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rows, tokens, _ = context.shape
+        if budget.width == 0:
+            index = torch.zeros(rows, 0, dtype=torch.long, device=context.features.device)
+            return Reduction(index, context.features.new_zeros(rows, 0, tokens, dtype=torch.float32), dense=True)
         # The sums over each group's members (B, W, D). The MPS device has no float64.
         sums = (context.features.cpu() if context.features.device.type == "mps" else context.features).double()
         device = sums.device
@@ -65,12 +68,13 @@ class TokenMerging:
             rounds = None if rounds is None else rounds - 1
         size = torch.zeros(rows, budget.width + 1, device=device)
         size.scatter_add_(1, label, torch.ones(rows, tokens, device=device))
-        weight = torch.zeros(rows, budget.width + 1, tokens, device=device)
-        weight.scatter_(1, label.unsqueeze(1), (1 / size.gather(1, label)).unsqueeze(1))
+        share = torch.where(label < budget.width, 1 / size.gather(1, label), 0)
+        weight = torch.zeros(rows, budget.width, tokens, device=device)
+        weight.scatter_(1, label.clamp(max=budget.width - 1).unsqueeze(1), share.unsqueeze(1))
         place = place[:, : budget.width]
         place = place if budget.uniform and context.dense else place.masked_fill(place == tokens, -1)
         home = context.features.device
-        return Reduction(place.contiguous().to(home), weight[:, : budget.width].to(home), dense=budget.uniform)
+        return Reduction(place.contiguous().to(home), weight.to(home), dense=budget.uniform)
 
 
 def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ class VisionZip:
         tokens = context.shape[1]
         contextual = (budget.counts.double() * self.contextual + 0.5).long()
         contextual = torch.minimum(contextual, (budget.counts - 1).clamp(min=0))
-        order = best_first(context.saliency, context, budget.width)
+        order = best_first(context.saliency.float(), context, budget.width)
         dominant = chosen_mask(order, budget.counts - contextual, tokens)
         rest = context.valid & ~dominant
         target = evenly_spread(rest, contextual)
