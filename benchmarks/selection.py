@@ -1,6 +1,6 @@
 """Time and tensor operations of every reducer, beside a per-image loop.
 
-    python benchmarks/selection.py [--quick] [--threads 1] [--repeats 7] [--device cpu|cuda] [--ledger FILE]
+    python benchmarks/selection.py [--quick] [--only NAMES] [--threads 1] [--repeats 7] [--device cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
 machine falls on all alike; what takes less than a fifth of a second runs once untimed before each timing. Beside the
@@ -121,7 +121,9 @@ def rows_equal(batched: Reduction, looped: Reduction) -> int:
     return int(same.sum())
 
 
-def measure(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
+def measure(
+    names: list[str], shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int
+) -> dict:
     """By provider: milliseconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
 
     `random` and its loop draw other numbers, so nothing is said about their rows.
@@ -129,10 +131,12 @@ def measure(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device:
     keep, meta = shape[2], torch.device("meta")
     context, pixels = make_context(shape, width, dtype, device), make_pixels(shape, dtype, device)
     empty, no_pixels = make_context(shape, width, dtype, meta), make_pixels(shape, dtype, meta)
+    known = providers()
     calls: dict[str, Callable[[], Reduction]] = {}
     results: dict[str, dict] = {}
     warm: dict[str, bool] = {}
-    for name, reducer in providers().items():
+    for name in names:
+        reducer = known[name]
         calls[name] = partial(reduce_batch, name, reducer, context, pixels, keep)
         calls[name + LOOP] = partial(loop_over_images, name, reducer, context, pixels, keep)
         with OperationCount() as batched:
@@ -196,6 +200,7 @@ def show(console: Console, rows: list[dict], results: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing kept unless --ledger is given")
+    parser.add_argument("--only", default="", help="names of providers, with semicolons between; all by default")
     parser.add_argument("--width", type=int, default=1024, help="feature width D")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -212,10 +217,13 @@ def main() -> None:
             check_ledger(ledger)
         except SaccadeError as error:
             raise SystemExit(str(error)) from error
+    names = [name.strip() for name in arguments.only.split(";") if name.strip()] or list(providers())
+    if unknown := [name for name in names if name not in providers()]:
+        raise SystemExit(f"--only {unknown[0]!r}: choose of {'; '.join(providers())}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
         dtype = getattr(torch, arguments.dtype)
-        results = measure(shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
+        results = measure(names, shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
         rows = ledger_rows(shape, results, arguments)
         show(console, rows, results)
         if ledger is not None:

@@ -24,9 +24,9 @@ def shrink_images(pixels: Tensor, height: int, width: int) -> Tensor:
     step = max(1, CPU_CACHED_ELEMENTS // max(1, pixels[:1].numel())) if pixels.device.type == "cpu" else max(1, rows)
     shrunk = pixels.new_empty(rows, pixels.shape[1], height, width)
     for start in range(0, rows, step):
-        part = pixels[start : start + step].float()
+        # Not by name, or the float32 images of two rounds would be there at once.
         shrunk[start : start + step] = torch.nn.functional.interpolate(
-            part, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+            pixels[start : start + step].float(), (height, width), mode="bicubic", antialias=True, align_corners=False
         )
     return shrunk
 
