@@ -186,6 +186,8 @@ import os, signal, sys
 from saccade.cli.main import main
 from saccade.training import checks
 
+# Ignored where whoever runs the tests put them into the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 check_data = checks.check_data
 
 def interrupted(*args, progress, **options):

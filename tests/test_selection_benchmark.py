@@ -24,7 +24,7 @@ def selection():
 
 @pytest.mark.parametrize("shape", [(3, 144, 14), (2, 180, 24)])
 def test_batched_and_loop_choose_the_same(selection, shape):
-    results = selection.measure(shape, 48, torch.float32, torch.device("cpu"), repeats=1)
+    results = selection.measure(list(selection.providers()), shape, 48, torch.float32, torch.device("cpu"), repeats=1)
     batched = {name: result["equal"] for name, result in results.items() if not name.endswith(selection.LOOP)}
     assert set(list_reducers()) <= set(batched)
     assert {name for name, equal in batched.items() if equal is None} == {"random", selection.SEEDED}
@@ -48,3 +48,16 @@ def test_quick_run_appends_to_a_ledger(tmp_path):
     assert done.returncode == 1
     assert "is not a ledger's header" in done.stderr
     assert ledger.read_text() == "something else\n"
+
+
+def test_some_providers_only(tmp_path):
+    script = [sys.executable, str(BENCHMARKS / "selection.py"), "--quick", "--repeats", "1", "--width", "32"]
+    ledger = tmp_path / "ledger.csv"
+    chosen = [*script, "--only", "uniform; random, seeded", "--ledger", str(ledger)]
+    done = subprocess.run(chosen, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {row["provider"] for row in csv.DictReader(ledger.open())}
+    assert found == {"uniform", "random, seeded", "uniform, loop over images", "random, seeded, loop over images"}
+    done = subprocess.run([*script, "--only", "unifrom"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--only 'unifrom'" in done.stderr
