@@ -122,7 +122,12 @@ def rows_equal(batched: Reduction, looped: Reduction) -> int:
 
 
 def measure(
-    names: list[str], shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device, repeats: int
+    chosen: dict[str, Reducer],
+    shape: tuple[int, int, int],
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int,
 ) -> dict:
     """By provider: milliseconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
 
@@ -131,12 +136,10 @@ def measure(
     keep, meta = shape[2], torch.device("meta")
     context, pixels = make_context(shape, width, dtype, device), make_pixels(shape, dtype, device)
     empty, no_pixels = make_context(shape, width, dtype, meta), make_pixels(shape, dtype, meta)
-    known = providers()
     calls: dict[str, Callable[[], Reduction]] = {}
     results: dict[str, dict] = {}
     warm: dict[str, bool] = {}
-    for name in names:
-        reducer = known[name]
+    for name, reducer in chosen.items():
         calls[name] = partial(reduce_batch, name, reducer, context, pixels, keep)
         calls[name + LOOP] = partial(loop_over_images, name, reducer, context, pixels, keep)
         with OperationCount() as batched:
@@ -217,13 +220,15 @@ def main() -> None:
             check_ledger(ledger)
         except SaccadeError as error:
             raise SystemExit(str(error)) from error
-    names = [name.strip() for name in arguments.only.split(";") if name.strip()] or list(providers())
-    if unknown := [name for name in names if name not in providers()]:
-        raise SystemExit(f"--only {unknown[0]!r}: choose of {'; '.join(providers())}")
+    known = providers()
+    names = [name.strip() for name in arguments.only.split(";") if name.strip()] or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"--only {unknown[0]!r}: choose of {'; '.join(known)}")
+    chosen = {name: known[name] for name in names}
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
         dtype = getattr(torch, arguments.dtype)
-        results = measure(names, shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
+        results = measure(chosen, shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
         rows = ledger_rows(shape, results, arguments)
         show(console, rows, results)
         if ledger is not None:

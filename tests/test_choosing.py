@@ -31,7 +31,6 @@ class TestFewRowsAtATime:
         whole = reducer(context, keep)
         calls = []
         monkeypatch.setattr("saccade.reducers.common.CPU_CACHED_ELEMENTS", 1)
-        monkeypatch.setattr("saccade.reducers.similarity.CPU_CHUNK_ELEMENTS", 1)
         if name in BY_ROWS:
             monkeypatch.setattr(VisualContext, "select_rows", counted(VisualContext.select_rows, calls))
         else:

@@ -116,7 +116,7 @@ def test_the_tower_sees_the_smaller_images_only(name):
 
 @pytest.mark.parametrize("at_once", [1, 2**20])
 def test_gradients_reach_the_pixels_of_full_images(at_once, monkeypatch):
-    monkeypatch.setattr("saccade.families.resolution.CPU_CACHED_ELEMENTS", at_once)
+    monkeypatch.setattr("saccade.reducers.common.CPU_CACHED_ELEMENTS", at_once)
     pixels = torch.rand(3, 2, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
     small = shrink_images(pixels, 14, 14)
     expected = F.interpolate(pixels, size=(14, 14), mode="bicubic", antialias=True)

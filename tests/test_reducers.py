@@ -423,7 +423,7 @@ for setting in (
     def test_chunks_of_rows_give_the_same(self, monkeypatch):
         features = torch.randn(5, 20, 7, generator=torch.Generator().manual_seed(2))
         whole = get_reducer("divprune")(make_context(features), 6).index
-        monkeypatch.setattr("saccade.reducers.similarity.CPU_CHUNK_ELEMENTS", 2 * 20 * 7)
+        monkeypatch.setattr("saccade.reducers.common.CPU_CACHED_ELEMENTS", 2 * 20 * 7)
         assert torch.equal(get_reducer("divprune")(make_context(features), 6).index, whole)
 
     def test_padding_is_no_neighbour_of_the_first_pick(self):

@@ -24,7 +24,7 @@ def selection():
 
 @pytest.mark.parametrize("shape", [(3, 144, 14), (2, 180, 24)])
 def test_batched_and_loop_choose_the_same(selection, shape):
-    results = selection.measure(list(selection.providers()), shape, 48, torch.float32, torch.device("cpu"), repeats=1)
+    results = selection.measure(selection.providers(), shape, 48, torch.float32, torch.device("cpu"), repeats=1)
     batched = {name: result["equal"] for name, result in results.items() if not name.endswith(selection.LOOP)}
     assert set(list_reducers()) <= set(batched)
     assert {name for name, equal in batched.items() if equal is None} == {"random", selection.SEEDED}

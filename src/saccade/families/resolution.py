@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saccade.families.base import Encoded, square_grid
-from saccade.reducers.common import CPU_CACHED_ELEMENTS
+from saccade.reducers.common import GPU_ELEMENTS, rows_at_once
 from saccade.reducers.downsample import grid_places
 from saccade.tokens import VisualContext
 
@@ -21,7 +21,7 @@ def shrink_images(pixels: Tensor, height: int, width: int) -> Tensor:
     if tuple(pixels.shape[-2:]) == (height, width):
         return pixels
     rows = pixels.shape[0]
-    step = max(1, CPU_CACHED_ELEMENTS // max(1, pixels[:1].numel())) if pixels.device.type == "cpu" else max(1, rows)
+    step = rows_at_once(rows, pixels[:1].numel(), pixels.device, GPU_ELEMENTS)
     shrunk = pixels.new_empty(rows, pixels.shape[1], height, width)
     for start in range(0, rows, step):
         # Not by name, or the float32 images of two rounds would be there at once.

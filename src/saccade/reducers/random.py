@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import ascending, row_budget, valid_rank
+from saccade.reducers.common import ascending, row_budget, rows_at_once, valid_rank
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import rows_at_once
 from saccade.tokens import Reduction, VisualContext
 
 WORD = 0xFFFFFFFF

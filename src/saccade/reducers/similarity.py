@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
+from saccade.reducers.common import rows_at_once
 from saccade.tokens import VisualContext
 
 TIE = 2.0**-44
@@ -17,8 +18,6 @@ TIE = 2.0**-44
 cosines (about 1e-15), below the resolution of float32 for up to a million tokens (2**20 * TIE)."""
 FLOAT32_TIE = 2.0**-18
 """How close two cosines computed in float32 have to be to count as equal: rounding errors are a tenth of it."""
-CHUNK_ELEMENTS = 2**25
-CPU_CHUNK_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
 CPU_BLOCKS, CPU_LEAST_BLOCK = 4, 96  # blocks a side of a product that is symmetric; with 4, 10 of 16 are computed
 
 
@@ -163,12 +162,6 @@ def _unit_vectors(x: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
         unit = buffer[: min(step, rows - start)].copy_(x[start : start + step])
         length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
         yield slice(start, start + step), unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
-
-
-def rows_at_once(rows: int, elements: int, device: torch.device) -> int:
-    """How many of `rows`, each of so many elements, to convert to a wider dtype at a time; at least one."""
-    limit = CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
-    return max(1, min(rows, limit // max(1, elements)))
 
 
 def tie_terms(tokens: int, device: torch.device) -> Tensor:
