@@ -43,10 +43,12 @@ class RandomSubset:
         seed = _content_hash(context, rank) if context.seed is None else context.seed
         seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)
         # The rank in the low bits makes every key distinct, so no tie rule of `topk` matters.
-        key = (_mix((_mix((rank + seed) & WORD) + seed) & WORD) << RANK_BITS) + rank
+        shared = rank[:1] if context.dense else rank
+        key = (_mix(_mix(shared + 1) ^ seed) << RANK_BITS) + shared
         if not context.dense:
             key = key.masked_fill(~context.valid, torch.iinfo(torch.long).max)
-        lowest = key.topk(budget.width, dim=1, largest=False, sorted=True).indices
+        # In order only where a row takes the first of them.
+        lowest = key.topk(budget.width, dim=1, largest=False, sorted=not budget.uniform).indices
         return Reduction(ascending(lowest, budget, context.shape[1]), dense=budget.uniform)
 
     def _option_hash(self) -> int:
