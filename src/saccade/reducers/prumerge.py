@@ -63,12 +63,9 @@ class PruMerge:
         extra = chosen_mask(pruned_first, rest_token.long(), tokens)
         index = mask_to_index(kept | extra, budget.width)
 
-        nearest = self._nearest(context, index)
         amount = saliency.masked_fill(~context.valid, 0).unsqueeze(1)  # (B, 1, N)
         # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
-        weight = saliency.new_zeros(*index.shape, tokens)
-        weight.scatter_(2, nearest, amount.expand_as(weight).gather(2, nearest))
-        add_own(weight, index)
+        weight = add_own(self._nearest_amounts(context, index, amount), index)
         if index.shape[1]:
             # The row of the extra token; where there is none, the first row stays what it is.
             is_extra = extra.gather(1, index.clamp(min=0)) & (index >= 0)
@@ -79,11 +76,11 @@ class PruMerge:
             weight.masked_fill_((index < 0).unsqueeze(2), 0)
         return Reduction(index, weight, dense=budget.uniform)
 
-    def _nearest(self, context: VisualContext, index: Tensor) -> Tensor:
-        """The `neighbours` tokens whose keys are nearest to that of each token `index` `(B, K)`: long `(B, K, n)`."""
+    def _nearest_amounts(self, context: VisualContext, index: Tensor, amount: Tensor) -> Tensor:
+        """`amount` `(B, 1, N)` at the tokens whose keys are nearest to each token of `index`, else 0: `(B, K, N)`."""
         tokens = context.shape[1]
         count = min(self.neighbours, max(tokens - 1, 0))
-        nearest = index.new_empty(*index.shape, count)
+        weight = amount.new_empty(*index.shape, tokens)
         for taken, similarity in cosines_by_rows(context.keys, index, context):
             device = similarity.device
             similarity -= tie_terms(tokens, device)
@@ -91,5 +88,7 @@ class PruMerge:
                 similarity.scatter_(2, index[taken].clamp(min=0).unsqueeze(2).to(device), -torch.inf)
             if not context.dense:
                 similarity.masked_fill_(~context.valid[taken].unsqueeze(1).to(device), -torch.inf)
-            nearest[taken] = similarity.topk(count, dim=2).indices.to(nearest.device)
-        return nearest
+            nearest = similarity.topk(count, dim=2).indices.to(weight.device)
+            part = weight[taken].zero_()
+            part.scatter_(2, nearest, amount[taken].expand_as(part).gather(2, nearest))
+        return weight
