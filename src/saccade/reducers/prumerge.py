@@ -9,7 +9,7 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, row_budget
 from saccade.reducers.registry import register_reducer
-from saccade.reducers.similarity import cosines_by_rows, tie_terms
+from saccade.reducers.similarity import cosines_by_rows
 from saccade.reducers.visionzip import evenly_spread
 from saccade.tokens import Reduction, VisualContext
 
@@ -81,9 +81,8 @@ class PruMerge:
         tokens = context.shape[1]
         count = min(self.neighbours, max(tokens - 1, 0))
         weight = amount.new_empty(*index.shape, tokens)
-        for taken, similarity in cosines_by_rows(context.keys, index, context):
+        for taken, similarity in cosines_by_rows(context.keys, index, context, ties=2):
             device = similarity.device
-            similarity -= tie_terms(tokens, device)
             if tokens:
                 similarity.scatter_(2, index[taken].clamp(min=0).unsqueeze(2).to(device), -torch.inf)
             if not context.dense:

@@ -99,11 +99,14 @@ def products_are_exact(device: torch.device) -> bool:
     return precision in ("ieee", "none")
 
 
-def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext) -> Iterator[tuple[slice, Tensor]]:
+def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext, ties: int) -> Iterator[tuple[slice, Tensor]]:
     """The rows `index` (long `(B, K)`, -1 on padding) of `cosine_similarity(x, context)`, for a few images at a time.
 
     Yields which images, and theirs: float64 `(b, K, N)`, which the next ones overwrite. With what is made of it taken
     at once, a CPU works in its cache.
+
+    Args:
+        ties: the dimension, 1 or 2, along which the first of equals is to win: each gives way to it by its tie term.
     """
     rows, tokens, width = x.shape
     if not context.dense:
@@ -112,8 +115,11 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext) -> Iterato
         x, index = x.cpu(), index.cpu()
     step = rows_at_once(rows, tokens * max(width, index.shape[1]), x.device)
     similarity = torch.empty(step, index.shape[1], tokens, dtype=torch.float64, device=x.device)
-    for taken, unit in _unit_vectors(x, step):
-        picked = unit.gather(1, index[taken].clamp(min=0).unsqueeze(2).expand(-1, -1, width))
+    terms = tie_terms(index.shape[1] if ties == 1 else tokens, x.device)
+    for taken, unit in _unit_vectors(x, step, spare=1):
+        picked = unit.gather(1, index[taken].clamp(min=0).unsqueeze(2).expand(-1, -1, width + 1))
+        # One more component of both takes the terms off within the product: a pass less over the result.
+        picked[..., width], unit[..., width] = (terms, -1.0) if ties == 1 else (-1.0, terms)
         # Autocast leaves products alone that are given where to write.
         yield taken, torch.bmm(picked, unit.transpose(1, 2), out=similarity[: len(unit)])
 
@@ -125,8 +131,7 @@ def nearest_kept(x: Tensor, index: Tensor, context: VisualContext) -> Tensor:
     """
     nearest = torch.empty(x.shape[:2], dtype=torch.long, device=index.device)
     absent = (index < 0).unsqueeze(2)
-    for taken, similarity in cosines_by_rows(x, index, context):
-        similarity -= tie_terms(index.shape[1], similarity.device).unsqueeze(1)
+    for taken, similarity in cosines_by_rows(x, index, context, ties=1):
         similarity.masked_fill_(absent[taken].to(similarity.device), -torch.inf)
         # `max` gives the first of equals too, in a third of the time of `argmax`.
         nearest[taken] = similarity.max(dim=1).indices.to(nearest.device)
@@ -151,17 +156,20 @@ def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
     return mean
 
 
-def _unit_vectors(x: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+def _unit_vectors(x: Tensor, step: int, spare: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """`step` rows of `x` `(B, N, D)` at a time, and their unit vectors: float64 `(b, N, D)`, zeros where x is zero.
 
+    Behind them are `spare` components without values, for the caller: `(b, N, D + spare)`.
     Each overwrites the one before: fresh memory costs a CPU more than the arithmetic.
     """
     rows, tokens, width = x.shape
-    buffer = torch.empty(step, tokens, width, dtype=torch.float64, device=x.device)
+    buffer = torch.empty(step, tokens, width + spare, dtype=torch.float64, device=x.device)
     for start in range(0, rows, step):
-        unit = buffer[: min(step, rows - start)].copy_(x[start : start + step])
+        chunk = buffer[: min(step, rows - start)]
+        unit = chunk[..., :width].copy_(x[start : start + step])
         length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
-        yield slice(start, start + step), unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
+        unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
+        yield slice(start, start + step), chunk
 
 
 def tie_terms(tokens: int, device: torch.device) -> Tensor:
