@@ -87,7 +87,7 @@ class PruMerge:
                 similarity.scatter_(2, index[taken].clamp(min=0).unsqueeze(2).to(device), -torch.inf)
             if not context.dense:
                 similarity.masked_fill_(~context.valid[taken].unsqueeze(1).to(device), -torch.inf)
-            nearest = similarity.topk(count, dim=2).indices.to(weight.device)
+            nearest = similarity.view(torch.int64).topk(count, dim=2).indices.to(weight.device)
             part = weight[taken].zero_()
             part.scatter_(2, nearest, amount[taken].expand_as(part).gather(2, nearest))
         return weight

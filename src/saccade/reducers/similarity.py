@@ -103,7 +103,8 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext, ties: int)
     """The rows `index` (long `(B, K)`, -1 on padding) of `cosine_similarity(x, context)`, for a few images at a time.
 
     Yields which images, and theirs: float64 `(b, K, N)`, which the next ones overwrite. With what is made of it taken
-    at once, a CPU works in its cache.
+    at once, a CPU works in its cache. It is 2 plus the cosine, less the tie term: of positive numbers the bits, read
+    as whole numbers, are in the same order, and those are compared in less time.
 
     Args:
         ties: the dimension, 1 or 2, along which the first of equals is to win: each gives way to it by its tie term.
@@ -118,8 +119,8 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext, ties: int)
     terms = tie_terms(index.shape[1] if ties == 1 else tokens, x.device)
     for taken, unit in _unit_vectors(x, step, spare=1):
         picked = unit.gather(1, index[taken].clamp(min=0).unsqueeze(2).expand(-1, -1, width + 1))
-        # One more component of both takes the terms off within the product: a pass less over the result.
-        picked[..., width], unit[..., width] = (terms, -1.0) if ties == 1 else (-1.0, terms)
+        # One more component of both adds this within the product: a pass less over the result.
+        picked[..., width], unit[..., width] = (2 - terms, 1.0) if ties == 1 else (1.0, 2 - terms)
         # Autocast leaves products alone that are given where to write.
         yield taken, torch.bmm(picked, unit.transpose(1, 2), out=similarity[: len(unit)])
 
