@@ -43,8 +43,7 @@ class RandomSubset:
         seed = _content_hash(context, rank) if context.seed is None else context.seed
         seed = _mix((seed & WORD) ^ _mix(((seed >> 32) & WORD) ^ self._option_hash())).unsqueeze(1)
         # The rank in the low bits makes every key distinct, so no tie rule of `topk` matters.
-        shared = rank[:1] if context.dense else rank
-        key = (_mix(_mix(shared + 1) ^ seed) << RANK_BITS) + shared
+        key = (_mix(rank ^ seed) << RANK_BITS) + rank
         if not context.dense:
             key = key.masked_fill(~context.valid, torch.iinfo(torch.long).max)
         # In order only where a row takes the first of them.
