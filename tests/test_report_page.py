@@ -250,7 +250,7 @@ class TestSweep:
         shutil.copytree(sweep, folder, ignore=shutil.ignore_patterns("report"))
         for path in folder.glob("runs/*/result.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "/gone"}))
-        assert "No picture: model='/gone' cannot be loaded" in read(write_report(folder).parent).text
+        assert "No picture: model='/gone' is no folder here" in read(write_report(folder).parent).text
 
 
 class TestBadInput:

@@ -270,7 +270,7 @@ def test_without_lmms_eval_one_line_says_what_to_install(
         ({"limit": 0}, "limit=0: give at least 1"),
         ({"batch_size": 0}, "batch_size=0: give at least 1"),
         ({"include_path": "nowhere"}, "include_path='nowhere' is not a folder"),
-        ({"model": "./nowhere"}, "model='./nowhere' cannot be loaded"),
+        ({"model": "./nowhere"}, "model='./nowhere' is no folder here"),
     ],
 )
 def test_a_bad_request_ends_before_the_model_is_loaded(

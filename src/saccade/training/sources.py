@@ -89,7 +89,8 @@ def check_family(model: str, trust_remote_code: bool = False) -> None:
             model = PeftConfig.from_pretrained(model).base_model_name_or_path
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SaccadeError(f"model={model!r} cannot be loaded: {' '.join(str(error).split())[:600]}") from error
+        where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
+        raise SaccadeError(f"model={model!r} {where}: {' '.join(str(error).split())[:600]}") from error
     family_class(config)
 
 
