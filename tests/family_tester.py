@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,18 @@ def check_generation_at_ratio_zero(case: Case) -> None:
         pruned = case.prune(prompts, "divprune", 0.0, positions=positions)
         got = case.model.generate(**pruned, **options, return_dict_in_generate=True)
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), **CLOSE)
+
+
+def check_several_sequences(case: Case, reducer: str) -> None:
+    """Each of a prompt's sequences sees its own images: both of two start as one alone does."""
+    options = {**generation_options(case), "max_new_tokens": 1, "min_new_tokens": 1, "output_logits": True}
+    options["return_dict_in_generate"] = True
+    for ratio in (0.0, RATIO):
+        for positions in case.positions:
+            pruned = partial(case.prune, case.prompts(), reducer, ratio, positions=positions)
+            expected = case.model.generate(**pruned(), **options).logits[0]
+            two = case.model.generate(**pruned(), **options | {"do_sample": True, "num_return_sequences": 2}).logits[0]
+            torch.testing.assert_close(two, expected.repeat_interleave(2, dim=0), **CLOSE)
 
 
 def check_batch_equals_one_by_one(case: Case, reducer: str) -> None:

@@ -57,6 +57,7 @@ def case():
         tester.check_original_equals_masked,
         tester.check_cached_generation,
         tester.check_batch_equals_one_by_one,
+        tester.check_several_sequences,
         tester.check_padding_sides,
         tester.check_gradients,
     ],

@@ -21,6 +21,7 @@ CHECKS = {
     "ratio zero": tester.check_ratio_zero,
     "original positions": tester.check_original_equals_masked,
     "cached generation": tester.check_cached_generation,
+    "several sequences": tester.check_several_sequences,
     "one by one": tester.check_batch_equals_one_by_one,
     "padding sides": tester.check_padding_sides,
     "gradients": tester.check_gradients,

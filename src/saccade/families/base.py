@@ -206,6 +206,17 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return padded, torch.arange(padded.shape[1], device=padded.device) < count
 
 
+def joined_rows(features: Sequence[Tensor]) -> Tensor:
+    """Features `(n_i, D)` as the one tensor `(R, n, D)` that a model wants which cannot take a list.
+
+    Rows of several lengths become `(total, 1, D)`: the model only counts and concatenates, and `generate` can cut it
+    between samples, as it does to repeat each sample's images for its beams.
+    """
+    if len({row.shape[0] for row in features}) == 1:
+        return torch.stack(tuple(features))
+    return torch.cat(tuple(features)).unsqueeze(1)
+
+
 def run_numbers(placeholder: Tensor) -> Tensor:
     """For each placeholder of a batch, in order, the number of the unbroken run that it stands in: long `(P,)`."""
     first = placeholder & ~torch.nn.functional.pad(placeholder[:, :-1], (1, 0))

@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, square_grid
 from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.tokens import VisualContext
 
@@ -41,8 +40,7 @@ class Gemma3Family(Family):
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
-        # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
-        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, -1)

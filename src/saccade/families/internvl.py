@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, positions_from_mask, run_numbers, square_grid
+from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, run_numbers, square_grid
 from saccade.families.collect import AttentionBlock
 from saccade.families.resolution import low_resolution_rows, shrink_images
 from saccade.reducers.downsample import lower_grid
@@ -73,8 +72,7 @@ class InternVLFamily(Family):
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
-        # One row as long as all of them: rows may differ in length, and the model only counts and concatenates.
-        return {"image": BaseModelOutputWithPooling(pooler_output=torch.cat(tuple(features)).unsqueeze(0))}
+        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
     def attention_block(self) -> AttentionBlock | None:
         layer = self.model.config.vision_feature_layer

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from saccade.families.base import Encoded, Family, positions_from_mask
+from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask
 from saccade.families.collect import AttentionBlock, Patches, encoder_block
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 from saccade.families.tower import used_states
@@ -163,8 +163,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     ) -> dict[str, BaseModelOutputWithPooling]:
         wrapped = {}
         for kind, rows in split_kinds(features, encoded.videos).items():
-            # The model flattens videos of equal length; one as long as all of them says the same.
-            pooled = rows if kind == "image" else torch.cat(rows).unsqueeze(0)
+            pooled = rows if kind == "image" else joined_rows(rows)
             wrapped[kind] = BaseModelOutputWithPooling(pooler_output=pooled)
         return wrapped
 
