@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint, resolve_resume
+from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint, read_run_file, resolve_resume
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
@@ -98,6 +98,24 @@ def again(processor, output, **options):
 def test_resume_with_other_options_is_refused(interrupted, processor, options, message):
     with pytest.raises(SaccadeError, match=message):
         again(processor, interrupted, **options).train(resume_from_checkpoint=True)
+
+
+def test_adapters_are_compared_by_what_they_train(processor, tmp_path):
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+
+    def trainer(rank):
+        config = LoraConfig(target_modules=modules, r=rank)
+        options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(build_tiny_llava(processor), processor, tmp_path, peft_config=config, **options)
+
+    trainer(4).train()
+    saved = read_run_file(tmp_path / "checkpoint-1")["config"]["adapters"]["default"]
+    # PEFT keeps the names in a set, whose order differs from process to process.
+    assert saved["target_modules"] == sorted(modules)
+    assert not {"peft_version", "base_model_name_or_path"} & saved.keys()
+    trainer(4).train(resume_from_checkpoint=True)
+    with pytest.raises(SaccadeError, match=r"adapters\.default\.r=8 \(checkpoint: 4\)"):
+        trainer(8).train(resume_from_checkpoint=True)
 
 
 def test_another_way_to_the_same_global_batch_goes_on(processor, tmp_path):

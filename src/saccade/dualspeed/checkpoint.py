@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "dualspeed.json"
 PARTIAL_DIR = ".partial-checkpoint"
+PLACE_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "revision"})
+"""Fields of a PEFT config that do not change what is trained."""
 
 
 def write_run_file(folder: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
@@ -33,6 +35,25 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
     """What `write_run_file` wrote, or None."""
     path = Path(folder) / RUN_FILE
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def adapter_options(model: nn.Module) -> dict[str, Any]:
+    """The options of each of a model's PEFT adapters, as JSON: the same in each process, its sets in order."""
+    return {
+        name: {
+            field: _through_json(value)
+            for field, value in config.to_dict().items()
+            if field not in PLACE_OF_AN_ADAPTER
+        }
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
+
+
+def _through_json(value: Any) -> Any:
+    try:
+        return json.loads(to_json(value))
+    except TypeError:
+        return type(value).__name__
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -107,10 +128,24 @@ def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
     saved = (read_run_file(checkpoint) or {}).get("config", {})
     # Through JSON, so that tuples and the like compare as they were written.
     current = json.loads(to_json(dict(config)))
-    differing = [name for name in current if name in saved and saved[name] != current[name]]
+    differing = [
+        difference
+        for name in current
+        if name in saved
+        for difference in _differences(name, current[name], saved[name])
+    ]
     if differing:
-        details = ", ".join(f"{name}={current[name]!r} (checkpoint: {saved[name]!r})" for name in differing)
-        raise SaccadeError(f"{details}: {checkpoint} was trained otherwise; use its values, or start anew")
+        raise SaccadeError(
+            f"{', '.join(differing)}: {checkpoint} was trained otherwise; use its values, or start anew"
+        )
+
+
+def _differences(name: str, current: Any, saved: Any) -> Iterator[str]:
+    if isinstance(current, dict) and isinstance(saved, dict):
+        for key in {**current, **saved}:
+            yield from _differences(f"{name}.{key}", current.get(key), saved.get(key))
+    elif current != saved:
+        yield f"{name}={current!r} (checkpoint: {saved!r})"
 
 
 def remove_other_kind(folder: Path, adapters: bool, isolator: bool, skips: bool) -> None:

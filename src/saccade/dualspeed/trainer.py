@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
+    adapter_options,
     check_same_run,
     load_weights_strictly,
     publish_checkpoint,
@@ -331,14 +332,14 @@ class DualSpeedTrainer(SteppingTrainer):
 
     def _resume_state(self) -> dict[str, Any]:
         """What a run that goes on from this one must share with it."""
-        lora = {name: repr(config) for name, config in getattr(self.model, "peft_config", {}).items()}
         args, engine = self.args, "ddp"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "fsdp" if self.is_fsdp_enabled else "deepspeed"
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         # DeepSpeed writes each rank's shard of the optimizer, which another number of ranks cannot read.
         ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
-        return {**args.resume_state(), "global_batch_size": batch, "engine": engine, **ranks, "lora": lora}
+        state = {**args.resume_state(), "global_batch_size": batch, "engine": engine, **ranks}
+        return {**state, "adapters": adapter_options(self.model)}
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -99,7 +99,7 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Ma
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
     values = {**recipe, **config, **lora, "lora": bool(adapters)}
-    order = [*config, *lora, *recipe]
+    order = [*(name for name in config if name != "adapters"), "lora", *lora, *recipe]
     names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
     rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
