@@ -5,14 +5,16 @@ import multiprocessing
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_config, make_trainer
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.data import digit_scenes
+from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
@@ -244,9 +246,46 @@ def test_bad_options(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_dataset_without_images(model, processor, tmp_path, scenes):
-    with pytest.raises(SaccadeError, match="'images' column"):
-        make_trainer(model, processor, tmp_path, rows=scenes.remove_columns("images"))
+def test_stage_two_on_the_model_of_stage_one(processor, tmp_path):
+    model = build_tiny_llava(processor)
+    first = train(model, processor, tmp_path, freeze_language_model=True, max_steps=1)
+    with pytest.raises(SaccadeError, match=r"freeze_language_model=False, but no weight .* load the model"):
+        make_trainer(model, processor, tmp_path)
+    model.requires_grad_(True)
+    second = make_trainer(model, processor, tmp_path)
+    assert torch.equal(second.isolator.weight, first.isolator.weight)
+    assert make_trainer(model, processor, tmp_path, isolator_length=2).isolator.length == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (None, "train_dataset is None or has no rows"),
+        (Dataset.from_dict({"messages": [], "images": []}), "no rows"),
+        (Dataset.from_dict({"messages": [[]]}), "'images' column"),
+        (Dataset.from_dict({"conversations": [[]], "image": ["a.png"]}), "'conversations' .* saccade.data.load_rows"),
+    ],
+)
+def test_datasets_that_are_refused(model, processor, tmp_path, rows, message):
+    with pytest.raises(SaccadeError, match=message):
+        DualSpeedTrainer(model, make_config(tmp_path), train_dataset=rows, processing_class=processor)
+
+
+def test_what_a_step_of_ours_would_ignore_is_refused(processor, tmp_path, scenes):
+    prompts = PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    with pytest.raises(SaccadeError, match=r"PromptTuningConfig.* use LoRA"):
+        make_trainer(build_tiny_llava(processor), processor, tmp_path, peft_config=prompts)
+    given = {"train_dataset": scenes, "processing_class": processor, "compute_loss_func": lambda *_, **__: 0}
+    with pytest.raises(SaccadeError, match=r"compute_loss_func is given: .* distill_weight=0"):
+        DualSpeedTrainer(build_tiny_llava(processor), make_config(tmp_path), **given)
+
+
+def test_what_the_tower_does_not_give_is_refused(processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(LlavaFamily, "attention_block", lambda self: None)
+    for options in ({"reducer": "fastervlm"}, {"reducer": "fastervlm", "skip_vision": {}}):
+        with pytest.raises(SaccadeError, match="gives no saliency"):
+            make_trainer(build_tiny_llava(processor), processor, tmp_path, **options)
+    make_trainer(build_tiny_llava(processor), processor, tmp_path, reducer="fastervlm", **ORDINARY)
 
 
 def test_a_plain_config_is_refused(model, processor, tmp_path, scenes):

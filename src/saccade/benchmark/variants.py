@@ -154,7 +154,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             Variant(f"{COMPILED}, fast step", ours(fast, compiled=True)),
             Variant(f"{BOTH}, fast step", ours(fast, padding_free=True, compiled=True)),
         ]
-    if type(family)._encode_low_resolution is not Family._encode_low_resolution:
+    if family.lowers_resolution:
         variants.append(Variant("lower resolution", ours(pruned("downsample", False))))
     if not slow:
         return variants, []

@@ -27,6 +27,12 @@ from saccade.dualspeed.checkpoint import (
     resolve_resume,
     write_run_file,
 )
+from saccade.dualspeed.checks import (
+    check_family_can,
+    check_language_model_trains,
+    check_not_ignored,
+    first_columns,
+)
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
@@ -76,13 +82,9 @@ class DualSpeedTrainer(SteppingTrainer):
             )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
-        # Rows that are made when they are read have other columns than the table behind them.
-        columns = next(iter(train_dataset)).keys()
-        if not {"image", "images"} & set(columns):
-            raise SaccadeError(
-                f"train_dataset has the columns {sorted(columns)}, none of them images: DualSpeed needs an "
-                "'images' column, empty lists for text-only samples"
-            )
+        columns = first_columns(train_dataset)
+        if not args.is_ordinary:
+            check_not_ignored(model, kwargs.get("peft_config"), kwargs.get("compute_loss_func"))
         if args.group_by != "none" and not isinstance(train_dataset, Sized):
             raise SaccadeError(
                 f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
@@ -116,8 +118,9 @@ class DualSpeedTrainer(SteppingTrainer):
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
         self._freeze()
-        self.open_feature_cache()
         self.modes = args.all_modes()
+        check_family_can(self.family, self.modes)
+        self.open_feature_cache()
         self.schedule = self._stage_schedule()
         # TRL's own loss is of padded rows, all at once.
         self.is_ordinary = args.is_ordinary and not args.padding_free and args.slow_micro_batch_size is None
@@ -355,6 +358,7 @@ class DualSpeedTrainer(SteppingTrainer):
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
         if self.model is self.family.model:
             freeze_parts(self.family, self.args)
+            check_language_model_trains(self.model, self.family, self.args)
 
     def _stage_schedule(self) -> ModeSchedule:
         """The configured schedule, or an always fast one if no parameter of the decoder layers trains."""
@@ -374,7 +378,11 @@ class DualSpeedTrainer(SteppingTrainer):
         )
         self.isolator = isolator.to(self.family.model.device)
         source = self.args.isolator_path
-        if source is None and self.family.model.config._name_or_path:
+        # An earlier run of this very model left its own.
+        held = getattr(self.model, ISOLATOR_NAME, None)
+        if source is None and held is not None and held.weight.shape == isolator.weight.shape:
+            self._copy_isolator(held)
+        elif source is None and self.family.model.config._name_or_path:
             beside = Path(self.family.model.config._name_or_path) / ISOLATOR_FILE
             source = str(beside) if beside.is_file() else None
         if source is not None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from saccade.errors import SaccadeError
 from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
 from saccade.families.relevance import TextTower, relevance
 from saccade.families.tower import unused_layers_passed_over
@@ -106,13 +105,14 @@ class Family(ABC):
     def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
         """What `encode` gives at the resolution that `budget` leaves: `context.low_resolution` is filled.
 
-        Raises:
-            SaccadeError: if the family cannot do it.
+        Asked for only where it is there, see `lowers_resolution`.
         """
-        raise SaccadeError(
-            f"model_type={self.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
-            f"({self.fixed_resolution}); use another reducer than 'downsample'"
-        )
+        raise NotImplementedError
+
+    @property
+    def lowers_resolution(self) -> bool:
+        """Whether `_encode_low_resolution` is there."""
+        return type(self)._encode_low_resolution is not Family._encode_low_resolution
 
     @abstractmethod
     def wrap_features(

@@ -120,6 +120,21 @@ def _encode_for(
     return family.encode(inputs, needs, labels=labels, text_tower=tower, budget=budget)
 
 
+def check_needs(family: "Family", needs: frozenset[str]) -> None:
+    """Check that the vision tower of a family gives what is needed, as far as that shows without images.
+
+    Raises:
+        SaccadeError: naming the model, what it does not give, and a way out.
+    """
+    if "low_resolution" in needs and not family.lowers_resolution:
+        raise SaccadeError(
+            f"model_type={family.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
+            f"({family.fixed_resolution}); use another reducer than 'downsample'"
+        )
+    if needs & FROM_ATTENTION and family.attention_block() is None:
+        raise _cannot(family, " and ".join(sorted(needs & FROM_ATTENTION)))
+
+
 def encode_collecting(
     family: "Family",
     inputs: Mapping[str, Any],
@@ -133,15 +148,12 @@ def encode_collecting(
     Raises:
         SaccadeError: if the family cannot give what is needed.
     """
+    check_needs(family, needs)
     if "low_resolution" in needs:
         if budget is None or needs != {"low_resolution"}:
             raise ValueError(f"needs={sorted(needs)}: a lower resolution takes a budget, and goes with nothing else")
         return family._encode_low_resolution(inputs, budget)
-    block = None
-    if needs & FROM_ATTENTION:
-        block = family.attention_block()
-        if block is None:
-            raise _cannot(family, " and ".join(sorted(needs & FROM_ATTENTION)))
+    block = family.attention_block() if needs & FROM_ATTENTION else None
     with _watching(block) as calls:
         encoded = family._encode(inputs)
     context = encoded.context

@@ -1,0 +1,81 @@
+"""What a run is refused for before its first step, since it would fail later or silently do something else."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.modes import Mode
+from saccade.errors import SaccadeError
+from saccade.families import Family
+from saccade.families.collect import check_needs
+
+
+def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
+    """The columns of a dataset's first row: rows that are made when they are read have others than the table behind.
+
+    Raises:
+        SaccadeError: if there is no row, or none of what training needs in it.
+    """
+    first = None if train_dataset is None else next(iter(train_dataset), None)
+    if first is None:
+        raise SaccadeError("train_dataset is None or has no rows: give a dataset with at least one")
+    columns = sorted(first)
+    if "conversations" in first:
+        raise SaccadeError(
+            f"train_dataset has the columns {columns}: 'conversations' are LLaVA's own records; "
+            "saccade.data.load_rows reads such a file, see docs/data.md"
+        )
+    if not {"image", "images"} & set(columns):
+        raise SaccadeError(
+            f"train_dataset has the columns {columns}, none of them images: DualSpeed needs an "
+            "'images' column, empty lists for text-only samples"
+        )
+    return columns
+
+
+def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_func: Any) -> None:
+    """Refuse what only the stock training step would use.
+
+    Raises:
+        SaccadeError: on a loss of the user's own, or PEFT adapters that are tokens before the prompt.
+    """
+    if compute_loss_func is not None:
+        raise SaccadeError(
+            "compute_loss_func is given: fast and slow steps have a loss of their own, and would ignore it; leave it "
+            "out, or set prune_ratio=0, slow_probability=1 and distill_weight=0 for ordinary training"
+        )
+    for config in (peft_config, *getattr(model, "peft_config", {}).values()):
+        if getattr(config, "is_prompt_learning", False):
+            raise SaccadeError(
+                f"peft_config is a {type(config).__name__}, whose tokens PEFT's own forward puts "
+                "before the prompt, which fast and slow steps do not call; use LoRA or another adapter of layers"
+            )
+
+
+def check_language_model_trains(model: nn.Module, family: Family, args: DualSpeedConfig) -> None:
+    """Refuse a frozen language model that nobody asked for, such as one that stage one left behind.
+
+    Raises:
+        SaccadeError: if it is frozen and `freeze_language_model` is false.
+    """
+    if args.freeze_language_model or any(weight.requires_grad for weight in family.language_layers.parameters()):
+        return
+    if any(weight.requires_grad for weight in model.parameters()):
+        raise SaccadeError(
+            "freeze_language_model=False, but no weight of the language model trains: after a stage that froze it, "
+            "load the model from that stage's folder or call model.requires_grad_(True); else set "
+            "freeze_language_model=True"
+        )
+
+
+def check_family_can(family: Family, modes: Sequence[Mode]) -> None:
+    """Refuse a mode whose reducer needs what the family's vision tower does not give.
+
+    Raises:
+        SaccadeError: naming the model, the need and a way out.
+    """
+    for mode in modes:
+        if mode.action != "drop" or not mode.budget.keeps_all:
+            check_needs(family, mode.needs)
