@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_models import FAMILIES
 
 from saccade import SaccadeError, prune_inputs
 from saccade.data import digit_scenes
@@ -166,11 +167,35 @@ def test_under_peft(model, prompts):
         ({"positions": "shifted"}, "compact, original"),
         ({"isolator": "/nowhere"}, "does not exist"),
         ({"isolator": torch.zeros(4, 7)}, "width 7"),
+        ({"isolator": torch.zeros(7)}, "isolator is a Tensor and no rows"),
+        ({"padding_side": "middle"}, "padding_side='middle' is unknown"),
+        ({"reducer_options": ["seed"]}, r"reducer_options=.* give a mapping"),
     ],
 )
 def test_bad_options(model, prompts, options, message):
     with pytest.raises(SaccadeError, match=message):
         prune_inputs(model, prompts, **options)
+
+
+def test_inputs_that_lack_something(model, prompts):
+    without_pixels = {name: value for name, value in prompts.items() if name != "pixel_values"}
+    cases = [
+        ({"input_ids": prompts["input_ids"]}, "inputs has no 'attention_mask'"),
+        ({**prompts, "input_ids": prompts["input_ids"][0]}, r"'input_ids' is no tensor \(samples, tokens\)"),
+        (without_pixels, r"inputs has \d+ placeholders of visual tokens, but no 'pixel_values'"),
+        (prune_inputs(model, prompts), "is pruned already"),
+    ]
+    for inputs, message in cases:
+        with pytest.raises(SaccadeError, match=message):
+            prune_inputs(model, inputs)
+
+
+@pytest.mark.parametrize(("name", "missing"), [("llava_next", "image_sizes"), ("qwen2_5_vl", "image_grid_thw")])
+def test_inputs_that_lack_sizes(name, missing, mixed_rows):
+    model, processor = FAMILIES[name].build()
+    inputs = {name: value for name, value in collate_prompts(processor, mixed_rows).items() if name != missing}
+    with pytest.raises(SaccadeError, match=f"inputs has no '{missing}': pass all"):
+        prune_inputs(model, inputs)
 
 
 def test_placeholders_without_an_image(model, prompts):

@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files", "images"}
+BOTTOM = {"errors", "files", "images", "values"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "images": {"errors"},
+    "values": {"errors"},
     "counting": set(),
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
@@ -55,6 +56,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "files": {"torch", "transformers", "trl"},
     "counting": {"transformers", "trl", "peft"},
     "images": {"torch", "transformers", "trl"},
+    "values": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},

@@ -228,6 +228,8 @@ def composed(name, rows=(1,), **options):
         prepared = skip.prepare(prompts, padding_side="right")
         head = skip.summary
     pooled = prepared["mm_encoder_outputs"]["image"].pooler_output
+    if isinstance(pooled, torch.Tensor):
+        pooled = [pooled.flatten(0, 1)]
     return encoded.context, prepared["skip_roles"], [row for row in pooled if len(row)], head
 
 

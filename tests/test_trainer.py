@@ -227,7 +227,7 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
     [
         ({"prune_ratio": 1.0}, r"prune_ratio=1.0 is outside \[0, 1\)"),
         ({"prune_ratio": -0.1}, "prune_ratio"),
-        ({"slow_probability": 2}, r"slow_probability=2 is outside \[0, 1\]"),
+        ({"slow_probability": 2}, r"slow_probability=2.0 is outside \[0, 1\]"),
         ({"schedule": "annealed"}, "bernoulli, stratified"),
         ({"reducer": "nope"}, "divprune"),
         ({"reducer": "random", "reducer_options": {"sed": 1}}, "sed"),
@@ -238,6 +238,10 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"projector_learning_rate": 0.0}, "projector_learning_rate=0.0"),
         ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"isolator_length": "4"}, "isolator_length='4' is a str, expected int"),
+        ({"freeze_projector": "yes"}, "freeze_projector='yes' is a str, expected bool"),
+        ({"distill_temperature": float("inf")}, "distill_temperature=inf"),
+        ({"reducer_options": [1]}, r"reducer_options=\[1\]: give a mapping"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

@@ -1,7 +1,7 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from os import PathLike
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from saccade.pruning import check_newlines, check_positions
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import TokenBudget
+from saccade.values import coerce
 
 GROUP_BY = ("none", "shortened", "full")
 
@@ -234,21 +235,27 @@ class DualSpeedConfig(SFTConfig):
         # transformers renamed the option and warns about the old name, which TRL's default still sets.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in DualSpeedConfig.__annotations__ and not isinstance(value, PathLike):
+                setattr(self, entry.name, coerce(entry.name, value, entry.type))
         super().__post_init__()
+        if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
+            raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
         check_positions(self.positions)
         check_newlines(self.newlines)
         check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)
         if self.skip_mode not in ("fast", "slow"):
             raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
         self.mode_schedule()
-        if not isinstance(self.isolator_length, int) or self.isolator_length < 0:
+        if self.isolator_length < 0:
             raise SaccadeError(
                 f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
             )
         if not self.distill_weight >= 0:
             raise SaccadeError(f"distill_weight={self.distill_weight!r} is negative: use 0 to switch it off")
-        if not self.distill_temperature > 0:
-            raise SaccadeError(f"distill_temperature={self.distill_temperature!r}: it must be above 0")
+        if not 0 < self.distill_temperature < float("inf"):
+            raise SaccadeError(f"distill_temperature={self.distill_temperature!r}: it must be a number above 0")
         if self.projector_learning_rate is not None and not self.projector_learning_rate > 0:
             raise SaccadeError(
                 f"projector_learning_rate={self.projector_learning_rate!r}: it must be above 0; "
@@ -276,11 +283,11 @@ class DualSpeedConfig(SFTConfig):
             check_compiling(self.torch_compile_backend, self.torch_compile_mode)
         if self.slow_micro_batch_size is not None:
             self._check_slow_micro_batch_size()
-        if not isinstance(self.max_bad_records, int) or self.max_bad_records < 0:
+        if self.max_bad_records < 0:
             raise SaccadeError(
                 f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
             )
-        if not isinstance(self.max_image_pixels, int) or not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
+        if not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
             raise SaccadeError(
                 f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
             )
@@ -294,7 +301,7 @@ class DualSpeedConfig(SFTConfig):
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
         size = self.slow_micro_batch_size
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        if size < 1:
             raise SaccadeError(f"{name}: give a number of samples from 1 on, or null for all at once")
         if not any(mode.keeps_all for mode in self.all_modes()):
             raise SaccadeError(f"{name} is for modes on all tokens, of which there is none here: leave it out")
@@ -307,13 +314,13 @@ class DualSpeedConfig(SFTConfig):
 
     def _check_feature_cache(self) -> None:
         bound = self.feature_cache_gib
-        if not isinstance(bound, (int, float)) or isinstance(bound, bool) or not bound > 0:
+        if not bound > 0:
             raise SaccadeError(
                 f"feature_cache_gib={self.feature_cache_gib!r}: give a number of GiB above 0, such as 50"
             )
         if self.feature_cache is None:
             return
-        if not isinstance(self.feature_cache, (str, PathLike)) or not str(self.feature_cache):
+        if not str(self.feature_cache):
             raise SaccadeError(f"feature_cache={self.feature_cache!r} names no folder: give one, or leave it out")
         if not self.freeze_vision_tower:
             raise SaccadeError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from saccade.errors import SaccadeError
 from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
 from saccade.families.relevance import TextTower, relevance
 from saccade.families.tower import unused_layers_passed_over
@@ -105,9 +106,13 @@ class Family(ABC):
     def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
         """What `encode` gives at the resolution that `budget` leaves: `context.low_resolution` is filled.
 
-        Asked for only where it is there, see `lowers_resolution`.
+        Raises:
+            SaccadeError: if the family cannot do it.
         """
-        raise NotImplementedError
+        raise SaccadeError(
+            f"model_type={self.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
+            f"({self.fixed_resolution}); use another reducer than 'downsample'"
+        )
 
     @property
     def lowers_resolution(self) -> bool:

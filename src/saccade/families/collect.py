@@ -127,10 +127,7 @@ def check_needs(family: "Family", needs: frozenset[str]) -> None:
         SaccadeError: naming the model, what it does not give, and a way out.
     """
     if "low_resolution" in needs and not family.lowers_resolution:
-        raise SaccadeError(
-            f"model_type={family.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
-            f"({family.fixed_resolution}); use another reducer than 'downsample'"
-        )
+        family._encode_low_resolution({}, TokenBudget())  # says why it cannot
     if needs & FROM_ATTENTION and family.attention_block() is None:
         raise _cannot(family, " and ".join(sorted(needs & FROM_ATTENTION)))
 

@@ -91,9 +91,9 @@ class LlavaNextFamily(Family):
 
     def _image_rows(self, inputs: Mapping[str, Any]) -> tuple[list[FeatureRow], BaseModelOutputWithPooling]:
         """The rows of all images, and what the model takes for them."""
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         images = list(self.model.get_image_features(**given, return_dict=True).pooler_output)
-        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         numbered = enumerate(zip(images, sizes, self._cut(inputs, len(sizes)), strict=True))
         rows = [row for number, (image, size, cut) in numbered for row in self._pictures(image, size, cut, number)]
         return rows, BaseModelOutputWithPooling(pooler_output=images)

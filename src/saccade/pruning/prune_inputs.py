@@ -15,6 +15,8 @@ from saccade.pruning.shorten import check_newlines, check_positions, reduce, sho
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.tokens import Reduction, TokenBudget, VisualContext, splice
 
+WHOLE = "pass all that the processor returned with return_tensors='pt'"
+
 
 @torch.no_grad()
 def prune_inputs(
@@ -59,17 +61,18 @@ def prune_inputs(
 
     Raises:
         SaccadeError: on an unknown family, reducer or position mode, a budget out of range or one that the reducer
-            cannot follow, an isolator of another width, or placeholders that do not match the images.
+            cannot follow, an isolator of another width, placeholders that do not match the images, or inputs that lack
+            something or are pruned already.
     """
     tokens = TokenBudget(prune_ratio, keep_tokens, budget, adaptive)
     check_positions(positions)
     check_newlines(newlines)
+    if reducer_options is not None and not isinstance(reducer_options, Mapping):
+        raise SaccadeError(f"reducer_options={reducer_options!r}: give a mapping of options to values")
     chosen = get_reducer(reducer, **(reducer_options or {}))
     check_resolution_budget(chosen, tokens)
     family = get_family(model)
-    missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
-    if missing:
-        raise SaccadeError(f"inputs has no {missing[0]!r}: pass what the processor returned with return_tensors='pt'")
+    _check_inputs(family, inputs, padding_side)
     text_config = family.model.config.get_text_config()
     pad_id = text_config.pad_token_id or 0
     if not family.has_images(inputs):
@@ -90,11 +93,30 @@ def prune_inputs(
         ).inputs
     except SaccadeError:
         raise
+    except KeyError as error:
+        raise SaccadeError(f"inputs has no {error}: {WHOLE}") from error
     except ValueError as error:
         raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
     if positions == "original" and padding_side == "left" and not family.several_axes:
         shortened = _pad_one_left(shortened, {**family.token_inputs, "input_ids": pad_id})
     return shortened
+
+
+def _check_inputs(family: Family, inputs: Mapping[str, Any], padding_side: str) -> None:
+    if padding_side not in ("left", "right"):
+        raise SaccadeError(f"padding_side={padding_side!r} is unknown: use 'left' for generate, 'right' for a forward")
+    if "mm_encoder_outputs" in inputs:
+        raise SaccadeError(
+            "inputs has 'mm_encoder_outputs', so it is pruned already: prune what the processor returned"
+        )
+    for name in ("input_ids", "attention_mask"):
+        if name not in inputs:
+            raise SaccadeError(f"inputs has no {name!r}: {WHOLE}")
+        if not isinstance(inputs[name], Tensor) or inputs[name].ndim != 2:
+            raise SaccadeError(f"inputs: {name!r} is no tensor (samples, tokens): {WHOLE}")
+    placeholders = 0 if family.has_images(inputs) else int(family.placeholder(inputs["input_ids"]).sum())
+    if placeholders:
+        raise SaccadeError(f"inputs has {placeholders} placeholders of visual tokens, but no 'pixel_values': {WHOLE}")
 
 
 def _pad_again(family: Family, inputs: Mapping[str, Any], pad_id: int, padding_side: str) -> dict[str, Any]:
@@ -125,6 +147,10 @@ def _isolator_rows(
     if isinstance(isolator, (str, Path)):
         isolator = ModeIsolator.load(isolator)
     rows = isolator() if isinstance(isolator, nn.Module) else isolator
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        raise SaccadeError(
+            f"isolator is a {type(isolator).__name__} and no rows (length, width): give a ModeIsolator, or its folder"
+        )
     if rows.shape[-1] != width:
         raise SaccadeError(f"isolator has width {rows.shape[-1]}, the model {width}: it was trained for another model")
     return rows.to(device)

@@ -1,15 +1,15 @@
 """A recipe: one flat YAML of model, data, LoRA and trainer options, with overrides from the command line."""
 
-import types
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
 
 from saccade.dualspeed import DualSpeedConfig
 from saccade.errors import SaccadeError, did_you_mean
+from saccade.values import coerce
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -127,7 +127,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         if name not in known:
             hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
             raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
-    typed = {name: _coerce(name, value, known[name].type) for name, value in values.items()}
+    typed = {name: coerce(name, value, known[name].type) for name, value in values.items()}
     own = {entry.name for entry in fields(ModelOptions)}
     options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
     settings = {name: value for name, value in typed.items() if name not in own}
@@ -178,41 +178,3 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
     return values
-
-
-def _coerce(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type where YAML reads it otherwise, such as 1e-3, which YAML takes for a string."""
-    allowed = _types(annotation)
-    if value is None or not allowed:
-        return value
-    if float in allowed and not isinstance(value, bool):
-        if isinstance(value, (int, float)):
-            return value if int in allowed else float(value)
-        if isinstance(value, str) and str not in allowed:
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    if value is False and str in allowed and bool not in allowed:
-        return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
-    basic = {bool, int, float, str} & allowed
-    if isinstance(value, bool) and bool not in allowed and basic:
-        raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(basic)}")
-    if len(basic) == len(allowed) and not isinstance(value, tuple(basic)):
-        if str in basic and isinstance(value, (int, float)):
-            return str(value)
-        raise SaccadeError(f"{name}={value!r} is a {type(value).__name__}, expected {_names(basic)}")
-    return value
-
-
-def _types(annotation: Any) -> set[type]:
-    """The plain types of an annotation; empty if it is not made of plain types."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        members = [_types(member) for member in get_args(annotation) if member is not type(None)]
-        return set().union(*members) if all(members) else set()
-    origin = get_origin(annotation) or annotation
-    return {origin} if isinstance(origin, type) and origin is not MISSING else set()
-
-
-def _names(kinds: set[type]) -> str:
-    return " or ".join(sorted(kind.__name__ for kind in kinds))

@@ -1,0 +1,53 @@
+"""Values of options, checked against the types that their dataclass gives them."""
+
+import types
+from dataclasses import MISSING
+from typing import Any, Union, get_args, get_origin
+
+from saccade.errors import SaccadeError
+
+
+def coerce(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type where YAML reads it otherwise, such as 1e-3, which YAML takes for a string.
+
+    Args:
+        name: of the field, for the message.
+        annotation: the field's type; one that is not made of plain types takes any value.
+
+    Raises:
+        SaccadeError: if it is of another type.
+    """
+    allowed = _types(annotation)
+    if value is None or not allowed:
+        return value
+    if float in allowed and not isinstance(value, bool):
+        if isinstance(value, (int, float)):
+            return value if int in allowed else float(value)
+        if isinstance(value, str) and str not in allowed:
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    if value is False and str in allowed and bool not in allowed:
+        return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
+    basic = {bool, int, float, str} & allowed
+    if isinstance(value, bool) and bool not in allowed and basic:
+        raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(basic)}")
+    if len(basic) == len(allowed) and not isinstance(value, tuple(basic)):
+        if str in basic and isinstance(value, (int, float)):
+            return str(value)
+        raise SaccadeError(f"{name}={value!r} is a {type(value).__name__}, expected {_names(basic)}")
+    return value
+
+
+def _types(annotation: Any) -> set[type]:
+    """The plain types of an annotation; empty if it is not made of plain types."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [_types(member) for member in get_args(annotation) if member is not type(None)]
+        return set().union(*members) if all(members) else set()
+    origin = get_origin(annotation) or annotation
+    return {origin} if isinstance(origin, type) and origin is not MISSING else set()
+
+
+def _names(kinds: set[type]) -> str:
+    return " or ".join(sorted(kind.__name__ for kind in kinds))
