@@ -5,15 +5,21 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
+from family_models import FAMILIES
 from helpers import losses, make_trainer
+from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
+from saccade.errors import RecordError
+from saccade.families import get_family
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_rows
 
@@ -66,6 +72,44 @@ def test_a_bad_record_is_replaced_by_the_next_good_one(model, processor, tmp_pat
     batch = collate(trainer, [1, 0])
     assert batch["input_ids"].shape[0] == 2
     assert len(batch["bad_records"]) == 11
+
+
+def chat(question, answer="2"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llava", {"messages": None}, "'messages' is empty"),
+        ("llava", {"messages": [{"role": "user", "content": None}, *chat("")[1:]]}, "each message needs a 'role' and"),
+        ("llava", {"messages": [{"role": "human", "content": "a <image>"}, *chat("")[1:]]}, "role 'human' is unknown"),
+        ("llava", {"messages": chat("a <image>")[:1]}, "there is no answer to learn"),
+        ("llava", {"messages": chat("a <image>", " ")}, "an answer is empty"),
+        ("llava", {"images": "/nowhere.png"}, "image '/nowhere.png' does not exist"),
+        ("qwen2_5_vl", {"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
+        ("qwen2_5_vl", {"messages": chat("a <|video_pad|> <image>")}, r"'<\|video_pad\|>' stands in a text"),
+    ],
+)
+def test_bad_rows_of_a_plain_dataset(name, change, message):
+    """Rows that no reader of ours has checked: named where one ends the run, else replaced and listed."""
+    model, processor = FAMILIES[name].build()
+    good = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
+    collator = DualSpeedCollator(
+        processor=processor, assistant_only_loss=True, placeholder_id=get_family(model).placeholder_id
+    )
+    with pytest.raises(RecordError, match=message):
+        collator([good, good | change])
+    batch = replace(collator, max_bad_records=1)([good, good | change])
+    assert [bool(re.search(message, entry["reason"])) for entry in batch.pop("bad_records")] == [True]
+    for key, value in collator([good, good]).items():
+        assert torch.equal(batch[key], value), key
+
+
+def test_a_row_that_is_learned_whole_needs_no_answer(collator):
+    row = {"messages": chat("how many <image>")[:1], "images": [Image.new("RGB", (32, 16))]}
+    batch = replace(collator, assistant_only_loss=False)([row])
+    assert (batch["labels"] != -100).any()
 
 
 def test_a_batch_is_given_up_beyond_the_limit_and_where_nothing_is_good(model, processor, tmp_path, data):

@@ -4,13 +4,19 @@ from io import BytesIO
 
 import pytest
 import torch
+from datasets import Dataset
+from family_models import FAMILIES
+from helpers import make_trainer
 from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade import SaccadeError
 from saccade.data.conversation import place_images
+from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.collator import prepare_example
+from saccade.families import get_family
 from saccade.images import open_image
+from saccade.tokens import TokenBudget
 
 
 def test_labels_equal_trl_with_image_labels_masked(collator, scenes):
@@ -51,6 +57,25 @@ def test_prompt_and_completion(collator, mixed_rows):
     batch = replace(collator, assistant_only_loss=False, completion_only_loss=True)(rows)
     assert not (batch["labels"] == collator.placeholder_id).any()
     assert (batch["labels"] != -100).any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl", "gemma3"])
+def test_prompt_and_completion_as_plain_text(name, tmp_path):
+    """As TRL takes them: the text names the model's own placeholders, and is grouped by its length too."""
+    model, processor = FAMILIES[name].build()
+    place = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+    image = Image.new("RGB", (32, 16))
+    rows = [{"prompt": f"how many {place}", "completion": "2 " * (1 + row), "images": [image]} for row in range(4)]
+    trainer = make_trainer(model, processor, tmp_path, rows=Dataset.from_list(rows), max_steps=1, group_by="full")
+    batch = trainer.data_collator(rows)
+    learned = [processor.tokenizer.decode(ids[ids != -100]) for ids in batch["labels"]]
+    assert [text.count("2") for text in learned] == [1, 2, 3, 4]
+    assert not any("how" in text for text in learned)
+    trainer.train()
+    counter = TokenCounter(processor, get_family(model).placeholder_id, TokenBudget(0.0))
+    lengths = estimate_lengths(rows, counter, shortened=False)
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
 
 
 def test_max_length_cuts_text_but_never_images(collator, mixed_rows):

@@ -38,8 +38,8 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             f"this has no 'messages' list, only {sorted(record)}: each row needs 'conversations', or 'messages', or "
             "'prompt' and 'completion'"
         )
-    row["images"] = _images(record)
-    _check_answers(row["messages"] if "messages" in row else row["completion"])
+    row["images"] = images_of(record)
+    check_answers(row["messages"] if "messages" in row else row["completion"])
     for name in ("messages", "prompt"):
         if name in row:
             place_images(row[name], len(row["images"]))
@@ -68,21 +68,30 @@ def _chat_messages(messages: Any, name: str) -> list[Message]:
         raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
     checked = []
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
-        if message["role"] not in CHAT_ROLES:
-            raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
-        if message.get("tool_calls"):
+        if isinstance(message, Mapping) and message.get("tool_calls"):
             # No field of their own is learned: such an answer would teach its end token alone.
             raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
-        if not isinstance(message.get("content"), (str, list)):
-            raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
-        checked.append({"role": message["role"], "content": _content(message["content"])})
+        whole = checked_message(message)
+        checked.append({name: whole[name] for name in ("role", "content")})
     return checked
 
 
+def checked_message(message: Any) -> Message:
+    """The message, its parts without the empty fields that `datasets` adds to make all parts of a column alike.
+
+    Raises:
+        RecordError: if it is none.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
+    if message["role"] not in CHAT_ROLES:
+        raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
+    if not isinstance(message.get("content"), (str, list)):
+        raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
+    return {**message, "content": _content(message["content"])}
+
+
 def _content(content: str | list) -> str | list:
-    """The content, its parts without the empty fields that `datasets` adds to make all parts of a column alike."""
     if isinstance(content, str):
         return content
     if not all(isinstance(part, Mapping) for part in content):
@@ -90,7 +99,8 @@ def _content(content: str | list) -> str | list:
     return [{name: value for name, value in part.items() if value is not None} for part in content]
 
 
-def _images(record: Mapping[str, Any]) -> list[Any]:
+def images_of(record: Mapping[str, Any]) -> list[Any]:
+    """What a record names as `images`, or as its one `image`."""
     images = record.get("images")
     images = record.get("image") if images is None else images
     if images is None or images == "":
@@ -98,7 +108,12 @@ def _images(record: Mapping[str, Any]) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def _check_answers(messages: list[Message]) -> None:
+def check_answers(messages: list[Message]) -> None:
+    """Refuse a conversation without anything to learn.
+
+    Raises:
+        RecordError: if there is no answer, or one is empty or holds an image.
+    """
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")

@@ -44,18 +44,28 @@ class TokenCounter:
         )
 
     def image_tokens(self, size: Size) -> tuple[int, int]:
-        """Tokens that an image of this size adds to its text, and how many of all its tokens are visual."""
+        """Tokens that an image of this size adds to its text, and how many of all its tokens are visual.
+
+        Raises:
+            RecordError: if the processor takes no image of this size.
+        """
         if self.fixed:
             return self.fixed
         if size not in self._tokens:
-            computed = self._compute(size) if self._computes else None
-            self._tokens[size] = computed or self._measure(size)
+            try:
+                computed = self._compute(size) if self._computes else None
+                self._tokens[size] = computed or self._measure(size)
+            except ValueError as error:
+                raise RecordError(
+                    f"the processor refuses an image of {size[0]} x {size[1]} px: {' '.join(str(error).split())}"
+                ) from error
         return self._tokens[size]
 
     def text_tokens(self, row: Mapping[str, Any]) -> int:
         """Tokens of a row's text in the model's chat format, each image counted as the one token that it starts as."""
         messages = _with_places(row)
-        return len(self._ids(self.processor.apply_chat_template(messages, tokenize=False)))
+        chat = self.processor.apply_chat_template(messages, tokenize=False) if messages else ""
+        return len(self._ids("".join((chat, *_plain_texts(row)))))
 
     def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
         """Length of the full sequence, and of the shortened one."""
@@ -111,19 +121,20 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
 
 
 def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> None:
-    """Refuse text that the processor would take for another image.
+    """Refuse text that the processor would take for another image. Plain texts write their placeholders themselves.
 
     Raises:
-        RecordError: if the model's own placeholder stands in a text.
+        RecordError: if the model's own placeholder stands in a message.
     """
-    words = {processor.tokenizer.convert_ids_to_tokens(placeholder_id), getattr(processor, "image_token", None)}
+    words = {processor.tokenizer.convert_ids_to_tokens(placeholder_id)}
+    words |= {getattr(processor, name, None) for name in ("image_token", "video_token")}
     # `<image>` is how records name an image, and counted already.
     words -= {None, IMAGE_TAG}
     for message in _messages(row):
         for word in words:
             if word in text_of(message):
                 raise RecordError(
-                    f"{word!r} stands in a text, where the model would look for an image: remove it",
+                    f"{word!r} stands in a text, where the model would look for an image or a video: remove it",
                     "placeholder_count",
                 )
 
@@ -141,16 +152,22 @@ def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool)
     try:
         images = row.get("images") or []
         sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images]
+        visual = counter.lengths(0, sizes)[int(shortened)]
     except RecordError:
         return (0, 0, 0), 0
     messages = _messages(row)
-    return (sum(len(text_of(message)) for message in messages), len(messages), 1), counter.lengths(0, sizes)[
-        int(shortened)
-    ]
+    characters = sum(map(len, (*map(text_of, messages), *_plain_texts(row))))
+    return (characters, len(messages), 1), visual
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [message for name in ("messages", "prompt", "completion") for message in row.get(name) or []]
+    lists = [row.get(name) or [] for name in ("messages", "prompt", "completion")]
+    return [message for messages in lists if not isinstance(messages, str) for message in messages]
+
+
+def _plain_texts(row: Mapping[str, Any]) -> list[str]:
+    """A prompt and a completion that are no conversation."""
+    return [row[name] for name in ("prompt", "completion") if isinstance(row.get(name), str)]
 
 
 def _with_places(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.data.conversation import place_images
+from saccade.data.conversation import check_answers, checked_message, images_of, place_images
 from saccade.data.lengths import check_words
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, open_image
@@ -44,8 +44,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     Raises:
         RecordError: where `max_bad_records` is None: on a row with a fault, an image that is missing, truncated or no
-            image, `<image>` tags that differ in number from the images, a row that the chat template refuses, and a
-            `max_length` that would cut image tokens or every label of a row.
+            image, `<image>` tags that differ in number from the images, a row without an answer, or that the chat
+            template or the processor refuses, and a `max_length` that would cut image tokens or every label of a row.
     """
 
     placeholder_id: int | None = None
@@ -74,6 +74,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
             prepared = prepare_example(example, self.max_image_pixels)
+            answers = prepared.get("completion", prepared.get("messages") if self.assistant_only_loss else None)
+            if isinstance(answers, list):
+                check_answers(answers)
             if self.placeholder_id is not None:
                 check_words(prepared, self.processor, self.placeholder_id)
             return prepared
@@ -141,8 +144,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                     batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
             else:
                 batch = _stock_call(stock, examples)
-        except TemplateError:
-            faults = self._template_faults(examples)
+        except (TemplateError, ValueError, TypeError):
+            faults = self._template_faults(examples) or _processor_faults(stock, examples)
             if not faults:
                 raise
             return {}, faults
@@ -223,6 +226,17 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
+def _processor_faults(stock: DualSpeedCollator, examples: list[dict[str, Any]]) -> dict[int, RecordError]:
+    """The rows that the processor refuses, such as an image too narrow for it."""
+    faults = {}
+    for row, example in enumerate(examples):
+        try:
+            _stock_call(stock, [example])
+        except (ValueError, TypeError) as error:
+            faults[row] = RecordError(f"the processor refuses it: {' '.join(str(error).split())}")
+    return faults
+
+
 def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """The sample with opened images and structured messages, as TRL's collator takes it.
 
@@ -232,23 +246,14 @@ def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS)
     if example.get("fault"):
         raise RecordError(example["fault"], example.get("kind") or "malformed")
     prepared = {name: value for name, value in example.items() if name not in OWN_COLUMNS}
-    given = prepared.pop("image", None)
-    images = prepared.get("images")
-    images = ([] if given is None else [given]) if images is None else images
-    prepared["images"] = [open_image(image, max_image_pixels) for image in images]
+    prepared.pop("image", None)
+    prepared["images"] = [open_image(image, max_image_pixels) for image in images_of(example)]
     for column in ("messages", "prompt", "completion"):
+        if column in prepared and prepared[column] in (None, []):
+            raise RecordError(f"{column!r} is empty: write it, or remove the row")
         if isinstance(prepared.get(column), list):
-            prepared[column] = [_without_none(message) for message in prepared[column]]
+            prepared[column] = [checked_message(message) for message in prepared[column]]
     for column in ("messages", "prompt"):
         if isinstance(prepared.get(column), list):
-            prepared[column] = place_images(prepared[column], len(images))
+            prepared[column] = place_images(prepared[column], len(prepared["images"]))
     return prepared
-
-
-def _without_none(message: dict[str, Any]) -> dict[str, Any]:
-    """The message without the empty fields that `datasets` adds to make all parts of a column alike."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    parts = [{name: value for name, value in part.items() if value is not None} for part in content]
-    return {**message, "content": parts}
