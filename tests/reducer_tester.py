@@ -238,6 +238,19 @@ class ReducerTester:
         assert torch.equal(context.features, features)
         assert torch.equal(torch.get_rng_state(), state)
 
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_value_that_is_not_finite(self, name, reducer, value):
+        """An overflow in the tower neither makes a row keep a token twice nor reaches another row."""
+        features = self.features(2, 25)
+        clean = reducer(make_context(features.clone(), reducer.needs), 6)
+        features[0, 3, 0], features[0, 7] = value, value
+        reduction = reducer(make_context(features, reducer.needs), 6)
+        assert reduction.index.shape == clean.index.shape
+        assert (reduction.index[0].diff() > 0).all()
+        assert torch.equal(reduction.index[1], clean.index[1])
+        if reduction.weight is not None:
+            assert torch.equal(reduction.weight[1], clean.weight[1])
+
     def test_merge_weights(self, name, reducer):
         valid = torch.ones(2, 16, dtype=torch.bool)
         valid[1, 9:] = False

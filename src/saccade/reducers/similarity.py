@@ -34,7 +34,8 @@ def check_precision(name: str, precision: str) -> None:
 def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float64") -> Tensor:
     """Cosine similarity of each pair of a row's tokens: `(B, N, N)` in `precision`.
 
-    A zero token, like padding, has similarity 0 with every token, itself included.
+    A zero token, like padding, has similarity 0 with every token, itself included. Components that are no finite
+    number count as zero: an overflow in the tower must not make a reducer keep a token twice.
 
     The order in which a matrix product sums depends on the shapes, so a row's batch mates change its last digits, and
     on ties those would decide. In float64 equal similarities come out within far less than `TIE` of each other, so
@@ -59,7 +60,7 @@ def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float
     step = rows_at_once(rows, tokens * width, x.device)
     buffer = torch.empty(step, tokens, width, dtype=dtype, device=x.device)
     for start in range(0, rows, step):
-        chunk = buffer[: min(step, rows - start)].copy_(x[start : start + step])
+        chunk = _finite(buffer[: min(step, rows - start)].copy_(x[start : start + step]))
         if narrow and width:  # squares leave float32's range: first to a largest component of 1
             low, high = chunk.amin(dim=2, keepdim=True), chunk.amax(dim=2, keepdim=True)
             chunk.div_(torch.maximum(high, -low).clamp_(min=smallest))
@@ -167,10 +168,14 @@ def _unit_vectors(x: Tensor, step: int, spare: int = 0) -> Iterator[tuple[slice,
     buffer = torch.empty(step, tokens, width + spare, dtype=torch.float64, device=x.device)
     for start in range(0, rows, step):
         chunk = buffer[: min(step, rows - start)]
-        unit = chunk[..., :width].copy_(x[start : start + step])
+        unit = _finite(chunk[..., :width].copy_(x[start : start + step]))
         length = torch.linalg.vector_norm(unit, dim=2, keepdim=True)
         unit.div_(length.clamp_(min=torch.finfo(torch.float64).tiny))
         yield slice(start, start + step), chunk
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def tie_terms(tokens: int, device: torch.device) -> Tensor:
