@@ -48,6 +48,7 @@ HOLES = {
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "the text separates them, so that each is an image of its own, with its own "
     "isolator",
+    "LLaVA with a Pixtral tower": "its images are of many sizes, where this family expects one; refused in one line",
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "
     'one token of the image beside them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
@@ -80,8 +81,8 @@ video before an image. For each pair of a family and a reducer, at a ratio of 0.
 
 - a ratio of 0 equals the stock model bit for bit, and `generate` writes what it writes on the full inputs;
 - with original positions the pruned sequence equals the full one with the dropped tokens masked, to 1e-4;
-- cached generation equals uncached; a batch equals its samples one by one; left padding equals right padding; in each
-  position mode;
+- cached generation equals uncached; a batch equals its samples one by one; each of a prompt's sequences sees its own
+  images; left padding equals right padding; in each position mode;
 - gradients of a fast step reach the kept or merged tokens, projector, isolator and language model, and nothing else;
 - a fast and a slow step of `DualSpeedTrainer`, with and without LoRA; what was saved loads in the stock class with
   every key and gives the same logits.

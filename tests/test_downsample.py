@@ -1,6 +1,7 @@
 """A lower resolution in place of a reducer: sizes, places, and that the tower sees the smaller image only."""
 
 import math
+from dataclasses import replace
 
 import family_tester as tester
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade import SaccadeError, prune_inputs
-from saccade.families import get_family
+from saccade.families import LlavaFamily, get_family
 from saccade.families.collect import encode_for
 from saccade.families.resolution import shrink_images, shrink_patches
 from saccade.pruning import reduce
@@ -188,3 +189,18 @@ def test_a_tower_without_a_grid_is_refused(monkeypatch):
     monkeypatch.setattr(case.model.config, "vision_feature_select_strategy", "full")
     with pytest.raises(SaccadeError, match="vision_feature_select_strategy='full' gives no grid"):
         prune_inputs(case.model, case.inputs, "downsample")
+
+
+def test_a_tower_whose_first_patch_is_cut_off_is_refused(monkeypatch):
+    case = CASES["llava"]
+    block = replace(case.family.attention_block(), class_token=False)
+    monkeypatch.setattr(LlavaFamily, "attention_block", lambda self: block)
+    with pytest.raises(SaccadeError, match="vision_feature_select_strategy='default' gives no grid"):
+        prune_inputs(case.model, case.inputs, "downsample")
+
+
+def test_images_of_many_sizes_are_refused(monkeypatch):
+    model = CASES["llava"].model
+    monkeypatch.setattr(type(model.config.vision_config), "model_type", "pixtral")
+    with pytest.raises(SaccadeError, match=r"vision_config.model_type='pixtral': .*add-a-family"):
+        get_family(model)

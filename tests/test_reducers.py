@@ -96,6 +96,8 @@ class TestRegistry:
             register_reducer("first")(type(get_reducer("none")))
         with pytest.raises(SaccadeError, match="'colour'"):
             register_reducer("other")(type("Other", (First,), {"needs": frozenset({"colour"})}))
+        with pytest.raises(SaccadeError, match=r"needs is the string 'saliency': write frozenset\(\{'saliency'\}\)"):
+            register_reducer("other")(type("Other", (First,), {"needs": "saliency"}))
         with pytest.raises(TypeError, match="not a class"):
             register_reducer("function")(lambda context, keep: None)
         with pytest.raises(TypeError, match="not a class"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
@@ -17,10 +18,23 @@ from saccade.tokens import TokenBudget, VisualContext
 
 
 class LlavaFamily(Family):
-    """`LlavaForConditionalGeneration` with a CLIP tower of square images."""
+    """`LlavaForConditionalGeneration` with a tower that takes images of one size, such as CLIP or SigLIP.
+
+    Raises:
+        SaccadeError: for a Pixtral tower, whose images are of many sizes.
+    """
 
     name = "llava"
     model_types = ("llava",)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        tower = model.config.vision_config.model_type
+        if tower == "pixtral":
+            raise SaccadeError(
+                f"vision_config.model_type={tower!r}: this family knows LLaVA with images of one size only; "
+                "docs/add-a-family.md says how to add one for images of many"
+            )
 
     @property
     def placeholder_id(self) -> int:
@@ -47,7 +61,8 @@ class LlavaFamily(Family):
         """The tower interpolates its position embeddings, as stock CLIP and SigLIP towers offer."""
         config = self.model.config
         block = self.attention_block()
-        if block is None or (block.class_token and config.vision_feature_select_strategy != "default"):
+        # The strategy "default" cuts off the first token, which is an image's own where there is no class token.
+        if block is None or block.class_token != (config.vision_feature_select_strategy == "default"):
             raise SaccadeError(
                 f"vision tower {config.vision_config.model_type!r} with vision_feature_select_strategy="
                 f"{config.vision_feature_select_strategy!r} gives no grid of tokens at a lower resolution: "

@@ -55,6 +55,10 @@ def register_reducer(name: str) -> Callable[[Class], Class]:
     def register(cls: Class) -> Class:
         if not inspect.isclass(cls) or not {"needs", "__call__"} <= set(dir(cls)):
             raise TypeError(f"reducer {name!r}: {cls!r} is not a class with `needs` and `__call__`")
+        if isinstance(cls.needs, str):
+            raise SaccadeError(
+                f"reducer {name!r}: needs is the string {cls.needs!r}: write frozenset({{{cls.needs!r}}})"
+            )
         unknown = frozenset(cls.needs) - CONTEXT_EXTRAS
         if unknown:
             raise SaccadeError(
