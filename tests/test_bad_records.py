@@ -16,11 +16,13 @@ from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
 from saccade.errors import RecordError
 from saccade.families import get_family
 from saccade.tiny import build_tiny_llava
+from saccade.tokens import TokenBudget
 from saccade.training import ModelOptions, load_rows
 
 TINY = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
@@ -85,7 +87,7 @@ def chat(question, answer="2"):
         ("llava", {"messages": [{"role": "user", "content": None}, *chat("")[1:]]}, "each message needs a 'role' and"),
         ("llava", {"messages": [{"role": "human", "content": "a <image>"}, *chat("")[1:]]}, "role 'human' is unknown"),
         ("llava", {"messages": chat("a <image>")[:1]}, "there is no answer to learn"),
-        ("llava", {"messages": chat("a <image>", " ")}, "an answer is empty"),
+        ("llava", {"messages": chat("a <image>", " ")}, "there is no answer to learn"),
         ("llava", {"images": "/nowhere.png"}, "image '/nowhere.png' does not exist"),
         ("qwen2_5_vl", {"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
         ("qwen2_5_vl", {"messages": chat("a <|video_pad|> <image>")}, r"'<\|video_pad\|>' stands in a text"),
@@ -104,6 +106,62 @@ def test_bad_rows_of_a_plain_dataset(name, change, message):
     assert [bool(re.search(message, entry["reason"])) for entry in batch.pop("bad_records")] == [True]
     for key, value in collator([good, good]).items():
         assert torch.equal(batch[key], value), key
+
+
+@pytest.mark.parametrize("form", ["conversation", "text"])
+def test_bad_prompts_and_completions(form):
+    """The same for rows of prompt and completion, which TRL's collator writes into."""
+    model, processor = FAMILIES["qwen2_5_vl"].build()
+    prompt, completion = chat("how many <image>")[:1], chat("")[1:]
+    if form == "text":
+        part = {"role": "user", "content": [{"type": "image"}]}
+        prompt, completion = processor.apply_chat_template([part], tokenize=False), "2"
+    good = {"prompt": prompt, "completion": completion, "images": [Image.new("RGB", (32, 16))]}
+    placeholder_id = get_family(model).placeholder_id
+    collator = DualSpeedCollator(processor=processor, completion_only_loss=True, placeholder_id=placeholder_id)
+    empty = " " if form == "text" else chat("", "")[1:]
+    cases = (
+        ({"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
+        ({"completion": empty}, "there is no answer to learn"),
+        ({"prompt": None}, "'prompt' is empty"),
+    )
+    expected = collator([good, good])
+    for change, message in cases:
+        with pytest.raises(RecordError, match=message):
+            collator([good, good | change])
+        batch = replace(collator, max_bad_records=1)([good, good | change])
+        assert [bool(re.search(message, entry["reason"])) for entry in batch.pop("bad_records")] == [True]
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+    short = replace(collator, max_length=expected["input_ids"].shape[1], max_bad_records=1)
+    long = good | {"completion": "2 " * 9 if form == "text" else chat("", "2 " * 9)[1:]}
+    long["images"] = [Image.new("RGB", (64, 64))]
+    batch = short([good, long])
+    assert [entry["kind"] for entry in batch["bad_records"]] == ["too_long"]
+
+
+def test_columns_that_a_row_does_not_use(collator):
+    row = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
+    expected = collator([row])
+    for unused in ({"prompt": None, "completion": None}, {"prompt": "", "completion": []}):
+        assert torch.equal(collator([row | unused])["input_ids"], expected["input_ids"])
+    with pytest.raises(RecordError, match="'messages' is a str"):
+        collator([row | {"messages": "how many"}])
+
+
+def test_an_answer_may_be_a_call(collator):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "count"}}]}
+    row = {"messages": [chat("how many <image>")[0], call, *chat("")[1:]], "images": [Image.new("RGB", (32, 16))]}
+    assert (collator([row])["labels"] != -100).any()
+
+
+@pytest.mark.parametrize("change", [{"messages": None}, {"messages": chat("a")[:1] * 2}, {"images": "/none.png"}])
+def test_rows_are_grouped_whatever_is_wrong_with_one(processor, tmp_path, change):
+    good = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
+    counter = TokenCounter(processor, processor.tokenizer.convert_tokens_to_ids("<image>"), TokenBudget(0.9))
+    lengths = estimate_lengths([good, good | change, good], counter, shortened=True)
+    assert lengths[0] == lengths[2] > 1
+    assert lengths[1] >= 1
+    assert estimate_lengths([good | {"images": good["images"][0]}], counter, shortened=True) == lengths[:1]
 
 
 def test_a_row_that_is_learned_whole_needs_no_answer(collator):

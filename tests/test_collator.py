@@ -13,7 +13,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from saccade import SaccadeError
 from saccade.data.conversation import place_images
 from saccade.data.lengths import TokenCounter, estimate_lengths
-from saccade.dualspeed.collator import prepare_example
+from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
+from saccade.dualspeed.sharding import WithBlankImage
 from saccade.families import get_family
 from saccade.images import open_image
 from saccade.tokens import TokenBudget
@@ -76,6 +77,24 @@ def test_prompt_and_completion_as_plain_text(name, tmp_path):
     lengths = estimate_lengths(rows, counter, shortened=False)
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt", "text"])
+def test_a_blank_image_has_the_form_of_the_rows(form):
+    """Ranks whose batch is all text need one; nothing of its row is learned."""
+    model, processor = FAMILIES["qwen2_5_vl"].build()
+    chat = [{"role": "user", "content": "3 plus 4"}, {"role": "assistant", "content": "7"}]
+    row = {
+        "messages": {"messages": chat, "images": []},
+        "prompt": {"prompt": chat[:1], "completion": chat[1:], "images": []},
+        "text": {"prompt": "3 plus 4", "completion": "7", "images": []},
+    }[form]
+    options = {"assistant_only_loss": form == "messages", "completion_only_loss": form != "messages"}
+    collator = DualSpeedCollator(processor=processor, placeholder_id=get_family(model).placeholder_id, **options)
+    batch = WithBlankImage(collator, collator.placeholder_id, processor)([row, row])
+    blank = (batch["input_ids"] == collator.placeholder_id).any(dim=1)
+    assert blank.tolist() == [False, False, True]
+    assert ((batch["labels"] != -100).any(dim=1) == ~blank).all()
 
 
 def test_max_length_cuts_text_but_never_images(collator, mixed_rows):

@@ -10,6 +10,7 @@ from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator, keep_budget
 from saccade.reducers import get_reducer, list_reducers
+from saccade.reducers.divprune import DivPrune
 from saccade.tokens import TokenBudget
 
 
@@ -196,6 +197,12 @@ def test_inputs_that_lack_sizes(name, missing, mixed_rows):
     inputs = {name: value for name, value in collate_prompts(processor, mixed_rows).items() if name != missing}
     with pytest.raises(SaccadeError, match=f"inputs has no '{missing}': pass all"):
         prune_inputs(model, inputs)
+
+
+def test_a_reducer_s_own_key_error_is_its_own(model, prompts, monkeypatch):
+    monkeypatch.setattr(DivPrune, "__call__", lambda self, context, keep: {}["mine"])
+    with pytest.raises(KeyError, match="mine"):
+        prune_inputs(model, prompts)
 
 
 def test_placeholders_without_an_image(model, prompts):

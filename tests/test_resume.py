@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import PARTIAL_DIR, newest_checkpoint, read_run_file, resolve_resume
+from saccade.dualspeed.checkpoint import PARTIAL_DIR, RUN_FILE, newest_checkpoint, read_run_file, resolve_resume
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
@@ -113,6 +113,13 @@ def test_adapters_are_compared_by_what_they_train(processor, tmp_path):
     # PEFT keeps the names in a set, whose order differs from process to process.
     assert saved["target_modules"] == sorted(modules)
     assert not {"peft_version", "base_model_name_or_path"} & saved.keys()
+    trainer(4).train(resume_from_checkpoint=True)
+    # An option that this version of PEFT does not know, and one that the checkpoint's did not.
+    run_file = tmp_path / "checkpoint-1" / RUN_FILE
+    written = json.loads(run_file.read_text())
+    options = written["config"]["adapters"]["default"]
+    options["of_tomorrow"] = options.pop("use_rslora")
+    run_file.write_text(json.dumps(written))
     trainer(4).train(resume_from_checkpoint=True)
     with pytest.raises(SaccadeError, match=r"adapters\.default\.r=8 \(checkpoint: 4\)"):
         trainer(8).train(resume_from_checkpoint=True)

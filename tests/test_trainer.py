@@ -1,5 +1,6 @@
 """The trainer: against stock TRL, its modes, what it trains, what it saves, and what it refuses."""
 
+import copy
 import json
 import multiprocessing
 
@@ -9,11 +10,12 @@ from datasets import Dataset
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_config, make_trainer
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
+from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
-from saccade import DualSpeedTrainer, SaccadeError
+from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
 from saccade.data import digit_scenes
+from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
@@ -238,6 +240,7 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"projector_learning_rate": 0.0}, "projector_learning_rate=0.0"),
         ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"max_bad_records": None}, "max_bad_records=None, expected int"),
         ({"isolator_length": "4"}, "isolator_length='4' is a str, expected int"),
         ({"freeze_projector": "yes"}, "freeze_projector='yes' is a str, expected bool"),
         ({"distill_temperature": float("inf")}, "distill_temperature=inf"),
@@ -250,11 +253,31 @@ def test_bad_options(tmp_path, options, message):
     assert "\n" not in str(error.value)
 
 
+def test_options_by_way_of_a_parser(tmp_path):
+    """A parser of command lines overwrites the types of the fields that it reads."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "reducer": "random"}
+    for given in ({"seed": 3}, '{"seed": 3}'):
+        (parsed,) = HfArgumentParser(DualSpeedConfig).parse_dict({**options, "reducer_options": given})
+        assert parsed.reducer_options == {"seed": 3}
+        assert DualSpeedConfig(**options, reducer_options=given).reducer_options == {"seed": 3}
+
+
 def test_stage_two_on_the_model_of_stage_one(processor, tmp_path):
     model = build_tiny_llava(processor)
     first = train(model, processor, tmp_path, freeze_language_model=True, max_steps=1)
     with pytest.raises(SaccadeError, match=r"freeze_language_model=False, but no weight .* load the model"):
-        make_trainer(model, processor, tmp_path)
+        make_trainer(model, processor, tmp_path).train()
+    frozen = copy.deepcopy(model)
+    frozen.get_output_embeddings().requires_grad_(True)
+    make_trainer(frozen, processor, tmp_path, max_steps=1).train()
+    lora = LoraConfig(target_modules=r".*language_model.*q_proj", r=4)
+    adapted = make_trainer(copy.deepcopy(model), processor, tmp_path, peft_config=lora)
+    assert torch.equal(adapted.isolator.weight, first.isolator.weight)
+    assert [name for name in adapted.model.state_dict() if ISOLATOR_NAME in name] == [f"{ISOLATOR_NAME}.weight"]
+    adapted.train()
+    # Merged adapters leave every weight frozen.
+    with pytest.raises(SaccadeError, match="adapters that were merged"):
+        make_trainer(adapted.model.merge_and_unload(), processor, tmp_path).train()
     model.requires_grad_(True)
     second = make_trainer(model, processor, tmp_path)
     assert torch.equal(second.isolator.weight, first.isolator.weight)
@@ -282,6 +305,8 @@ def test_what_a_step_of_ours_would_ignore_is_refused(processor, tmp_path, scenes
     given = {"train_dataset": scenes, "processing_class": processor, "compute_loss_func": lambda *_, **__: 0}
     with pytest.raises(SaccadeError, match=r"compute_loss_func is given: .* distill_weight=0"):
         DualSpeedTrainer(build_tiny_llava(processor), make_config(tmp_path), **given)
+    with pytest.raises(SaccadeError, match="without padding_free"):
+        DualSpeedTrainer(build_tiny_llava(processor), make_config(tmp_path, **ORDINARY, padding_free=True), **given)
 
 
 def test_what_the_tower_does_not_give_is_refused(processor, tmp_path, monkeypatch):

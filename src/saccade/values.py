@@ -18,6 +18,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
         SaccadeError: if it is of another type.
     """
     allowed = _types(annotation)
+    if value is None and allowed and allowed <= {bool, int, float} and type(None) not in get_args(annotation):
+        raise SaccadeError(f"{name}=None, expected {_names(allowed)}")
     if value is None or not allowed:
         return value
     if float in allowed and not isinstance(value, bool):

@@ -39,7 +39,7 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             "'prompt' and 'completion'"
         )
     row["images"] = images_of(record)
-    check_answers(row["messages"] if "messages" in row else row["completion"])
+    _check_answers(row["messages"] if "messages" in row else row["completion"])
     for name in ("messages", "prompt"):
         if name in row:
             place_images(row[name], len(row["images"]))
@@ -86,9 +86,17 @@ def checked_message(message: Any) -> Message:
         raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
     if message["role"] not in CHAT_ROLES:
         raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
-    if not isinstance(message.get("content"), (str, list)):
+    content = "" if message.get("content") is None and message.get("tool_calls") else message.get("content")
+    if not isinstance(content, (str, list)):
         raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
-    return {**message, "content": _content(message["content"])}
+    return {**message, "content": _content(content)}
+
+
+def used_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which columns hold a row's words. A table that was joined of several has others beside them."""
+    if row.get("messages") is not None or row.get("prompt") is None:
+        return ("messages",)
+    return ("prompt", "completion")
 
 
 def _content(content: str | list) -> str | list:
@@ -108,12 +116,7 @@ def images_of(record: Mapping[str, Any]) -> list[Any]:
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
-def check_answers(messages: list[Message]) -> None:
-    """Refuse a conversation without anything to learn.
-
-    Raises:
-        RecordError: if there is no answer, or one is empty or holds an image.
-    """
+def _check_answers(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")

@@ -1,12 +1,22 @@
 """How many tokens a row has, full and after pruning, without running a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from PIL import Image
 
-from saccade.data.conversation import IMAGE_TAG, as_parts, image_count, text_of
+from saccade.data.conversation import (
+    IMAGE_TAG,
+    as_parts,
+    checked_message,
+    image_count,
+    images_of,
+    text_of,
+    used_columns,
+)
 from saccade.errors import RecordError
 from saccade.images import image_size
 from saccade.tokens.budget import TokenBudget
@@ -114,8 +124,11 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
                 # Evenly spread over the rows, however many there are.
                 sample, stride = sample[::2], 2 * stride
     measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
-    exact = np.array([counter.text_tokens(row) for _, row in sample], dtype=np.float64)
-    cost = np.linalg.lstsq(measured[[number for number, _ in sample]], exact, rcond=None)[0]
+    exact: dict[int, int] = {}
+    for number, row in sample:
+        with suppress(TemplateError):
+            exact[number] = counter.text_tokens(row)
+    cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
     return np.maximum(lengths, 1).tolist()
 
@@ -141,8 +154,8 @@ def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> 
 
 def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
     """The conversation of a row, without its pixels."""
-    texts = {name: row[name] for name in ("messages", "prompt", "completion") if row.get(name)}
-    return {**texts, "images": [None] * len(row.get("images") or ())}
+    texts = {name: row[name] for name in used_columns(row) if row.get(name)}
+    return {**texts, "images": [None] * len(images_of(row))}
 
 
 def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
@@ -150,30 +163,29 @@ def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool)
     if row.get("fault"):
         return (0, 0, 0), 0
     try:
-        images = row.get("images") or []
-        sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images]
+        sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images_of(row)]
         visual = counter.lengths(0, sizes)[int(shortened)]
+        messages = [checked_message(message) for message in _messages(row)]
     except RecordError:
         return (0, 0, 0), 0
-    messages = _messages(row)
     characters = sum(map(len, (*map(text_of, messages), *_plain_texts(row))))
     return (characters, len(messages), 1), visual
 
 
 def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    lists = [row.get(name) or [] for name in ("messages", "prompt", "completion")]
+    lists = [row.get(name) or [] for name in used_columns(row)]
     return [message for messages in lists if not isinstance(messages, str) for message in messages]
 
 
 def _plain_texts(row: Mapping[str, Any]) -> list[str]:
     """A prompt and a completion that are no conversation."""
-    return [row[name] for name in ("prompt", "completion") if isinstance(row.get(name), str)]
+    return [row[name] for name in used_columns(row) if isinstance(row.get(name), str)]
 
 
 def _with_places(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages as parts, with a part for each image: before the first question where no tag says otherwise."""
     messages = [as_parts(message) for message in _messages(row)]
-    missing = len(row.get("images") or ()) - sum(map(image_count, messages))
+    missing = len(images_of(row)) - sum(map(image_count, messages))
     for number, message in enumerate(messages):
         if missing and message["role"] == "user":
             content = [{"type": "image"}] * missing + list(message["content"])

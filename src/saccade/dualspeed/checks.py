@@ -22,7 +22,7 @@ def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str
     if first is None:
         raise SaccadeError("train_dataset is None or has no rows: give a dataset with at least one")
     columns = sorted(first)
-    if "conversations" in first:
+    if "conversations" in first and not {"messages", "prompt"} & set(columns):
         raise SaccadeError(
             f"train_dataset has the columns {columns}: 'conversations' are LLaVA's own records; "
             "saccade.data.load_rows reads such a file, see docs/data.md"
@@ -44,7 +44,8 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
     if compute_loss_func is not None:
         raise SaccadeError(
             "compute_loss_func is given: fast and slow steps have a loss of their own, and would ignore it; leave it "
-            "out, or set prune_ratio=0, slow_probability=1 and distill_weight=0 for ordinary training"
+            "out, or set prune_ratio=0, slow_probability=1 and distill_weight=0 for ordinary training, without "
+            "padding_free and slow_micro_batch_size"
         )
     for config in (peft_config, *getattr(model, "peft_config", {}).values()):
         if getattr(config, "is_prompt_learning", False):
@@ -54,18 +55,19 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
             )
 
 
-def check_language_model_trains(model: nn.Module, family: Family, args: DualSpeedConfig) -> None:
-    """Refuse a frozen language model that nobody asked for, such as one that stage one left behind.
+def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
+    """Refuse a frozen language model that nobody asked for, as stage one and merging adapters leave it behind.
 
     Raises:
-        SaccadeError: if it is frozen and `freeze_language_model` is false.
+        SaccadeError: if it is frozen, head included, and `freeze_language_model` is false.
     """
-    if args.freeze_language_model or any(weight.requires_grad for weight in family.language_layers.parameters()):
-        return
-    if any(weight.requires_grad for weight in model.parameters()):
+    parts = (family.language_model, family.model.get_output_embeddings())
+    if not args.freeze_language_model and not any(
+        weight.requires_grad for part in parts for weight in part.parameters()
+    ):
         raise SaccadeError(
-            "freeze_language_model=False, but no weight of the language model trains: after a stage that froze it, "
-            "load the model from that stage's folder or call model.requires_grad_(True); else set "
+            "freeze_language_model=False, but no weight of the language model trains: after a stage that froze it, or "
+            "adapters that were merged, load the model from a folder or call model.requires_grad_(True); else set "
             "freeze_language_model=True"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.data.conversation import check_answers, checked_message, images_of, place_images
+from saccade.data.conversation import checked_message, images_of, place_images, text_of, used_columns
 from saccade.data.lengths import check_words
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, open_image
@@ -74,9 +74,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
             prepared = prepare_example(example, self.max_image_pixels)
-            answers = prepared.get("completion", prepared.get("messages") if self.assistant_only_loss else None)
-            if isinstance(answers, list):
-                check_answers(answers)
+            if self.assistant_only_loss or "messages" not in prepared:
+                _check_learnable(prepared)
             if self.placeholder_id is not None:
                 check_words(prepared, self.processor, self.placeholder_id)
             return prepared
@@ -128,8 +127,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 prepared[row] = self._prepare(examples[row], bad)
         return True
 
-    def _collate(self, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
+    def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
         """The batch, and the fault of each row that cannot be used in it."""
+        # TRL's collator writes into the rows, which are collated again where one of them is at fault.
+        examples = [dict(row) for row in prepared]
         stock = replace(self, max_length=None)
         order = list(range(len(examples)))
         try:
@@ -145,7 +146,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             else:
                 batch = _stock_call(stock, examples)
         except (TemplateError, ValueError, TypeError):
-            faults = self._template_faults(examples) or _processor_faults(stock, examples)
+            faults = self._template_faults(prepared) or _processor_faults(stock, prepared)
             if not faults:
                 raise
             return {}, faults
@@ -187,6 +188,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         """The rows that the model's chat template refuses, such as two questions in a row."""
         faults = {}
         for row, example in enumerate(examples):
+            if isinstance(example.get("prompt", example.get("text")), str):
+                continue
             try:
                 self.processor.apply_chat_template(
                     prepare_multimodal_messages(
@@ -226,12 +229,22 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
+def _check_learnable(example: dict[str, Any]) -> None:
+    """Refuse a row in which there is nothing to learn."""
+    answers = example.get("messages", example.get("completion"))
+    if isinstance(answers, list):
+        spoken = [message for message in answers if message["role"] == "assistant"]
+        answers = " ".join(text_of(message) + str(message.get("tool_calls") or "") for message in spoken)
+    if isinstance(answers, str) and not answers.strip():
+        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+
+
 def _processor_faults(stock: DualSpeedCollator, examples: list[dict[str, Any]]) -> dict[int, RecordError]:
     """The rows that the processor refuses, such as an image too narrow for it."""
     faults = {}
     for row, example in enumerate(examples):
         try:
-            _stock_call(stock, [example])
+            _stock_call(stock, [dict(example)])
         except (ValueError, TypeError) as error:
             faults[row] = RecordError(f"the processor refuses it: {' '.join(str(error).split())}")
     return faults
@@ -248,10 +261,19 @@ def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS)
     prepared = {name: value for name, value in example.items() if name not in OWN_COLUMNS}
     prepared.pop("image", None)
     prepared["images"] = [open_image(image, max_image_pixels) for image in images_of(example)]
-    for column in ("messages", "prompt", "completion"):
-        if column in prepared and prepared[column] in (None, []):
+    used = used_columns(prepared)
+    given = [column for column in ("messages", "prompt", "completion") if column in prepared]
+    for column in given:
+        if column not in used:
+            if not set(used) & set(given):
+                raise RecordError(f"{column!r} is empty: write it, or remove the row")
+            del prepared[column]
+            continue
+        if prepared[column] is None or (isinstance(prepared[column], list) and not prepared[column]):
             raise RecordError(f"{column!r} is empty: write it, or remove the row")
-        if isinstance(prepared.get(column), list):
+        if column == "messages" and not isinstance(prepared[column], list):
+            raise RecordError(f"'messages' is a {type(prepared[column]).__name__}: give a list of messages")
+        if isinstance(prepared[column], list):
             prepared[column] = [checked_message(message) for message in prepared[column]]
     for column in ("messages", "prompt"):
         if isinstance(prepared.get(column), list):

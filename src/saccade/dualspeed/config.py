@@ -1,10 +1,10 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
 
 from trl import SFTConfig
 
@@ -235,10 +235,11 @@ class DualSpeedConfig(SFTConfig):
         # transformers renamed the option and warns about the old name, which TRL's default still sets.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if entry.name in DualSpeedConfig.__annotations__ and not isinstance(value, PathLike):
-                setattr(self, entry.name, coerce(entry.name, value, entry.type))
+        # Not by the fields' own types: a parser of command lines overwrites those.
+        for name, annotation in DualSpeedConfig.__annotations__.items():
+            value = getattr(self, name)
+            if not isinstance(value, PathLike) and get_origin(annotation) is not ClassVar:
+                setattr(self, name, coerce(name, value, annotation))
         super().__post_init__()
         if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
             raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
@@ -400,6 +401,11 @@ class DualSpeedConfig(SFTConfig):
     def is_ordinary(self) -> bool:
         """Whether these options ask for ordinary supervised fine-tuning."""
         return self.modes is None and self.skip_vision is None and self._trains_on_all
+
+    @property
+    def takes_stock_steps(self) -> bool:
+        """Whether TRL's own step and loss do it, which are of padded rows, all at once."""
+        return self.is_ordinary and not self.padding_free and self.slow_micro_batch_size is None
 
     @property
     def _trains_on_all(self) -> bool:

@@ -23,29 +23,33 @@ class WithBlankImage:
     Args:
         collate: the collator, from rows to a batch with `input_ids` and `labels`.
         placeholder_id: token id of a visual token.
-        conversational: whether rows have `messages`; otherwise they have `prompt` and `completion`.
+        processor: of the model.
     """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
     placeholder_id: int
-    conversational: bool
+    processor: Any
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
         # A batch of which no record can be used comes empty, and ends the run.
         if "input_ids" not in batch or (batch["input_ids"] == self.placeholder_id).any():
             return batch
-        batch = self.collate([*rows, self._sample()])
+        batch = self.collate([*rows, self._sample(rows[0])])
         blank = (batch["input_ids"] == self.placeholder_id).any(dim=1)  # (B + 1,)
         batch["labels"] = batch["labels"].masked_fill(blank[:, None], IGNORE_INDEX)
         return batch
 
-    def _sample(self) -> dict[str, Any]:
+    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A blank image in the form that `row` has."""
         user, assistant = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
         images = [Image.new("RGB", (_SIDE, _SIDE))]
-        if self.conversational:
+        if row.get("messages") is not None:
             return {"messages": [user, assistant], "images": images}
-        return {"prompt": [user], "completion": [assistant], "images": images}
+        if not isinstance(row.get("prompt"), str):
+            return {"prompt": [user], "completion": [assistant], "images": images}
+        place = self.processor.apply_chat_template([{**user, "content": [{"type": "image"}]}], tokenize=False)
+        return {"prompt": place, "completion": ".", "images": images}
 
 
 def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]:

@@ -83,7 +83,7 @@ class DualSpeedTrainer(SteppingTrainer):
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
         family_class(config)
         columns = first_columns(train_dataset)
-        if not args.is_ordinary:
+        if not args.takes_stock_steps:
             check_not_ignored(model, kwargs.get("peft_config"), kwargs.get("compute_loss_func"))
         if args.group_by != "none" and not isinstance(train_dataset, Sized):
             raise SaccadeError(
@@ -111,9 +111,7 @@ class DualSpeedTrainer(SteppingTrainer):
                 max_image_pixels=args.max_image_pixels,
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.data_collator = WithBlankImage(
-                self.data_collator, self.family.placeholder_id, conversational="messages" in columns
-            )
+            self.data_collator = WithBlankImage(self.data_collator, self.family.placeholder_id, self.processing_class)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
@@ -122,8 +120,7 @@ class DualSpeedTrainer(SteppingTrainer):
         check_family_can(self.family, self.modes)
         self.open_feature_cache()
         self.schedule = self._stage_schedule()
-        # TRL's own loss is of padded rows, all at once.
-        self.is_ordinary = args.is_ordinary and not args.padding_free and args.slow_micro_batch_size is None
+        self.is_ordinary = args.takes_stock_steps
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
         self.meter = ModeMeter(
@@ -227,6 +224,8 @@ class DualSpeedTrainer(SteppingTrainer):
             SaccadeError: if there is no whole checkpoint, or it was trained with other options; if a loss is not
                 finite, or a process that prepares batches dies.
         """
+        if self.model is self.family.model:
+            check_language_model_trains(self.family, self.args)
         checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
         if checkpoint is None:
             if self.args.should_save:
@@ -358,7 +357,6 @@ class DualSpeedTrainer(SteppingTrainer):
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
         if self.model is self.family.model:
             freeze_parts(self.family, self.args)
-            check_language_model_trains(self.model, self.family, self.args)
 
     def _stage_schedule(self) -> ModeSchedule:
         """The configured schedule, or an always fast one if no parameter of the decoder layers trains."""
@@ -382,6 +380,8 @@ class DualSpeedTrainer(SteppingTrainer):
         held = getattr(self.model, ISOLATOR_NAME, None)
         if source is None and held is not None and held.weight.shape == isolator.weight.shape:
             self._copy_isolator(held)
+            # It may hang on the stock model, with adapters around that since.
+            self.family.model._modules.pop(ISOLATOR_NAME, None)
         elif source is None and self.family.model.config._name_or_path:
             beside = Path(self.family.model.config._name_or_path) / ISOLATOR_FILE
             source = str(beside) if beside.is_file() else None

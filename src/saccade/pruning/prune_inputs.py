@@ -15,6 +15,8 @@ from saccade.pruning.shorten import check_newlines, check_positions, reduce, sho
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.tokens import Reduction, TokenBudget, VisualContext, splice
 
+SIZES = ("image_sizes", "image_sizes_videos", "image_grid_thw", "video_grid_thw")
+"""What a processor returns beside pixels, and what a family cannot read them without."""
 WHOLE = "pass all that the processor returned with return_tensors='pt'"
 
 
@@ -94,6 +96,8 @@ def prune_inputs(
     except SaccadeError:
         raise
     except KeyError as error:
+        if error.args[0] not in SIZES:
+            raise
         raise SaccadeError(f"inputs has no {error}: {WHOLE}") from error
     except ValueError as error:
         raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
