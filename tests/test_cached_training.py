@@ -101,9 +101,9 @@ def test_hits_are_of_the_window(model, processor, tmp_path):
     ("options", "message"),
     [
         ({"feature_cache": ""}, "feature_cache='' names no folder"),
-        ({"feature_cache_gib": 0}, "feature_cache_gib=0: give a number of GiB above 0"),
+        ({"feature_cache_gib": 0}, "feature_cache_gib=0.0: give a number of GiB above 0"),
         ({"feature_cache_gib": -1.5}, "feature_cache_gib=-1.5"),
-        ({"feature_cache_gib": "50"}, "feature_cache_gib='50'"),
+        ({"feature_cache_gib": "fifty"}, "feature_cache_gib='fifty' is a str, expected float"),
         ({"feature_cache_gib": float("nan")}, "feature_cache_gib=nan"),
         ({"freeze_vision_tower": False}, "freeze_vision_tower=false trains it: leave one of them out"),
         ({"reducer": "fastervlm"}, "mode 'fast' chooses tokens by saliency.*choose by one of .*divprune"),

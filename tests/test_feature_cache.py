@@ -307,6 +307,12 @@ def test_the_bound_holds_for_all_that_is_in_the_folder(model, inputs, tmp_path, 
     assert cache.encoded_rows == rows + 2 * (rows - 2)
 
 
+def test_what_is_promised_and_not_yet_written_counts(tmp_path):
+    """Threads that write side by side look at the folder before the others' files lie in it."""
+    store = Store(tmp_path, 1000)
+    assert sum(store._has_room(100) for _ in range(20)) == 10
+
+
 def test_several_writers_stay_within_the_bound_and_its_slack(tmp_path):
     """They write in turns, each unaware of the others between two looks at the folder."""
     bound, tensors = 2**20, {"x": torch.zeros(512)}

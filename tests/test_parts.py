@@ -126,8 +126,8 @@ def test_less_is_kept_for_the_backward_pass(scenes, collator, model):
     ("options", "message"),
     [
         ({"slow_micro_batch_size": 0}, "slow_micro_batch_size=0: give a number of samples from 1 on"),
-        ({"slow_micro_batch_size": 2.5}, "slow_micro_batch_size=2.5: give a number"),
-        ({"slow_micro_batch_size": True}, "slow_micro_batch_size=True: give a number"),
+        ({"slow_micro_batch_size": 2.5}, "slow_micro_batch_size=2.5 is a float, expected int"),
+        ({"slow_micro_batch_size": True}, "slow_micro_batch_size=True is a bool, expected int"),
         ({"slow_micro_batch_size": 2, "skip_vision": {"summary": True}, "skip_mode": "slow"}, "is for modes on all"),
         ({"slow_micro_batch_size": 2, "adaptive": True}, "slow_micro_batch_size=2 with adaptive=True"),
     ],

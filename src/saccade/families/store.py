@@ -89,8 +89,12 @@ class Store:
     def _has_room(self, size: int) -> bool:
         """Whether an entry of `size` bytes may still be added; it is then counted."""
         with self._lock:
-            if self._counted is None or self._written >= self.max_bytes // SLACK:
-                self._counted, self._written = folder_bytes(self.folder), 0
+            if self._counted is None:
+                self._counted = folder_bytes(self.folder)
+            elif self._written >= self.max_bytes // SLACK:
+                # What other threads have counted may not lie there yet.
+                self._counted = max(folder_bytes(self.folder), self._counted + self._written)
+                self._written = 0
             if self._counted + self._written + size <= self.max_bytes:
                 self._written += size
                 return True
