@@ -260,5 +260,6 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
+    assert all(weight.requires_grad for weight in second.family.language_model.parameters())
     with pytest.raises(SaccadeError, match="holds LoRA adapters"):
         train_recipe(make_recipe({**again, "lora": True}))

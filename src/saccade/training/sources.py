@@ -49,6 +49,8 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
             base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
             model = AutoModelForImageTextToText.from_pretrained(base, **loading)
             model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
+            if not options.load_in_4bit:  # merging leaves every weight frozen, and the next run is to train them
+                model.requires_grad_(True)
         else:
             model = AutoModelForImageTextToText.from_pretrained(options.model, **loading)
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
