@@ -1,5 +1,6 @@
 """Samples to batches: labels, images, and one clear error for each kind of bad sample."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
@@ -53,8 +54,6 @@ def test_prompt_and_completion(collator, mixed_rows):
         {"images": row["images"], "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
         for row in (mixed_rows[0], mixed_rows[3])
     ]
-    from dataclasses import replace
-
     batch = replace(collator, assistant_only_loss=False, completion_only_loss=True)(rows)
     assert not (batch["labels"] == collator.placeholder_id).any()
     assert (batch["labels"] != -100).any(dim=1).all()
@@ -95,11 +94,14 @@ def test_a_blank_image_has_the_form_of_the_rows(form):
     blank = (batch["input_ids"] == collator.placeholder_id).any(dim=1)
     assert blank.tolist() == [False, False, True]
     assert ((batch["labels"] != -100).any(dim=1) == ~blank).all()
+    # A row that cannot be used, and is replaced, says nothing of the form.
+    lenient = replace(collator, max_bad_records=1)
+    words = [column for column in row if column != "images"]
+    bad = {**dict.fromkeys(words), "images": []}
+    assert (WithBlankImage(lenient, collator.placeholder_id, processor)([bad, row])["labels"] != -100).any()
 
 
 def test_max_length_cuts_text_but_never_images(collator, mixed_rows):
-    from dataclasses import replace
-
     whole = collator(mixed_rows)
     cut = replace(collator, max_length=306)(mixed_rows)
     last_image = int((whole["input_ids"] == collator.placeholder_id).nonzero()[:, 1].max())

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import nn
 
+from saccade.data.conversation import used_columns
 from saccade.tokens import IGNORE_INDEX
 
 _SIDE = 64
@@ -35,18 +36,19 @@ class WithBlankImage:
         # A batch of which no record can be used comes empty, and ends the run.
         if "input_ids" not in batch or (batch["input_ids"] == self.placeholder_id).any():
             return batch
-        batch = self.collate([*rows, self._sample(rows[0])])
+        batch = self.collate([*rows, self._sample(rows)])
         blank = (batch["input_ids"] == self.placeholder_id).any(dim=1)  # (B + 1,)
         batch["labels"] = batch["labels"].masked_fill(blank[:, None], IGNORE_INDEX)
         return batch
 
-    def _sample(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A blank image in the form that `row` has."""
+    def _sample(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A blank image in the form that the rows have; one of them that cannot be used may have none."""
         user, assistant = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
         images = [Image.new("RGB", (_SIDE, _SIDE))]
-        if row.get("messages") is not None:
+        prompts = [row["prompt"] for row in rows if "prompt" in used_columns(row)]
+        if not prompts:
             return {"messages": [user, assistant], "images": images}
-        if not isinstance(row.get("prompt"), str):
+        if not isinstance(prompts[0], str):
             return {"prompt": [user], "completion": [assistant], "images": images}
         place = self.processor.apply_chat_template([{**user, "content": [{"type": "image"}]}], tokenize=False)
         return {"prompt": place, "completion": ".", "images": images}
