@@ -9,7 +9,7 @@ from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.modes import Mode
 from saccade.errors import SaccadeError
 from saccade.families import Family
-from saccade.families.collect import check_needs
+from saccade.families.collect import check_tower_gives
 
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
@@ -80,4 +80,4 @@ def check_family_can(family: Family, modes: Sequence[Mode]) -> None:
     """
     for mode in modes:
         if mode.action != "drop" or not mode.budget.keeps_all:
-            check_needs(family, mode.needs)
+            check_tower_gives(family, mode.needs)

@@ -120,7 +120,7 @@ def _encode_for(
     return family.encode(inputs, needs, labels=labels, text_tower=tower, budget=budget)
 
 
-def check_needs(family: "Family", needs: frozenset[str]) -> None:
+def check_tower_gives(family: "Family", needs: frozenset[str]) -> None:
     """Check that the vision tower of a family gives what is needed, as far as that shows without images.
 
     Raises:
@@ -128,8 +128,16 @@ def check_needs(family: "Family", needs: frozenset[str]) -> None:
     """
     if "low_resolution" in needs and not family.lowers_resolution:
         family._encode_low_resolution({}, TokenBudget())  # says why it cannot
-    if needs & FROM_ATTENTION and family.attention_block() is None:
-        raise _cannot(family, " and ".join(sorted(needs & FROM_ATTENTION)))
+    _needed_block(family, needs)
+
+
+def _needed_block(family: "Family", needs: frozenset[str]) -> AttentionBlock | None:
+    """The block to watch, or None where nothing of it is needed."""
+    wanted = needs & FROM_ATTENTION
+    block = family.attention_block() if wanted else None
+    if wanted and block is None:
+        raise _cannot(family, " and ".join(sorted(wanted)))
+    return block
 
 
 def encode_collecting(
@@ -145,12 +153,11 @@ def encode_collecting(
     Raises:
         SaccadeError: if the family cannot give what is needed.
     """
-    check_needs(family, needs)
     if "low_resolution" in needs:
         if budget is None or needs != {"low_resolution"}:
             raise ValueError(f"needs={sorted(needs)}: a lower resolution takes a budget, and goes with nothing else")
         return family._encode_low_resolution(inputs, budget)
-    block = family.attention_block() if needs & FROM_ATTENTION else None
+    block = _needed_block(family, needs)
     with _watching(block) as calls:
         encoded = family._encode(inputs)
     context = encoded.context
