@@ -155,7 +155,7 @@ def test_an_answer_may_be_a_call(collator):
 
 
 @pytest.mark.parametrize("change", [{"messages": None}, {"messages": chat("a")[:1] * 2}, {"images": "/none.png"}])
-def test_rows_are_grouped_whatever_is_wrong_with_one(processor, tmp_path, change):
+def test_rows_are_grouped_whatever_is_wrong_with_one(processor, change):
     good = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
     counter = TokenCounter(processor, processor.tokenizer.convert_tokens_to_ids("<image>"), TokenBudget(0.9))
     lengths = estimate_lengths([good, good | change, good], counter, shortened=True)

@@ -68,10 +68,10 @@ def _chat_messages(messages: Any, name: str) -> list[Message]:
         raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
     checked = []
     for message in messages:
-        if isinstance(message, Mapping) and message.get("tool_calls"):
+        whole = checked_message(message)
+        if whole.get("tool_calls"):
             # No field of their own is learned: such an answer would teach its end token alone.
             raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
-        whole = checked_message(message)
         checked.append({name: whole[name] for name in ("role", "content")})
     return checked
 

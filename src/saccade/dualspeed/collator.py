@@ -16,6 +16,7 @@ from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
 
+WORDS = ("messages", "prompt", "completion")
 OWN_COLUMNS = ("index", "record", "fault", "kind")
 """What `saccade.data.mix` adds to a row, for the messages about it."""
 BAD_RECORDS = "bad_records"
@@ -258,24 +259,26 @@ def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS)
     """
     if example.get("fault"):
         raise RecordError(example["fault"], example.get("kind") or "malformed")
-    prepared = {name: value for name, value in example.items() if name not in OWN_COLUMNS}
-    prepared.pop("image", None)
-    prepared["images"] = [open_image(image, max_image_pixels) for image in images_of(example)]
-    used = used_columns(prepared)
-    given = [column for column in ("messages", "prompt", "completion") if column in prepared]
-    for column in given:
-        if column not in used:
-            if not set(used) & set(given):
-                raise RecordError(f"{column!r} is empty: write it, or remove the row")
-            del prepared[column]
-            continue
-        if prepared[column] is None or (isinstance(prepared[column], list) and not prepared[column]):
-            raise RecordError(f"{column!r} is empty: write it, or remove the row")
-        if column == "messages" and not isinstance(prepared[column], list):
-            raise RecordError(f"'messages' is a {type(prepared[column]).__name__}: give a list of messages")
-        if isinstance(prepared[column], list):
-            prepared[column] = [checked_message(message) for message in prepared[column]]
+    beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *WORDS, "image")}
+    images = [open_image(image, max_image_pixels) for image in images_of(example)]
+    prepared = {**beside, **_checked_words(example), "images": images}
     for column in ("messages", "prompt"):
         if isinstance(prepared.get(column), list):
-            prepared[column] = place_images(prepared[column], len(prepared["images"]))
+            prepared[column] = place_images(prepared[column], len(images))
     return prepared
+
+
+def _checked_words(example: dict[str, Any]) -> dict[str, Any]:
+    """Those columns of words that the sample uses, their messages checked."""
+    given = {column: example[column] for column in WORDS if column in example}
+    used = {column: given[column] for column in used_columns(given) if column in given}
+    if given and not used:
+        raise RecordError(f"{next(iter(given))!r} is empty: write it, or remove the row")
+    for column, value in used.items():
+        if value is None or (isinstance(value, list) and not value):
+            raise RecordError(f"{column!r} is empty: write it, or remove the row")
+        if isinstance(value, list):
+            used[column] = [checked_message(message) for message in value]
+        elif column == "messages":
+            raise RecordError(f"'messages' is a {type(value).__name__}: give a list of messages")
+    return used
