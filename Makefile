@@ -18,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
 	@echo "make test       style, then every test that takes seconds"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
@@ -41,6 +41,7 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "hypothesis and not slow and not gpu" --hypothesis-profile search
 
 # lmms-eval in a place of its own, on top of what $(VENV) has. It asks for torchvision and for much else that is not
 # for images: without its dependencies, and with those that it needs here.

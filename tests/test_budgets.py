@@ -203,7 +203,7 @@ class TestAdaptive:
         assert reduction.counts[0] == 1
         assert reduction.counts[-1] > plain.counts[-1]
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.integers(0, 10_000), st.floats(0.1, 0.95), st.permutations(range(6)))
     def test_order_padding_and_repetition_do_not_matter(self, seed, ratio, order):
         share = torch.rand(6, generator=torch.Generator().manual_seed(seed)).view(-1, 1, 1)

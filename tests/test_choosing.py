@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reducer_tester import make_context
 
 from saccade.reducers import get_reducer
 from saccade.reducers.common import best_first, mask_to_index
-from saccade.reducers.similarity import cosine_similarity
+from saccade.reducers.similarity import FLOAT32_TIE, TIE, cosine_similarity
 from saccade.tokens import VisualContext
 
 BY_ROWS = ["tome", "vispruner"]
@@ -55,24 +55,28 @@ class TestFewRowsAtATime:
         torch.testing.assert_close(
             found.double(), unit @ unit.mT, rtol=0, atol=1e-6 if precision == "float32" else 1e-14
         )
-        if tokens > 383:
-            assert torch.equal(found, found.mT)
+        # How a product rounds on either side of the diagonal is the processor's affair, as long as no tie sees it.
+        window = FLOAT32_TIE if precision == "float32" else TIE
+        assert (found - found.mT).abs().max() < window / 10
 
 
 class TestBestFirst:
     VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, 3e38, -3e38, math.inf, -math.inf, math.nan])
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(
         st.lists(st.tuples(VALUES | st.floats(width=32), st.booleans()), min_size=1, max_size=30),
         st.integers(0, 31),
         st.sampled_from([torch.float32, torch.float64]),
     )
+    @example([(-1.401298464324817e-45, True), (-1e-45, True)], 2, torch.float32)  # one number there
     def test_equals_a_stable_sort(self, tokens, count, dtype):
         values, valid = zip(*tokens, strict=True)
         context = make_context(torch.zeros(1, len(values), 1), valid=torch.tensor([valid]))
-        found = best_first(torch.tensor([values], dtype=dtype), context, count)
-        lowest = torch.finfo(dtype).min
+        scores = torch.tensor([values], dtype=dtype)
+        found = best_first(scores, context, count)
+        # What the dtype holds of them: 1e-45 is another number in float32.
+        values, lowest = scores[0].tolist(), torch.finfo(dtype).min
 
         def rank(token: int) -> tuple[bool, float, int]:
             value = values[token]

@@ -80,7 +80,7 @@ def test_each_mode_has_its_share_of_steps(kind):
         assert abs(counts[name] - steps * share) <= tolerance
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**31), weights=st.lists(st.integers(0, 20), min_size=2, max_size=5), block=st.integers(0, 9)
 )

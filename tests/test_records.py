@@ -4,7 +4,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade import SaccadeError
@@ -36,7 +36,6 @@ def or_none(read, argument):
         return None if error.kind == "not_json" else error
 
 
-@settings(deadline=None)
 @given(rows=records, indent=st.sampled_from([None, 0, 2]), ascii_only=st.booleans(), mark=st.booleans())
 def test_a_list_equals_the_json_module(tmp_path_factory, rows, indent, ascii_only, mark):
     path = tmp_path_factory.mktemp("list") / "data.json"
@@ -46,7 +45,6 @@ def test_a_list_equals_the_json_module(tmp_path_factory, rows, indent, ascii_onl
     assert RecordFile(path).name(0) == f"{path}, row 1"
 
 
-@settings(deadline=None)
 @given(rows=records, blank=st.booleans(), ending=st.booleans())
 def test_lines_equal_the_json_module(tmp_path_factory, rows, blank, ending):
     path = tmp_path_factory.mktemp("lines") / "data.jsonl"
@@ -57,7 +55,6 @@ def test_lines_equal_the_json_module(tmp_path_factory, rows, blank, ending):
     assert RecordFile(path).name(len(rows) - 1) == f"{path}, line {(len(rows) - 1) * step + 1}"
 
 
-@settings(deadline=None)
 @given(rows=records, cut=st.integers(1, 200))
 def test_a_file_that_was_cut_off_keeps_its_whole_records_and_shows_one_bad(tmp_path_factory, rows, cut):
     path = tmp_path_factory.mktemp("cut") / "data.json"

@@ -222,7 +222,7 @@ def test_vispruner_equals_the_loop(keep):
     assert kept(ragged) == [vispruner_oracle(context, row, count) for row, count in enumerate((keep, 1, 50))]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(WHOLE_NUMBERS, st.integers(1, 29))
 def test_vispruner_and_prumerge_settle_ties_by_raster_order(tokens, keep):
     keep = min(keep, tokens.shape[1])
@@ -274,7 +274,7 @@ def test_prumerge_equals_the_loop(keep, plus):
             torch.testing.assert_close(reduction.weight[row], weight)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(WHOLE_NUMBERS, st.data())
 def test_the_first_of_equally_near_tokens_is_joined(tokens, data):
     count = tokens.shape[1]
@@ -286,7 +286,7 @@ def test_the_first_of_equally_near_tokens_is_joined(tokens, data):
             assert found[row, token] == near.index(max(near))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(WHOLE_NUMBERS, st.integers(1, 29))
 def test_tome_settles_ties_by_raster_order(tokens, keep):
     reduction = get_reducer("tome")(make_context(tokens), keep)

@@ -210,7 +210,7 @@ class TestPooling:
         whole_frames = get_reducer("avgpool")(context, 3).apply(context.features)
         torch.testing.assert_close(whole_frames, image.mean(dim=(2, 3)).T.unsqueeze(0))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(GRIDS, st.data())
     def test_partition(self, shape, data):
         frames, height, width = shape
@@ -316,7 +316,7 @@ ROWS = st.integers(1, 4).flatmap(
 
 
 class TestDivPrune:
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(ROWS, st.data())
     def test_equals_the_formula(self, rows, data):
         longest = max(map(len, rows))

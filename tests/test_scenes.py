@@ -1,6 +1,5 @@
 import pickle
 import random
-import time
 
 import numpy as np
 import pytest
@@ -76,16 +75,15 @@ def test_lazy_images_survive_what_trainers_do():
     assert rows[0]["images"][0].tobytes() == shuffled[0]["images"][0].tobytes()
 
 
-def test_making_and_drawing_is_quick():
-    start = time.perf_counter()
-    dataset = digit_scenes("sft", "train", 5000)
-    # About 0.25 s on one core; the bound leaves room for a busy machine.
-    assert time.perf_counter() - start < 3
-    specs = [spec for specs in scene_specs(dataset.select(range(300))) for spec in specs]
-    start = time.perf_counter()
-    for spec in specs:
-        render_scene(spec)
-    assert (time.perf_counter() - start) / len(specs) < 2e-3
+def test_images_are_drawn_when_their_row_is_read(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("saccade.data.rows.render_scene", lambda spec: drawn.append(tuple(spec)) or render_scene(spec))
+    dataset = digit_scenes("sft", "train", 200)
+    specs = scene_specs(dataset)
+    assert not drawn
+    row = next(number for number, several in enumerate(specs) if several)
+    assert len(dataset[row]["images"]) == len(specs[row])
+    assert drawn == specs[row]
 
 
 @pytest.mark.parametrize(("grid", "size"), [(24, (192, 192)), ((12, 24), (192, 96)), (9, (72, 72))])
@@ -98,7 +96,7 @@ def test_other_sizes(grid, size):
         assert set(owner[owner >= 0]) == set(range(row["num_digits"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32), count=st.integers(0, 9), grid=st.sampled_from([(12, 12), (9, 20), (24, 24)]))
 def test_every_digit_shows_in_its_place(seed, count, grid):
     spec, digits = sample_scene(random.Random(seed), "train", grid, count)

@@ -21,7 +21,7 @@ def test_share_of_slow_steps(kind: str, rate: float) -> None:
     assert abs(slow - steps * rate) <= tolerance
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 2**31), rate=st.floats(0, 1), block=st.integers(0, 50))
 def test_stratified_blocks_hold_their_share(seed: int, rate: float, block: int) -> None:
     schedule = fast_slow_schedule(seed, rate, "stratified")

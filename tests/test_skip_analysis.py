@@ -34,7 +34,7 @@ def model_and_inputs():
     return model, prepared
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(2, 9), st.sampled_from([1, 2]))
 def test_error_of_dropping_keys_and_values(seed, batch, columns, share):
     """Softmax over the kept columns alone, in float64."""

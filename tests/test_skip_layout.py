@@ -37,7 +37,7 @@ def merge_by_loops(x: torch.Tensor, keep: int) -> torch.Tensor:
     return torch.stack([sum(x[member] for member in groups[target]) / len(groups[target]) for target in targets])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.lists(st.integers(1, 14), min_size=1, max_size=4), st.integers(1, 14))
 def test_merge_equals_loops(seed, lengths, keep):
     """In the published order, for rows of different length, with gradients through values only."""
@@ -95,7 +95,7 @@ PIECES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(PIECES, min_size=1, max_size=4), st.sampled_from(["left", "right"]), st.booleans(), st.data())
 def test_layout_equals_loops(samples, side, pad_left, data):
     """Images anywhere, several a sample, none at all, and padding on either side before and after."""

@@ -105,7 +105,7 @@ class TestContext:
 
 
 class TestReduction:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.integers(1, 3), st.integers(1, 6), st.data())
     def test_selection_against_a_loop(self, rows, tokens, data):
         chosen = [
@@ -244,7 +244,7 @@ def spliced_oracle(
     return result
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     batches(),
     st.integers(0, 4),

@@ -60,7 +60,7 @@ def log_of(windows: list[dict], with_teacher: bool) -> list[dict]:
     return [*log, {"step": sum(steps.values()), "train_runtime": 99.0}]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(WINDOWS, st.booleans())
 def test_the_parts_are_those_of_the_windows(windows, with_teacher) -> None:
     rest = sum(step for window in windows for step, _ in window["slow"])
