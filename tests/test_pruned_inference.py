@@ -166,7 +166,7 @@ def test_under_peft(model, prompts):
         ({"prune_ratio": float("nan")}, "prune_ratio"),
         ({"reducer": "divprun"}, "divprune"),
         ({"positions": "shifted"}, "compact, original"),
-        ({"isolator": "/nowhere"}, "does not exist"),
+        ({"isolator": "/nowhere"}, "holds no mode_isolator"),
         ({"isolator": torch.zeros(4, 7)}, "width 7"),
         ({"isolator": torch.zeros(7)}, "isolator is a Tensor and no rows"),
         ({"padding_side": "middle"}, "padding_side='middle' is unknown"),

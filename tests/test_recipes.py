@@ -110,7 +110,7 @@ def test_train_on_a_users_own_json_lines(tmp_path, capsys):
     )
     assert status == 0, capsys.readouterr().err
     names = {path.name for path in output.iterdir()}
-    assert {"model.safetensors", "mode_isolator.safetensors", "dualspeed.json", "log.json"} <= names
+    assert {"model.safetensors", "mode_isolator.saccade", "dualspeed.json", "log.json"} <= names
     log = json.loads((output / "log.json").read_text())
     assert log["recipe"]["dataset"] == str(data)
     assert log["environment"]["packages"]["torch"]

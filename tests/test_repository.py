@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files", "images", "values"}
+BOTTOM = {"errors", "files", "companions", "images", "values"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "companions": {"errors", "files"},
     "images": {"errors"},
     "values": {"errors"},
     "counting": set(),
@@ -55,6 +56,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
     "counting": {"transformers", "trl", "peft"},
+    "companions": {"transformers", "trl", "peft"},
     "images": {"torch", "transformers", "trl"},
     "values": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl", "peft"},

@@ -64,7 +64,7 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
         assert got[step].pop("mode") == entry.pop("mode"), step
         assert got[step] == pytest.approx(entry, rel=1e-6), step
     assert not (tmp_path / PARTIAL_DIR).exists()
-    for name in ("adapter_model.safetensors" if lora else "model.safetensors", "mode_isolator.safetensors"):
+    for name in ("adapter_model.safetensors" if lora else "model.safetensors", "mode_isolator.saccade"):
         final, whole = (load_file(folder / "final" / name) for folder in (tmp_path, reference))
         assert final.keys() == whole.keys()
         for key in whole:

@@ -329,7 +329,7 @@ def test_a_run_without_isolator_leaves_no_old_one_behind(processor, tmp_path):
     for length, there in ((4, True), (0, False)):
         trainer = make_trainer(build_tiny_llava(processor), processor, tmp_path, isolator_length=length)
         trainer.save_model(str(tmp_path))
-        assert (tmp_path / "mode_isolator.safetensors").exists() == there
+        assert (tmp_path / "mode_isolator.saccade").exists() == there
 
 
 def test_model_that_does_not_exist(processor, tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from saccade.companions import ENDING, remove_companion
 from saccade.errors import SaccadeError
 from saccade.files import to_json, write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
@@ -82,7 +84,7 @@ def _is_whole(path: Path) -> bool:
         for index in path.glob("*.index.json"):
             if not all((path / name).is_file() for name in json.loads(index.read_text())["weight_map"].values()):
                 return False
-        for file in path.glob("*.safetensors"):
+        for file in chain(path.glob("*.safetensors"), path.glob(f"*{ENDING}")):
             with safe_open(file, framework="pt"):  # compares the length of the file with its header
                 pass
         # torch.save writes a zip archive, whose directory is at the end.
@@ -158,11 +160,13 @@ def remove_other_kind(folder: Path, adapters: bool, isolator: bool, skips: bool)
         isolator: whether the new run has an isolator.
         skips: whether some mode of it is Skip-Vision's.
     """
-    stale = [] if isolator else [ISOLATOR_FILE]
-    stale += [] if skips else [SUMMARY_FILE]
-    stale += [] if adapters else ["adapter_config.json", "adapter_model.safetensors"]
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
+    if not isolator:
+        remove_companion(folder, ISOLATOR_FILE)
+    if not skips:
+        remove_companion(folder, SUMMARY_FILE)
+    if not adapters:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def publish_checkpoint(partial: Path, output_dir: Path) -> Path:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from saccade.companions import find_companion
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
@@ -383,8 +384,8 @@ class DualSpeedTrainer(SteppingTrainer):
             # It may hang on the stock model, with adapters around that since.
             self.family.model._modules.pop(ISOLATOR_NAME, None)
         elif source is None and self.family.model.config._name_or_path:
-            beside = Path(self.family.model.config._name_or_path) / ISOLATOR_FILE
-            source = str(beside) if beside.is_file() else None
+            beside = find_companion(self.family.model.config._name_or_path, ISOLATOR_FILE)
+            source = None if beside is None else str(beside)
         if source is not None:
             self._copy_isolator(ModeIsolator.load(source), source)
         self.model.add_module(ISOLATOR_NAME, isolator)
@@ -404,7 +405,7 @@ class DualSpeedTrainer(SteppingTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 skip.summary.to(self.family.model.dtype)
             source = self.family.model.config._name_or_path
-            if source and (Path(source) / SUMMARY_FILE).is_file():
+            if source and find_companion(source, SUMMARY_FILE):
                 skip.load(source)
         return skip
 

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from saccade.companions import find_companion
 from saccade.counting import count_flops
 from saccade.dualspeed.checkpoint import read_run_file
 from saccade.dualspeed.collator import prepare_example
@@ -44,7 +45,7 @@ class Inference:
         budget: "crop", "image" or "sample", what the ratio or the number is of.
         adaptive: whether a batch's tokens are shared out by how varied its images are. A batch is `batch_size` scenes.
         newlines: "keep" or "drop", for the newline tokens of anyres images.
-        skip_vision: the folder that `skip_vision.safetensors` is in, for "skip".
+        skip_vision: the folder that `skip_vision.saccade` is in, for "skip".
 
     Raises:
         SaccadeError: on an unknown name, a missing isolator, or a missing folder.
@@ -134,7 +135,7 @@ def plan_inferences(
     folder = Path(model)
     trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
-    missing = {name for name, file in files.items() if not (folder / file).is_file()}
+    missing = {name for name, file in files.items() if find_companion(folder, file) is None}
     options = {
         "reducer": reducer or trained.get("reducer", "divprune"),
         # A model trained on all tokens was trained at ratio 0, which would prune nothing.

@@ -1,22 +1,19 @@
 """The mode isolator: a learnable soft prompt before each image's kept tokens (DualSpeed, arXiv 2602.03815, Sec. 3).
 
-It lives in a file of its own beside the weights, `mode_isolator.safetensors`, and never in `model.safetensors`, so
-that what training saved stays a stock checkpoint.
+It lives in a file of its own beside the weights, `mode_isolator.saccade`, and never in `model.safetensors`, so that
+what training saved stays a stock checkpoint.
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from saccade.companions import ENDING, read_companion, save_companion
 from saccade.errors import SaccadeError
-from saccade.files import atomic_path
 
-ISOLATOR_FILE = "mode_isolator.safetensors"
+ISOLATOR_FILE = f"mode_isolator{ENDING}"
 
 
 class ModeIsolator(nn.Module):
@@ -46,17 +43,15 @@ class ModeIsolator(nn.Module):
         return 0 * self().sum()
 
     def save(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
-        """Write `mode_isolator.safetensors` into `folder`, whole or not at all.
+        """Write `mode_isolator.saccade` into `folder`, whole or not at all.
 
         Args:
             metadata: what the isolator was trained with, kept as JSON in the file's header.
             weight: the gathered table, where this process holds only a shard of it.
         """
-        path = Path(folder) / ISOLATOR_FILE
-        table = (self.weight if weight is None else weight).detach().cpu().contiguous()
-        with atomic_path(path) as partial:
-            save_file({"weight": table}, partial, metadata={"config": json.dumps(metadata or {})})
-        return path
+        return save_companion(
+            folder, ISOLATOR_FILE, {"weight": self.weight if weight is None else weight}, metadata or {}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "ModeIsolator":
@@ -65,17 +60,9 @@ class ModeIsolator(nn.Module):
         Raises:
             SaccadeError: if there is none, or it is not a whole safetensors file with a two-dimensional `weight`.
         """
-        path = Path(path)
-        path = path / ISOLATOR_FILE if path.is_dir() else path
-        if not path.is_file():
-            raise SaccadeError(
-                f"isolator={str(path)!r} does not exist: name a folder or file that a training run wrote"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                weight = file.get_tensor("weight")
-        except SafetensorError as error:
-            raise SaccadeError(f"isolator={str(path)!r} is not a whole mode isolator file ({error})") from error
+        weight = read_companion(path, ISOLATOR_FILE, "isolator")[1].get("weight")
+        if weight is None:
+            raise SaccadeError(f"isolator={str(path)!r} holds no `weight`: name the folder of a run with an isolator")
         if weight.dim() != 2:
             raise SaccadeError(
                 f"isolator={str(path)!r} holds a weight of shape {tuple(weight.shape)}, expected (l, D)"
@@ -87,6 +74,4 @@ class ModeIsolator(nn.Module):
     @staticmethod
     def config_of(path: str | Path) -> dict:
         """The `metadata` that `save` was given."""
-        path = Path(path)
-        with safe_open(path / ISOLATOR_FILE if path.is_dir() else path, framework="pt") as file:
-            return json.loads((file.metadata() or {}).get("config", "{}"))
+        return read_companion(path, ISOLATOR_FILE, "isolator")[0]

@@ -75,7 +75,7 @@ class SkipVision:
         return prepare(self.family, self.config, self.summary, inputs, labels, padding_side, encoded)
 
     def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
-        """Write the summary head and the options to `folder/skip_vision.safetensors`, and return the path.
+        """Write the summary head and the options to `folder/skip_vision.saccade`, and return the path.
 
         Args:
             tensors: the head's gathered tensors by name, where this process holds only shards of them.

@@ -1,20 +1,16 @@
 """The summary head: a tiny attention pooling that makes one token of a group of tokens (arXiv 2503.21817, Sec. 4)."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from saccade.errors import SaccadeError
-from saccade.files import atomic_path
+from saccade.companions import ENDING, read_companion, save_companion
 
-SUMMARY_FILE = "skip_vision.safetensors"
+SUMMARY_FILE = f"skip_vision{ENDING}"
 SUMMARY_NAME = "skip_summary"
 """The head's name among the modules of the stock model."""
 
@@ -57,17 +53,13 @@ def pool(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def write_summary_file(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write `skip_vision.safetensors` into `folder`, whole or not at all.
+    """Write `skip_vision.saccade` into `folder`, whole or not at all.
 
     Args:
         tensors: the head's, empty without one.
         metadata: the configuration, kept as JSON in the file's header.
     """
-    path = Path(folder) / SUMMARY_FILE
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with atomic_path(path) as partial:
-        save_file(tensors, partial, metadata={"config": json.dumps(dict(metadata))})
-    return path
+    return save_companion(folder, SUMMARY_FILE, tensors, metadata)
 
 
 def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -76,13 +68,4 @@ def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     Raises:
         SaccadeError: if there is no such file, or it is not a whole one.
     """
-    path = Path(folder)
-    path = path / SUMMARY_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise SaccadeError(f"folder={str(folder)!r} holds no {SUMMARY_FILE}: name one that `skip.save` wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise SaccadeError(f"folder={str(folder)!r}: {path.name} is not a whole summary file ({error})") from error
+    return read_companion(folder, SUMMARY_FILE, "folder")

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from saccade.companions import ENDING
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
@@ -166,7 +167,8 @@ def _file(folder: Path, task: str) -> Path:
 
 def _identity(model: str | Path) -> dict[str, Any]:
     """The name of a model and, of a folder, the sizes and times of its weights: training may write there again."""
-    weights = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    folder = Path(model)
+    weights = [path for ending in (".safetensors", ENDING) for path in sorted(folder.glob(f"*{ending}"))]
     stats = {path.name: path.stat() for path in weights}
     return {"name": str(model), "weights": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from saccade.companions import find_companion
 from saccade.dualspeed.checkpoint import RUN_FILE, read_run_file
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.tables import markdown_table
@@ -47,7 +48,7 @@ def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: 
         _front_matter(base, license_name),
         f"# {name}\n",
         _first_words(facts, base, run, source),
-        _usage(facts["architecture"], (source / ISOLATOR_FILE).is_file()),
+        _usage(facts["architecture"], find_companion(source, ISOLATOR_FILE) is not None),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
         _evaluation(_read(source / "eval.json")),

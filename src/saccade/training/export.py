@@ -11,14 +11,15 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from saccade.companions import find_companion
 from saccade.dualspeed.checkpoint import RUN_FILE
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
+from saccade.pruning import ISOLATOR_FILE
+from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
 from saccade.training.recipe import ModelOptions
 from saccade.training.sources import load_model
-
-_WEIGHTS = ("model", "adapter_model", "pytorch_model", "optimizer")
 
 
 def export_model(
@@ -62,8 +63,8 @@ def export_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         check_loads(folder, model)
-        for path in _companions(source):
-            shutil.copy2(path, folder / path.name)
+        for name, path in _companions(source).items():
+            shutil.copy2(path, folder / name)
         facts = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -139,8 +140,8 @@ def _check_size(text: str) -> None:
         raise SaccadeError(f"max_shard_size={text!r} is no size: write a number and KB, MB, GB or TB, such as 5GB")
 
 
-def _companions(source: Path) -> list[Path]:
-    """Files of ours that go with the weights: learned tables, the run's settings, and its evaluation."""
-    tables = [path for path in source.glob("*.safetensors") if not path.name.startswith(_WEIGHTS)]
-    named = [source / name for name in (RUN_FILE, "eval.json")]
-    return sorted(tables) + [path for path in named if path.is_file()]
+def _companions(source: Path) -> dict[str, Path]:
+    """Files of ours that go with the weights, by the names that they get: learned tables, settings, evaluation."""
+    found = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
+    found |= {name: source / name for name in (RUN_FILE, "eval.json") if (source / name).is_file()}
+    return {name: path for name, path in found.items() if path is not None}

@@ -8,6 +8,7 @@ from peft import LoraConfig, prepare_model_for_kbit_training
 from torch import nn
 from transformers import TrainerCallback
 
+from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import newest_checkpoint
@@ -40,8 +41,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     model, processor = load_model(options, args.trust_remote_code)
     if options.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    beside = Path(options.model) / ISOLATOR_FILE
-    if args.isolator_path is None and args.isolator_length and beside.is_file():
+    beside = find_companion(options.model, ISOLATOR_FILE)
+    if args.isolator_path is None and args.isolator_length and beside is not None:
         args.isolator_path = str(beside)
     if options.lora and not model.config._name_or_path:
         # Adapters name the model that they belong to, and this one was not read from a folder.

@@ -1,0 +1,78 @@
+"""Learned tensors that lie beside a model's weights and are no part of them: the mode isolator, the summary head.
+
+The files are in the safetensors format and end in `.saccade`. Engines take every `*.safetensors`, `*.bin` or `*.pt`
+of a folder without an index for weights of the model, and refuse the folder over a name that they do not know.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+ENDING = ".saccade"
+_ENDING_BEFORE = ".safetensors"
+"""Of the files that earlier versions wrote, which are read as well."""
+
+
+def find_companion(folder: str | Path, name: str) -> Path | None:
+    """The file called `name` in `folder`, or the one that earlier versions wrote in its place; None without either."""
+    path = Path(folder) / name
+    return next((found for found in (path, _before(path)) if found.is_file()), None)
+
+
+def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    """Write `tensors` to `folder/name`, whole or not at all, and remove what earlier versions wrote in its place.
+
+    Args:
+        config: what they were trained with, kept as JSON in the file's header.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    path = Path(folder) / name
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    with atomic_path(path) as partial:
+        save_file(tensors, partial, metadata={"config": json.dumps(dict(config))})
+    _before(path).unlink(missing_ok=True)
+    return path
+
+
+def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The `config` and the tensors that `save_companion` wrote.
+
+    Args:
+        place: the folder that holds `name`, or a file.
+        field: what the user calls `place`, for errors.
+
+    Raises:
+        SaccadeError: if there is no such file, or it is not a whole one in the safetensors format.
+    """
+    path = Path(place) if Path(place).is_file() else find_companion(place, name)
+    if path is None:
+        raise SaccadeError(
+            f"{field}={str(place)!r} holds no {name}: name a folder or file that a training run wrote"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise SaccadeError(f"{field}={str(place)!r}: {path.name} is not a whole safetensors file ({error})") from error
+
+
+def remove_companion(folder: str | Path, name: str) -> None:
+    """Remove `folder/name` and what earlier versions wrote in its place, where they are there."""
+    path = Path(folder) / name
+    path.unlink(missing_ok=True)
+    _before(path).unlink(missing_ok=True)
+
+
+def _before(path: Path) -> Path:
+    return path.with_suffix(_ENDING_BEFORE)

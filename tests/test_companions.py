@@ -1,0 +1,144 @@
+"""What lies beside the weights: engines take none of it for weights, and what earlier versions wrote is read."""
+
+import json
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.dualspeed.checkpoint import newest_checkpoint, remove_other_kind
+from saccade.evaluation.digits import plan_inferences
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator
+from saccade.skip_vision import SUMMARY_FILE, SkipVisionConfig, apply_skip_vision
+from saccade.skip_vision.summary import read_summary_file
+from saccade.training.export import export_model
+
+ENGINE_GLOBS = ("*.safetensors*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
+"""What vLLM, SGLang, TensorRT-LLM and llama.cpp look for when they read a folder's weights."""
+STOCK = ("model.safetensors", "adapter_model.safetensors", "training_args.bin")
+STOCK_OF_A_CHECKPOINT = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+"""What transformers itself writes there, and engines know to leave alone."""
+MODES = [
+    {"name": "fast", "probability": 0.5, "isolator": True},
+    {"name": "skipping", "probability": 0.5, "action": "skip", "teacher": "fast"},
+]
+BEFORE = {ISOLATOR_FILE: "mode_isolator.safetensors", SUMMARY_FILE: "skip_vision.safetensors"}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def trained(request, tmp_path_factory):
+    """A run with an isolator and a summary head, its checkpoint, and its export."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = {
+        "model": "tiny",
+        "output_dir": folder / "out",
+        "modes": json.dumps(MODES),
+        "lora": str(request.param).lower(),
+        "dataset_rows": 8,
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "warmup_steps": 0,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": "true",
+    }
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main(["train", "tiny-digits/sft", *words]) == 0
+    export_model(folder / "out", folder / "export")
+    return folder
+
+
+def test_engines_find_only_stock_weights_in_what_is_written(trained):
+    written = [Path(top, name).relative_to(trained) for top, _, names in os.walk(trained) for name in names]
+    assert {"export", "out", "out/checkpoint-2"} <= {str(path.parent) for path in written}
+    for folder in ("export", "out", "out/checkpoint-2"):
+        # The pages above are about something: both learned tables are there.
+        assert {ISOLATOR_FILE, SUMMARY_FILE} <= {path.name for path in written if str(path.parent) == folder}
+    taken = [path for path in written if any(fnmatch(path.name, glob) for glob in ENGINE_GLOBS)]
+    allowed = {
+        path: STOCK + STOCK_OF_A_CHECKPOINT if path.parent.name.startswith("checkpoint-") else STOCK for path in taken
+    }
+    assert [str(path) for path in taken if path.name not in allowed[path]] == []
+    assert Path("export/model.safetensors") in taken
+
+
+@pytest.fixture
+def old_folder(model, tmp_path):
+    """A folder with both files as earlier versions called them, and what they hold."""
+    isolator = ModeIsolator(4, 128)
+    isolator.save(tmp_path, metadata={"length": 4})
+    skip = apply_skip_vision(model, SkipVisionConfig(retained=10, skipped=20))
+    skip.save(tmp_path)
+    head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
+    for name, before in BEFORE.items():
+        (tmp_path / name).rename(tmp_path / before)
+    return tmp_path, isolator, head
+
+
+def test_files_of_an_earlier_version_are_read(old_folder):
+    folder, isolator, head = old_folder
+    for place in (folder, folder / BEFORE[ISOLATOR_FILE]):
+        assert torch.equal(ModeIsolator.load(place).weight, isolator.weight)
+        assert ModeIsolator.config_of(place) == {"length": 4}
+    for place in (folder, folder / BEFORE[SUMMARY_FILE]):
+        _, tensors = read_summary_file(place)
+        assert tensors.keys() == head.keys()
+        assert all(torch.equal(tensors[name], value) for name, value in head.items())
+    assert [found.name for found in plan_inferences(folder)] == ["full", "pruned", "pruned_isolator", "skip"]
+
+
+def test_writing_replaces_what_an_earlier_version_wrote(old_folder, model):
+    folder, isolator, _ = old_folder
+    isolator.save(folder)
+    assert {path.name for path in folder.iterdir()} == {ISOLATOR_FILE, BEFORE[SUMMARY_FILE]}
+    remove_other_kind(folder, adapters=False, isolator=False, skips=False)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_newer_file_goes_before_an_older_one(old_folder):
+    folder, _, _ = old_folder
+    newer = ModeIsolator(2, 128)
+    older = (folder / BEFORE[ISOLATOR_FILE]).read_bytes()
+    newer.save(folder)
+    (folder / BEFORE[ISOLATOR_FILE]).write_bytes(older)
+    assert torch.equal(ModeIsolator.load(folder).weight, newer.weight)
+
+
+def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
+    source = tmp_path / "out"
+    source.mkdir()
+    for path in (trained / "out").iterdir():
+        if path.is_file():
+            (source / BEFORE.get(path.name, path.name)).write_bytes(path.read_bytes())
+    export_model(source, tmp_path / "export")
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert set(BEFORE) <= names
+    assert not names & set(BEFORE.values())
+    assert (tmp_path / "export" / ISOLATOR_FILE).read_bytes() == (trained / "out" / ISOLATOR_FILE).read_bytes()
+
+
+def test_a_file_that_is_cut_short(trained, tmp_path):
+    for name, load in ((ISOLATOR_FILE, ModeIsolator.load), (SUMMARY_FILE, read_summary_file)):
+        with pytest.raises(SaccadeError, match=f"holds no {name}"):
+            load(tmp_path)
+        (tmp_path / name).write_bytes((trained / "out" / name).read_bytes()[:-3])
+        with pytest.raises(SaccadeError, match=f"{name} is not a whole safetensors file"):
+            load(tmp_path)
+
+
+def test_a_checkpoint_whose_isolator_is_cut_short_is_passed_over(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    source = newest_checkpoint(trained / "out")
+    for number in (1, 2):
+        copy = tmp_path / "out" / f"checkpoint-{number}"
+        copy.mkdir()
+        for path in source.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    isolator = tmp_path / "out" / "checkpoint-2" / ISOLATOR_FILE
+    isolator.write_bytes(isolator.read_bytes()[:-3])
+    assert newest_checkpoint(tmp_path / "out").name == "checkpoint-1"
