@@ -94,7 +94,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, data, "),
+            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, assemble, data, "),
             (["--frobnicate"], "--frobnicate"),
             (["probe"], "the following arguments are required: FILE (see `saccade probe --help`)"),
             (["probe", "a", "--speed", "9"], "unknown flag '--speed' (see `saccade probe --help`)"),

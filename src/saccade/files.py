@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from saccade.errors import SaccadeError
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
@@ -43,6 +45,17 @@ def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Pa
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
+    """Refuse a place for a new folder that is taken; an empty folder is not.
+
+    Raises:
+        SaccadeError: naming the field that gave the path.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise SaccadeError(f"{field}={str(path)!r} exists: name a folder that does not, or remove it")
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:

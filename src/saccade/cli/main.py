@@ -18,6 +18,7 @@ from saccade.errors import SaccadeError
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
+    "assemble": ("saccade.cli.assemble", "put a LLaVA together from a vision tower and a language model"),
     "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),

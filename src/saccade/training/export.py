@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from saccade.companions import find_companion
 from saccade.dualspeed.checkpoint import RUN_FILE
 from saccade.errors import SaccadeError
-from saccade.files import write_text_atomically
+from saccade.files import check_new_folder, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
@@ -51,7 +51,7 @@ def export_model(
     """
     source, output = Path(source), Path(output)
     _check_paths(source, output)
-    _check_size(max_shard_size)
+    check_shard_size(max_shard_size)
     base = None
     if (source / "adapter_config.json").is_file():
         base = PeftConfig.from_pretrained(source).base_model_name_or_path
@@ -131,11 +131,15 @@ def _check_paths(source: Path, output: Path) -> None:
             f"model={str(source)!r} holds no config.json and no adapter_config.json: name the output_dir of a run "
             "that has ended, or a checkpoint in it"
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise SaccadeError(f"output={str(output)!r} exists: name a folder that does not, or remove it")
+    check_new_folder(output, "output")
 
 
-def _check_size(text: str) -> None:
+def check_shard_size(text: str) -> None:
+    """Refuse what is not a size in bytes.
+
+    Raises:
+        SaccadeError: naming it.
+    """
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
         raise SaccadeError(f"max_shard_size={text!r} is no size: write a number and KB, MB, GB or TB, such as 5GB")
 

@@ -1,0 +1,84 @@
+"""`saccade assemble`: a LLaVA with a new projector, from a vision tower and a language model."""
+
+import argparse
+
+EXAMPLES = """
+saccade assemble --vision-tower openai/clip-vit-large-patch14-336 --language-model lmsys/vicuna-7b-v1.5 \\
+    --output out/llava-1.5-7b/start                    where LLaVA-1.5's stage one starts
+saccade assemble --vision-tower google/siglip-so400m-patch14-384 --language-model Qwen/Qwen3-4B --output out/start
+saccade assemble --vision-tower tiny --language-model FOLDER --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf \\
+    --output out/smol                                  a language model in a GGUF file
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vision-tower",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of a CLIP or SigLIP model, or of a LLaVA that has one; or tiny",
+    )
+    parser.add_argument(
+        "--language-model",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; it must not exist")
+    parser.add_argument(
+        "--gguf-file", default=None, metavar="NAME", help="read the language model from this GGUF file"
+    )
+    parser.add_argument(
+        "--crops",
+        default="none",
+        help="none (LLaVA-1.5), anyres (LLaVA-NeXT) or hd (LLaVA-HD's 2 x 2 crops) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--chat-template",
+        default="own",
+        metavar="WHICH",
+        help="own (the language model's, v1 where it has none), v1, or a file (default: %(default)s)",
+    )
+    parser.add_argument("--system-prompt", default=None, metavar="TEXT", help="for conversations that have none")
+    parser.add_argument(
+        "--feature-layer", type=int, default=-2, help="hidden state that the projector reads (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pad-vocabulary",
+        type=int,
+        default=64,
+        metavar="N",
+        help="embeddings that grow get a multiple of N rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto (the language model's), float32, bfloat16 or float16 (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the projector (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from saccade.files import to_json
+    from saccade.training.assemble import AssembleOptions, assemble_model
+
+    options = AssembleOptions(**{entry.name: getattr(args, entry.name) for entry in fields(AssembleOptions)})
+    summary = assemble_model(args.vision_tower, args.language_model, args.output, options)
+    if args.json:
+        print(to_json(summary))
+        return 0
+    print(
+        f"written to {summary['output']}: {summary['architecture']}, {summary['parameters']:,} parameters, of which "
+        f"{summary['projector_parameters']:,} are the new projector's, {summary['dtype']}"
+    )
+    print(
+        f"chat template: {summary['chat_template']}; a picture has {summary['visual_tokens']} visual tokens; "
+        "loads in stock transformers, every key checked"
+    )
+    return 0

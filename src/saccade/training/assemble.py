@@ -1,0 +1,428 @@
+"""A LLaVA of a vision tower and a language model that were trained apart: where both papers start."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SiglipVisionModel,
+)
+from transformers.utils import logging
+
+from saccade.errors import SaccadeError
+from saccade.families import family_class
+from saccade.files import check_new_folder
+from saccade.tiny import tiny_checkpoint
+from saccade.training.chat_format import make_template
+from saccade.training.export import check_shard_size
+from saccade.training.sources import DTYPES
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),)}
+"""For each kind of crops, what an image may be resized to, in crops (down, across)."""
+
+
+@dataclass(frozen=True)
+class AssembleOptions:
+    """How the parts are put together.
+
+    Args:
+        gguf_file: name of a GGUF file in the language model's folder or on its hub page, to read it from.
+        crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops of the image in about
+            its own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops (LLaVA-HD, see
+            docs/recipes.md).
+        chat_template: "own" adapts the language model's, or takes LLaVA's v1 where it has none; "v1"; or a file.
+        system_prompt: for conversations that have none; what the template says when left out.
+        feature_layer: hidden state of the tower that the projector reads.
+        pad_vocabulary: where the embeddings must grow, they get a number of rows that this divides.
+        dtype: of the weights: "auto" (the language model's), "float32", "bfloat16" or "float16".
+        seed: of the projector.
+        max_shard_size: size above which the weights are split into several files.
+    """
+
+    gguf_file: str | None = None
+    crops: str = "none"
+    chat_template: str = "own"
+    system_prompt: str | None = None
+    feature_layer: int = -2
+    pad_vocabulary: int = 64
+    dtype: str = "auto"
+    seed: int = 0
+    max_shard_size: str = "5GB"
+
+
+def assemble_model(
+    vision_tower: str | Path, language_model: str | Path, output: str | Path, options: AssembleOptions | None = None
+) -> dict[str, Any]:
+    """Write a stock LLaVA: a trained tower, a trained language model, and a new projector between them.
+
+    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, with torch's own initial weights. The
+    tokenizer gets an image token; rows that the embeddings grow by are the mean of the others, and tied embeddings
+    stay tied. The weights are held in memory once. The folder gets its name when it is whole.
+
+    Args:
+        vision_tower: folder or hub id of a CLIP or SigLIP model or vision tower, or of a LLaVA with such a tower;
+            "tiny" for the tower of the embedded model.
+        language_model: folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
+        output: folder to make; it must not exist, or be empty.
+        options: how; see `AssembleOptions`.
+
+    Returns:
+        `output`, `architecture`, `parameters`, `projector_parameters`, `visual_tokens` (of one picture or crop),
+        `vocabulary`, `image_token_id`, `chat_template` ("own", "v1", or the file), `eos_token_ids`, `dtype`.
+
+    Raises:
+        SaccadeError: if a part is none of these, or one does not fit, before weights are read.
+        OSError: if the folder cannot be written; nothing is left behind then.
+    """
+    options, output = options or AssembleOptions(), Path(output)
+    _check_options(options)
+    check_new_folder(output, "output")
+    eyes = _Tower.find(str(tiny_checkpoint()) if str(vision_tower) == "tiny" else str(vision_tower), options)
+    _check_language_model(str(language_model), options.gguf_file)
+    tokenizer = _tokenizer(str(language_model), options.gguf_file)
+    template = make_template(tokenizer, options.chat_template, IMAGE_TOKEN, options.system_prompt)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        language = _language_model(str(language_model), options)
+        tower = eyes.load(language.dtype)
+        _grow_embeddings(language, len(tokenizer), options.pad_vocabulary)
+        model = _join(language, tower, eyes, tokenizer, options)
+    model.generation_config = _generation_config(language, tokenizer, template.end_id)
+    _save(model, eyes.processor(tokenizer, template.text, options), output, options.max_shard_size)
+    return {
+        "output": str(output),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "projector_parameters": sum(p.numel() for p in model.model.multi_modal_projector.parameters()),
+        "visual_tokens": eyes.side**2,
+        "vocabulary": language.config.vocab_size,
+        "image_token_id": model.config.image_token_id,
+        "chat_template": template.source,
+        "eos_token_ids": model.generation_config.eos_token_id,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """A vision tower that was looked up: where it is, its configuration, and how it wants its images."""
+
+    place: str
+    config: PreTrainedConfig
+    images: Any
+    from_llava: bool
+
+    @classmethod
+    def find(cls, place: str, options: AssembleOptions) -> "_Tower":
+        """Look a tower up without reading its weights."""
+        whole = _config(place, "vision_tower")
+        config = getattr(whole, "vision_config", whole)
+        if getattr(config, "model_type", None) not in TOWERS:
+            raise SaccadeError(
+                f"vision_tower={place!r} has model_type={whole.model_type!r}, which is not a CLIP or SigLIP vision "
+                "tower: name a CLIP or SigLIP model, or a LLaVA that has one"
+            )
+        try:
+            images = AutoImageProcessor.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            raise SaccadeError(
+                f"vision_tower={place!r} has no image processor that loads (preprocessor_config.json): "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+        found = cls(place, config, images, from_llava=whole.model_type not in ("clip", "siglip", config.model_type))
+        found._check(options)
+        return found
+
+    def _check(self, options: AssembleOptions) -> None:
+        size, patch, layers = self.config.image_size, self.config.patch_size, self.config.num_hidden_layers
+        if not 0 < patch <= size:
+            raise SaccadeError(
+                f"vision_tower={self.place!r}: image_size={size} holds no patch of patch_size={patch}: mend its "
+                "config.json"
+            )
+        given = _picture_size(self.images)
+        if given != (size, size):
+            raise SaccadeError(
+                f"vision_tower={self.place!r}: its image processor gives pictures of {given[0]} x {given[1]} pixels, "
+                f"and the tower takes {size} x {size}: mend its preprocessor_config.json"
+            )
+        if not -layers <= options.feature_layer <= layers:
+            raise SaccadeError(
+                f"feature_layer={options.feature_layer}: the tower has {layers} layers, give -{layers} to {layers}"
+            )
+        if options.crops != "none" and not self.class_token:
+            raise SaccadeError(
+                f"crops={options.crops!r} with a {self.config.model_type}: LLaVA-NeXT is only known with CLIP towers "
+                "here; leave it at 'none'"
+            )
+
+    @property
+    def class_token(self) -> bool:
+        return self.config.model_type == "clip_vision_model"
+
+    @property
+    def strategy(self) -> str:
+        """Which of the tower's tokens the projector reads, in LLaVA's words: all but the class token, or all."""
+        return "default" if self.class_token else "full"
+
+    @property
+    def side(self) -> int:
+        """Patches along an edge."""
+        return self.config.image_size // self.config.patch_size
+
+    def pinpoints(self, crops: str) -> list[list[int]]:
+        return [[down * self.config.image_size, across * self.config.image_size] for down, across in CROPS[crops]]
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The tower with its weights. What pools SigLIP's tokens to one vector is left out."""
+        if not self.class_token:
+            self.config.vision_use_head = False
+        if self.from_llava:
+            return AutoModelForImageTextToText.from_pretrained(self.place, dtype=dtype).model.vision_tower
+        tower, info = TOWERS[self.config.model_type].from_pretrained(
+            self.place, config=self.config, dtype=dtype, output_loading_info=True
+        )
+        _check_whole(self.place, "vision_tower", info)
+        return tower
+
+    def processor(self, tokenizer: PreTrainedTokenizerBase, template: str, options: AssembleOptions) -> ProcessorMixin:
+        """What makes the model's inputs."""
+        kind, images = LlavaProcessor, self.images
+        if options.crops != "none":
+            kind, size = LlavaNextProcessor, self.config.image_size
+            images = LlavaNextImageProcessorPil(
+                size={"shortest_edge": size},
+                crop_size={"height": size, "width": size},
+                image_mean=self.images.image_mean,
+                image_std=self.images.image_std,
+                resample=self.images.resample,
+                image_grid_pinpoints=self.pinpoints(options.crops),
+            )
+        return kind(
+            image_processor=images,
+            tokenizer=tokenizer,
+            patch_size=self.config.patch_size,
+            vision_feature_select_strategy=self.strategy,
+            num_additional_image_tokens=int(self.class_token),
+            image_token=IMAGE_TOKEN,
+            chat_template=template,
+        )
+
+
+def _check_options(options: AssembleOptions) -> None:
+    if options.crops not in CROPS:
+        raise SaccadeError(f"crops={options.crops!r} is unknown: use one of {', '.join(CROPS)}")
+    if options.dtype not in DTYPES:
+        raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    check_shard_size(options.max_shard_size)
+    if options.pad_vocabulary < 1:
+        raise SaccadeError(f"pad_vocabulary={options.pad_vocabulary}: give 1 for no padding, or a number such as 64")
+
+
+def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "cannot be loaded" if Path(place).is_dir() else "is not a folder, and cannot be loaded from the hub"
+        raise SaccadeError(f"{field}={place!r} {where}: {' '.join(str(error).split())[:300]}") from error
+
+
+def _check_language_model(place: str, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        _check_gguf(place, gguf_file)
+    config = _config(place, "language_model", **_gguf(gguf_file))
+    if getattr(config, "is_encoder_decoder", False):
+        raise SaccadeError(
+            f"language_model={place!r} is an encoder-decoder (model_type={config.model_type!r}): name a causal "
+            f"language model, one of {', '.join(LANGUAGE_MODELS)}"
+        )
+    if config.model_type not in LANGUAGE_MODELS:
+        raise SaccadeError(
+            f"language_model={place!r} has model_type={config.model_type!r}: name a causal language model that is one "
+            f"of {', '.join(LANGUAGE_MODELS)}"
+        )
+
+
+def _check_gguf(place: str, gguf_file: str) -> None:
+    if Path(place).is_dir() and not (Path(place) / gguf_file).is_file():
+        raise SaccadeError(f"gguf_file={gguf_file!r} is not in {place!r}: give the name of a file in that folder")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise SaccadeError(f"gguf_file={gguf_file!r} needs the package gguf: pip install gguf") from error
+
+
+def _gguf(gguf_file: str | None) -> dict[str, str]:
+    return {} if gguf_file is None else {"gguf_file": gguf_file}
+
+
+def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer with an image token, and with one for padding if it had none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **_gguf(gguf_file))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(f"language_model={place!r} has no tokenizer that loads: {line}") from error
+    if not tokenizer.is_fast:
+        raise SaccadeError(
+            f"language_model={place!r} has a {type(tokenizer).__name__}, which cannot tell where answers lie: it "
+            "needs a tokenizer.json"
+        )
+    tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _language_model(place: str, options: AssembleOptions) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=options.dtype, output_loading_info=True, **_gguf(options.gguf_file)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(f"language_model={place!r} cannot be loaded: {line}") from error
+    _check_whole(place, "language_model", info)
+    # What a GGUF file held in few bits is read as whole numbers, and the trainer refuses a model that says otherwise.
+    if hasattr(model.config, "quantization_config"):
+        if options.gguf_file is None:
+            raise SaccadeError(f"language_model={place!r} is quantized: name the model in full precision")
+        del model.config.quantization_config
+    return model
+
+
+def _check_whole(place: str, field: str, info: dict[str, Any]) -> None:
+    """Stock loading fills missing weights with noise and warns; here that is an error."""
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        raise SaccadeError(
+            f"{field}={place!r}: its weights are not whole, {missing[:3]} is missing or has another shape"
+        )
+
+
+def _grow_embeddings(model: PreTrainedModel, tokens: int, multiple: int) -> None:
+    """Room for every token. The embeddings of some models have more rows than tokens already, and never shrink."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if tokens <= before:
+        return
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[before:] = layer.weight[:before].mean(dim=0, dtype=torch.float32).to(layer.weight.dtype)
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: int) -> GenerationConfig:
+    """Where answers end: at the template's token, or at one that the language model ended at. Nothing else is kept."""
+    before = model.generation_config
+    ids = [end]
+    for value in (None if before is None else before.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        ids += value if isinstance(value, list) else [value]
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=list(dict.fromkeys(number for number in ids if number is not None)),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _join(
+    language: PreTrainedModel,
+    tower: PreTrainedModel,
+    eyes: _Tower,
+    tokenizer: PreTrainedTokenizerBase,
+    options: AssembleOptions,
+) -> PreTrainedModel:
+    """The stock model around parts that are taken over, not copied. Sets torch's seed."""
+    # Where the parts lay is nobody's business.
+    language.config._name_or_path = tower.config._name_or_path = ""
+    shared = {
+        "vision_config": tower.config,
+        "text_config": language.config,
+        "image_token_index": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        "vision_feature_layer": options.feature_layer,
+        "vision_feature_select_strategy": eyes.strategy,
+        "image_seq_length": eyes.side**2,
+        "tie_word_embeddings": language.config.tie_word_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if options.crops == "none":
+        config = LlavaConfig(**shared)
+    else:
+        config = LlavaNextConfig(**shared, image_grid_pinpoints=eyes.pinpoints(options.crops))
+    family_class(config)
+    dtype = language.dtype
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.model.language_model, model.lm_head = language.model, language.lm_head
+    model.model.vision_tower = tower
+    torch.manual_seed(options.seed)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
+    for layer in projector.children():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    projector.to(dtype)
+    if options.crops != "none":
+        width = config.text_config.hidden_size
+        model.model.image_newline = nn.Parameter((torch.randn(width) / width**0.5).to(dtype))
+    return model.eval()
+
+
+def _save(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_shard_size: str) -> None:
+    """Write aside, see that the stock classes find every key, and rename."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
+        folder = Path(temporary) / "model"
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        # On the meta device: names and shapes are compared, and the weights not read a second time.
+        _, info = AutoModelForImageTextToText.from_pretrained(folder, device_map="meta", output_loading_info=True)
+        problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
+        if problems:
+            raise SaccadeError(f"output={str(output)!r}: what was written does not load as it is: {problems}")
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+
+
+def _picture_size(images: Any) -> tuple[int, int]:
+    """Height and width of what an image processor gives."""
+    size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    if getattr(size, "height", None) is None:
+        size = {name: getattr(size, "shortest_edge", None) for name in ("height", "width")}
+        return size["height"], size["width"]
+    return size.height, size.width
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' report of the keys that a part leaves unused, such as CLIP's text model."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
