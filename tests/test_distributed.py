@@ -12,12 +12,15 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from saccade.dualspeed.masters import MASTERS_FILE
 from saccade.launch import make_plan, run_processes
 from saccade.pruning import ModeIsolator
+from saccade.tiny import build_tiny_llava, build_tiny_processor
 
 SCRIPT = Path(__file__).parent / "training_process.py"
 OPTIONS = {"max_steps": 6, "slow_probability": 0.5}
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 3}
+SHARDED = "pytorch_model_fsdp.bin"
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 zero = [
     pytest.param(
@@ -174,6 +177,30 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(one_process, tmp_
     launch(tmp_path, before, engine, expect=1, kill_at_step=5, kill_rank=before - 1, **CHECKPOINTS)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     check_equal(launch(tmp_path, after, engine, resume=True, **CHECKPOINTS), one)
+
+
+@pytest.mark.parametrize(
+    ("engine", "file"), [("ddp", MASTERS_FILE), pytest.param("fsdp2", SHARDED, marks=pytest.mark.slow)]
+)
+def test_weights_in_bf16_have_float32_masters(tmp_path, engine, file):
+    """The trainer's own, or those that FSDP shards; on the way out they are rounded."""
+    rate, steps = 2e-5, 2
+    options = {"lr_scheduler_type": "constant", "warmup_steps": 0, "freeze_language_model": True}
+    options |= {"max_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    launch(tmp_path, 2, engine, bf16=True, half=True, learning_rate=rate, **options)
+    start = build_tiny_llava(build_tiny_processor(), seed=0).bfloat16().state_dict()
+    held = torch.load(tmp_path / f"checkpoint-{steps}" / file)
+    final = LlavaForConditionalGeneration.from_pretrained(tmp_path / "final", dtype="auto").state_dict()
+    assert {value.dtype for value in final.values()} == {torch.bfloat16}
+    trained = [name for name in start if "multi_modal_projector" in name]
+    assert trained
+    for name in trained:
+        assert held[name].dtype == torch.float32
+        moved = held[name] - start[name].float()
+        assert (moved != 0).all()
+        # A step of Adam is at most the learning rate, at its start.
+        assert moved.abs().max() < 1.1 * steps * rate
+        assert torch.equal(final[name], held[name].bfloat16())
 
 
 @pytest.mark.slow

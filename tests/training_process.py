@@ -2,9 +2,9 @@
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
-that step), `text_only_rank` (a rank that sees no image), `lora`, and options of the config. Each step's mode and loss
-is appended to `steps.jsonl` in `output_dir` as it happens. Started by a launcher whose environment asks for FSDP, it
-lets accelerate shard on the CPU.
+that step), `text_only_rank` (a rank that sees no image), `lora`, `half` (weights in bfloat16), and options of the
+config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it happens. Started by a launcher
+whose environment asks for FSDP, it lets accelerate shard on the CPU.
 """
 
 import json
@@ -75,6 +75,8 @@ def main(options: dict) -> None:
     kill_rank, signal_at_step = options.pop("kill_rank", 0), options.pop("signal_at_step", None)
     processor = build_tiny_processor()
     model = build_tiny_llava(processor, seed=0)
+    if options.pop("half", False):
+        model = model.bfloat16()
     config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     output = Path(options.pop("output_dir"))
     output.mkdir(parents=True, exist_ok=True)

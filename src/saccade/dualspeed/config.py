@@ -123,6 +123,10 @@ class DualSpeedConfig(SFTConfig):
             they have in the full sequence.
         projector_learning_rate (`float`, *optional*):
             Learning rate of the projector and the isolator; that of the rest when left out.
+        float32_masters (`bool`, *optional*):
+            Keep float32 copies of weights that train in half precision, and let the optimizer work on those: steps of
+            fine-tuning rates are too small for bfloat16. When left out, true wherever such weights train. FSDP with
+            `bf16` and DeepSpeed have their own. False halves the memory of optimizer states, and loses small steps.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Train no parameter of the vision tower.
         freeze_projector (`bool`, *optional*, defaults to `False`):
@@ -203,6 +207,10 @@ class DualSpeedConfig(SFTConfig):
     positions: str = field(default="compact", metadata={"help": "'compact' (as published) or 'original'."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of projector and isolator; by default that of the rest."}
+    )
+    float32_masters: bool | None = field(
+        default=None,
+        metadata={"help": "Float32 copies of half-precision weights that train; by default wherever there are any."},
     )
     freeze_vision_tower: bool = field(default=True, metadata={"help": "Train no parameter of the vision tower."})
     freeze_projector: bool = field(default=False, metadata={"help": "Train no parameter of the projector."})

@@ -10,28 +10,24 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from trl import SFTTrainer
 
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.optimizing import OptimizingTrainer
 from saccade.dualspeed.sampler import GroupedSampler
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sharding import WithBlankImage
 from saccade.errors import SaccadeError
-from saccade.families import Family
-from saccade.pruning import ModeIsolator
 from saccade.tokens import TokenBudget
 
 
-class LoadingTrainer(SFTTrainer):
+class LoadingTrainer(OptimizingTrainer):
     """TRL's trainer with the options `group_by` and `max_bad_records`."""
 
-    family: Family
     modes: Sequence[Mode]
     schedule: ModeSchedule
-    isolator: ModeIsolator | None
     bad_records: BadRecordLog
     _train_loader: DataLoader | None = None
 

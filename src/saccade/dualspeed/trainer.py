@@ -124,6 +124,7 @@ class DualSpeedTrainer(SteppingTrainer):
         self.is_ordinary = args.takes_stock_steps
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
+        self.choose_masters()
         self.meter = ModeMeter(
             [mode.name for mode in self.modes],
             full=next((mode.name for mode in self.modes if mode.keeps_all), None),
@@ -194,22 +195,6 @@ class DualSpeedTrainer(SteppingTrainer):
             # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         super().log(logs, start_time)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
-        rate = self.args.projector_learning_rate
-        if rate is None:
-            return optimizer
-        projector = {id(parameter) for parameter in self.family.projector.parameters()}
-        if self.isolator is not None:
-            projector |= {id(parameter) for parameter in self.isolator.parameters()}
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in projector]
-            if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                optimizer.add_param_group({**group, "params": moved, "lr": rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
 
     # Weights, isolator, checkpoints
 
@@ -335,13 +320,12 @@ class DualSpeedTrainer(SteppingTrainer):
 
     def _resume_state(self) -> dict[str, Any]:
         """What a run that goes on from this one must share with it."""
-        args, engine = self.args, "ddp"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "fsdp" if self.is_fsdp_enabled else "deepspeed"
+        args, engine = self.args, self.engine
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         # DeepSpeed writes each rank's shard of the optimizer, which another number of ranks cannot read.
         ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
-        state = {**args.resume_state(), "global_batch_size": batch, "engine": engine, **ranks}
+        masters = {"float32_masters": self.keeps_masters}
+        state = {**args.resume_state(), **masters, "global_batch_size": batch, "engine": engine, **ranks}
         return {**state, "adapters": adapter_options(self.model)}
 
     def _load_best_model(self) -> None:

@@ -23,6 +23,7 @@ from saccade.benchmark.flops import (
     training_flops,
 )
 from saccade.benchmark.shapes import SHAPES, Shape, shape_of
+from saccade.dualspeed.masters import HALF
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import check_packing
 from saccade.dualspeed.trainer import freeze_parts
@@ -335,6 +336,9 @@ class _Costs:
     def memory(self, modes: Sequence[ModeCost], shards: int, own: int) -> dict[str, float]:
         """Bytes a device, estimated: what the framework itself holds, fragments and buffers are left out.
 
+        Weights in half precision that train have masters in float32, and optimizer states in float32 then: 2 bytes of
+        weight, 2 of gradient, 4 and 8. FSDP and DeepSpeed come to the same sum.
+
         Args:
             modes: of the run, of which the hungriest counts.
             shards: devices that share weights, gradients and optimizer states.
@@ -345,12 +349,16 @@ class _Costs:
         gradients = sum(p.numel() * p.itemsize for p in self.model.parameters() if p.requires_grad) + 4 * own
         optimizer = str(getattr(self.recipe.trainer.optim, "value", self.recipe.trainer.optim))
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) + own
-        states = 2 * trained if "8bit" in optimizer else 2 * gradients
+        in_half = sum(p.numel() for p in self.model.parameters() if p.requires_grad and p.dtype in HALF)
+        with_masters = in_half if self.recipe.trainer.float32_masters is not False else 0
+        states = 2 * trained if "8bit" in optimizer else 8 * trained - 4 * (in_half - with_masters)
         found = {
             "weights": (weights + 4 * own) / shards,
             "gradients": gradients / shards,
+            "masters": 4 * with_masters / shards,
             "optimizer": states / shards,
-            "activations": max(mode.samples * self._activations(mode) for mode in modes),
+            # The optimizer steps on gradients in float32, in the room that the activations have left.
+            "activations": max(2 * with_masters / shards, *(mode.samples * self._activations(mode) for mode in modes)),
         }
         return {**found, "total": sum(found.values())}
 

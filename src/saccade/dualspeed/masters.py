@@ -1,0 +1,148 @@
+"""Float32 masters of weights that train in half precision, as DeepSpeed's bf16 engine keeps them.
+
+bfloat16 has eight bits of precision: at the learning rates of fine-tuning, a step changes most weights by less than
+half of the distance to the next value, and is rounded away. The optimizer therefore works on copies in float32, and
+after each step the weights take over their rounded values. The model stays in its own dtype, in every pass, in
+evaluation and on disk.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from saccade.dualspeed.config import DualSpeedConfig
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+MASTERS_FILE = "float32_masters.pt"
+"""In checkpoints, beside the optimizer's states. Not a safetensors file: engines take all of those for weights."""
+HALF = (torch.bfloat16, torch.float16)
+
+
+def trains_in_half_precision(model: nn.Module) -> bool:
+    """Whether a weight of `model` trains that has less than float32's precision."""
+    return any(weight.requires_grad and weight.dtype in HALF for weight in model.parameters())
+
+
+def wants_masters(args: DualSpeedConfig, model: nn.Module, engine: str, mixed_precision: bool = False) -> bool:
+    """Whether the trainer is to keep masters itself.
+
+    Args:
+        engine: "ddp" for one process too, "fsdp" or "deepspeed". The last two have their own: FSDP where precision is
+            mixed, since accelerate then shards the weights that train in float32 and gathers them in half precision.
+        mixed_precision: whether `bf16` or `fp16` is set.
+
+    Raises:
+        SaccadeError: if `float32_masters` asks for what the engine cannot do, or will not leave out.
+    """
+    given = args.float32_masters
+    if engine == "deepspeed" or (engine == "fsdp" and mixed_precision):
+        if given is False:
+            name = "FSDP with bf16=True" if engine == "fsdp" else "DeepSpeed"
+            raise SaccadeError(
+                f"float32_masters=False: {name} keeps float32 weights of its own all the same: leave the option out"
+            )
+        return False
+    if given is False or not trains_in_half_precision(model):
+        return False
+    why = None
+    if engine == "fsdp":
+        why = "FSDP keeps the weights that train in float32 with bf16=True alone: set that"
+    elif args.fp16:
+        why = "with fp16=True weights that train must be in float32 themselves: load them so, or use bf16=True"
+    if why is None:
+        return True
+    if given:
+        raise SaccadeError(f"float32_masters=True: {why}")
+    logger.warning("weights train in half precision without float32 masters, where small steps are lost: %s", why)
+    return False
+
+
+class Float32Masters:
+    """Float32 copies of the half-precision weights of an optimizer, which takes its steps on them.
+
+    The copies stand in the optimizer's groups in the place of the weights. Before a step they get the weights'
+    gradients, and the weights none, so that memory for both is never held; after it the weights get their values,
+    rounded. A weight that something else has changed since, as loading does, is taken over.
+
+    Args:
+        model: whose weights the optimizer steps.
+        optimizer: before its first step.
+
+    Raises:
+        SaccadeError: if the optimizer does not step all of the weights that train, or has taken steps.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if optimizer.state:
+            raise SaccadeError(
+                "float32_masters: the optimizer that was given has taken steps already: give a new one, or set "
+                "float32_masters=False"
+            )
+        names = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
+        self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for group in optimizer.param_groups:
+            group["params"] = [self._master(weight, names) for weight in group["params"]]
+        left = [name for weight, name in names.items() if weight.dtype in HALF and name not in self._pairs]
+        if left:
+            raise SaccadeError(
+                f"float32_masters: {type(optimizer).__name__} does not step {len(left)} of the weights in half "
+                f"precision, such as {left[0]}: choose another optim, or set float32_masters=False"
+            )
+        optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
+        optimizer.register_step_post_hook(lambda *_: self._write_back())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The masters, float32, by the names that the weights have in the model."""
+        return {name: master.detach() for name, (_, master) in self._pairs.items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `float32_masters.pt` into `folder`, whole or not at all."""
+        with atomic_path(Path(folder) / MASTERS_FILE) as partial:
+            torch.save({name: weight.cpu() for name, weight in self.weights.items()}, partial)
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote. Without the file the masters start from the weights, and it is said.
+
+        Raises:
+            SaccadeError: if the file is of other weights.
+        """
+        path = Path(folder) / MASTERS_FILE
+        if not path.is_file():
+            logger.warning("%s holds no %s: float32 masters start from the rounded weights", folder, MASTERS_FILE)
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if {name: tuple(value.shape) for name, value in saved.items()} != {
+            name: tuple(value.shape) for name, value in self.weights.items()
+        }:
+            raise SaccadeError(
+                f"resume_from_checkpoint={str(folder)!r}: {MASTERS_FILE} is of other weights than these"
+            )
+        for name, (_, master) in self._pairs.items():
+            master.data.copy_(saved[name])
+
+    def _master(self, weight: nn.Parameter, names: dict[nn.Parameter, str]) -> nn.Parameter:
+        if weight not in names or weight.dtype not in HALF:
+            return weight
+        master = nn.Parameter(weight.detach().float())
+        self._pairs[names[weight]] = weight, master
+        return master
+
+    @torch.no_grad()
+    def _take_gradients(self) -> None:
+        for weight, master in self._pairs.values():
+            master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for weight, master in self._pairs.values():
+            weight.copy_(master)
+            master.grad = None
