@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, noise_image
-from PIL import Image
 
 from saccade.cli.main import main
 from saccade.data import digit_scenes
@@ -134,9 +133,11 @@ def test_prune_at_inference(folder) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next"])
-def test_pruning_is_the_same_for_other_families(family) -> None:
+def test_pruning_is_the_same_for_other_families(family, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    noise_image(32, 32, 0).save("scene.png")
     model, processor = FAMILIES[family].build()
-    names = {"model": model, "processor": processor, "image": noise_image(32, 32, 0), "torch": torch, "Image": Image}
+    names = {"model": model, "processor": processor}
     texts = [text for _, kind, text in blocks("prune-at-inference.md") if kind == "python"]
     for text in texts[1:5]:
         exec(text, names)

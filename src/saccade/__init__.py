@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer
     from saccade.errors import SaccadeError
+    from saccade.images import open_image
     from saccade.pruning import prune_inputs
     from saccade.skip_vision import SkipVisionConfig, apply_skip_vision, load_skip_vision
 
@@ -17,6 +18,7 @@ __all__ = [
     "SkipVisionConfig",
     "apply_skip_vision",
     "load_skip_vision",
+    "open_image",
     "prune_inputs",
 ]
 
@@ -27,6 +29,7 @@ _HOMES = {
     "SkipVisionConfig": "saccade.skip_vision",
     "apply_skip_vision": "saccade.skip_vision",
     "load_skip_vision": "saccade.skip_vision",
+    "open_image": "saccade.images",
     "prune_inputs": "saccade.pruning",
 }
 

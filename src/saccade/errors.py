@@ -38,6 +38,8 @@ class RecordError(SaccadeError):
         "truncated_image",
         "not_an_image",
         "decompression_bomb",
+        "aspect_ratio",
+        "value_range",
         "too_long",
     )
 

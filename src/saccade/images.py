@@ -1,12 +1,14 @@
-"""The one place where image files are opened: decoded whole, limited in size, turned upright, in RGB."""
+"""The one place where image files are opened: decoded whole, limited in size, turned upright, in RGB with 8 bits."""
 
 import io
 import os
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from saccade.errors import RecordError
 
@@ -14,70 +16,83 @@ MAX_PIXELS = 89_478_485
 """Pixels beyond which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
 LARGEST_MAX_PIXELS = 2 * MAX_PIXELS
 """Pixels beyond which Pillow refuses, so that no limit can be higher."""
+MAX_ASPECT_RATIO = 200
+"""Longer side over shorter side beyond which an image is refused, as Qwen's processors refuse it.
+
+Processors that scale the shorter side to a fixed number of pixels would make the longer one as many times longer: an
+image of 30,000 x 1 pixels, 167 bytes as a PNG, would have 10,080,000 x 336 of them."""
+DARKEST_PEAK = 1 / 16
+"""Share of full scale that the lightest value of a 16-bit or float image must reach, unless all values are 0."""
 
 _ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+_ORIENTATION_HOLDERS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""Where Pillow finds an orientation; must not outlive the turn, or the next reader would turn again."""
 _PROGRAMS = ("EPS",)
 """Formats that are programs. Pillow hands them to Ghostscript, whatever the name of the file says."""
 
 
 def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A decoded image in RGB, turned upright as its EXIF data says.
+    """A decoded image in RGB, with 8 bits per channel, upright as its EXIF data says: what training shows the model.
 
-    Cameras store many photos lying on their side with a note on how to turn them. Whoever wrote a question about one
-    saw it upright, so it is turned here, in training and in inference alike.
+    - Cameras store many photos lying on their side with a note on how to turn them. Whoever wrote a question about one
+      saw it upright, so it is turned here. EXIF data that is damaged is read as far as it can be.
+    - What is transparent shows a white background, as in transformers' image processors.
+    - Values of 16-bit integers (and of 32-bit ones, which hold 16 bits in some formats) are scaled from [0, 65535],
+      floats from [0, 1] if none is above 1, from [0, 255] otherwise. An image whose values do not fit is refused, and
+      so is one that is not all black and yet stays below a sixteenth of the scale: it was meant for another one.
+    - Of an animation or a file of several pages it is the first, of a PIL image the frame that it is at.
+    - Colours are converted as Pillow does it without colour profiles.
+
+    An image that this function returned comes back unchanged.
 
     Args:
-        image: a path, a dict with "bytes" or "path", or a PIL image.
+        image: a path, a dict with "bytes" or "path", or a PIL image, which is not changed.
         max_pixels: width times height above which an image is refused before it is decoded.
 
     Raises:
-        RecordError: if it is missing, empty, truncated, too large, or no image. It is a `SaccadeError`.
+        RecordError: if it is missing, empty, damaged, too large, too narrow, of values on no known scale, or not an
+            image. It is a `SaccadeError`.
     """
     name = image_name(image)
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns at a limit of its own; ours is checked below, before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = _open(image, name)
-            if opened.format in _PROGRAMS:
-                raise RecordError(f"{name} is {opened.format}: replace it by a JPEG or a PNG", "not_an_image")
-            _check_pixels(opened.size, max_pixels, name)
-            opened.load()
-        return _upright(opened)
-    except FileNotFoundError as error:
-        message = f"{name} does not exist: correct the path, or remove the sample"
-        raise RecordError(message, "missing_image") from error
-    except UnidentifiedImageError as error:
-        kind, what = ("zero_byte_image", "is empty, 0 bytes") if _is_empty(image) else ("not_an_image", "is no image")
-        raise RecordError(f"{name} {what}: replace it by a file that Pillow can read", kind) from error
-    except Image.DecompressionBombError as error:
-        raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"{name} cannot be decoded ({error}): replace it", "truncated_image") from error
+    with _told(image, name, "truncated_image", "cannot be decoded ({}): replace it"):
+        opened = _open(image, name)
+        if opened.format in _PROGRAMS:
+            raise RecordError(f"{name} is {opened.format}: replace it by a JPEG or a PNG", "not_an_image")
+        _check_size(opened.size, max_pixels, name)
+        opened.load()
+        turn = _TURNS.get(_orientation(opened))
+        pixels = _rgb(opened, name)
+        if turn is not None:
+            pixels = pixels.transpose(turn)
+            for holder in _ORIENTATION_HOLDERS:
+                pixels.info.pop(holder, None)
+        return pixels
 
 
 def image_size(image: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Width and height of an image once upright, from its header alone where it is a file.
 
     Raises:
-        RecordError: if there is no header to read, or the image is too large.
+        RecordError: if there is no header to read, or the image is too large or too narrow.
     """
     name = image_name(image)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = _open(image, name)
-        _check_pixels(opened.size, max_pixels, name)
+    with _told(image, name, "not_an_image", "has no header that Pillow can read ({}): replace it"):
+        opened = _open(image, name)
+        _check_size(opened.size, max_pixels, name)
         width, height = opened.size
-        return (height, width) if opened.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
-    except Image.DecompressionBombError as error:
-        raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, RecordError):
-            raise
-        raise RecordError(f"{name} has no header that Pillow can read: {error}", "not_an_image") from error
+        # Pillow turns TIFF files itself, and gives their size as it is after that.
+        turned = not hasattr(opened, "tag_v2") and _orientation(opened) >= 5
+        return (height, width) if turned else (width, height)
 
 
 def image_name(image: Any) -> str:
@@ -87,32 +102,108 @@ def image_name(image: Any) -> str:
     return f"image {str(image)!r}" if isinstance(image, (str, os.PathLike)) else "image"
 
 
+@contextmanager
+def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
+    """Make a record error of whatever goes wrong while an image is read.
+
+    Decoders raise what they run into on damaged data: besides OSError for instance struct.error, KeyError, IndexError,
+    OverflowError and MemoryError.
+
+    Args:
+        image: as it was given.
+        name: what messages call it.
+        otherwise: kind of the errors that have no kind of their own.
+        what: what these say of the image, with a place for the error.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of sizes, which are checked here, and of damaged EXIF data, which is read as far as it goes.
+            warnings.simplefilter("ignore")
+            yield
+    except RecordError:
+        raise
+    except FileNotFoundError as error:
+        message = f"{name} does not exist: correct the path, or remove the sample"
+        raise RecordError(message, "missing_image") from error
+    except UnidentifiedImageError as error:
+        kind, fault = ("zero_byte_image", "is empty, 0 bytes") if _is_empty(image) else ("not_an_image", "is no image")
+        raise RecordError(f"{name} {fault}: replace it by a file that Pillow can read", kind) from error
+    except Image.DecompressionBombError as error:
+        raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(f"{name} {what.format(reason)}", otherwise) from error
+
+
 def _open(image: Any, name: str) -> Image.Image:
     if isinstance(image, dict):
         content = image.get("bytes")
         if content is None and not image.get("path"):
             raise RecordError(f"{name} has neither 'bytes' nor a 'path': give one of them", "missing_image")
         return Image.open(io.BytesIO(content) if content is not None else image["path"])
-    if isinstance(image, (str, Path)):
+    if isinstance(image, (str, os.PathLike)):
         return Image.open(image)
     if not isinstance(image, Image.Image):
         raise RecordError(f"image is a {type(image).__name__}: give a PIL image, a path, or a dict with 'bytes'")
     return image
 
 
-def _check_pixels(size: tuple[int, int], max_pixels: int, name: str) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+    short, long = sorted(size)
+    if short < 1:
+        raise RecordError(f"{name} has {size[0]} x {size[1]} pixels, none at all: replace it", "not_an_image")
     if size[0] * size[1] > max_pixels:
         raise RecordError(
             f"{name} has {size[0]} x {size[1]} pixels, more than max_image_pixels={max_pixels}: shrink it, or raise "
             "the limit",
             "decompression_bomb",
         )
+    if long > MAX_ASPECT_RATIO * short:
+        raise RecordError(
+            f"{name} has {size[0]} x {size[1]} pixels, one side more than {MAX_ASPECT_RATIO} times the other, which "
+            "image processors cannot take: crop it, or remove the sample",
+            "aspect_ratio",
+        )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    if image.getexif().get(_ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, from 1 to 8; 1, upright, where none can be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+        return value if value in _TURNS else 1
+    except Exception:
+        return 1
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled(image, name).convert("RGB")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), seen).convert("RGB")
+
+
+def _scaled(image: Image.Image, name: str) -> Image.Image:
+    """A grey image of 16-bit, 32-bit or float values in 8 bits."""
+    floats = image.mode == "F"
+    values = np.asarray(image if floats else image.convert("I"), dtype=np.float64)
+    low, high = values.min(), values.max()
+    full = (1 if high <= 1 else 255) if floats else 65535
+    # Neither comparison holds where a value is not a number.
+    if not (low >= 0 and high <= full) or 0 < high < DARKEST_PEAK * full:
+        raise RecordError(
+            f"{name} has values from {low:g} to {high:g} in mode {image.mode!r}, which are on no scale known here: "
+            "save it with 8 bits per channel",
+            "value_range",
+        )
+    grey = np.rint(values * (255 / full)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
 
 
 def _is_empty(image: Any) -> bool:
@@ -120,4 +211,4 @@ def _is_empty(image: Any) -> bool:
         if image.get("bytes") is not None:
             return len(image["bytes"]) == 0
         image = image["path"]
-    return os.path.getsize(image) == 0
+    return isinstance(image, (str, os.PathLike)) and os.path.getsize(image) == 0

@@ -20,6 +20,7 @@ from saccade.counting import count_flops
 from saccade.dualspeed.checkpoint import read_run_file
 from saccade.dualspeed.collator import prepare_example
 from saccade.errors import SaccadeError
+from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
@@ -257,15 +258,32 @@ def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> An
 
 
 def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
-    """Processor outputs of a batch of conversations that wait for an answer, left-padded."""
+    """Processor outputs of a batch of conversations that wait for an answer, left-padded.
+
+    Images, in the parts of messages, are anything that `open_image` takes.
+
+    Raises:
+        RecordError: if one of them cannot be used.
+    """
     return processor.apply_chat_template(
-        conversations,
+        [[_with_open_images(message) for message in conversation] for conversation in conversations],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
     )
+
+
+def _with_open_images(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its images as training shows them."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {**part, "image": open_image(part["image"])} if part.get("image") is not None else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
 
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
