@@ -297,6 +297,21 @@ def test_thumbnail_of_anyres_images():
     assert (roles == Role.RETAINED).sum() == 32
 
 
+def test_newlines_can_be_left_out():
+    """As LLaVA-HD has none: what is merged, or skipped unmerged, is the crops' own tokens."""
+    context, _, rows, _ = composed("llava_next", split="thumbnail", skipped=10, newlines="drop")
+    _, roles, whole, _ = composed("llava_next", split="thumbnail", skipped=10_000, newlines="drop")
+    skipped = 0
+    for image, (row, unmerged) in enumerate(zip(rows, whole, strict=True)):
+        own = context.valid[2 * image + 1] & ~context.protected[2 * image + 1]
+        assert own.sum() < context.valid[2 * image + 1].sum()
+        large = context.features[2 * image + 1][own]
+        torch.testing.assert_close(row[17:27], merge_by_loops(large, 10).float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(unmerged[17:-1], large)
+        skipped += len(large)
+    assert (roles == Role.SKIPPED).sum() == skipped
+
+
 def test_thumbnail_of_internvl_is_its_last_crop():
     context, _, rows, _ = composed("internvl", rows=[0], split="thumbnail", skipped=1.0)
     crops = context.features.shape[0]

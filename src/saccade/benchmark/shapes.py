@@ -38,6 +38,14 @@ VICUNA_7B = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 4096,
 }
+VICUNA_13B = {
+    **VICUNA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
 LLAMA3_8B = {
     **VICUNA_7B,
     "vocab_size": 128256,
@@ -63,6 +71,7 @@ class Shape:
         visual_tokens: rows that the language model receives for the image.
         hub_ids: checkpoints on the hub that have this shape.
         newlines: of the visual tokens, those that end a line of an image in crops.
+        folders: what the shipped recipes call a model of this shape that `saccade assemble` wrote.
     """
 
     name: str
@@ -73,6 +82,7 @@ class Shape:
     visual_tokens: int
     hub_ids: tuple[str, ...] = ()
     newlines: int = 0
+    folders: tuple[str, ...] = ()
 
 
 def _tiny() -> PreTrainedConfig:
@@ -83,6 +93,16 @@ def _llava() -> PreTrainedConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
         text_config=LlamaConfig(**VICUNA_7B),
+        vision_feature_layer=-2,
+        image_token_id=32000,
+        tie_word_embeddings=False,
+    )
+
+
+def _llava_13b() -> PreTrainedConfig:
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
+        text_config=LlamaConfig(**VICUNA_13B),
         vision_feature_layer=-2,
         image_token_id=32000,
         tie_word_embeddings=False,
@@ -179,6 +199,17 @@ def _llava_llama3() -> PreTrainedConfig:
     )
 
 
+def _llava_hd_llama3() -> PreTrainedConfig:
+    return LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
+        text_config=LlamaConfig(**{**LLAMA3_8B, "vocab_size": 128320}),
+        vision_feature_layer=-2,
+        image_token_id=128256,
+        image_grid_pinpoints=[[PIXELS, PIXELS]],
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
@@ -191,6 +222,17 @@ SHAPES: dict[str, Shape] = {
             (24, 24),
             576,
             ("llava-hf/llava-1.5-7b-hf",),
+            folders=("out/llava-1.5-7b/start",),
+        ),
+        Shape(
+            "llava-1.5-13b",
+            "CLIP-L/14, Vicuna-13B, 336 x 336 pixels",
+            _llava_13b,
+            1,
+            (24, 24),
+            576,
+            ("llava-hf/llava-1.5-13b-hf",),
+            folders=("out/llava-1.5-13b/start",),
         ),
         # 576 of the thumbnail, and 48 rows of 48 tokens and a newline.
         Shape(
@@ -202,6 +244,7 @@ SHAPES: dict[str, Shape] = {
             2928,
             ("llava-hf/llava-v1.6-vicuna-7b-hf",),
             newlines=48,
+            folders=("out/llava-next-7b/start",),
         ),
         Shape(
             "qwen2.5-vl-7b",
@@ -222,6 +265,17 @@ SHAPES: dict[str, Shape] = {
             (24, 24),
             576,
             ("xtuner/llava-llama-3-8b-v1_1-transformers",),
+            folders=("out/skip-vision/start",),
+        ),
+        Shape(
+            "llava-hd-llama3-8b",
+            "CLIP-L/14, Llama-3-8B, 672 x 672 pixels, 5 crops",
+            _llava_hd_llama3,
+            5,
+            (24, 24),
+            2928,
+            newlines=48,
+            folders=("out/skip-vision/hd_start",),
         ),
     )
 }

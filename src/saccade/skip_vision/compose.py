@@ -4,7 +4,7 @@ Shapes: G images (blocks of placeholders) of M visual tokens, which become E row
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ def compose(
         SaccadeError: if the images do not fit the split, or more tokens are left than `merge="none"` may skip.
     """
     context = block_context(encoded, blocks)
+    if config.newlines == "drop" and context.protected is not None:
+        context = replace(context, valid=context.valid & ~context.protected, protected=None)
     split = split_tokens(family, config, encoded, blocks, context)
     skipped = merge_rest(config, context, split)
     layers = [context.features, *(blocks.gather(layer, encoded.context) for layer in encoded.deeper)]

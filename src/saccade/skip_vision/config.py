@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saccade.errors import SaccadeError
+from saccade.pruning import check_newlines
 from saccade.reducers import get_reducer
 
 SPLITS = ("cls_attention", "thumbnail", "scale")
@@ -47,6 +48,9 @@ class SkipVisionConfig:
             Put a summary token behind the retained and one behind the skipped tokens of each image.
         summary_pool (`str`, *optional*, defaults to `"all"`):
             `"finest"` pools the first summary token over the finest of the retained scales only.
+        newlines (`str`, *optional*, defaults to `"keep"`):
+            `"drop"` leaves out the newline tokens of images in crops (LLaVA-NeXT), which LLaVA-HD does not have;
+            `"keep"` skips them with the others.
         layers (`tuple` of two `int`, *optional*):
             First layer that skips and the first one after it that does not any more. All when left out, as published.
         text_visibility (`str`, *optional*, defaults to `"all"`):
@@ -70,6 +74,7 @@ class SkipVisionConfig:
     merge_order: str = "published"
     summary: bool = True
     summary_pool: str = "all"
+    newlines: str = "keep"
     layers: tuple[int, int] | None = None
     text_visibility: str = "all"
     drop_kv: bool = True
@@ -78,6 +83,7 @@ class SkipVisionConfig:
     def __post_init__(self) -> None:
         _one_of("merge_order", self.merge_order, MERGE_ORDERS)
         _one_of("summary_pool", self.summary_pool, SUMMARY_POOLS)
+        check_newlines(self.newlines)
         _one_of("text_visibility", self.text_visibility, TEXT_VISIBILITIES)
         for name in ("summary", "drop_kv", "keep_last_skipped"):
             if not isinstance(getattr(self, name), bool):

@@ -155,7 +155,7 @@ def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfi
     """
     model = recipe.options.model
     for shape in SHAPES.values():
-        if model in shape.hub_ids:
+        if model in shape.hub_ids or (model in shape.folders and not Path(model).is_dir()):
             if model == "tiny" and recipe.options.dataset_grid != shape.grid[0]:
                 grid = recipe.options.dataset_grid
                 shape = replace(shape, grid=(grid, grid), visual_tokens=grid * grid)
