@@ -157,20 +157,15 @@ def fastervlm(image: VisualContext, keep: int) -> Choice:
 
 
 def vispruner(image: VisualContext, keep: int) -> Choice:
-    """Half by saliency; of the rest, the eight likest duplicates at even places are dropped again and again."""
-    tokens = image.shape[1]
-    important = image.saliency[0].topk(int(keep / 2 + 0.5)).indices
-    mask = torch.ones(tokens, dtype=torch.bool, device=important.device)
-    mask[important] = False
-    rest = mask.nonzero().flatten()
-    similarity = cosine(image.features[0])
+    """Half by saliency; of the rest, in order, the eight likest at odd places are dropped again and again."""
+    order = image.saliency[0].argsort(descending=True)
+    important, rest = order[: keep // 2], order[keep // 2 :]
+    similarity = cosine(image.encoder_features[0])
     target = keep - len(important)
     while len(rest) > target:
-        even, odd = rest[0::2], rest[1::2]
-        best = similarity[even][:, odd].amax(dim=1)
-        staying = torch.ones(len(even), dtype=torch.bool, device=rest.device)
-        staying[best.topk(min(8, len(rest) - target, len(even))).indices] = False
-        rest = torch.cat((even[staying], odd)).sort().values
+        offered, others = rest[0::2], rest[1::2]
+        ranked = similarity[offered][:, others].amax(dim=1).argsort(descending=True)
+        rest = torch.cat((offered[ranked[min(8, len(rest) - target, len(offered)) :]], others))
     return torch.cat((important, rest)).sort().values, None
 
 

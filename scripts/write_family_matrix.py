@@ -56,6 +56,9 @@ HOLES = {
     "fixed grid. `saccade` refuses in one line; a processor of smaller images is the way there",
     "`downsample` with a budget of an image or a sample, or an adaptive one": "each image gets its size before any "
     "token is seen; refused in one line",
+    "`merge: encoder` of `visionzip` and `prumerge`, but on LLaVA, LLaVA-NeXT and InternVL": "the projector does not "
+    "take tokens one by one: it pools or merges patches itself, tokens are resized behind it, or features enter at "
+    "several layers; refused in one line",
     "SmolVLM's own processor": "needs the num2words package; the tests use Idefics3's, which writes the same tokens",
 }
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def full_context(rows: int = 3, tokens: int = 37, seed: int = 0) -> VisualContex
     """Features, saliency, keys and relevance without ties; the tokens of a row share a direction."""
     return VisualContext(
         features=drawn(rows, tokens, 16, seed) + 0.5 * drawn(rows, 1, 16, seed + 1),
+        encoder_features=drawn(rows, tokens, 12, seed + 5) + 0.5 * drawn(rows, 1, 12, seed + 6),
         saliency=drawn(rows, tokens, 1, seed + 2).squeeze(2).softmax(dim=1),
         keys=drawn(rows, tokens, 8, seed + 3),
         relevance=drawn(rows, tokens, 1, seed + 4).squeeze(2),
@@ -196,20 +198,25 @@ def test_visionzip_equals_the_loop(keep, share):
         torch.testing.assert_close(reduction.weight[row], weight)
 
 
-def vispruner_oracle(context: VisualContext, row: int, keep: int, likeness: Likeness = cosine) -> list[int]:
-    tokens = context.shape[1]
-    important = by_saliency(context.saliency[row], list(range(tokens)))[: math.floor(keep / 2 + 0.5)]
-    rest = [token for token in range(tokens) if token not in important]
-    features = context.features[row]
-    while len(rest) > keep - len(important):
-        even, odd = rest[0::2], rest[1::2]
-        score = {
-            token: max((likeness(features[token], features[other]) for other in odd), default=-2) for token in even
-        }
-        drop = min(8, len(rest) - (keep - len(important)), len(even))
-        dropped = sorted(even, key=lambda token: -score[token])[:drop]
-        rest = [token for token in rest if token not in dropped]
-    return sorted(important + rest)
+def vispruner_oracle(
+    context: VisualContext, row: int, keep: int, likeness: Likeness = cosine, share: Fraction = Fraction(1, 2)
+) -> list[int]:
+    """A list of the tokens in the order that the rounds leave them in, the first of equals first."""
+    order = by_saliency(context.saliency[row], list(range(context.shape[1])))
+    important = order[: math.floor(keep * share)]
+    order = order[len(important) :]
+    features = context.encoder_features[row]
+
+    @cache
+    def like(one: int, other: int) -> float | Fraction:
+        return likeness(features[one], features[other])
+
+    while len(order) > keep - len(important):
+        offered, others = order[0::2], order[1::2]
+        score = {token: max((like(token, other) for other in others), default=-2) for token in offered}
+        drop = min(8, len(order) - (keep - len(important)), len(offered))
+        order = sorted(offered, key=lambda token: -score[token])[drop:] + others
+    return sorted(important + order)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 9, 20, 37])
@@ -222,11 +229,34 @@ def test_vispruner_equals_the_loop(keep):
     assert kept(ragged) == [vispruner_oracle(context, row, count) for row, count in enumerate((keep, 1, 50))]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.29, 1.0])
+def test_vispruner_rounds_the_important_share_down(share):
+    context = full_context(rows=1, tokens=103)
+    for keep in (1, 7, 100):
+        found = get_reducer("vispruner", important=share)(context, keep)
+        expected = vispruner_oracle(context, 0, keep, share=Fraction(str(share)))
+        assert kept(found)[0] == expected
+        assert kept(get_reducer("vispruner", important=share)(context, torch.tensor([keep])))[0] == expected
+
+
+def test_vispruner_pairs_follow_saliency():
+    """Of 0, 2 and 1, in this order, 0 and 1 are offered and 1 is like 2; in raster order 2 would be dropped."""
+    context = VisualContext(
+        torch.zeros(1, 5, 2),
+        encoder_features=torch.tensor([[[1.0, 0], [0, 1], [0, 1], [1, 1], [1, 1]]]),
+        saliency=torch.tensor([[0.3, 0.1, 0.2, 0.5, 0.4]]),
+    )
+    assert kept(get_reducer("vispruner")(context, 4)) == [[0, 2, 3, 4]]
+    assert kept(get_reducer("vispruner")(context, 5)) == [[0, 1, 2, 3, 4]]
+
+
 @settings(max_examples=100)
 @given(WHOLE_NUMBERS, st.integers(1, 29))
 def test_vispruner_and_prumerge_settle_ties_by_raster_order(tokens, keep):
     keep = min(keep, tokens.shape[1])
-    context = VisualContext(tokens, keys=tokens, saliency=drawn(2, tokens.shape[1], 1, 4).squeeze(2).sigmoid())
+    context = VisualContext(
+        tokens, encoder_features=tokens, keys=tokens, saliency=drawn(2, tokens.shape[1], 1, 4).squeeze(2).sigmoid()
+    )
     pruned, merged = get_reducer("vispruner")(context, keep), get_reducer("prumerge", neighbours=3)(context, keep)
     for row in range(2):
         assert kept(pruned)[row] == vispruner_oracle(context, row, keep, signed_square)

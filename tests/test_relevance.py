@@ -218,8 +218,10 @@ class TestTextTower:
             with pytest.raises(SaccadeError, match=message):
                 encode_for(family, get_reducer("cdpruner", **options), batch, TokenBudget())
         narrow = build_tiny_llava(processor)
-        narrow.config.vision_feature_layer = [-2]
-        with pytest.raises(SaccadeError, match="width 96, but the model's vision tower gives no features"):
+        narrow.config.vision_feature_layer = [-2, -1]
+        projector = narrow.model.multi_modal_projector
+        projector.linear_1 = torch.nn.Linear(2 * 96, projector.linear_1.out_features)
+        with pytest.raises(SaccadeError, match="width 96, but the model's vision tower gives features of width 192"):
             encode_for(
                 get_family(narrow), get_reducer("cdpruner", text_tower=folder, tokenizer=folder), batch, TokenBudget()
             )

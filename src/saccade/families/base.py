@@ -55,6 +55,9 @@ class Family(ABC):
     """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
     fixed_resolution: str = "its family does not say how"
     """Why `_encode_low_resolution` is missing, where it is."""
+    projects_tokens: bool = False
+    """Whether the projector takes tokens one by one: a token is what it makes of the token's encoder features alone,
+    and nothing happens to it behind the projector."""
     several_axes: bool = False
     """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
     `positions` says: counted anew along one axis they would mean something else to the model."""
@@ -169,6 +172,24 @@ class Family(ABC):
     def projector(self) -> nn.Module:
         """The module between vision tower and language model."""
         return self.model.base_model.multi_modal_projector
+
+    @property
+    def projector_entry(self) -> nn.Module:
+        """The module whose first argument are the encoder's features as the projector gets them."""
+        return self.projector
+
+    def project(self, encoder_features: Tensor) -> Tensor:
+        """What the projector makes of the encoder features `(..., Dv)` of tokens: `(..., D)`, differentiable.
+
+        Raises:
+            SaccadeError: if the family's projector does not take tokens one by one.
+        """
+        if not self.projects_tokens:
+            raise SaccadeError(
+                f"model_type={self.model.config.model_type!r}: its projector does not take tokens one by one, so that "
+                "none can be merged before it; set the reducer's option merge to 'projected'"
+            )
+        return self.projector(encoder_features)
 
     @property
     def vision_tower(self) -> nn.Module:

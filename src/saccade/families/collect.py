@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from saccade.errors import SaccadeError
 from saccade.families.relevance import load_text_tower, row_samples
 from saccade.families.tower import used_layers
-from saccade.reducers.downsample import check_resolution_budget
-from saccade.tokens import TokenBudget
+from saccade.reducers import PROJECTION, check_resolution_budget
+from saccade.tokens import TokenBudget, VisualContext
 
 if TYPE_CHECKING:
     from saccade.families.base import Encoded, Family
@@ -132,7 +132,13 @@ def check_tower_gives(family: "Family", needs: frozenset[str]) -> None:
 
 
 def _needed_block(family: "Family", needs: frozenset[str]) -> AttentionBlock | None:
-    """The block to watch, or None where nothing of it is needed."""
+    """The block to watch, or None where nothing of it is needed.
+
+    Raises:
+        SaccadeError: if the family has none, or cannot merge before its projector where that is needed.
+    """
+    if PROJECTION in needs and not family.projects_tokens:
+        family.project(torch.empty(0))  # says why it cannot
     wanted = needs & FROM_ATTENTION
     block = family.attention_block() if wanted else None
     if wanted and block is None:
@@ -157,25 +163,36 @@ def encode_collecting(
         if budget is None or needs != {"low_resolution"}:
             raise ValueError(f"needs={sorted(needs)}: a lower resolution takes a budget, and goes with nothing else")
         return family._encode_low_resolution(inputs, budget)
+    if text_tower is not None and "relevance" in needs:
+        needs = needs | {"encoder_features"}
     block = _needed_block(family, needs)
-    with _watching(block) as calls:
+    entry = family.projector_entry if "encoder_features" in needs else None
+    with _watching(block) as calls, _given_first(entry) as given:
         encoded = family._encode(inputs)
     context = encoded.context
+    if entry is not None:
+        if not given:
+            raise _cannot(family, "encoder_features")
+        # With their gradient, which a merge before the projector hands on to a tower that trains.
+        values = family.patches_to_tokens([Patches(value, False) for value in given], encoded, inputs)
+        context.encoder_features = _of_tokens("encoder_features", values, context)
     with torch.no_grad(), torch.autocast(context.features.device.type, enabled=False):
         if block is not None:
             seen = [_read(call, block, needs) for call in calls]
             for name in sorted(needs & FROM_ATTENTION):
                 patches = [Patches(values[name], block.class_token) for values in seen]
-                values = family.patches_to_tokens(patches, encoded, inputs)
-                if values.shape[:2] != context.shape[:2]:
-                    raise ValueError(f"{name} has shape {tuple(values.shape)}, features {tuple(context.shape)}")
+                values = _of_tokens(name, family.patches_to_tokens(patches, encoded, inputs), context)
                 setattr(context, name, values.squeeze(2) if name == "saliency" else values)
         if "relevance" in needs:
             context.relevance = family.text_relevance(encoded, inputs, labels, text_tower)
-    missing = sorted(name for name in needs if getattr(context, name) is None)
-    if missing:
-        raise _cannot(family, missing[0])
     return encoded
+
+
+def _of_tokens(name: str, values: Tensor, context: VisualContext) -> Tensor:
+    """`values`, which have to be `(R, N, C)`."""
+    if values.shape[:2] != context.shape[:2]:
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, features {tuple(context.shape)}")
+    return values
 
 
 def _cannot(family: "Family", what: str) -> SaccadeError:
@@ -227,6 +244,20 @@ def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collects the first argument of each call of `module`."""
+    taken: list[Tensor] = []
+    if module is None:
+        yield taken
+        return
+    handle = module.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    try:
+        yield taken
+    finally:
+        handle.remove()
 
 
 def _read(call: _Call, block: AttentionBlock, needs: frozenset[str]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ class InternVLFamily(Family):
     name = "internvl"
     model_types = ("internvl",)
     thumbnail = -1
+    projects_tokens = True
 
     @property
     def placeholder_id(self) -> int:

@@ -26,6 +26,7 @@ class LlavaFamily(Family):
 
     name = "llava"
     model_types = ("llava",)
+    projects_tokens = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -44,17 +45,12 @@ class LlavaFamily(Family):
         config = self.model.config
         outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         features = torch.stack(tuple(outputs.pooler_output))  # (R, N, D)
-        encoder_features = None
-        if isinstance(config.vision_feature_layer, int) and outputs.hidden_states is not None:
-            encoder_features = outputs.hidden_states[config.vision_feature_layer]
-            if config.vision_feature_select_strategy == "default":
-                encoder_features = encoder_features[:, 1:]
         patch = config.vision_config.patch_size
         height, width = inputs["pixel_values"].shape[-2:]
         grid = square_grid(features.shape[0], height // patch, width // patch, features.device)
         if config.vision_feature_select_strategy != "default":
             grid = None  # the class token is among the features, so they fill no grid
-        context = VisualContext(features=features, encoder_features=encoder_features, grid=grid)
+        context = VisualContext(features=features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
     def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:

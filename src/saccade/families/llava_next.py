@@ -30,6 +30,7 @@ class LlavaNextFamily(Family):
     vision_inputs = image_inputs
     fixed_resolution = "the stock model packs crops of one fixed grid of patches"
     thumbnail = 0
+    projects_tokens = True
 
     @property
     def placeholder_id(self) -> int:
@@ -140,6 +141,8 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     model_types = ("llava_onevision",)
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
     vision_inputs = (*image_inputs, "pixel_values_videos", "image_sizes_videos")
+    # Large pictures and frames are resized behind it.
+    projects_tokens = False
 
     def placeholder(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.placeholder_id) | (input_ids == self.model.config.video_token_id)

@@ -46,6 +46,10 @@ class Qwen2VLFamily(Family):
         return nn.ModuleList(child for name, child in children if name in MERGERS)
 
     @property
+    def projector_entry(self) -> nn.Module:
+        return self.model.base_model.visual.merger
+
+    @property
     def vision_tower(self) -> nn.Module:
         """The vision module less the mergers, so that freezing it leaves them trainable."""
         children = self.model.base_model.visual.named_children()

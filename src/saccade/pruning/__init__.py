@@ -10,6 +10,7 @@ from saccade.pruning.shorten import (
     check_positions,
     keep_budget,
     reduce,
+    reduced_features,
     shorten,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "keep_budget",
     "prune_inputs",
     "reduce",
+    "reduced_features",
     "shorten",
     "token_need",
 ]

@@ -95,7 +95,9 @@ class Units:
         kept[number.reshape(-1)] = True
         kept = kept[:-1].reshape(rows, tokens)
         index = mask_to_index(kept, int(kept.sum(dim=1).max()))
-        return Reduction(index) if reduction.weight is None else JointReduction(index, units=self, joint=reduction)
+        if reduction.weight is None:
+            return Reduction(index)
+        return JointReduction(index, before_projector=reduction.before_projector, units=self, joint=reduction)
 
 
 @dataclass
@@ -110,13 +112,21 @@ class JointReduction(Reduction):
     units: Units | None = None
     joint: Reduction | None = None
 
+    @property
+    def merged(self) -> Tensor:
+        return self._by_row(self.joint.merged.unsqueeze(2)).squeeze(2)
+
     def apply(self, x: Tensor) -> Tensor:
         """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding comes out as zeros."""
-        merged = self.joint.apply(self.units.join(x)).flatten(0, 1)  # (U * K, D)
+        return self._by_row(self.joint.apply(self.units.join(x)))
+
+    def _by_row(self, values: Tensor) -> Tensor:
+        """Values of the units' tokens `(U, K', C)` as those of the rows' `(B, K, C)`, zeros on padding."""
         rows, tokens = self.units.shape
+        device = values.device
         number = self.units.place.gather(1, self.joint.index.clamp(min=0))
         number = torch.where(self.joint.valid, number, rows * tokens).reshape(-1)
-        output = torch.zeros(rows * tokens + 1, dtype=torch.long, device=x.device)
-        output[number] = torch.arange(len(number), device=x.device)
-        own = self.index.clamp(min=0) + tokens * torch.arange(rows, device=x.device).unsqueeze(1)
-        return merged[output[own]].masked_fill(~self.valid.unsqueeze(-1), 0)
+        output = torch.zeros(rows * tokens + 1, dtype=torch.long, device=device)
+        output[number] = torch.arange(len(number), device=device)
+        own = self.index.clamp(min=0) + tokens * torch.arange(rows, device=device).unsqueeze(1)
+        return values.flatten(0, 1)[output[own]].masked_fill(~self.valid.unsqueeze(-1), 0)

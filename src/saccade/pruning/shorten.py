@@ -12,7 +12,7 @@ from saccade.families import Encoded, Family
 from saccade.pruning.adaptive import adaptive_counts
 from saccade.pruning.joint import Units
 from saccade.reducers import Reducer, check_resolution_budget, get_reducer
-from saccade.tokens import Reduction, Spliced, TokenBudget, VisualContext, splice
+from saccade.tokens import Reduction, Spliced, TokenBudget, VisualContext, gather_selected, splice
 
 POSITIONS = ("compact", "original")
 NEWLINES = ("keep", "drop")
@@ -132,7 +132,7 @@ def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:
     by_token[:, :tokens] += torch.diag_embed(more.to(by_token.dtype))
     by_token[:, tokens] = 0
     place = torch.where(index >= 0, index, tokens).unsqueeze(-1).expand(-1, -1, tokens)
-    return Reduction(index, by_token.gather(1, place))
+    return Reduction(index, by_token.gather(1, place), before_projector=reduction.before_projector)
 
 
 def shorten(
@@ -178,10 +178,15 @@ def shorten(
         attention_mask=spliced.attention_mask,
         position_ids=spliced.position_ids,
         mm_encoder_outputs=family.wrap_features(
-            _rows(encoded.context.features, encoded.context, reduction, isolator),
+            _rows(reduced_features(family, encoded, reduction), encoded.context, reduction, isolator),
             encoded,
             [
-                _rows(features, encoded.context, reduction, None if isolator is None else torch.zeros_like(isolator))
+                _rows(
+                    reduction.apply(features),
+                    encoded.context,
+                    reduction,
+                    None if isolator is None else torch.zeros_like(isolator),
+                )
                 for features in encoded.deeper
             ],
         ),
@@ -189,9 +194,25 @@ def shorten(
     return Shortened(new_inputs, spliced.labels, spliced, reduction)
 
 
-def _rows(x: Tensor, context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
-    """`x` `(R, N, D)` reduced to one `(n_i, D)` tensor a feature row, with the isolator before each image."""
-    kept = reduction.apply(x)  # (R, K, D)
+def reduced_features(family: Family, encoded: Encoded, reduction: Reduction) -> Tensor:
+    """The features that `reduction` leaves, `(R, K, D)`; zeros on padding.
+
+    Tokens that are merged before the projector go through it once more. The others keep the features that they have,
+    so that what is no part of the image, such as a newline, never goes through it.
+
+    Raises:
+        SaccadeError: if the family cannot project tokens one by one, and tokens are merged before the projector.
+    """
+    features = encoded.context.features
+    if not reduction.before_projector:
+        return reduction.apply(features)
+    projected = family.project(reduction.apply(encoded.context.encoder_features))
+    own = gather_selected(features, reduction.index, dense=reduction.dense)
+    return torch.where(reduction.merged.unsqueeze(-1), projected.to(own.dtype), own)
+
+
+def _rows(kept: Tensor, context: VisualContext, reduction: Reduction, isolator: Tensor | None) -> list[Tensor]:
+    """Reduced values `(R, K, D)` as one `(n_i, D)` tensor a feature row, with the isolator before each image."""
     rows = (
         list(kept.unbind(0))
         if reduction.dense

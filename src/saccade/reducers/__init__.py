@@ -10,13 +10,14 @@ from saccade.reducers.none import KeepAll
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
 from saccade.reducers.redundancy import RedundancyMerge
-from saccade.reducers.registry import Reducer, get_reducer, list_reducers, register_reducer
+from saccade.reducers.registry import PROJECTION, Reducer, get_reducer, list_reducers, register_reducer
 from saccade.reducers.tome import TokenMerging
 from saccade.reducers.uniform import UniformGrid
 from saccade.reducers.visionzip import VisionZip
 from saccade.reducers.vispruner import VisPruner
 
 __all__ = [
+    "PROJECTION",
     "AveragePool",
     "CDPruner",
     "Determinantal",

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
+from saccade.reducers.registry import PROJECTION
 from saccade.tokens import Reduction, VisualContext
 
 CPU_CACHED_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
 GPU_ELEMENTS = 2**27  # a gigabyte of float64
 GPU_CONVERTED_ELEMENTS = 2**25
+MERGES = ("projected", "encoder")
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,18 @@ def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
     return Budget(width, available.clamp(max=width), available, uniform=context.dense)
 
 
+def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
+    """What a reducer needs that merges what the language model would get ("projected") or, before the projector, what
+    the "encoder" gave, and otherwise `needs`.
+
+    Raises:
+        SaccadeError: on another value of `merge`, naming the reducer.
+    """
+    if merge not in MERGES:
+        raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: use one of {', '.join(MERGES)}")
+    return needs | {"encoder_features", PROJECTION} if merge == "encoder" else needs
+
+
 def rows_at_once(rows: int, elements: int, device: torch.device, on_gpu: int = GPU_CONVERTED_ELEMENTS) -> int:
     """How many of `rows`, each of so many elements, to work on at a time; at least one.
 
@@ -90,7 +104,7 @@ def by_rows(
     step = rows_at_once(rows, elements, context.features.device, GPU_ELEMENTS)
     if step >= rows:
         return reduce(context, budget)
-    index, weight, dense = None, None, True
+    index, weight, dense, before = None, None, True, False
     for start in range(0, rows, step):
         taken = slice(start, start + step)
         part = reduce(context.select_rows(taken), budget.select_rows(taken))
@@ -101,8 +115,8 @@ def by_rows(
         index[taken] = part.index
         if weight is not None:
             weight[taken] = part.weight
-        dense = dense and part.dense
-    return Reduction(index, weight, dense=dense)
+        dense, before = dense and part.dense, part.before_projector
+    return Reduction(index, weight, dense=dense, before_projector=before)
 
 
 def valid_rank(context: VisualContext) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, merge_needs, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosines_by_rows
 from saccade.reducers.visionzip import evenly_spread
@@ -27,15 +27,19 @@ class PruMerge:
     The number of tokens is the budget's. The published adaptive number is a count of outliers over the whole batch,
     which makes a row depend on its batch mates. Saliency and keys are those of the block that the features come from,
     averaged over heads, where the published code takes the last block and all heads as one. The output is in raster
-    order, where the published one is in order of attention.
+    order, where the published one is in order of attention. The published code merges before the projector, which
+    `merge="encoder"` does here too.
 
     Args:
         plus: PruMerge+: half of the kept tokens by saliency, the others evenly spread over the remaining ones.
         neighbours: tokens added to each kept one.
+        merge: "projected" merges the features that the language model would get; "encoder" those before the projector,
+            which then gets the sums, as published, in families that project tokens one by one.
     """
 
     plus: bool = False
     neighbours: int = 32
+    merge: str = "projected"
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
 
     def __post_init__(self) -> None:
@@ -43,6 +47,7 @@ class PruMerge:
             raise SaccadeError(f"reducer 'prumerge': plus={self.plus!r} is neither true nor false")
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
             raise SaccadeError(f"reducer 'prumerge': neighbours={self.neighbours!r} is not a whole number from 0 on")
+        object.__setattr__(self, "needs", merge_needs("prumerge", self.merge, self.needs))
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
@@ -74,7 +79,7 @@ class PruMerge:
             weight.scatter_(1, slot, torch.where(there, amount * pruned.unsqueeze(1), weight.gather(1, slot)))
         if not budget.uniform:
             weight.masked_fill_((index < 0).unsqueeze(2), 0)
-        return Reduction(index, weight, dense=budget.uniform)
+        return Reduction(index, weight, dense=budget.uniform, before_projector=self.merge == "encoder")
 
     def _nearest_amounts(self, context: VisualContext, index: Tensor, amount: Tensor) -> Tensor:
         """`amount` `(B, 1, N)` at the tokens whose keys are nearest to each token of `index`, else 0: `(B, K, N)`."""

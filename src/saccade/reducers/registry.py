@@ -12,8 +12,10 @@ from saccade.errors import SaccadeError
 from saccade.tokens import Reduction, VisualContext
 
 ENTRY_POINT_GROUP = "saccade.reducers"
-CONTEXT_EXTRAS = frozenset({"encoder_features", "saliency", "keys", "relevance", "low_resolution"})
-"""What a reducer may name in `needs`: the fields of `VisualContext` that are filled only on demand."""
+PROJECTION = "projection"
+"""The need of a reducer that merges before the projector: a family that can project tokens one by one."""
+NEEDS = frozenset({"encoder_features", "saliency", "keys", "relevance", "low_resolution", PROJECTION})
+"""What a reducer may name in `needs`: fields of `VisualContext` that are filled only on demand, and `PROJECTION`."""
 
 
 class Reducer(Protocol):
@@ -26,7 +28,7 @@ class Reducer(Protocol):
     """
 
     needs: ClassVar[frozenset[str]]
-    """The fields of `VisualContext`, beyond the features, that have to be filled: a subset of `CONTEXT_EXTRAS`."""
+    """What has to be known beyond the features: a subset of `NEEDS`."""
 
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Reduce each of the B rows of `context` to `keep` tokens.
@@ -59,11 +61,9 @@ def register_reducer(name: str) -> Callable[[Class], Class]:
             raise SaccadeError(
                 f"reducer {name!r}: needs is the string {cls.needs!r}: write frozenset({{{cls.needs!r}}})"
             )
-        unknown = frozenset(cls.needs) - CONTEXT_EXTRAS
+        unknown = frozenset(cls.needs) - NEEDS
         if unknown:
-            raise SaccadeError(
-                f"reducer {name!r}: needs names {sorted(unknown)}, a context offers {sorted(CONTEXT_EXTRAS)}"
-            )
+            raise SaccadeError(f"reducer {name!r}: needs names {sorted(unknown)}, known are {sorted(NEEDS)}")
         holder = _classes.get(name)
         if holder is not None and _path(holder) != _path(cls):
             raise SaccadeError(f"reducer {name!r}: the name already belongs to {_path(holder)}, choose another")

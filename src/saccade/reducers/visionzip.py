@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, merge_needs, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import nearest_kept
 from saccade.tokens import Reduction, VisualContext
@@ -23,22 +23,27 @@ class VisionZip:
     assigned to the target whose head-mean key has the highest cosine with its own. A target becomes
     x_target + mean of the assigned x: it **adds**, as published, so the norm of a contextual token about doubles.
 
-    Two things differ from the published code: it keeps the class token as a dominant one, which LLaVA's language model
-    has never seen and which has no place in the raster, so all dominant tokens are patches here; and it appends the
-    contextual tokens at the end, where here every token stands at its own place in raster order.
+    Three things differ from the published code: it keeps the class token as a dominant one, which LLaVA's language
+    model has never seen and which has no place in the raster, so all dominant tokens are patches here; it appends the
+    contextual tokens at the end, where here every token stands at its own place in raster order; and it merges before
+    the projector, which `merge="encoder"` does here too.
 
     Args:
         contextual: share of the kept tokens that are contextual, in [0, 1); at least one token is dominant. 10 of 64
             as published.
+        merge: "projected" merges the features that the language model would get; "encoder" those before the projector,
+            which then gets the sums, as published, in families that project tokens one by one.
     """
 
     contextual: float = 10 / 64
+    merge: str = "projected"
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
 
     def __post_init__(self) -> None:
         number = isinstance(self.contextual, (int, float)) and not isinstance(self.contextual, bool)
         if not number or not 0 <= self.contextual < 1:
             raise SaccadeError(f"reducer 'visionzip': contextual={self.contextual!r} is outside [0, 1)")
+        object.__setattr__(self, "needs", merge_needs("visionzip", self.merge, self.needs))
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
@@ -53,10 +58,11 @@ class VisionZip:
         target = evenly_spread(rest, contextual)
         index = mask_to_index(dominant | target, budget.width)
 
+        before = self.merge == "encoder"
         most = min(int(budget.width * self.contextual + 0.5), max(budget.width - 1, 0))  # C, contextual tokens
         weight = context.features.new_zeros(*index.shape, tokens, dtype=torch.float32)  # (B, K, N)
         if most == 0:
-            return Reduction(index, add_own(weight, index), dense=budget.uniform)
+            return Reduction(index, add_own(weight, index), dense=budget.uniform, before_projector=before)
         places = mask_to_index(target, most)
         best = nearest_kept(context.keys, places, context)  # (B, N), which of the targets
         # A target's place among the kept tokens, all of which are in raster order.
@@ -66,7 +72,7 @@ class VisionZip:
         size = torch.zeros_like(index).scatter_add_(1, slot, merged.long())
         share = merged / size.gather(1, slot).clamp(min=1)
         weight.scatter_(1, slot.unsqueeze(1), share.unsqueeze(1))
-        return Reduction(index, add_own(weight, index), dense=budget.uniform)
+        return Reduction(index, add_own(weight, index), dense=budget.uniform, before_projector=before)
 
 
 def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from saccade.reducers.similarity import cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
 DROPPED_A_ROUND = 8
+ROUNDING = 1e-9
+"""What a product of a share and a count may lack: 0.29 * 100 is 28.999999999999996."""
 
 
 @register_reducer("vispruner")
@@ -20,16 +22,21 @@ DROPPED_A_ROUND = 8
 class VisPruner:
     """Keeps the most salient tokens and, of the others, those left when near duplicates are dropped again and again.
 
-    The first part is chosen as by `fastervlm`. For the second, the remaining tokens, in raster order, are split into
-    those at even and at odd places; the eight even ones with the highest cosine to an odd one are dropped (all of
-    them, if there are fewer); and so on until the budget is met. Cosines are those of the features.
+    The first part, half of the budget rounded down, is chosen as by `fastervlm`. For the second, the others stand in
+    descending order of saliency, and a round splits them into those at odd places, the first one among them, and
+    those at even places. Of the former the eight with the highest cosine to any of the latter are dropped (as many as
+    there are, or as are too many); those that stay come first in the next round, by descending cosine, and the latter
+    behind them as they were. Cosines are those of the encoder's features, before the projector; where a connector
+    merges patches, of their mean.
+
+    The published code cannot split an odd number of tokens. Here the former are one more than the latter then.
 
     Args:
         important: share of the kept tokens chosen by saliency, in [0, 1]; a half as published.
     """
 
     important: float = 0.5
-    needs: ClassVar[frozenset[str]] = frozenset({"saliency"})
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency", "encoder_features"})
 
     def __post_init__(self) -> None:
         number = isinstance(self.important, (int, float)) and not isinstance(self.important, bool)
@@ -38,7 +45,7 @@ class VisPruner:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 D + N^3 / 100) a row: one round drops eight tokens."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 Dv + N^3 / 100) a row: one round drops eight tokens."""
         tokens = context.shape[1]
         return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * tokens // 2)
 
@@ -46,9 +53,9 @@ class VisPruner:
         tokens = context.shape[1]
         if budget.width == 0 or context.shape[0] == 0:
             return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
-        salient = (budget.counts.double() * self.important + 0.5).long()
-        important = chosen_mask(best_first(context.saliency.float(), context, budget.width), salient, tokens)
-        rest = context.valid & ~important
+        salient = (budget.counts.double() * self.important + ROUNDING).long()
+        order = best_first(context.saliency.float(), context, tokens)
+        important = chosen_mask(order, salient, tokens)
 
         distance = _distances(context)
         device = distance.device
@@ -56,11 +63,13 @@ class VisPruner:
         left = (budget.available - salient).to(device).unsqueeze(1)
         # Where all rows are alike, the host knows how many tokens remain; otherwise it allows for the most rounds.
         alike = budget.uniform and context.dense
-        chosen = int(budget.width * self.important + 0.5) if alike else 0
+        chosen = int(budget.width * self.important + ROUNDING) if alike else 0
         width, target = tokens - chosen, budget.width - chosen
         rounds = tokens // DROPPED_A_ROUND + 1 + DROPPED_A_ROUND.bit_length()
         place = torch.arange(tokens, device=device)
-        slots = torch.where(rest.to(device), place, tokens).sort(dim=1).values[:, :width]
+        # The others by saliency, the number of tokens on padding behind them.
+        behind = place[:width] + salient.to(device).unsqueeze(1)
+        slots = order.to(device).gather(1, behind.clamp(max=tokens - 1)).masked_fill(place[:width] >= left, tokens)
         names = place.expand(slots.shape[0], -1)  # the tokens that the rows of `distance` stand for
         while width > target if alike else rounds > 0:
             if alike and 4 * width < 3 * distance.shape[1]:
@@ -68,19 +77,21 @@ class VisPruner:
                 distance = distance.gather(1, slots.unsqueeze(2).expand(-1, -1, distance.shape[2]))
                 distance = distance.gather(2, slots.unsqueeze(1).expand(-1, width, -1))
                 names, slots = names.gather(1, slots), place[:width].expand(slots.shape[0], -1)
-            even, odd = slots[:, 0::2], slots[:, 1::2]
-            nearest = _nearest(distance, even, odd, padded=not alike).masked_fill(even == tokens, torch.inf)
-            real = (even < tokens).sum(dim=1, keepdim=True)
-            drops = torch.minimum((left - wanted).clamp(min=0, max=DROPPED_A_ROUND), real)
-            rank = nearest.sort(dim=1, stable=True).indices
-            dropped = chosen_mask(rank, drops.squeeze(1), even.shape[1])
-            even = even.masked_fill(dropped, tokens)
-            slots = torch.cat((even, odd), dim=1).sort(dim=1).values
+            offered, others = slots[:, 0::2], slots[:, 1::2]
+            nearest = _nearest(distance, offered, others, padded=not alike)
+            # A row that is done keeps its order, which no longer matters, and drops nothing.
+            rank = nearest.masked_fill(offered == tokens, torch.inf).sort(dim=1, stable=True).indices
+            offered = offered.gather(1, rank)
+            if alike:
+                dropped = min(DROPPED_A_ROUND, width - target, offered.shape[1])
+                slots, width = torch.cat((offered[:, dropped:], others), dim=1), width - dropped
+                continue
+            drops = torch.minimum((left - wanted).clamp(min=0, max=DROPPED_A_ROUND), (left + 1) // 2)
+            offered = offered.masked_fill(place[: offered.shape[1]] < drops, tokens)
+            slots = torch.cat((offered, others), dim=1)
+            slots = slots.gather(1, (slots == tokens).to(torch.uint8).sort(dim=1, stable=True).indices)
             left = left - drops
             rounds -= 1
-            if alike:
-                width -= min(DROPPED_A_ROUND, width - target, even.shape[1])
-                slots = slots[:, :width]
         if alike:
             slots = names.gather(1, slots)
         diverse = torch.zeros(slots.shape[0], tokens + 1, dtype=torch.bool, device=device).scatter_(1, slots, True)
@@ -91,25 +102,26 @@ class VisPruner:
 def _distances(context: VisualContext) -> Tensor:
     """1 + 2^-6 - the cosine of each pair of tokens: float32 `(B, N, N)`, half as much to read as float64.
 
-    In float64 equal cosines come out within 1e-15 of each other. Rounded they are equal, the offset sees to it around
-    zero, and near duplicates are still known to 2e-9.
+    In float64 equal cosines come out within 1e-15 of each other, those on both sides of the diagonal too, whatever the
+    device's order of summation. Rounded they are equal, the offset sees to it around zero, and near duplicates are
+    still known to 2e-9.
     """
-    return cosine_similarity(context.features, context).neg_().add_(1 + 2**-6).float()
+    return cosine_similarity(context.encoder_features, context).neg_().add_(1 + 2**-6).float()
 
 
-def _nearest(distance: Tensor, even: Tensor, odd: Tensor, padded: bool) -> Tensor:
-    """The lowest distance `(B, E)` of each even token to an odd one; 4, more than any, where there is none.
+def _nearest(distance: Tensor, offered: Tensor, others: Tensor, padded: bool) -> Tensor:
+    """The lowest distance `(B, E)` of each of `offered` to any of `others`; 4, more than any, where there is none.
 
     Args:
-        padded: whether `even` and `odd` may hold padding, the number of tokens N.
+        padded: whether either may hold padding, the number of tokens N.
     """
-    if odd.shape[1] == 0:
-        return torch.full(even.shape, 4.0, device=distance.device)
+    if others.shape[1] == 0:
+        return torch.full(offered.shape, 4.0, device=distance.device)
     rows, tokens, _ = distance.shape
     # Whole rows are read many times faster than single entries, and the matrix is symmetric.
     first = torch.arange(rows, device=distance.device).unsqueeze(1) * tokens
-    block = distance.view(-1, tokens).index_select(0, (odd.clamp(max=tokens - 1) + first).reshape(-1))
-    block = block.view(rows, -1, tokens)  # (B, O, N)
+    block = distance.view(-1, tokens).index_select(0, (others.clamp(max=tokens - 1) + first).reshape(-1))
+    block = block.view(rows, -1, tokens)  # (B, O, N); either side of the diagonal will do, see `_distances`
     if padded:
-        block.masked_fill_((odd == tokens).unsqueeze(2), 4.0)
-    return block.amin(dim=1).gather(1, even.clamp(max=tokens - 1))
+        block.masked_fill_((others == tokens).unsqueeze(2), 4.0)
+    return block.amin(dim=1).gather(1, offered.clamp(max=tokens - 1))

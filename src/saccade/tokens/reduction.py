@@ -15,11 +15,14 @@ class Reduction:
         weight: None for selection, or `(B, K, N)` for merging: output token k is `weight[k] @ x`. Rows of padding are
             zero.
         dense: whether no entry of `index` is -1. Reducers that know it say so, which spares a device-to-host copy.
+        before_projector: whether the weights are those of the encoder's features, and the projector is then given the
+            sums, see `saccade.pruning.reduced_features`: another merge where the projector is not linear.
     """
 
     index: Tensor
     weight: Tensor | None = None
     dense: bool = False
+    before_projector: bool = False
 
     @property
     def valid(self) -> Tensor:
@@ -30,6 +33,14 @@ class Reduction:
     def counts(self) -> Tensor:
         """long `(B,)`, the number of tokens kept in each row."""
         return self.valid.sum(dim=1)
+
+    @property
+    def merged(self) -> Tensor:
+        """bool `(B, K)`, true for a token that is made of more, or of less, than itself."""
+        if self.weight is None or self.weight.shape[2] == 0:
+            return torch.zeros_like(self.index, dtype=torch.bool)
+        own = self.weight.gather(2, self.index.clamp(min=0).unsqueeze(2)).squeeze(2)
+        return self.valid & ((own != 1) | (self.weight.count_nonzero(dim=2) > 1))
 
     def apply(self, x: Tensor) -> Tensor:
         """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding comes out as zeros."""
