@@ -56,9 +56,7 @@ def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, 
     """
     path = Path(place) if Path(place).is_file() else find_companion(place, name)
     if path is None:
-        raise SaccadeError(
-            f"{field}={str(place)!r} holds no {name}: name a folder or file that a training run wrote"
-        )
+        raise SaccadeError(f"{field}={str(place)!r} holds no {name}: name a folder or file that a training run wrote")
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
