@@ -48,7 +48,7 @@ from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.dualspeed.stepping import SteppingTrainer
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
-from saccade.families import Family, family_class, get_family, stock_model
+from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
@@ -98,6 +98,7 @@ class DualSpeedTrainer(SteppingTrainer):
         with _withheld(args):
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         self.family = get_family(self.model)
+        use_released_names(self.family.model)
         self._speed_up()
         if own_collator:
             self.data_collator = DualSpeedCollator(

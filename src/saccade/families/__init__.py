@@ -8,6 +8,7 @@ from saccade.families.base import Encoded, Family
 from saccade.families.gemma3 import Gemma3Family
 from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily
+from saccade.families.layout import use_released_names
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaOnevisionFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
@@ -88,4 +89,5 @@ __all__ = [
     "list_families",
     "register_family",
     "stock_model",
+    "use_released_names",
 ]

@@ -11,7 +11,7 @@ from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import Source, TableSource
 from saccade.errors import SaccadeError
-from saccade.families import family_class
+from saccade.families import family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
@@ -36,7 +36,9 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     if options.load_in_4bit:
         check_quantization(options.model)
     if options.model == "tiny":
-        return load_tiny(grid=options.dataset_grid)
+        model, processor = load_tiny(grid=options.dataset_grid)
+        use_released_names(model)
+        return model, processor
     check_family(options.model, trust_remote_code)
     loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
     try:
@@ -55,6 +57,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
             model = AutoModelForImageTextToText.from_pretrained(options.model, **loading)
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
+        use_released_names(model)
         return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
