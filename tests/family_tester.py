@@ -314,6 +314,34 @@ def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
     assert changed
 
 
+def check_cut_batches(case: Case, folder: Path, **options: Any) -> None:
+    """The same global batch gives the same losses and gradients however it is cut into micro-batches.
+
+    Its rows have answers of different lengths, so that a mean of means is another number.
+    """
+    curves = []
+    for size in (4, 1):
+        args = make_config(
+            folder / str(size),
+            max_steps=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            schedule="stratified",
+            **{"slow_probability": 0.5, "prune_ratio": RATIO, **options},
+        )
+        trainer = DualSpeedTrainer(
+            copy.deepcopy(case.model),
+            args=args,
+            train_dataset=Dataset.from_list(mixed_rows()),
+            processing_class=case.processor,
+        )
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        curves.append([(entry["loss"], entry["grad_norm"]) for entry in logs])
+    assert len(curves[0]) == 2
+    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-4, atol=2e-4)
+
+
 def losses_and_gradients(
     case: Case, step: DualSpeedStep, isolator: ModeIsolator, samples: int | None = None
 ) -> dict[str, Tensor]:

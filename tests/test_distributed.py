@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import ORDINARY
 from transformers import LlavaForConditionalGeneration
 
 from saccade.dualspeed.masters import MASTERS_FILE
@@ -86,6 +87,20 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
     isolators = [ModeIsolator.load(folder / "final").weight for folder in (reference, tmp_path)]
     torch.testing.assert_close(isolators[1], isolators[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("modes", [{"slow_probability": 0.5}, ORDINARY], ids=["both modes", "stock steps"])
+def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
+    """Of 9 rows one is left for the second batch of 8: the second rank has nothing but rows that it has seen."""
+    # Rows with images only: a stock step on text leaves the projector without a gradient, and not with a zero one.
+    scenes = {"num_rows": 9, "kinds": ["count", "read"]}
+    options = {"scenes": scenes, "max_steps": 4, "schedule": "stratified", **modes}
+    one = launch(tmp_path / "one", 1, per_device_train_batch_size=8, **options)
+    two = launch(tmp_path / "two", 2, per_device_train_batch_size=4, **options)
+    assert len(one) == 4
+    for step, entry in one.items():
+        assert two[step]["loss"] == pytest.approx(entry["loss"], rel=1e-4), step
+        assert two[step]["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-3), step
 
 
 def test_two_processes_in_parts_and_without_padding_equal_one(one_process, tmp_path):

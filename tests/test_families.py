@@ -3,6 +3,7 @@
 import family_tester as tester
 import pytest
 from family_models import FAMILIES, FIXED_RESOLUTION, WITH_VIDEO
+from helpers import ORDINARY
 
 from saccade import SaccadeError
 from saccade.reducers import list_reducers
@@ -46,6 +47,12 @@ def test_generation_at_ratio_zero(name):
 )
 def test_training(name, reducer, lora, tmp_path):
     tester.check_training(CASES[name], reducer, tmp_path, lora)
+
+
+@pytest.mark.parametrize("options", [{}, ORDINARY], ids=["both modes", "stock steps"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(name, options, tmp_path):
+    tester.check_cut_batches(CASES[name], tmp_path, **options)
 
 
 @pytest.mark.parametrize("check", CHECKS)

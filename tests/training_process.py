@@ -2,9 +2,9 @@
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
-that step), `text_only_rank` (a rank that sees no image), `lora`, `half` (weights in bfloat16), and options of the
-config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it happens. Started by a launcher
-whose environment asks for FSDP, it lets accelerate shard on the CPU.
+that step), `text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `lora`, `half` (weights in
+bfloat16), and options of the config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it
+happens. Started by a launcher whose environment asks for FSDP, it lets accelerate shard on the CPU.
 """
 
 import json
@@ -70,6 +70,7 @@ def main(options: dict) -> None:
     resume = options.pop("resume", None)
     kill_at_step, kill_in_checkpoint = options.pop("kill_at_step", None), options.pop("kill_in_checkpoint", None)
     lora = options.pop("lora", False)
+    rows = {"num_rows": 64, "seed": 5, **options.pop("scenes", {})}
     # On one rank only: what happens when its batches hold no image.
     text_only_rank = options.pop("text_only_rank", None)
     kill_rank, signal_at_step = options.pop("kill_rank", 0), options.pop("signal_at_step", None)
@@ -80,7 +81,8 @@ def main(options: dict) -> None:
     config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     output = Path(options.pop("output_dir"))
     output.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(model, processor, output, peft_config=config if lora else None, **options)
+    scenes = digit_scenes("sft", "train", **rows)
+    trainer = make_trainer(model, processor, output, scenes, config if lora else None, **options)
     if text_only_rank is not None and trainer.args.process_index == text_only_rank:
         texts = digit_scenes("sft", "train", 64, kinds=["text_only"])
         collate = trainer.data_collator

@@ -20,7 +20,7 @@ from saccade.dualspeed.sampler import GroupedSampler
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sharding import WithBlankImage
 from saccade.errors import SaccadeError
-from saccade.tokens import TokenBudget
+from saccade.tokens import IGNORE_INDEX, TokenBudget
 
 
 class LoadingTrainer(OptimizingTrainer):
@@ -89,11 +89,28 @@ class LoadingTrainer(OptimizingTrainer):
         Raises:
             SaccadeError: on all ranks alike, if more records are bad than may be.
         """
-        batches = list(islice(epoch_iterator, num_batches))
+        batches = []
+        for batch in islice(epoch_iterator, num_batches):
+            self._ignore_repeated_rows(batch)
+            batches.append(batch)
         if batches:
             found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
             self._note_bad_records(found, given_up=not all(batches))
         return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _ignore_repeated_rows(self, batch: dict[str, Any]) -> None:
+        """Mask the labels of rows that only fill the last batch of an epoch up, on several ranks.
+
+        Accelerate repeats rows there so that every rank has a batch of the same size; one process would run a shorter
+        batch, and these rows would count twice. They still go through the model: engines need the same calls on all
+        ranks.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        if "labels" in batch:
+            before = self.accelerator.process_index * self.args.train_batch_size
+            batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
 
     def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
         """Take up what any rank has met, and stop all ranks if it is too much or leaves one without a batch."""

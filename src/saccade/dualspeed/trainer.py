@@ -97,6 +97,9 @@ class DualSpeedTrainer(SteppingTrainer):
         own_collator = kwargs.get("data_collator") is None
         with _withheld(args):
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+        # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
+        # labels of the global batch, however it is cut into micro-batches and ranks.
+        self.model_accepts_loss_kwargs = True
         self.family = get_family(self.model)
         use_released_names(self.family.model)
         self._speed_up()
