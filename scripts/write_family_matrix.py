@@ -5,6 +5,7 @@ python scripts/write_family_matrix.py --results r.xml   # from `pytest tests/tes
 """
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +31,22 @@ FAMILIES = {
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
     "gemma3": ("Gemma 3", "1", "attention in both directions within an image"),
 }
+
+# The released models with a chat template of their own: family, language model where it decides, what the stock
+# template marks of the answer "12", and what is learned of it. tests/test_turns.py compares the rows with what is so.
+LEARNED = (
+    ("llava", "", "12 ", " 12</s>"),
+    ("llava_next", "Vicuna", "12 ", " 12</s>"),
+    ("llava_next", "Mistral", "", " 12</s>"),
+    ("llava_onevision", "", "\n12", "12<|im_end|>"),
+    ("qwen2_vl", "", "", "12<|im_end|>"),
+    ("qwen2_5_vl", "", "", "12<|im_end|>"),
+    ("qwen3_vl", "", "", "12<|im_end|>"),
+    ("internvl", "", "", "12<|im_end|>"),
+    ("idefics3", "", "", " 12<end_of_utterance>"),
+    ("smolvlm", "", "", " 12<end_of_utterance>"),
+    ("gemma3", "", "", "12<end_of_turn>"),
+)
 
 # What does not work or was not tested, and why.
 HOLES = {
@@ -75,6 +92,24 @@ were run.
 
 `prune_inputs` and `DualSpeedTrainer` find the family by `config.model_type`. [Add a family](add-a-family.md) says how
 to add one.
+
+## What is learned of an answer
+
+In training an answer follows the generation prompt of the model's own chat template and ends with the token at which
+`generate` stops. Both come from the difference between the conversation with and without the answer, so marks of
+`{{% generation %}}` are not needed; where the template writes no end, it is put there. Inference keeps the stock
+template, which is also what is saved. `tests/test_turns.py` holds this table, and for each row that `messages`,
+`prompt` and `completion`, and several turns teach the answers and their ends and nothing else, with a tokenizer like
+Llama's and with a byte-level one.
+
+| `model_type` | marked by the stock template, of the answer `12` | learned |
+|---|---|---|
+{learned}
+
+A template of your own works alike: before the first step, in `saccade train --dry-run` and in `saccade data check
+--model`, a conversation of two turns is written and its labels are compared with its answers. A template is refused in
+one line if it writes something between its generation prompt and the answer, as those of thinking models do, if it
+writes a turn another way once others follow, or if it ends turns with a token at which `generate` does not stop.
 
 ## What was tested
 
@@ -130,12 +165,21 @@ def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
         raise SystemExit(f"{', '.join(sorted(missing))}: in the tests or on this page only; complete FAMILIES")
     families = (f"| `{name}` | {models} | {axes} | {note} |" for name, (models, axes, note) in FAMILIES.items())
     versions = {name: version(name) for name in ("transformers", "torch")}
-    lines = [INTRODUCTION.format(families="\n".join(families), **versions)]
+    lines = [INTRODUCTION.format(families="\n".join(families), learned="\n".join(learned_rows()), **versions)]
     lines += matrix(outcomes, reducers, videos=False)
     lines += ["", "With videos, without the trainer:", "", *matrix(outcomes, reducers, videos=True), ""]
     lines += ["## Holes, and why", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in HOLES.items()]
     return "\n".join(lines) + "\n"
+
+
+def learned_rows() -> list[str]:
+    """Rows of the table of what is learned."""
+    rows = []
+    for family, model, *texts in LEARNED:
+        marked, learned = (f"`{json.dumps(text)}`".replace("|", r"\|") if text else "nothing" for text in texts)
+        rows.append(f"| `{family}`{model and f' with {model}'} | {marked} | {learned} |")
+    return rows
 
 
 def matrix(outcomes: dict[tuple[str, str, bool], list[bool]], reducers: list[str], videos: bool) -> list[str]:

@@ -31,6 +31,7 @@ class RecordError(SaccadeError):
         "unknown_role",
         "no_answer",
         "empty_answer",
+        "end_token",
         "placeholder_count",
         "missing_image",
         "outside_image_folders",

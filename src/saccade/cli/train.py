@@ -135,6 +135,10 @@ def _print(plan: dict[str, Any]) -> None:
             "global batch",
             f"{batch['global']} = {batch['per_device']} x {batch['accumulation']} steps x {batch['devices']} devices",
         ],
+        [
+            "learned of a turn",
+            "the answer and its end, checked" if plan["chat_checked"] else "not checked, the processor is not here",
+        ],
     ]
     print_table(f"dry run of {plan['recipe']}", ["", "value"], rows)
     columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP a sample"]

@@ -8,15 +8,8 @@ import numpy as np
 from jinja2 import TemplateError
 from PIL import Image
 
-from saccade.data.conversation import (
-    IMAGE_TAG,
-    as_parts,
-    checked_message,
-    image_count,
-    images_of,
-    text_of,
-    used_columns,
-)
+from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, text_of, used_columns
+from saccade.data.turns import TurnWriter
 from saccade.errors import RecordError
 from saccade.images import image_size
 from saccade.tokens.budget import TokenBudget
@@ -37,9 +30,18 @@ class TokenCounter:
         placeholder_id: token id of a visual token.
         budget: the visual tokens that fast steps keep.
         isolator_length: tokens that fast steps put before each image.
+        stop_ids: token ids at which `generate` stops, as the collator takes them.
     """
 
-    def __init__(self, processor: Any, placeholder_id: int, budget: TokenBudget, isolator_length: int = 0) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        placeholder_id: int,
+        budget: TokenBudget,
+        isolator_length: int = 0,
+        stop_ids: tuple[int, ...] = (),
+    ) -> None:
+        self._writer = TurnWriter(processor, stop_ids)
         self.processor, self.placeholder_id = processor, placeholder_id
         self.budget, self.isolator_length = budget, isolator_length
         self._tokens: dict[Size, tuple[int, int]] = {}
@@ -72,10 +74,13 @@ class TokenCounter:
         return self._tokens[size]
 
     def text_tokens(self, row: Mapping[str, Any]) -> int:
-        """Tokens of a row's text in the model's chat format, each image counted as the one token that it starts as."""
-        messages = _with_places(row)
-        chat = self.processor.apply_chat_template(messages, tokenize=False) if messages else ""
-        return len(self._ids("".join((chat, *_plain_texts(row)))))
+        """Tokens of a row's text in the model's chat format, each image counted as the one token that it starts as.
+
+        Raises:
+            RecordError: if training cannot use the text.
+            TemplateError: of Jinja, if the chat template refuses it.
+        """
+        return len(self._ids(self._writer.write(row).text))
 
     def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
         """Length of the full sequence, and of the shortened one."""
@@ -126,7 +131,7 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
     measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
     exact: dict[int, int] = {}
     for number, row in sample:
-        with suppress(TemplateError):
+        with suppress(TemplateError, RecordError):
             exact[number] = counter.text_tokens(row)
     cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
@@ -180,15 +185,3 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _plain_texts(row: Mapping[str, Any]) -> list[str]:
     """A prompt and a completion that are no conversation."""
     return [row[name] for name in used_columns(row) if isinstance(row.get(name), str)]
-
-
-def _with_places(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages as parts, with a part for each image: before the first question where no tag says otherwise."""
-    messages = [as_parts(message) for message in _messages(row)]
-    missing = len(images_of(row)) - sum(map(image_count, messages))
-    for number, message in enumerate(messages):
-        if missing and message["role"] == "user":
-            content = [{"type": "image"}] * missing + list(message["content"])
-            messages[number] = {**message, "content": content}
-            break
-    return messages

@@ -1,4 +1,4 @@
-"""Samples to a padded batch: TRL's collator, with image labels masked, images opened and everything checked."""
+"""Samples to a padded batch: TRL's collator, with labels of the answers, images opened and everything checked."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,11 +7,12 @@ import torch
 from datasets import Dataset
 from jinja2 import TemplateError
 from torch import Tensor
-from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.data.conversation import checked_message, images_of, place_images, text_of, used_columns
 from saccade.data.lengths import check_words
+from saccade.data.turns import TrainingText, TurnWriter
+from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
@@ -27,7 +28,9 @@ BAD_RECORDS = "bad_records"
 class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     """Collates `messages` (or prompt and completion) with `images` into processor outputs with `labels`.
 
-    Labels never contain image placeholders or padding. Text beyond `max_length` is cut, image tokens never are.
+    Labels are the answers, each with the token that ends its turn, as `TurnWriter` writes them; without
+    `assistant_only_loss` and `completion_only_loss` the whole text. They never contain image placeholders or padding.
+    Text beyond `max_length` is cut, image tokens never are.
     Images may be PIL images, paths, or dicts with "bytes" or "path"; `<image>` in a message's text says where one
     stands, and without any they stand before the first user message.
 
@@ -38,6 +41,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     Args:
         placeholder_id: token id of a visual token.
+        stop_ids: token ids at which `generate` stops; the template's and the tokenizer's end token where left out.
         max_image_pixels: size above which an image is refused.
         max_bad_records: how many bad records a batch may meet before it is given up and comes empty. None makes the
             first one an error.
@@ -50,6 +54,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     """
 
     placeholder_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
     max_image_pixels: int = MAX_PIXELS
     max_bad_records: int | None = None
     rows: Dataset | None = None
@@ -75,14 +80,23 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
             prepared = prepare_example(example, self.max_image_pixels)
+            part_only = self.assistant_only_loss if "messages" in prepared else self.completion_only_loss
             if self.assistant_only_loss or "messages" not in prepared:
                 _check_learnable(prepared)
             if self.placeholder_id is not None:
                 check_words(prepared, self.processor, self.placeholder_id)
-            return prepared
+            return {"text": self._text(prepared), "images": prepared["images"], "part_only": part_only}
         except RecordError as error:
             self._note(example, error, bad)
             return None
+
+    def _text(self, example: dict[str, Any]) -> TrainingText:
+        if not any(column in example for column in WORDS):
+            return TrainingText(example[self.dataset_text_field])
+        try:
+            return TurnWriter(self.processor, self.stop_ids, self.chat_template).write(example)
+        except TemplateError as error:
+            raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 
     def _note(
         self, example: dict[str, Any], error: RecordError, bad: dict[str, dict[str, Any]], name: str | None = None
@@ -130,30 +144,23 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
         """The batch, and the fault of each row that cannot be used in it."""
-        # TRL's collator writes into the rows, which are collated again where one of them is at fault.
-        examples = [dict(row) for row in prepared]
-        stock = replace(self, max_length=None)
-        order = list(range(len(examples)))
+        texts = [row["text"] for row in prepared]
+        rows = [{self.dataset_text_field: row["text"].text, "images": row["images"]} for row in prepared]
+        stock = replace(self, max_length=None, assistant_only_loss=False, completion_only_loss=False)
         try:
-            if self.assistant_only_loss and "messages" in examples[0]:
-                batch = _stock_call(replace(stock, assistant_only_loss=False), examples)
-                spoken = self._assistant_tokens(batch, examples)
-                if spoken is None:
-                    # transformers 5.23 fails in this mode if the first sample has no image and another one has.
-                    order.sort(key=lambda row: not examples[row]["images"])
-                    batch = _stock_call(stock, [examples[row] for row in order])
-                else:
-                    batch["labels"] = batch["labels"].masked_fill(~spoken, IGNORE_INDEX)
-            else:
-                batch = _stock_call(stock, examples)
-        except (TemplateError, ValueError, TypeError):
-            faults = self._template_faults(prepared) or _processor_faults(stock, prepared)
+            batch = _stock_call(stock, rows)
+        except (ValueError, TypeError):
+            faults = _processor_faults(stock, rows)
             if not faults:
                 raise
             return {}, faults
+        if any(text.learned for text in texts):
+            part_only = torch.tensor([row["part_only"] for row in prepared])  # (B,)
+            learned = learned_tokens(batch, texts, self.processor)  # (B, L)
+            batch["labels"] = batch["labels"].masked_fill(part_only[:, None] & ~learned, IGNORE_INDEX)
         is_image = batch["input_ids"] == self.placeholder_id
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
-        faults = {order[row]: error for row, error in self._length_faults(batch, is_image).items()}
+        faults = self._length_faults(batch, is_image)
         limit = self.max_length
         if limit is not None and batch["input_ids"].shape[1] > limit:
             shape = batch["input_ids"].shape
@@ -161,48 +168,6 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 if isinstance(value, Tensor) and value.shape == shape:
                     batch[name] = value[:, :limit]
         return batch, faults
-
-    def _assistant_tokens(self, batch: dict[str, Any], examples: list[dict[str, Any]]) -> Tensor | None:
-        """bool `(B, L)`, true on the assistant's tokens, or None where only the processor can tell.
-
-        The processor finds them by walking over every character of every expanded placeholder, which takes longer
-        than a pruned training step. The tokenizer finds them in the text before expansion; the tokens other than
-        placeholders must then be the same in both, or the processor added some of its own.
-        """
-        chats = self.processor.tokenizer.apply_chat_template(
-            [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples],
-            chat_template=self.chat_template or self.processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        spoken = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-        words = (batch["input_ids"] != self.placeholder_id) & batch["attention_mask"].bool()
-        for row, (ids, mask) in enumerate(zip(chats["input_ids"], chats["assistant_masks"], strict=True)):
-            pairs = [(token, flag) for token, flag in zip(ids, mask, strict=True) if token != self.placeholder_id]
-            if batch["input_ids"][row][words[row]].tolist() != [token for token, _ in pairs]:
-                return None
-            spoken[row, words[row]] = torch.tensor([bool(flag) for _, flag in pairs], dtype=torch.bool)
-        return spoken
-
-    def _template_faults(self, examples: list[dict[str, Any]]) -> dict[int, RecordError]:
-        """The rows that the model's chat template refuses, such as two questions in a row."""
-        faults = {}
-        for row, example in enumerate(examples):
-            if isinstance(example.get("prompt", example.get("text")), str):
-                continue
-            try:
-                self.processor.apply_chat_template(
-                    prepare_multimodal_messages(
-                        [*example.get("messages", example.get("prompt", [])), *example.get("completion", [])],
-                        images=example["images"],
-                    ),
-                    chat_template=self.chat_template or self.processor.chat_template,
-                    tokenize=False,
-                )
-            except TemplateError as error:
-                faults[row] = RecordError(f"the chat template refuses it: {' '.join(str(error).split())}")
-        return faults
 
     def _length_faults(self, batch: dict[str, Any], is_image: Tensor) -> dict[int, RecordError]:
         """Why rows of an uncut batch cannot be used at `max_length`."""
@@ -240,12 +205,12 @@ def _check_learnable(example: dict[str, Any]) -> None:
         raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
 
 
-def _processor_faults(stock: DualSpeedCollator, examples: list[dict[str, Any]]) -> dict[int, RecordError]:
+def _processor_faults(stock: DualSpeedCollator, rows: list[dict[str, Any]]) -> dict[int, RecordError]:
     """The rows that the processor refuses, such as an image too narrow for it."""
     faults = {}
-    for row, example in enumerate(examples):
+    for row, example in enumerate(rows):
         try:
-            _stock_call(stock, [dict(example)])
+            _stock_call(stock, [example])
         except (ValueError, TypeError) as error:
             faults[row] = RecordError(f"the processor refuses it: {' '.join(str(error).split())}")
     return faults

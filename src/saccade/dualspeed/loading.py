@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
+from saccade.dualspeed.labels import stop_ids
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.optimizing import OptimizingTrainer
 from saccade.dualspeed.sampler import GroupedSampler
@@ -77,6 +78,7 @@ class LoadingTrainer(OptimizingTrainer):
             self.family.placeholder_id,
             usual.budget if usual.action == "drop" else TokenBudget(0.0),
             self.isolator.length if self.isolator is not None and usual.isolator else 0,
+            stop_ids(self.family.model.generation_config, self._tokenizer),
         )
         lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

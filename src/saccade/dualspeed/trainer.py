@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from saccade.companions import find_companion
+from saccade.data.turns import is_plain_text
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
     PARTIAL_DIR,
@@ -37,6 +38,7 @@ from saccade.dualspeed.checks import (
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import allow_packing
@@ -111,10 +113,12 @@ class DualSpeedTrainer(SteppingTrainer):
                 pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None,
                 dataset_text_field=args.dataset_text_field,
                 assistant_only_loss=args.assistant_only_loss,
-                chat_template=self.chat_template,
                 placeholder_id=self.family.placeholder_id,
+                stop_ids=stop_ids(self.family.model.generation_config, self._tokenizer),
                 max_image_pixels=args.max_image_pixels,
             )
+            if not is_plain_text(next(iter(train_dataset))):
+                check_turns(self.data_collator)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.data_collator = WithBlankImage(self.data_collator, self.family.placeholder_id, self.processing_class)
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
@@ -416,9 +420,10 @@ def _withheld(args: DualSpeedConfig) -> Iterator[None]:
     """Hide the options that this trainer acts on itself.
 
     TRL refuses `padding_free` for images: its collator would join rows before their images are encoded. Accelerate
-    would compile the whole model, whose forward is redirected.
+    would compile the whole model, whose forward is redirected. For `assistant_only_loss` TRL wants marks in the chat
+    template, and the collator needs none.
     """
-    withheld = {"padding_free": False, "torch_compile": False}
+    withheld = {"padding_free": False, "torch_compile": False, "assistant_only_loss": False}
     withheld |= {"torch_compile_backend": None, "torch_compile_mode": None}
     before = {name: getattr(args, name) for name in withheld}
     for name, value in withheld.items():

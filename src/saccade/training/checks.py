@@ -6,8 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from saccade.data.check import check_sources
 from saccade.data.lengths import TokenCounter
+from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.dualspeed.labels import check_turns
+from saccade.errors import SaccadeError
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.sources import dataset_sources, load_processor, open_source
 
@@ -51,7 +56,7 @@ def check_data(
         What `saccade.data.check.check_sources` returns, and `sources`, the path and the number of rows of each.
 
     Raises:
-        SaccadeError: on bad input.
+        SaccadeError: on bad input, or a chat template of which answers and their ends cannot be learned.
     """
     recipe = _recipe(path, dict(given or {}))
     options, args = recipe.options, recipe.trainer
@@ -62,8 +67,9 @@ def check_data(
         opened.append((source.path, FirstRows(rows, min(limits)) if limits else rows))
     counter = None
     if "model" in recipe.given:
-        processor, placeholder_id = load_processor(options, args.trust_remote_code)
-        counter = TokenCounter(processor, placeholder_id, args.token_budget, args.isolator_length)
+        processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
+        check_chat(recipe, processor, placeholder_id, stops)
+        counter = TokenCounter(processor, placeholder_id, args.token_budget, args.isolator_length, stops)
     if start is not None:
         start(sum(len(rows) for _, rows in opened))
     report = check_sources(
@@ -71,6 +77,32 @@ def check_data(
     )
     named = [{"path": name, "records": len(rows)} for name, rows in opened]
     return {"sources": named, **report}
+
+
+def check_chat_here(recipe: Recipe) -> bool:
+    """Check the chat template of a recipe's model, without the network. False if its processor is not at hand.
+
+    Raises:
+        SaccadeError: as `check_chat`.
+    """
+    try:
+        loaded = load_processor(recipe.options, recipe.trainer.trust_remote_code, local_files_only=True)
+    except SaccadeError:
+        return False
+    check_chat(recipe, *loaded)
+    return True
+
+
+def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, stops: tuple[int, ...]) -> None:
+    """Give the processor the recipe's own chat template, if it has one, and check what would be learned of an answer.
+
+    Raises:
+        SaccadeError: if that is not an answer and its end.
+    """
+    path = recipe.trainer.chat_template_path
+    if path is not None and Path(path).is_file():
+        processor.chat_template = Path(path).read_text()
+    check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))
 
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:

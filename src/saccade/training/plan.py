@@ -31,6 +31,7 @@ from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
 from saccade.tokens import TokenBudget
+from saccade.training.checks import check_chat_here
 from saccade.training.quantization import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe, find_recipe, load_recipe, read_recipe
 from saccade.training.run import check_lora, lora_config
@@ -84,10 +85,12 @@ def plan_recipe(
         shards: devices that share weights, gradients and optimizer states (FSDP, ZeRO-3); 1 where each has all.
 
     Returns:
-        `model`, `parameters`, `visual_tokens`, `modes`, `expected`, `memory` in bytes a device, `batch`, `assumed`.
+        `model`, `parameters`, `visual_tokens`, `modes`, `expected`, `memory` in bytes a device, `batch`, `assumed`,
+        `chat_checked`: false where the model's processor is not at hand.
 
     Raises:
-        SaccadeError: on bad input, or a model whose configuration is not at hand.
+        SaccadeError: on bad input, a model whose configuration is not at hand, or a chat template of which answers and
+            their ends cannot be learned.
     """
     label_rows = text_tokens // 2 if label_rows is None else label_rows
     for name, value in (("devices", devices), ("shards", shards), ("text_tokens", text_tokens)):
@@ -143,6 +146,7 @@ def plan_recipe(
             "global": micro * accumulation * devices,
         },
         "assumed": {"text_tokens": text_tokens, "label_rows": label_rows, "images": 1},
+        "chat_checked": check_chat_here(recipe),
     }
 
 

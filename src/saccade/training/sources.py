@@ -5,11 +5,19 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import Source, TableSource
+from saccade.dualspeed.labels import stop_ids
 from saccade.errors import SaccadeError
 from saccade.families import family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
@@ -64,35 +72,59 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         raise SaccadeError(f"model={options.model!r} cannot be loaded: {line}") from error
 
 
-def load_processor(options: ModelOptions, trust_remote_code: bool = False) -> tuple[ProcessorMixin, int]:
-    """The processor of a model and the token id of its visual tokens, without the weights.
+def load_processor(
+    options: ModelOptions, trust_remote_code: bool = False, local_files_only: bool = False
+) -> tuple[ProcessorMixin, int, tuple[int, ...]]:
+    """The processor of a model, the token id of its visual tokens, and those at which its `generate` stops, without
+    the weights.
+
+    Args:
+        options: of the recipe.
+        trust_remote_code: run Python code that comes with a checkpoint.
+        local_files_only: do not ask the hub.
 
     Raises:
         SaccadeError: if they cannot be loaded.
     """
     if options.model == "tiny":
         processor = build_tiny_processor(options.dataset_grid)
-        return processor, processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    check_family(options.model, trust_remote_code)
+        tokenizer = processor.tokenizer
+        return processor, tokenizer.convert_tokens_to_ids(processor.image_token), (tokenizer.eos_token_id,)
+    loading = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    check_family(options.model, **loading)
     try:
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
-        return AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code), config.image_token_id
+        base = _base(options.model)
+        config = AutoConfig.from_pretrained(base, **loading)
+        processor = AutoProcessor.from_pretrained(options.model, **loading)
+        try:
+            generation_config = GenerationConfig.from_pretrained(base, local_files_only=local_files_only)
+        except OSError:
+            # As the model makes it where there is none.
+            generation_config = GenerationConfig.from_model_config(config)
+        return processor, config.image_token_id, stop_ids(generation_config, processor.tokenizer)
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise SaccadeError(f"model={options.model!r} has no processor that loads: {line}") from error
 
 
-def check_family(model: str, trust_remote_code: bool = False) -> None:
+def _base(model: str) -> str:
+    """The model that LoRA adapters belong to; a model itself where it is none."""
+    if (Path(model) / "adapter_config.json").is_file():
+        return PeftConfig.from_pretrained(model).base_model_name_or_path
+    return model
+
+
+def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> None:
     """Look up the family of a model before its weights are read.
 
     Raises:
         SaccadeError: if there is none, or no config to tell it from.
     """
     try:
-        folder = Path(model)
-        if (folder / "adapter_config.json").is_file():
-            model = PeftConfig.from_pretrained(model).base_model_name_or_path
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        model = _base(model)
+        config = AutoConfig.from_pretrained(
+            model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
         raise SaccadeError(f"model={model!r} {where}: {' '.join(str(error).split())[:600]}") from error
