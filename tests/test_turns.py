@@ -162,6 +162,19 @@ def test_turns_that_are_not_learned_stay_as_the_template_writes_them(build):
     assert [text.text[slice(*part)] for part in text.learned] == [" on the mat</s>", " 12</s>"]
 
 
+def test_what_follows_the_end_may_depend_on_what_comes(build):
+    """As with templates of `saccade assemble`, which close the last turn as the language model's own does."""
+    _, _, collator = build("internvl", "bytes")
+    row = {"messages": turns(2), "images": images((32, 32))}
+    stock = STOCK["internvl"].template
+    after = "{{ ' ' if message['role'] == 'assistant' and not loop.last else '\n' }}"
+    template = stock.replace("{{'<|im_end|>\n'}}", "{{'<|im_end|>'}}" + after)
+    assert template != stock
+    batch = replace(collator, chat_template=template)([row])
+    check_turns(replace(collator, chat_template=template))
+    assert [learned(collator, labels) for labels in batch["labels"]] == [[a + "<|im_end|>" for a in ANSWERS[:2]]]
+
+
 def test_max_length_cuts_what_is_learned(build):
     _, _, collator = build("qwen2_5_vl", "bytes")
     row = {"images": images((32, 16)), "messages": turns(2)}

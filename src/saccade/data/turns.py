@@ -89,8 +89,9 @@ class TurnWriter:
             text += _rest(asked, seen)
             answer, rest = self._answer(messages[number], asked, answered)
             learned.append((len(text), len(text + answer)))
-            text += answer + rest
-            seen = answered
+            text += answer
+            # What follows the end may depend on whether a turn does.
+            seen = answered[: len(answered) - len(rest)]
         return TrainingText(text + _rest(whole, seen), tuple(learned))
 
     def _render(
@@ -112,7 +113,7 @@ class TurnWriter:
         return texts
 
     def _answer(self, message: Message, asked: str, answered: str) -> tuple[str, str]:
-        """An answer with its end, and what the template writes after it."""
+        """An answer with its end, and what the template writes after them."""
         written = _after(asked, answered)
         position = 0
         for part in message["content"]:
