@@ -9,6 +9,7 @@ from saccade import prune_inputs
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.collect import encode_for
+from saccade.families.question import Reader
 from saccade.families.relevance import load_text_tower, row_samples, special_ids, user_words
 from saccade.reducers import get_reducer
 from saccade.tiny import build_tiny_llava, build_tiny_processor
@@ -16,6 +17,8 @@ from saccade.tokens import TokenBudget
 
 RELEVANCE = frozenset({"relevance"})
 IGNORED = -100
+ASKED = (["read all digits ."], ["how many digits ?", "what is the maximum ?"], [], ["read all digits ."])
+"""The user's words in the mixed rows, without those of the template; the third has no image."""
 
 
 @pytest.fixture
@@ -126,6 +129,61 @@ def test_padding_side_and_batch_mates_do_not_matter(model, processor, scenes):
         torch.testing.assert_close(family.encode(alone, RELEVANCE).context.relevance[0], relevance[number])
 
 
+class TestBareQuestions:
+    """With a tokenizer the user's words count, and not the template's nor, in inference, an earlier answer's."""
+
+    @pytest.fixture
+    def reader(self, processor):
+        return Reader.of(processor)
+
+    @torch.no_grad()
+    def test_the_mean_cosine_over_words_then_turns(self, model, batch, processor, reader):
+        family, embed = get_family(model), model.get_input_embeddings().weight
+        encoded = family.encode(batch, RELEVANCE, labels=batch["labels"], reader=reader)
+        for number, row in enumerate((0, 1, 1, 3)):
+            turns = [processor.tokenizer.encode(words, add_special_tokens=False) for words in ASKED[row]]
+            for token, feature in enumerate(encoded.context.features[number]):
+                cosines = [
+                    torch.stack([torch.cosine_similarity(feature, embed[word], dim=0) for word in turn]).mean()
+                    for turn in turns
+                ]
+                expected = torch.stack(cosines).mean()
+                torch.testing.assert_close(encoded.context.relevance[number, token], expected)
+
+    @torch.no_grad()
+    def test_nothing_else_has_a_say(self, model, processor, reader, scenes):
+        family = get_family(model)
+        row = next(row for row in scenes if len(row["images"]) == 1)
+        question, answer = "how many digits is there ?", [{"role": "assistant", "content": "3"}]
+        found = {}
+        for name, words, after in (
+            ("bare", question, []),
+            ("answered", question, answer),
+            ("other", "read the first digit", []),
+        ):
+            parts = [{"type": "image"}, {"type": "text", "text": words}]
+            talk = [{"role": "user", "content": parts}, *after]
+            prompt = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=not after)
+            inputs = processor(images=row["images"], text=prompt, return_tensors="pt")
+            found[name] = family.encode(inputs, RELEVANCE, reader=reader).context.relevance
+        without = processor(images=row["images"], text=f"<image> {question}", return_tensors="pt")
+        torch.testing.assert_close(family.encode(without, RELEVANCE, reader=reader).context.relevance, found["bare"])
+        torch.testing.assert_close(found["answered"], found["bare"])
+        assert not torch.allclose(found["other"], found["bare"], atol=1e-4)
+
+    def test_the_models_own_folder_or_the_option_gives_the_tokenizer(self, model, batch, processor, tmp_path):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+        expected = get_family(model).encode(batch, RELEVANCE, labels=batch["labels"], reader=Reader.of(processor))
+        for asked, options in ((loaded, {}), (model, {"tokenizer": str(tmp_path)})):
+            reducer = get_reducer("cdpruner", **options)
+            found = encode_for(get_family(asked), reducer, batch, TokenBudget(), batch["labels"])
+            torch.testing.assert_close(found.context.relevance, expected.context.relevance)
+        plain = get_family(model).encode(batch, RELEVANCE, labels=batch["labels"])
+        assert not torch.allclose(plain.context.relevance, expected.context.relevance, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A CLIP model as wide as the tiny tower, with a text tower that reads ten tokens, and a tokenizer."""
@@ -169,10 +227,7 @@ class TestTextTower:
         )
         for number, row in enumerate((0, 1, 1, 3)):
             total = torch.zeros(patches.shape[1])
-            turns = [
-                [token for token in turn if token not in processor.tokenizer.all_special_ids]
-                for turn in words_of(model, batch, row, batch["labels"])
-            ]
+            turns = [processor.tokenizer.encode(words, add_special_tokens=False) for words in ASKED[row]]
             for turn in turns:
                 segments = [turn[at : at + 8] for at in range(0, len(turn), 8)]
                 for segment in segments:
@@ -187,17 +242,6 @@ class TestTextTower:
         assert tower._embed(twice, torch.device("cpu")).shape == (12,)
         torch.testing.assert_close(tower._embed(once, torch.device("cpu")).norm(), torch.tensor(1.0))
         assert tower._embed(twice, torch.device("cpu")).norm() < 1
-
-    def test_the_form_of_the_answer_is_no_word(self, folder):
-        tower = load_text_tower(folder, folder)
-
-        class Reader:
-            def decode(self, ids, skip_special_tokens):
-                return "what is this?\nAnswer the question using a single word or phrase."
-
-        object.__setattr__(tower, "reader", Reader())
-        assert tower._text(torch.tensor([1])) == "what is this?"
-        load_text_tower.cache_clear()
 
     def test_in_training_and_inference(self, model, batch, folder):
         options = {"text_tower": folder, "tokenizer": folder}

@@ -61,3 +61,17 @@ def test_some_providers_only(tmp_path):
     done = subprocess.run([*script, "--only", "unifrom"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "--only 'unifrom'" in done.stderr
+
+
+def test_overlap_with_the_released_selection():
+    """All of it where bfloat16 tells distances apart as float32 does, and less where it rounds them to ties."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from selection_overlap import drawn, overlaps
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (2, 40, 8), generator=generator) * 2.0 - 1  # cosines are multiples of a quarter
+    assert overlaps(iter(signs), 0.7) == [1.0, 1.0]
+    (share,) = overlaps(drawn(1, 0.0), 0.9)
+    assert 0 < share < 1

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
+from saccade.families.question import Reader
 from saccade.families.relevance import TextTower, relevance
 from saccade.families.tower import unused_layers_passed_over
 from saccade.tokens import TokenBudget, VisualContext
@@ -83,6 +84,7 @@ class Family(ABC):
         *,
         labels: Tensor | None = None,
         text_tower: TextTower | None = None,
+        reader: Reader | None = None,
         budget: TokenBudget | None = None,
     ) -> Encoded:
         """Run the vision tower and the projector once over the batch's images.
@@ -92,6 +94,7 @@ class Family(ABC):
             needs: the fields of `VisualContext` that a reducer asks for beyond the features.
             labels: long `(B, L)` of a training batch, so that relevance never sees an answer.
             text_tower: what to take relevance from, in place of the language model's input embeddings.
+            reader: what finds the user's words without a text tower; None takes the model's own.
             budget: what decides about the size of the images where `needs` asks for a lower resolution.
 
         Raises:
@@ -99,7 +102,7 @@ class Family(ABC):
         """
         with unused_layers_passed_over(self.vision_tower, getattr(self.model.config, "vision_feature_layer", None)):
             if needs:
-                return encode_collecting(self, inputs, needs, labels, text_tower, budget)
+                return encode_collecting(self, inputs, needs, labels, text_tower, reader, budget)
             return self._encode(inputs)
 
     @abstractmethod
@@ -150,10 +153,15 @@ class Family(ABC):
         return pool_patches(patches, encoded)
 
     def text_relevance(
-        self, encoded: Encoded, inputs: Mapping[str, Any], labels: Tensor | None, text_tower: TextTower | None
+        self,
+        encoded: Encoded,
+        inputs: Mapping[str, Any],
+        labels: Tensor | None,
+        text_tower: TextTower | None,
+        reader: Reader | None,
     ) -> Tensor:
         """How relevant each visual token is to the user's words, larger for more: float32 `(R, N)`."""
-        return relevance(self, encoded, inputs, labels, text_tower)
+        return relevance(self, encoded, inputs, labels, text_tower, reader)
 
     @property
     def tower_states(self) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
+from saccade.families.question import load_reader
 from saccade.families.relevance import load_text_tower, row_samples
 from saccade.families.tower import used_layers
 from saccade.reducers import PROJECTION, check_resolution_budget
@@ -24,6 +25,7 @@ from saccade.tokens import TokenBudget, VisualContext
 
 if TYPE_CHECKING:
     from saccade.families.base import Encoded, Family
+    from saccade.families.question import Reader
     from saccade.families.relevance import TextTower
     from saccade.reducers import Reducer
 
@@ -108,16 +110,19 @@ def _encode_for(
     also: frozenset[str],
 ) -> "Encoded":
     needs = also if budget.keeps_all else also | reducer.needs
-    tower = None
+    tower, words = None, None
+    tokenizer = getattr(reducer, "tokenizer", None)
     if "relevance" in needs and getattr(reducer, "text_tower", None):
-        tokenizer = getattr(reducer, "tokenizer", None) or family.model.name_or_path
+        tokenizer = tokenizer or family.model.name_or_path
         if not tokenizer:
             raise SaccadeError(
                 "text_tower: the words are read with the language model's tokenizer, and this model came from no "
                 "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
             )
         tower = load_text_tower(str(reducer.text_tower), str(tokenizer))
-    return family.encode(inputs, needs, labels=labels, text_tower=tower, budget=budget)
+    elif "relevance" in needs and tokenizer:
+        words = load_reader(str(tokenizer))
+    return family.encode(inputs, needs, labels=labels, text_tower=tower, reader=words, budget=budget)
 
 
 def check_tower_gives(family: "Family", needs: frozenset[str]) -> None:
@@ -152,6 +157,7 @@ def encode_collecting(
     needs: frozenset[str],
     labels: Tensor | None,
     text_tower: "TextTower | None",
+    reader: "Reader | None",
     budget: TokenBudget | None,
 ) -> "Encoded":
     """`Family.encode` where something is needed.
@@ -184,7 +190,7 @@ def encode_collecting(
                 values = _of_tokens(name, family.patches_to_tokens(patches, encoded, inputs), context)
                 setattr(context, name, values.squeeze(2) if name == "saliency" else values)
         if "relevance" in needs:
-            context.relevance = family.text_relevance(encoded, inputs, labels, text_tower)
+            context.relevance = family.text_relevance(encoded, inputs, labels, text_tower, reader)
     return encoded
 
 

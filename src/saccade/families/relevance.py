@@ -1,10 +1,10 @@
 """How relevant each visual token is to the user's words, from a CLIP text tower or the model's own embeddings.
 
-The user's words are the text of the prompt. In training they are what stands before an answer: tokens with a label are
-answers, and a choice of tokens that saw them would leak them; so are the trailing tokens behind the last answer left
-out. Each stretch between two answers is one turn. In inference, without labels, all text of the prompt is one turn.
-Special tokens that the configs know (begin, end, padding, image markers) are no words. If labels cover the whole text,
-or there is no text at all, no words are left and every token is equally relevant.
+The user's words are those of the user's turns in the prompt, see `saccade.families.question`. Where no tokenizer is
+known they are all of the prompt's text, less special tokens that the configs know. In training the prompt is what
+stands before an answer: tokens with a label are answers, and a choice of tokens that saw them would leak them; so are
+the trailing tokens behind the last answer left out. If labels cover the whole text, or there is no text at all, no
+words are left and every token is equally relevant.
 
 Shapes: B samples of L tokens; R feature rows of N visual tokens; T turns of the whole batch.
 """
@@ -18,16 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
+from saccade.families.question import Reader, load_reader, models_reader
 from saccade.tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from saccade.families.base import Encoded, Family
-
-INSTRUCTIONS = (
-    "Answer the question using a single word or phrase.",
-    "Answer with the option's letter from the given choices directly.",
-)
-"""What LLaVA's prompts add about the form of the answer, which says nothing about the image."""
 
 
 def user_words(
@@ -81,6 +76,7 @@ def relevance(
     inputs: Mapping[str, Any],
     labels: Tensor | None,
     text_tower: "TextTower | None",
+    reader: Reader | None,
 ) -> Tensor:
     """Relevance float32 `(R, N)`, larger for what is more relevant, the mean over the turns of a row's sample.
 
@@ -88,32 +84,65 @@ def relevance(
     the words of a turn. With one it is **minus** the cosine of patch and text in CLIP's joint space, whose sign is
     inverted for patches (CDPruner; for CLIP only), averaged over the segments of a turn.
 
+    Args:
+        reader: finds the user's words where there is no text tower, whose own does it. None takes the one in the
+            folder that the model was loaded from.
+
     Raises:
         SaccadeError: if the text tower does not fit the model's vision tower.
     """
     ids = inputs["input_ids"]
     placeholder = family.placeholder(ids)
-    special = torch.tensor(special_ids(family.model.config), device=ids.device)
-    words, turn = user_words(ids, inputs["attention_mask"], labels, placeholder | torch.isin(ids, special))
-    if text_tower is None:
-        visual = encoded.context.features
-        texts = _embedded_turns(family.model.get_input_embeddings(), ids, words, turn)
-    else:
+    if text_tower is not None:
         visual = text_tower.patches(encoded.context.encoder_features)
-        texts = -text_tower.texts(ids, words, turn, visual)
+        prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
+        asked = [[words for prompt in sample for words in text_tower.reader.questions(prompt)] for sample in prompts]
+        texts = -text_tower.texts(asked, visual)
+    else:
+        visual = encoded.context.features
+        reader = reader or models_reader(family.model.name_or_path)
+        if reader is None:
+            special = torch.tensor(special_ids(family.model.config), device=ids.device)
+            turns = _prompts(inputs, labels, placeholder | torch.isin(ids, special))
+        else:
+            prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
+            turns = [
+                [reader.ids(words) for prompt in sample for words in reader.questions(prompt)] for sample in prompts
+            ]
+        texts = _embedded_turns(family.model.get_input_embeddings(), turns, ids.device)
     wanted = texts.to(visual.device)[row_samples(encoded, placeholder)]  # (R, D)
     unit = torch.nn.functional.normalize(visual.float(), dim=2)
     score = (unit @ wanted.unsqueeze(2)).squeeze(2)
     return score.masked_fill(~encoded.context.valid, 0)
 
 
-def _embedded_turns(embed: nn.Module, ids: Tensor, words: Tensor, turn: Tensor) -> Tensor:
+def _behind_the_first(placeholder: Tensor) -> Tensor:
+    """bool `(B, L)`, true on placeholders that follow another: one of an image is enough for its place in the text."""
+    return placeholder & torch.nn.functional.pad(placeholder[:, :-1], (1, 0))
+
+
+def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor) -> list[list[list[int]]]:
+    """For each sample the ids of what stands before each of its answers, less those of `no_words`."""
+    ids = inputs["input_ids"]
+    words, turn = (value.cpu() for value in user_words(ids, inputs["attention_mask"], labels, no_words))
+    ids = ids.cpu()
+    return [
+        [row[mask & (turns == number)].tolist() for number in turns[mask].unique().tolist()]
+        for row, mask, turns in zip(ids, words, turn, strict=True)
+    ]
+
+
+def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torch.device) -> Tensor:
     """For each sample the mean over turns of the mean unit embedding of a turn's words: float32 `(B, D)`."""
-    vectors = torch.nn.functional.normalize(embed(ids).float(), dim=2) * words.unsqueeze(2)
-    turns = ids.shape[1] + 1
-    each = torch.zeros(ids.shape[0], turns, device=ids.device).scatter_add_(1, turn, words.float())
-    share = words / each.clamp(min=1).gather(1, turn)
-    return (vectors * share.unsqueeze(2)).sum(dim=1) / (each > 0).sum(dim=1, keepdim=True).clamp(min=1)
+    real = [[turn for turn in sample if turn] for sample in turns]
+    # One call, whatever the samples hold: where ranks shard the embedding they must call it alike.
+    flat = torch.tensor([word for sample in real for turn in sample for word in turn], dtype=torch.long, device=device)
+    vectors = iter(
+        torch.nn.functional.normalize(embed(flat).float(), dim=1).split([len(t) for sample in real for t in sample])
+    )
+    means = [[next(vectors).mean(dim=0) for _ in sample] for sample in real]
+    nothing = torch.zeros(embed.weight.shape[-1], device=device)
+    return torch.stack([torch.stack(sample).mean(dim=0) if sample else nothing for sample in means])
 
 
 @dataclass(frozen=True)
@@ -123,12 +152,12 @@ class TextTower:
     Args:
         model: a `CLIPModel` in evaluation mode.
         tokenizer: its own tokenizer.
-        reader: the language model's tokenizer, which turns ids back into text.
+        reader: finds the user's words in what the language model is given.
     """
 
     model: nn.Module
     tokenizer: Any
-    reader: Any
+    reader: Reader
 
     def patches(self, encoder_features: Tensor | None) -> Tensor:
         """Patches `(R, N, Dv)` of the vision tower in the joint space: float32 `(R, N, P)`.
@@ -147,22 +176,13 @@ class TextTower:
         normed = self.model.vision_model.post_layernorm(encoder_features.float())
         return self.model.visual_projection(normed)
 
-    def texts(self, ids: Tensor, words: Tensor, turn: Tensor, like: Tensor) -> Tensor:
+    def texts(self, asked: list[list[str]], like: Tensor) -> Tensor:
         """For each sample the mean over turns of the mean unit embedding of a turn's segments: float32 `(B, P)`."""
-        result = torch.zeros(ids.shape[0], like.shape[-1], device=like.device)
-        for number in range(ids.shape[0]):
-            asked = [turn[number] == one for one in turn[number][words[number]].unique().tolist()]
-            texts = [self._text(ids[number][words[number] & one]) for one in asked]
-            embedded = [self._embed(text, like.device) for text in texts if text]
-            if embedded:
-                result[number] = torch.stack(embedded).mean(dim=0)
+        result = torch.zeros(len(asked), like.shape[-1], device=like.device)
+        for number, texts in enumerate(asked):
+            if texts:
+                result[number] = torch.stack([self._embed(text, like.device) for text in texts]).mean(dim=0)
         return result
-
-    def _text(self, ids: Tensor) -> str:
-        text = self.reader.decode(ids.tolist(), skip_special_tokens=True)
-        for instruction in INSTRUCTIONS:
-            text = text.replace(instruction, "")
-        return text.strip()
 
     def _embed(self, text: str, device: torch.device) -> Tensor:
         """The mean unit embedding `(P,)` of a text, in segments as long as the text tower takes."""
@@ -179,19 +199,19 @@ class TextTower:
 
 @lru_cache(maxsize=2)
 def load_text_tower(folder: str, tokenizer: str) -> TextTower:
-    """The CLIP model in `folder`, with its tokenizer, and the language model's tokenizer.
+    """The CLIP model in `folder`, with its tokenizer, and the reader in the language model's folder `tokenizer`.
 
     Raises:
         SaccadeError: if one of the folders does not hold what it should.
     """
     from transformers import AutoTokenizer, CLIPModel
 
-    def load(field: str, place: str, read: Any, what: str) -> Any:
+    def load(read: Any, what: str) -> Any:
         try:
-            return read(place)
+            return read(folder)
         except (OSError, ValueError) as error:
-            raise SaccadeError(f"{field}={place!r}: no {what} could be read there: {error}") from error
+            raise SaccadeError(f"text_tower={folder!r}: no {what} could be read there: {error}") from error
 
-    model = load("text_tower", folder, CLIPModel.from_pretrained, "CLIPModel").float().eval().requires_grad_(False)
-    own = load("text_tower", folder, AutoTokenizer.from_pretrained, "tokenizer")
-    return TextTower(model, own, load("tokenizer", tokenizer, AutoTokenizer.from_pretrained, "tokenizer"))
+    model = load(CLIPModel.from_pretrained, "CLIPModel").float().eval().requires_grad_(False)
+    own = load(AutoTokenizer.from_pretrained, "tokenizer")
+    return TextTower(model, own, load_reader(tokenizer))

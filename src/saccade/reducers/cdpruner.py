@@ -25,15 +25,17 @@ class CDPruner:
 
     `context.relevance` is larger for what is more relevant; the sign belongs to whoever computes it. From a CLIP text
     tower it is **minus** the cosine of patch and text, whose sign is inverted in CLIP models; from the language
-    model's input embeddings it is **plus** the cosine. `saccade.families.relevance` does both, from user turns only.
+    model's input embeddings it is **plus** the cosine. `saccade.families.relevance` does both, from the user's bare
+    words: without roles, system prompt, answers or "Answer the question using a single word or phrase."
 
     Args:
         theta: in [0, 1), the weight of relevance: q becomes exp(alpha q) with alpha = theta / (2 (1 - theta)), so 0 is
             `dpp`. None takes q as it is, as published.
         text_tower: folder of a `CLIPModel` whose vision tower is the model's, with its tokenizer. None takes the
             language model's input embeddings.
-        tokenizer: folder of the language model's tokenizer, to turn ids back into words for the text tower. None
-            takes the folder that the model was loaded from.
+        tokenizer: folder of the language model's tokenizer and chat template, to find the user's words in the prompt.
+            None takes the folder that the model was loaded from; where it has none either, all text of the prompt
+            counts, and a warning says so.
         precision: "float32" or "float64", as in `dpp`.
     """
 
