@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, text_of, used_columns
-from saccade.data.turns import TurnWriter
+from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import image_size
 from saccade.tokens.budget import TokenBudget
@@ -31,6 +31,7 @@ class TokenCounter:
         budget: the visual tokens that fast steps keep.
         isolator_length: tokens that fast steps put before each image.
         stop_ids: token ids at which `generate` stops, as the collator takes them.
+        conversation: "chat" or "plain", as rows are trained on.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class TokenCounter:
         budget: TokenBudget,
         isolator_length: int = 0,
         stop_ids: tuple[int, ...] = (),
+        conversation: str = "chat",
     ) -> None:
-        self._writer = TurnWriter(processor, stop_ids)
+        self._writer = row_writer(processor, conversation, stop_ids)
         self.processor, self.placeholder_id = processor, placeholder_id
         self.budget, self.isolator_length = budget, isolator_length
         self._tokens: dict[Size, tuple[int, int]] = {}

@@ -1,6 +1,7 @@
 """Samples to a padded batch: TRL's collator, with labels of the answers, images opened and everything checked."""
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.data.conversation import checked_message, images_of, place_images, text_of, used_columns
 from saccade.data.lengths import check_words
+from saccade.data.plain import PlainWriter, row_writer
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError
@@ -41,6 +43,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     Args:
         placeholder_id: token id of a visual token.
+        conversation: "chat" writes rows in the model's chat format, "plain" as image, caption, line break, of which
+            the last two are learned; see `PlainWriter`.
         stop_ids: token ids at which `generate` stops; the template's and the tokenizer's end token where left out.
         max_image_pixels: size above which an image is refused.
         max_bad_records: how many bad records a batch may meet before it is given up and comes empty. None makes the
@@ -54,6 +58,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     """
 
     placeholder_id: int | None = None
+    conversation: str = "chat"
     stop_ids: tuple[int, ...] = ()
     max_image_pixels: int = MAX_PIXELS
     max_bad_records: int | None = None
@@ -81,6 +86,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         try:
             prepared = prepare_example(example, self.max_image_pixels)
             part_only = self.assistant_only_loss if "messages" in prepared else self.completion_only_loss
+            part_only = part_only or self.conversation == "plain"
             if self.assistant_only_loss or "messages" not in prepared:
                 _check_learnable(prepared)
             if self.placeholder_id is not None:
@@ -90,11 +96,15 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             self._note(example, error, bad)
             return None
 
+    @cached_property
+    def _writer(self) -> TurnWriter | PlainWriter:
+        return row_writer(self.processor, self.conversation, self.stop_ids, self.chat_template)
+
     def _text(self, example: dict[str, Any]) -> TrainingText:
         if not any(column in example for column in WORDS):
             return TrainingText(example[self.dataset_text_field])
         try:
-            return TurnWriter(self.processor, self.stop_ids, self.chat_template).write(example)
+            return self._writer.write(example)
         except TemplateError as error:
             raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_origin
 
 from trl import SFTConfig
 
+from saccade.data.plain import check_conversation
 from saccade.dualspeed.compiling import check_compiling
 from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
@@ -46,6 +47,7 @@ RESUME_FIELDS = (
     "freeze_projector",
     "freeze_language_model",
     "assistant_only_loss",
+    "conversation",
     "max_length",
     "learning_rate",
     "lr_scheduler_type",
@@ -135,6 +137,10 @@ class DualSpeedConfig(SFTConfig):
             Train no parameter of the language model and its head: stage one of the paper.
         assistant_only_loss (`bool`, *optional*):
             Learn the assistant's words only. When left out, true for datasets with a `messages` column.
+        conversation (`str`, *optional*, defaults to `"chat"`):
+            `"plain"` trains on image, caption and line break, without roles or an instruction, as LLaVA's stage one
+            does: what the user says is left out, and the caption and the line break are learned. `"chat"` trains on
+            the model's chat format.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest full sequence. Text beyond it is cut; a sample of which it would cut image tokens, or every answer,
             is a bad record.
@@ -220,6 +226,10 @@ class DualSpeedConfig(SFTConfig):
     assistant_only_loss: bool | None = field(
         default=None, metadata={"help": "Learn the assistant's words only; by default true for `messages` datasets."}
     )
+    conversation: str = field(
+        default="chat",
+        metadata={"help": "'chat', or 'plain': image, caption and line break, as in LLaVA's stage one."},
+    )
     max_length: int | None = field(
         default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
     )
@@ -251,6 +261,7 @@ class DualSpeedConfig(SFTConfig):
         super().__post_init__()
         if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
             raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
+        check_conversation(self.conversation)
         check_positions(self.positions)
         check_newlines(self.newlines)
         check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)

@@ -79,6 +79,7 @@ class LoadingTrainer(OptimizingTrainer):
             usual.budget if usual.action == "drop" else TokenBudget(0.0),
             self.isolator.length if self.isolator is not None and usual.isolator else 0,
             stop_ids(self.family.model.generation_config, self._tokenizer),
+            self.args.conversation,
         )
         lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

@@ -114,10 +114,11 @@ class DualSpeedTrainer(SteppingTrainer):
                 dataset_text_field=args.dataset_text_field,
                 assistant_only_loss=args.assistant_only_loss,
                 placeholder_id=self.family.placeholder_id,
+                conversation=args.conversation,
                 stop_ids=stop_ids(self.family.model.generation_config, self._tokenizer),
                 max_image_pixels=args.max_image_pixels,
             )
-            if not is_plain_text(next(iter(train_dataset))):
+            if args.conversation == "chat" and not is_plain_text(next(iter(train_dataset))):
                 check_turns(self.data_collator)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.data_collator = WithBlankImage(self.data_collator, self.family.placeholder_id, self.processing_class)

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from saccade.data.plain import start_token
 from saccade.errors import SaccadeError
 
 V1_SYSTEM = (
@@ -138,8 +139,7 @@ def v1_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         raise SaccadeError(
             f"language_model: its {type(tokenizer).__name__} has no eos_token, without which no answer ends: set one"
         )
-    ids = tokenizer("a")["input_ids"]
-    start = tokenizer.bos_token if tokenizer.bos_token is not None and ids[0] == tokenizer.bos_token_id else ""
+    start = start_token(tokenizer)
     bare = ChatFormat(
         opening=f"{start}USER: ",
         system=(start, " USER: "),

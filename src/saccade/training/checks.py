@@ -69,7 +69,9 @@ def check_data(
     if "model" in recipe.given:
         processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
         check_chat(recipe, processor, placeholder_id, stops)
-        counter = TokenCounter(processor, placeholder_id, args.token_budget, args.isolator_length, stops)
+        counter = TokenCounter(
+            processor, placeholder_id, args.token_budget, args.isolator_length, stops, args.conversation
+        )
     if start is not None:
         start(sum(len(rows) for _, rows in opened))
     report = check_sources(
@@ -102,7 +104,8 @@ def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, s
     path = recipe.trainer.chat_template_path
     if path is not None and Path(path).is_file():
         processor.chat_template = Path(path).read_text()
-    check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))
+    if recipe.trainer.conversation == "chat":
+        check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))
 
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:

@@ -1,0 +1,90 @@
+"""Rows as LLaVA's stage one has them: image, caption, line break; no roles, no instruction, no end of a turn."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from saccade.data.conversation import images_of, text_of, used_columns
+from saccade.data.turns import TrainingText, TurnWriter
+from saccade.errors import RecordError, SaccadeError
+
+CONVERSATIONS = ("chat", "plain")
+_WORD = "zq"
+
+
+def check_conversation(conversation: str) -> None:
+    """Refuse an unknown way to write rows.
+
+    Raises:
+        SaccadeError: naming those that are known.
+    """
+    if conversation not in CONVERSATIONS:
+        raise SaccadeError(f"conversation={conversation!r} is unknown: use one of {', '.join(CONVERSATIONS)}")
+
+
+def row_writer(
+    processor: Any, conversation: str = "chat", stop_ids: tuple[int, ...] = (), chat_template: str | None = None
+) -> "TurnWriter | PlainWriter":
+    """What writes rows as the text to train on: as chats, or plainly; see `TurnWriter` and `PlainWriter`.
+
+    Raises:
+        SaccadeError: on an unknown `conversation`.
+    """
+    check_conversation(conversation)
+    return PlainWriter(processor) if conversation == "plain" else TurnWriter(processor, stop_ids, chat_template)
+
+
+@dataclass(frozen=True)
+class PlainWriter:
+    """Writes rows of one image, or several, and one answer, which is the caption. What the user says is left out.
+
+    Learned are the caption and the line break.
+
+    Args:
+        processor: of the model.
+    """
+
+    processor: Any
+
+    def write(self, row: Mapping[str, Any]) -> TrainingText:
+        """The text of a row with `messages`, or with `prompt` and `completion`.
+
+        Raises:
+            RecordError: if it has no image, or not one answer.
+        """
+        columns = [row.get(name) or [] for name in used_columns(row)]
+        if any(isinstance(column, str) for column in columns):
+            raise RecordError("conversation='plain' needs messages, and this is plain text already: use 'chat'")
+        answers = [message for column in columns for message in column if message["role"] == "assistant"]
+        images = len(images_of(row))
+        if len(answers) != 1 or not images:
+            raise RecordError(
+                f"conversation='plain' takes rows of images and one answer, the caption, and this has {images} "
+                f"image(s) and {len(answers)} answers: remove it, or use conversation='chat'"
+            )
+        before = self._start + self._image * images
+        caption = f"{text_of(answers[0])}\n"
+        return TrainingText(before + caption, ((len(before), len(before + caption)),))
+
+    @cached_property
+    def _start(self) -> str:
+        return start_token(self.processor.tokenizer)
+
+    @cached_property
+    def _image(self) -> str:
+        """What the chat template prints for an image, without the white space around it."""
+        text = {"type": "text", "text": _WORD}
+        without, shown = (
+            self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            for content in ([text], [{"type": "image"}, text])
+        )
+        pairs = enumerate(zip(without, shown, strict=False))
+        start = next((place for place, (one, other) in pairs if one != other), len(without))
+        return shown[start : len(shown) - len(without) + start].strip()
+
+
+def start_token(tokenizer: Any) -> str:
+    """The token that a tokenizer puts before a text, or nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token if tokenizer.bos_token is not None and ids[0] == tokenizer.bos_token_id else ""
