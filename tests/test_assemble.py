@@ -64,6 +64,8 @@ def test_it_loads_in_stock_transformers(assembled):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16 == model.config.image_seq_length
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+        # A grid of patches, with CLIP's class token left out and SigLIP without one.
+        assert get_family(model).encode(inputs).context.grid.tolist() == [[1, 4, 4]]
     assert model.config.tie_word_embeddings == tied
     shared = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     assert shared == tied

@@ -48,8 +48,8 @@ class LlavaFamily(Family):
         patch = config.vision_config.patch_size
         height, width = inputs["pixel_values"].shape[-2:]
         grid = square_grid(features.shape[0], height // patch, width // patch, features.device)
-        if config.vision_feature_select_strategy != "default":
-            grid = None  # the class token is among the features, so they fill no grid
+        if features.shape[1] != (height // patch) * (width // patch):
+            grid = None  # the class token is among the features, so they fill no grid; SigLIP has none
         context = VisualContext(features=features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
