@@ -93,6 +93,11 @@ def _show(report: dict[str, Any]) -> None:
             print(
                 f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"
             )
+    if report["ignored"]:
+        named = ", ".join(f"{name} ({count} rows)" for name, count in report["ignored"].items())
+        print(f"fields that nothing is read from: {named}")
+    if report["checked"] and not report["images"]:
+        print("no row has an image: there is nothing to prune")
     for entry in report["bad_records"][:SHOWN]:
         print(f"{entry['record']}: {entry['reason']}")
     if report["bad"] > SHOWN:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from saccade.data.fields import fields_left_aside
 from saccade.data.lengths import TokenCounter, check_words, row_text
 from saccade.data.sources import Source
 from saccade.errors import RecordError, SaccadeError
@@ -36,6 +37,7 @@ class Findings:
     text_only: int = 0
     turns: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
     full: list[int] = field(default_factory=list)
     shortened: list[int] = field(default_factory=list)
     visual: int = 0
@@ -44,6 +46,7 @@ class Findings:
         """Take up what was found in other rows."""
         for name in ("checked", "images", "text_only", "turns", "visual"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.ignored.update(other.ignored)
         for name in ("bad", "full", "shortened"):
             getattr(self, name).extend(getattr(other, name))
 
@@ -69,6 +72,7 @@ def check_sources(
     Returns:
         `complete`, false after an interruption, which ends the check early; `records`, all there are; `checked`;
         `images`, `text_only` and `turns` (answers) of the good ones; `bad`, their number; `bad_by_kind`;
+        `ignored`, fields that nothing is read from, with the number of rows that have something there;
         `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None
         without a counter, else the number of `visual` tokens, the percentiles of the lengths `full` and `shortened`,
         and the number of rows that are `longer` than `max_length`; `seconds`; `jobs`.
@@ -106,6 +110,7 @@ def check_sources(
         "bad": len(found.bad),
         "bad_by_kind": dict(Counter(entry["kind"] for entry in found.bad).most_common()),
         "bad_records": found.bad,
+        "ignored": dict(found.ignored.most_common()),
         "tokens": None if counter is None else _token_report(found, counter, max_length),
         "seconds": round(time.perf_counter() - began, 2),
         "jobs": jobs,
@@ -134,7 +139,9 @@ class _Reader:
         return found
 
     def _read_row(self, source: Source, index: int, found: Findings) -> None:
-        row = source.read(index)
+        record = source.record(index)
+        found.ignored.update(fields_left_aside(record))
+        row = source.row(record)
         sizes = [open_image(image, self.max_pixels).size for image in row["images"]]
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:

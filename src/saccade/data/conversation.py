@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saccade.data.fields import check_message_fields, check_row_fields, check_text, is_given, system_prompt
 from saccade.errors import RecordError
 
 IMAGE_TAG = "<image>"
@@ -27,6 +28,9 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
     Raises:
         RecordError: if it is none of these, or cannot be trained on.
     """
+    check_row_fields(record)
+    if is_given(record.get("tools")):
+        raise RecordError("a row has the field 'tools': write them into the system prompt, or remove the row", "field")
     if form == "llava" or (form == "auto" and "conversations" in record):
         row: dict[str, Any] = {"messages": _llava_messages(record.get("conversations"))}
     elif record.get("messages") is not None:
@@ -38,6 +42,8 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             f"this has no 'messages' list, only {sorted(record)}: each row needs 'conversations', or 'messages', or "
             "'prompt' and 'completion'"
         )
+    first = next(iter(row))
+    row[first] = with_system_prompt(row[first], system_prompt(record))
     row["images"] = images_of(record)
     _check_answers(row["messages"] if "messages" in row else row["completion"])
     for name in ("messages", "prompt"):
@@ -57,6 +63,8 @@ def _llava_messages(turns: Any) -> list[Message]:
         role = LLAVA_ROLES.get(str(turn.get("from")))
         if role is None:
             raise RecordError(f"role {turn.get('from')!r} is unknown: use human, gpt or system", "unknown_role")
+        check_message_fields(turn)
+        check_text(turn["value"], "a turn")
         if role == "assistant" and all(message["role"] == "system" for message in messages):
             continue
         messages.append({"role": role, "content": turn["value"]})
@@ -86,10 +94,26 @@ def checked_message(message: Any) -> Message:
         raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
     if message["role"] not in CHAT_ROLES:
         raise RecordError(f"role {message['role']!r} is unknown: use {', '.join(CHAT_ROLES)}", "unknown_role")
+    check_message_fields(message)
     content = "" if message.get("content") is None and message.get("tool_calls") else message.get("content")
     if not isinstance(content, (str, list)):
         raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
     return {**message, "content": _content(content)}
+
+
+def with_system_prompt(messages: list[Message], prompt: str | None) -> list[Message]:
+    """The messages after a system message of a row's own system prompt.
+
+    Raises:
+        RecordError: if they begin with another one.
+    """
+    if prompt is None:
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if text_of(messages[0]).strip() == prompt.strip():
+            return messages
+        raise RecordError("a row has a system prompt and a system message that say different things: remove one")
+    return [{"role": "system", "content": prompt}, *messages]
 
 
 def used_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -101,18 +125,47 @@ def used_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _content(content: str | list) -> str | list:
     if isinstance(content, str):
+        check_text(content, "a content")
         return content
-    if not all(isinstance(part, Mapping) for part in content):
-        raise RecordError(f"a content is a text or a list of parts with a 'type', found {str(content)[:80]}")
-    return [{name: value for name, value in part.items() if value is not None} for part in content]
+    return [_part(part) for part in content]
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """A part without the empty fields that it has because another part of its column has them.
+
+    Whatever else a part holds, a processor may open: a path, a URL, bytes. So nothing else gets through.
+    """
+    if not isinstance(part, Mapping):
+        raise RecordError(f"a content is a text or a list of parts with a 'type', found {str(part)[:80]}")
+    part = {name: value for name, value in part.items() if value is not None}
+    kind = part.get("type")
+    if kind not in ("text", "image"):
+        raise RecordError(f"a part of a content has the type {kind!r}: use 'text' or 'image'", "content_part")
+    allowed = {"type", "text"} if kind == "text" else {"type"}
+    others = sorted(str(name) for name in part if name not in allowed)
+    if others:
+        fix = "images stand in the row's 'images', by path or as bytes" if kind == "image" else "remove it"
+        raise RecordError(f"a part of type {kind!r} has the field {others[0]!r}: {fix}", "content_part")
+    if kind == "text":
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise RecordError(f"a part of type 'text' has the text {str(text)[:80]!r}: give a string", "content_part")
+        check_text(text, "a part")
+    return part
 
 
 def images_of(record: Mapping[str, Any]) -> list[Any]:
-    """What a record names as `images`, or as its one `image`."""
-    images = record.get("images")
-    images = record.get("image") if images is None else images
-    if images is None or images == "":
+    """What a record names as `images`, or as its one `image`.
+
+    Raises:
+        RecordError: if both name some.
+    """
+    given = [name for name in ("images", "image") if is_given(record.get(name))]
+    if len(given) > 1:
+        raise RecordError("a row has both 'images' and 'image': keep one of them")
+    if not given:
         return []
+    images = record[given[0]]
     return list(images) if isinstance(images, (list, tuple)) else [images]
 
 

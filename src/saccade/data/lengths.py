@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -141,22 +142,41 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
 
 
 def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> None:
-    """Refuse text that the processor would take for another image. Plain texts write their placeholders themselves.
+    """Refuse text that the model would take for another image, or for the end of a turn or another speaker.
+
+    Plain texts write their placeholders and control tokens themselves.
 
     Raises:
-        RecordError: if the model's own placeholder stands in a message.
+        RecordError: if the model's own placeholder, or a special token of its tokenizer, stands in a message.
     """
-    words = {processor.tokenizer.convert_ids_to_tokens(placeholder_id)}
-    words |= {getattr(processor, name, None) for name in ("image_token", "video_token")}
+    tokenizer = processor.tokenizer
+    places = {tokenizer.convert_ids_to_tokens(placeholder_id)}
+    places |= {getattr(processor, name, None) for name in ("image_token", "video_token")}
     # `<image>` is how records name an image, and counted already.
-    words -= {None, IMAGE_TAG}
+    places -= {None, IMAGE_TAG}
+    control = _special_tokens(tokenizer) - places - {IMAGE_TAG}
     for message in _messages(row):
-        for word in words:
-            if word in text_of(message):
+        text = text_of(message)
+        for word in sorted(places):
+            if word in text:
                 raise RecordError(
                     f"{word!r} stands in a text, where the model would look for an image or a video: remove it",
                     "placeholder_count",
                 )
+        for word in sorted(control):
+            if word in text:
+                raise RecordError(
+                    f"{word!r} stands in a text, and is a control token of the model: write it otherwise, or remove "
+                    "the row",
+                    "control_token",
+                )
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any) -> frozenset[str]:
+    """What a tokenizer makes one token of wherever it stands, and a model takes for more than its letters."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return frozenset(filter(None, (*tokenizer.all_special_tokens, *added)))
 
 
 def row_text(row: Mapping[str, Any]) -> dict[str, Any]:

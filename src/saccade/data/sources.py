@@ -27,6 +27,12 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Where row `index`, counted from 0, stands."""
 
+    def record(self, index: int) -> Row:
+        """The fields of row `index` as they are stored. Raises a `RecordError` if there are none to read."""
+
+    def row(self, record: Row) -> Row:
+        """Messages and images of a record. Raises a `RecordError` if it cannot be used."""
+
     def read(self, index: int) -> Row:
         """Messages and images of row `index`. Raises a `RecordError` if it cannot be used."""
 
@@ -53,8 +59,14 @@ class JsonSource:
     def name(self, index: int) -> str:
         return self.records.name(index)
 
+    def record(self, index: int) -> Row:
+        return self.records.read(index)
+
+    def row(self, record: Row) -> Row:
+        return found(convert(record, self.form), self.folders)
+
     def read(self, index: int) -> Row:
-        return found(convert(self.records.read(index), self.form), self.folders)
+        return self.row(self.record(index))
 
 
 class TableSource:
@@ -78,10 +90,15 @@ class TableSource:
     def name(self, index: int) -> str:
         return f"{self.path}, row {index + 1}"
 
+    def record(self, index: int) -> Row:
+        return self.dataset[index] if self.folders is None else self.dataset[index].to_pylist()[0]
+
+    def row(self, record: Row) -> Row:
+        row = convert(record, self.form)
+        return row if self.folders is None else found(row, self.folders)
+
     def read(self, index: int) -> Row:
-        if self.folders is None:
-            return convert(self.dataset[index], self.form)
-        return found(convert(self.dataset[index].to_pylist()[0], self.form), self.folders)
+        return self.row(self.record(index))
 
 
 class Rows:
@@ -145,8 +162,10 @@ def found(row: Row, folders: ImageFolders) -> Row:
 def _found(image: Any, folders: ImageFolders) -> Any:
     if isinstance(image, str):
         return folders.find(image)
-    if isinstance(image, Mapping) and image.get("bytes") is not None:
+    if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
         return {"bytes": image["bytes"], "path": image.get("path")}
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        raise RecordError(f"an image's 'bytes' are a {type(image['bytes']).__name__}: store the bytes of the file")
     if isinstance(image, Mapping) and isinstance(image.get("path"), str):
         return folders.find(image["path"])
     raise RecordError(f"an image is a path, or has 'bytes' or a 'path', found {str(image)[:80]}")

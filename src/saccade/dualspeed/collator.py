@@ -10,7 +10,15 @@ from jinja2 import TemplateError
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.data.conversation import checked_message, images_of, place_images, text_of, used_columns
+from saccade.data.conversation import (
+    checked_message,
+    images_of,
+    place_images,
+    text_of,
+    used_columns,
+    with_system_prompt,
+)
+from saccade.data.fields import ROW_FIELDS, check_row_fields, check_text, system_prompt
 from saccade.data.lengths import check_words
 from saccade.data.plain import PlainWriter, row_writer
 from saccade.data.turns import TrainingText, TurnWriter
@@ -85,6 +93,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
             prepared = prepare_example(example, self.max_image_pixels)
+            self._check_columns(prepared)
             part_only = self.assistant_only_loss if "messages" in prepared else self.completion_only_loss
             part_only = part_only or self.conversation == "plain"
             if self.assistant_only_loss or "messages" not in prepared:
@@ -107,6 +116,11 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             return self._writer.write(example)
         except TemplateError as error:
             raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+    def _check_columns(self, example: dict[str, Any]) -> None:
+        """Refuse a row without any of the columns that words are learned from."""
+        if not any(name in example for name in (*WORDS, self.dataset_text_field)):
+            raise RecordError(f"this row has only {sorted(example)}: give 'messages', or 'prompt' and 'completion'")
 
     def _note(
         self, example: dict[str, Any], error: RecordError, bad: dict[str, dict[str, Any]], name: str | None = None
@@ -234,7 +248,8 @@ def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS)
     """
     if example.get("fault"):
         raise RecordError(example["fault"], example.get("kind") or "malformed")
-    beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *WORDS, "image")}
+    check_row_fields(example)
+    beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *ROW_FIELDS)}
     images = [open_image(image, max_image_pixels) for image in images_of(example)]
     prepared = {**beside, **_checked_words(example), "images": images}
     for column in ("messages", "prompt"):
@@ -254,6 +269,13 @@ def _checked_words(example: dict[str, Any]) -> dict[str, Any]:
             raise RecordError(f"{column!r} is empty: write it, or remove the row")
         if isinstance(value, list):
             used[column] = [checked_message(message) for message in value]
-        elif column == "messages":
-            raise RecordError(f"'messages' is a {type(value).__name__}: give a list of messages")
+        elif column == "messages" or not isinstance(value, str):
+            raise RecordError(f"{column!r} is a {type(value).__name__}: give a list of messages")
+        else:
+            check_text(value, repr(column))
+    first, prompt = next(iter(used), None), system_prompt(example)
+    if prompt is not None and first is not None:
+        if isinstance(used[first], str):
+            raise RecordError(f"a plain {first!r} takes no system prompt: write it into the text", "field")
+        used[first] = with_system_prompt(used[first], prompt)
     return used

@@ -32,6 +32,12 @@ class FirstRows:
     def name(self, index: int) -> str:
         return self.source.name(index)
 
+    def record(self, index: int) -> dict[str, Any]:
+        return self.source.record(index)
+
+    def row(self, record: dict[str, Any]) -> dict[str, Any]:
+        return self.source.row(record)
+
     def read(self, index: int) -> dict[str, Any]:
         return self.source.read(index)
 

@@ -1,5 +1,7 @@
 """Where a recipe's rows and weights come from: the embedded ones, files, folders, or the hub."""
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,13 +18,15 @@ from transformers import (
 
 from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
-from saccade.data.sources import Source, TableSource
+from saccade.data.sources import PROBED, Source, TableSource
 from saccade.dualspeed.labels import stop_ids
-from saccade.errors import SaccadeError
+from saccade.errors import RecordError, SaccadeError
 from saccade.families import family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DIGITS = "digits"
@@ -175,13 +179,27 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
         )
     if options.dataset == DIGITS:
         return _digits(options, options.dataset_rows)
+    opened = [open_source(source, options) for source in sources]
     mixed = mix(
-        [open_source(source, options) for source in sources],
+        opened,
         None if sources[0].weight is None else [source.weight for source in sources],
         [source.rows for source in sources],
         options.dataset_seed,
     )
+    _warn_without_images(opened)
     return mixed if options.dataset_rows is None else mixed.select(range(min(options.dataset_rows, len(mixed))))
+
+
+def _warn_without_images(sources: list[Source]) -> None:
+    """Say so where the first rows of all sources are text: a column of another name is the usual cause."""
+    for source in sources:
+        for index in range(min(len(source), PROBED)):
+            with suppress(RecordError):
+                if source.read(index)["images"]:
+                    return
+    logger.warning(
+        "the first rows of the dataset have no image: there is nothing to prune; images stand in 'images' or 'image'"
+    )
 
 
 def open_source(source: SourceOptions, options: ModelOptions) -> Source:

@@ -1,0 +1,150 @@
+"""Fields of a record beyond its words and images: which change what is learned, and which are left aside.
+
+A field that changes what is learned is honoured or refused. Any other one, an id say, is left aside, and the check of
+a dataset counts it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from saccade.errors import RecordError
+
+ROW_FIELDS = ("conversations", "messages", "prompt", "completion", "images", "image", "system", "system_prompt")
+"""What a row's fields are read from."""
+MESSAGE_FIELDS = ("role", "content", "from", "value")
+
+REFUSED_IN_ROWS = {
+    **dict.fromkeys(("video", "videos"), "videos are not trained on: remove the row"),
+    **dict.fromkeys(("audio", "audios"), "audio is not trained on: remove the row"),
+    **dict.fromkeys(
+        ("bbox", "bboxes", "boxes", "objects"), "boxes are not read: write them into the text, or remove the field"
+    ),
+    **dict.fromkeys(
+        ("chosen", "rejected"), "preferences are not trained on: give 'messages', or 'prompt' and 'completion'"
+    ),
+}
+"""Fields of a row that change what it teaches and are not read, with what to do about them."""
+REFUSED_IN_MESSAGES = {
+    "function_call": "is not learned: write the call into the content, or remove the row",
+    **dict.fromkeys(
+        ("reasoning_content", "reasoning", "thinking"),
+        "is not learned: write it into the content, or remove the field",
+    ),
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"),
+        "is not read in a message: name images in the row's 'images'",
+    ),
+    "prefix": "is not read: remove the field",
+}
+"""The same of a message or a turn."""
+WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable", "loss_mask", "mask")
+"""Fields of a row or a message that say whether, or how much, it is learned."""
+
+_IMAGE_NAME = re.compile(r"(data:image/.*)|(\S.*\.(jpe?g|png|webp|gif|bmp|tiff?))", re.IGNORECASE | re.DOTALL)
+
+
+def is_given(value: Any) -> bool:
+    """Whether a field says something. Tables fill the rows that lack a field with None, or with what is empty."""
+    return value is not None and not (isinstance(value, (str, bytes, list, tuple, Mapping)) and len(value) == 0)
+
+
+def check_row_fields(record: Mapping[str, Any]) -> None:
+    """Refuse a row with a field that changes what it teaches and is not read.
+
+    Raises:
+        RecordError: naming the field and what to do.
+    """
+    for name, value in record.items():
+        if not is_given(value):
+            continue
+        if name in REFUSED_IN_ROWS:
+            raise RecordError(f"a row has the field {name!r}: {REFUSED_IN_ROWS[name]}", "field")
+        _check_weight(name, value)
+        if name not in ROW_FIELDS and any(map(_looks_like_an_image, _entries(value))):
+            raise RecordError(
+                f"a row has the field {name!r}, which looks like an image: call it 'images' or 'image', or remove it",
+                "field",
+            )
+
+
+def check_message_fields(message: Mapping[str, Any]) -> None:
+    """The same for a message, or a turn of a LLaVA conversation.
+
+    Raises:
+        RecordError: naming the field and what to do.
+    """
+    for name, value in message.items():
+        if is_given(value):
+            if name in REFUSED_IN_MESSAGES:
+                raise RecordError(f"{name!r} {REFUSED_IN_MESSAGES[name]}", "field")
+            _check_weight(name, value)
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse half a character, which no tokenizer and no file takes.
+
+    Raises:
+        RecordError: on a surrogate without its partner.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{name} holds {text[error.start]!a}, half a character: write the whole one, or remove it", "malformed"
+        ) from error
+
+
+def system_prompt(record: Mapping[str, Any]) -> str | None:
+    """The system prompt that a row has in a field of its own.
+
+    Raises:
+        RecordError: if it is not a text.
+    """
+    for name in ("system", "system_prompt"):
+        value = record.get(name)
+        if is_given(value):
+            if not isinstance(value, str):
+                raise RecordError(f"{name!r} is a {type(value).__name__}: give a text", "field")
+            check_text(value, repr(name))
+            return value
+    return None
+
+
+def fields_left_aside(record: Mapping[str, Any]) -> Iterator[str]:
+    """Names of a row's fields that nothing is read from, and of its messages' as `messages.name`, each once a row."""
+    names = {name for name, value in record.items() if name not in ROW_FIELDS and is_given(value)}
+    for column in ("conversations", "messages", "prompt", "completion"):
+        messages = record.get(column)
+        for message in messages if isinstance(messages, (list, tuple)) else ():
+            if isinstance(message, Mapping):
+                names |= {
+                    f"{column}.{name}" for name in message if name not in MESSAGE_FIELDS and is_given(message[name])
+                }
+    return iter(sorted(map(str, names)))
+
+
+def _check_weight(name: str, value: Any) -> None:
+    """Whole and equal weights are what training does anyhow."""
+    if name not in WEIGHTS:
+        return
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if not all(entry == 1 for entry in values):
+        raise RecordError(
+            f"{name}={str(value)[:80]} is not read, every answer is learned alike: remove what is not to be learned, "
+            f"or the field {name!r}",
+            "field",
+        )
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _looks_like_an_image(value: Any) -> bool:
+    """A file's name or data as images have it, stored bytes, or an image itself."""
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), (bytes, bytearray)) or _looks_like_an_image(value.get("path"))
+    if isinstance(value, str):
+        return _IMAGE_NAME.fullmatch(value.strip()) is not None
+    return hasattr(value, "getexif")
