@@ -119,7 +119,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _check_columns(self, example: dict[str, Any]) -> None:
         """Refuse a row without any of the columns that words are learned from."""
-        if not any(name in example for name in (*WORDS, self.dataset_text_field)):
+        plain = isinstance(example.get(self.dataset_text_field), str)
+        if not plain and not any(name in example for name in WORDS):
             raise RecordError(f"this row has only {sorted(example)}: give 'messages', or 'prompt' and 'completion'")
 
     def _note(
