@@ -41,7 +41,7 @@ _PROGRAMS = ("EPS",)
 """Formats that are programs. Pillow hands them to Ghostscript, whatever the name of the file says."""
 
 
-def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -> Image.Image:
     """A decoded image in RGB, with 8 bits per channel, upright as its EXIF data says: what training shows the model.
 
     - Cameras store many photos lying on their side with a note on how to turn them. Whoever wrote a question about one
@@ -58,6 +58,7 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Args:
         image: a path, a dict with "bytes" or "path", or a PIL image, which is not changed.
         max_pixels: width times height above which an image is refused before it is decoded.
+        padded: whether the processor will pad it to a square, which then must not have more pixels either.
 
     Raises:
         RecordError: if it is missing, empty, damaged, too large, too narrow, of values on no known scale, or not an
@@ -68,7 +69,7 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS) -> Image.Image:
         opened = _open(image, name)
         if opened.format in _PROGRAMS:
             raise RecordError(f"{name} is {opened.format}: replace it by a JPEG or a PNG", "not_an_image")
-        _check_size(opened.size, max_pixels, name)
+        _check_size(opened.size, max_pixels, name, padded)
         opened.load()
         turn = _TURNS.get(_orientation(opened))
         pixels = _rgb(opened, name)
@@ -148,14 +149,15 @@ def _open(image: Any, name: str) -> Image.Image:
     return image
 
 
-def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int, name: str, padded: bool = False) -> None:
     short, long = sorted(size)
     if short < 1:
         raise RecordError(f"{name} has {size[0]} x {size[1]} pixels, none at all: replace it", "not_an_image")
-    if size[0] * size[1] > max_pixels:
+    if (long * long if padded else short * long) > max_pixels:
+        square = f", {long} x {long} once it is padded to a square" if padded else ""
         raise RecordError(
-            f"{name} has {size[0]} x {size[1]} pixels, more than max_image_pixels={max_pixels}: shrink it, or raise "
-            "the limit",
+            f"{name} has {size[0]} x {size[1]} pixels{square}, more than max_image_pixels={max_pixels}: shrink it, "
+            "or raise the limit",
             "decompression_bomb",
         )
     if long > MAX_ASPECT_RATIO * short:

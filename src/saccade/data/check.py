@@ -57,6 +57,7 @@ def check_sources(
     max_pixels: int = MAX_PIXELS,
     jobs: int = 1,
     max_length: int | None = None,
+    padded: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Read all rows, decode all images, and report.
@@ -67,6 +68,7 @@ def check_sources(
         max_pixels: size above which an image is bad.
         jobs: processes that read side by side; fewer where there is too little to read.
         max_length: longest full sequence that training keeps whole.
+        padded: whether training pads images to a square, whose size counts then.
         progress: called with the number of rows just read.
 
     Returns:
@@ -87,7 +89,7 @@ def check_sources(
     complete = True
     chunks = list(_chunks(sources))
     jobs = max(1, min(jobs, len(chunks)))
-    results = _results(_Reader(list(sources), counter, max_pixels), chunks, jobs)
+    results = _results(_Reader(list(sources), counter, max_pixels, padded), chunks, jobs)
     try:
         for part in results:
             found.add(part)
@@ -124,6 +126,7 @@ class _Reader:
     sources: list[Source]
     counter: TokenCounter | None
     max_pixels: int
+    padded: bool
 
     def read(self, chunk: Chunk) -> Findings:
         found = Findings()
@@ -142,7 +145,7 @@ class _Reader:
         record = source.record(index)
         found.ignored.update(fields_left_aside(record))
         row = source.row(record)
-        sizes = [open_image(image, self.max_pixels).size for image in row["images"]]
+        sizes = [open_image(image, self.max_pixels, self.padded).size for image in row["images"]]
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:
             check_words(row, self.counter.processor, self.counter.placeholder_id)

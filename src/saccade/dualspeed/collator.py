@@ -24,6 +24,7 @@ from saccade.data.plain import PlainWriter, row_writer
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError
+from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
 
@@ -92,7 +93,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            prepared = prepare_example(example, self.max_image_pixels)
+            prepared = prepare_example(example, self.max_image_pixels, pads_to_square(self.processor))
             self._check_columns(prepared)
             part_only = self.assistant_only_loss if "messages" in prepared else self.completion_only_loss
             part_only = part_only or self.conversation == "plain"
@@ -241,7 +242,9 @@ def _processor_faults(stock: DualSpeedCollator, rows: list[dict[str, Any]]) -> d
     return faults
 
 
-def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+def prepare_example(
+    example: dict[str, Any], max_image_pixels: int = MAX_PIXELS, padded: bool = False
+) -> dict[str, Any]:
     """The sample with opened images and structured messages, as TRL's collator takes it.
 
     Raises:
@@ -251,7 +254,7 @@ def prepare_example(example: dict[str, Any], max_image_pixels: int = MAX_PIXELS)
         raise RecordError(example["fault"], example.get("kind") or "malformed")
     check_row_fields(example)
     beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *ROW_FIELDS)}
-    images = [open_image(image, max_image_pixels) for image in images_of(example)]
+    images = [open_image(image, max_image_pixels, padded) for image in images_of(example)]
     prepared = {**beside, **_checked_words(example), "images": images}
     for column in ("messages", "prompt"):
         if isinstance(prepared.get(column), list):

@@ -14,6 +14,7 @@ from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
 from saccade.families.cache import check_needs
+from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.pruning import check_newlines, check_positions
 from saccade.reducers import check_resolution_budget, get_reducer
@@ -49,6 +50,7 @@ RESUME_FIELDS = (
     "assistant_only_loss",
     "conversation",
     "max_length",
+    "image_aspect_ratio",
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
@@ -163,6 +165,10 @@ class DualSpeedConfig(SFTConfig):
             `bad_records.jsonl`, before the run stops. 0 stops at the first.
         max_image_pixels (`int`, *optional*, defaults to `89478485`):
             Width times height above which an image is refused, before it is decoded.
+        image_aspect_ratio (`str`, *optional*):
+            `"pad"` makes the model's processor pad images to a square with the mean colour, for training and for
+            whoever loads the saved model; the processor that was given is changed in place. When left out it does
+            what it did. For LLaVA, whose processor otherwise cuts off what an image has beyond a square.
         feature_cache (`str`, *optional*):
             Folder in which what the frozen vision tower gives for each image is kept, for later epochs, stages and
             runs, at once or one after another. Its features are those of the tower; what changes is the time of a
@@ -242,6 +248,9 @@ class DualSpeedConfig(SFTConfig):
     )
     max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
     max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
+    image_aspect_ratio: str | None = field(
+        default=None, metadata={"help": "'pad' pads images to a square; by default the processor does as it did."}
+    )
     feature_cache: str | None = field(
         default=None, metadata={"help": "Folder to keep the frozen vision tower's features in, and to read them from."}
     )
@@ -310,6 +319,11 @@ class DualSpeedConfig(SFTConfig):
         if not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
             raise SaccadeError(
                 f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
+            )
+        if self.image_aspect_ratio not in (None, *ASPECT_RATIOS):
+            raise SaccadeError(
+                f"image_aspect_ratio={self.image_aspect_ratio!r} is unknown: use 'pad', or leave it out for what the "
+                "model's processor does"
             )
         self._check_feature_cache()
         if self.loss_type != "nll" or self.label_smoothing_factor:

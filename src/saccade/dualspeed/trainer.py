@@ -51,6 +51,7 @@ from saccade.dualspeed.stepping import SteppingTrainer
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
+from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
@@ -84,7 +85,7 @@ class DualSpeedTrainer(SteppingTrainer):
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
             )
         config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
-        family_class(config)
+        check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = first_columns(train_dataset)
         if not args.takes_stock_steps:
             check_not_ignored(model, kwargs.get("peft_config"), kwargs.get("compute_loss_func"))
@@ -104,6 +105,8 @@ class DualSpeedTrainer(SteppingTrainer):
         self.model_accepts_loss_kwargs = True
         self.family = get_family(self.model)
         use_released_names(self.family.model)
+        if args.image_aspect_ratio is not None:
+            pad_to_square(self.processing_class)
         self._speed_up()
         if own_collator:
             self.data_collator = DualSpeedCollator(

@@ -20,6 +20,7 @@ from saccade.counting import count_flops
 from saccade.dualspeed.checkpoint import read_run_file
 from saccade.dualspeed.collator import prepare_example
 from saccade.errors import SaccadeError
+from saccade.families.padding import pads_to_square
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs
 from saccade.reducers import check_resolution_budget, get_reducer
@@ -265,8 +266,9 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
     Raises:
         RecordError: if one of them cannot be used.
     """
+    pads = pads_to_square(processor)
     return processor.apply_chat_template(
-        [[_with_open_images(message) for message in conversation] for conversation in conversations],
+        [[_with_open_images(message, pads) for message in conversation] for conversation in conversations],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
@@ -275,12 +277,12 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
     )
 
 
-def _with_open_images(message: dict[str, Any]) -> dict[str, Any]:
+def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
     """The message with its images as training shows them."""
     if isinstance(message["content"], str):
         return message
     parts = [
-        {**part, "image": open_image(part["image"])} if part.get("image") is not None else part
+        {**part, "image": open_image(part["image"], padded=padded)} if part.get("image") is not None else part
         for part in message["content"]
     ]
     return {**message, "content": parts}

@@ -59,6 +59,8 @@ class Family(ABC):
     projects_tokens: bool = False
     """Whether the projector takes tokens one by one: a token is what it makes of the token's encoder features alone,
     and nothing happens to it behind the projector."""
+    unpadded: str | None = "reach the model whole and in their own shape"
+    """Why images are not padded to a square, as the end of a sentence about them; None where they can be."""
     several_axes: bool = False
     """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
     `positions` says: counted anew along one axis they would mean something else to the model."""

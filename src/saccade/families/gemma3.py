@@ -24,6 +24,7 @@ class Gemma3Family(Family):
     model_types = ("gemma3",)
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
     attends_both_ways = True
+    unpadded = "are squeezed into a square by a processor that cannot pad, and cuts nothing off"
     fixed_resolution = "the stock projector pools one fixed grid of patches"
 
     @property

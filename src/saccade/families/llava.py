@@ -27,6 +27,7 @@ class LlavaFamily(Family):
     name = "llava"
     model_types = ("llava",)
     projects_tokens = True
+    unpadded = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.collect import encode_for
+from saccade.families.padding import padded, pads_to_square
 from saccade.files import write_json_atomically
 from saccade.pruning import reduce
 from saccade.reducers import get_reducer, is_low_resolution
@@ -123,7 +124,9 @@ def _process(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapp
 
 
 def _seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
-    """The image without what the processor cuts off its longer edges."""
+    """The image padded as the processor pads it, or without what the processor cuts off its longer edges."""
+    if pads_to_square(processor):
+        return padded(image, processor)
     if not getattr(processor.image_processor, "do_center_crop", False):
         return image
     side = min(image.size)

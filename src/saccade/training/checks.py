@@ -13,6 +13,7 @@ from saccade.data.lengths import TokenCounter
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns
 from saccade.errors import SaccadeError
+from saccade.families.padding import pads_to_square
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.sources import dataset_sources, load_processor, open_source
 
@@ -71,17 +72,18 @@ def check_data(
         limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]
         rows = open_source(replace(source, rows=None) if source.path != "digits" else source, options)
         opened.append((source.path, FirstRows(rows, min(limits)) if limits else rows))
-    counter = None
+    counter, padded = None, args.image_aspect_ratio is not None
     if "model" in recipe.given:
         processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
         check_chat(recipe, processor, placeholder_id, stops)
         counter = TokenCounter(
             processor, placeholder_id, args.token_budget, args.isolator_length, stops, args.conversation
         )
+        padded = padded or pads_to_square(processor)
     if start is not None:
         start(sum(len(rows) for _, rows in opened))
     report = check_sources(
-        [rows for _, rows in opened], counter, args.max_image_pixels, jobs, args.max_length, progress
+        [rows for _, rows in opened], counter, args.max_image_pixels, jobs, args.max_length, padded, progress
     )
     named = [{"path": name, "records": len(rows)} for name, rows in opened]
     return {"sources": named, **report}

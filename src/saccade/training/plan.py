@@ -30,6 +30,7 @@ from saccade.dualspeed.trainer import freeze_parts
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
+from saccade.families.padding import check_aspect_ratio
 from saccade.tokens import TokenBudget
 from saccade.training.checks import check_chat_here
 from saccade.training.quantization import NF4_BYTES, quantized_weights
@@ -105,6 +106,7 @@ def plan_recipe(
     args = recipe.trainer
     check_lora(recipe)
     shape, config = find_shape(recipe, path)
+    check_aspect_ratio(family_class(config), args.image_aspect_ratio)
     if args.max_length is not None and shape.visual_tokens >= args.max_length:
         raise SaccadeError(
             f"max_length={args.max_length} cuts image tokens: an image of {shape.name} has {shape.visual_tokens}, "

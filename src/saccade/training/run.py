@@ -15,12 +15,13 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.errors import SaccadeError
 from saccade.families import get_family
+from saccade.families.padding import check_aspect_ratio
 from saccade.files import write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
-from saccade.training.sources import load_model, load_rows
+from saccade.training.sources import check_family, load_model, load_rows
 
 LOG_FILE = "log.json"
 
@@ -37,6 +38,8 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     options, args = recipe.options, recipe.trainer
     resume = _resume(options.resume, args.output_dir)
     check_lora(recipe)
+    if args.image_aspect_ratio is not None and options.model != "tiny":
+        check_aspect_ratio(check_family(options.model, args.trust_remote_code), args.image_aspect_ratio)
     dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
     model, processor = load_model(options, args.trust_remote_code)
     if options.load_in_4bit:

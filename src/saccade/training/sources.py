@@ -21,7 +21,7 @@ from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.dualspeed.labels import stop_ids
 from saccade.errors import RecordError, SaccadeError
-from saccade.families import family_class, use_released_names
+from saccade.families import Family, family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
@@ -118,8 +118,8 @@ def _base(model: str) -> str:
     return model
 
 
-def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> None:
-    """Look up the family of a model before its weights are read.
+def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
+    """The family of a model, before its weights are read.
 
     Raises:
         SaccadeError: if there is none, or no config to tell it from.
@@ -132,7 +132,7 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
         raise SaccadeError(f"model={model!r} {where}: {' '.join(str(error).split())[:600]}") from error
-    family_class(config)
+    return family_class(config)
 
 
 def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
