@@ -82,8 +82,10 @@ def test_readers_are_found_in_folders(tmp_path, caplog):
     bare.chat_template = None
     bare.save_pretrained(tmp_path / "bare")
     assert load_reader(str(tmp_path / "bare")).turn is None
-    with pytest.raises(SaccadeError, match=r"tokenizer=.*nothing.*no tokenizer could be read"):
-        load_reader(str(tmp_path / "nothing"))
+    processor.image_processor.save_pretrained(tmp_path / "images")
+    for name in ("nothing", "images"):
+        with pytest.raises(SaccadeError, match=rf"tokenizer=.*{name}.*no tokenizer could be read"):
+            load_reader(str(tmp_path / name))
     question.models_reader.cache_clear()
     with caplog.at_level(logging.WARNING):
         for folder, why in (("", "from no folder"), (str(tmp_path / "nothing"), "no tokenizer could be read")):

@@ -131,8 +131,9 @@ def load_reader(folder: str) -> Reader:
         except (OSError, ValueError, ImportError, KeyError) as error:
             failed = error
             continue
-        if callable(getattr(found, "tokenizer", found)):  # AutoProcessor may find an image processor alone
+        if hasattr(getattr(found, "tokenizer", found), "all_special_tokens"):
             return Reader.of(found)
+        failed = ValueError(f"{type(found).__name__} reads no text")  # a folder may hold an image processor alone
     raise SaccadeError(f"tokenizer={folder!r}: no tokenizer could be read there: {failed}") from failed
 
 
