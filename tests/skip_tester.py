@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from saccade.families import get_family
 from saccade.skip_vision import SkipVision, SkipVisionConfig, apply_skip_vision
+from saccade.skip_vision.cache import cache_name
 from saccade.tokens import Role
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -67,6 +69,11 @@ def oracle_logits(model: PreTrainedModel, prepared: dict[str, Any]) -> Tensor:
         return model(**inputs, use_cache=False).logits
 
 
+def with_cache(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The argument that hands a cache to `forward` or `generate`, by the name that this version has for it."""
+    return {cache_name(model.forward): cache}
+
+
 class FullCache:
     """The unpatched model with all rows in its cache, skipped ones hidden from every token after the prompt."""
 
@@ -86,7 +93,7 @@ class FullCache:
             inputs |= {"attention_mask": torch.cat((self.mask, mask), dim=1), "position_ids": positions}
         skip = roles == Role.SKIPPED
         with masked_ffn(self.model, skip):
-            output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
+            output = self.model(**inputs, **with_cache(self.model, self.cache), use_cache=True)
         hidden = mask.masked_fill(skip, 0)
         self.mask = hidden if self.mask is None else torch.cat((self.mask, hidden), dim=1)
         last = inputs["position_ids"][..., -1]
@@ -104,7 +111,7 @@ class FullCache:
             input_ids=token.unsqueeze(1),
             attention_mask=self.mask,
             position_ids=position,
-            past_key_values=self.cache,
+            **with_cache(self.model, self.cache),
             use_cache=True,
         )
         self.position = self.position + 1

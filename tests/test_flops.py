@@ -26,6 +26,7 @@ from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.pruning import prune_inputs
 from saccade.skip_vision import PRESETS, SkipVisionConfig, apply_skip_vision
+from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.tiny import load_tiny
 from saccade.tokens import Role
 
@@ -143,9 +144,9 @@ def test_prefill_decoding_and_cache_with_skips(retained, skipped):
     text = TextShape.of(model.config)
     with torch.no_grad():
         output = model(**inputs, logits_to_keep=1, use_cache=True)
-        stored = sum(x.nbytes for layer in output.past_key_values.layers for x in (layer.keys, layer.values))
+        stored = sum(x.nbytes for layer in cache_of(output).layers for x in (layer.keys, layer.values))
         assert stored == cache_bytes(text, rows.kept + 9, 4)
-        step = {"input_ids": torch.tensor([[5]]), "past_key_values": output.past_key_values}
+        step = {"input_ids": torch.tensor([[5]]), cache_name(model.forward): cache_of(output)}
         assert counted(lambda: model(**step)) == decode_flops(text, rows.kept + 9)
     with torch.no_grad():
         assert counted(lambda: model(**inputs, logits_to_keep=1)) == prefill_flops(text, rows, 9)

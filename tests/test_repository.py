@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-BOTTOM = {"errors", "files", "companions", "images", "values"}
+BOTTOM = {"errors", "files", "companions", "images", "interfaces", "values"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "companions": {"errors", "files"},
     "images": {"errors"},
+    "interfaces": {"errors"},
     "values": {"errors"},
     "counting": set(),
     "tokens": {"errors"},
@@ -58,6 +59,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "counting": {"transformers", "trl", "peft"},
     "companions": {"transformers", "trl", "peft"},
     "images": {"torch", "transformers", "trl"},
+    "interfaces": {"torch", "transformers", "trl"},
     "values": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},

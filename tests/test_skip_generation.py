@@ -6,11 +6,20 @@ import family_tester as tester
 import pytest
 import torch
 from family_models import FAMILIES, WITH_VIDEO
-from skip_tester import CLOSE, FullCache, banned_tokens, greedy_options, options_for, oracle_logits, skipping
+from skip_tester import (
+    CLOSE,
+    FullCache,
+    banned_tokens,
+    greedy_options,
+    options_for,
+    oracle_logits,
+    skipping,
+    with_cache,
+)
 from transformers import DynamicCache
 
 from saccade import SaccadeError
-from saccade.skip_vision.cache import read_length, stored_length
+from saccade.skip_vision.cache import cache_of, read_length, stored_length
 from saccade.tokens import Role
 
 FREEING = [name for name in FAMILIES if name != "gemma3"]
@@ -69,7 +78,7 @@ def test_memory_is_freed(case):
     for drop in (True, False):
         with skipping(case.model, options_for(case.name, drop_kv=drop)) as skip:
             roles = skip.prepare(prompts, padding_side="left")["skip_roles"]
-            cache = case.model.generate(**prompts, **greedy_options(case.model, 5)).past_key_values
+            cache = cache_of(case.model.generate(**prompts, **greedy_options(case.model, 5)))
         assert read_length(cache) == roles.shape[1] + 4
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         assert len({keys.shape for pair in layers for keys in pair}) == 1
@@ -178,9 +187,9 @@ def test_a_second_turn(case, row, with_image):
         if "mm_token_type_ids" in new:
             zeros = whole["input_ids"].new_zeros(1, whole["input_ids"].shape[1] - behind["input_ids"].shape[1])
             whole["mm_token_type_ids"] = torch.cat((zeros, behind["mm_token_type_ids"]), dim=1)
-        cache = first.past_key_values
+        cache = cache_of(first)
         kept = stored_length(cache)
-        second = case.model.generate(**whole, **greedy_options(case.model, COUNT), past_key_values=cache)
+        second = case.model.generate(**whole, **greedy_options(case.model, COUNT), **with_cache(case.model, cache))
         third_kept = stored_length(cache)
     oracle = FullCache(case.model)
     tokens, _ = oracle.greedy(oracle.read(first_prepared), 5, banned_tokens(case.model))
@@ -198,13 +207,13 @@ def test_new_tokens_alone_may_be_given(llava):
     text, _ = second_turn(llava, prompts, 3)
     with skipping(llava.model, options_for("llava")):
         first = llava.model.generate(**prompts, **greedy_options(llava.model, 5))
-        twin = copy.deepcopy(first.past_key_values)
+        twin = copy.deepcopy(cache_of(first))
         ids = torch.cat((first.sequences, text["input_ids"]), dim=1)
         options = greedy_options(llava.model, 6)
-        whole = llava.model.generate(input_ids=ids, past_key_values=first.past_key_values, **options)
+        whole = llava.model.generate(input_ids=ids, **with_cache(llava.model, cache_of(first)), **options)
         new = ids[:, first.sequences.shape[1] - 1 :]
         alone = llava.model.generate(
-            input_ids=new, attention_mask=torch.ones_like(ids), past_key_values=twin, **options
+            input_ids=new, attention_mask=torch.ones_like(ids), **with_cache(llava.model, twin), **options
         )
     assert torch.equal(whole.sequences[:, -6:], alone.sequences[:, -6:])
 
@@ -216,10 +225,12 @@ def test_a_loop_of_forwards(name):
     prompts = case.prompts([1])
     with skipping(case.model, options_for(name)), torch.no_grad():
         expected = case.model.generate(**prompts, **greedy_options(case.model, 6))
-        output = case.model(**prompts, past_key_values=DynamicCache(config=case.model.config.get_text_config()))
+        output = case.model(
+            **prompts, **with_cache(case.model, DynamicCache(config=case.model.config.get_text_config()))
+        )
         got = [output.logits[:, -1]]
         for token in generated(expected, prompts).T[:-1]:
-            output = case.model(input_ids=token.unsqueeze(1), past_key_values=output.past_key_values)
+            output = case.model(input_ids=token.unsqueeze(1), **with_cache(case.model, cache_of(output)))
             got.append(output.logits[:, -1])
     torch.testing.assert_close(torch.stack(got), torch.stack(expected.logits), **CLOSE)
 
@@ -257,11 +268,11 @@ def test_what_cannot_work_says_so(llava):
         with pytest.raises(SaccadeError, match="position_ids"):
             model(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
         first = model.generate(**prompts, max_new_tokens=3, return_dict_in_generate=True)
-        cache = first.past_key_values
-        with pytest.raises(SaccadeError, match=r"input_ids has \d+ tokens, of which past_key_values has read"):
-            model.generate(input_ids=first.sequences[:, :5], past_key_values=cache)
+        cache = cache_of(first)
+        with pytest.raises(SaccadeError, match=r"input_ids has \d+ tokens, of which the key-value cache has read"):
+            model.generate(input_ids=first.sequences[:, :5], **with_cache(model, cache))
         ids = torch.cat((first.sequences, first.sequences[:, -3:]), dim=1)
         with pytest.raises(SaccadeError, match="placeholders stand for"):
-            model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], past_key_values=cache)
+            model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], **with_cache(model, cache))
         with pytest.raises(SaccadeError, match="holds 1 rows"):
-            model.generate(input_ids=ids.repeat(2, 1), past_key_values=cache)
+            model.generate(input_ids=ids.repeat(2, 1), **with_cache(model, cache))

@@ -12,8 +12,10 @@ from saccade.benchmark.shapes import build_shape, get_shape, shape_config
 from saccade.dualspeed.step import seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family
+from saccade.interfaces import by_name, changed
 from saccade.pruning import prune_inputs
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
+from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.tokens import Role
 
 MEASURED = ("tiny", "llava-1.5-7b", "llama3-8b")
@@ -146,21 +148,24 @@ def _turn(model: PreTrainedModel, prepared: dict[str, Any], new_tokens: int, res
     if warm:
 
         def look(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            result.cache_peak = cache_size(kwargs["past_key_values"])
+            cache = cache_of(by_name(module.forward, args, kwargs))
+            if cache is None:
+                raise changed(f"{type(module).__name__} is called without a key-value cache")
+            result.cache_peak = cache_size(cache)
 
         handle = get_family(model).language_layers[-1].self_attn.register_forward_hook(look, with_kwargs=True)
     seconds, output = _timed(model, lambda: model(**prepared, use_cache=True, logits_to_keep=1))
     if handle is not None:
         handle.remove()
-        result.cache = cache_size(output.past_key_values)
+        result.cache = cache_size(cache_of(output))
     else:
         result.prefill.append(seconds)
-    cache = output.past_key_values
+    given = {cache_name(model.forward): cache_of(output)}
 
     def write() -> Tensor:
         token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         for _ in range(new_tokens):
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=token, **given, use_cache=True, logits_to_keep=1).logits
             token = logits[:, -1].argmax(dim=-1, keepdim=True)
         return token
 

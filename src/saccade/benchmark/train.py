@@ -29,6 +29,7 @@ from saccade.benchmark.variants import (
 from saccade.counting import count_flops, count_saved_bytes
 from saccade.dualspeed.step import seconds_on
 from saccade.families import Family, get_family
+from saccade.interfaces import changed
 from saccade.reducers import get_reducer, list_reducers
 
 PARTS = ("tower", "projector", "selection", "language", "other forward", "backward", "optimizer")
@@ -256,15 +257,21 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
     """Seconds inside the tower, the projector, reducers, and the language model while the forward pass runs.
 
     The backward passes of parts of a batch are run inside it.
+
+    Raises:
+        SaccadeError: if one of the modules was never called as a module, so that its time shows elsewhere.
     """
     spent = dict.fromkeys((*PARTS[:4], "backward"), 0.0)
     handles = []
+    called: dict[str, bool] = {}
 
     def watch(module: nn.Module, name: str) -> None:
         begun: list[float] = []
+        called[name] = False
         handles.append(module.register_forward_pre_hook(lambda *_: begun.append(seconds_on(device))))
 
         def end(*_: Any) -> None:
+            called[name] = True
             spent[name] += seconds_on(device) - begun.pop()
 
         handles.append(module.register_forward_hook(end))
@@ -298,6 +305,9 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
         for handle in handles:
             stack.callback(handle.remove)
         yield spent
+    missed = [name for name, seen in called.items() if not seen]
+    if missed:
+        raise changed(f"the model's forward did not call its {' and its '.join(missed)} as a module")
 
 
 def token_rate(timing: Timing) -> float:

@@ -7,7 +7,29 @@ from trl import SFTTrainer
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.families import Family
+from saccade.interfaces import check_methods
 from saccade.pruning import ModeIsolator
+
+REPLACED = (
+    "_get_grad_norm",
+    "_get_train_sampler",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "compute_loss",
+    "compute_loss_context_manager",
+    "create_optimizer",
+    "get_batch_samples",
+    "get_train_dataloader",
+    "log",
+    "save_model",
+    "train",
+)
+"""Methods of the stock trainer that ours replace: without one of them ours would never be called."""
+check_methods(SFTTrainer, REPLACED, "transformers")
 
 
 class OptimizingTrainer(SFTTrainer):

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from saccade.dualspeed.sequence import LaidOut
 from saccade.errors import SaccadeError
 from saccade.families import Family
+from saccade.interfaces import changed, check_takes
 from saccade.tokens import IGNORE_INDEX
 
 PACKED = "saccade_packed"
@@ -23,19 +25,23 @@ PACKED = "saccade_packed"
 KEYWORD = "packed_rows"
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Stock implementations that take packed rows by themselves."""
+FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""How they take them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedRows:
     """Where the rows of a packed batch lie.
 
     Args:
         lengths: tokens of each row.
         ends: int32 `(B + 1,)`, 0 and the running sum of the lengths.
+        attended: how many calls of `packed_attention` have kept to them.
     """
 
     lengths: list[int]
     ends: Tensor
+    attended: int = 0
 
 
 def allow_packing(family: Family) -> None:
@@ -49,6 +55,8 @@ def allow_packing(family: Family) -> None:
     if kind not in (PACKED, "sdpa", *FLASH):
         raise SaccadeError(f"padding_free=True with attn_implementation={kind!r}: use 'sdpa' or 'flash_attention_2'")
     check_packing(family)
+    if kind in FLASH:
+        check_takes(_flash_attention_forward, FLASH_KEYWORDS)
     if kind == "sdpa":
         config._attn_implementation = PACKED
 
@@ -100,8 +108,21 @@ def _attention_inputs(rows: PackedRows, family: Family, device: torch.device) ->
     if family.language_model.config._attn_implementation == PACKED:
         # A mask of four axes is handed through as it is, so that none of T times T is made.
         return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), KEYWORD: rows}
-    ends = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), rows.ends)
-    return {"attention_mask": None, **ends, **dict.fromkeys(("max_length_q", "max_length_k"), max(rows.lengths))}
+    longest = max(rows.lengths)
+    return {"attention_mask": None, **dict(zip(FLASH_KEYWORDS, (rows.ends, rows.ends, longest, longest), strict=True))}
+
+
+def packed_states(laid: LaidOut, family: Family) -> Tensor:
+    """Last hidden states `(1, T, D)` of a batch that `pack` made.
+
+    Raises:
+        SaccadeError: if a layer attended to something else than its row: `packed_rows` did not reach it.
+    """
+    states = family.hidden_states(**laid.inputs)
+    rows, layers = laid.inputs.get(KEYWORD), len(family.language_layers)
+    if rows is not None and rows.attended < layers:
+        raise changed(f"only {rows.attended} of {layers} decoder layers handed {KEYWORD!r} down to their attention")
+    return states
 
 
 # Its loop is over rows, whose number and lengths change from batch to batch.
@@ -129,6 +150,7 @@ def packed_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    packed_rows.attended += 1
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave float32 behind, where SDPA would cast.
         dtype = torch.get_autocast_dtype(query.device.type)

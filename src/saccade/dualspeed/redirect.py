@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from saccade.interfaces import changed
+
 Result = TypeVar("Result")
 
 
@@ -17,14 +19,26 @@ def redirect_forward(
         wrapper: the model as the engine wrapped it; `original` itself where nothing wraps it.
         original: the module whose `forward` the wrapper ends up calling.
         method: what to run there; it may call `original`'s submodules, but not `original` itself.
+
+    Raises:
+        SaccadeError: if the wrapper does not end up calling `original.forward`.
     """
+    results: list[Result] = []
+
+    def forward(*inputs: Any, **options: Any) -> Result:
+        results.append(method(*inputs, **options))
+        return results[-1]
+
     had_own = "forward" in original.__dict__
     before = original.__dict__.get("forward")
-    original.forward = method
+    original.forward = forward
     try:
-        return wrapper(*args, **kwargs)
+        output = wrapper(*args, **kwargs)
     finally:
         if had_own:
             original.forward = before
         else:
             del original.forward
+    if not results:
+        raise changed(f"{type(wrapper).__name__} did not call the forward of {type(original).__name__}", "accelerate")
+    return output

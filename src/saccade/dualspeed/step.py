@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
-from saccade.dualspeed.packing import pack
+from saccade.dualspeed.packing import pack, packed_states
 from saccade.dualspeed.parts import Cut, InParts
 from saccade.dualspeed.sequence import FullSequence, LaidOut, Sequence, is_of_small_images
 from saccade.families import Encoded, Family
@@ -199,6 +199,7 @@ class DualSpeedStep:
         """Hidden states `(M, D)` of the rows that predict a label, and those labels `(M,)`."""
         if self.padding_free:
             laid = pack(laid, self.family)
+            return label_rows(packed_states(laid, self.family), laid.labels)
         return label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
 
     def _run(

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.errors import SaccadeError
 from saccade.files import atomic_path
+from saccade.interfaces import changed
 
 WORKER_GRACE_SECONDS = 30
 
@@ -64,6 +65,8 @@ class RunWatch(TrainerCallback):
         self._asked = True
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if train_dataloader is None:
+            raise changed("callbacks are told nothing of 'train_dataloader' as training begins")
         # Accelerate's loaders iterate over the one that they wrap.
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
         if getattr(loader, "num_workers", 0):

@@ -18,6 +18,7 @@ from saccade.families.collect import AttentionBlock, Patches, encode_collecting,
 from saccade.families.question import Reader
 from saccade.families.relevance import TextTower, relevance
 from saccade.families.tower import unused_layers_passed_over
+from saccade.interfaces import check_takes
 from saccade.tokens import TokenBudget, VisualContext
 
 
@@ -45,6 +46,9 @@ class Family(ABC):
 
     Args:
         model: the stock model, without PEFT or parallel wrappers.
+
+    Raises:
+        SaccadeError: if its forward takes no encoded features, as before transformers 5.18.
     """
 
     name: str
@@ -72,6 +76,8 @@ class Family(ABC):
     """Which row of an image is a small picture of all of it, next to its crops: 0 for the first, -1 for the last."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        # Without the parameter, a forward that takes any keyword would leave all images out.
+        check_takes(type(model).forward, ("mm_encoder_outputs",))
         self.model = model
 
     @property

@@ -28,6 +28,7 @@ from saccade.families.base import Family
 from saccade.families.collect import FROM_ATTENTION
 from saccade.families.store import DIGEST_BYTES, Store, digest
 from saccade.files import write_json_atomically
+from saccade.interfaces import changed, check_takes
 from saccade.reducers import get_reducer, list_reducers
 
 LAST = "last_hidden_state"
@@ -83,6 +84,7 @@ class FeatureCache:
         self.encoded_rows = 0
         """Rows that the tower encoded so far."""
         self._named: tuple[Any, str] | None = None
+        check_takes(type(self.tower).forward, ("pixel_values",))
         self._parameters = list(inspect.signature(type(self.tower).forward).parameters)[1:]  # less `self`
         self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="features")
         with suppress(OSError):
@@ -129,18 +131,28 @@ class FeatureCache:
         return self._output({name: torch.stack([found[key][name] for key in keys]).to(device) for name in self._names})
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
-        """The arguments of a call, or None if it asks for what is not kept."""
+        """The arguments of a call, or None if it asks for what is not kept.
+
+        Raises:
+            SaccadeError: if the tower is called otherwise than it was, so that nothing could be served.
+        """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         pixels = given.pop("pixel_values", None)
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or len(pixels) == 0:
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+            raise changed(f"{type(self.tower).__name__} is called without 'pixel_values' of four axes")
+        if len(pixels) == 0 or given.get("output_attentions"):
             return None
-        if given.get("return_dict") is False or (self.states and not given.get("output_hidden_states")):
+        # Since transformers 5.24 it may be the number of a state, 0 among them.
+        states = given.get("output_hidden_states")
+        if given.get("return_dict") is False or (self.states and (states is None or states is False)):
             return None
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         rows = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in rows}
-        known = {*self._parameters, *NOT_SEEN_IN_VALUES}
-        if not given.keys() <= known or any(value.shape[:1] != pixels.shape[:1] for value in rows.values()):
+        unknown = sorted(given.keys() - {*self._parameters, *NOT_SEEN_IN_VALUES})
+        if unknown:
+            raise changed(f"{type(self.tower).__name__} is called with {unknown[0]!r}, which is unknown")
+        if any(value.shape[:1] != pixels.shape[:1] for value in rows.values()):
             return None
         return _Call(pixels, rows, others)
 

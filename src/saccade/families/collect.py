@@ -20,6 +20,7 @@ from saccade.errors import SaccadeError
 from saccade.families.question import load_reader
 from saccade.families.relevance import load_text_tower, row_samples
 from saccade.families.tower import used_layers
+from saccade.interfaces import by_name, changed, installed
 from saccade.reducers import PROJECTION, check_resolution_budget
 from saccade.tokens import TokenBudget, VisualContext
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 FROM_ATTENTION = frozenset({"saliency", "keys"})
 CHUNK_ELEMENTS = 2**25
+READ = ("position_embeddings", "cu_seqlens", "attention_mask")
+"""What is taken into account of what an attention block is given."""
+WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen"})
+"""Further arguments, which queries and keys show already or which change no value."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class AttentionBlock:
         key: the same for the keys. The module of `query` again where one projection gives queries, keys and values.
         heads: H.
         class_token: whether the first token of each image is a class token.
+        given: arguments that the model hands to each call of `attention`, whatever their value. A call without one of
+            them is an error: what it stands for would be left out of account.
     """
 
     attention: nn.Module
@@ -51,6 +58,7 @@ class AttentionBlock:
     key: nn.Module
     heads: int
     class_token: bool
+    given: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -178,7 +186,7 @@ def encode_collecting(
     context = encoded.context
     if entry is not None:
         if not given:
-            raise _cannot(family, "encoder_features")
+            raise changed(f"the projector did not call its {type(entry).__name__}")
         # With their gradient, which a merge before the projector hands on to a tower that trains.
         values = family.patches_to_tokens([Patches(value, False) for value in given], encoded, inputs)
         context.encoder_features = _of_tokens("encoder_features", values, context)
@@ -204,7 +212,8 @@ def _of_tokens(name: str, values: Tensor, context: VisualContext) -> Tensor:
 def _cannot(family: "Family", what: str) -> SaccadeError:
     model_type = family.model.config.model_type
     return SaccadeError(
-        f"model_type={model_type!r} gives no {what}: use a reducer that `saccade reducers` lists without"
+        f"model_type={model_type!r} of transformers {installed('transformers')} gives no {what}: use a reducer that "
+        "`saccade reducers` lists without"
     )
 
 
@@ -219,26 +228,39 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
     # No block gives the embeddings: the first one reads them.
     attention = (used[-1] if used else tower.encoder.layers[0]).self_attn
     has_class = hasattr(tower.embeddings, "class_embedding")
-    return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, has_class)
+    given = frozenset({"attention_mask"})
+    return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, has_class, given)
 
 
 @contextmanager
 def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
-    """Collects the calls of `block`."""
+    """Collects the calls of `block`.
+
+    Raises:
+        SaccadeError: if the tower runs without calling the modules of the block, or gives them something unknown.
+    """
     calls: list[_Call] = []
     if block is None:
         yield calls
         return
 
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(_Call(given={name: kwargs.get(name) for name in ("position_embeddings", "cu_seqlens")}))
-        calls[-1].given["attention_mask"] = kwargs.get("attention_mask")
+        given = by_name(module.forward, args, kwargs)
+        missing = sorted(block.given - given.keys())
+        # Flags decide about no value of an attention; tensors, and the pairs of them that rotary positions are, do.
+        unknown = [name for name in given if name not in (*READ, *WITHOUT_EFFECT) and _holds_tensor(given[name])]
+        if missing or unknown:
+            what = f"without {missing[0]!r}" if missing else f"with {unknown[0]!r}, which is unknown"
+            raise changed(f"{type(module).__name__} of the vision tower is called {what}")
+        calls.append(_Call(given={name: given.get(name) for name in READ}))
 
     def take_queries(module: nn.Module, args: tuple, output: Tensor) -> None:
-        calls[-1].queries = output.detach()
+        if calls:
+            calls[-1].queries = output.detach()
 
     def take_keys(module: nn.Module, args: tuple, output: Tensor) -> None:
-        calls[-1].keys = output.detach()
+        if calls:
+            calls[-1].keys = output.detach()
 
     handles = [
         block.attention.register_forward_pre_hook(start, with_kwargs=True),
@@ -250,6 +272,12 @@ def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
     finally:
         for handle in handles:
             handle.remove()
+    if not calls or any(call.queries is None or call.keys is None for call in calls):
+        raise changed(f"the vision tower ran without calling {type(block.attention).__name__} and its projections")
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
 
 
 @contextmanager
@@ -259,7 +287,10 @@ def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
     if module is None:
         yield taken
         return
-    handle = module.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        taken.append(next(iter((*args, *kwargs.values()))))
+
+    handle = module.register_forward_pre_hook(take, with_kwargs=True)
     try:
         yield taken
     finally:

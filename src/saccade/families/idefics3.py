@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
+from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, square_grid
 from saccade.families.collect import AttentionBlock, encoder_block
 from saccade.families.resolution import low_resolution_rows, shrink_images
 from saccade.reducers.downsample import lower_grid
@@ -46,7 +46,8 @@ class Idefics3Family(Family):
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
-        samples = self.model.get_image_features(**given, return_dict=True).pooler_output  # one (n_i, D) a sample
+        # One (n_i, D) per sample; one (R, N, D) before transformers 5.20, whose forward takes no list.
+        samples = self.model.get_image_features(**given, return_dict=True).pooler_output
         height, width = (edge // self._side for edge in inputs["pixel_values"].shape[-2:])
         tokens = torch.cat(tuple(samples))
         features = tokens.reshape(-1, height * width, tokens.shape[-1])
@@ -55,7 +56,8 @@ class Idefics3Family(Family):
             grid=square_grid(features.shape[0], height, width, features.device),
             group=self._groups(inputs["input_ids"], features.shape[0]),
         )
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(samples))})
+        whole = samples if isinstance(samples, Tensor) else list(samples)
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=whole)})
 
     def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
         """The tower places patches by their share of the edge, whatever the size; the pixel shuffle takes squares."""
@@ -92,7 +94,7 @@ class Idefics3Family(Family):
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
+        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, -1)

@@ -117,7 +117,8 @@ class Qwen2VLFamily(Family):
 
     def attention_block(self) -> AttentionBlock | None:
         attention = self.model.base_model.visual.blocks[-1].attn
-        return AttentionBlock(attention, attention.qkv, attention.qkv, attention.num_heads, class_token=False)
+        given = frozenset({"cu_seqlens", "position_embeddings"})
+        return AttentionBlock(attention, attention.qkv, attention.qkv, attention.num_heads, False, given)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """The mean of the patches that the merger makes a token of: they follow one another."""

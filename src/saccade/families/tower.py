@@ -6,6 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from saccade.interfaces import changed
+
+KNOWN = ("clip_vision_model", "siglip_vision_model")
+"""Values of a tower's `config.model_type` whose blocks are `encoder.layers`."""
+
 
 def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
     """The blocks of a CLIP or SigLIP tower up to the one whose output is `hidden_states[feature_layer]`.
@@ -21,6 +26,9 @@ def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, 
     """The hidden states that a model with this `vision_feature_layer` reads, counted from 0; None for other towers."""
     layers = getattr(getattr(tower, "encoder", None), "layers", None)
     if layers is None:
+        model_type = getattr(getattr(tower, "config", None), "model_type", None)
+        if model_type in KNOWN:
+            raise changed(f"{type(tower).__name__} ({model_type}) has no 'encoder.layers'")
         return None
     states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
     numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
@@ -37,6 +45,9 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
     Args:
         tower: of the CLIP or SigLIP kind; others run as they are.
         feature_layer: `vision_feature_layer` of the model's configuration.
+
+    Raises:
+        SaccadeError: if the tower's layers run and the unused ones are not passed over.
     """
     used = None if feature_layer is None else used_layers(tower, feature_layer)
     if used is None:
@@ -44,17 +55,30 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
         return
     unused = list(tower.encoder.layers)[len(used) :]
     before = [layer.__dict__.get("forward") for layer in unused]
+    ran = passed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal ran
+        ran += 1
+
+    def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal passed
+        passed += 1
+        return hidden_states
+
+    # Where features come from disk, no layer runs.
+    handle = used[0].register_forward_pre_hook(count) if used and unused else None
     for layer in unused:
-        layer.forward = _pass_on
+        layer.forward = pass_on
     try:
         yield
     finally:
+        if handle is not None:
+            handle.remove()
         for layer, forward in zip(unused, before, strict=True):
             if forward is None:
                 del layer.forward
             else:
                 layer.forward = forward
-
-
-def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
+    if ran * len(unused) > passed:
+        raise changed(f"{type(tower).__name__} ran the layers behind the one that gives its features")

@@ -6,11 +6,12 @@ import platform
 import subprocess
 from contextlib import suppress
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("saccade", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+from saccade.interfaces import TESTED, installed, is_tested, known_range
+
+PACKAGES = ("saccade", *TESTED)
 
 
 def environment() -> dict[str, Any]:
@@ -25,7 +26,7 @@ def environment() -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _installed(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "commit": _commit(),
         "cpu": cpu_model(),
         "cores": available_cores(),
@@ -61,13 +62,6 @@ def _import_torch() -> Any:
     try:
         return import_module("torch")
     except Exception:  # a broken torch is a finding of this report, not its end
-        return None
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
         return None
 
 
@@ -140,15 +134,19 @@ def _torchvision_fault() -> str | None:
 
 def _warnings(found: dict[str, Any]) -> list[str]:
     packages, warnings = found["packages"], []
+    newest = TESTED["transformers"][1]
     if found["threads"] is None:
         warnings.append("torch cannot be imported: `pip install torch`, then look at `python -c 'import torch'`")
     if packages["transformers"] is None:
-        warnings.append("transformers is not installed: `pip install 'transformers>=5.18,<6'`")
+        warnings.append(f"transformers is not installed: `pip install transformers=={newest}.*`")
     elif not found["mm_encoder_outputs"]:
         warnings.append(
             f"transformers {packages['transformers']} does not take mm_encoder_outputs: "
-            "`pip install 'transformers>=5.18,<6'`"
+            f"`pip install transformers=={newest}.*`"
         )
+    for name, found_version in packages.items():
+        if name in TESTED and found_version is not None and not is_tested(name, found_version):
+            warnings.append(f"{name} {found_version} is outside the tested range: {name} {known_range(name)}")
     fault = _torchvision_fault()
     if fault:
         warnings.append(

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
+from saccade.interfaces import changed
+from saccade.skip_vision.cache import cache_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.skip_vision.rows import check_layer
 from saccade.tokens import Role
@@ -95,6 +97,9 @@ def skip_error(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
     whole, part = _Run(family, None), _Run(family, skipped)
     with whole, _eager(family):
         output = model(**inputs, use_cache=True, output_attentions=True)
+    attentions, cache = output.attentions, cache_of(output)
+    if attentions is None or cache is None or len(attentions) != len(whole.layers):
+        raise changed(f"{type(model).__name__} gives no attention map of each layer, or no key-value cache")
     with part, _eager(family):
         logits = model(**inputs, use_cache=False).logits
     behind = text & (skipped.cumsum(dim=1) > 0)  # (B, L)
@@ -118,7 +123,7 @@ def skip_error(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
             "bound": bound,
             "spectral": spectral_bound(layer),
         }
-        weights, values = output.attentions[number], output.past_key_values.layers[number].values
+        weights, values = attentions[number], cache.layers[number].values
         layers.append(entry | _attention(weights, values, skipped, behind))
         before = change
     return {"layers": layers, "logits": _logits(output.logits.float()[text], logits.float()[text])}
@@ -184,7 +189,10 @@ class _Run:
             check_layer(number, layer)
             # Where there is a norm behind the network, as in Gemma, what it gives is what is added.
             last = getattr(layer, "post_feedforward_layernorm", None) or layer.mlp
-            first = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
+            names = ("pre_feedforward_layernorm", "post_attention_layernorm")
+            first = next((found for name in names if (found := getattr(layer, name, None)) is not None), None)
+            if first is None:
+                raise changed(f"{type(layer).__name__} has no {' and no '.join(map(repr, names))}")
             self._handles += [
                 first.register_forward_pre_hook(lambda module, args: self.residual.append(args[0].float())),
                 last.register_forward_hook(self._add),
@@ -192,10 +200,16 @@ class _Run:
             ]
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *about: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        counts = [len(seen) for seen in (self.residual, self.added, self.after)]
+        if error is None and counts != [len(self.layers)] * 3:
+            raise changed(
+                f"of {len(self.layers)} decoder layers {counts[0]} called the norm before their feed-forward network, "
+                f"{counts[1]} the network and {counts[2]} were called themselves"
+            )
 
     def _add(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         self.added.append(output.float())

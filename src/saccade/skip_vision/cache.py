@@ -6,7 +6,8 @@ read, from which `generate` counts. `get_seq_length` answers with the second, ex
 Shapes: B samples, C columns stored, H heads of width d.
 """
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -18,9 +19,12 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from saccade.errors import SaccadeError
+from saccade.interfaces import changed
 from saccade.tokens.layout import take_columns
 
 STATE = "_saccade_state"
+CACHE_NAMES = ("cache", "past_key_values")
+"""What forwards and `generate` call the key-value cache: the first since transformers 5.24, the second before it."""
 
 
 @dataclass
@@ -55,6 +59,29 @@ class CacheState:
         if dropped > 0:
             self.valid, self.skip = self.valid[:, :columns], self.skip[:, :columns]
             self.next_position = self.next_position - dropped
+
+
+def cache_of(values: Any) -> Cache | None:
+    """The key-value cache among the arguments of a call by name, or in a model's output, whatever it is called there.
+
+    Args:
+        values: a mapping, such as keyword arguments or a `ModelOutput`, or a tuple of outputs.
+    """
+    values = values.values() if isinstance(values, Mapping) else values
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """What a forward calls its key-value cache, for handing it one.
+
+    Raises:
+        SaccadeError: if it has none of the names that are known.
+    """
+    known = inspect.signature(forward).parameters
+    name = next((name for name in CACHE_NAMES if name in known), None)
+    if name is None:
+        raise changed(f"{forward.__qualname__} takes no key-value cache named {' or '.join(map(repr, CACHE_NAMES))}")
+    return name
 
 
 def state_of(cache: Cache | None) -> CacheState | None:
@@ -153,6 +180,6 @@ def check_cache(cache: Cache) -> None:
     if type(cache) is not DynamicCache or other:
         name = other[0] if other else type(cache).__name__
         raise SaccadeError(
-            f"past_key_values has a {name}: skipped tokens can only leave a DynamicCache; leave cache_implementation "
-            "out, or set drop_kv=False"
+            f"the key-value cache has a {name}: skipped tokens can only leave a DynamicCache; leave "
+            "cache_implementation out, or set drop_kv=False"
         )

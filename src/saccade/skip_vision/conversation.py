@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
-from saccade.skip_vision.cache import CacheState, read_length, state_of
+from saccade.skip_vision.cache import CacheState, cache_of, read_length, state_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.tokens import Role
 
@@ -33,7 +33,7 @@ def new_part(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -
     new = ids if only_new else ids[:, known:]
     if new.shape[1] == 0:
         raise SaccadeError(
-            f"input_ids has {ids.shape[1]} tokens, of which past_key_values has read {known}: pass the whole "
+            f"input_ids has {ids.shape[1]} tokens, of which the key-value cache has read {known}: pass the whole "
             "conversation, with the new tokens behind it"
         )
     per_token = {name: value for name, value in given.items() if _is_per_token(value, ids)}
@@ -57,8 +57,8 @@ def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask
     batch, length = ids.shape
     if state is not None and state.valid.shape[0] != batch:
         raise SaccadeError(
-            f"past_key_values holds {state.valid.shape[0]} rows, input_ids {batch}: go on with the rows it was made "
-            "for"
+            f"the key-value cache holds {state.valid.shape[0]} rows, input_ids {batch}: go on with the rows that it "
+            "was made for"
         )
     if state is None:
         old_mask = ids.new_ones(batch, read) if mask is None else mask[:, :read]
@@ -92,7 +92,8 @@ def as_given(output: Any, given: Tensor, laid_out: Tensor, cache: Cache | None) 
     new = sequences[:, laid_out.shape[1] :]
     several = sequences.shape[0] // given.shape[0]  # with num_return_sequences
     returned = torch.cat((given.repeat_interleave(several, dim=0), new), dim=1)
-    cache = getattr(output, "past_key_values", cache)
+    returned_cache = cache_of(output) if isinstance(output, ModelOutput) else None
+    cache = cache if returned_cache is None else returned_cache
     state = state_of(cache)
     # After a beam search the cache holds the beams, not what was returned.
     if state is not None and state.valid.shape[0] == sequences.shape[0]:

@@ -3,6 +3,7 @@
 Shapes: B samples, Q tokens of this call, C columns that the cache stores, L tokens that roles are given for.
 """
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
+from saccade.interfaces import by_name, changed, check_takes
 from saccade.skip_vision.cache import (
     CacheState,
     attach,
+    cache_name,
+    cache_of,
     check_cache,
     compact,
     read_length,
@@ -21,12 +25,25 @@ from saccade.skip_vision.cache import (
     stored_lengths,
 )
 from saccade.skip_vision.config import SkipVisionConfig
-from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original
+from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original, check_rows_arrived, expect_rows
 from saccade.tokens import Role
 from saccade.tokens.layout import pad_columns
 
 ROLES_KEYWORD = "skip_roles"
 CONFIG = "_saccade_config"
+SKIPPING = "_saccade_skipping"
+"""The modules that must get the rows of a call, see `patch_layers`."""
+
+
+def check_language_model(module: nn.Module) -> None:
+    """Check that the forward of a language model takes what `language_forward` looks at and changes.
+
+    Raises:
+        SaccadeError: if it calls something else than it did.
+    """
+    forward = type(module).forward
+    check_takes(forward, ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
+    cache_name(forward)
 
 
 def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -36,18 +53,19 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     tokens beyond them were written by the model.
     """
     roles = kwargs.pop(ROLES_KEYWORD, None)
-    cache = kwargs.get("past_key_values")
+    kwargs = by_name(MethodType(type(module).forward, module), args, kwargs)
+    cache = cache_of(kwargs)
     state = state_of(cache)
     if roles is None and state is None:
-        return call_original(module, *args, **kwargs)
+        return call_original(module, **kwargs)
     config: SkipVisionConfig = module.__dict__[CONFIG]
     given = kwargs.get("inputs_embeds")
-    given = kwargs.get("input_ids", args[0] if args else None) if given is None else given
+    given = kwargs["input_ids"] if given is None else given
     batch, length = given.shape[:2]
     if state is not None and state.valid.shape[0] != batch:
         raise SaccadeError(
-            f"past_key_values holds {state.valid.shape[0]} rows, the input {batch}: go on with the rows it was made "
-            "for"
+            f"the key-value cache holds {state.valid.shape[0]} rows, the input {batch}: go on with the rows that it "
+            "was made for"
         )
     read = read_length(cache)
     now, beyond = _roles_now(roles, read, batch, length, given.device)
@@ -74,12 +92,19 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         positions = first.unsqueeze(1) + torch.arange(length, device=given.device)  # (B, Q)
         if state is not None:
             kwargs["position_ids"] = positions
+    skipping = module.__dict__[SKIPPING]
     if skips:
         kwargs[ROWS_KEYWORD] = KeptRows((~skip).flatten().nonzero().squeeze(1))
+        expect_rows(skipping)
     with stored_lengths(state):
-        output = call_original(module, *args, **kwargs)
+        output = call_original(module, **kwargs)
+    if skips:
+        check_rows_arrived(skipping)
 
-    cache = getattr(output, "past_key_values", None)
+    wanted = cache is not None or (kwargs.get("use_cache") is True and not module.training)
+    cache = cache_of(output)
+    if wanted and cache is None:
+        raise changed(f"{type(module).__name__} was to fill a key-value cache, and its output has none")
     if cache is not None:
         state = _advance(cache, state, valid, skipped, positions)
         state.has_skip |= skips

@@ -13,12 +13,13 @@ from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family, get_family
-from saccade.skip_vision.cache import check_config, read_length, state_of
+from saccade.interfaces import by_name, check_takes
+from saccade.skip_vision.cache import cache_name, cache_of, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import as_given, go_on, new_part
-from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, language_forward
+from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.prepare import prepare, processor_outputs
-from saccade.skip_vision.rows import call_original, patch, patch_layers, unpatch
+from saccade.skip_vision.rows import STATE, call_original, patch, patch_layers, unpatch
 from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
 
 HANDLE = "_saccade_skip_vision"
@@ -119,7 +120,8 @@ class SkipVision:
         for module in self._patched:
             unpatch(module)
         self._patched.clear()
-        self.family.language_model.__dict__.pop(CONFIG)
+        for name in (CONFIG, SKIPPING):
+            self.family.language_model.__dict__.pop(name)
         del self.model.__dict__[HANDLE]
         if self.summary is not None:
             delattr(self.model, SUMMARY_NAME)
@@ -131,8 +133,9 @@ class SkipVision:
         model, config = self.model, self.config
         layers = self.family.language_layers
         chosen = range(*(config.layers or (0, len(layers))))
-        self._patched += patch_layers(layers, chosen)
         language = self.family.language_model
+        self._patched += patch_layers(layers, chosen)
+        language.__dict__[SKIPPING] = [module for module in self._patched if STATE in module.__dict__]
         patch(language, language_forward)
         language.__dict__[CONFIG] = config
         patch(model, _like(model.forward, _model_forward, ROLES_KEYWORD))
@@ -204,6 +207,9 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     if config.layers is not None and config.layers[1] > count:
         raise SaccadeError(f"layers={config.layers!r}: there are {count} layers, end at {count} or before")
     language = family.language_model
+    check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
+    cache_name(type(family.model).forward)
+    check_language_model(language)
     if config.drop_kv:
         check_config(language.config)
     kind = language.config._attn_implementation
@@ -236,17 +242,12 @@ def _like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -
     return wrapped
 
 
-def _by_name(method: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a bound method by name."""
-    return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
-
-
 def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, with images laid out first."""
     skip: SkipVision = model.__dict__[HANDLE]
-    kwargs = _by_name(model.forward, args, kwargs)
+    kwargs = by_name(model.forward, args, kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
-        state = state_of(kwargs.get("past_key_values"))
+        state = state_of(cache_of(kwargs))
         if state is not None and skip.family.several_axes and kwargs.get("position_ids") is None:
             # The model would count from what it read last, whatever this cache holds.
             new = kwargs["input_ids"]
@@ -258,7 +259,7 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output["loss"] = output["loss"] + skip.summary.idle()
         return output
     inputs, others = _sort(skip, kwargs)
-    cache = others.get("past_key_values")
+    cache = cache_of(others)
     labels = others.pop("labels", None)
     prepared = skip.prepare(inputs, labels)
     if read_length(cache):
@@ -272,7 +273,7 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock `generate`, with images laid out first."""
     skip: SkipVision = model.__dict__[HANDLE]
-    kwargs = _by_name(model.generate, args, kwargs)
+    kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
     if kwargs.get("assistant_model") is not None:
@@ -280,7 +281,7 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             "assistant_model: an assistant would need the same layout of its own; leave it out, or use "
             "prompt_lookup_num_tokens"
         )
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     state = state_of(cache)
     images = skip.family.has_images(kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or (not images and state is None):

@@ -8,7 +8,7 @@ A patched `forward` is a method bound to its module, and what it shares with oth
 of the model is patched as well, and independent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
+from saccade.interfaces import changed, installed, known_range
 
 ROWS_KEYWORD = "skip_rows"
 ORIGINALS = "_saccade_originals"
@@ -35,9 +36,26 @@ class KeptRows:
 
 @dataclass
 class LayerState:
-    """What the modules of one decoder layer share during a call."""
+    """What the modules of one decoder layer share during a call.
+
+    Args:
+        rows: what the layer's attention was given.
+    """
 
     rows: KeptRows | None = None
+
+
+@dataclass
+class PartState:
+    """What one patched module of a decoder layer knows.
+
+    Args:
+        layer: shared by the modules of the layer.
+        ran: whether the module has run since `expect_rows`; of attention, whether it was given rows.
+    """
+
+    layer: LayerState
+    ran: bool = False
 
 
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
@@ -63,7 +81,9 @@ def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwar
 
 def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Take the rows out of the keyword arguments, for the modules behind this one in the layer."""
-    module.__dict__[STATE].rows = kwargs.pop(ROWS_KEYWORD, None)
+    part: PartState = module.__dict__[STATE]
+    part.layer.rows = kwargs.pop(ROWS_KEYWORD, None)
+    part.ran = part.layer.rows is not None
     return call_original(module, *args, **kwargs)
 
 
@@ -75,14 +95,36 @@ def attention_of_unskipped_layer(module: nn.Module, *args: Any, **kwargs: Any) -
 
 def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
     """Run on the kept rows of `x` `(B, L, D)`; the others come out as zeros: `(B, L, D')`."""
-    rows = module.__dict__[STATE].rows
+    part: PartState = module.__dict__[STATE]
+    rows = part.layer.rows
     if rows is None:
         return call_original(module, x)
+    part.ran = True
     index = rows.index.to(x.device)
     kept = x.flatten(0, 1).index_select(0, index)
     output = call_original(module, kept.unsqueeze(0)).squeeze(0)  # (M, D')
     whole = output.new_zeros(x.shape[0] * x.shape[1], output.shape[-1]).index_copy(0, index, output)
     return whole.unflatten(0, x.shape[:2])
+
+
+def expect_rows(modules: Iterable[nn.Module]) -> None:
+    """Forget what modules that `patch_layers` patched did in earlier calls, before a call that hands rows down."""
+    for module in modules:
+        module.__dict__[STATE].ran = False
+
+
+def check_rows_arrived(modules: Iterable[nn.Module]) -> None:
+    """Check after such a call that each of the modules was given its rows and ran on them.
+
+    Raises:
+        SaccadeError: naming a module that was not reached, which has run on all rows instead.
+    """
+    for module in modules:
+        if not module.__dict__[STATE].ran:
+            raise changed(
+                f"the language model's forward did not hand {ROWS_KEYWORD!r} down to {type(module).__name__}, or did "
+                "not call it: nothing would be skipped"
+            )
 
 
 def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
@@ -114,7 +156,7 @@ def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
             *((part, kept_rows_forward) for part in partial),
         ):
             patch(module, forward)
-            module.__dict__[STATE] = state
+            module.__dict__[STATE] = PartState(state)
             patched.append(module)
     return patched
 
@@ -137,7 +179,8 @@ def check_layer(number: int, layer: nn.Module) -> None:
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise SaccadeError(
                 f"layer {number} of the language model is a {type(layer).__name__} without {name!r}: Skip-Vision "
-                "needs decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are"
+                "needs decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are in "
+                f"transformers {known_range('transformers')} (here it is {installed('transformers')})"
             )
     for name, module in layer.named_children():
         if name.startswith("post_feedforward") and getattr(module, "bias", None) is not None:
