@@ -8,17 +8,19 @@ TORCH_FROM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 EVAL := .venv-eval
 SERVE := .venv-serve
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-eval test-serve style bench clean
+.PHONY: help demo test test-newest test-oldest test-slow test-eval test-serve style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
-	@echo "make test       style, then every test that takes seconds"
+	@echo "make test       style, then every test that takes seconds, on the newest accepted versions; then those that"
+	@echo "                touch the models' interfaces on the oldest, in $(OLDEST)"
 	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make test-serve the tests that need vLLM and real weights, in $(SERVE); 4 GB"
@@ -33,13 +35,33 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# The packages of $(VENV) behind those of another environment.
+define see_venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+endef
+
 demo: $(STAMP)
 	$(BIN)/saccade demo --output out/demo
 
-test: $(STAMP)
+test: test-newest test-oldest
+
+test-newest: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PYTEST) -m "not slow and not gpu and not serve"
+
+# The oldest accepted versions in a place of their own, on top of what $(VENV) has.
+$(OLDEST)/.installed: $(STAMP) requirements-oldest.txt
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv $(OLDEST)
+	$(call see_venv,$(OLDEST))
+	$(OLDEST)/bin/pip install --quiet -r requirements-oldest.txt
+	$(OLDEST)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 -m "interfaces and not slow and not gpu"
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"
@@ -50,8 +72,7 @@ test-slow: $(STAMP)
 $(EVAL)/.installed: $(STAMP) requirements-eval.txt
 	rm -rf $(EVAL)
 	$(BIN)/python -m venv $(EVAL)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$($(EVAL)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
+	$(call see_venv,$(EVAL))
 	$(EVAL)/bin/pip install --quiet --no-deps -r requirements-eval.txt
 	$(EVAL)/bin/pip install --quiet --no-deps -e .
 	@touch $@

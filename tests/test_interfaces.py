@@ -339,6 +339,14 @@ def test_a_tower_that_goes_around_the_block_is_an_error(case, part):
         get_family(case.model).encode(case.inputs, frozenset({"saliency"}))
 
 
+def test_a_projector_that_goes_around_its_entry_is_an_error(case):
+    module = get_family(case.model).projector_entry
+    around = {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)}
+    module.__class__ = type("Around", (type(module),), around)
+    with pytest.raises(SaccadeError, match=rf"{VERSION}the projector did not call its Around"):
+        get_family(case.model).encode(case.inputs, frozenset({"encoder_features"}))
+
+
 def test_a_clip_tower_of_another_make_is_an_error(case):
     tower = get_family(case.model).vision_tower
     tower.encoder.blocks = tower.encoder.layers

@@ -287,6 +287,7 @@ def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
     if module is None:
         yield taken
         return
+
     def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         taken.append(next(iter((*args, *kwargs.values()))))
 
