@@ -14,6 +14,7 @@ from PIL import Image as Pillow
 from saccade import SaccadeError
 from saccade.data.folders import ImageFolders
 from saccade.data.mixture import mix, source_options, stream
+from saccade.data.sources import TableSource
 from saccade.errors import RecordError
 from saccade.images import image_size, open_image
 from saccade.training import ModelOptions, load_rows
@@ -309,6 +310,43 @@ def test_saved_rows_keep_their_numbers(tmp_path):
 def rows_source(path):
     (options,) = source_options([str(path)])
     return options.open()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("change", ["shorter", "other", "replaced", "removed"])
+def test_a_file_that_is_rewritten_while_it_is_read(tmp_path, change, streaming):
+    """Its rows lie where they lay, or nowhere: a mapped file that became shorter kills the process that looks."""
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps({"messages": [{"role": "user", "content": "a ?"}, {"role": "assistant", "content": "b"}]})
+    path.write_text((line + "\n") * 3000)
+    rows = load_rows(ModelOptions(dataset=str(path), dataset_streaming=streaming, dataset_shuffle_buffer=0))
+    reader = iter(rows)
+    assert next(reader)["messages"]
+    if change == "shorter":
+        path.write_text(line + "\n")
+    elif change == "other":
+        with path.open("r+") as file:
+            file.write("x" * 10)
+    elif change == "replaced":
+        (tmp_path / "new").write_text((line + "\n") * 3000)
+        (tmp_path / "new").rename(path)
+    else:
+        path.unlink()
+    with pytest.raises(SaccadeError, match=r"rows.jsonl was changed while it was being read"):
+        for _ in reader:
+            pass
+
+
+def test_a_table_that_is_rewritten_while_it_is_read(tmp_path):
+    Dataset.from_dict({"messages": ["a"] * 10}).save_to_disk(tmp_path / "rows")
+    source = TableSource(load_from_disk(tmp_path / "rows"), "rows", "chat")
+    source._stamps.check()
+    source._stamps.every_seconds = 0
+    Dataset.from_dict({"messages": ["b"] * 10}).save_to_disk(tmp_path / "others")
+    (file,) = (tmp_path / "others").glob("*.arrow")
+    file.rename(tmp_path / "rows" / file.name)
+    with pytest.raises(SaccadeError, match=r"\.arrow was changed while it was being read"):
+        source.read(3)
 
 
 def test_a_folder_that_holds_something_else(tmp_path):

@@ -1,5 +1,6 @@
 """Records of a JSON list or of JSON lines, found once and read one at a time, so that a large file costs little."""
 
+import itertools
 import json
 import mmap
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from saccade.data.stamps import FileStamps
 from saccade.errors import RecordError, SaccadeError
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
@@ -34,6 +36,7 @@ class RecordFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._stamps = FileStamps([self.path])
         self.is_list = _is_list(self.path)
         self._starts, self._ends, self._numbers = array("q"), array("q"), array("q")
         self._mapped: mmap.mmap | None = None
@@ -47,6 +50,11 @@ class RecordFile:
     def __len__(self) -> int:
         return len(self._starts)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file when it was opened."""
+        return self._stamps.nbytes
+
     def name(self, index: int) -> str:
         """Where record `index`, counted from 0, stands in the file."""
         return place(self.path, self.is_list, self._numbers[index])
@@ -56,7 +64,9 @@ class RecordFile:
 
         Raises:
             RecordError: if it is no JSON object.
+            SaccadeError: if the file was changed since it was opened.
         """
+        self._stamps.check()
         return parse(self._bytes[self._starts[index] : self._ends[index]])
 
     @property
@@ -74,12 +84,19 @@ def stream_records(path: str | Path, shard: int = 0, num_shards: int = 1) -> Ite
     """Place and bytes of every `num_shards`-th record from number `shard` on, without an index of the file.
 
     Raises:
-        SaccadeError: as `RecordFile` does.
+        SaccadeError: as `RecordFile` does, and if the file is changed in the meantime.
     """
     path = Path(path)
+    stamps = FileStamps([path])
     is_list = _is_list(path)
     content = _map(path)
-    for count, (start, end, number) in enumerate(_spans(content, is_list)):
+    spans = _spans(content, is_list)
+    for count in itertools.count():
+        stamps.check()  # before the map is looked at: what a file no longer has kills who reads it
+        span = next(spans, None)
+        if span is None:
+            return
+        start, end, number = span
         if count % num_shards == shard:
             yield place(path, is_list, number), content[start:end]
 

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_f
 from saccade.data.conversation import convert
 from saccade.data.folders import ImageFolders
 from saccade.data.records import RecordFile, parse, stream_records
+from saccade.data.stamps import FileStamps
 from saccade.errors import RecordError, SaccadeError
 
 PROBED = 100
@@ -26,6 +27,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """Where row `index`, counted from 0, stands."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file or the table behind the rows."""
 
     def record(self, index: int) -> Row:
         """The fields of row `index` as they are stored. Raises a `RecordError` if there are none to read."""
@@ -59,6 +64,10 @@ class JsonSource:
     def name(self, index: int) -> str:
         return self.records.name(index)
 
+    @property
+    def nbytes(self) -> int:
+        return self.records.nbytes
+
     def record(self, index: int) -> Row:
         return self.records.read(index)
 
@@ -83,6 +92,7 @@ class TableSource:
         # As Arrow, nothing is decoded: `datasets` would open whatever path a row names, and fail on the first bad one.
         self.dataset = dataset if folders is None else dataset.with_format("arrow")
         self.path, self.form, self.folders = path, form, folders
+        self._stamps = FileStamps([file["filename"] for file in dataset.cache_files], every_seconds=1.0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -90,7 +100,12 @@ class TableSource:
     def name(self, index: int) -> str:
         return f"{self.path}, row {index + 1}"
 
+    @property
+    def nbytes(self) -> int:
+        return self.dataset.data.nbytes
+
     def record(self, index: int) -> Row:
+        self._stamps.check()
         return self.dataset[index] if self.folders is None else self.dataset[index].to_pylist()[0]
 
     def row(self, record: Row) -> Row:
