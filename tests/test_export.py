@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -118,8 +119,6 @@ def test_weights_that_miss_a_key_are_refused(trained, tmp_path):
     folder, _, _, kind = trained
     if kind == "lora":
         pytest.skip("the base is loaded as it is")
-    import shutil
-
     cut = tmp_path / "cut"
     shutil.copytree(folder, cut)
     weights = load_file(cut / "model.safetensors")
@@ -127,6 +126,42 @@ def test_weights_that_miss_a_key_are_refused(trained, tmp_path):
     save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SaccadeError, match=r"missing.*q_proj"):
         export_model(cut, tmp_path / "out")
+
+
+def test_an_evaluation_belongs_to_the_weights_that_it_was_measured_on(trained, tmp_path, capsys):
+    """A retrained folder was exported with the accuracy of the model before it."""
+    run = tmp_path / "run"
+    shutil.copytree(trained[0], run)
+    assert main(["eval", str(run), "--num-samples", "2", "--inference", "full"]) == 0
+    measured = json.loads((run / "eval.json").read_text())
+    assert export_model(run, tmp_path / "one")["notes"] == []
+    assert "## Evaluation" in (tmp_path / "one" / "README.md").read_text()
+    # An export of the export has it too, and still says what it was measured on.
+    assert export_model(tmp_path / "one", tmp_path / "two")["notes"] == []
+    again = json.loads((tmp_path / "two" / "eval.json").read_text())
+    assert again["weights"] == measured["weights"]
+    assert again["results"] == measured["results"]
+    name = "model.safetensors" if trained[3] == "full" else "adapter_model.safetensors"
+    weights = load_file(run / name)
+    first = next(iter(weights))
+    save_file({**weights, first: weights[first] + 1}, run / name, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["export", str(run), "--output", str(tmp_path / "three")]) == 0
+    assert f"note: {run / 'eval.json'} was measured on other weights, and was left out" in capsys.readouterr().out
+    assert "## Evaluation" not in (tmp_path / "three" / "README.md").read_text()
+    assert not (tmp_path / "three" / "eval.json").exists()
+    (run / "eval.json").write_text(json.dumps({key: measured[key] for key in measured if key != "weights"}))
+    (note,) = export_model(run, tmp_path / "four")["notes"]
+    assert "does not say which weights" in note
+
+
+def test_saving_other_weights_takes_what_was_measured_away(processor, tmp_path):
+    trainer = make_trainer(build_tiny_llava(processor), processor, tmp_path)
+    for name in ("eval.json", "log.json"):
+        (tmp_path / name).write_text("{}")
+    trainer.save_model(str(tmp_path))
+    assert not (tmp_path / "eval.json").exists()
+    assert not (tmp_path / "log.json").exists()
 
 
 def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch, capsys):

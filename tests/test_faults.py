@@ -14,7 +14,7 @@ from helpers import losses, make_trainer
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
-from saccade import SaccadeError
+from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
 from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.tiny import build_tiny_llava
@@ -58,6 +58,53 @@ def test_sigterm_saves_even_where_no_checkpoints_are_asked_for(processor, tmp_pa
     trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train()
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+def test_the_first_ctrl_c_saves_and_says_how_to_go_on(processor, tmp_path, capfd):
+    trainer = trainer_for(processor, tmp_path)
+    before = signal.getsignal(signal.SIGINT)
+    trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-3 is whole, resume from it"):
+        trainer.train()
+    assert newest_checkpoint(tmp_path).name == "checkpoint-3"
+    assert "interrupted: saving after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) == before
+    resumed = trainer_for(processor, tmp_path)
+    resumed.add_callback(At(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    with pytest.raises(KeyboardInterrupt) as second:
+        resumed.train(resume_from_checkpoint=True)
+    assert not str(second.value)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_final_save_waits_until_all_is_saved(tmp_path, capsys, monkeypatch, number):
+    save = DualSpeedTrainer.save_model
+
+    def signalled(self, output_dir=None, _internal_call=False):
+        os.kill(os.getpid(), number)
+        save(self, output_dir, _internal_call)
+
+    monkeypatch.setattr(DualSpeedTrainer, "save_model", signalled)
+    flags = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "true"]
+    flags += ["--dataset_rows", "16", "--save_strategy", "no", "--output_dir", str(tmp_path)]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", *flags]) == 0
+    assert f"saved {tmp_path} (model" in capsys.readouterr().out
+    assert all((tmp_path / name).is_file() for name in ("model.safetensors", "dualspeed.json", "log.json"))
+
+
+def test_a_signal_while_a_model_is_saved_by_hand_is_obeyed_afterwards(processor, tmp_path, monkeypatch):
+    trainer = trainer_for(processor, tmp_path)
+    save = trainer._save
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "_save", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "dualspeed.json").is_file()
 
 
 def test_the_command_exits_0_on_sigterm(tmp_path):
@@ -171,8 +218,9 @@ class Killer:
         return len(self.rows)
 
     def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0 and get_worker_info() is not None:
+        # Not the main process, which looks at rows before it trains.
+        self.left -= get_worker_info() is not None
+        if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return self.rows[index]
 

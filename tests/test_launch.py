@@ -168,6 +168,43 @@ def test_processes_end_together(code, status, message, capfd):
     assert time.monotonic() - started < 60
 
 
+LAUNCHER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_launch import local_plan
+from saccade.launch import run_processes
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+sys.exit(run_processes(local_plan(2), [sys.executable, "-c", code]))
+"""
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER.format(tests=str(Path(__file__).parent))], stdout=subprocess.PIPE, text=True
+    )
+    ranks = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    until = time.monotonic() + 20
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
+
+def test_ctrl_c_in_a_terminal_reaches_each_rank_once(capfd):
+    """The launcher hands it on, and the ranks are not in the group that a terminal signals."""
+    code = (
+        "import os, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *a: seen.append(1))\n"
+        "os.kill(os.getppid(), signal.SIGINT) if os.environ['RANK'] == '0' else None\n"
+        "until = time.monotonic() + 60\nwhile not seen and time.monotonic() < until: time.sleep(0.05)\n"
+        "time.sleep(0.5)\nprint('seen', len(seen), os.getpgid(0) == os.getpid(), flush=True)\nsys.exit(130)"
+    )
+    # Both have to listen before the signal comes.
+    code = code.replace("os.kill", "time.sleep(2) or os.kill")
+    assert run_processes(local_plan(2), [sys.executable, "-c", code], patience_seconds=30) == 130
+    assert capfd.readouterr().out.splitlines() == ["seen 1 True"] * 2
+
+
 def test_sigterm_to_the_launcher_saves_and_exits_0(tmp_path):
     flags = ["--max_steps", "100000", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
     flags += ["--dataset_rows", "64", "--num_train_epochs", "10000", "--save_strategy", "no"]

@@ -69,7 +69,7 @@ def test_overrides_are_typed():
         (["--seed"], "--seed has no value"),
         (["seed", "3"], "'seed' is no field"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
-        (["--resume", "/nowhere"], "resume='/nowhere' is no folder"),
+        (["--resume", "/nowhere"], "resume='/nowhere' is not a folder"),
         (["--dataset", "/nowhere.jsonl"], "nowhere.jsonl' does not exist"),
         (["--dataset_stage", "tune"], "tune"),
         (["--dtype", "int4"], "dtype='int4'"),
@@ -191,6 +191,7 @@ def test_resume_auto_starts_anew_without_a_checkpoint_and_goes_on_with_one(tmp_p
     values = {
         "dataset_rows": 16,
         "output_dir": str(tmp_path),
+        "lr_scheduler_type": "constant",
         "max_steps": 2,
         "save_steps": 1,
         "per_device_train_batch_size": 2,
@@ -262,4 +263,4 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
     assert all(weight.requires_grad for weight in second.family.language_model.parameters())
     with pytest.raises(SaccadeError, match="holds LoRA adapters"):
-        train_recipe(make_recipe({**again, "lora": True}))
+        train_recipe(make_recipe({**again, "output_dir": str(tmp_path / "three"), "lora": True}))

@@ -1,6 +1,7 @@
 """Kill -9 between and inside checkpoints, a full disk, a resume that must not go on."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -13,17 +14,29 @@ import pytest
 import torch
 from helpers import losses, make_config, make_trainer
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from saccade import DualSpeedTrainer, SaccadeError
-from saccade.cli.main import main
+from saccade.cli.main import DISK_FAULTS, main
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import PARTIAL_DIR, RUN_FILE, newest_checkpoint, read_run_file, resolve_resume
+from saccade.dualspeed.checkpoint import newest_checkpoint, remove_old_checkpoints, resolve_resume
+from saccade.dualspeed.folder import OWNER_FILE, PARTIAL_DIR, RUN_FILE, read_run_file
+from saccade.dualspeed.manifest import MANIFEST_FILE
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 
 SCRIPT = Path(__file__).parent / "training_process.py"
 # The random reducer draws anew each step, so a resumed run must find its place in the draws too.
+# At a constant rate a run may go on for longer than it was meant to.
+LONGER = {"lr_scheduler_type": "constant"}
+DAMAGES = {
+    "missing": None,
+    "cut": lambda content: content[:-1],
+    "flipped": lambda content: bytes([content[0] ^ 1]) + content[1:],
+    "empty": lambda content: b"",
+}
 OPTIONS = {"reducer": "random", "slow_probability": 0.4, "max_steps": 8, "save_strategy": "steps", "save_steps": 3}
 
 
@@ -74,23 +87,24 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
 @pytest.fixture
 def interrupted(model, processor, tmp_path):
     """A folder with a whole checkpoint of step 2."""
-    trainer = make_trainer(model, processor, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = make_trainer(model, processor, tmp_path, **LONGER, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     return tmp_path
 
 
 def again(processor, output, **options):
-    return make_trainer(build_tiny_llava(processor, seed=1), processor, output, **{"max_steps": 4, **options})
+    options = {**LONGER, "max_steps": 4, **options}
+    return make_trainer(build_tiny_llava(processor, seed=1), processor, output, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prune_ratio": 0.8}, r"prune_ratio=0.8 \(checkpoint: 0.9\)"),
-        ({"slow_probability": 0.2, "seed": 4}, r"slow_probability=0.2 .*seed=4 \(checkpoint: 3\)"),
+        ({"slow_probability": 0.2, "seed": 4}, r"seed=4 \(checkpoint: 3\), slow_probability=0.2 \(checkpoint: 0.1\)"),
         ({"reducer": "random"}, "reducer='random'"),
         ({"weight_decay": 0.1}, "weight_decay=0.1"),
-        ({"lr_scheduler_type": "constant"}, "lr_scheduler_type='constant'"),
+        ({"lr_scheduler_type": "cosine"}, r"lr_scheduler_type='cosine' .*max_steps=4 \(checkpoint: None\)"),
         ({"positions": "original"}, "positions='original'"),
         ({"per_device_train_batch_size": 3}, r"global_batch_size=3 \(checkpoint: 4\)"),
     ],
@@ -120,13 +134,14 @@ def test_adapters_are_compared_by_what_they_train(processor, tmp_path):
     options = written["config"]["adapters"]["default"]
     options["of_tomorrow"] = options.pop("use_rslora")
     run_file.write_text(json.dumps(written))
+    (run_file.parent / MANIFEST_FILE).unlink()
     trainer(4).train(resume_from_checkpoint=True)
     with pytest.raises(SaccadeError, match=r"adapters\.default\.r=8 \(checkpoint: 4\)"):
         trainer(8).train(resume_from_checkpoint=True)
 
 
 def test_another_way_to_the_same_global_batch_goes_on(processor, tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options = {**LONGER, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
     whole.train()
     trainer = again(processor, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -142,24 +157,99 @@ def test_a_finished_run_is_not_trained_on(interrupted, processor):
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in saved.items())
 
 
-def test_half_written_checkpoints_are_passed_over(interrupted, processor, caplog):
+def test_damaged_checkpoints_are_passed_over_by_name(interrupted, caplog):
     whole = interrupted / "checkpoint-2"
-    for number, missing in ((4, "trainer_state.json"), (6, "dualspeed.json")):
-        shutil.copytree(whole, interrupted / f"checkpoint-{number}")
-        (interrupted / f"checkpoint-{number}" / missing).unlink()
-    # A disk that filled up, or a copy that was broken off.
-    for number, name in ((5, "model.safetensors"), (7, "optimizer.pt")):
-        shutil.copytree(whole, interrupted / f"checkpoint-{number}")
-        file = interrupted / f"checkpoint-{number}" / name
-        file.write_bytes(file.read_bytes()[:-100])
-    cut = interrupted / "checkpoint-8"
-    shutil.copytree(whole, cut)
-    (cut / "trainer_state.json").write_text('{"global_step": 8, "log')
-    assert newest_checkpoint(interrupted) == whole
+    files = sorted(path.name for path in whole.iterdir())
+    assert {"config.json", "model.safetensors", "mode_isolator.saccade", "optimizer.pt", "scheduler.pt"} < set(files)
+    damaged = {}
+    # Without its manifest a checkpoint counts as one of an earlier version, and is looked at as those are.
+    for number, name in enumerate(sorted(set(files) - {MANIFEST_FILE}), start=3):
+        for extra, damage in enumerate(DAMAGES.values()):
+            path = interrupted / f"checkpoint-{10 * number + extra}"
+            shutil.copytree(whole, path, copy_function=os.link)
+            content = (path / name).read_bytes()
+            (path / name).unlink()
+            if damage is not None:
+                (path / name).write_bytes(damage(content))
+            damaged[path] = name
     assert resolve_resume(True, interrupted) == whole
-    assert f"{cut} is half-written and passed over" in caplog.text
-    with pytest.raises(SaccadeError, match="not a whole checkpoint"):
-        again(processor, interrupted).train(resume_from_checkpoint=str(cut))
+    for path, name in damaged.items():
+        # The file is named, and so is the checkpoint that is taken.
+        (line,) = [line for line in caplog.messages if f"{path}: " in line]
+        assert name in line
+        assert line.endswith(f"; passed over, going on from {whole}")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "model.safetensors"])
+def test_a_checkpoint_of_an_earlier_version(interrupted, processor, name):
+    """It has no manifest and no id, and training goes on from it as it did; what stock loading would miss is named."""
+    checkpoint = interrupted / "checkpoint-2"
+    (checkpoint / MANIFEST_FILE).unlink()
+    (interrupted / OWNER_FILE).unlink()
+    run_file = checkpoint / RUN_FILE
+    written = json.loads(run_file.read_text())
+    kept = {name: written["config"][name] for name in ("reducer", "seed", "learning_rate", "adapters")}
+    run_file.write_text(json.dumps({**written, "config": kept, "run_id": None}))
+    if name == "optimizer.pt":  # once is enough
+        trainer = again(processor, interrupted, save_strategy="steps", save_steps=1, max_steps=3)
+        trainer.train(resume_from_checkpoint=True)
+        assert read_run_file(interrupted / "checkpoint-3")["run_id"] == trainer.run_id is not None
+        shutil.rmtree(interrupted / "checkpoint-3")
+        assert resolve_resume(True, interrupted) == checkpoint
+    file = checkpoint / name
+    file.rename(interrupted / name)
+    with pytest.raises(SaccadeError, match=f"{checkpoint}: {name} is missing"):
+        again(processor, interrupted).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_resumed(model, processor, tmp_path):
+    options = {**LONGER, "max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(model, processor, tmp_path, **options).train()
+    with pytest.raises(SaccadeError, match=r"optimizer.pt is missing \(save_only_model=true saves none\)"):
+        again(processor, tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(SaccadeError, match=r"not a whole checkpoint of a DualSpeed run: optimizer\.pt"):
+        again(processor, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_the_newest_checkpoint_stays_when_the_clock_goes_back(model, processor, tmp_path):
+    trainer = make_trainer(
+        model, processor, tmp_path, max_steps=4, save_strategy="steps", save_steps=1, save_total_limit=1
+    )
+
+    class Clock(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            # What was written before seems to come from tomorrow.
+            for path in tmp_path.glob("checkpoint-*"):
+                os.utime(path, (path.stat().st_mtime + 86400,) * 2)
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    ("there", "limit", "best", "left"),
+    [
+        ([2, 4, 6], 2, None, [4, 6]),
+        ([2, 4, 6], None, None, [2, 4, 6]),
+        ([2, 4, 6, 8], 2, "elsewhere/checkpoint-2", [2, 8]),
+        ([2, 4, 6], 1, "elsewhere/checkpoint-4", [4, 6]),
+        ([8, 9, 10, 100], 2, None, [10, 100]),
+    ],
+)
+def test_which_checkpoints_are_removed(tmp_path, there, limit, best, left):
+    for number in there:
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    remove_old_checkpoints(tmp_path / f"checkpoint-{max(there)}", limit, best)
+    assert sorted(int(path.name[11:]) for path in tmp_path.iterdir()) == left
+
+
+def test_what_was_passed_over_is_removed_first(tmp_path):
+    for number in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    # The run went on from step 2, and wrote its step 4.
+    remove_old_checkpoints(tmp_path / "checkpoint-4", 2, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -221,14 +311,14 @@ def test_weights_that_do_not_fit_are_an_error(interrupted, processor):
     weights = load_file(path)
     weights.pop(next(name for name in weights if "q_proj" in name))
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(SaccadeError, match=r"missing_keys.*q_proj"):
+    (path.parent / MANIFEST_FILE).unlink()
+    with pytest.raises(SaccadeError, match=r"missing .*q_proj"):
         again(processor, interrupted).train(resume_from_checkpoint=True)
 
 
 def test_full_disk_keeps_the_last_checkpoint(processor, tmp_path, monkeypatch):
-    trainer = make_trainer(
-        build_tiny_llava(processor, seed=0), processor, tmp_path, max_steps=6, save_strategy="steps", save_steps=2
-    )
+    options = {**LONGER, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
     write = trainer._save_optimizer_and_scheduler
 
     def full(folder):
@@ -256,7 +346,8 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Lazily: the traceback of a write that failed holds its file open.
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_really_full_disk(processor, small_disk):
@@ -268,6 +359,50 @@ def test_a_really_full_disk(processor, small_disk):
     assert error.value.errno == errno.ENOSPC
     assert newest_checkpoint(small_disk) == small_disk / "checkpoint-2"
     assert not (small_disk / PARTIAL_DIR).exists()
+
+
+def test_the_disk_fills_up_in_any_file(processor, tmp_path, small_disk):
+    """File by file: each time a few bytes too few are left for it."""
+    whole = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path / "whole", max_steps=1)
+    whole.train()
+    whole._save_checkpoint(whole.model, None)
+    files = sorted((tmp_path / "whole" / "checkpoint-1").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) > 10
+    pages = [-(-path.stat().st_size // 4096) for path in files]
+    trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, small_disk / "run", max_steps=1)
+    trainer.train()
+    for number, path in enumerate(files):
+        # Room for what is written before it, and the folders.
+        left = sum(pages[:number]) + pages[number] - 1
+        disk = os.statvfs(small_disk)
+        with (small_disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, (disk.f_bavail - left)) * disk.f_bsize)
+        with pytest.raises(OSError, match="No space left") as error:
+            trainer._save_checkpoint(trainer.model, None)
+        assert error.value.errno == errno.ENOSPC, path.name
+        assert not (small_disk / "run" / PARTIAL_DIR).exists(), path.name
+        assert not list((small_disk / "run").glob("checkpoint-*")), path.name
+        (small_disk / "filler").unlink()
+        # Its traceback holds a file open that was removed, and so its room.
+        del error
+        gc.collect()
+    trainer._save_checkpoint(trainer.model, None)
+    assert newest_checkpoint(small_disk / "run").name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_quota_in_writers_of_other_languages_is_one_line(processor, tmp_path, monkeypatch, capsys, number):
+    """safetensors and tokenizers are written in Rust, and raise errors of their own."""
+
+    def refused(self, *args, **kwargs):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr(ModeIsolator, "save", refused)
+    flags = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_steps", "1"]
+    options = ["--model", "tiny", "--output_dir", str(tmp_path), "--dataset_rows", "16", *flags]
+    assert main(["train", "tiny-digits/sft", *options]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"saccade: error: {DISK_FAULTS[number]}")
 
 
 def test_a_full_disk_is_one_line_on_the_command_line(small_disk, capsys):

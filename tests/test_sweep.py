@@ -15,9 +15,9 @@ from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.files import file_lock
 from saccade.sweeps import QUICK, run_specs
 from saccade.sweeps.docs import NO_NOTES, read_notes, write_docs
-from saccade.sweeps.lock import folder_lock
 from saccade.sweeps.plan import Plan, plan_study
 from saccade.sweeps.runner import same_code
 from saccade.sweeps.sweep import check_folder
@@ -210,7 +210,10 @@ def test_a_killed_sweep_goes_on(tmp_path, capfd) -> None:
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
-    with folder_lock(tmp_path / "stages"), pytest.raises(SaccadeError, match="another sweep is at work in"):
+    with (
+        file_lock(tmp_path / "stages" / ".lock", "taken"),
+        pytest.raises(SaccadeError, match="another sweep is at work in"),
+    ):
         run_specs([], tmp_path)
     assert run_specs([], tmp_path).results == {}
 

@@ -1,9 +1,12 @@
 """Writing files so that a half-written one never looks whole."""
 
 import errno
+import fcntl
 import json
+import logging
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,6 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from saccade.errors import SaccadeError
+
+logger = logging.getLogger(__name__)
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_PROBE_BYTES = 1 << 20
+_held: set[Path] = set()
+"""Locks of this process, which the system would grant it a second time."""
 
 
 @contextmanager
@@ -117,3 +127,82 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> Iterator[None]:
+    """Hold the file `path`, which is made with its folders, until the block or the process ends, in whatever way.
+
+    The lock is the system's, of the process and not of its children: nothing is left to clean up after a kill -9.
+    Where the file system has no locks, one warning is logged and the block runs without.
+
+    Args:
+        taken: what to say where another holds it.
+        again: go on where this very process holds it already.
+
+    Raises:
+        SaccadeError: if another process holds it, or this one and not `again`.
+        OSError: if the file cannot be made.
+    """
+    place = Path(path).absolute()
+    if place in _held:
+        if not again:
+            raise SaccadeError(taken)
+        yield
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise SaccadeError(taken) from error
+            logger.warning("%s cannot be locked on this file system: start no second run in its folder", place)
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
+
+
+@contextmanager
+def disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what writers in other languages say of a full disk or a used up quota as the `OSError` that it is.
+
+    Args:
+        folder: where the block writes.
+
+    Raises:
+        OSError: with the number of the fault, in place of the writer's own exception.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = _disk_fault(error, Path(folder))
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(folder)) from error
+
+
+def _disk_fault(error: Exception, folder: Path) -> int | None:
+    # The crates behind safetensors and tokenizers name the number; torch's writer only says that it could not write.
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    if named:
+        return int(named[1])
+    torchs = r"inline_container|PytorchStreamWriter|iostream error|write failed"
+    if not isinstance(error, RuntimeError) or not re.search(torchs, str(error)):
+        return None
+    probe = folder / f".probe.{secrets.token_hex(6)}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as fault:
+        return fault.errno
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None

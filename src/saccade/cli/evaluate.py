@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.data import digit_scenes
+    from saccade.dualspeed.weights import identify_weights
     from saccade.evaluation import evaluate_inferences
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
@@ -103,6 +104,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
             raise SaccadeError(f"{name}={value}: give at least 1")
     inferences = _plan(args)
     scenes = digit_scenes("sft", split, num_samples)
+    weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
     kinds = sorted(results[0]["accuracy_by_kind"])
@@ -112,9 +114,8 @@ def _run_scenes(args: argparse.Namespace) -> int:
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
     print_table(f"{args.model}, {num_samples} scenes of the {split} split", columns, rows)
     output = args.output or _beside(args.model, "eval.json")
-    write_json_atomically(
-        output, {"model": args.model, "split": split, "results": results, "environment": environment()}
-    )
+    record = {"model": args.model, "weights": weights, "split": split, "results": results}
+    write_json_atomically(output, {**record, "environment": environment()})
     print(f"written to {output}")
     return 0
 

@@ -32,5 +32,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     merged = f", adapters merged into {summary['base_model']}" if summary["base_model"] else ""
     print(f"written to {summary['output']}: {summary['parameters']:,} parameters, {summary['dtype']}{merged}")
+    for note in summary["notes"]:
+        print(f"note: {note}")
     print(f"loads in stock transformers, every key checked; {', '.join(summary['files'])}")
     return 0

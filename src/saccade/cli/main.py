@@ -72,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else OK
     except SaccadeError as error:
         return _complain(f"error: {error}", BAD_INPUT)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
+    except KeyboardInterrupt as interruption:
+        said = f": {interruption}" if str(interruption) else ""
+        return _complain(f"interrupted{said}", INTERRUPTED)
     except BrokenPipeError:
         # The reader, `head` say, has seen enough. Python would complain once more when it closes the output itself.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

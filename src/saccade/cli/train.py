@@ -11,6 +11,7 @@ EXAMPLES = """
 saccade train tiny-digits/pretrain                      a shipped recipe, on the embedded model and scenes
 saccade train tiny-digits/sft --prune_ratio 0.8         any field can be overridden
 saccade train my.yaml --resume auto                     goes on from the newest whole checkpoint
+saccade train my.yaml --overwrite                       anew, in the place of what an earlier run left in output_dir
 saccade train my.yaml --dataset data.jsonl --lora true  your own rows: {"messages": [...], "images": [...]}
 saccade train my.yaml --launch fsdp2 --processes 8      sharded over eight GPUs
 saccade train my.yaml --launch zero2 --processes 16 --machines 2 --machine-rank 0 --main-address 10.0.0.1:29500
@@ -31,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machines", type=int, default=None, help="number of machines (default: 1)")
     parser.add_argument("--machine-rank", type=int, default=None, help="number of this machine, from 0 (default: 0)")
     parser.add_argument("--main-address", default=None, metavar="HOST:PORT", help="where machine 0 listens")
+    parser.add_argument(
+        "--overwrite",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        help="remove what an earlier run left in output_dir, and start anew",
+    )
     parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
     parser.add_argument("--dry-run", action="store_true", help="count weights, tokens, operations and memory, and end")
     parser.add_argument("--output", metavar="FILE", help="with --dry-run: also write JSON to FILE")
@@ -52,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
 
+    if args.overwrite is not None:
+        args.overrides += ["--overwrite", args.overwrite]
     if args.dry_run:
         return _dry_run(args)
     for name in PLAN_FLAGS:
@@ -61,9 +71,11 @@ def run(args: argparse.Namespace) -> int:
         return _launch(args)
     _check_alone(args)
     from saccade.training import LOG_FILE, load_recipe, train_recipe
+    from saccade.training.run import find_resume
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.check:
+        find_resume(recipe)
         return 0
     trainer = train_recipe(recipe)
     if recipe.trainer.should_save and trainer.watch.stopped:

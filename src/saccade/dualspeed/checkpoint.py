@@ -15,28 +15,19 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING, remove_companion
+from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
+from saccade.dualspeed.manifest import find_damage, read_manifest, write_manifest
+from saccade.dualspeed.weights import check_keys, load_whole
 from saccade.errors import SaccadeError
-from saccade.files import to_json, write_json_atomically
+from saccade.files import to_json
 from saccade.pruning import ISOLATOR_FILE
 from saccade.skip_vision import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "dualspeed.json"
-PARTIAL_DIR = ".partial-checkpoint"
+STATE_FILE = "trainer_state.json"
 PLACE_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 """Fields of a PEFT config that do not change what is trained."""
-
-
-def write_run_file(folder: str | Path, config: Mapping[str, Any], **facts: Any) -> None:
-    """Write what the weights in `folder` were trained with."""
-    write_json_atomically(Path(folder) / RUN_FILE, {"config": dict(config), **facts})
-
-
-def read_run_file(folder: str | Path) -> dict[str, Any] | None:
-    """What `write_run_file` wrote, or None."""
-    path = Path(folder) / RUN_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def adapter_options(model: nn.Module) -> dict[str, Any]:
@@ -59,63 +50,107 @@ def _through_json(value: Any) -> Any:
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step in `output_dir`.
+    """The checkpoint with the highest step in `output_dir` that no file is missing of or cut short in.
 
-    Whole means that the trainer's state, which is written last, is there and reads as JSON, that the run file is, and
-    that no file of weights or optimizer state is missing or cut short.
+    A glance: checksums are compared by `resolve_resume` only, before training goes on.
     """
-    found = []
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if _step(path) >= 0 and _is_whole(path):
-            found.append((_step(path), path))
-    return max(found)[1] if found else None
+    return next((path for path in checkpoints(output_dir) if find_fault(path) is None), None)
 
 
-def _step(checkpoint: Path) -> int:
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Every checkpoint in `output_dir`, whole or not, from the highest step down."""
+    found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint's folder, -1 where there is none."""
     number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
+    return int(number) if number.isascii() and number.isdigit() and checkpoint.is_dir() else -1
 
 
-def _is_whole(path: Path) -> bool:
+def find_fault(path: Path, thorough: bool = False) -> str | None:
+    """Why training cannot go on from the checkpoint `path`, naming the file; None where it can.
+
+    Args:
+        thorough: also compare checksums with those of the manifest, which reads every file once.
+    """
+    for name in (STATE_FILE, RUN_FILE):
+        try:
+            json.loads((path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} is damaged: {' '.join(str(error).split())[:200]}"
     try:
-        json.loads((path / "trainer_state.json").read_text())
-        if read_run_file(path) is None:
-            return False
-        for index in path.glob("*.index.json"):
-            if not all((path / name).is_file() for name in json.loads(index.read_text())["weight_map"].values()):
-                return False
-        for file in chain(path.glob("*.safetensors"), path.glob(f"*{ENDING}")):
+        files = read_manifest(path)
+        damage = _damage_unlisted(path) if files is None else find_damage(path, files, thorough)
+    except (OSError, ValueError, KeyError) as error:
+        return f"a file is damaged: {' '.join(str(error).split())[:200]}"
+    return damage or _missing_part(path)
+
+
+def _damage_unlisted(path: Path) -> str | None:
+    """What can be told of a checkpoint of a version that wrote no manifest: lengths, and the files of an index."""
+    for index in path.glob("*.index.json"):
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+    for file in chain(path.glob("*.safetensors"), path.glob(f"*{ENDING}")):
+        try:
             with safe_open(file, framework="pt"):  # compares the length of the file with its header
                 pass
-        # torch.save writes a zip archive, whose directory is at the end.
-        return all(is_zipfile(file) for suffix in ("pt", "pth", "bin") for file in path.glob(f"*.{suffix}"))
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
+        except SafetensorError as error:
+            return f"{file.name} is damaged: {error}"
+    # torch.save writes a zip archive, whose directory is at the end.
+    archives = (file for suffix in ("pt", "pth", "bin") for file in path.glob(f"*.{suffix}"))
+    return next((f"{file.name} is cut short" for file in archives if not is_zipfile(file)), None)
+
+
+def _missing_part(path: Path) -> str | None:
+    """What a resume needs and stock loading would do without, in silence or with an error of its own."""
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "config.json is missing"
+    # Under FSDP and DeepSpeed the engine keeps what follows in folders of its own.
+    adapters = (path / "adapter_config.json").is_file()
+    patterns = ["adapter_model.*"] if adapters else ["model*.safetensors", "pytorch_model*"]
+    if not any(found for pattern in [*patterns, "global_step*"] for found in path.glob(pattern)):
+        return f"{'adapter_model' if adapters else 'model'}.safetensors is missing"
+    if not any(path.glob("optimizer*")) and not any(path.glob("global_step*")):
+        return "optimizer.pt is missing (save_only_model=true saves none)"
+    if not (path / "scheduler.pt").is_file() and not any(path.glob("global_step*")):
+        return "scheduler.pt is missing"
+    return None if any(path.glob("rng_state*.pth")) else "rng_state.pth is missing"
 
 
 def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | None:
     """The checkpoint to go on from: a path as given, the newest whole one for True, None for none.
 
+    True takes checkpoints of the run that `output_dir` belongs to, and no others that lie there.
+
     Raises:
-        SaccadeError: if there is no whole checkpoint where one was asked for.
+        SaccadeError: if there is no whole checkpoint where one was asked for, naming what is wrong with each.
     """
     if resume is None or resume is False:
         return None
     if resume is True:
-        path = newest_checkpoint(output_dir)
-        for other in sorted(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")):
-            if path is not None and _step(other) > _step(path):
-                logger.warning("%s is half-written and passed over; going on from %s", other, path)
-        if path is None:
-            raise SaccadeError(
-                f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} holds no whole checkpoint: "
-                "name one, or start anew without it"
-            )
-        return path
-    path = Path(resume)
-    if not _is_whole(path):
+        faults = []
+        for path in checkpoints(output_dir):
+            fault = find_fault(path) or find_stranger(path, output_dir) or find_fault(path, thorough=True)
+            if fault is None:
+                for line in faults:
+                    logger.warning("%s; passed over, going on from %s", line, path)
+                return path
+            faults.append(f"{path}: {fault}")
         raise SaccadeError(
-            f"resume_from_checkpoint={str(path)!r} is not a whole checkpoint of a DualSpeed run: "
+            f"output_dir={str(output_dir)!r} holds no whole checkpoint of its run to resume from: "
+            f"{'; '.join(faults) or 'there is none at all'}; name one, or start anew without resuming"
+        )
+    path = Path(resume)
+    fault = find_fault(path, thorough=True) if path.is_dir() else "it is not a folder"
+    if fault is not None:
+        raise SaccadeError(
+            f"resume_from_checkpoint={str(path)!r} is not a whole checkpoint of a DualSpeed run: {fault}; "
             "name another, or pass True for the newest whole one"
         )
     return path
@@ -172,12 +207,34 @@ def remove_other_kind(folder: Path, adapters: bool, isolator: bool, skips: bool)
 def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
     """Move the finished checkpoint inside `partial` to its place in `output_dir`, and remove `partial`."""
     (written,) = partial.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    write_manifest(written)
     target = output_dir / written.name
     if target.exists():
         shutil.rmtree(target)
     written.rename(target)
     shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def remove_old_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
+    """Remove checkpoints beside `newest`, which was written just now, until `limit` are left.
+
+    The order is that of their steps, never of their files' times, which go back when a clock is set. Those of a later
+    step go first: they were passed over when this run went on.
+
+    Args:
+        limit: how many may stay; None or 0 for all. `newest` and `best` stay in any case.
+        best: the best checkpoint so far, wherever the folder was when it was written.
+    """
+    if not limit or limit < 1:
+        return
+    kept = {newest.name, *([] if best is None else [Path(best).name])}
+    others = [path for path in checkpoints(newest.parent) if path.name not in kept]
+    later = [path for path in others if step_of(path) > step_of(newest)]
+    earlier = [path for path in reversed(others) if path not in later]
+    here = sum((newest.parent / name).is_dir() for name in kept)
+    for path in [*later, *earlier][: max(0, len(others) + here - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collection[str]) -> None:
@@ -193,14 +250,7 @@ def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collectio
         SaccadeError: if a key is missing or unexpected.
     """
     assert isinstance(model, PreTrainedModel)
-    loaded, info = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
-    problems = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys") if info[kind]}
-    if problems:
-        raise SaccadeError(f"resume_from_checkpoint={str(checkpoint)!r} does not fit the model: {problems}")
+    loaded = load_whole(checkpoint, type(model), dtype=model.dtype)
     result = model.load_state_dict(loaded.state_dict(), strict=False)
     missing = [name for name in result.missing_keys if name not in ignored]
-    if missing or result.unexpected_keys:
-        raise SaccadeError(
-            f"resume_from_checkpoint={str(checkpoint)!r} does not fit the model: missing {missing}, "
-            f"unexpected {result.unexpected_keys}"
-        )
+    check_keys(checkpoint, {"missing": missing, "unexpected": result.unexpected_keys})

@@ -1,11 +1,12 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from os import PathLike
 from typing import Any, ClassVar, get_origin
 
+from transformers import SchedulerType
 from trl import SFTConfig
 
 from saccade.data.plain import check_conversation
@@ -24,46 +25,36 @@ from saccade.values import coerce
 
 GROUP_BY = ("none", "shortened", "full")
 
-# What a resumed run must share with the run it goes on from: with another value its loss curve would not continue.
-RESUME_FIELDS = (
-    "reducer",
-    "reducer_options",
-    "prune_ratio",
-    "keep_tokens",
-    "budget",
-    "adaptive",
-    "newlines",
-    "slow_probability",
-    "slow_probability_end",
-    "schedule",
-    "modes",
-    "skip_vision",
-    "skip_mode",
-    "isolator_length",
-    "distill_weight",
-    "distill_temperature",
-    "positions",
-    "projector_learning_rate",
-    "freeze_vision_tower",
-    "freeze_projector",
-    "freeze_language_model",
-    "assistant_only_loss",
-    "conversation",
-    "max_length",
-    "image_aspect_ratio",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "bf16",
-    "fp16",
-    "data_seed",
-    "group_by",
-    "seed",
+# What a resumed run need not share with the run it goes on from. Every other option must be the same, those that a
+# later version adds included: with another value the loss curve would not continue.
+FREE_TO_CHANGE = frozenset(
+    (
+        # Where files are, what is saved, and what is told of the run.
+        *("output_dir", "overwrite", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "run_name"),
+        *("save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
+        *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+        *("hub_always_push", "hub_revision", "logging_strategy", "logging_steps", "logging_first_step"),
+        *("log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level"),
+        *("log_level_replica", "disable_tqdm", "report_to", "project", "trackio_space_id", "trackio_bucket_id"),
+        *("trackio_static_space_id", "debug", "skip_memory_metrics", "max_bad_records"),
+        # How an evaluation is done and which checkpoint is the best. When one is done draws random numbers.
+        *("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"),
+        *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_packing"),
+        # The same numbers by other ways, up to rounding.
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+        *("activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend"),
+        *("torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "use_cache", "torch_empty_cache_steps"),
+        *("padding_free", "slow_micro_batch_size", "feature_cache", "feature_cache_gib", "use_cpu"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
+        # The engine is compared by its kind.
+        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
+        *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
+        # Compared as what comes of them: the global batch, the length of the run, the model, the processor.
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+        *("model_init_kwargs", "trust_remote_code", "chat_template_path", "isolator_path"),
+    )
 )
 
 
@@ -176,6 +167,9 @@ class DualSpeedConfig(SFTConfig):
         feature_cache_gib (`float`, *optional*, defaults to `50.0`):
             GiB that the folder may take, infinity for no bound. Once it is full nothing more is stored, and nothing is
             dropped.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Remove the checkpoints and the model that an earlier run left in `output_dir`, when training starts anew
+            there. Without it such a folder is refused.
 
     Raises:
         SaccadeError: on a value outside its range, naming the option and the fix.
@@ -255,6 +249,7 @@ class DualSpeedConfig(SFTConfig):
         default=None, metadata={"help": "Folder to keep the frozen vision tower's features in, and to read them from."}
     )
     feature_cache_gib: float = field(default=50.0, metadata={"help": "GiB that the folder may take."})
+    overwrite: bool = field(default=False, metadata={"help": "Remove what an earlier run left in output_dir."})
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
 
@@ -445,6 +440,26 @@ class DualSpeedConfig(SFTConfig):
         return self.token_budget.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
-        """The options that a resumed run must share, as plain values."""
-        values = {name: getattr(self, name) for name in RESUME_FIELDS}
-        return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+        """The options that a resumed run must share, as plain values: all but those in `FREE_TO_CHANGE`."""
+        names = [entry.name for entry in fields(self) if entry.init and entry.name not in FREE_TO_CHANGE]
+        return {**{name: _plain(getattr(self, name)) for name in names}, **self._length()}
+
+    def _length(self) -> dict[str, float | None]:
+        """How long the run is, where a rate or a share depends on it: at constant ones it may go on for longer."""
+        constant = SchedulerType(self.lr_scheduler_type) in (
+            SchedulerType.CONSTANT,
+            SchedulerType.CONSTANT_WITH_WARMUP,
+        )
+        if constant and not 0 < self.warmup_steps < 1 and self.slow_probability_end is None:
+            return {"max_steps": None, "num_train_epochs": None}
+        by_steps = self.max_steps > 0
+        return {
+            "max_steps": self.max_steps if by_steps else None,
+            "num_train_epochs": None if by_steps else self.num_train_epochs,
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from saccade.data.conversation import used_columns
 from saccade.tokens import IGNORE_INDEX
@@ -68,3 +68,15 @@ def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     found = {type(layer).__name__ for layers in lists for layer in layers if type(layer).__name__ in named}
     return sorted(found | {type(layer).__name__ for layer in language_layers})
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """The whole of a parameter that an engine may have sharded. Every rank must call it."""
+    if hasattr(weight, "full_tensor"):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight

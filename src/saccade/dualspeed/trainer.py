@@ -1,33 +1,28 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, PreTrainedModel, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from saccade.companions import find_companion
 from saccade.data.turns import is_plain_text
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import (
-    PARTIAL_DIR,
     adapter_options,
     check_same_run,
     load_weights_strictly,
     publish_checkpoint,
-    read_run_file,
+    remove_old_checkpoints,
     remove_other_kind,
     resolve_resume,
-    write_run_file,
 )
 from saccade.dualspeed.checks import (
     check_family_can,
@@ -38,6 +33,18 @@ from saccade.dualspeed.checks import (
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.folder import (
+    MEASURED,
+    PARTIAL_DIR,
+    RUN_FILE,
+    agreed,
+    claim,
+    hold,
+    new_id,
+    read_run_file,
+    write_run_file,
+)
+from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import Mode
@@ -45,13 +52,15 @@ from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.sampler import EpochStart
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
-from saccade.dualspeed.sharding import WithBlankImage, layer_classes
+from saccade.dualspeed.sharding import WithBlankImage, gathered, layer_classes
+from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.dualspeed.stepping import SteppingTrainer
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
-from saccade.families import Family, family_class, get_family, stock_model, use_released_names
+from saccade.families import family_class, get_family, stock_model, use_released_names
 from saccade.families.padding import check_aspect_ratio, pad_to_square
+from saccade.files import disk_errors
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.reducers import get_reducer
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
@@ -84,7 +93,7 @@ class DualSpeedTrainer(SteppingTrainer):
             raise SaccadeError(
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
             )
-        config = stock_model(model).config if isinstance(model, nn.Module) else _load_config(model, args)
+        config = stock_model(model).config if isinstance(model, nn.Module) else load_config(model, args)
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = first_columns(train_dataset)
         if not args.takes_stock_steps:
@@ -98,6 +107,8 @@ class DualSpeedTrainer(SteppingTrainer):
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
+        if isinstance(model, str):
+            model = load_by_name(model, args, kwargs.get("quantization_config"))
         with _withheld(args):
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
@@ -145,6 +156,8 @@ class DualSpeedTrainer(SteppingTrainer):
         self.add_callback(StepClock(self))
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
+        self.run_id: str | None = None
+        self._identity: dict[str, Any] | None = None
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
         self._micro_batch = 0
@@ -214,25 +227,40 @@ class DualSpeedTrainer(SteppingTrainer):
         """Train, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir`.
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir` of the run
+                that the folder belongs to.
 
-        On SIGTERM it saves a checkpoint and returns; `watch.stopped` is then true.
+        On SIGTERM it saves a checkpoint and returns; `watch.stopped` is then true. On Ctrl-C it does so too, and ends
+        with an `Interrupted`, which is a `KeyboardInterrupt`.
 
         Raises:
-            SaccadeError: if there is no whole checkpoint, or it was trained with other options; if a loss is not
-                finite, or a process that prepares batches dies.
+            SaccadeError: if `output_dir` holds what another run left and `args.overwrite` is not set, or another run
+                is writing there; if there is no whole checkpoint, or it was trained with other options, rows or
+                another model; if a loss is not finite, or a process that prepares batches dies.
+            OSError: if a checkpoint cannot be written, a full disk included; the last one stays.
         """
         if self.model is self.family.model:
             check_language_model_trains(self.family, self.args)
-        checkpoint = resolve_resume(resume_from_checkpoint, self.args.output_dir)
+        with ExitStack() as held:
+            agreed(self.args, lambda: held.enter_context(hold(self.args)))
+            return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
+
+    def _train_in_its_folder(self, resume: str | bool | None, **kwargs: Any):
+        args = self.args
+        checkpoint = agreed(args, lambda: resolve_resume(resume, args.output_dir))
+        found = None if checkpoint is None else agreed(args, lambda: (read_run_file(checkpoint) or {}).get("run_id"))
+        self.run_id = agreed(args, lambda: found or new_id())
+        self._identity = agreed(args, self._identify)
+        if checkpoint is not None:
+            check_same_run(checkpoint, self._resume_state())
+        agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
         if checkpoint is None:
-            if self.args.should_save:
+            if args.should_save:
                 self.bad_records.path.unlink(missing_ok=True)
         else:
             self.bad_records.read()
-            check_same_run(checkpoint, self._resume_state())
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:
+            if 0 < args.max_steps <= state.global_step:
                 # The stock loop looks at max_steps after a step, and would train one too many.
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
@@ -257,17 +285,20 @@ class DualSpeedTrainer(SteppingTrainer):
         Raises:
             OSError: if a file cannot be written, a full disk included.
         """
+        with self.watch.saving():
+            self._save_all(output_dir, _internal_call)
+
+    def _save_all(self, output_dir: str | None, internal: bool) -> None:
         folder = Path(output_dir or self.args.output_dir)
-        try:
-            super().save_model(output_dir, _internal_call)
-        except SafetensorError as error:
-            # safetensors reports a full disk as an error of its own.
-            if "os error 28" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
-        weight = None if self.isolator is None else _gathered(self.isolator.weight)
+        if self.args.should_save:
+            # While they are written the weights are nobody's, and what was measured on others is theirs no more.
+            for name in (RUN_FILE, *MEASURED):
+                (folder / name).unlink(missing_ok=True)
+        with disk_errors(folder):
+            super().save_model(output_dir, internal)
+        weight = None if self.isolator is None else gathered(self.isolator.weight)
         head = None if self.skip is None else self.skip.summary
-        summary = {} if head is None else {name: _gathered(value) for name, value in head.named_parameters()}
+        summary = {} if head is None else {name: gathered(value) for name, value in head.named_parameters()}
         if self.args.should_save:
             state = self._resume_state()
             remove_other_kind(
@@ -280,7 +311,7 @@ class DualSpeedTrainer(SteppingTrainer):
                 self.isolator.save(folder, metadata=state, weight=weight)
             if self.skip is not None:
                 self.skip.save(folder, tensors=summary)
-            write_run_file(folder, state, global_step=self.state.global_step, tokens=self.meter.tokens)
+            write_run_file(folder, state, self.run_id, global_step=self.state.global_step, tokens=self.meter.tokens)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
@@ -290,7 +321,8 @@ class DualSpeedTrainer(SteppingTrainer):
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
         try:
-            super()._save_checkpoint(model, trial)
+            with disk_errors(run_dir):
+                super()._save_checkpoint(model, trial)
         except BaseException:
             # What was written so far frees the room that the next attempt needs.
             shutil.rmtree(partial, ignore_errors=True)
@@ -302,16 +334,15 @@ class DualSpeedTrainer(SteppingTrainer):
         if best is not None and Path(best).is_relative_to(partial):
             self.state.best_model_checkpoint = str(run_dir / Path(best).relative_to(partial))
         if self.args.should_save:
-            folder = partial / f"checkpoint-{self.state.global_step}"
-            if best != self.state.best_model_checkpoint:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-            publish_checkpoint(partial, run_dir)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            folder = partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            try:
+                if best != self.state.best_model_checkpoint:
+                    self.state.save_to_json(str(folder / "trainer_state.json"))
+                written = publish_checkpoint(partial, run_dir)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            remove_old_checkpoints(written, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -338,7 +369,19 @@ class DualSpeedTrainer(SteppingTrainer):
         ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
         masters = {"float32_masters": self.keeps_masters}
         state = {**args.resume_state(), **masters, "global_batch_size": batch, "engine": engine, **ranks}
-        return {**state, "adapters": adapter_options(self.model)}
+        return {**state, "adapters": adapter_options(self.model), **(self._identity or {})}
+
+    def _identify(self) -> dict[str, Any]:
+        """What the run is trained on and from."""
+        rows = identify_rows(self.train_dataset)
+        if rows["rows"] is None:
+            # Each process and each of its workers reads its own part of a stream.
+            rows |= {"readers": self.args.world_size * max(1, self.args.dataloader_num_workers)}
+        return {
+            "data": rows,
+            "model": identify_model(self.model, self.family.model.config, self.model is not self.family.model),
+            "processor": identify_processor(self.processing_class),
+        }
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -437,36 +480,3 @@ def _withheld(args: DualSpeedConfig) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(args, name, value)
-
-
-def _load_config(model: str, args: DualSpeedConfig):
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise SaccadeError(f"model={model!r} cannot be loaded: {first_line}") from error
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    """The whole of a parameter that an engine may have sharded. Every rank must call it."""
-    if hasattr(weight, "full_tensor"):
-        return weight.full_tensor()
-    if hasattr(weight, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight]):
-            return weight.detach().clone()
-    return weight
-
-
-def freeze_parts(family: Family, args: DualSpeedConfig) -> None:
-    """Freeze the parts of a model that the options name."""
-    parts = (
-        (args.freeze_vision_tower, family.vision_tower),
-        (args.freeze_projector, family.projector),
-        (args.freeze_language_model, family.language_model),
-        (args.freeze_language_model, family.model.get_output_embeddings()),
-    )
-    for frozen, module in parts:
-        if frozen:
-            module.requires_grad_(False)

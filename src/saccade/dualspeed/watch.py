@@ -1,5 +1,6 @@
 """What can end a run before its time: a signal to stop, a loss that is no number, a dead data worker."""
 
+import os
 import signal
 import threading
 import traceback
@@ -22,31 +23,68 @@ from saccade.interfaces import changed
 WORKER_GRACE_SECONDS = 30
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after what was trained so far was saved; its text says how to go on."""
+
+
 class RunWatch(TrainerCallback):
     """Ends a run so that nothing is lost.
 
-    On SIGTERM all ranks finish the step that they are in, save a checkpoint and stop; `stopped` is then true. A loss
-    or a gradient norm that is not finite ends the run before the next checkpoint, and the batch is kept for a look.
+    On SIGTERM, and on the first Ctrl-C, all ranks finish the step that they are in, save a checkpoint and stop;
+    `stopped` is then true. A loss or a gradient norm that is not finite ends the run before the next checkpoint, and
+    the batch is kept for a look.
     """
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
         self.stopped = False
-        self._asked = False
+        self._asked: int | None = None
+        self._is_listening = False
         self._micro_batches: list[tuple[Tensor, Mapping[str, Any]]] = []
 
     @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of SIGTERM and of the first Ctrl-C while the block runs, in place of ending the process.
+
+        Inside another such block it does nothing. A second Ctrl-C is a `KeyboardInterrupt`, at once.
+        """
+        if self._is_listening:
+            yield
+            return
+        self._asked = None
+        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+            yield
+            return
+        self._is_listening = True
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            self._is_listening = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Finish what the block writes before a signal is obeyed."""
+        outermost = not self._is_listening
+        with self.listening():
+            yield
+        if outermost and self._asked is not None:
+            signal.raise_signal(self._asked)
+
+    @contextmanager
     def training(self) -> Iterator[None]:
-        """Listen for SIGTERM, and say in one line that a data worker died.
+        """Stop on signals after the step, and say in one line that a data worker died.
 
         Raises:
             SaccadeError: if a process that prepares batches died.
+            Interrupted: after Ctrl-C, when a checkpoint is saved.
         """
-        self.stopped = self._asked = False
-        main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._ask) if main_thread else None
+        self.stopped = False
         try:
-            yield
+            with self.listening():
+                yield
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not _is_dead_worker(error):
                 raise
@@ -58,11 +96,16 @@ class RunWatch(TrainerCallback):
             ) from error
         finally:
             self._micro_batches.clear()
-            if main_thread:
-                signal.signal(signal.SIGTERM, before)
+        if self.stopped and self._asked == signal.SIGINT:
+            raise Interrupted(self._way_on())
 
     def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
+        if number == signal.SIGINT:
+            if self._asked == signal.SIGINT:
+                raise KeyboardInterrupt
+            # Not `print`: the signal may have come in the middle of one.
+            os.write(2, b"\nsaccade: interrupted: saving after this step; Ctrl-C again stops at once\n")
+        self._asked = number
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if train_dataloader is None:
@@ -77,10 +120,12 @@ class RunWatch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         # The signal may reach one rank only, or several in different steps: they have to agree.
-        asked = float(self._asked)
+        asked = torch.tensor([float(self._asked == number) for number in (signal.SIGTERM, signal.SIGINT)])
         if self.trainer.accelerator.num_processes > 1:
-            asked = float(self.trainer.sum_over_ranks(torch.tensor(asked)))
-        if asked:
+            asked = self.trainer.sum_over_ranks(asked)
+        terminated, interrupted = (float(count) > 0 for count in asked)
+        if terminated or interrupted:
+            self._asked = signal.SIGINT if interrupted else signal.SIGTERM
             self.stopped = True
             control.should_save = control.should_training_stop = True
 
@@ -170,7 +215,7 @@ class RunWatch(TrainerCallback):
 
 @dataclass
 class WorkerStart:
-    """Lets a process that prepares batches outlive a SIGTERM to the whole group, so that the step can be finished.
+    """Lets a process that prepares batches outlive a signal to the whole group, so that the step can be finished.
 
     Args:
         then: what the loader wants to run in the worker.
@@ -181,6 +226,8 @@ class WorkerStart:
     def __call__(self, worker: int) -> None:
         # Not for good: it must not outlive a main process that waits for it either.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
+        # Ctrl-C in a terminal reaches every process of the group.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.then is not None:
             self.then(worker)
 

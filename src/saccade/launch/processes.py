@@ -1,21 +1,27 @@
 """Starts the processes of one machine, and ends together with them."""
 
+import ctypes
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from saccade.launch.plan import LaunchPlan
 
 _POLL_SECONDS = 0.1
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: float = 15.0) -> int:
     """Run `command` once a process of this machine, wait for all, and return the exit status of the run.
 
-    SIGTERM is handed on to every process, so that all of them save and stop. If one fails, the others get
-    `patience_seconds` to end by themselves, since they may be waiting for it forever, and are then killed.
+    SIGTERM and Ctrl-C are handed on to every process, so that all of them save and stop. If one fails, the others get
+    `patience_seconds` to end by themselves, since they may be waiting for it forever, and are then killed. If this
+    process dies, in whatever way, so do they.
 
     Returns:
         0 if all ended well, otherwise the status of the process that failed first; 1 if a signal killed it.
@@ -27,10 +33,18 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, hand_on)
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for local_rank in range(plan.local_processes):
-            started.append(subprocess.Popen(command, env=plan.environment_of(local_rank)))
+            # In groups of their own, so that Ctrl-C in a terminal reaches each of them once, from here.
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=plan.environment_of(local_rank),
+                    process_group=0,
+                    preexec_fn=partial(_end_with, os.getpid()),
+                )
+            )
         failed = _wait(started, None)
         if failed is None:
             return 0
@@ -52,7 +66,17 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
             if process.poll() is None:
                 process.kill()
             process.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with(launcher: int) -> None:
+    """In a new process, before its program starts: have the system kill it when the launcher dies."""
+    if _libc is None:
+        return
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before that was said
+        os._exit(1)
 
 
 def _wait(processes: list[subprocess.Popen], until: float | None, all_of_them: bool = False) -> int | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saccade.dualspeed.checkpoint import RUN_FILE, newest_checkpoint
+from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.folder import RUN_FILE
 from saccade.errors import SaccadeError
 from saccade.sweeps.plan import PLAN_FILE
 from saccade.sweeps.runner import RUNS

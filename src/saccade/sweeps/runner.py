@@ -24,9 +24,8 @@ from rich.progress import (
 )
 
 from saccade.errors import SaccadeError
-from saccade.files import write_json_atomically
+from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
-from saccade.sweeps.lock import folder_lock
 from saccade.sweeps.spec import RunSpec, stage_names
 from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
 
@@ -90,7 +89,11 @@ def run_specs(
     console = console or Console()
     stages = stages or output / STAGES
     columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with folder_lock(stages), Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+    taken = f"another sweep is at work in {stages}: wait for it, or give another --output"
+    with (
+        file_lock(stages / ".lock", taken),
+        Progress(TextColumn("{task.description}"), *columns, console=console) as progress,
+    ):
         return _Runner(output / RUNS, stages, progress, any_commit).run(list(specs), jobs)
 
 

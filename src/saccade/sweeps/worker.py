@@ -81,6 +81,8 @@ def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoin
         callbacks.append(saver)
         # Such a stage never goes on from a checkpoint: the times of what came before are not in it.
         recipe = {**recipe, "save_only_model": True}
+    # A stage is trained where it has no result yet: what lies in its folder is of an attempt that was broken off.
+    recipe = {**recipe, "overwrite": True}
     started = time.process_time()
     trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=callbacks)
     cpu_seconds = time.process_time() - started

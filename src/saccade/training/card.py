@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from trl import SFTConfig
 
 from saccade.companions import find_companion
-from saccade.dualspeed.checkpoint import RUN_FILE, read_run_file
+from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.tables import markdown_table
 
@@ -27,21 +29,40 @@ MEASURED = {
     "train_runtime": "training time, seconds",
     "eval_loss": "evaluation loss, last",
 }
+IDENTITY = {"adapters", "data", "model", "processor"}
 # Where and how often something was written says nothing about the model.
-HOUSEKEEPING = {"output_dir", "resume", "report_to", "disable_tqdm", "logging_steps", "save_steps", "save_total_limit"}
+HOUSEKEEPING = {
+    "overwrite",
+    "output_dir",
+    "resume",
+    "report_to",
+    "disable_tqdm",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+}
 
 
-def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: str | None = None) -> str:
+def model_card(
+    name: str,
+    source: Path,
+    facts: Mapping[str, Any],
+    license_name: str | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+) -> str:
     """The card's Markdown, with the front matter that the hub reads.
 
     Args:
-        source: folder of the run; `dualspeed.json`, `log.json` or `trainer_state.json`, and `eval.json` in it are used
-            where they are there.
+        source: folder of the run; `dualspeed.json`, and `log.json` of the same run or `trainer_state.json` in it are
+            used where they are there.
         facts: `parameters`, `dtype`, `architecture`, `base_model`.
+        evaluation: what `saccade eval` measured on these weights.
     """
-    log = _read(source / "log.json")
+    log = _read(source / LOG_FILE)
     history = log.get("log_history") or _read(source / "trainer_state.json").get("log_history") or []
     run = read_run_file(source) or {}
+    if log.get("run_id") != run.get("run_id") and None not in (log.get("run_id"), run.get("run_id")):
+        log, history = {}, []
     recipe = log.get("recipe", {})
     base = facts["base_model"] or recipe.get("model")
     parts = [
@@ -51,7 +72,7 @@ def model_card(name: str, source: Path, facts: Mapping[str, Any], license_name: 
         _usage(facts["architecture"], find_companion(source, ISOLATOR_FILE) is not None),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
-        _evaluation(_read(source / "eval.json")),
+        _evaluation(evaluation or {}),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -96,14 +117,21 @@ def _usage(architecture: str, isolator: bool) -> str:
 
 
 def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
-    """A table of every setting: those that a resumed run must share, then the rest of the recipe as written."""
+    """A table of settings: of those that a resumed run must share the ones that are DualSpeed's own or not as TRL has
+    them, then the rest of the recipe as written."""
+    stock = {entry.name: entry.default for entry in fields(SFTConfig)}
+    config = {name: value for name, value in config.items() if name not in stock or _is_set(value, stock[name])}
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
     values = {**recipe, **config, **lora, "lora": bool(adapters)}
-    order = [*(name for name in config if name != "adapters"), "lora", *lora, *recipe]
+    order = [*(name for name in config if name not in IDENTITY), "lora", *lora, *recipe]
     names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
     rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
+
+
+def _is_set(value: Any, default: Any) -> bool:
+    return default is not MISSING and value != getattr(default, "value", default)
 
 
 def _training(

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from saccade.companions import find_companion
-from saccade.dualspeed.checkpoint import RUN_FILE
+from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
+from saccade.dualspeed.weights import base_of, check_keys, identify_weights, load_whole, read_evaluation
 from saccade.errors import SaccadeError
-from saccade.files import check_new_folder, write_text_atomically
+from saccade.files import check_new_folder, write_json_atomically, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
@@ -43,7 +43,8 @@ def export_model(
         license_name: licence for the model card; left out when unknown.
 
     Returns:
-        `output`, `source`, `base_model` (None where nothing was merged), `parameters`, `dtype`, `bytes`, `files`.
+        `output`, `source`, `base_model` (None where nothing was merged), `parameters`, `dtype`, `bytes`, `files`,
+        `notes` (what was left out, and why).
 
     Raises:
         SaccadeError: if `source` is no trained model, `output` is taken, or what was written does not load as it is.
@@ -52,10 +53,8 @@ def export_model(
     source, output = Path(source), Path(output)
     _check_paths(source, output)
     check_shard_size(max_shard_size)
-    base = None
-    if (source / "adapter_config.json").is_file():
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-    _check_source(source if base is None else base, source)
+    base = base_of(source)
+    evaluation, note = read_evaluation(source)
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
@@ -65,13 +64,17 @@ def export_model(
         check_loads(folder, model)
         for name, path in _companions(source).items():
             shutil.copy2(path, folder / name)
+        if evaluation is not None:
+            # Merged or in another dtype they are other bytes; of the accuracy it stays said what it was measured on.
+            evaluation = {**evaluation, "exported_weights": identify_weights(folder)}
+            write_json_atomically(folder / EVALUATION_FILE, evaluation)
         facts = {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
             "architecture": type(model).__name__,
             "base_model": base,
         }
-        write_text_atomically(folder / "README.md", model_card(output.name, source, facts, license_name))
+        write_text_atomically(folder / "README.md", model_card(output.name, source, facts, license_name, evaluation))
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
@@ -84,22 +87,8 @@ def export_model(
         "dtype": facts["dtype"],
         "bytes": sum(path.stat().st_size for path in files),
         "files": [path.name for path in files],
+        "notes": [] if note is None else [f"{note}, and was left out: `saccade eval {source}` measures these"],
     }
-
-
-def _check_source(weights: str | Path, source: Path) -> None:
-    """Stock loading fills missing weights with noise and warns; here that is an error."""
-    try:
-        _, info = AutoModelForImageTextToText.from_pretrained(weights, dtype="auto", output_loading_info=True)
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(f"model={str(source)!r}: {str(weights)!r} cannot be loaded: {line}") from error
-    problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
-    if problems:
-        raise SaccadeError(
-            f"model={str(source)!r}: the weights in {str(weights)!r} are not whole: {problems}; "
-            "name another checkpoint of the run"
-        )
 
 
 def check_loads(folder: Path, model: PreTrainedModel) -> None:
@@ -108,15 +97,17 @@ def check_loads(folder: Path, model: PreTrainedModel) -> None:
     Raises:
         SaccadeError: naming the keys that are missing, unexpected or of another value.
     """
-    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
-    problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys and name.endswith("_keys")}
+    loaded = load_whole(folder, dtype=model.dtype)
     written, kept = loaded.state_dict(), model.state_dict()
-    other = [name for name, value in kept.items() if name not in written or not _equal(written[name], value)]
-    if other:
-        problems["other_values"] = other
-    if problems:
-        shown = {name: keys[:3] for name, keys in problems.items()}
-        raise SaccadeError(f"model: what was written to {str(folder)!r} does not load as it is: {shown}")
+    check_keys(
+        folder,
+        {
+            "missing": kept.keys() - written.keys(),
+            "other values of": [
+                name for name in kept.keys() & written.keys() if not _equal(written[name], kept[name])
+            ],
+        },
+    )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -145,7 +136,7 @@ def check_shard_size(text: str) -> None:
 
 
 def _companions(source: Path) -> dict[str, Path]:
-    """Files of ours that go with the weights, by the names that they get: learned tables, settings, evaluation."""
+    """Files of ours that go with the weights, by the names that they get: learned tables and settings."""
     found = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
-    found |= {name: source / name for name in (RUN_FILE, "eval.json") if (source / name).is_file()}
+    found |= {RUN_FILE: source / RUN_FILE} if (source / RUN_FILE).is_file() else {}
     return {name: path for name, path in found.items() if path is not None}

@@ -26,7 +26,7 @@ from saccade.benchmark.shapes import SHAPES, Shape, shape_of
 from saccade.dualspeed.masters import HALF
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import check_packing
-from saccade.dualspeed.trainer import freeze_parts
+from saccade.dualspeed.start import freeze_parts
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable

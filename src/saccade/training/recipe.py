@@ -42,7 +42,8 @@ class ModelOptions:
         lora_dropout: dropout before the adapters.
         load_in_4bit: keep the decoder's weights in four bits (QLoRA: NF4, quantized twice) under the adapters; needs
             `lora` and bitsandbytes.
-        resume: "auto" goes on from the newest whole checkpoint in `output_dir` if there is one; a path names one.
+        resume: "auto" goes on from the newest whole checkpoint in `output_dir` of the run that the folder belongs to,
+            if there is one; a path names one.
     """
 
     model: str = "tiny"

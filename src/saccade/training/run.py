@@ -1,5 +1,6 @@
 """Train what a recipe describes, from its first check to the saved model."""
 
+from contextlib import ExitStack
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -11,19 +12,18 @@ from transformers import TrainerCallback
 from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.bad_records import BadRecordLog
-from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.checkpoint import checkpoints
 from saccade.dualspeed.collator import BAD_RECORDS
+from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_inside, check_unused, hold
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.padding import check_aspect_ratio
-from saccade.files import write_json_atomically
+from saccade.files import disk_errors, write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.recipe import Recipe
 from saccade.training.sources import check_family, load_model, load_rows
-
-LOG_FILE = "log.json"
 
 
 def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
@@ -34,9 +34,21 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
 
     Raises:
         SaccadeError: on bad input, before training starts.
+        OSError: if a file cannot be written, a full disk included.
     """
+    args = recipe.trainer
+    with ExitStack() as held:
+        # From before anything is written until the model is saved.
+        agreed(args, lambda: held.enter_context(hold(args)))
+        resume = agreed(args, lambda: find_resume(recipe))
+        with disk_errors(args.output_dir):
+            return _train_and_save(recipe, resume, callbacks)
+
+
+def _train_and_save(
+    recipe: Recipe, resume: str | bool | None, callbacks: list[TrainerCallback] | None
+) -> DualSpeedTrainer:
     options, args = recipe.options, recipe.trainer
-    resume = _resume(options.resume, args.output_dir)
     check_lora(recipe)
     if args.image_aspect_ratio is not None and options.model != "tiny":
         check_aspect_ratio(check_family(options.model, args.trust_remote_code), args.image_aspect_ratio)
@@ -70,19 +82,22 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     check_engine(trainer.accelerator)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     check_first_rows(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    if trainer.watch.stopped:
-        # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
-        return trainer
-    trainer.save_model(args.output_dir)
-    if args.should_save:
-        record = {
-            "recipe": recipe.given,
-            "log_history": trainer.state.log_history,
-            "environment": environment(),
-            "finished": date.today().isoformat(),
-        }
-        write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
+    # A signal while the model is being saved is noted and changes nothing: the run ends a moment later anyway.
+    with trainer.watch.listening():
+        trainer.train(resume_from_checkpoint=resume)
+        if trainer.watch.stopped:
+            # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
+            return trainer
+        trainer.save_model(args.output_dir)
+        if args.should_save:
+            record = {
+                "recipe": recipe.given,
+                "run_id": trainer.run_id,
+                "log_history": trainer.state.log_history,
+                "environment": environment(),
+                "finished": date.today().isoformat(),
+            }
+            write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
     return trainer
 
 
@@ -153,12 +168,28 @@ def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:
     ]
 
 
-def _resume(resume: str | None, output_dir: str) -> str | bool | None:
-    """What `DualSpeedTrainer.train` takes."""
-    if resume is None:
-        return None
-    if resume != "auto" and not Path(resume).is_dir():
-        raise SaccadeError(f"resume={resume!r} is no folder: name a checkpoint, or 'auto' for the newest whole one")
-    if resume == "auto":
-        return newest_checkpoint(output_dir) is not None
-    return resume
+def find_resume(recipe: Recipe) -> str | bool | None:
+    """What `DualSpeedTrainer.train` takes.
+
+    Raises:
+        SaccadeError: if there is no such checkpoint, or what lies in `output_dir` would be written over.
+    """
+    options, args = recipe.options, recipe.trainer
+    if options.resume is not None and args.overwrite:
+        raise SaccadeError(
+            f"resume={options.resume!r} goes on from what overwrite=true removes: leave one of them out"
+        )
+    if options.resume not in (None, "auto"):
+        if not Path(options.resume).is_dir():
+            raise SaccadeError(
+                f"resume={options.resume!r} is not a folder: name a checkpoint, or 'auto' for the newest whole one"
+            )
+        return options.resume
+    if options.resume == "auto" and checkpoints(args.output_dir):
+        return True
+    if args.overwrite:
+        for name, value in (("model", options.model), ("isolator_path", args.isolator_path)):
+            check_not_inside(value, args.output_dir, name)
+    else:
+        check_unused(args.output_dir)
+    return None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -20,6 +19,7 @@ from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.dualspeed.labels import stop_ids
+from saccade.dualspeed.weights import base_of, load_whole, merge_adapters
 from saccade.errors import RecordError, SaccadeError
 from saccade.families import Family, family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
@@ -41,7 +41,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         trust_remote_code: run Python code that comes with a checkpoint.
 
     Raises:
-        SaccadeError: if they cannot be loaded.
+        SaccadeError: if they cannot be loaded, or weights are missing, left over or of another shape.
     """
     if options.dtype not in DTYPES:
         raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
@@ -59,18 +59,18 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
             with torch.device("meta"):
                 names = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
             loading["quantization_config"] = quantization_config(names, options.dtype)
-        if (Path(options.model) / "adapter_config.json").is_file():
-            base = PeftConfig.from_pretrained(options.model).base_model_name_or_path
-            model = AutoModelForImageTextToText.from_pretrained(base, **loading)
-            model = PeftModel.from_pretrained(model, options.model).merge_and_unload()
+        base = base_of(options.model)
+        model = load_whole(options.model if base is None else base, **loading)
+        if base is not None:
+            model = merge_adapters(model, options.model)
             if not options.load_in_4bit:  # merging leaves every weight frozen, and the next run is to train them
                 model.requires_grad_(True)
-        else:
-            model = AutoModelForImageTextToText.from_pretrained(options.model, **loading)
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
         use_released_names(model)
         return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code)
+    except SaccadeError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         line = " ".join(str(error).split())[:300]
         raise SaccadeError(f"model={options.model!r} cannot be loaded: {line}") from error
@@ -97,7 +97,7 @@ def load_processor(
     loading = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     check_family(options.model, **loading)
     try:
-        base = _base(options.model)
+        base = base_of(options.model) or options.model
         config = AutoConfig.from_pretrained(base, **loading)
         processor = AutoProcessor.from_pretrained(options.model, **loading)
         try:
@@ -111,13 +111,6 @@ def load_processor(
         raise SaccadeError(f"model={options.model!r} has no processor that loads: {line}") from error
 
 
-def _base(model: str) -> str:
-    """The model that LoRA adapters belong to; a model itself where it is none."""
-    if (Path(model) / "adapter_config.json").is_file():
-        return PeftConfig.from_pretrained(model).base_model_name_or_path
-    return model
-
-
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
     """The family of a model, before its weights are read.
 
@@ -125,7 +118,7 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
         SaccadeError: if there is none, or no config to tell it from.
     """
     try:
-        model = _base(model)
+        model = base_of(model) or model
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )

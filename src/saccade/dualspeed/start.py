@@ -1,0 +1,47 @@
+"""The model that a run starts from: loaded by its name, and frozen in parts."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.weights import load_whole
+from saccade.errors import SaccadeError
+from saccade.families import Family
+
+
+def load_config(model: str, args: DualSpeedConfig) -> Any:
+    """The config of a model by its name.
+
+    Raises:
+        SaccadeError: if it cannot be loaded.
+    """
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise SaccadeError(f"model={model!r} cannot be loaded: {first_line}") from error
+
+
+def load_by_name(model: str, args: DualSpeedConfig, quantization: Any) -> PreTrainedModel:
+    """What TRL would load for a name, in float32 unless `model_init_kwargs` says otherwise, with every key checked.
+
+    Raises:
+        SaccadeError: if weights are missing, left over or of another shape.
+    """
+    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None
+    return load_whole(model, **options, **({} if quantization is None else {"quantization_config": quantization}))
+
+
+def freeze_parts(family: Family, args: DualSpeedConfig) -> None:
+    """Freeze the parts of a model that the options name."""
+    parts = (
+        (args.freeze_vision_tower, family.vision_tower),
+        (args.freeze_projector, family.projector),
+        (args.freeze_language_model, family.language_model),
+        (args.freeze_language_model, family.model.get_output_embeddings()),
+    )
+    for frozen, module in parts:
+        if frozen:
+            module.requires_grad_(False)

@@ -1,0 +1,158 @@
+"""Loading weights with every key accounted for: stock loading fills what is missing with noise, and only warns."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from saccade.companions import ENDING
+from saccade.dualspeed.folder import EVALUATION_FILE
+from saccade.dualspeed.manifest import checksums
+from saccade.errors import SaccadeError
+
+ADAPTER_FILE = "adapter_config.json"
+# Tables that are computed, which some released checkpoints hold all the same.
+_COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
+_KINDS = ("missing", "unexpected", "mismatched")
+_SHOWN = 3
+
+
+def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **options: Any) -> PreTrainedModel:
+    """A stock model from its folder or hub id, all of whose weights come from there.
+
+    Args:
+        factory: the class whose `from_pretrained` loads it.
+        options: for `from_pretrained`.
+
+    Raises:
+        SaccadeError: naming weights that are missing, left over, or of another shape.
+        OSError: if it cannot be read, and whatever else `from_pretrained` raises.
+    """
+    # Other shapes end as an error that names no key unless they are let through to be named here.
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = factory.from_pretrained(place, **options)
+    check_keys(place, {kind: info.get(f"{kind}_keys") or () for kind in _KINDS})
+    return model
+
+
+def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model.
+
+    Args:
+        place: where they are from.
+        keys: names by what is the matter with them.
+
+    Raises:
+        SaccadeError: naming the first few of each kind.
+    """
+    problems = []
+    for kind, names in keys.items():
+        found = sorted(name if isinstance(name, str) else str(name[0]) for name in names)
+        if kind == "unexpected":
+            found = [name for name in found if not name.endswith(_COMPUTED)]
+        if found:
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            problems.append(f"{kind} {', '.join(found[:_SHOWN])}{more}")
+    if problems:
+        raise SaccadeError(
+            f"model={str(place)!r}: the weights do not fit the config beside them: {'; '.join(problems)}; "
+            "name another checkpoint, or fetch this one again"
+        )
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The model that the adapters in `folder` belong to; None where there are no adapters."""
+    if not (Path(folder) / ADAPTER_FILE).is_file():
+        return None
+    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+
+
+def identify_weights(place: str | Path) -> str | None:
+    """What tells the weights in a folder from others: a checksum of every file of them, and of an adapter's base.
+
+    It reads the files whole. None where `place` is not a folder.
+
+    Raises:
+        OSError: if a file cannot be read.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return None
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", f"*{ENDING}")
+    sums = checksums(sorted({path for pattern in patterns for path in folder.glob(pattern)}))
+    parts = [f"{path.name} {path.stat().st_size} {found}" for path, found in sums.items()]
+    base = base_of(folder)
+    if base is not None:
+        parts.append(identify_weights(base) or base)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What `saccade eval` measured on the weights in `folder`; or None, and why what lies there is not of them."""
+    path = Path(folder) / EVALUATION_FILE
+    if not path.is_file():
+        return None, None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, f"{path} is damaged"
+    measured = {found.get("weights"), found.get("exported_weights")} if isinstance(found, dict) else set()
+    if not measured - {None}:
+        return None, f"{path} does not say which weights it was measured on"
+    if identify_weights(folder) not in measured:
+        return None, f"{path} was measured on other weights"
+    return found, None
+
+
+def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Merge the adapters in `folder` into the model that they were trained on.
+
+    Where input and output embeddings are one table and adapters change one of them, or both in ways of their own,
+    they become two tables: merged into one they would give other logits.
+
+    Raises:
+        SaccadeError: if the adapters' weights are not all there, or there are others among them.
+    """
+    _untie(model, folder)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except RuntimeError as error:  # a tensor of another shape, which is said over several lines
+        raise SaccadeError(f"model={str(folder)!r}: {' '.join(str(error).split())[:300]}") from error
+    expected, found = get_peft_model_state_dict(adapted), load_peft_weights(str(folder), device="cpu")
+    shapes = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
+    check_keys(
+        folder,
+        {
+            "missing": expected.keys() - found.keys(),
+            "unexpected": found.keys() - expected.keys(),
+            "mismatched": shapes,
+        },
+    )
+    return adapted.merge_and_unload()
+
+
+def _untie(model: PreTrainedModel, folder: str | Path) -> None:
+    """Give the output embeddings a table of their own where an adapter changes a tied one."""
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is None or outputs.weight is not inputs.weight:
+        return
+    tied = {name for name, module in model.named_modules() if module is inputs or module is outputs}
+    touched = {name for key in load_peft_weights(str(folder), device="cpu") for name in tied if _is_of(key, name)}
+    if not touched:
+        return
+    outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=outputs.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    # What transformers ties again when it saves, and PEFT when it merges.
+    model.all_tied_weights_keys = {}
+
+
+def _is_of(key: str, module: str) -> bool:
+    """Whether `key` of an adapter's file belongs to the module called so."""
+    return f".{module}." in f".{key}" or f".{module.rpartition('.')[2]}." in f".{key}"
