@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_unbroken_one(processor, tmp_path):
     whole = run(in_bf16(processor), processor, tmp_path / "whole", **STEPS)
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "broken" / "checkpoint-2")
     # The rounded weights alone would not do: the masters are between them.
-    held = torch.load(tmp_path / "broken" / "checkpoint-2" / MASTERS_FILE)
+    held = load_file(tmp_path / "broken" / "checkpoint-2" / MASTERS_FILE)
     assert any((value != value.bfloat16()).any() for value in held.values())
     resumed = run(build_tiny_llava(processor, seed=1).bfloat16(), processor, tmp_path / "broken", resume=True, **STEPS)
     assert losses(resumed) == losses(whole)

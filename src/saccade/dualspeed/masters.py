@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from saccade.companions import find_companion, read_companion, save_companion
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.errors import SaccadeError
-from saccade.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-MASTERS_FILE = "float32_masters.pt"
-"""In checkpoints, beside the optimizer's states. Not a safetensors file: engines take all of those for weights."""
+MASTERS_FILE = "float32_masters.saccade"
+"""In checkpoints, beside the optimizer's states."""
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -103,21 +103,19 @@ class Float32Masters:
         return {name: master.detach() for name, (_, master) in self._pairs.items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write `float32_masters.pt` into `folder`, whole or not at all."""
-        with atomic_path(Path(folder) / MASTERS_FILE) as partial:
-            torch.save({name: weight.cpu() for name, weight in self.weights.items()}, partial)
+        """Write `float32_masters.saccade` into `folder`, whole or not at all."""
+        save_companion(folder, MASTERS_FILE, self.weights, {})
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote. Without the file the masters start from the weights, and it is said.
 
         Raises:
-            SaccadeError: if the file is of other weights.
+            SaccadeError: if the file is not whole, or of other weights.
         """
-        path = Path(folder) / MASTERS_FILE
-        if not path.is_file():
+        if find_companion(folder, MASTERS_FILE) is None:
             logger.warning("%s holds no %s: float32 masters start from the rounded weights", folder, MASTERS_FILE)
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        _, saved = read_companion(folder, MASTERS_FILE, "resume_from_checkpoint")
         if {name: tuple(value.shape) for name, value in saved.items()} != {
             name: tuple(value.shape) for name, value in self.weights.items()
         }:
