@@ -22,6 +22,8 @@ from saccade.families.llava import LlavaFamily
 from saccade.reducers import get_reducer, list_reducers
 from saccade.tokens import TokenBudget, VisualContext
 
+pytestmark = pytest.mark.interfaces
+
 ATTENTION = frozenset({"saliency", "keys"})
 DEMANDING = [name for name in list_reducers() if get_reducer(name).needs]
 
@@ -219,9 +221,10 @@ def test_under_peft_checkpointing_and_autocast(model, inputs):
 
 
 def test_a_tower_without_a_known_block_is_refused(model, inputs):
+    model.model.vision_tower.config.model_type = "another"
     model.model.vision_tower.encoder.blocks = model.model.vision_tower.encoder.layers
     del model.model.vision_tower.encoder.layers
-    with pytest.raises(SaccadeError, match="model_type='llava' gives no keys and saliency"):
+    with pytest.raises(SaccadeError, match=r"model_type='llava' of transformers .* gives no keys and saliency"):
         get_family(model).encode(inputs, ATTENTION)
 
 

@@ -40,6 +40,8 @@ from saccade.skip_vision import SkipVisionConfig, analysis, apply_skip_vision
 from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
 from saccade.tokens import Role
 
+pytestmark = pytest.mark.interfaces
+
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = re.escape(f"transformers {transformers.__version__}: ")
 TOLD = rf"^{VERSION}.*install transformers 5\.\d+ to 5\.\d+, with which it is tested$"

@@ -42,7 +42,14 @@ def generated(output, inputs):
     return output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize("rows", [range(4), [1], [2]], ids=["batch", "two images", "text"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(range(4), id="batch", marks=pytest.mark.interfaces),
+        pytest.param([1], id="two images"),
+        pytest.param([2], id="text"),
+    ],
+)
 def test_compacted_cache_equals_masked_full_cache(case, rows):
     """Greedy tokens and logits, with different numbers of skipped rows, text-only samples and left padding."""
     prompts = case.prompts(rows)
@@ -218,6 +225,7 @@ def test_new_tokens_alone_may_be_given(llava):
     assert torch.equal(whole.sequences[:, -6:], alone.sequences[:, -6:])
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_a_loop_of_forwards(name):
     """`forward` with a cache goes on at the right positions, whether or not they are given."""

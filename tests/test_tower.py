@@ -8,6 +8,8 @@ from family_tester import Case
 from saccade.families import get_family
 from saccade.families.tower import unused_layers_passed_over
 
+pytestmark = pytest.mark.interfaces
+
 
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 @pytest.mark.parametrize("feature_layer", [-1, -2, 1, [1, 2], [0]])
