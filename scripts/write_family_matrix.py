@@ -65,6 +65,8 @@ HOLES = {
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "the text separates them, so that each is an image of its own, with its own "
     "isolator",
+    "`image_aspect_ratio` on all but LLaVA": "Gemma 3's processor squeezes the whole image into a square and cannot "
+    "pad; the others take images in their own shape. Nothing is cut off; refused in one line",
     "LLaVA with a Pixtral tower": "its images are of many sizes, where this family expects one; refused in one line",
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "

@@ -46,7 +46,7 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -
 
     - Cameras store many photos lying on their side with a note on how to turn them. Whoever wrote a question about one
       saw it upright, so it is turned here. EXIF data that is damaged is read as far as it can be.
-    - What is transparent shows a white background, as in transformers' image processors.
+    - What is transparent shows a white background, as in the image processors of recent transformers.
     - Values of 16-bit integers (and of 32-bit ones, which hold 16 bits in some formats) are scaled from [0, 65535],
       floats from [0, 1] if none is above 1, from [0, 255] otherwise. An image whose values do not fit is refused, and
       so is one that is not all black and yet stays below a sixteenth of the scale: it was meant for another one.
