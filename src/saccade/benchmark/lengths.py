@@ -15,6 +15,7 @@ class Source:
         turns: questions and answers in a sample.
         question: tokens of a question, its role markers included.
         answer: tokens of an answer, its end included.
+        images: of a sample.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Source:
     turns: int
     question: int
     answer: int
+    images: int = 1
 
 
 LLAVA_665K: tuple[Source, ...] = (
@@ -40,6 +42,13 @@ LLAVA_665K: tuple[Source, ...] = (
 """The parts of the LLaVA-1.5 instruction mixture that have images. Numbers of samples: LLaVA-1.5 paper (arXiv
 2310.03744), Table 7. Turns and tokens are estimates from the formats of the tasks, not counts of the data."""
 
+SHAREGPT = Source("ShareGPT", 40, 3, 60, 220, images=0)
+"""The part of the same mixture without images, which no pruning shortens. The number of samples is from the same
+table; turns and tokens are an estimate."""
+
+SYSTEM_PROMPT = 35
+"""Tokens of the system prompt that each sample of the mixture begins with in the released scripts, an estimate."""
+
 LLAVA_558K: tuple[Source, ...] = (Source("LLaVA-Pretrain captions", 558, 1, 6, 18),)
 """Captions of stage one. The number of samples is published; the tokens are an estimate."""
 
@@ -55,14 +64,20 @@ SPREAD = 0.35
 
 @dataclass(frozen=True)
 class TextLength:
-    """The text of one sample: tokens of each question and of the answer that follows it."""
+    """The text of one sample: tokens of each question and of the answer that follows it; and its number of images."""
 
     turns: tuple[tuple[int, int], ...]
+    images: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of the whole text."""
         return sum(question + answer for question, answer in self.turns)
+
+    @property
+    def learned(self) -> int:
+        """Tokens of the answers."""
+        return sum(answer for _, answer in self.turns)
 
 
 def draw_lengths(sources: Sequence[Source], count: int, seed: int) -> list[TextLength]:
@@ -74,6 +89,6 @@ def draw_lengths(sources: Sequence[Source], count: int, seed: int) -> list[TextL
 
     chosen = draw.choices(sources, [source.samples for source in sources], k=count)
     return [
-        TextLength(tuple((around(source.question), around(source.answer)) for _ in range(source.turns)))
+        TextLength(tuple((around(source.question), around(source.answer)) for _ in range(source.turns)), source.images)
         for source in chosen
     ]

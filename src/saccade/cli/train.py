@@ -4,6 +4,7 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 PASS_UNKNOWN = True
@@ -42,9 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
     parser.add_argument("--dry-run", action="store_true", help="count weights, tokens, operations and memory, and end")
     parser.add_argument("--output", metavar="FILE", help="with --dry-run: also write JSON to FILE")
-    parser.add_argument("--text-tokens", type=int, metavar="N", help="with --dry-run: of a sample (default: 124)")
     parser.add_argument(
-        "--label-rows", type=int, metavar="N", help="with --dry-run: of these, how many are learned (default: half)"
+        "--text-tokens",
+        type=int,
+        metavar="N",
+        help="with --dry-run: of a sample, with one image (default: those of the recipe's own rows, or of a shipped "
+        "table of captions or instructions)",
+    )
+    parser.add_argument(
+        "--label-rows",
+        type=int,
+        metavar="N",
+        help="with --text-tokens: of these, how many are learned (default: half)",
     )
     parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: GPUs side by side (default: 8)")
     parser.add_argument(
@@ -132,7 +142,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 def _print(plan: dict[str, Any]) -> None:
     from saccade.report.tables import print_table
 
-    parameters, expected, batch, assumed = (plan[name] for name in ("parameters", "expected", "batch", "assumed"))
+    parameters, expected, batch, lengths = (plan[name] for name in ("parameters", "expected", "batch", "lengths"))
     rows = [
         ["model", plan["model"] if plan["model"] == plan["shape"] else f"{plan['model']} ({plan['shape']})"],
         ["parameters", f"{parameters['total']:,}"],
@@ -140,7 +150,7 @@ def _print(plan: dict[str, Any]) -> None:
         ["isolator and summary head", f"{parameters['own']:,}"],
         ["visual tokens of an image", plan["visual_tokens"]],
         ["rows an image, expected", f"{expected['visual_rows']:.1f}"],
-        ["sequence length, expected", f"{expected['length']:.1f} of {plan['baseline']['length']}"],
+        ["sequence length, expected", f"{expected['length']:.1f} of {plan['baseline']['length']:.1f}"],
         ["speed-up of a step, in operations", f"{expected['speedup']:.2f}x"],
         ["speed-up of the language model", f"{expected['speedup_language']:.2f}x"],
         [
@@ -159,9 +169,26 @@ def _print(plan: dict[str, Any]) -> None:
     print()
     print_table("modes", columns, [[*(mode[key] for key in keys), mode["flops"] / 1e12] for mode in modes])
     print()
+    stages, published = plan["schedule"]["stages"], plan["published"]
+    rows = [
+        [Path(one["recipe"]).stem, f"{one['samples']:,.0f}", one["lengths"]["text_tokens"], f"{one['speedup']:.2f}x"]
+        for one in stages
+    ]
+    if len(rows) > 1:
+        rows.append(["both stages", "", None, f"{plan['schedule']['speedup']:.2f}x"])
+    print_table("schedule", ["stage", "samples", "text tokens of a sample", "speed-up, in operations"], rows)
+    if published:
+        names = {"stage two": "stage two, an estimate from the other two"}
+        print(
+            "published, in seconds on one L40: "
+            + "; ".join(f"{value}x ({names.get(name, name)})" for name, value in published.items())
+        )
+    print()
     sizes = [[name, f"{value / 2**30:.3f}"] for name, value in plan["memory"].items()]
     print_table("memory, GiB", ["a device, estimated", "GiB"], sizes)
+    text, learned, images = (lengths[name] for name in ("text_tokens", "label_rows", "images"))
     print(
-        f"\nOne image and {assumed['text_tokens']} text tokens a sample, {assumed['label_rows']} of them learned. "
-        "Operations are counted, not timed; memory is an estimate."
+        f"\nA sample has {text:.0f} tokens of text, {learned:.0f} of them learned, and {images:.2f} images: "
+        f"{lengths['source']}. Operations are counted, without padding, and not timed; memory is an estimate, of the "
+        "longest samples."
     )

@@ -85,6 +85,18 @@ class TokenCounter:
         """
         return len(self._ids(self._writer.write(row).text))
 
+    def text_and_learned(self, row: Mapping[str, Any]) -> tuple[int, int]:
+        """`text_tokens`, and how many of these are learned: answers and their ends.
+
+        Raises:
+            RecordError: if training cannot use the text.
+            TemplateError: of Jinja, if the chat template refuses it.
+        """
+        written = self._writer.write(row)
+        return len(self._ids(written.text)), sum(
+            len(self._ids(written.text[start:end])) for start, end in written.learned
+        )
+
     def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
         """Length of the full sequence, and of the shortened one."""
         full = shortened = text_tokens

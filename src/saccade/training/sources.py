@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DIGITS = "digits"
-_DIGIT_ROWS = 50_000
+DIGIT_ROWS = 50_000
 
 
 def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -210,7 +210,7 @@ def _digits(options: ModelOptions, rows: int | None) -> Dataset:
     return digit_scenes(
         options.dataset_stage,
         options.dataset_split,
-        _DIGIT_ROWS if rows is None else rows,
+        DIGIT_ROWS if rows is None else rows,
         options.dataset_seed,
         options.dataset_grid,
         turns=options.dataset_turns,

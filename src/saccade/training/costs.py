@@ -1,0 +1,259 @@
+"""What samples cost in each mode: rows, operations, and memory for the backward pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from saccade.benchmark.flops import (
+    TextShape,
+    VisualRows,
+    head_flops,
+    projector_flops,
+    skip_rows,
+    tower_flops,
+    training_flops,
+)
+from saccade.benchmark.shapes import Shape
+from saccade.dualspeed.masters import HALF
+from saccade.dualspeed.modes import Mode
+from saccade.families import get_family
+from saccade.tokens import TokenBudget
+from saccade.training.lengths import SampleLength
+from saccade.training.quantization import NF4_BYTES, quantized_weights
+from saccade.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ModeCost:
+    """What one sample costs in one mode.
+
+    Args:
+        name: of the mode.
+        probability: its share of steps.
+        rows: visual rows of an image in the trained pass.
+        isolator: rows of the isolator beside them.
+        length: rows of the whole sequence, the mean over samples.
+        flops: of the trained pass and the teacher's, tower and projector with them, the mean over samples.
+        language_flops: of these, the language model's.
+        samples: of a micro-batch that run at a time.
+        activations: bytes that the backward pass needs of the longest sample.
+    """
+
+    name: str
+    probability: float
+    rows: VisualRows
+    isolator: int
+    length: float
+    flops: float
+    language_flops: float
+    samples: int
+    activations: float
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One sample in one mode: rows of its sequence, those that skip, operations, bytes for the backward pass."""
+
+    length: int
+    vision: int
+    language: int
+    activations: float
+
+
+class Costs:
+    """Counts of one recipe on one model."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        shape: Shape,
+        config: PreTrainedConfig,
+        lengths: Mapping[SampleLength, int],
+    ) -> None:
+        self.recipe, self.model, self.shape, self.config = recipe, model, shape, config
+        self.family = get_family(model)
+        self.text, self.lengths = TextShape.of(config), lengths
+        self.vision = self._vision()
+        layers = list(self.family.language_layers.named_parameters())
+        self.trains_language = any(p.requires_grad for _, p in layers)
+        adapters = [(name, p.numel()) for name, p in layers if "lora_" in name]
+        self.adapters_feed_forward = sum(count for name, count in adapters if "mlp" in name)
+        self.adapters_attention = sum(count for _, count in adapters) - self.adapters_feed_forward
+
+    def parameters(self) -> dict[str, int]:
+        """Weights of the stock model, those that train, and those of adapters."""
+        every = dict(self.model.named_parameters())
+        adapters = sum(p.numel() for name, p in every.items() if "lora_" in name)
+        copies = sum(p.numel() for name, p in every.items() if "modules_to_save" in name)
+        total = sum(p.numel() for p in every.values())
+        trained = sum(p.numel() for p in every.values() if p.requires_grad)
+        return {"total": total - adapters - copies, "trainable": trained, "adapters": adapters}
+
+    def own_parameters(self) -> int:
+        """Weights of isolator and summary head, in float32."""
+        args, width = self.recipe.trainer, self.text.width
+        if args.is_ordinary:
+            return 0
+        modes = args.all_modes()
+        isolator = args.isolator_length * width if any(mode.isolator for mode in modes) else 0
+        head = 3 * width if any(mode.skip_vision and mode.skip_vision.summary for mode in modes) else 0
+        return isolator + head
+
+    def modes(self) -> list[ModeCost]:
+        """Each mode of the run, with the teacher it learns from; a stage that trains no decoder layer has one."""
+        args = self.recipe.trainer
+        if args.is_ordinary:
+            return [self.of(Mode("all_tokens", 1.0, "keep"))]
+        modes = args.all_modes()
+        if not self.trains_language:
+            return [self.of(replace(modes[0], probability=1.0, teacher=None))]
+        named = {mode.name: mode for mode in modes}
+        learns = args.distill_weight > 0
+        return [self.of(mode, named[mode.teacher] if mode.teacher and learns else None) for mode in modes]
+
+    def rows(self, mode: Mode) -> tuple[VisualRows, int]:
+        """Visual rows of a mode, and rows of the isolator."""
+        tokens = self.shape.visual_tokens
+        if mode.action == "skip":
+            crop = tokens
+            if mode.skip_vision.split == "thumbnail":
+                crop = self.shape.grid[0] * self.shape.grid[1]
+            return skip_rows(mode.skip_vision, crop), 0
+        if mode.action == "keep":
+            return VisualRows(tokens), 0
+        isolator = self.recipe.trainer.isolator_length if mode.isolator else 0
+        return VisualRows(self._kept(mode.budget)), isolator
+
+    def _kept(self, budget: TokenBudget) -> int:
+        """Tokens that are kept of the image: of its small and its large picture apart, or of both together."""
+        if budget.keeps_all:
+            return self.shape.visual_tokens
+        newlines, tokens = self.shape.newlines, self.shape.visual_tokens
+        small = self.shape.grid[0] * self.shape.grid[1]
+        pictures = [(tokens, newlines)]
+        if newlines and budget.per == "crop":
+            pictures = [(small, 0), (tokens - small, newlines)]
+        kept = 0
+        for available, lines in pictures:
+            count = min(budget.count(available), available - lines)
+            if self.recipe.trainer.newlines == "keep":
+                count = min(max(1, budget.count(available) - lines), available - lines) + lines
+            kept += count
+        return kept
+
+    def of(self, mode: Mode, teacher: Mode | None = None) -> ModeCost:
+        """The mean sample in one mode."""
+        rows, isolator = self.rows(mode)
+        taught = None if teacher is None else self.rows(teacher)
+        found = [(self._sample(sample, rows, isolator, taught), count) for sample, count in self.lengths.items()]
+        total = sum(count for _, count in found)
+        language, vision, length = (
+            sum(count * getattr(one, name) for one, count in found) / total
+            for name in ("language", "vision", "length")
+        )
+        args = self.recipe.trainer
+        samples = args.per_device_train_batch_size
+        if mode.keeps_all and args.slow_micro_batch_size is not None:
+            samples = min(samples, args.slow_micro_batch_size)
+        most = max(one.activations for one, _ in found)
+        return ModeCost(
+            mode.name, mode.probability, rows, isolator, length, language + vision, language, samples, most
+        )
+
+    def _sample(
+        self, sample: SampleLength, rows: VisualRows, isolator: int, taught: tuple[VisualRows, int] | None
+    ) -> _Sample:
+        """One sample; without images it is the same in all modes, and has no teacher."""
+        rows, isolator = _times(rows, sample.images), isolator * sample.images
+        language = self._language(sample, rows, isolator)
+        if taught is not None and sample.images:
+            language += self._forward(sample, _times(taught[0], sample.images), taught[1] * sample.images)
+        length = rows.total + isolator + sample.text
+        return _Sample(length, self.vision * sample.images, language, self._activations(sample, length, rows.skipped))
+
+    def _forward(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
+        # Forward and backward are three times the forward where all weights train.
+        stock = training_flops(self.text, rows, sample.text + isolator, sample.learned) // 3
+        return stock + self._adapter_flops(sample, rows, isolator)
+
+    def _language(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
+        """Forward and backward, and the forward that gradient checkpointing repeats in every layer."""
+        full = self.trains_language and not self.recipe.options.lora
+        trained = "language" if full else "projector"
+        flops = training_flops(self.text, rows, sample.text + isolator, sample.learned, trained)
+        flops += 3 * self._adapter_flops(sample, rows, isolator)
+        if self.recipe.trainer.gradient_checkpointing:
+            flops += self._forward(sample, rows, isolator) - head_flops(self.text, sample.learned)
+        return flops
+
+    def _adapter_flops(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
+        full = rows.kept + isolator + sample.text
+        every = self.adapters_attention + self.adapters_feed_forward
+        return 2 * (full * every + rows.skipped * self.adapters_attention)
+
+    def _vision(self) -> int:
+        """Tower and projector on the full image, once a step; three times as much where they train."""
+        if not self.shape.crops:
+            return 0
+        tower = tower_flops(self.config, self.shape.crops, self.shape.grid)
+        projector = projector_flops(self.config, self.shape.crops, self.shape.grid)
+        towers = 3 if any(p.requires_grad for p in self.family.vision_tower.parameters()) else 1
+        projectors = 3 if any(p.requires_grad for p in self.family.projector.parameters()) else towers
+        return towers * tower + projectors * projector
+
+    def memory(self, modes: Sequence[ModeCost], shards: int, own: int) -> dict[str, float]:
+        """Bytes a device, estimated: what the framework itself holds, fragments and buffers are left out.
+
+        Weights in half precision that train have masters in float32, and optimizer states in float32 then: 2 bytes of
+        weight, 2 of gradient, 4 and 8. FSDP and DeepSpeed come to the same sum.
+
+        Args:
+            modes: of the run, of which the hungriest counts.
+            shards: devices that share weights, gradients and optimizer states.
+            own: parameters of isolator and summary head.
+        """
+        four_bit = {id(w) for w in self._quantized()} if self.recipe.options.load_in_4bit else set()
+        weights = sum(p.numel() * (NF4_BYTES if id(p) in four_bit else p.itemsize) for p in self.model.parameters())
+        gradients = sum(p.numel() * p.itemsize for p in self.model.parameters() if p.requires_grad) + 4 * own
+        optimizer = str(getattr(self.recipe.trainer.optim, "value", self.recipe.trainer.optim))
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad) + own
+        in_half = sum(p.numel() for p in self.model.parameters() if p.requires_grad and p.dtype in HALF)
+        with_masters = in_half if self.recipe.trainer.float32_masters is not False else 0
+        states = 2 * trained if "8bit" in optimizer else 8 * trained - 4 * (in_half - with_masters)
+        found = {
+            "weights": (weights + 4 * own) / shards,
+            "gradients": gradients / shards,
+            "masters": 4 * with_masters / shards,
+            "optimizer": states / shards,
+            # The optimizer steps on gradients in float32, in the room that the activations have left.
+            "activations": max(2 * with_masters / shards, *(mode.samples * mode.activations for mode in modes)),
+        }
+        return {**found, "total": sum(found.values())}
+
+    def _quantized(self) -> list[nn.Parameter]:
+        return [p for p in quantized_weights(self.family.model) if not p.requires_grad]
+
+    def _activations(self, sample: SampleLength, length: int, skipped: int) -> float:
+        """Bytes that the backward pass needs of one sample.
+
+        Of a layer: norms and residuals 8 d, queries and attended values 3 q, keys and values 4 k, and 4 f in the
+        feed-forward network. With checkpointing one layer has these, and each its input. Logits stand three times in
+        float32: themselves, their softmax, their gradient.
+        """
+        args, text = self.recipe.trainer, self.text
+        size = 2 if args.bf16 or args.fp16 else next(self.model.parameters()).itemsize
+        fed = length - skipped
+        layer = size * (
+            length * (8 * text.width + 3 * text.query_width + 4 * text.key_width) + 4 * fed * text.feed_forward
+        )
+        inputs = size * length * text.width
+        whole = layer + text.layers * inputs if args.gradient_checkpointing else text.layers * layer
+        return whole + 3 * 4 * sample.learned * text.vocabulary
+
+
+def _times(rows: VisualRows, images: int) -> VisualRows:
+    """The rows of so many images."""
+    return VisualRows(images * rows.retained, images * rows.summary, images * rows.skipped)
