@@ -123,7 +123,8 @@ def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = tokenizer_with(QWEN_SPECIALS, QWEN_IMAGE)
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in QWEN_SPECIALS.items()}
     vision = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": HEADS, "depth": 2}
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    sections = [WIDTH // HEADS // 16 * share for share in (2, 3, 3)]  # of half the head's width
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections}
     text = text_options(tokenizer, rope_parameters=rope)
     if version == "2":
         vision |= {"embed_dim": WIDTH, "hidden_size": WIDTH, "mlp_ratio": 2}

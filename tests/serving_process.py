@@ -2,7 +2,8 @@
 
 It runs in the environment of `make test-serve`, which has vLLM and not this project. A job is `model`, a folder;
 `conversations`, as chat clients send them; and `max_tokens`. Its answers are greedy: for each conversation the token
-ids of prompt and answer, and why it ended; or, for a folder that does not load, `error`.
+ids of prompt and answer, the log-probability of each token of the answer, and why it ended; or `error`, for a folder
+that does not load.
 """
 
 import json
@@ -26,12 +27,16 @@ def serve(job: dict) -> list[dict]:
         max_num_seqs=4,
         **job.get("options", {}),
     )
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], skip_special_tokens=False)
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], skip_special_tokens=False, logprobs=0)
     outputs = llm.chat(job["conversations"], sampling, use_tqdm=False)
     return [
         {
             "prompt": list(output.prompt_token_ids),
             "answer": list(output.outputs[0].token_ids),
+            "logprobs": [
+                entry[token].logprob
+                for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+            ],
             "finished": output.outputs[0].finish_reason,
         }
         for output in outputs
