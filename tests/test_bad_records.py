@@ -257,6 +257,7 @@ def test_a_resumed_run_goes_on_with_the_list_and_a_new_one_starts_anew(processor
         tmp_path / "parts",
         rows=load_rows(ModelOptions(dataset=str(good))),
         max_steps=1,
+        overwrite=True,
     )
     trainer.train()
     assert not (tmp_path / "parts" / BAD_RECORDS_FILE).exists()

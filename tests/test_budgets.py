@@ -338,6 +338,7 @@ def test_a_bad_budget_stops_the_config(options, words, tmp_path):
 def test_every_reducer_takes_a_shared_budget():
     context = ragged()
     context.keys, context.relevance = draw(5, 9, 4, seed=3), draw(5, 9, seed=4)
+    context.encoder_features = draw(5, 9, 6, seed=5)
     for name in list_reducers():
         if name != "downsample":
             reduction = reduce(context, get_reducer(name), TokenBudget(keep_tokens=4, per="image"))

@@ -93,9 +93,12 @@ def test_a_signal_in_the_final_save_waits_until_all_is_saved(tmp_path, capsys, m
     assert all((tmp_path / name).is_file() for name in ("model.safetensors", "dualspeed.json", "log.json"))
 
 
-def test_a_signal_while_a_model_is_saved_by_hand_is_obeyed_afterwards(processor, tmp_path, monkeypatch):
+def test_a_signal_while_a_model_is_saved_by_hand_is_obeyed_afterwards(processor, tmp_path, monkeypatch, request):
     trainer = trainer_for(processor, tmp_path)
     save = trainer._save
+    # Ignored where whoever runs the tests put them into the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def signalled(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)

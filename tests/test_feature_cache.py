@@ -11,6 +11,7 @@ from family_tester import Case, VideoCase
 from helpers import TowerRows, feature_files, frozen_family
 from transformers import LlavaForConditionalGeneration
 
+from saccade import SaccadeError
 from saccade.families import cache as cache_module
 from saccade.families import store
 from saccade.families.cache import FeatureCache, tower_fingerprint
@@ -154,7 +155,7 @@ def test_a_call_for_what_is_not_kept_goes_to_the_tower(model, inputs, tmp_path):
             assert tower(pixels, output_attentions=True).attentions[0].shape[0] == len(pixels)
             assert isinstance(tower(pixels, output_hidden_states=True, return_dict=False), tuple)
             assert tower(pixels).last_hidden_state.shape[0] == len(pixels)
-        for wrong, error in (((), AttributeError), ((pixels[:0],), RuntimeError)):
+        for wrong, error in (((), SaccadeError), ((pixels[:0],), RuntimeError)):
             with pytest.raises(error):
                 tower(*wrong, output_hidden_states=True)
     assert not feature_files(tmp_path)

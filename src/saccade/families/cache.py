@@ -149,9 +149,6 @@ class FeatureCache:
         given = {name: value for name, value in given.items() if value is not None and value is not False}
         rows = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in given.items() if name not in rows}
-        unknown = sorted(given.keys() - {*self._parameters, *NOT_SEEN_IN_VALUES})
-        if unknown:
-            raise changed(f"{type(self.tower).__name__} is called with {unknown[0]!r}, which is unknown")
         if any(value.shape[:1] != pixels.shape[:1] for value in rows.values()):
             return None
         return _Call(pixels, rows, others)

@@ -124,12 +124,17 @@ def _behind_the_first(placeholder: Tensor) -> Tensor:
 def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor) -> list[list[list[int]]]:
     """For each sample the ids of what stands before each of its answers, less those of `no_words`."""
     ids = inputs["input_ids"]
-    words, turn = (value.cpu() for value in user_words(ids, inputs["attention_mask"], labels, no_words))
-    ids = ids.cpu()
-    return [
-        [row[mask & (turns == number)].tolist() for number in turns[mask].unique().tolist()]
-        for row, mask, turns in zip(ids, words, turn, strict=True)
-    ]
+    words, turn = user_words(ids, inputs["attention_mask"], labels, no_words)
+    # One read by the host, whatever the batch holds.
+    rows = torch.stack((ids, words.to(ids.dtype), turn.to(ids.dtype))).tolist()
+    prompts: list[list[list[int]]] = []
+    for row, mask, turns in zip(*rows, strict=True):
+        sample: dict[int, list[int]] = {}
+        for token, is_word, number in zip(row, mask, turns, strict=True):
+            if is_word:
+                sample.setdefault(number, []).append(token)
+        prompts.append([sample[number] for number in sorted(sample)])
+    return prompts
 
 
 def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torch.device) -> Tensor:
