@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from browser import MISSING, Browser
 from PIL import Image
 
@@ -186,7 +187,10 @@ class TestRun:
         checkpoint = tmp_path / "checkpoint-4"
         log = json.loads((run / "log.json").read_text())["log_history"][:2]
         shutil.copytree(run, checkpoint, ignore=shutil.ignore_patterns("report", "checkpoint-*", "*.json"))
-        shutil.copy(run / "dualspeed.json", checkpoint)
+        for name in ("dualspeed.json", "config.json"):
+            shutil.copy(run / name, checkpoint)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, checkpoint / name)
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
         (tmp_path / "checkpoint-6").mkdir()
         (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"log_history": [')
