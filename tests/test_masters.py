@@ -138,6 +138,14 @@ def test_beside_other_options(processor, collator, scenes, tmp_path, options):
     assert all("lora_" in name or "isolator" in name or "skip_summary" in name for name in trained.keys() - in_half)
     rates = {group["initial_lr"] for group in trainer.optimizer.param_groups if "peft_config" in options}
     assert len(rates) == (2 if "peft_config" in options else 0)
+    held = trainer.masters
+    trainer.create_optimizer()  # as a second call of `train` does
+    assert trainer.masters is held
+    trainer.optimizer = None
+    trainer.create_optimizer()
+    assert trainer.masters is not held
+    groups = {weight for group in trainer.optimizer.param_groups for weight in group["params"]}
+    assert {weight.dtype for weight in groups} == {torch.float32}
 
 
 def test_weights_that_something_else_changes_are_taken_over():

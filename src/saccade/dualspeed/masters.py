@@ -84,6 +84,7 @@ class Float32Masters:
                 "float32_masters: the optimizer that was given has taken steps already: give a new one, or set "
                 "float32_masters=False"
             )
+        self.optimizer = optimizer
         names = {weight: name for name, weight in model.named_parameters() if weight.requires_grad}
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for group in optimizer.param_groups:

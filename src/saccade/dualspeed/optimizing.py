@@ -64,9 +64,10 @@ class OptimizingTrainer(SFTTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         self._split_groups(optimizer)
-        # A second `train` goes on with the optimizer of the first.
-        if self.keeps_masters and self.masters is None:
-            self.masters = Float32Masters(self.model, optimizer)
+        # A second `train` goes on with the optimizer of the first, which accelerate has wrapped by then.
+        stepped = getattr(optimizer, "optimizer", optimizer)
+        if self.keeps_masters and (self.masters is None or self.masters.optimizer is not stepped):
+            self.masters = Float32Masters(self.model, stepped)
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
