@@ -109,11 +109,16 @@ def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, s
     Raises:
         SaccadeError: if that is not an answer and its end.
     """
+    use_own_template(recipe, processor)
+    if recipe.trainer.conversation == "chat":
+        check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))
+
+
+def use_own_template(recipe: Recipe, processor: ProcessorMixin) -> None:
+    """Give the processor the recipe's own chat template, if it has one in a file."""
     path = recipe.trainer.chat_template_path
     if path is not None and Path(path).is_file():
         processor.chat_template = Path(path).read_text()
-    if recipe.trainer.conversation == "chat":
-        check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))
 
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:

@@ -13,6 +13,7 @@ from saccade.data.conversation import checked_message, images_of, text_of, used_
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
 from saccade.tokens import TokenBudget
+from saccade.training.checks import use_own_template
 from saccade.training.recipe import ModelOptions, Recipe
 from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, load_processor, open_source
 
@@ -116,6 +117,7 @@ def _counter(recipe: Recipe, options: ModelOptions) -> TokenCounter | None:
         processor, placeholder, stops = load_processor(options, args.trust_remote_code, local_files_only=True)
     except SaccadeError:
         return None
+    use_own_template(recipe, processor)
     budget = TokenBudget(0.0)
     return TokenCounter(processor, placeholder, budget, stop_ids=stops, conversation=args.conversation)
 

@@ -76,6 +76,8 @@ def plan_recipe(
         raise SaccadeError(f"shards={shards!r}: give a number that divides the {devices} devices")
     # The plan is the same on a machine without a GPU.
     recipe = load_recipe(path, [*overrides, *ANYWHERE])
+    # A template that puts no image into a question would fail where rows are counted.
+    chat_checked = check_chat_here(recipe)
     plan, stage = _plan_stage(recipe, path, given, devices, shards)
     stages = [stage]
     before = earlier_stage(recipe, path)
@@ -88,7 +90,7 @@ def plan_recipe(
         **plan,
         "schedule": schedule,
         "published": published_speedups(recipe, plan["shape"], len(stages)),
-        "chat_checked": check_chat_here(recipe),
+        "chat_checked": chat_checked,
     }
 
 
