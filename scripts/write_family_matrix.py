@@ -99,10 +99,10 @@ to add one.
 
 In training an answer follows the generation prompt of the model's own chat template and ends with the token at which
 `generate` stops. Both come from the difference between the conversation with and without the answer, so marks of
-`{{% generation %}}` are not needed; where the template writes no end, it is put there. Inference keeps the stock
-template, which is also what is saved. `tests/test_turns.py` holds this table, and for each row that `messages`,
-`prompt` and `completion`, and several turns teach the answers and their ends and nothing else, with a tokenizer like
-Llama's and with a byte-level one.
+`{{% generation %}}` are not needed; where the template writes no end, it is put there, as in the released code.
+Inference keeps the stock template, which is also what is saved: in a prompt of LLaVA-1.5, earlier answers have no end.
+`tests/test_turns.py` holds this table, and for each row that `messages`, `prompt` and `completion`, and several turns
+teach the answers and their ends and nothing else, with a tokenizer like Llama's and with a byte-level one.
 
 | `model_type` | marked by the stock template, of the answer `12` | learned |
 |---|---|---|

@@ -194,6 +194,10 @@ def test_what_is_learned_whole(build):
     words = batch["attention_mask"].bool() & (batch["input_ids"] != collator.placeholder_id)
     assert torch.equal(batch["labels"] != -100, words)
     assert (batch["labels"] == collator.stop_ids[0]).sum(dim=1).tolist() == [2, 1]
+    # A text in one piece has no answers, whatever stands beside it in the batch.
+    batch = collator([{"text": "USER: Where is the cat?", "images": []}, other])
+    assert torch.equal((batch["labels"] != -100)[0], batch["attention_mask"][0].bool())
+    assert learned(collator, batch["labels"][1]) == [f"{ANSWERS[0]}</s>"]
 
 
 NO_PROMPT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'][-1]['text'] + '</s>' }}{% endfor %}"

@@ -95,16 +95,25 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         try:
             prepared = prepare_example(example, self.max_image_pixels, pads_to_square(self.processor))
             self._check_columns(prepared)
-            part_only = self.assistant_only_loss if "messages" in prepared else self.completion_only_loss
-            part_only = part_only or self.conversation == "plain"
             if self.assistant_only_loss or "messages" not in prepared:
                 _check_learnable(prepared)
             if self.placeholder_id is not None:
                 check_words(prepared, self.processor, self.placeholder_id)
-            return {"text": self._text(prepared), "images": prepared["images"], "part_only": part_only}
+            return {
+                "text": self._text(prepared),
+                "images": prepared["images"],
+                "part_only": self._learns_part(prepared),
+            }
         except RecordError as error:
             self._note(example, error, bad)
             return None
+
+    def _learns_part(self, example: dict[str, Any]) -> bool:
+        """Whether only the answers of a row are learned. A text in one piece has none, and is learned whole."""
+        if not any(column in example for column in WORDS):
+            return False
+        chosen = self.assistant_only_loss if "messages" in example else self.completion_only_loss
+        return chosen or self.conversation == "plain"
 
     @cached_property
     def _writer(self) -> TurnWriter | PlainWriter:
@@ -180,8 +189,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             if not faults:
                 raise
             return {}, faults
-        if any(text.learned for text in texts):
-            part_only = torch.tensor([row["part_only"] for row in prepared])  # (B,)
+        part_only = torch.tensor([row["part_only"] for row in prepared])  # (B,)
+        if part_only.any():
             learned = learned_tokens(batch, texts, self.processor)  # (B, L)
             batch["labels"] = batch["labels"].masked_fill(part_only[:, None] & ~learned, IGNORE_INDEX)
         is_image = batch["input_ids"] == self.placeholder_id
