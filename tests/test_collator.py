@@ -21,6 +21,7 @@ from saccade.images import open_image
 from saccade.tokens import TokenBudget
 
 
+@pytest.mark.interfaces
 def test_labels_equal_trl_with_image_labels_masked(collator, scenes):
     rows = [scenes[index] for index in range(12)]
     ours = collator(rows)
@@ -49,6 +50,7 @@ def test_tags_say_where_images_stand(collator, mixed_rows):
     assert starts == 2
 
 
+@pytest.mark.interfaces
 def test_prompt_and_completion(collator, mixed_rows):
     rows = [
         {"images": row["images"], "prompt": row["messages"][:-1], "completion": row["messages"][-1:]}

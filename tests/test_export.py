@@ -43,6 +43,7 @@ def trained(request, processor, tmp_path_factory):
     return folder, batch, logits, request.param
 
 
+@pytest.mark.interfaces
 def test_stock_transformers_loads_it(trained, tmp_path):
     folder, batch, logits, kind = trained
     summary = export_model(folder, tmp_path / "new" / "out")

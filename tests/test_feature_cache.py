@@ -44,6 +44,7 @@ def inputs(collator, scenes):
 # What is given
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SERVED)
 def test_features_are_the_towers_bit_for_bit(name, dtype, tmp_path):

@@ -22,6 +22,7 @@ CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
 VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("reducer", ["divprune", "avgpool"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_packed_rows_train_as_padded_ones(name, reducer):

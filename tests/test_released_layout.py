@@ -106,6 +106,7 @@ def check_names(name: str, keys: set[str], tied: bool) -> None:
     assert [pattern.pattern for pattern in patterns if not any(map(pattern.fullmatch, rest))] == []
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("name", FAMILIES)
 def test_released_names(name, tmp_path):
     """Once from a configuration, then from the folder that this wrote: what loading met changes nothing."""

@@ -114,6 +114,7 @@ def test_resume_with_other_options_is_refused(interrupted, processor, options, m
         again(processor, interrupted, **options).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.interfaces
 def test_adapters_are_compared_by_what_they_train(processor, tmp_path):
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 
@@ -140,6 +141,7 @@ def test_adapters_are_compared_by_what_they_train(processor, tmp_path):
         trainer(8).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.interfaces
 def test_another_way_to_the_same_global_batch_goes_on(processor, tmp_path):
     options = {**LONGER, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
@@ -252,6 +254,7 @@ def test_what_was_passed_over_is_removed_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
     """With stock loading its weights would match no key, and the last ones would stay."""

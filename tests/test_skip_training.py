@@ -59,6 +59,7 @@ def test_the_loss_is_that_of_a_model_whose_networks_are_masked(model, processor,
     assert whole - skipped < float(output.tokens_in) < whole < int(output.tokens_full)
 
 
+@pytest.mark.interfaces
 def test_a_run_of_skip_vision_trains_the_summary_head_and_saves_it(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, max_steps=6, **SKIP)
     before = copy.deepcopy(trainer.skip.summary.state_dict())
@@ -137,6 +138,7 @@ def test_every_speed_gives_every_module_a_gradient(model, processor, batch, tmp_
             assert not missing
 
 
+@pytest.mark.interfaces
 def test_resuming_gives_the_same_run(processor, tmp_path):
     options = {"modes": SPEEDS, "max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
     whole = train(build_tiny_llava(processor, seed=0), processor, tmp_path / "whole", **options)
@@ -151,6 +153,7 @@ def test_resuming_gives_the_same_run(processor, tmp_path):
         changed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
 
 
+@pytest.mark.interfaces
 def test_lora_with_gradient_checkpointing(model, processor, tmp_path):
     lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
     options = {**SKIP, "gradient_checkpointing": True, "max_steps": 3}

@@ -202,6 +202,7 @@ def test_a_deep_copy_skips_on_its_own(case):
                 parameter.sub_(0.1)
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("visibility", ["prompt_only", "none"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "idefics3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -264,6 +265,7 @@ def test_autocast(case):
     assert (near.float() - exact.float()).abs().mean() < 0.15 * scale
 
 
+@pytest.mark.interfaces
 def test_a_model_wrapped_by_peft_skips_generates_and_is_restored():
     case = tester.Case("llava", FAMILIES["llava"])
     inputs = case.prompts()

@@ -65,6 +65,7 @@ def test_ordinary_options_are_stock_fine_tuning_bit_for_bit(model, processor, co
         assert torch.equal(mine, stock), name
 
 
+@pytest.mark.interfaces
 def test_our_slow_step_equals_stock_fine_tuning(model, processor, collator, scenes, tmp_path):
     """Without distillation a slow step is ordinary fine-tuning; here it runs on our own loss."""
     options = {"slow_probability": 1.0, "distill_weight": 0.0, "prune_ratio": 0.5, "gradient_accumulation_steps": 2}
@@ -93,6 +94,7 @@ def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path, mode):
     torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.interfaces
 def test_gradient_checkpointing_on_equals_off(processor, tmp_path):
     runs = [
         train(
@@ -157,6 +159,7 @@ def test_isolator_moves_in_fast_steps_only(processor, tmp_path):
         assert torch.equal(trainer.isolator.weight, before) != moves
 
 
+@pytest.mark.interfaces
 def test_saved_model_is_stock(model, processor, tmp_path):
     trainer = train(model, processor, tmp_path, slow_probability=0.5)
     trainer.save_model(str(tmp_path / "final"))
@@ -198,6 +201,7 @@ def test_projector_learning_rate(model, processor, tmp_path):
     assert not rates
 
 
+@pytest.mark.interfaces
 def test_lora_trains_and_saves_adapters_and_isolator(model, processor, tmp_path):
     lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     trainer = train(model, processor, tmp_path, peft_config=lora, slow_probability=0.5)

@@ -67,6 +67,7 @@ def images(*sizes: tuple[int, int]) -> list:
     return [noise_image(*size, seed) for seed, size in enumerate(sizes)]
 
 
+@pytest.mark.interfaces
 @pytest.mark.parametrize("kind", ["llama", "bytes"])
 @pytest.mark.parametrize("name", STOCK)
 def test_answers_and_their_ends_are_learned(name, kind, build):
