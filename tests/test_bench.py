@@ -98,6 +98,7 @@ def test_the_released_slow_step_is_its_formula(small_batch, model):
     torch.testing.assert_close(shifted_cross_entropy(full, labels), model(**small_batch).loss)
 
 
+@pytest.mark.interfaces
 def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch, model):
     """And leaves the model as it found it: the stock loss is the same before and after all of them."""
     family = get_family(model)

@@ -138,7 +138,6 @@ def test_every_speed_gives_every_module_a_gradient(model, processor, batch, tmp_
             assert not missing
 
 
-@pytest.mark.interfaces
 def test_resuming_gives_the_same_run(processor, tmp_path):
     options = {"modes": SPEEDS, "max_steps": 6, "save_steps": 3, "save_strategy": "steps"}
     whole = train(build_tiny_llava(processor, seed=0), processor, tmp_path / "whole", **options)

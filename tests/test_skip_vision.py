@@ -202,7 +202,6 @@ def test_a_deep_copy_skips_on_its_own(case):
                 parameter.sub_(0.1)
 
 
-@pytest.mark.interfaces
 @pytest.mark.parametrize("visibility", ["prompt_only", "none"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl", "idefics3"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
+from saccade.benchmark.variants import WITHOUT_CHECKPOINTING
 from saccade.data import digit_scenes
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
@@ -43,7 +44,7 @@ def stock_losses(processor, output, collator, scenes, **options):
         report_to="none",
         bf16=False,
         use_cpu=True,
-        activation_checkpointing=False,
+        **WITHOUT_CHECKPOINTING,
         disable_tqdm=True,
         assistant_only_loss=True,
         remove_unused_columns=True,
@@ -324,7 +325,7 @@ def test_what_the_tower_does_not_give_is_refused(processor, tmp_path, monkeypatc
 
 
 def test_a_plain_config_is_refused(model, processor, tmp_path, scenes):
-    plain = SFTConfig(str(tmp_path), bf16=False, use_cpu=True, activation_checkpointing=False)
+    plain = SFTConfig(str(tmp_path), bf16=False, use_cpu=True, **WITHOUT_CHECKPOINTING)
     with pytest.raises(SaccadeError, match="args is a SFTConfig: give a DualSpeedConfig"):
         DualSpeedTrainer(model, plain, train_dataset=scenes)
 

@@ -33,6 +33,12 @@ COMPILED = "DualSpeed, compiled"
 BOTH = "DualSpeed, no padding, compiled"
 PARTS = 4
 """Into how many parts the micro-batch of a slow step is cut."""
+WITHOUT_CHECKPOINTING = {
+    name: False
+    for name in ("gradient_checkpointing", "activation_checkpointing")
+    if name in SFTConfig.__dataclass_fields__
+}
+"""For a stock configuration: the option by its first name, and by the one that newer transformers have too."""
 
 
 @dataclass(frozen=True)
@@ -226,9 +232,8 @@ def stock(model: PreTrainedModel, compiled: bool = False) -> Iterator[Loss]:
         save_strategy="no",
         use_cpu=device.type == "cpu",
         bf16=False,
-        gradient_checkpointing=False,
-        activation_checkpointing=False,
         max_length=None,
+        **WITHOUT_CHECKPOINTING,
     )
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}], "images": []}])
     trainer = SFTTrainer(
