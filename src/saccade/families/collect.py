@@ -8,6 +8,7 @@ take detached tensors and compute nothing during it, so a frozen tower, LoRA on 
 Shapes: R images (crops, frames) of P patches, class token included; H heads of width d.
 """
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -234,7 +235,7 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
 
 @contextmanager
 def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
-    """Collects the calls of `block`.
+    """Collects the calls of `block` that this thread makes; others may run the tower at the same time.
 
     Raises:
         SaccadeError: if the tower runs without calling the modules of the block, or gives them something unknown.
@@ -244,7 +245,11 @@ def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
         yield calls
         return
 
+    here = threading.get_ident()
+
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != here:
+            return
         given = by_name(module.forward, args, kwargs)
         missing = sorted(block.given - given.keys())
         # Flags decide about no value of an attention; tensors, and the pairs of them that rotary positions are, do.
@@ -255,11 +260,11 @@ def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
         calls.append(_Call(given={name: given.get(name) for name in READ}))
 
     def take_queries(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if calls:
+        if calls and threading.get_ident() == here:
             calls[-1].queries = output.detach()
 
     def take_keys(module: nn.Module, args: tuple, output: Tensor) -> None:
-        if calls:
+        if calls and threading.get_ident() == here:
             calls[-1].keys = output.detach()
 
     handles = [
@@ -282,14 +287,16 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects the first argument of each call of `module`."""
+    """Collects the first argument of each call of `module` that this thread makes."""
     taken: list[Tensor] = []
+    here = threading.get_ident()
     if module is None:
         yield taken
         return
 
     def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        taken.append(next(iter((*args, *kwargs.values()))))
+        if threading.get_ident() == here:
+            taken.append(next(iter((*args, *kwargs.values()))))
 
     handle = module.register_forward_pre_hook(take, with_kwargs=True)
     try:

@@ -1,5 +1,7 @@
 """Stopping a vision tower at the layer whose output the model uses."""
 
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,39 @@ from saccade.interfaces import changed
 
 KNOWN = ("clip_vision_model", "siglip_vision_model")
 """Values of a tower's `config.model_type` whose blocks are `encoder.layers`."""
+
+_PASSING = "_saccade_passing"
+_lock = threading.Lock()
+
+
+class _Passing:
+    """Layers that hand on what they get until they are put back.
+
+    Args:
+        layers: of a tower.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.users = 0
+        """Threads that run the tower so."""
+        self.count: Counter[int] = Counter()
+        """Calls that were handed on, by thread."""
+        self._before = [layer.__dict__.get("forward") for layer in layers]
+        for layer in layers:
+            layer.forward = self._pass_on
+
+    def put_back(self) -> None:
+        """Let the layers run again."""
+        for layer, forward in zip(self.layers, self._before, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+    def _pass_on(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.count[threading.get_ident()] += 1
+        return hidden_states
 
 
 def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
@@ -54,31 +89,31 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
         yield
         return
     unused = list(tower.encoder.layers)[len(used) :]
-    before = [layer.__dict__.get("forward") for layer in unused]
-    ran = passed = 0
+    here, ran = threading.get_ident(), 0
 
     def count(*_: Any) -> None:
         nonlocal ran
-        ran += 1
-
-    def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal passed
-        passed += 1
-        return hidden_states
+        ran += threading.get_ident() == here
 
     # Where features come from disk, no layer runs.
     handle = used[0].register_forward_pre_hook(count) if used and unused else None
-    for layer in unused:
-        layer.forward = pass_on
+    # Several threads may run the tower at once: the first passes the layers over, the last puts them back.
+    with _lock:
+        passing = tower.__dict__.get(_PASSING)
+        if passing is None:
+            passing = tower.__dict__[_PASSING] = _Passing(unused)
+        passing.users += 1
+    before = passing.count[here]
     try:
         yield
     finally:
+        passed = passing.count[here] - before
+        with _lock:
+            passing.users -= 1
+            if passing.users == 0:
+                passing.put_back()
+                del tower.__dict__[_PASSING]
         if handle is not None:
             handle.remove()
-        for layer, forward in zip(unused, before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
     if ran * len(unused) > passed:
         raise changed(f"{type(tower).__name__} ran the layers behind the one that gives its features")

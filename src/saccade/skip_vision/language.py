@@ -25,7 +25,7 @@ from saccade.skip_vision.cache import (
     stored_lengths,
 )
 from saccade.skip_vision.config import SkipVisionConfig
-from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original, check_rows_arrived, expect_rows
+from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original, check_rows_arrived
 from saccade.tokens import Role
 from saccade.tokens.layout import pad_columns
 
@@ -92,14 +92,13 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         positions = first.unsqueeze(1) + torch.arange(length, device=given.device)  # (B, Q)
         if state is not None:
             kwargs["position_ids"] = positions
-    skipping = module.__dict__[SKIPPING]
-    if skips:
-        kwargs[ROWS_KEYWORD] = KeptRows((~skip).flatten().nonzero().squeeze(1))
-        expect_rows(skipping)
+    rows = KeptRows((~skip).flatten().nonzero().squeeze(1)) if skips else None
+    if rows is not None:
+        kwargs[ROWS_KEYWORD] = rows
     with stored_lengths(state):
         output = call_original(module, **kwargs)
-    if skips:
-        check_rows_arrived(skipping)
+    if rows is not None:
+        check_rows_arrived(rows, module.__dict__[SKIPPING])
 
     wanted = cache is not None or (kwargs.get("use_cache") is True and not module.training)
     cache = cache_of(output)

@@ -8,8 +8,9 @@ A patched `forward` is a method bound to its module, and what it shares with oth
 of the model is patched as well, and independent.
 """
 
+import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -23,39 +24,38 @@ ORIGINALS = "_saccade_originals"
 STATE = "_saccade_rows"
 
 
-@dataclass
 class KeptRows:
-    """The rows of a batch that are not skipped.
+    """The rows of a batch that are not skipped, in one call.
+
+    Not a dataclass: engines copy those when they hand them down.
 
     Args:
         index: long `(M,)`, their numbers among all `B * L`.
     """
 
-    index: Tensor
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self.reached: set[int] = set()
+        """The ids of the modules that were given these rows."""
 
 
 @dataclass
 class LayerState:
-    """What the modules of one decoder layer share during a call.
+    """What the modules of one decoder layer share during a call, by thread: several may run the layer at once."""
 
-    Args:
-        rows: what the layer's attention was given.
-    """
+    by_thread: dict[int, KeptRows] = field(default_factory=dict)
 
-    rows: KeptRows | None = None
+    @property
+    def rows(self) -> KeptRows | None:
+        """What the layer's attention was given in the call that this thread is in."""
+        return self.by_thread.get(threading.get_ident())
 
-
-@dataclass
-class PartState:
-    """What one patched module of a decoder layer knows.
-
-    Args:
-        layer: shared by the modules of the layer.
-        ran: whether the module has run since `expect_rows`; of attention, whether it was given rows.
-    """
-
-    layer: LayerState
-    ran: bool = False
+    @rows.setter
+    def rows(self, rows: KeptRows | None) -> None:
+        if rows is None:
+            self.by_thread.pop(threading.get_ident(), None)
+        else:
+            self.by_thread[threading.get_ident()] = rows
 
 
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
@@ -81,9 +81,9 @@ def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwar
 
 def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Take the rows out of the keyword arguments, for the modules behind this one in the layer."""
-    part: PartState = module.__dict__[STATE]
-    part.layer.rows = kwargs.pop(ROWS_KEYWORD, None)
-    part.ran = part.layer.rows is not None
+    rows = module.__dict__[STATE].rows = kwargs.pop(ROWS_KEYWORD, None)
+    if rows is not None:
+        rows.reached.add(id(module))
     return call_original(module, *args, **kwargs)
 
 
@@ -95,11 +95,10 @@ def attention_of_unskipped_layer(module: nn.Module, *args: Any, **kwargs: Any) -
 
 def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
     """Run on the kept rows of `x` `(B, L, D)`; the others come out as zeros: `(B, L, D')`."""
-    part: PartState = module.__dict__[STATE]
-    rows = part.layer.rows
+    rows = module.__dict__[STATE].rows
     if rows is None:
         return call_original(module, x)
-    part.ran = True
+    rows.reached.add(id(module))
     index = rows.index.to(x.device)
     kept = x.flatten(0, 1).index_select(0, index)
     output = call_original(module, kept.unsqueeze(0)).squeeze(0)  # (M, D')
@@ -107,20 +106,14 @@ def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
     return whole.unflatten(0, x.shape[:2])
 
 
-def expect_rows(modules: Iterable[nn.Module]) -> None:
-    """Forget what modules that `patch_layers` patched did in earlier calls, before a call that hands rows down."""
-    for module in modules:
-        module.__dict__[STATE].ran = False
-
-
-def check_rows_arrived(modules: Iterable[nn.Module]) -> None:
-    """Check after such a call that each of the modules was given its rows and ran on them.
+def check_rows_arrived(rows: KeptRows, modules: Iterable[nn.Module]) -> None:
+    """Check after a call that handed rows down that each of the modules was given them and ran on them.
 
     Raises:
         SaccadeError: naming a module that was not reached, which has run on all rows instead.
     """
     for module in modules:
-        if not module.__dict__[STATE].ran:
+        if id(module) not in rows.reached:
             raise changed(
                 f"the language model's forward did not hand {ROWS_KEYWORD!r} down to {type(module).__name__}, or did "
                 "not call it: nothing would be skipped"
@@ -156,7 +149,7 @@ def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
             *((part, kept_rows_forward) for part in partial),
         ):
             patch(module, forward)
-            module.__dict__[STATE] = PartState(state)
+            module.__dict__[STATE] = state
             patched.append(module)
     return patched
 
