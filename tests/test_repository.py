@@ -1,4 +1,4 @@
-"""What a machine can check of the repository's rules: which room imports which, how long files get, what is pinned."""
+"""What a machine can check of the repository's rules: which room imports which, what is pinned."""
 
 import ast
 import importlib
@@ -67,8 +67,6 @@ FORBIDDEN: dict[str, set[str]] = {
     "families": {"trl", "peft"},
 }
 """Other packages that a room stays free of."""
-
-LONGEST = 500
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
@@ -152,12 +150,6 @@ def test_contributing_names_every_room() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     missing = sorted(room for room in rooms() - {"__init__", "__main__"} if f"`{room}" not in text)
     assert not missing, f"CONTRIBUTING.md does not say what these rooms are for: {missing}"
-
-
-def test_no_file_is_too_long() -> None:
-    tracked = {path for path in tracked_files() if path.suffix == ".py"} | set(SOURCES)
-    lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in tracked}
-    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
 def test_no_tracked_file_is_large() -> None:
