@@ -11,12 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saccade import DualSpeedConfig, SaccadeError, prune_inputs
+from saccade.cli.main import main
+from saccade.dualspeed.checkpoint import check_same_run
+from saccade.dualspeed.folder import write_run_file
+from saccade.evaluation import Inference, plan_inferences
 from saccade.families.collect import encode_for
 from saccade.pruning import ModeIsolator, adaptive_counts, keep_budget, reduce, token_need
 from saccade.pruning.joint import Units
 from saccade.reducers import get_reducer, list_reducers
+from saccade.sweeps.grid import plan_grid
+from saccade.sweeps.plan import check_runs
 from saccade.tokens import Reduction, TokenBudget, VisualContext
 from saccade.tokens.budget import share_out
+from saccade.training import load_recipe
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
 VIDEO_CASES = {f"{name}-video": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
@@ -47,10 +54,12 @@ def kept(reduction: Reduction) -> list[list[int]]:
 class TestTokenBudget:
     def test_a_number_replaces_the_ratio(self):
         assert TokenBudget(0.9).count(576) == 58
-        assert TokenBudget(0.9, keep_tokens=64).count(576) == 64
-        assert TokenBudget(0.0, keep_tokens=64).count(60) == 60
+        assert TokenBudget().prune_ratio == 0.9
+        assert TokenBudget(keep_tokens=64).count(576) == 64
+        assert TokenBudget(keep_tokens=64).count(60) == 60
+        assert TokenBudget(keep_tokens=64).prune_ratio is None
         assert TokenBudget(0.0).keeps_all
-        assert not TokenBudget(0.0, keep_tokens=64).keeps_all
+        assert not TokenBudget(keep_tokens=64).keeps_all
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -59,6 +68,7 @@ class TestTokenBudget:
             ({"keep_tokens": 0}, "keep_tokens=0"),
             ({"keep_tokens": 1.5}, "keep_tokens=1.5"),
             ({"keep_tokens": True}, "keep_tokens=True"),
+            ({"keep_tokens": 5, "prune_ratio": 0.0}, "prune_ratio=0.0 and keep_tokens=5"),
             ({"per": "batch"}, "budget='batch' is unknown: use one of crop, image, sample"),
             ({"adaptive": "yes"}, "adaptive='yes'"),
         ],
@@ -297,7 +307,6 @@ def test_prune_inputs_takes_every_option():
     assert count(keep_tokens=5) == [5, 10, 0, 5]
     assert count(keep_tokens=5, budget="sample") == [5, 5, 0, 5]
     assert sum(count(keep_tokens=5, adaptive=True)) == 5 * images
-    assert count(keep_tokens=5, prune_ratio=0.0) == [5, 10, 0, 5]
     with pytest.raises(SaccadeError, match="keep_tokens=0"):
         count(keep_tokens=0)
     with pytest.raises(SaccadeError, match="newlines='some'"):
@@ -318,6 +327,11 @@ def test_training_with_a_budget(options, tmp_path):
     slow = step("slow", case.batch, 1.0)
     assert int(slow.tokens_teacher) == text + wanted
     assert {name: config.resume_state()[name] for name in options} == options
+    assert config.prune_ratio == (None if "keep_tokens" in options else 0.9)
+    # What a configuration says of itself makes the same one again.
+    same = {name: getattr(config, name) for name in ("prune_ratio", "keep_tokens")}
+    again = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **same)
+    assert again.prune_ratio == config.prune_ratio
 
 
 @pytest.mark.parametrize(
@@ -333,6 +347,86 @@ def test_training_with_a_budget(options, tmp_path):
 def test_a_bad_budget_stops_the_config(options, words, tmp_path):
     with pytest.raises(SaccadeError, match=words):
         DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+BOTH = {"prune_ratio": 0.8, "keep_tokens": 6}
+ON_A_CPU = {"model": "tiny", "use_cpu": True, "bf16": False}
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda folder: DualSpeedConfig(output_dir=str(folder), use_cpu=True, bf16=False, **BOTH),
+        lambda folder: DualSpeedConfig(
+            output_dir=str(folder), use_cpu=True, bf16=False, modes=[{"name": "fast", "probability": 1.0, **BOTH}]
+        ),
+        lambda folder: prune_inputs(CASES["llava"].model, CASES["llava"].inputs, **BOTH),
+        lambda folder: Inference("pruned", **BOTH),
+        lambda folder: plan_inferences("tiny", **BOTH),
+        lambda folder: load_recipe("tiny-digits/sft", ["--prune_ratio=0.8", "--keep_tokens=6"]),
+        lambda folder: check_runs(plan_grid({**ON_A_CPU, **BOTH}, None, {}, None)),
+        lambda folder: check_runs(plan_grid(ON_A_CPU, None, {"prune_ratio": [0.8], "keep_tokens": [6]}, None)),
+    ],
+)
+def test_a_ratio_beside_a_number_is_refused_wherever_both_can_be_given(give, tmp_path):
+    with pytest.raises(SaccadeError, match=r"prune_ratio=0\.8 and keep_tokens=6 .*: leave one of them out"):
+        give(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "tiny-digits/sft", "--check", "--prune_ratio", "0.8", "--keep_tokens", "6"],
+        ["eval", "tiny", "--prune-ratio", "0.8", "--keep-tokens", "6"],
+        ["view", "none.png", "--prune-ratio", "0.8", "--keep-tokens", "6"],
+        ["sweep", "tiny-digits/sft", "--model", "tiny", "--prune_ratio", "0.8", "--keep_tokens", "6"],
+    ],
+)
+def test_a_ratio_beside_a_number_is_one_line_of_every_verb(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "prune_ratio=0.8 and keep_tokens=6" in line
+
+
+def test_a_budget_of_the_command_line_replaces_that_of_the_recipe(tmp_path):
+    assert load_recipe("tiny-digits/sft").trainer.prune_ratio == 0.9
+    args = load_recipe("tiny-digits/sft", ["--keep_tokens", "6"]).trainer
+    assert (args.prune_ratio, args.keep_tokens) == (None, 6)
+    counted = tmp_path / "counted.yaml"
+    counted.write_text("keep_tokens: 6\nbf16: false\nuse_cpu: true\n")
+    args = load_recipe(counted, ["--prune_ratio", "0.5"]).trainer
+    assert (args.prune_ratio, args.keep_tokens) == (0.5, None)
+    (spec,) = plan_grid({"prune_ratio": 0.9}, {"prune_ratio": 0.9}, {"keep_tokens": [6]}, None)
+    assert [(stage.get("prune_ratio"), stage["keep_tokens"]) for stage in spec.stages] == [(None, 6)] * 2
+    assert {way["keep_tokens"] for way in spec.evaluation.inferences if way["name"] != "full"} == {6}
+    assert all("prune_ratio" not in way for way in spec.evaluation.inferences)
+
+
+def test_a_mode_has_a_budget_of_its_own_or_that_of_the_run(tmp_path):
+    modes = [
+        {"name": "few", "probability": 0.5, "keep_tokens": 6},
+        {"name": "same", "probability": 0.5, "keep_tokens": None},
+    ]
+    config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, prune_ratio=0.5, modes=modes)
+    budgets = [(mode.budget.prune_ratio, mode.budget.keep_tokens) for mode in config.all_modes()]
+    assert budgets == [(None, 6), (0.5, None)]
+
+
+def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
+    """Earlier versions saved the ratio's default beside `keep_tokens`: such a run can be evaluated and resumed."""
+    config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, keep_tokens=6)
+    write_run_file(tmp_path, {**config.resume_state(), "prune_ratio": 0.9}, None)
+    (pruned,) = plan_inferences(tmp_path, ["pruned"])
+    assert (pruned.prune_ratio, pruned.keep_tokens) == (None, 6)
+    (other,) = plan_inferences(tmp_path, ["pruned"], prune_ratio=0.5)
+    assert (other.prune_ratio, other.keep_tokens) == (0.5, None)
+    check_same_run(tmp_path, config.resume_state())
+    config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with pytest.raises(
+        SaccadeError, match=r"prune_ratio=0.9 \(checkpoint: None\), keep_tokens=None \(checkpoint: 6\)"
+    ):
+        check_same_run(tmp_path, config.resume_state())
 
 
 def test_every_reducer_takes_a_shared_budget():

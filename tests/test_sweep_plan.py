@@ -51,15 +51,14 @@ class TestGrid:
 
     def test_a_field_goes_to_the_stage_that_it_names(self) -> None:
         stages = {"pretrain": {}, "sft": {}}
-        for name, value in (("positions", "original"), ("max_steps", 5), ("pretrain.max_steps", 9)):
-            place(stages, name, value)
-        place(stages, "sft.positions", "compact")
+        place(stages, {"positions": "original", "max_steps": 5, "pretrain.max_steps": 9})
+        place(stages, {"sft.positions": "compact"})
         assert stages == {
             "pretrain": {"positions": "original", "max_steps": 9},
             "sft": {"positions": "compact", "max_steps": 5},
         }
         with pytest.raises(SaccadeError, match="there is no stage 'first', the stages are pretrain, sft"):
-            place(stages, "first.seed", 1)
+            place(stages, {"first.seed": 1})
 
     def test_rows_of_other_data_are_not_evaluated_on(self) -> None:
         (spec,) = plan_grid({"dataset": "rows.jsonl"}, None, {}, seeds=None)

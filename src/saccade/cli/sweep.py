@@ -128,8 +128,7 @@ def plan_recipe(args: argparse.Namespace):
     if before:
         recipe.pop("model", None)
         stages = {"pretrain": read_recipe(before), **stages}
-    for name, value in parse_overrides(args.overrides).items():
-        place(stages, name, value)
+    place(stages, parse_overrides(args.overrides))
     grid = parse_grid(args.grid)
-    runs = plan_grid(recipe, stages.get("pretrain"), grid, args.seeds, args.scenes, args.split, args.threads)
+    runs = plan_grid(stages["sft"], stages.get("pretrain"), grid, args.seeds, args.scenes, args.split, args.threads)
     return make_plan(args.recipe, runs)

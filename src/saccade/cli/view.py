@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="reducers, one panel each, or all of them with `all` (default: %(default)s)",
     )
     parser.add_argument(
-        "--prune-ratio", type=float, default=0.9, metavar="P", help="share of tokens to drop (default: %(default)s)"
+        "--prune-ratio", type=float, default=None, metavar="P", help="share of tokens to drop (default: 0.9)"
     )
     parser.add_argument(
         "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, in place of the ratio"

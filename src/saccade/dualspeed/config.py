@@ -71,8 +71,9 @@ class DualSpeedConfig(SFTConfig):
             Method that chooses the visual tokens of fast steps; `saccade reducers` lists them.
         reducer_options (`dict`, *optional*):
             Keyword options of the reducer.
-        prune_ratio (`float`, *optional*, defaults to `0.9`):
-            Share of visual tokens that fast steps drop, in [0, 1). The paper's p.
+        prune_ratio (`float`, *optional*):
+            Share of visual tokens that fast steps drop, in [0, 1). The paper's p. When left out, 0.9, or None where
+            `keep_tokens` is given: one of the two can be.
         keep_tokens (`int`, *optional*):
             Number of visual tokens that fast steps keep, in place of the ratio.
         budget (`str`, *optional*, defaults to `"crop"`):
@@ -179,8 +180,9 @@ class DualSpeedConfig(SFTConfig):
     reducer_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword options of the reducer, as a dict or as JSON."}
     )
-    prune_ratio: float = field(
-        default=0.9, metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1)."}
+    prune_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1); by default 0.9, or keep_tokens."},
     )
     keep_tokens: int | None = field(
         default=None, metadata={"help": "Visual tokens that fast steps keep, in place of prune_ratio."}
@@ -265,6 +267,7 @@ class DualSpeedConfig(SFTConfig):
         super().__post_init__()
         if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
             raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
+        self.prune_ratio = self.token_budget.prune_ratio
         check_conversation(self.conversation)
         check_positions(self.positions)
         check_newlines(self.newlines)

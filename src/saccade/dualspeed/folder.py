@@ -54,7 +54,11 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         ValueError: if it is damaged.
     """
-    return _read(Path(folder) / RUN_FILE)
+    found = _read(Path(folder) / RUN_FILE)
+    config = (found or {}).get("config")
+    if isinstance(config, dict) and config.get("keep_tokens") is not None:
+        config["prune_ratio"] = None  # earlier versions wrote a ratio beside the number that replaced it
+    return found
 
 
 def find_stranger(checkpoint: Path, output_dir: str | Path) -> str | None:

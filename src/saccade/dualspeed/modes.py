@@ -152,14 +152,13 @@ def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | 
         if name not in values:
             raise SaccadeError(f"modes: {dict(values)!r} has no {name!r}: every mode needs one")
     given = dict(values)
-    # A ratio of its own is meant, where the run counts in tokens otherwise.
-    budget = {"keep_tokens": None, "prune_ratio": given.pop("prune_ratio")} if "prune_ratio" in given else {}
-    if "keep_tokens" in given:
-        budget["keep_tokens"] = given.pop("keep_tokens")
+    budget = {name: given.pop(name, None) for name in ("prune_ratio", "keep_tokens")}
     settings = {"reducer": base.reducer, "reducer_options": base.reducer_options, **given}
     if given.get("reducer", base.reducer) != base.reducer and "reducer_options" not in given:
         settings["reducer_options"] = {}
-    settings["budget"] = replace(base.budget, **budget)
+    # A ratio of its own is meant where the run counts in tokens otherwise, and the other way round.
+    own_budget = any(value is not None for value in budget.values())
+    settings["budget"] = replace(base.budget, **budget) if own_budget else base.budget
     settings.setdefault("isolator", base.isolator and given.get("action", "drop") == "drop")
     mode = Mode(**settings)
     if mode.action != "skip":

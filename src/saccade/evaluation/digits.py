@@ -40,7 +40,7 @@ class Inference:
         name: "full", "pruned", "pruned_isolator" with the trained mode isolator before each image, or "skip" with
             Skip-Vision as it was trained.
         reducer: method that chooses the kept tokens.
-        prune_ratio: share of visual tokens dropped.
+        prune_ratio: share of visual tokens dropped; 0.9 where it and `keep_tokens` are None.
         positions: "compact" or "original".
         isolator: the trained isolator, for "pruned_isolator".
         keep_tokens: number of visual tokens kept, in place of the ratio.
@@ -50,12 +50,12 @@ class Inference:
         skip_vision: the folder that `skip_vision.saccade` is in, for "skip".
 
     Raises:
-        SaccadeError: on an unknown name, a missing isolator, or a missing folder.
+        SaccadeError: on an unknown name, a missing isolator, a missing folder, or a budget that is none.
     """
 
     name: str = "full"
     reducer: str = "divprune"
-    prune_ratio: float = 0.9
+    prune_ratio: float | None = None
     positions: str = "compact"
     isolator: ModeIsolator | Path | str | None = None
     keep_tokens: int | None = None
@@ -71,6 +71,8 @@ class Inference:
             raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
         if self.name == "skip" and self.skip_vision is None:
             raise SaccadeError(f"inference='skip' needs the folder of a run that wrote {SUMMARY_FILE}")
+        tokens = TokenBudget(self.prune_ratio, self.keep_tokens, self.budget, self.adaptive)
+        object.__setattr__(self, "prune_ratio", tokens.prune_ratio)
 
     @classmethod
     def of_run(cls, name: str, folder: Path | str | None, **options: Any) -> "Inference":
@@ -129,7 +131,7 @@ def plan_inferences(
     Args:
         model: the folder that training wrote, or anything else, which then has no trained settings and no isolator.
         names: of `INFERENCES`; all that the folder allows when left out.
-        prune_ratio: given without `keep_tokens`, it replaces a number of tokens that the model was trained with.
+        prune_ratio: replaces a number of tokens that the model was trained with, as `keep_tokens` replaces a ratio.
 
     Raises:
         SaccadeError: on a bad option, before any model is loaded.
@@ -138,12 +140,14 @@ def plan_inferences(
     trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
     missing = {name for name, file in files.items() if find_companion(folder, file) is None}
+    if prune_ratio is None and keep_tokens is None:
+        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
+        prune_ratio, keep_tokens = trained.get("prune_ratio") or None, trained.get("keep_tokens")
     options = {
         "reducer": reducer or trained.get("reducer", "divprune"),
-        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-        "prune_ratio": prune_ratio if prune_ratio is not None else trained.get("prune_ratio") or 0.9,
+        "prune_ratio": prune_ratio,
         "positions": check_positions(positions or trained.get("positions", "compact")),
-        "keep_tokens": trained.get("keep_tokens") if keep_tokens is None and prune_ratio is None else keep_tokens,
+        "keep_tokens": keep_tokens,
         "budget": budget or trained.get("budget", "crop"),
         "adaptive": trained.get("adaptive", False) if adaptive is None else adaptive,
         "newlines": check_newlines(newlines or trained.get("newlines", "keep")),

@@ -260,7 +260,7 @@ def _add_kept(page: Page, results: Sequence[Result], folder: Path) -> None:
         return
     # A fixed number of tokens, in place of a ratio, is drawn as one.
     keep = next((entry["keep_tokens"] for entry in entries if entry.get("keep_tokens")), None)
-    ratio = next((entry["prune_ratio"] for entry in entries if entry.get("prune_ratio")), 0.9)
+    ratio = None if keep else next((entry["prune_ratio"] for entry in entries if entry.get("prune_ratio")), 0.9)
     reducers = names if len(names) > 1 else list(dict.fromkeys([*names, *COMPARED]))
     add_compared_scene(page, _model_folder(results[0], folder), reducers, ratio, keep)
 

@@ -60,7 +60,11 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
 
 
 def add_compared_scene(
-    page: Page, model_folder: Path, reducers: Sequence[str], prune_ratio: float, keep_tokens: int | None = None
+    page: Page,
+    model_folder: Path,
+    reducers: Sequence[str],
+    prune_ratio: float | None,
+    keep_tokens: int | None = None,
 ) -> None:
     """Draw one scene as each of several reducers keeps it, with the features of one model.
 

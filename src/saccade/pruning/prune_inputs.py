@@ -25,7 +25,7 @@ def prune_inputs(
     model: nn.Module,
     inputs: Mapping[str, Any],
     reducer: str = "divprune",
-    prune_ratio: float = 0.9,
+    prune_ratio: float | None = None,
     isolator: ModeIsolator | Tensor | str | Path | None = None,
     positions: str = "compact",
     padding_side: str = "left",
@@ -44,7 +44,7 @@ def prune_inputs(
         model: a stock model of a known family, PEFT-wrapped or not.
         inputs: what the model's processor returned with `return_tensors="pt"`, for any number of samples and images.
         reducer: name of the method that chooses the tokens, see `saccade reducers`.
-        prune_ratio: share of visual tokens to drop, in [0, 1).
+        prune_ratio: share of visual tokens to drop, in [0, 1); 0.9 where it and `keep_tokens` are left out.
         isolator: the trained mode isolator to put before each image, or the folder or file it was saved in. None, as
             published for inference, uses none.
         positions: "compact" or "original", as the model was trained. Models with several position axes (Qwen-VL)
@@ -62,9 +62,9 @@ def prune_inputs(
         `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
 
     Raises:
-        SaccadeError: on an unknown family, reducer or position mode, a budget out of range or one that the reducer
-            cannot follow, an isolator of another width, placeholders that do not match the images, or inputs that lack
-            something or are pruned already.
+        SaccadeError: on an unknown family, reducer or position mode, a ratio beside a number of tokens, a budget out
+            of range or one that the reducer cannot follow, an isolator of another width, placeholders that do not
+            match the images, or inputs that lack something or are pruned already.
     """
     tokens = TokenBudget(prune_ratio, keep_tokens, budget, adaptive)
     check_positions(positions)

@@ -27,7 +27,7 @@ def view_reducers(
     processor: ProcessorMixin,
     image: Image.Image,
     reducers: Sequence[str],
-    prune_ratio: float,
+    prune_ratio: float | None,
     prompt: str,
     path: str | os.PathLike[str],
     keep_tokens: int | None = None,
@@ -42,7 +42,7 @@ def view_reducers(
         processor: its processor.
         image: any size.
         reducers: names, one panel each.
-        prune_ratio: share of visual tokens to drop, in [0, 1).
+        prune_ratio: share of visual tokens to drop, in [0, 1); 0.9 where it and `keep_tokens` are None.
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
         keep_tokens: number of visual tokens to keep, in place of the ratio.
@@ -53,7 +53,8 @@ def view_reducers(
         For `downsample` it is the one of the smaller image that covers it.
 
     Raises:
-        SaccadeError: on an unknown reducer, a ratio outside [0, 1), or a model that a reducer does not fit.
+        SaccadeError: on an unknown reducer, a ratio outside [0, 1) or beside a number of tokens, or a model that a
+            reducer does not fit.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":

@@ -151,9 +151,7 @@ def model_args(model: str | Path, inference: Inference, dtype: str = "auto") -> 
         names = [field.name for field in fields(inference)]
         left_out = ("name", "isolator", "skip_vision")
         values = {name: getattr(inference, name) for name in names if name not in left_out}
-        # Of the two ways to give a budget, the one that counts.
-        values.pop("prune_ratio" if inference.keep_tokens is not None else "keep_tokens")
-        given |= {name: str(value) for name, value in values.items()}
+        given |= {name: str(value) for name, value in values.items() if value is not None}
     return ",".join(f"{name}={value}" for name, value in given.items())
 
 

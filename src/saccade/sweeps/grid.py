@@ -10,11 +10,13 @@ import yaml
 from saccade.errors import SaccadeError
 from saccade.sweeps.digits import standard_inferences
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec
+from saccade.training.recipe import put_over
 
 BOTH_STAGES = (
     "reducer",
     "reducer_options",
     "prune_ratio",
+    "keep_tokens",
     "slow_probability",
     "schedule",
     "isolator_length",
@@ -95,8 +97,7 @@ def plan_grid(
         for values in product(*(grid[name] for name in fields)):
             labels = {**dict(zip(fields, values, strict=True)), "seed": seed}
             stages = {name: dict(stage) for name, stage in (first | {STAGES[1]: dict(recipe)}).items()}
-            for name, value in labels.items():
-                place(stages, name, value)
+            place(stages, labels)
             if seeds is not None or "seed" in grid:
                 for stage in stages.values():
                     if stage.get("dataset", "digits") == "digits":
@@ -109,18 +110,22 @@ def plan_grid(
     return specs
 
 
-def place(stages: dict[str, dict[str, Any]], name: str, value: Any) -> None:
-    """Set a field, `field` or `stage.field`, in the stages that it belongs to.
+def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
+    """Set fields, `field` or `stage.field`, in the stages that they belong to, as `put_over` does.
 
     Raises:
         SaccadeError: on a stage that there is not.
     """
-    stage, dot, field = name.rpartition(".")
-    if dot and stage not in stages:
-        raise SaccadeError(f"{name}: there is no stage {stage!r}, the stages are {', '.join(stages)}")
+    given: dict[str, dict[str, Any]] = {key: {} for key in stages}
+    for name, value in fields.items():
+        stage, dot, field = name.rpartition(".")
+        if dot and stage not in stages:
+            raise SaccadeError(f"{name}: there is no stage {stage!r}, the stages are {', '.join(stages)}")
+        for key in stages:
+            if key == stage or (not dot and (key == STAGES[1] or field in BOTH_STAGES)):
+                given[key][field] = value
     for key, values in stages.items():
-        if key == stage or (not dot and (key == STAGES[1] or field in BOTH_STAGES)):
-            values[field] = value
+        stages[key] = put_over(values, given[key])
 
 
 def choose(specs: Sequence[RunSpec], only: Mapping[str, Sequence[Any]]) -> list[RunSpec]:

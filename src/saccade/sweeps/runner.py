@@ -279,7 +279,8 @@ def _weights(spec: RunSpec) -> dict[str, float]:
     weights = {}
     for name, values in zip(stage_names(spec.stages), spec.stages, strict=True):
         slow = 0.0 if values.get("freeze_language_model") else values.get("slow_probability", 0.1)
-        fast = 0.2 + 0.8 * (1 - values.get("prune_ratio", 0.9))
+        ratio = values.get("prune_ratio")
+        fast = 0.2 + 0.8 * (1 - (0.9 if ratio is None else ratio))
         steps = values.get("max_steps", 0)
         weights[name] = (steps if steps > 0 else 1000) * ((1 - slow) * fast + slow * (1 + fast / 3))
     if spec.evaluation:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from saccade.errors import SaccadeError
 
 UNITS = ("crop", "image", "sample")
+PRUNE_RATIO = 0.9
+"""The share of visual tokens to drop where neither a share nor a number is given."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class TokenBudget:
     """How many visual tokens to keep, and of what.
 
     Args:
-        prune_ratio: share of a unit's tokens to drop, in [0, 1); 0 keeps all.
+        prune_ratio: share of a unit's tokens to drop, in [0, 1); 0 keeps all. `PRUNE_RATIO` where it and `keep_tokens`
+            are None; None where the other is given.
         keep_tokens: number of tokens to keep of a unit, in place of the ratio. A unit that has fewer keeps them all.
         per: the unit. "crop" is a feature row: an image, or the crop, frame or picture that the model makes of it; a
             whole video, where the model has no row a frame (Qwen2-VL, Qwen2.5-VL).
@@ -24,16 +27,23 @@ class TokenBudget:
             `saccade.pruning.adaptive_counts`.
 
     Raises:
-        SaccadeError: on a value out of range, naming it and the fix.
+        SaccadeError: on a value out of range, or a ratio and a number at once, naming them and the fix.
     """
 
-    prune_ratio: float = 0.9
+    prune_ratio: float | None = None
     keep_tokens: int | None = None
     per: str = "crop"
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        check_prune_ratio(self.prune_ratio)
+        if self.prune_ratio is not None and self.keep_tokens is not None:
+            raise SaccadeError(
+                f"prune_ratio={self.prune_ratio!r} and keep_tokens={self.keep_tokens!r} both say how many visual "
+                "tokens to keep: leave one of them out"
+            )
+        if self.keep_tokens is None:
+            object.__setattr__(self, "prune_ratio", PRUNE_RATIO if self.prune_ratio is None else self.prune_ratio)
+            check_prune_ratio(self.prune_ratio)
         whole = isinstance(self.keep_tokens, int) and not isinstance(self.keep_tokens, bool)
         if self.keep_tokens is not None and not (whole and self.keep_tokens >= 1):
             raise SaccadeError(
@@ -47,7 +57,7 @@ class TokenBudget:
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is dropped, whatever the unit has."""
-        return self.prune_ratio == 0 and self.keep_tokens is None
+        return self.prune_ratio == 0
 
     def count(self, num_tokens: int) -> int:
         """Tokens to keep of a unit of `num_tokens`, before `adaptive` moves any."""

@@ -14,7 +14,7 @@ from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns
 from saccade.errors import SaccadeError
 from saccade.families.padding import pads_to_square
-from saccade.training.recipe import Recipe, load_recipe, make_recipe
+from saccade.training.recipe import Recipe, load_recipe, make_recipe, put_over
 from saccade.training.sources import dataset_sources, load_processor, open_source
 
 ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
@@ -124,5 +124,5 @@ def use_own_template(recipe: Recipe, processor: ProcessorMixin) -> None:
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:
     if Path(path).suffix in (".yaml", ".yml"):
         recipe = load_recipe(path, [f"--{name}={json.dumps(value)}" for name, value in ANY_MACHINE.items()])
-        return make_recipe({**recipe.given, **given}, source=path)
+        return make_recipe(put_over(recipe.given, given), source=path)
     return make_recipe({**ANY_MACHINE, **given, "dataset": path}, source="saccade data check")

@@ -98,7 +98,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"recipe {path} names pretrain={values['pretrain']!r}: `saccade sweep` trains both stages, here train one "
             "after the other without this field"
         )
-    return make_recipe({**values, **parse_overrides(overrides)}, source=str(find_recipe(path)))
+    return make_recipe(put_over(values, parse_overrides(overrides)), source=str(find_recipe(path)))
+
+
+def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe with others in their place: a number of tokens also takes that of a ratio, and a ratio
+    that of a number."""
+    budgets = ("prune_ratio", "keep_tokens")
+    replaced = budgets if any(given.get(name) is not None for name in budgets) else ()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **given}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
