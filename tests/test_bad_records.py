@@ -11,11 +11,12 @@ import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
 from family_models import FAMILIES
-from helpers import losses, make_trainer
+from helpers import losses, make_config, make_trainer
 from PIL import Image
 
-from saccade import SaccadeError
+from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
+from saccade.data import digit_scenes
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
@@ -261,6 +262,61 @@ def test_a_resumed_run_goes_on_with_the_list_and_a_new_one_starts_anew(processor
     )
     trainer.train()
     assert not (tmp_path / "parts" / BAD_RECORDS_FILE).exists()
+
+
+def evaluating(processor, output, rows, **options):
+    """A trainer that evaluates one row at a time."""
+    return DualSpeedTrainer(
+        build_tiny_llava(processor, seed=0),
+        args=make_config(output, **{"per_device_eval_batch_size": 1, "prediction_loss_only": True, **options}),
+        train_dataset=digit_scenes("sft", "train", 16),
+        eval_dataset=rows,
+        processing_class=processor,
+    )
+
+
+def test_a_bad_row_is_skipped_in_evaluation_and_not_counted(processor, tmp_path, data):
+    """The loss is that of the good rows; what stands in for a bad one in `predict` has no labels."""
+    good = write_json(data.parent / "good.jsonl", [json.loads(line) for line in data.open()][12:])
+    whole, alone = (load_rows(ModelOptions(dataset=str(path))) for path in (data, good))
+    trainer = evaluating(processor, tmp_path / "out", whole.select(range(1, len(whole))), max_bad_records=11)
+    expected = trainer.evaluate(alone)["eval_loss"]
+    assert not trainer.bad_records
+    for _ in range(2):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+        names = sorted(f"{data}, line {number}" for number in range(2, 13))
+        assert sorted(entry["record"] for entry in listed(tmp_path / "out")) == names
+    trainer.args.per_device_eval_batch_size = 3
+    # Another mean, of batches of other rows.
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=0.2)
+    batches = list(trainer.get_test_dataloader(whole))
+    learned = torch.cat([(batch["labels"] != -100).any(dim=1) for batch in batches])
+    assert learned.tolist() == [True, *[False] * 11, *[True] * 8]
+    assert trainer.predict(whole).metrics["test_loss"] == pytest.approx(expected, rel=0.2)
+
+
+def test_a_bad_row_of_an_evaluation_ends_it_in_one_line_beyond_the_limit(processor, tmp_path, data):
+    rows = load_rows(ModelOptions(dataset=str(data)))
+    trainer = evaluating(processor, tmp_path / "none", rows)
+    for call in (trainer.evaluate, lambda: trainer.predict(rows)):
+        with pytest.raises(SaccadeError, match=r"data.jsonl, line 2: image 'images/none.jpg' does not exist"):
+            call()
+    trainer = evaluating(processor, tmp_path / "few", rows, max_bad_records=10)
+    with pytest.raises(SaccadeError, match="11 bad records, more than max_bad_records=10"):
+        trainer.evaluate()
+    assert len(listed(tmp_path / "few")) == 11
+
+
+def test_an_evaluation_in_the_middle_counts_with_the_training(processor, tmp_path, data):
+    rows = load_rows(ModelOptions(dataset=str(data)))
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = evaluating(processor, tmp_path / "out", rows, max_bad_records=11, **options)
+    trainer.train()
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    assert trainer.state.log_history[-2]["eval_loss"] > 0
+    assert len(listed(tmp_path / "out")) == 11
+    with pytest.raises(SaccadeError, match="bad records, more than max_bad_records=10"):
+        evaluating(processor, tmp_path / "few", rows, max_bad_records=10, **options).train()
 
 
 def launch(data, output, *flags):

@@ -154,6 +154,10 @@ def test_an_evaluation_belongs_to_the_weights_that_it_was_measured_on(trained, t
     (run / "eval.json").write_text(json.dumps({key: measured[key] for key in measured if key != "weights"}))
     (note,) = export_model(run, tmp_path / "four")["notes"]
     assert "does not say which weights" in note
+    assert main(["eval", "compare", str(tmp_path / "one"), str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert main(["eval", "compare", str(tmp_path / "one"), str(run)]) == 2
+    assert "does not say which weights" in capsys.readouterr().err
 
 
 def test_saving_other_weights_takes_what_was_measured_away(processor, tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
+from saccade.pages.source import read_run
 from saccade.report.html import STYLE, page
 from saccade.report.tables import html_table
 from saccade.sweeps import QUICK
@@ -214,6 +215,21 @@ class TestRun:
         steps = [entry["step"] for entry in log["log_history"][3:5]]
         assert f"The loss was no finite number at step {steps[0]}, {steps[1]}." in text
         assert "No pictures: the run is not on the digit scenes." in text
+
+    def test_an_evaluation_of_other_weights_is_not_shown(self, run, tmp_path) -> None:
+        """Not even in a folder without weights: a run that is trained again, say."""
+        for name in ("log.json", "eval.json"):
+            shutil.copy(run / name, tmp_path)
+        page = write_report(tmp_path)
+        text = read(page.parent).text
+        assert f"{tmp_path / 'eval.json'} was measured on other weights, and is not shown." in text
+        assert "Not evaluated on the digit scenes." in text
+        assert "accuracy" not in json.loads((page.parent / "report.json").read_text())
+        evaluation = json.loads((run / "eval.json").read_text())
+        (tmp_path / "eval.json").write_text(json.dumps(evaluation | {"weights": [evaluation["weights"]]}))
+        record = read_run(tmp_path)
+        assert record.evaluation is None
+        assert "does not say which weights it was measured on" in record.left_out
 
     def test_names_and_values_are_text(self, run, tmp_path) -> None:
         folder = tmp_path / HOSTILE

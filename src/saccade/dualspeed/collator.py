@@ -59,6 +59,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         max_bad_records: how many bad records a batch may meet before it is given up and comes empty. None makes the
             first one an error.
         rows: where rows come from, by their `index`.
+        learn_stand_ins: whether what replaces a bad record has labels. In evaluation it would be counted twice.
 
     Raises:
         RecordError: where `max_bad_records` is None: on a row with a fault, an image that is missing, truncated or no
@@ -72,6 +73,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     max_image_pixels: int = MAX_PIXELS
     max_bad_records: int | None = None
     rows: Dataset | None = None
+    learn_stand_ins: bool = True
     # The last sample of the batch before, for a batch of a stream in which nothing is good.
     _spare: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
@@ -103,6 +105,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 "text": self._text(prepared),
                 "images": prepared["images"],
                 "part_only": self._learns_part(prepared),
+                "stands_in": False,
             }
         except RecordError as error:
             self._note(example, error, bad)
@@ -168,13 +171,14 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                     good = [other for other in others if other is not None]
                     if not good:
                         return False
-                    prepared[row] = good[0]
+                    prepared[row] = {**good[0], "stands_in": True}
                     continue
                 tried[row] += 1
                 if tried[row] > len(self.rows):
                     return False
                 examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
-                prepared[row] = self._prepare(examples[row], bad)
+                found = self._prepare(examples[row], bad)
+                prepared[row] = None if found is None else {**found, "stands_in": True}
         return True
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
@@ -196,6 +200,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         is_image = batch["input_ids"] == self.placeholder_id
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
         faults = self._length_faults(batch, is_image)
+        if not self.learn_stand_ins:
+            stands_in = torch.tensor([row["stands_in"] for row in prepared])  # (B,)
+            batch["labels"] = batch["labels"].masked_fill(stands_in[:, None], IGNORE_INDEX)
         limit = self.max_length
         if limit is not None and batch["input_ids"].shape[1] > limit:
             shape = batch["input_ids"].shape

@@ -84,13 +84,18 @@ def identify_weights(place: str | Path) -> str | None:
     folder = Path(place)
     if not folder.is_dir():
         return None
-    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", f"*{ENDING}")
-    sums = checksums(sorted({path for pattern in patterns for path in folder.glob(pattern)}))
+    sums = checksums(weight_files(folder))
     parts = [f"{path.name} {path.stat().st_size} {found}" for path, found in sums.items()]
     base = base_of(folder)
     if base is not None:
         parts.append(identify_weights(base) or base)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in `folder`, and of the learned tensors beside them, in order."""
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", f"*{ENDING}")
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -102,8 +107,9 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | No
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None, f"{path} is damaged"
-    measured = {found.get("weights"), found.get("exported_weights")} if isinstance(found, dict) else set()
-    if not measured - {None}:
+    named = [found.get("weights"), found.get("exported_weights")] if isinstance(found, dict) else []
+    measured = {weights for weights in named if isinstance(weights, str)}
+    if not measured:
         return None, f"{path} does not say which weights it was measured on"
     if identify_weights(folder) not in measured:
         return None, f"{path} was measured on other weights"

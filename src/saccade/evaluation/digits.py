@@ -255,10 +255,10 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
 
 def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
     """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
-    examples = [prepare_example({"messages": row["messages"][:-1], "images": row["images"]}) for row in rows]
+    examples = [prepare_example({"messages": row["messages"], "images": row["images"]}) for row in rows]
     return prepare_prompts(
         processor,
-        [prepare_multimodal_messages(example["messages"], images=example["images"]) for example in examples],
+        [prepare_multimodal_messages(example["messages"][:-1], images=example["images"]) for example in examples],
     )
 
 

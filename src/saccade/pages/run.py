@@ -92,6 +92,8 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
 
 
 def _add_accuracy(page: Page, record: RunRecord) -> None:
+    if record.left_out is not None:
+        page.add("Accuracy", warning(f"{record.left_out}, and is not shown."))
     if record.evaluation is None:
         words = "Not evaluated on the digit scenes. This does it; then make the report again:"
         page.add("Accuracy", command(words, f"saccade eval {shlex.quote(str(record.model))}"))

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from saccade.dualspeed.checkpoint import newest_checkpoint
-from saccade.dualspeed.folder import RUN_FILE
+from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
+from saccade.dualspeed.weights import read_evaluation
 from saccade.errors import SaccadeError
 from saccade.sweeps.plan import PLAN_FILE
 from saccade.sweeps.runner import RUNS
 from saccade.sweeps.worker import RESULT_FILE
 from saccade.training import LOG_FILE
 
-EVALUATION_FILE, STATE_FILE, DEMO_FILE = "eval.json", "trainer_state.json", "report.json"
+STATE_FILE, DEMO_FILE = "trainer_state.json", "report.json"
 
 
 @dataclass
@@ -28,7 +29,8 @@ class RunRecord:
         tokens: of the batches as they came, trained on, and read by the teacher, in all.
         environment: where it took place, None where it was not recorded.
         finished: the day, None where it was not recorded.
-        evaluation: what `saccade eval` wrote on the digit scenes, None if it did not.
+        evaluation: what `saccade eval` measured on the digit scenes with these weights, None if it did not.
+        left_out: why an evaluation that lies in the folder is not of these weights, None where there is none.
         checkpoint: name of the checkpoint that was read instead of a whole run's log.
     """
 
@@ -40,6 +42,7 @@ class RunRecord:
     environment: dict[str, Any] | None = None
     finished: str | None = None
     evaluation: dict[str, Any] | None = None
+    left_out: str | None = None
     checkpoint: str | None = None
 
 
@@ -113,9 +116,9 @@ def read_run(folder: Path) -> RunRecord:
     if (record.model / RUN_FILE).is_file():
         run = read_json(record.model / RUN_FILE, "config")
         record.config, record.tokens = run["config"], run.get("tokens", {})
-    if (folder / EVALUATION_FILE).is_file():
-        evaluation = read_json(folder / EVALUATION_FILE)
-        record.evaluation = evaluation if _is_of_digits(evaluation.get("results")) else None
+    path = folder / EVALUATION_FILE
+    if path.is_file() and _is_of_digits(read_json(path).get("results")):
+        record.evaluation, record.left_out = read_evaluation(folder)
     return record
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
 from saccade.suites.definitions import BENCHMARKS
 
@@ -108,6 +109,7 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
     results = content.get("results") if isinstance(content, dict) else None
     scenes = {"inference", "accuracy"}
     if isinstance(results, list) and all(isinstance(entry, dict) and scenes <= entry.keys() for entry in results):
+        _check_is_of_its_weights(file)
         for entry in results:
             yield _Result(
                 DIGITS + entry["inference"],
@@ -126,6 +128,14 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
                 yield _Result(task, score, settings, samples.get("effective"), length)
     elif must:
         raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
+
+
+def _check_is_of_its_weights(file: Path) -> None:
+    """Refuse an evaluation that lies beside a model and is not of it."""
+    if file.name == DIGIT_FILE and weight_files(file.parent):
+        _, fault = read_evaluation(file.parent)
+        if fault is not None:
+            raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those beside it")
 
 
 def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str, Any], file: Path) -> float | None:
