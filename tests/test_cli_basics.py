@@ -123,7 +123,11 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("number", "message"),
-        [(errno.ENOSPC, "no space left on the disk"), (errno.EACCES, "permission denied")],
+        [
+            (errno.ENOSPC, "no space left on the disk"),
+            (errno.EACCES, "permission denied"),
+            (errno.ENAMETOOLONG, "this name is too long"),
+        ],
     )
     def test_a_disk_that_refuses_is_one_line(
         self, install: Install, capsys: pytest.CaptureFixture[str], number: int, message: str

@@ -12,6 +12,7 @@ from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.data.rows import write_jsonl
 from saccade.dualspeed.collator import prepare_example
+from saccade.dualspeed.config import LEAST
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
@@ -79,6 +80,13 @@ def test_overrides_are_typed():
         (["--dataset", "/tmp"], "no folder that save_to_disk wrote"),
         (["--dataset_rows", "0"], "dataset_rows=0"),
         (["--lora", "true", "--freeze_language_model", "true"], "set one to false"),
+        *(([f"--{name}", str(least - 1)], f"{name}={least - 1}.*: give {least}") for name, least in LEAST.items()),
+        (["--learning_rate", ".nan"], "learning_rate=nan"),
+        (["--max_steps", "0", "--num_train_epochs", "0"], "num_train_epochs=0.*, or set max_steps"),
+        (["--save_strategy", "steps", "--save_steps", "0"], "save_steps=0.*save_strategy"),
+        (["--lora", "true", "--lora_r", "0"], "lora_r=0: give 1"),
+        (["--lora", "true", "--lora_alpha", "-1"], "lora_alpha=-1: give 1"),
+        (["--lora", "true", "--lora_dropout", "1.0"], r"lora_dropout=1.0 is outside \[0, 1\)"),
     ],
 )
 def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path, capsys):

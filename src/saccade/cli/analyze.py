@@ -75,10 +75,12 @@ def _model_arguments(parser: argparse.ArgumentParser, preset: str, output: str) 
 
 
 def _amount(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number: give a number of tokens, or a share of the image's")
 
 
 def _setting(args: argparse.Namespace) -> tuple[Any, ...]:

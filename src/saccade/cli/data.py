@@ -1,6 +1,7 @@
 """`saccade data check`: read a dataset whole before a training run does."""
 
 import argparse
+from contextlib import ExitStack
 from typing import Any
 
 EXAMPLES = """
@@ -44,13 +45,20 @@ def run(args: argparse.Namespace) -> int:
     from saccade.training.checks import check_data
 
     columns = (TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("rows", total=None)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("rows", total=None)
+    with ExitStack() as shown:
+
+        def start(total: int) -> None:
+            # Not before, so that of bad input nothing is shown but the line that names it.
+            bar.update(task, total=total)
+            shown.enter_context(bar)
+
         report = check_data(
             args.path,
             _given(args),
             jobs=available_cores() if args.jobs is None else args.jobs,
-            start=lambda total: bar.update(task, total=total),
+            start=start,
             progress=lambda count: bar.advance(task, count),
         )
     write_json_atomically(args.output, report)

@@ -36,6 +36,7 @@ DISK_FAULTS: dict[int, str] = {
     errno.ENOSPC: "no space left on the disk: free some, or give another folder",
     errno.EDQUOT: "the disk quota is used up: free some, or give another folder",
     errno.EROFS: "the file system is read-only: give another folder",
+    errno.ENAMETOOLONG: "this name is too long for the file system: give a shorter one",
     errno.EACCES: "permission denied: give a path that you may read and write",
     errno.EISDIR: "this is a folder: give the path of a file",
     errno.ENOTDIR: "a part of this path is a file, not a folder: give another path",

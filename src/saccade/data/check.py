@@ -58,6 +58,7 @@ def check_sources(
     jobs: int = 1,
     max_length: int | None = None,
     padded: bool = False,
+    start: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Read all rows, decode all images, and report.
@@ -69,6 +70,7 @@ def check_sources(
         jobs: processes that read side by side; fewer where there is too little to read.
         max_length: longest full sequence that training keeps whole.
         padded: whether training pads images to a square, whose size counts then.
+        start: called with the number of rows before the first is read.
         progress: called with the number of rows just read.
 
     Returns:
@@ -87,6 +89,9 @@ def check_sources(
     began = time.perf_counter()
     found = Findings()
     complete = True
+    records = sum(len(source) for source in sources)
+    if start is not None:
+        start(records)
     chunks = list(_chunks(sources))
     jobs = max(1, min(jobs, len(chunks)))
     results = _results(_Reader(list(sources), counter, max_pixels, padded), chunks, jobs)
@@ -104,7 +109,7 @@ def check_sources(
     found.bad.sort(key=lambda entry: (entry["source"], entry["index"]))
     return {
         "complete": complete,
-        "records": sum(len(source) for source in sources),
+        "records": records,
         "checked": found.checked,
         "images": found.images,
         "text_only": found.text_only,

@@ -25,6 +25,13 @@ from saccade.values import coerce
 
 GROUP_BY = ("none", "shortened", "full")
 
+LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
+    **dict.fromkeys(("num_train_epochs", "dataloader_num_workers", "seed", "data_seed"), 0),
+}
+"""The least value of options of transformers, which looks at them once the model is loaded, or never."""
+
 # What a resumed run need not share with the run it goes on from. Every other option must be the same, those that a
 # later version adds included: with another value the loss curve would not continue.
 FREE_TO_CHANGE = frozenset(
@@ -265,6 +272,7 @@ class DualSpeedConfig(SFTConfig):
             if not isinstance(value, PathLike) and get_origin(annotation) is not ClassVar:
                 setattr(self, name, coerce(name, value, annotation))
         super().__post_init__()
+        self._check_stock_numbers()
         if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
             raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
         self.prune_ratio = self.token_budget.prune_ratio
@@ -329,6 +337,16 @@ class DualSpeedConfig(SFTConfig):
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "
                 "DualSpeed trains on plain cross-entropy, leave them at 'nll' and 0"
             )
+
+    def _check_stock_numbers(self) -> None:
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise SaccadeError(f"{name}={value!r}: give {least} or more")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise SaccadeError(f"num_train_epochs={self.num_train_epochs!r}: give more than 0, or set max_steps")
+        if self.save_strategy == "steps" and not self.save_steps > 0:
+            raise SaccadeError(f"save_steps={self.save_steps!r}: give 1 or more, or set save_strategy to 'no'")
 
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"

@@ -80,11 +80,8 @@ def check_data(
             processor, placeholder_id, args.token_budget, args.isolator_length, stops, args.conversation
         )
         padded = padded or pads_to_square(processor)
-    if start is not None:
-        start(sum(len(rows) for _, rows in opened))
-    report = check_sources(
-        [rows for _, rows in opened], counter, args.max_image_pixels, jobs, args.max_length, padded, progress
-    )
+    rows = [rows for _, rows in opened]
+    report = check_sources(rows, counter, args.max_image_pixels, jobs, args.max_length, padded, start, progress)
     named = [{"path": name, "records": len(rows)} for name, rows in opened]
     return {"sources": named, **report}
 

@@ -119,7 +119,8 @@ def check_lora(recipe: Recipe) -> None:
     """Refuse adapters where they would not be what they say.
 
     Raises:
-        SaccadeError: with a frozen language model, or on a model that is adapters itself.
+        SaccadeError: with a frozen language model, on a model that is adapters itself, or on a rank, scale or dropout
+            out of range.
     """
     options = recipe.options
     if options.load_in_4bit and not options.lora:
@@ -130,6 +131,11 @@ def check_lora(recipe: Recipe) -> None:
         raise SaccadeError(
             "lora=true trains the language model, freeze_language_model=true freezes it: set one to false"
         )
+    for name in ("lora_r", "lora_alpha"):
+        if getattr(options, name) < 1:
+            raise SaccadeError(f"{name}={getattr(options, name)}: give 1 or more")
+    if not 0 <= options.lora_dropout < 1:
+        raise SaccadeError(f"lora_dropout={options.lora_dropout} is outside [0, 1)")
     if (Path(options.model) / "adapter_config.json").is_file():
         raise SaccadeError(
             f"model={options.model!r} holds LoRA adapters, and new ones would name their base without them: "
