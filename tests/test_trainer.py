@@ -316,6 +316,13 @@ def test_what_a_step_of_ours_would_ignore_is_refused(processor, tmp_path, scenes
         DualSpeedTrainer(build_tiny_llava(processor), make_config(tmp_path, **ORDINARY, padding_free=True), **given)
 
 
+def test_float16_weights_under_bfloat16_are_refused(processor, tmp_path, scenes):
+    """Released checkpoints are often float16, and stock loading leaves them so."""
+    half = build_tiny_llava(processor, seed=0).half()
+    with pytest.raises(SaccadeError, match=r"bf16=True with a model in float16: load it with dtype=torch.bfloat16"):
+        make_trainer(half, processor, tmp_path, rows=scenes, bf16=True)
+
+
 def test_what_the_tower_does_not_give_is_refused(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(LlavaFamily, "attention_block", lambda self: None)
     for options in ({"reducer": "fastervlm"}, {"reducer": "fastervlm", "skip_vision": {}}):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from saccade.dualspeed.config import DualSpeedConfig
@@ -53,6 +54,21 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
                 f"peft_config is a {type(config).__name__}, whose tokens PEFT's own forward puts "
                 "before the prompt, which fast and slow steps do not call; use LoRA or another adapter of layers"
             )
+
+
+def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
+    """Refuse weights that mixed precision cannot compute with: many released checkpoints are float16.
+
+    Raises:
+        SaccadeError: on float16 weights with `bf16`, whose first forward torch would end with an error of its own.
+    """
+    # TRL takes the rest of a quantized model to float32.
+    quantized = getattr(model, "is_quantized", False)
+    if args.bf16 and not quantized and any(weight.dtype == torch.float16 for weight in model.parameters()):
+        raise SaccadeError(
+            "bf16=True with a model in float16: load it with dtype=torch.bfloat16 or torch.float32 (in a recipe dtype: "
+            "bfloat16 or float32), or set bf16=False"
+        )
 
 
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:

@@ -28,6 +28,7 @@ from saccade.dualspeed.checks import (
     check_family_can,
     check_language_model_trains,
     check_not_ignored,
+    check_precision,
     first_columns,
 )
 from saccade.dualspeed.collator import DualSpeedCollator
@@ -109,6 +110,7 @@ class DualSpeedTrainer(SteppingTrainer):
         own_collator = kwargs.get("data_collator") is None
         if isinstance(model, str):
             model = load_by_name(model, args, kwargs.get("quantization_config"))
+        check_precision(model, args)
         with _withheld(args):
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
