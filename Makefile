@@ -100,7 +100,7 @@ style: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python -m benchmarks.selection
 
 clean:
 	rm -rf out build dist .pytest_cache .ruff_cache .hypothesis

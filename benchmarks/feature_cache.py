@@ -1,6 +1,6 @@
 """What reading a frozen tower's features from disk brings, beside running the tower.
 
-    python benchmarks/feature_cache.py [--shape tiny] [--batch-size 8] [--device cpu] [--folder DIR] [--ledger FILE]
+    python -m benchmarks.feature_cache [--shape tiny] [--batch-size 8] [--device cpu] [--folder DIR] [--ledger FILE]
 
 A fast step of stage two (p = 0.9, DivPrune) and the encoding in it, three ways that take turns on the same batches:
 without a cache, in the first epoch (nothing is found, all is stored), and in a later one (all is found). The files
@@ -21,12 +21,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from saccade.benchmark.batches import label_count, make_batch
-from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
-from saccade.benchmark.lengths import draw_lengths
-from saccade.benchmark.run_train import TrainBench
-from saccade.benchmark.shapes import build_shape
-from saccade.benchmark.train import train_stage
+from benchmarks.batches import label_count, make_batch
+from benchmarks.ledger import append_rows, check_ledger, figures, origin
+from benchmarks.shapes import build_shape
+from benchmarks.steps import train_stage
+from benchmarks.train import TrainBench
 from saccade.dualspeed.sequence import PrunedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, seconds_on
 from saccade.errors import SaccadeError
@@ -35,6 +34,7 @@ from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.store import SUFFIX
 from saccade.reducers import get_reducer
 from saccade.tokens import TokenBudget
+from saccade.training.length_table import draw_lengths
 
 NONE, FIRST, LATER = WAYS = ("no cache", "first epoch", "later epochs")
 METRICS = ("encode", "step")
@@ -42,7 +42,7 @@ UNBOUNDED = 2**50
 
 
 def checked(arguments: argparse.Namespace) -> TrainBench:
-    """The options that `saccade bench train` has too.
+    """The options that `python -m benchmarks.train` has too.
 
     Raises:
         SaccadeError: on a value out of its range.
@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[Bench, dict[tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="tiny", help="model shape, as for `saccade bench train`")
+    parser.add_argument("--shape", default="tiny", help="model shape, as for `python -m benchmarks.train`")
     parser.add_argument("--layers", type=int, help="language layers to keep")
     parser.add_argument("--width", type=int, help="of the language model")
     parser.add_argument("--tower-layers", type=int, help="layers of the vision tower to keep")
@@ -173,7 +173,7 @@ def main() -> None:
         f"{bench.fingerprint_seconds:.2g} s, once a run"
     )
     if arguments.ledger is not None:
-        rooms = ("benchmark", "dualspeed", "families", "reducers", "tokens")
+        rooms = ("dualspeed", "families", "reducers", "tokens")
         shared = origin("feature_cache", bench.device, arguments.dtype, arguments.repeats, rooms)
         cuts = f"layers {arguments.layers}, width {arguments.width}, tower_layers {arguments.tower_layers}"
         shared["shape"] = f"{arguments.shape}, {cuts}, {arguments.batch_size} rows"

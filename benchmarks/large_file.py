@@ -1,4 +1,4 @@
-"""What a large LLaVA file costs a training process: `python benchmarks/large_file.py --records 200000`."""
+"""What a large LLaVA file costs a training process: `python -m benchmarks.large_file --records 200000`."""
 
 import argparse
 import json

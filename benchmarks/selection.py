@@ -1,6 +1,6 @@
 """Time and tensor operations of every reducer, beside a per-image loop.
 
-    python benchmarks/selection.py [--quick] [--only NAMES] [--threads 1] [--repeats 7] [--device cuda] [--ledger FILE]
+    python -m benchmarks.selection [--quick] [--only NAMES] [--threads 1] [--repeats 7] [--device cuda] [--ledger FILE]
 
 Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
 machine falls on all alike; what takes less than a fifth of a second runs once untimed before each timing. Beside the
@@ -13,19 +13,20 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from loops import LOOPS, PATCH, downsample
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
-from saccade.counting import OperationCount
+from benchmarks.counting import OperationCount
+from benchmarks.ledger import append_rows, check_ledger, figures, origin
+from benchmarks.loops import LOOPS, PATCH, downsample
+from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
 from saccade.families.resolution import shrink_images
 from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
@@ -200,7 +201,12 @@ def show(console: Console, rows: list[dict], results: dict) -> None:
     console.print(table)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print a table for each shape, and append to the ledger.
+
+    Raises:
+        SaccadeError: on an unknown provider, or a file that is not a ledger, before anything is measured.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing kept unless --ledger is given")
     parser.add_argument("--only", default="", help="names of providers, with semicolons between; all by default")
@@ -212,18 +218,15 @@ def main() -> None:
     parser.add_argument(
         "--ledger", type=Path, help=f"CSV file to append to; {LEDGER.name} beside this script by default"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     ledger = arguments.ledger or (None if arguments.quick else LEDGER)
     if ledger is not None:
-        try:
-            check_ledger(ledger)
-        except SaccadeError as error:
-            raise SystemExit(str(error)) from error
+        check_ledger(ledger)
     known = providers()
     names = [name.strip() for name in arguments.only.split(";") if name.strip()] or list(known)
     if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"--only {unknown[0]!r}: choose of {'; '.join(known)}")
+        raise SaccadeError(f"--only {unknown[0]!r}: choose of {'; '.join(known)}")
     chosen = {name: known[name] for name in names}
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:
@@ -233,7 +236,8 @@ def main() -> None:
         show(console, rows, results)
         if ledger is not None:
             append_rows(ledger, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -1,6 +1,6 @@
 """How much of what the released DualSpeed code keeps `divprune` keeps too: bfloat16 cosines beside float32 ones.
 
-    python benchmarks/selection_overlap.py [--images 20] [--ratio 0.9] [--json FILE]
+    python -m benchmarks.selection_overlap [--images 20] [--ratio 0.9] [--json FILE]
 
 The released code computes cosines in the dtype of the features, and bfloat16 has eight bits: just below 1 cosines
 differ in steps of 1/256, so that many distances tie that are not equal. Both choose among the same bfloat16 features,
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saccade.benchmark.released import divprune_image
+from benchmarks.released import divprune_image
 from saccade.data import digit_scenes
 from saccade.families import get_family
 from saccade.files import write_json_atomically

@@ -7,21 +7,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
-from saccade.benchmark.flops import (
-    TextShape,
-    VisualRows,
-    cache_bytes,
-    count,
-    decode_flops,
-    linear_flops,
-    prefill_flops,
-    projector_flops,
-    score_flops,
-    skip_rows,
-    tower_flops,
-    training_flops,
-)
-from saccade.benchmark.shapes import SHAPES, build_shape, get_shape, shape_config
+from benchmarks.flops import cache_bytes, count, decode_flops, prefill_flops
+from benchmarks.shapes import SHAPES, build_shape, get_shape, shape_config
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.pruning import prune_inputs
@@ -29,6 +16,16 @@ from saccade.skip_vision import PRESETS, SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.tiny import load_tiny
 from saccade.tokens import Role
+from saccade.training.flops import (
+    TextShape,
+    VisualRows,
+    linear_flops,
+    projector_flops,
+    score_flops,
+    skip_rows,
+    tower_flops,
+    training_flops,
+)
 
 VOCABULARY, PLACEHOLDER = 50, 49
 

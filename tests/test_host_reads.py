@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 from helpers import fast_slow_step
+from host_reads import HostReads
 
-from saccade.counting import HostReads
 from saccade.pruning import ModeIsolator
 
 OURS = {"fast": 4, "slow": 5}

@@ -24,9 +24,10 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl import SFTTrainer
 
+from benchmarks import generation
+from benchmarks.steps import _watched
+from experiments.skip_analysis import measure as analysis
 from saccade import SaccadeError
-from saccade.benchmark import generation
-from saccade.benchmark.train import _watched
 from saccade.dualspeed import packing
 from saccade.dualspeed.optimizing import REPLACED
 from saccade.dualspeed.redirect import redirect_forward
@@ -36,7 +37,7 @@ from saccade.families import get_family
 from saccade.families.cache import FeatureCache
 from saccade.families.tower import unused_layers_passed_over
 from saccade.interfaces import TESTED, changed, check_methods, check_takes, is_tested, known_range
-from saccade.skip_vision import SkipVisionConfig, analysis, apply_skip_vision
+from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
 from saccade.tokens import Role
 

@@ -7,8 +7,8 @@ from family_models import FAMILIES, FIXED_RESOLUTION, WITH_VIDEO
 from helpers import fast_slow_step, losses, make_config, make_trainer
 from peft import LoraConfig
 
+from benchmarks.counting import count_saved_bytes
 from saccade import SaccadeError
-from saccade.counting import count_saved_bytes
 from saccade.dualspeed.parts import InParts
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava

@@ -10,13 +10,13 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, MistralConfig
 
+from benchmarks.shapes import build_shape, get_shape, shape_config
 from saccade import SaccadeError
-from saccade.benchmark.flops import projector_flops, tower_flops
-from saccade.benchmark.shapes import build_shape, get_shape, shape_config
 from saccade.cli.main import main
 from saccade.families import get_family
 from saccade.training import ModelOptions, load_model, load_recipe, make_recipe, train_recipe
 from saccade.training.costs import Costs
+from saccade.training.flops import projector_flops, tower_flops
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.plan import meta_model, plan_recipe, published_speedups
 from saccade.training.quantization import quantization_options, quantized_weights

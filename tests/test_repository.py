@@ -17,6 +17,8 @@ import saccade
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "saccade"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+OUTSIDE = ("benchmarks", "experiments")
+SCRIPTS = sorted(path for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py"))
 
 BOTTOM = {"errors", "files", "companions", "images", "interfaces", "values"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
@@ -27,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"errors"},
     "interfaces": {"errors"},
     "values": {"errors"},
-    "counting": set(),
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
@@ -37,16 +38,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
-    "benchmark": METHOD | {"counting", "data", "tiny", "report"},
-    "evaluation": METHOD | {"counting", "data", "tiny", "report"},
+    "evaluation": METHOD | {"data", "tiny", "report"},
     "launch": BOTTOM,
-    "training": METHOD | {"benchmark", "counting", "data", "tiny", "report", "launch"},
+    "training": METHOD | {"data", "tiny", "report", "launch"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "suites": METHOD | {"report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
     "cli": METHOD
-    | {"benchmark", "counting", "data", "tiny", "report", "evaluation", "launch"}
+    | {"data", "tiny", "report", "evaluation", "launch"}
     | {"training", "sweeps", "suites", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
@@ -56,7 +56,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 FORBIDDEN: dict[str, set[str]] = {
     "errors": {"torch", "transformers", "trl"},
     "files": {"torch", "transformers", "trl"},
-    "counting": {"transformers", "trl", "peft"},
     "companions": {"transformers", "trl", "peft"},
     "images": {"torch", "transformers", "trl"},
     "interfaces": {"torch", "transformers", "trl"},
@@ -134,6 +133,7 @@ def test_imports_go_down_only(path: Path) -> None:
             assert room in ("cli", "demo"), f"{name_of(path)}:{line} imports {name}: take it from its room"
         assert top not in FORBIDDEN.get(room, ()), f"{name_of(path)}:{line} imports {name}"
         assert top != "torchvision", f"{name_of(path)}:{line}: torchvision is not a dependency"
+        assert top not in OUTSIDE, f"{name_of(path)}:{line} imports {name}, which no wheel has"
 
 
 def test_the_reader_of_imports_sees_all_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,12 +157,12 @@ def test_no_tracked_file_is_large() -> None:
     assert {name: size for name, size in sizes.items() if size > 4 * 2**20} == {}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=name_of)
 def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name_of(path)} has no docstring"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=name_of)
 def test_nothing_is_left_for_later(path: Path) -> None:
     found = re.findall(r"\b(?:TODO|FIXME|XXX|NotImplementedError)\b", path.read_text(encoding="utf-8"))
     assert not found, f"{name_of(path)} has {found}"

@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import selection
+from benchmarks.selection_overlap import drawn, overlaps
+from saccade.errors import SaccadeError
 from saccade.reducers import list_reducers
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def selection():
-    sys.path.insert(0, str(BENCHMARKS))
-    import selection
-
-    yield selection
-    sys.path.remove(str(BENCHMARKS))
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("shape", [(3, 144, 14), (2, 180, 24)])
-def test_batched_and_loop_choose_the_same(selection, shape):
+def test_batched_and_loop_choose_the_same(shape):
     results = selection.measure(selection.providers(), shape, 48, torch.float32, torch.device("cpu"), repeats=1)
     batched = {name: result["equal"] for name, result in results.items() if not name.endswith(selection.LOOP)}
     assert set(list_reducers()) <= set(batched)
@@ -33,43 +27,35 @@ def test_batched_and_loop_choose_the_same(selection, shape):
         assert [len(result[metric]) for metric in selection.METRICS] == [1, 1, 1], name
 
 
-def test_quick_run_appends_to_a_ledger(tmp_path):
+def test_a_quick_run_of_some_providers_appends_to_a_ledger(tmp_path):
     ledger = tmp_path / "ledger.csv"
-    script = [sys.executable, str(BENCHMARKS / "selection.py"), "--quick", "--repeats", "1", "--width", "32"]
-    for runs in (1, 2):
-        done = subprocess.run([*script, "--ledger", str(ledger)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        rows = list(csv.DictReader(ledger.open()))
-        assert len(rows) == runs * 2 * 3 * 2 * (len(list_reducers()) + 4)  # shapes, metrics, a loop each
-    assert {row["metric"] for row in rows} == {"time", "cpu_time", "operations"}
-    assert all(float(row["ratio_to_baseline"]) == 1 for row in rows if row["provider"].endswith("loop over images"))
-    ledger.write_text("something else\n")
-    done = subprocess.run([*script, "--ledger", str(ledger)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "is not a ledger's header" in done.stderr
-    assert ledger.read_text() == "something else\n"
-
-
-def test_some_providers_only(tmp_path):
-    script = [sys.executable, str(BENCHMARKS / "selection.py"), "--quick", "--repeats", "1", "--width", "32"]
-    ledger = tmp_path / "ledger.csv"
-    chosen = [*script, "--only", "uniform; random, seeded", "--ledger", str(ledger)]
-    done = subprocess.run(chosen, capture_output=True, text=True, check=False)
+    names = {"uniform", "random, seeded"}
+    loops = {f"{name}, loop over images" for name in names}
+    flags = ["--quick", "--repeats", "1", "--width", "32", "--only", "; ".join(names), "--ledger", str(ledger)]
+    command = [sys.executable, "-m", "benchmarks.selection", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = {row["provider"] for row in csv.DictReader(ledger.open())}
-    assert found == {"uniform", "random, seeded", "uniform, loop over images", "random, seeded, loop over images"}
-    done = subprocess.run([*script, "--only", "unifrom"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "--only 'unifrom'" in done.stderr
+    assert selection.main(flags) == 0
+    rows = list(csv.DictReader(ledger.open()))
+    assert len(rows) == 2 * 2 * 3 * 2 * len(names)  # runs, shapes, metrics, a loop each
+    assert {row["metric"] for row in rows} == {"time", "cpu_time", "operations"}
+    assert {row["provider"] for row in rows} == names | loops
+    assert all(float(row["ratio_to_baseline"]) == 1 for row in rows if row["provider"] in loops)
+    assert rows[0]["command"].startswith("python -m benchmarks.selection --quick")
+
+
+def test_bad_input_leaves_the_ledger(tmp_path):
+    ledger = tmp_path / "ledger.csv"
+    ledger.write_text("something else\n")
+    with pytest.raises(SaccadeError, match="is not a ledger's header"):
+        selection.main(["--quick", "--ledger", str(ledger)])
+    assert ledger.read_text() == "something else\n"
+    with pytest.raises(SaccadeError, match="--only 'unifrom'"):
+        selection.main(["--quick", "--only", "unifrom"])
 
 
 def test_overlap_with_the_released_selection():
     """All of it where bfloat16 tells distances apart as float32 does, and less where it rounds them to ties."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        from selection_overlap import drawn, overlaps
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (2, 40, 8), generator=generator) * 2.0 - 1  # cosines are multiples of a quarter
     assert overlaps(iter(signs), 0.7) == [1.0, 1.0]

@@ -1,15 +1,21 @@
 """What skipping changes: ratios, errors, the bound and the identity, beside plain loops."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from experiments.skip_analysis.__main__ import main
+from experiments.skip_analysis.measure import ffn_ratio, kv_drop_error, rows_of, skip_error, spectral_bound
+from saccade.cli.main import guarded
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.analysis import ffn_ratio, kv_drop_error, rows_of, skip_error, spectral_bound
 from saccade.tiny import load_tiny
 from saccade.tokens import Role
 
@@ -162,3 +168,81 @@ def test_no_skipped_rows(model_and_inputs):
     roles = prepared["skip_roles"].masked_fill(prepared["skip_roles"] == Role.SKIPPED, int(Role.RETAINED))
     with pytest.raises(SaccadeError, match="no skipped rows"):
         skip_error(model, {**prepared, "skip_roles": roles})
+
+
+def is_drawn(path: Path) -> bool:
+    """A picture with more than one colour."""
+    with Image.open(path) as image:
+        return image.format == "PNG" and len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_ffn_on_digit_scenes(tmp_path, capsys):
+    output = tmp_path / "new" / "ffn.png"
+    assert main(["ffn", "--count", "2", "--output", str(output)]) == 0
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert is_drawn(output)
+    assert len(report["layers"]) == 4
+    assert report["layers"][0]["visual"]["rows"] == 2 * 144
+    assert report["layers"][0]["summary"]["rows"] == 2 * 2
+    for layer in report["layers"]:
+        assert all(0 < spread["p20"] <= spread["p50"] <= spread["p80"] for spread in layer.values())
+    printed = capsys.readouterr().out
+    assert str(round(report["layers"][3]["visual"]["p50"], 4)) in printed
+    assert report["environment"]["packages"]["torch"]
+    assert len(report["prompts"]) == 2
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path):
+    layers = []
+    for name in ("one.png", "two.png"):
+        assert main(["ffn", "--count", "1", "--seed", "5", "--output", str(tmp_path / name)]) == 0
+        layers.append(json.loads((tmp_path / name).with_suffix(".json").read_text())["layers"])
+    assert layers[0] == layers[1]
+
+
+def test_skip_error_on_image_files(tmp_path, capsys):
+    files = []
+    for number in range(2):
+        pixels = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(pixels.numpy()).save(files[-1])
+    output = tmp_path / "error.png"
+    flags = ["--retained", "30", "--skipped", "40", "--prompt", "How many digits are there?", "--output", str(output)]
+    assert main(["skip-error", *files, *flags]) == 0
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert is_drawn(output)
+    assert report["prompts"] == ["How many digits are there?"] * 2
+    assert report["skip_vision"]["retained"] == 30
+    one, two = report["samples"]
+    for number, layer in enumerate(report["layers"]):
+        assert layer["deviation_all"] <= layer["bound"] * (1 + 1e-5)
+        assert layer["injection"] <= layer["spectral"]
+        pair = [sample["layers"][number] for sample in (one, two)]
+        assert layer["deviation"]["text"] == max(entry["deviation"]["text"] for entry in pair)
+        assert layer["attention_mass"] == pytest.approx(sum(entry["attention_mass"] for entry in pair) / 2)
+        assert layer["relative"]["text"] == pytest.approx(sum(entry["relative"]["text"] for entry in pair) / 2)
+    assert "logits of text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["ffn", "no.png"], "'no.png' does not exist"),
+        (["ffn", "--output", "ratio.svg"], "output='ratio.svg'"),
+        (["ffn", "--count", "0"], "count=0"),
+        (["ffn", "--model", "no/such/folder"], "no/such/folder"),
+        (["skip-error", "--preset", "1/2"], "preset='1/2'"),
+        (["skip-error", "--retained", "many"], "--retained"),
+        (["skip-error", "--skipped", "0"], "no skipped rows"),
+        (["skip-error", "--preset", "576/576"], "thumbnail"),
+        (["loss"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert guarded(lambda: main(flags)) == 2
+    complaint = capsys.readouterr().err
+    assert message in complaint
+    assert [line for line in complaint.splitlines() if line.startswith("saccade:")] == [complaint.splitlines()[-1]]
+    assert list(tmp_path.iterdir()) == []

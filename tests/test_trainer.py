@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
-from saccade.benchmark.variants import WITHOUT_CHECKPOINTING
 from saccade.data import digit_scenes
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily

@@ -13,7 +13,7 @@ from saccade.families.collect import encode_for
 from saccade.images import open_image
 from saccade.reducers import get_reducer, list_reducers
 from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_A_ROW, TITLE_HEIGHT
-from saccade.report.view import _process, _seen_part
+from saccade.report.view import _seen_part, process_image
 from saccade.tiny import load_tiny, save_tiny
 from saccade.tokens import Reduction, TokenBudget, keep_count
 
@@ -58,7 +58,7 @@ def test_every_reducer_on_the_embedded_model(photo, tmp_path, capsys):
     assert [panel["reducer"] for panel in report["panels"]] == list_reducers()
     assert report["grid"] == [12, 12]
     model, processor = load_tiny()
-    inputs = _process(processor, open_image(photo), "Describe the image.")
+    inputs = process_image(processor, open_image(photo), "Describe the image.")
     printed = capsys.readouterr().out
     with Image.open(output) as sheet:
         sheet = sheet.convert("RGB")

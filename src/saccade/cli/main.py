@@ -8,7 +8,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -26,9 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
-    "analyze": ("saccade.cli.analyze", "what skipping visual tokens changes in a model, and what it saves"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
-    "bench": ("saccade.cli.bench", "time every way to train, and generation, in one run"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
 }
 
@@ -59,13 +57,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status.
+    """Run the command line and return its exit status, as `guarded` gives it."""
+    return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Exit status of a command, with the user's errors as one line each.
 
     0 is success; 1 a full disk, a place that cannot be written or a closed pipe; 2 bad input; 130 an interruption. Any
     other exception is a bug of ours and leaves with its traceback.
+
+    Args:
+        work: the command; it returns its exit status.
     """
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = work()
         # A closed pipe or a full disk shows when the buffer is written, which Python leaves until after this function.
         sys.stdout.flush()
         return status

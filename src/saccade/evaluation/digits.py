@@ -16,10 +16,10 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
-from saccade.counting import count_flops
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
 from saccade.errors import SaccadeError
+from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs

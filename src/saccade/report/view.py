@@ -62,7 +62,7 @@ def view_reducers(
     budget = TokenBudget(prune_ratio, keep_tokens)
     chosen = {name: get_reducer(name) for name in reducers}
     family = get_family(model)
-    inputs = _process(processor, image, prompt)
+    inputs = process_image(processor, image, prompt)
     panels, entries, grid = [], [], (0, 0)
     for name, reducer in chosen.items():
         context = encode_for(family, reducer, inputs, budget).context
@@ -109,7 +109,7 @@ def _blocks(index: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.nn.functional.one_hot(y * lower[1] + x, len(index)).T.float()
 
 
-def _process(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:
+def process_image(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:
     """The processor's outputs for one image and a question."""
     if getattr(processor, "chat_template", None) is None:
         token = getattr(processor, "image_token", "<image>")

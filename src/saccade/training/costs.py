@@ -6,7 +6,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedConfig
 
-from saccade.benchmark.flops import (
+from saccade.dualspeed.masters import HALF
+from saccade.dualspeed.modes import Mode
+from saccade.families import get_family
+from saccade.tokens import TokenBudget
+from saccade.training.flops import (
     TextShape,
     VisualRows,
     head_flops,
@@ -15,12 +19,8 @@ from saccade.benchmark.flops import (
     tower_flops,
     training_flops,
 )
-from saccade.benchmark.shapes import Shape
-from saccade.dualspeed.masters import HALF
-from saccade.dualspeed.modes import Mode
-from saccade.families import get_family
-from saccade.tokens import TokenBudget
 from saccade.training.lengths import SampleLength
+from saccade.training.model_presets import Shape
 from saccade.training.quantization import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe
 

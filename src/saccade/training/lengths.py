@@ -8,12 +8,12 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from saccade.benchmark.lengths import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
 from saccade.data.conversation import checked_message, images_of, text_of, used_columns
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
 from saccade.tokens import TokenBudget
 from saccade.training.checks import use_own_template
+from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
 from saccade.training.recipe import ModelOptions, Recipe
 from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, load_processor, open_source
 

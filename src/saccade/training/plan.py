@@ -14,7 +14,6 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from saccade.benchmark.shapes import SHAPES, Shape, shape_of
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import check_packing
 from saccade.dualspeed.start import freeze_parts
@@ -26,6 +25,7 @@ from saccade.tokens import TokenBudget
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs, ModeCost
 from saccade.training.lengths import SampleLength, recipe_lengths
+from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.quantization import quantized_weights
 from saccade.training.recipe import Recipe, find_recipe, load_recipe, make_recipe, parse_overrides, read_recipe
 from saccade.training.run import check_lora, lora_config

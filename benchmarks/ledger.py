@@ -26,10 +26,9 @@ def origin(benchmark: str, device: torch.device, dtype: str, repeats: int, rooms
     """The columns that all rows of one run share: what ran, where and when.
 
     Args:
-        rooms: folders of the library whose uncommitted changes would change the figures.
+        rooms: folders of the library whose uncommitted changes would change the figures, as those of this folder do.
     """
-    program = Path(sys.argv[0]).name
-    words = ["saccade", *sys.argv[1:]] if program == "saccade" else ["python", *sys.argv]
+    words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     return {
         "benchmark": benchmark,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -89,12 +88,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def commit(*rooms: str) -> str:
-    """The commit of the library that ran, with a mark if the files of these rooms differ from it."""
-    package = Path(__file__).resolve().parents[1]
-    run = ["git", "-C", str(package)]
+    """The commit that ran, with a mark if the files of these rooms, or those that measure, differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    run = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        paths = ["--", *(str(package / room) for room in rooms)]
+        paths = ["--", "benchmarks/*.py", *(f"src/saccade/{room}" for room in rooms)]
         changed = subprocess.run([*run, "diff", "--quiet", "HEAD", *paths], check=False).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

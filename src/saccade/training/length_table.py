@@ -1,4 +1,4 @@
-"""How long the texts of training samples are, for batches of a benchmark."""
+"""How long the texts of published data mixtures are, where the data itself is not at hand."""
 
 import random
 from collections.abc import Sequence
@@ -51,12 +51,6 @@ SYSTEM_PROMPT = 35
 
 LLAVA_558K: tuple[Source, ...] = (Source("LLaVA-Pretrain captions", 558, 1, 6, 18),)
 """Captions of stage one. The number of samples is published; the tokens are an estimate."""
-
-DIGITS: tuple[Source, ...] = (Source("digit scenes", 1, 4, 10, 3),)
-"""Questions about the embedded digit scenes, four a scene."""
-
-DIGIT_CAPTIONS: tuple[Source, ...] = (Source("captions of digit scenes", 1, 1, 4, 20),)
-"""Captions of the embedded digit scenes."""
 
 SPREAD = 0.35
 """Lengths of a source are log-normal around its typical ones, with this standard deviation of the logarithm."""

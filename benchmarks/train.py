@@ -1,7 +1,14 @@
-"""`saccade bench train`: a model of a shape, both stages of a recipe, every way to train, and what it says."""
+"""Times of training steps: a model of a shape, both stages of a recipe, every way to train, and what FLOPs allow.
 
+python -m benchmarks.train                                          the tiny model on this machine
+python -m benchmarks.train --shape llava-1.5-7b --layers 2 --width 512 --tower-layers 2 --batch-size 4
+python -m benchmarks.train --shape llava-1.5-7b --lora --gradient-checkpointing --device cuda --dtype bfloat16
+"""
+
+import argparse
 import os
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -12,19 +19,24 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
-from saccade.benchmark.lengths import DIGIT_CAPTIONS, DIGITS, LLAVA_558K, LLAVA_665K
-from saccade.benchmark.plots import plot_parts, plot_speedups
-from saccade.benchmark.shapes import build_shape, check_place, get_shape
-from saccade.benchmark.train import Stage, Timing, measure_stage, token_rate, whole_schedule
-from saccade.benchmark.variants import STOCK, Settings
+from benchmarks.ledger import append_rows, check_ledger, figures, origin
+from benchmarks.plots import plot_parts, plot_speedups
+from benchmarks.shapes import build_shape, check_place, get_shape
+from benchmarks.steps import Stage, Timing, measure_stage, token_rate, whole_schedule
+from benchmarks.variants import STOCK, Settings
+from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
+from saccade.training.length_table import LLAVA_558K, LLAVA_665K, Source
 
-ROOMS = ("benchmark", "dualspeed", "skip_vision", "pruning", "families", "reducers", "tokens")
+DIGITS = (Source("digit scenes", 1, 4, 10, 3),)
+"""Questions about the embedded digit scenes, four a scene."""
+DIGIT_CAPTIONS = (Source("captions of digit scenes", 1, 1, 4, 20),)
+
+ROOMS = ("dualspeed", "skip_vision", "pruning", "families", "reducers", "tokens")
 RESULT_FILE = "bench_train.json"
 
 
@@ -231,3 +243,50 @@ def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]])
                 row = {**shared, "shape": shape, "provider": name, "metric": metric, "unit": unit}
                 rows.append({**row, **figures(values, baseline, digits)})
     return rows
+
+
+def shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that timing training and timing generation have in common."""
+    parser.add_argument("--shape", default="tiny", help="as `python -m benchmarks.flops` lists (default: %(default)s)")
+    parser.add_argument("--layers", type=int, metavar="N", help="language layers to keep")
+    parser.add_argument("--width", type=int, metavar="D", help="of the language model")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed turns (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="CSV file to append every figure to")
+
+
+def options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Those of the flags that are fields of a dataclass."""
+    return {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print tables, and say what was written.
+
+    Raises:
+        SaccadeError: on bad input, before a model is built.
+    """
+    parser = Parser("benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared_arguments(parser)
+    parser.add_argument("--tower-layers", type=int, metavar="N", help="layers of the vision tower to keep")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows a step (default: %(default)s)")
+    parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="untimed steps (default: %(default)s)")
+    parser.add_argument("--prune-ratio", type=float, default=0.9, help="p (default: %(default)s)")
+    parser.add_argument("--slow-probability", type=float, default=0.1, help="r (default: %(default)s)")
+    parser.add_argument("--reducer", default="divprune", help="what chooses tokens (default: %(default)s)")
+    parser.add_argument("--skip", default="100/156", metavar="PRESET", help="of Skip-Vision (default: %(default)s)")
+    parser.add_argument("--lora", action="store_true", help="train adapters of the language model in stage two")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--compile", action="store_true", help="measure compiled decoder layers too")
+    parser.add_argument("--output", type=Path, default="out/bench", metavar="DIR", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    bench = TrainBench(**options(args, TrainBench))
+    show(bench_train(bench, args.output, args.ledger, progress=lambda text: print(text, flush=True)))
+    print(f"written to {args.output / RESULT_FILE}" + (f" and {args.ledger}" if args.ledger else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from saccade.benchmark.batches import make_batch
-from saccade.benchmark.lengths import Source, draw_lengths
-from saccade.benchmark.released import ReleasedProcedure
-from saccade.benchmark.variants import (
+from benchmarks.batches import make_batch
+from benchmarks.counting import count_saved_bytes
+from benchmarks.released import ReleasedProcedure
+from benchmarks.variants import (
     BOTH,
     COMPILED,
     IN_PARTS,
@@ -26,11 +26,12 @@ from saccade.benchmark.variants import (
     Variant,
     training_variants,
 )
-from saccade.counting import count_flops, count_saved_bytes
 from saccade.dualspeed.step import seconds_on
+from saccade.evaluation.counting import count_flops
 from saccade.families import Family, get_family
 from saccade.interfaces import changed
 from saccade.reducers import get_reducer, list_reducers
+from saccade.training.length_table import Source, draw_lengths
 
 PARTS = ("tower", "projector", "selection", "language", "other forward", "backward", "optimizer")
 

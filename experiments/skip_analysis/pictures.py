@@ -1,4 +1,4 @@
-"""Pictures and JSON of what skipping changes in a model: `saccade analyze ffn` and `saccade analyze skip-error`."""
+"""Pictures and JSON of what skipping changes in a model."""
 
 import os
 import shlex
@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from experiments.skip_analysis.measure import GROUPS, ffn_ratio, skip_error
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.report.plots import FAINT, INK, save_figure, styled_figure
-from saccade.report.view import _process
+from saccade.report.view import process_image
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.analysis import GROUPS, ffn_ratio, skip_error
 
 COLORS = {"text": "#000000", "visual": "#D55E00", "retained": "#E69F00", "skipped": "#D55E00", "summary": "#0072B2"}
 MARKERS = {"text": "s", "visual": "o", "retained": "^", "skipped": "o", "summary": "D"}
@@ -170,13 +170,13 @@ def _prepare(
 
 def _inputs(model: PreTrainedModel, processor: ProcessorMixin, sample: Sample) -> dict[str, Any]:
     image, prompt = sample
-    inputs = _process(processor, image, prompt)
+    inputs = process_image(processor, image, prompt)
     return {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _origin(model: PreTrainedModel, samples: Sequence[Sample], config: SkipVisionConfig, seed: int) -> dict[str, Any]:
     return {
-        "command": shlex.join(["saccade", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "experiments.skip_analysis", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "model": {"model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")},

@@ -1,18 +1,14 @@
-"""Real model shapes as stock configurations, built in code: nothing is downloaded, and weights are random."""
+"""Real model shapes as stock configurations, built in code: nothing is downloaded."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaNextConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen3VLConfig,
 )
@@ -185,10 +181,6 @@ def _qwen3() -> PreTrainedConfig:
     )
 
 
-def _llama3() -> PreTrainedConfig:
-    return LlamaConfig(**LLAMA3_8B, tie_word_embeddings=False)
-
-
 def _llava_llama3() -> PreTrainedConfig:
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
@@ -256,7 +248,6 @@ SHAPES: dict[str, Shape] = {
             ("Qwen/Qwen2.5-VL-7B-Instruct",),
         ),
         Shape("qwen3-vl-4b", "Qwen3-VL, 672 x 672 pixels", _qwen3, 1, (42, 42), 441, ("Qwen/Qwen3-VL-4B-Instruct",)),
-        Shape("llama3-8b", "Llama-3-8B alone, beside 576 visual tokens", _llama3, 0, (0, 0), 576),
         Shape(
             "llava-llama3-8b",
             "CLIP-L/14, Llama-3-8B, 336 x 336 pixels",
@@ -279,18 +270,7 @@ SHAPES: dict[str, Shape] = {
         ),
     )
 }
-"""The known shapes by name."""
-
-
-def get_shape(name: str) -> Shape:
-    """A known shape.
-
-    Raises:
-        SaccadeError: if no shape has this name.
-    """
-    if name not in SHAPES:
-        raise SaccadeError(f"shape={name!r} is not known: choose one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+"""The shapes that a recipe is planned for, by name."""
 
 
 def shape_of(name: str, config: PreTrainedConfig) -> Shape:
@@ -317,94 +297,3 @@ def shape_of(name: str, config: PreTrainedConfig) -> Shape:
             "llava_next, qwen2_5_vl and qwen3_vl"
         )
     return Shape(name, config.model_type, lambda: config, crops, grid, tokens, newlines=newlines)
-
-
-def shape_config(name: str, layers: int | None = None, width: int | None = None) -> PreTrainedConfig:
-    """The stock configuration of a shape, its language model cut down if asked.
-
-    Args:
-        layers: language layers to keep; all when left out.
-        width: of the language model, a multiple of a head's width; heads, their groups and the feed-forward network
-            shrink in proportion.
-
-    Raises:
-        SaccadeError: on an unknown shape, or a cut that it does not allow.
-    """
-    config = get_shape(name).config()
-    text = config.get_text_config()
-    if layers is not None:
-        if not isinstance(layers, int) or not 1 <= layers <= text.num_hidden_layers:
-            raise SaccadeError(f"layers={layers!r}: {name} has {text.num_hidden_layers}, keep from 1 to all of them")
-        text.num_hidden_layers = layers
-        # Some configurations list a kind for each layer.
-        if getattr(text, "layer_types", None) is not None:
-            text.layer_types = text.layer_types[:layers]
-    if width is not None:
-        _narrow(name, config, text, width)
-    return config
-
-
-def build_shape(
-    name: str,
-    layers: int | None = None,
-    width: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    attention: str = "sdpa",
-    seed: int = 0,
-    tower_layers: int | None = None,
-) -> PreTrainedModel:
-    """A stock model of this shape with random weights, in evaluation mode; on `device="meta"` without any.
-
-    Args:
-        tower_layers: layers of the vision tower to keep; all when left out.
-
-    Raises:
-        SaccadeError: as `shape_config` raises, and on a cut of the tower that it does not allow.
-    """
-    config = shape_config(name, layers, width)
-    if tower_layers is not None:
-        _cut_tower(name, config, tower_layers)
-    factory = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModelForImageTextToText
-    with torch.random.fork_rng(), torch.device(device):
-        torch.manual_seed(seed)
-        return factory.from_config(config, dtype=dtype, attn_implementation=attention).eval()
-
-
-def check_place(device: str, dtype: str, dtypes: Sequence[str]) -> None:
-    """Check where and in what a shape is to run, before it is built.
-
-    Raises:
-        SaccadeError: on a dtype that is none of `dtypes`, or a device that is not there.
-    """
-    if dtype not in dtypes:
-        raise SaccadeError(f"dtype={dtype!r} is not known: choose one of {', '.join(dtypes)}")
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise SaccadeError(f"device={device!r} is not at hand: choose cpu, or cuda where there is a GPU")
-
-
-def _cut_tower(name: str, config: PreTrainedConfig, layers: int) -> None:
-    vision = config.vision_config
-    field = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
-    whole = getattr(vision, field)
-    if not isinstance(layers, int) or not 2 <= layers <= whole:
-        raise SaccadeError(f"tower_layers={layers!r}: the tower of {name} has {whole}, keep from 2 to all of them")
-    setattr(vision, field, layers)
-
-
-def _narrow(name: str, config: PreTrainedConfig, text: PreTrainedConfig, width: int) -> None:
-    """Keep the share `width` / D of heads, groups of keys and feed-forward columns."""
-    heads, groups, whole = text.num_attention_heads, text.num_key_value_heads, text.hidden_size
-    head = whole // heads
-    per_group = heads // groups
-    if not isinstance(width, int) or not 0 < width <= whole or width % (head * per_group):
-        raise SaccadeError(
-            f"width={width!r}: give a multiple of {head * per_group} up to {whole}, so that {name} keeps heads of "
-            f"{head} in groups of {per_group}"
-        )
-    text.hidden_size = width
-    text.num_attention_heads = width // head
-    text.num_key_value_heads = width // head // per_group
-    text.intermediate_size = max(8, text.intermediate_size * width // whole // 8 * 8)
-    if hasattr(getattr(config, "vision_config", None), "out_hidden_size"):
-        config.vision_config.out_hidden_size = width

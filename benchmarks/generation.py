@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from saccade.benchmark.shapes import build_shape, get_shape, shape_config
+from benchmarks.shapes import build_shape, get_shape, shape_config
 from saccade.dualspeed.step import seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family

@@ -1,6 +1,6 @@
-"""Put results of `saccade bench train` into docs/performance.md, with their pictures.
+"""Put results of `python -m benchmarks.train` into docs/performance.md, with their pictures.
 
-    python scripts/write_performance.py tiny=out/bench llava=out/bench-llava
+    python -m benchmarks.write_performance tiny=out/bench llava=out/bench-llava
 
 Each NAME=FOLDER fills what stands between `<!-- bench: NAME -->` and `<!-- end -->` on the page. The text around is
 written by people.
@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from saccade.benchmark.run_train import RESULT_FILE, tables
+from benchmarks.train import RESULT_FILE, tables
 from saccade.files import write_text_atomically
 from saccade.report.tables import markdown_table
 
@@ -34,7 +34,7 @@ def section(name: str, folder: Path) -> str:
     given = ", ".join(f"{key} {value}" for key, value in bench.items() if value not in (None, False))
     versions = ", ".join(f"{package} {found['packages'][package]}" for package in ("torch", "transformers", "trl"))
     parts.append(
-        f"*`saccade bench train` with {given}; {result['date']}; commit {(found['commit'] or 'unknown')[:7]}; "
+        f"*`python -m benchmarks.train` with {given}; {result['date']}; commit {(found['commit'] or 'unknown')[:7]}; "
         f"{found['cpu']} ({found['cores']} cores), load {result['load']}; Python {found['python']}, {versions}.*\n"
     )
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The training benchmark: what it counts, how it mixes and sums up, and that it runs as a user runs it."""
+"""Timings and counts: what they count, how they mix and sum up, and that each runs as a user runs it."""
 
 import csv
 import json
@@ -7,19 +7,25 @@ import statistics
 import pytest
 import torch
 
-from saccade.benchmark.batches import image_inputs, label_count, make_batch
-from saccade.benchmark.ledger import append_rows, figures
-from saccade.benchmark.lengths import LLAVA_665K, draw_lengths
-from saccade.benchmark.released import ReleasedProcedure, divprune_image, rows_of_labels, shifted_cross_entropy
-from saccade.benchmark.shapes import build_shape
-from saccade.benchmark.train import Stage, Timing, train_stage, whole_schedule
-from saccade.benchmark.variants import IN_PARTS, NO_PADDING, STOCK, Settings, training_variants
-from saccade.cli.main import main
-from saccade.counting import count_flops, count_saved_bytes
+from benchmarks import flops, generate, train
+from benchmarks.batches import image_inputs, label_count, make_batch
+from benchmarks.counting import count_saved_bytes
+from benchmarks.flops import cache_bytes, prefill_flops
+from benchmarks.generation import generation_model, measure_generation
+from benchmarks.ledger import append_rows, figures
+from benchmarks.released import ReleasedProcedure, divprune_image, rows_of_labels, shifted_cross_entropy
+from benchmarks.shapes import build_shape, shape_config
+from benchmarks.steps import Stage, Timing, train_stage, whole_schedule
+from benchmarks.variants import IN_PARTS, NO_PADDING, STOCK, Settings, training_variants
+from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
+from saccade.evaluation.counting import count_flops
 from saccade.families import get_family
 from saccade.reducers import get_reducer
+from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import VisualContext
+from saccade.training.flops import TextShape, VisualRows
+from saccade.training.length_table import LLAVA_665K, draw_lengths
 
 
 @pytest.fixture
@@ -37,7 +43,10 @@ def test_lengths_are_the_same_for_the_same_seed_and_about_as_the_table_says():
     assert expected < drawn < 1.15 * expected
 
 
-@pytest.mark.parametrize("shape", ["tiny", "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"])
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("llava-next-7b", "qwen2.5-vl-7b")]
+
+
+@pytest.mark.parametrize("shape", ["tiny", "llava-1.5-7b", *LARGE])
 def test_batches_fit_their_models(shape):
     """As many placeholders as the model's own tower gives features, checked on a shape cut to a sliver."""
     cuts = {} if shape == "tiny" else {"layers": 1, "width": 512, "tower_layers": 2}
@@ -140,7 +149,7 @@ def test_the_whole_schedule_weighs_stages_by_their_samples():
 def test_the_command_measures_both_stages_and_writes_ledger_json_and_pictures(tmp_path, capsys):
     ledger = tmp_path / "ledger.csv"
     flags = ["--repeats", "2", "--warm-up", "0", "--batch-size", "2", "--output", str(tmp_path / "out")]
-    assert main(["bench", "train", *flags, "--ledger", str(ledger)]) == 0
+    assert train.main([*flags, "--ledger", str(ledger)]) == 0
     result = json.loads((tmp_path / "out" / "bench_train.json").read_text())
     sft = {entry["variant"]: entry for entry in result["timings"]["sft"]}
     mixed, fast, slow = (sft[f"DualSpeed{kind}"] for kind in ("", ", fast step", ", slow step"))
@@ -181,32 +190,104 @@ def test_a_file_that_is_no_ledger_is_left_alone(tmp_path):
     assert path.read_text() == "a,b\n1,2\n"
 
 
+def test_flops_of_a_budget(tmp_path, capsys):
+    output = tmp_path / "flops.json"
+    flags = ["--shape", "llama3-8b", "--budget", "full,58,100/156,10+20", "--output", str(output)]
+    assert flops.main(flags) == 0
+    [found] = json.loads(output.read_text())["shapes"]
+    text = TextShape.of(shape_config("llama3-8b"))
+    expected = {"full": (576, 0, 0), "58": (58, 0, 0), "100/156": (100, 2, 156), "10+20": (10, 2, 20)}
+    for name, rows in expected.items():
+        rows = VisualRows(*rows)
+        assert found["budgets"][name]["prefill"] == prefill_flops(text, rows, 60)
+        assert found["budgets"][name]["cache_bytes"] == cache_bytes(text, rows.kept + 60)
+    assert "100 + 2 + 156" in capsys.readouterr().out
+
+
+def test_flops_measured(tmp_path):
+    output = tmp_path / "flops.json"
+    flags = ["--shape", "tiny", "--budget", "full,100/156", "--measure", "--repeats", "2", "--output", str(output)]
+    assert flops.main(flags) == 0
+    report = json.loads(output.read_text())
+    [measured] = report["measured"]
+    counts = report["shapes"][0]["budgets"]
+    # The measured model is in float32, the count in two bytes a value.
+    assert measured["full"]["cache"] == 2 * counts["full"]["cache_bytes"]
+    assert measured["skip"]["cache"] == 2 * counts["100/156"]["cache_bytes"]
+    assert measured["skip"]["cache_peak"] == 2 * counts["100/156"]["cache_bytes_prompt"]
+    assert all(len(measured[kind][name]) == 2 for kind in ("full", "skip") for name in ("prefill", "decode"))
+
+
+def test_generation_of_several_images_of_a_cut_shape():
+    model = generation_model("llama3-8b", layers=1, width=512)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = measure_generation(model, SkipVisionConfig(), images=2, text_tokens=5, new_tokens=2, repeats=1)
+    assert found["full"].prompt_rows == {"text": 5, "visual": 1152}
+    assert found["skip"].prompt_rows == {"text": 5, "retained": 200, "summary": 4, "skipped": 312}
+    text = TextShape.of(model.config)
+    assert (found["full"].cache, found["full"].cache_peak) == (cache_bytes(text, 1157, 4),) * 2
+    assert found["skip"].cache == cache_bytes(text, 209, 4)
+    assert found["skip"].cache_peak == cache_bytes(text, 521, 4)
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_the_benchmark_appends_to_its_ledger(tmp_path):
+    ledger = tmp_path / "ledger.csv"
+    flags = ["--images", "1,2", "--repeats", "2", "--new-tokens", "2"]
+    assert generate.main(["--ledger", str(ledger), *flags]) == 0
+    rows = list(csv.DictReader(ledger.open()))
+    metrics = ["prefill", "decode", "layout", "cache_peak", "cache"]
+    kinds = [("full", name) for name in metrics if name != "layout"] + [("skip 100/156", name) for name in metrics]
+    assert [(row["provider"], row["metric"]) for row in rows] == 2 * kinds
+    by_metric = {(row["provider"], row["metric"]): row for row in rows[:9]}
+    assert by_metric["full", "prefill"]["ratio_to_baseline"] == "1"
+    text = TextShape.of(shape_config("tiny"))
+    assert int(by_metric["skip 100/156", "cache"]["p50"]) == cache_bytes(text, 27 + 60, 4)
+    assert float(by_metric["skip 100/156", "cache"]["ratio_to_baseline"]) == pytest.approx(87 / 204, rel=1e-3)
+
+
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("command", "flags", "message"),
     [
-        (["train", "--shape", "gpt"], "shape='gpt'"),
-        (["train", "--shape", "llama3-8b"], "has no vision tower"),
-        (["train", "--repeats", "0"], "repeats=0"),
-        (["train", "--dtype", "int8"], "dtype='int8'"),
-        (["train", "--device", "cuda:9"], "device='cuda:9'"),
-        (["train", "--reducer", "best"], "best"),
-        (["train", "--skip", "1/2"], "preset='1/2'"),
-        (["train", "--prune-ratio", "1.5"], "prune_ratio=1.5"),
-        (["train", "--slow-probability", "2"], "slow_probability=2.0"),
-        (["train", "--layers", "99", "--shape", "llava-1.5-7b"], "layers=99"),
-        (["train", "--tower-layers", "99", "--shape", "llava-1.5-7b"], "tower_layers=99"),
-        (["generate", "--images", "some"], "images='some'"),
-        (["generate", "--images", "0"], "images=(0,)"),
-        (["generate", "--shape", "qwen2.5-vl-7b"], "cannot be timed"),
-        (["generate", "--preset", "7/7"], "preset='7/7'"),
+        (train, ["--shape", "gpt"], "shape='gpt'"),
+        (train, ["--shape", "llama3-8b"], "has no vision tower"),
+        (train, ["--repeats", "0"], "repeats=0"),
+        (train, ["--dtype", "int8"], "dtype='int8'"),
+        (train, ["--device", "cuda:9"], "device='cuda:9'"),
+        (train, ["--reducer", "best"], "best"),
+        (train, ["--skip", "1/2"], "preset='1/2'"),
+        (train, ["--prune-ratio", "1.5"], "prune_ratio=1.5"),
+        (train, ["--slow-probability", "2"], "slow_probability=2.0"),
+        (train, ["--layers", "99", "--shape", "llava-1.5-7b"], "layers=99"),
+        (train, ["--tower-layers", "99", "--shape", "llava-1.5-7b"], "tower_layers=99"),
+        (generate, ["--images", "some"], "images='some'"),
+        (generate, ["--images", "0"], "images=(0,)"),
+        (generate, ["--shape", "qwen2.5-vl-7b"], "cannot be timed"),
+        (generate, ["--preset", "7/7"], "preset='7/7'"),
+        (flops, ["--shape", "gpt"], "shape='gpt'"),
+        (flops, ["--shape", "tiny", "--budget", "1000"], "budget='1000'"),
+        (flops, ["--shape", "tiny", "--budget", "10/20"], "budget='10/20'"),
+        (flops, ["--shape", "tiny", "--budget", "576/576"], "no thumbnail"),
+        (flops, ["--attention", "flash"], "attention='flash'"),
+        (flops, ["--text-tokens", "-1"], "text_tokens=-1"),
+        (flops, ["--shape", "tiny", "--layers", "9"], "layers=9"),
+        (flops, ["--measure"], "need one shape"),
+        (flops, ["--shape", "qwen2.5-vl-7b", "--measure"], "cannot be measured yet"),
+        (flops, ["--shape", "tiny", "--measure", "--dtype", "int8"], "dtype='int8'"),
+        (flops, ["--output", "flops.txt"], "output='flops.txt'"),
     ],
 )
-def test_bad_input_is_one_line(flags, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_line(command, flags, message, capsys, tmp_path, monkeypatch):
     if torch.cuda.is_available() and "cuda:9" in flags:
         pytest.skip("needs a machine without a GPU")
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", *flags]) == 2
+    assert guarded(lambda: command.main(flags)) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_bad_counts():
+    with pytest.raises(SaccadeError, match="images=0"):
+        measure_generation(generation_model("tiny"), SkipVisionConfig(), images=0)

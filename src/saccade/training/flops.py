@@ -1,4 +1,4 @@
-"""Floating-point operations and cache bytes in closed form.
+"""Floating-point operations of training in closed form.
 
 One multiplication and one addition are two operations. Matrix products and convolutions are counted, the rest, a few
 per mille of a real model, is not; neither is choosing and merging tokens. `attention="full"` counts scores between
@@ -10,13 +10,11 @@ Letters: d width, q width of all queries, k width of all keys, f width of the fe
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from transformers import PreTrainedConfig
 
-from saccade.benchmark.shapes import Shape
 from saccade.errors import SaccadeError
-from saccade.skip_vision import PRESETS, SkipVisionConfig
+from saccade.skip_vision import SkipVisionConfig
 from saccade.skip_vision.config import amount_of
 
 ATTENTIONS = ("full", "causal")
@@ -84,38 +82,6 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
     return VisualRows(retained + last, int(summary), skipped - last)
 
 
-def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
-    """The rows of a budget as it is written on the command line.
-
-    Args:
-        name: "full"; a number of kept tokens; the name of a preset, whose shares are taken of the image's tokens; or
-            numbers of rows, retained+skipped, as they are, with a summary of each.
-        shape: tells whether there is a thumbnail.
-        tokens: of the image.
-
-    Raises:
-        SaccadeError: if it is none of these, or keeps more tokens than there are.
-    """
-    if name == "full":
-        return VisualRows(tokens)
-    if name in PRESETS:
-        config = SkipVisionConfig.preset(name)
-        if config.split == "thumbnail":
-            if shape.crops < 2 and tokens <= 576:
-                raise SaccadeError(f"budget={name!r}: {shape.name} has no thumbnail, give another preset, or rows")
-            tokens = 576
-        return skip_rows(config, tokens)
-    parts = name.split("+")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise SaccadeError(
-            f"budget={name!r}: give 'full', a number of tokens, rows such as 100+156, or one of " + ", ".join(PRESETS)
-        )
-    numbers = [int(part) for part in parts]
-    if sum(numbers) > tokens or not numbers[0]:
-        raise SaccadeError(f"budget={name!r}: {shape.name} has {tokens} visual tokens, keep from 1 to all of them")
-    return VisualRows(numbers[0]) if len(parts) == 1 else VisualRows(numbers[0], 1 + (numbers[1] > 0), numbers[1])
-
-
 @dataclass(frozen=True)
 class TextShape:
     """What the cost of a decoder depends on."""
@@ -180,28 +146,6 @@ def head_flops(text: TextShape, rows: int) -> int:
     return 2 * rows * text.width * text.vocabulary
 
 
-def prefill_flops(text: TextShape, rows: VisualRows, text_tokens: int, attention: str = "full") -> int:
-    """Reading a prompt of one image, up to the logits of its last row.
-
-    In the last layer skipped rows need keys and values only; scores are still computed.
-    """
-    elided = 2 * rows.skipped * 2 * text.width * text.query_width
-    length = rows.total + text_tokens
-    linear = linear_flops(text, rows, text_tokens) - elided
-    return linear + score_flops(text, length, attention) + head_flops(text, 1)
-
-
-def decode_flops(text: TextShape, cached: int) -> int:
-    """Writing one token behind `cached` rows."""
-    row = text.attention_row + text.feed_forward_row + 2 * (cached + 1) * text.query_width
-    return 2 * text.layers * row + head_flops(text, 1)
-
-
-def cache_bytes(text: TextShape, rows: int, bytes_a_value: int = 2) -> int:
-    """Keys and values of `rows` rows in all layers; two bytes a value are bfloat16."""
-    return 2 * text.layers * text.key_width * rows * bytes_a_value
-
-
 def training_flops(
     text: TextShape,
     rows: VisualRows,
@@ -263,49 +207,6 @@ def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int])
         mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
         return 2 * mergers * (patches // vision.spatial_merge_size**2) * (merged**2 + merged * vision.out_hidden_size)
     return 2 * patches * (vision.hidden_size * width + width**2)
-
-
-def count(
-    shape: Shape,
-    config: PreTrainedConfig,
-    rows: VisualRows,
-    text_tokens: int = 60,
-    label_rows: int = 20,
-    attention: str = "full",
-    bytes_a_value: int = 2,
-) -> dict[str, Any]:
-    """Everything that one sample with one image costs.
-
-    Args:
-        shape: for the image; without crops there is no tower.
-        config: of the model, perhaps cut down.
-        text_tokens: of the prompt, and of the sample in training.
-        label_rows: of these, how many are learned in training.
-
-    Returns:
-        `tower`, `projector`, `prefill`, `decode_step` and `training` in operations; `cache_bytes_prompt` as the prompt
-        is read and `cache_bytes` once skipped rows have left; and the `rows` of each kind.
-
-    Raises:
-        SaccadeError: on a negative number of rows, or an unknown `attention`.
-    """
-    for name, value in (("text_tokens", text_tokens), ("label_rows", label_rows)):
-        if not isinstance(value, int) or value < 0:
-            raise SaccadeError(f"{name}={value!r}: give a number of tokens, 0 or more")
-    if label_rows > text_tokens:
-        raise SaccadeError(f"label_rows={label_rows!r}: there are {text_tokens} text tokens, give that many or fewer")
-    text = TextShape.of(config)
-    kept = rows.kept + text_tokens
-    return {
-        "rows": asdict(rows),
-        "tower": tower_flops(config, shape.crops, shape.grid) if shape.crops else 0,
-        "projector": projector_flops(config, shape.crops, shape.grid) if shape.crops else 0,
-        "prefill": prefill_flops(text, rows, text_tokens, attention),
-        "decode_step": decode_flops(text, kept),
-        "training": training_flops(text, rows, text_tokens, label_rows, attention=attention),
-        "cache_bytes_prompt": cache_bytes(text, rows.total + text_tokens, bytes_a_value),
-        "cache_bytes": cache_bytes(text, kept, bytes_a_value),
-    }
 
 
 def _window_pairs(vision: PreTrainedConfig, grid: tuple[int, int]) -> int:

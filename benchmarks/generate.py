@@ -1,5 +1,11 @@
-"""`saccade bench generate`: prefill, a decoding step and cache bytes, with all visual tokens and with skipped ones."""
+"""Prefill, a decoding step and cache bytes, with all visual tokens and with skipped ones.
 
+python -m benchmarks.generate
+python -m benchmarks.generate --shape llama3-8b --device cuda --dtype bfloat16 --images 1,4
+"""
+
+import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,14 +13,16 @@ from typing import Any
 
 import torch
 
-from saccade.benchmark.generation import MEASURED, Generation, generation_model, measure_generation
-from saccade.benchmark.ledger import append_rows, check_ledger, figures, origin
-from saccade.benchmark.shapes import check_place
+from benchmarks.generation import MEASURED, Generation, generation_model, measure_generation
+from benchmarks.ledger import append_rows, check_ledger, figures, origin
+from benchmarks.shapes import check_place
+from benchmarks.train import options, shared_arguments
+from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.report.tables import print_table
 from saccade.skip_vision import SkipVisionConfig
 
-ROOMS = ("benchmark", "skip_vision", "families", "tokens")
+ROOMS = ("skip_vision", "families", "tokens")
 METRICS = ("prefill", "decode", "layout", "cache_peak", "cache")
 
 
@@ -117,3 +125,30 @@ def _values(result: Generation, metric: str) -> tuple[list[float], str]:
     if metric.startswith("cache"):
         return [getattr(result, metric)], "bytes"
     return [1000 * seconds for seconds in getattr(result, metric)], "ms"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print tables, and say what was written.
+
+    Raises:
+        SaccadeError: on bad input, before a model is built.
+    """
+    parser = Parser("benchmarks.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared_arguments(parser)
+    parser.add_argument("--preset", default="100/156", help="of Skip-Vision (default: %(default)s)")
+    parser.add_argument("--images", default="1,4,16", metavar="A,B", help="in the prompt (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=60, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        args.images = tuple(int(part) for part in args.images.split(","))
+    except ValueError as error:
+        raise SaccadeError(f"images={args.images!r}: give numbers from 1 on, such as 1,4,16") from error
+    bench_generate(GenerateBench(**options(args, GenerateBench)), args.ledger, show_rows)
+    if args.ledger:
+        print(f"written to {args.ledger}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

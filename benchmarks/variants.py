@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from saccade.benchmark.batches import label_count
-from saccade.benchmark.released import ReleasedProcedure
+from benchmarks.batches import label_count
+from benchmarks.released import ReleasedProcedure
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts

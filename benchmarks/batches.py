@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.benchmark.lengths import TextLength
 from saccade.errors import SaccadeError
 from saccade.families import Family
 from saccade.tokens import IGNORE_INDEX
+from saccade.training.length_table import TextLength
 
 QWEN_PATCHES = 48
 """Patches along an edge of a Qwen-VL image: a picture of 672 x 672 px, 576 visual tokens after merging."""

@@ -1,0 +1,1 @@
+"""What feed-forward networks do to visual tokens, and what skipping them changes."""

@@ -1,1 +1,0 @@
-"""What models cost: shapes, floating-point operations, cache bytes, and times."""

@@ -1,0 +1,33 @@
+"""Floating-point operations that work really runs, on a CPU too."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+
+
+def _attention(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# torch counts attention on GPUs, and not the kernel that the CPU has for it.
+CPU_KERNELS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention that `work` runs, two a multiply-add.
+
+    Attention counts every pair of a query and a key, masked or not, as torch does.
+    """
+    with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
+        work()
+    return counter.get_total_flops()
