@@ -4,15 +4,12 @@ What is opened and connected to is seen by an audit hook of the interpreter, not
 """
 
 import json
-import os
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from data_files import good_records, turn, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from watching import OUTSIDE, check_inside, used_or_refused, watched
 
 from saccade.cli.main import main
 from saccade.data.check import check_sources
@@ -24,32 +21,6 @@ from saccade.dualspeed.collator import prepare_example
 from saccade.errors import RecordError
 from saccade.training import ModelOptions, load_rows
 
-_watched: list[list[tuple[str, str]]] = []
-
-
-def _hook(event: str, args: tuple) -> None:
-    if _watched and event in ("open", "socket.connect", "socket.getaddrinfo", "os.listdir", "subprocess.Popen"):
-        _watched[-1].append((event, str(args[0] if event == "open" else args)))
-
-
-sys.addaudithook(_hook)
-
-
-@contextmanager
-def watched():
-    """What this process opens, lists, starts or connects to meanwhile."""
-    _watched.append([])
-    try:
-        yield _watched[-1]
-    finally:
-        _watched.pop()
-
-
-def check_inside(events, folder: Path) -> None:
-    """Nothing but files of the folder, and Python's own, which Pillow's plug-ins are loaded from."""
-    own = (str(folder), sys.prefix, sys.base_prefix, os.path.dirname(os.__file__))
-    assert not [event for event in events if event[0] != "open" or not event[1].startswith(own)]
-
 
 def chat(content, answer="3", **fields):
     return [{"role": "user", "content": content, **fields}, {"role": "assistant", "content": answer}]
@@ -57,7 +28,6 @@ def chat(content, answer="3", **fields):
 
 TEXT = {"type": "text", "text": "how many ?"}
 IMAGE = {"type": "image"}
-OUTSIDE = "/etc/hostname"
 PARTS = {
     "a path": IMAGE | {"path": OUTSIDE},
     "a URL": IMAGE | {"url": "http://127.0.0.1:9/image.png"},
@@ -244,20 +214,6 @@ def image_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz")
     good_records(path, 1)
     return path
-
-
-def used_or_refused(make, collator, folder):
-    """A row collated as training does gives a batch or a bad record, and nothing outside the folder is opened."""
-    with watched() as events:
-        try:
-            batch = collator([make()])
-        except RecordError as error:
-            kind = error.kind
-        else:
-            kind = None
-            assert (batch["labels"] != -100).any()
-    assert kind is None or kind in RecordError.KINDS
-    check_inside(events, folder)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])

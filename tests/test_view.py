@@ -112,9 +112,9 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
     cut.write_bytes(photo.read_bytes()[:2000])
     for arguments, words in (
         ([str(tmp_path / "none.png")], "does not exist"),
-        ([str(text)], "is no image: replace it"),
+        ([str(text)], "is not an image of a format that is read: replace it"),
         ([str(cut)], "cannot be decoded"),
-        ([str(tmp_path)], "cannot be decoded"),
+        ([str(tmp_path)], "is not a file"),
         ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is not known"),
         ([str(photo), "--reducer", "tome,tome"], "given twice"),
         ([str(photo), "--prune-ratio", "1"], "prune_ratio=1.0"),

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,8 +38,12 @@ _TURNS = {
 """What makes an image upright, by its EXIF orientation."""
 _ORIENTATION_HOLDERS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 """Where Pillow finds an orientation; must not outlive the turn, or the next reader would turn again."""
-_PROGRAMS = ("EPS",)
-"""Formats that are programs. Pillow hands them to Ghostscript, whatever the name of the file says."""
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO"),
+    *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
+)
+"""What is opened, by Pillow's names, whatever the name of the file says. Of its other formats some hand their content
+to Ghostscript, to the reader of any other format, or to a decompressor without a limit."""
 
 
 def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -> Image.Image:
@@ -67,10 +72,10 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -
     name = image_name(image)
     with _told(image, name, "truncated_image", "cannot be decoded ({}): replace it"):
         opened = _open(image, name)
-        if opened.format in _PROGRAMS:
-            raise RecordError(f"{name} is {opened.format}: replace it by a JPEG or a PNG", "not_an_image")
         _check_size(opened.size, max_pixels, name, padded)
         opened.load()
+        # Some files say one size in front and hold an image of another.
+        _check_size(opened.size, max_pixels, name, padded)
         turn = _TURNS.get(_orientation(opened))
         pixels = _rgb(opened, name)
         if turn is not None:
@@ -127,8 +132,10 @@ def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
         message = f"{name} does not exist: correct the path, or remove the sample"
         raise RecordError(message, "missing_image") from error
     except UnidentifiedImageError as error:
-        kind, fault = ("zero_byte_image", "is empty, 0 bytes") if _is_empty(image) else ("not_an_image", "is no image")
-        raise RecordError(f"{name} {fault}: replace it by a file that Pillow can read", kind) from error
+        kind, fault = "not_an_image", "is not an image of a format that is read"
+        if _is_empty(image):
+            kind, fault = "zero_byte_image", "is empty, 0 bytes"
+        raise RecordError(f"{name} {fault}: replace it by a JPEG or a PNG", kind) from error
     except Image.DecompressionBombError as error:
         raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
     except Exception as error:
@@ -141,12 +148,26 @@ def _open(image: Any, name: str) -> Image.Image:
         content = image.get("bytes")
         if content is None and not image.get("path"):
             raise RecordError(f"{name} has neither 'bytes' nor a 'path': give one of them", "missing_image")
-        return Image.open(io.BytesIO(content) if content is not None else image["path"])
+        if content is not None:
+            return Image.open(io.BytesIO(content), formats=_formats())
+        image = image["path"]
     if isinstance(image, (str, os.PathLike)):
-        return Image.open(image)
+        if os.path.exists(image) and not os.path.isfile(image):
+            # A pipe would be waited for, and a device may have no end.
+            raise RecordError(f"{name} is not a file: replace it by a JPEG or a PNG", "not_an_image")
+        return Image.open(image, formats=_formats())
     if not isinstance(image, Image.Image):
         raise RecordError(f"image is a {type(image).__name__}: give a PIL image, a path, or a dict with 'bytes'")
+    if image.format is not None and image.format not in FORMATS:
+        raise RecordError(f"{name} is {image.format}: replace it by a JPEG or a PNG", "not_an_image")
     return image
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, name: str, padded: bool = False) -> None:
