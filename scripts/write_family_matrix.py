@@ -12,8 +12,11 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+from saccade.reducers import list_reducers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"
@@ -84,7 +87,7 @@ HOLES = {
 INTRODUCTION = """\
 # Model families
 
-Written by `scripts/write_family_matrix.py` from the results of `tests/test_families.py`, with transformers
+Written by `scripts/write_family_matrix.py` on {date} from the results of `tests/test_families.py`, with transformers
 {transformers} and torch {torch} on a CPU: tiny models of the stock classes with random weights. No released weights
 were run.
 
@@ -155,7 +158,8 @@ def read(path: Path) -> dict[tuple[str, str, bool], list[bool]]:
             continue
         test, (family, *rest) = match[1], match[2].split("-")
         passed = not any(child.tag in ("failure", "error", "skipped") for child in case)
-        outcomes[family, rest[0] if rest else "", test.endswith("with_videos")].append(passed)
+        reducer = rest[0] if rest and rest[0] in list_reducers() else ""
+        outcomes[family, reducer, test.endswith("with_videos")].append(passed)
     return outcomes
 
 
@@ -166,7 +170,7 @@ def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
     if missing:
         raise SystemExit(f"{', '.join(sorted(missing))}: in the tests or on this page only; complete FAMILIES")
     families = (f"| `{name}` | {models} | {axes} | {note} |" for name, (models, axes, note) in FAMILIES.items())
-    versions = {name: version(name) for name in ("transformers", "torch")}
+    versions = {name: version(name) for name in ("transformers", "torch")} | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
     lines = [INTRODUCTION.format(families="\n".join(families), learned="\n".join(learned_rows()), **versions)]
     lines += matrix(outcomes, reducers, videos=False)
     lines += ["", "With videos, without the trainer:", "", *matrix(outcomes, reducers, videos=True), ""]

@@ -15,6 +15,7 @@ from family_models import FAMILIES, noise_image
 from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.demo.plan import plan_runs
+from saccade.reducers import list_reducers
 from saccade.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -158,3 +159,9 @@ def test_how_it_works() -> None:
 def test_the_index_names_every_page() -> None:
     linked = set(re.findall(r"\]\(([\w-]+\.md)\)", (DOCS / "README.md").read_text()))
     assert linked == {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+
+
+def test_the_matrix_of_families_has_a_column_for_each_reducer_and_nothing_else() -> None:
+    columns = re.findall(r"^\| \| (.*) \|$", (DOCS / "families.md").read_text(), re.MULTILINE)
+    assert len(columns) == 2
+    assert {tuple(names.split(" | ")) for names in columns} == {tuple(sorted(set(list_reducers()) - {"none"}))}

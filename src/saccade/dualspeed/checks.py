@@ -66,8 +66,8 @@ def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
     quantized = getattr(model, "is_quantized", False)
     if args.bf16 and not quantized and any(weight.dtype == torch.float16 for weight in model.parameters()):
         raise SaccadeError(
-            "bf16=True with a model in float16: load it with dtype=torch.bfloat16 or torch.float32 (in a recipe dtype: "
-            "bfloat16 or float32), or set bf16=False"
+            "bf16=True with a model in float16: load it with dtype=torch.bfloat16 or torch.float32 (in a recipe "
+            "dtype: bfloat16 or float32), or set bf16=False"
         )
 
 
