@@ -342,6 +342,24 @@ def check_cut_batches(case: Case, folder: Path, **options: Any) -> None:
     torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=2e-4, atol=2e-4)
 
 
+def check_predictions(case: Case, folder: Path) -> None:
+    """`predict` answers for each row in its own place, where rows with images and text-only ones alternate."""
+    rows = [row for row in mixed_rows() for row in (row, dict(mixed_rows()[2]))]
+    for number, row in enumerate(rows):
+        # As many words as no other row has, so that labels tell the rows apart.
+        row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": " ".join(["7"] * (number + 1))}]
+    args = make_config(folder, per_device_eval_batch_size=3)
+    trainer = DualSpeedTrainer(
+        copy.deepcopy(case.model),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=case.processor,
+    )
+    found = trainer.predict(Dataset.from_list(rows)).label_ids
+    seven = case.processor.tokenizer.convert_tokens_to_ids("7")
+    assert (found == seven).sum(axis=1).tolist() == list(range(1, len(rows) + 1))
+
+
 def losses_and_gradients(
     case: Case, step: DualSpeedStep, isolator: ModeIsolator, samples: int | None = None
 ) -> dict[str, Tensor]:

@@ -63,6 +63,11 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(name, options, tmp_path)
     tester.check_cut_batches(CASES[name], tmp_path, **options)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_are_in_the_order_of_the_rows(name, tmp_path):
+    tester.check_predictions(CASES[name], tmp_path)
+
+
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("name", "reducer"), [pair for pair in PAIRS if pair.values[0] in WITH_VIDEO])
 def test_invariant_with_videos(name, reducer, check):

@@ -82,7 +82,7 @@ def test_overrides_are_typed():
         (["--lora", "true", "--freeze_language_model", "true"], "set one to false"),
         *(([f"--{name}", str(least - 1)], f"{name}={least - 1}.*: give {least}") for name, least in LEAST.items()),
         (["--learning_rate", ".nan"], "learning_rate=nan"),
-        (["--max_steps", "0", "--num_train_epochs", "0"], "num_train_epochs=0.*, or set max_steps"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs=0.*, or set max_steps"),
         (["--save_strategy", "steps", "--save_steps", "0"], "save_steps=0.*save_strategy"),
         (["--lora", "true", "--lora_r", "0"], "lora_r=0: give 1"),
         (["--lora", "true", "--lora_alpha", "-1"], "lora_alpha=-1: give 1"),

@@ -224,6 +224,22 @@ def test_pages_link_to_files_that_exist() -> None:
     assert broken == []
 
 
+def test_every_test_that_a_page_names_exists() -> None:
+    pages = [path for path in tracked_files() if path.suffix == ".md"]
+    named = {name for page in pages for name in re.findall(r"tests/\w+\.py::[\w:]+", page.read_text(encoding="utf-8"))}
+    assert len(named) > 50
+    missing = set()
+    for name in named:
+        file, *rest = name.split("::")
+        path = ROOT / file
+        found: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+        for part in rest:
+            inside = [node for node in found if getattr(node, "name", None) == part]
+            missing |= set() if inside else {name}
+            found = inside[0].body if inside else []
+    assert missing == set()
+
+
 def test_the_reducer_of_the_contributing_page_runs(tmp_path: Path) -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text()
     example = tmp_path / "example.py"

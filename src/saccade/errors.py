@@ -52,6 +52,28 @@ class RecordError(SaccadeError):
         self.kind = kind
 
 
+EXTRAS = {
+    "lmms_eval": "eval",
+    "deepspeed": "deepspeed",
+    "bitsandbytes": "quant",
+    "tensorboard": "track",
+    "wandb": "track",
+    "trackio": "track",
+}
+"""The optional packages that an extra of ours installs, as `pip install 'saccade[EXTRA]'` names it."""
+
+
+def needs_package(what: str, package: str) -> SaccadeError:
+    """The error where an option needs a package that is not installed.
+
+    Args:
+        what: the option and its value.
+        package: by the name that pip knows it by.
+    """
+    wanted = f"saccade[{EXTRAS[package]}]" if package in EXTRAS else package
+    return SaccadeError(f"{what} needs {package}, which is not installed: pip install '{wanted}'")
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The hint behind an unknown name: the known one that looks like it, or else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -1,6 +1,8 @@
 """Values of options, checked against the types that their dataclass gives them."""
 
+import math
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, Union, get_args, get_origin
 
@@ -15,8 +17,9 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
         annotation: the field's type; one that is not made of plain types takes any value.
 
     Raises:
-        SaccadeError: if it is of another type.
+        SaccadeError: if it is of another type, or no finite number.
     """
+    check_finite(name, value)
     allowed = _types(annotation)
     if value is None and allowed and allowed <= {bool, int, float} and type(None) not in get_args(annotation):
         raise SaccadeError(f"{name}=None, expected {_names(allowed)}")
@@ -27,9 +30,12 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
             return value if int in allowed else float(value)
         if isinstance(value, str) and str not in allowed:
             try:
-                return float(value)
+                number = float(value)
             except ValueError:
                 pass
+            else:
+                check_finite(name, number)
+                return number
     if value is False and str in allowed and bool not in allowed:
         return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
     basic = {bool, int, float, str} & allowed
@@ -40,6 +46,23 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
             return str(value)
         raise SaccadeError(f"{name}={value!r} is a {type(value).__name__}, expected {_names(basic)}")
     return value
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Refuse NaN and infinity, which pass most comparisons or poison all that they are multiplied with, in lists and
+    mappings of options too.
+
+    Raises:
+        SaccadeError: naming the field.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SaccadeError(f"{name}={value!r} is not a finite number: give one, or leave the field out")
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            check_finite(f"{name}: {key}", one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            check_finite(name, one)
 
 
 def _types(annotation: Any) -> set[type]:

@@ -81,10 +81,11 @@ def run(args: argparse.Namespace) -> int:
         return _launch(args)
     _check_alone(args)
     from saccade.training import LOG_FILE, load_recipe, train_recipe
-    from saccade.training.run import find_resume
+    from saccade.training.run import check_recipe, find_resume
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.check:
+        check_recipe(recipe)
         find_resume(recipe)
         return 0
     trainer = train_recipe(recipe)

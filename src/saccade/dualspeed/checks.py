@@ -1,16 +1,33 @@
 """What a run is refused for before its first step, since it would fail later or silently do something else."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.modes import Mode
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, did_you_mean, needs_package
 from saccade.families import Family
 from saccade.families.collect import check_tower_gives
+
+BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "paged_", "ademamix", "lion_", "rmsprop_bnb")
+OPTIMIZER_PACKAGES = (
+    (BITSANDBYTES, "bitsandbytes", "bitsandbytes"),
+    (("galore_",), "galore_torch", "galore-torch"),
+    (("apollo_",), "apollo_torch", "apollo-torch"),
+    (("lomo", "adalomo"), "lomo_optim", "lomo-optim"),
+    (("grokadamw",), "grokadamw", "grokadamw"),
+    (("adamw_torch_4bit", "adamw_torch_8bit"), "torchao", "torchao"),
+    (("schedule_free_",), "schedulefree", "schedulefree"),
+    (("stable_adamw",), "optimi", "torch-optimi"),
+)
+"""Beginnings of optimizers' names, the module that each of these needs, and the package that it comes from."""
 
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
@@ -69,6 +86,49 @@ def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
             "bf16=True with a model in float16: load it with dtype=torch.bfloat16 or torch.float32 (in a recipe "
             "dtype: bfloat16 or float32), or set bf16=False"
         )
+
+
+def check_at_hand(args: DualSpeedConfig) -> None:
+    """Refuse options that need a package or a file which is not here, before a model is loaded.
+
+    Raises:
+        SaccadeError: naming the option, and the package and how to install it, or the file.
+    """
+    if args.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise needs_package("use_liger_kernel=True", "liger-kernel")
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    for names, module, package in OPTIMIZER_PACKAGES:
+        if optimizer.startswith(names) and find_spec(module) is None:
+            raise needs_package(f"optim={optimizer!r}", package)
+    here = get_available_reporting_integrations()
+    for name in args.report_to if isinstance(args.report_to, list) else [args.report_to]:
+        if isinstance(name, str) and name not in INTEGRATION_TO_CALLBACK:
+            hint = did_you_mean(name, INTEGRATION_TO_CALLBACK, "use tensorboard, wandb, trackio or none")
+            raise SaccadeError(f"report_to={name!r} is unknown: {hint}")
+        if name in INTEGRATION_TO_CALLBACK and name not in (*here, "azure_ml", "flyte"):
+            raise needs_package(f"report_to={name!r}", name)
+    template = Path(args.chat_template_path or ".")
+    # Without an ending or a root it may be a model of the hub.
+    if not template.exists() and (template.suffix or template.is_absolute()):
+        raise SaccadeError(f"chat_template_path={str(template)!r} does not exist: name a Jinja file")
+
+
+@contextmanager
+def as_bad_input() -> Iterator[None]:
+    """Turn what TRL, transformers and the hub refuse into one line of ours.
+
+    Raises:
+        SaccadeError: for their errors of values, of packages that are missing and of files that cannot be fetched.
+    """
+    try:
+        yield
+    except SaccadeError:
+        raise
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        # A fault of the disk has a number, and is said as one.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise SaccadeError(" ".join(str(error).split())) from error
 
 
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:

@@ -1,11 +1,14 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from importlib.util import find_spec
 from os import PathLike
 from typing import Any, ClassVar, get_origin
 
+import torch
 from transformers import SchedulerType
 from trl import SFTConfig
 
@@ -13,7 +16,7 @@ from saccade.data.plain import check_conversation
 from saccade.dualspeed.compiling import check_compiling
 from saccade.dualspeed.modes import Mode, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, needs_package
 from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
@@ -21,7 +24,9 @@ from saccade.pruning import check_newlines, check_positions
 from saccade.reducers import check_resolution_budget, get_reducer
 from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import TokenBudget
-from saccade.values import coerce
+from saccade.values import check_finite, coerce
+
+logger = logging.getLogger(__name__)
 
 GROUP_BY = ("none", "shortened", "full")
 
@@ -29,6 +34,7 @@ LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
     **dict.fromkeys(("num_train_epochs", "dataloader_num_workers", "seed", "data_seed"), 0),
+    "neftune_noise_alpha": 0,
 }
 """The least value of options of transformers, which looks at them once the model is loaded, or never."""
 
@@ -271,8 +277,8 @@ class DualSpeedConfig(SFTConfig):
             value = getattr(self, name)
             if not isinstance(value, PathLike) and get_origin(annotation) is not ClassVar:
                 setattr(self, name, coerce(name, value, annotation))
+        self._check_stock_options()
         super().__post_init__()
-        self._check_stock_numbers()
         if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
             raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
         self.prune_ratio = self.token_budget.prune_ratio
@@ -338,15 +344,45 @@ class DualSpeedConfig(SFTConfig):
                 "DualSpeed trains on plain cross-entropy, leave them at 'nll' and 0"
             )
 
-    def _check_stock_numbers(self) -> None:
+    def _check_stock_options(self) -> None:
+        """Refuse values of transformers' options that end as an error in the middle of a run, or as another run."""
+        for entry in fields(self):
+            check_finite(entry.name, getattr(self, entry.name, None))
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < float("inf"):
+            if isinstance(value, (int, float)) and value < least:
                 raise SaccadeError(f"{name}={value!r}: give {least} or more")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SaccadeError(f"{name}={getattr(self, name)!r}: give a number in [0, 1)")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise SaccadeError(f"max_steps={self.max_steps!r}: give 1 or more, or -1 to train for num_train_epochs")
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise SaccadeError(f"num_train_epochs={self.num_train_epochs!r}: give more than 0, or set max_steps")
         if self.save_strategy == "steps" and not self.save_steps > 0:
             raise SaccadeError(f"save_steps={self.save_steps!r}: give 1 or more, or set save_strategy to 'no'")
+        if self.train_sampling_strategy == "group_by_length":
+            raise SaccadeError(
+                "train_sampling_strategy='group_by_length' needs rows that are tokenized already, and evaluates them "
+                "in another order: use group_by='shortened' or 'full'"
+            )
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise needs_package(f"deepspeed={self.deepspeed!r}", "deepspeed")
+        self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        """bfloat16 on a GPU where nothing else is said, as in TRL, and float32 on a CPU, where it refuses its own
+        default."""
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None and on_cpu and not self.fp16:
+            self.bf16 = False
+            if not self.use_cpu:
+                logger.warning("no GPU was found: training on the CPU in float32; use_cpu=True says that it is meant")
+        for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
+            if getattr(self, name) and not self.use_cpu and on_cpu:
+                raise SaccadeError(
+                    f"{name}=True needs a GPU, and none was found: for the CPU give {name}: false, use_cpu: true"
+                )
 
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from trl import SFTTrainer
 
+from saccade.dualspeed.checks import as_bad_input
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.families import Family
@@ -62,7 +63,8 @@ class OptimizingTrainer(SFTTrainer):
         self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+        with as_bad_input():
+            optimizer = super().create_optimizer(model)
         self._split_groups(optimizer)
         # A second `train` goes on with the optimizer of the first, which accelerate has wrapped by then.
         stepped = getattr(optimizer, "optimizer", optimizer)

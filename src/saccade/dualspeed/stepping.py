@@ -1,6 +1,7 @@
 """How a trainer gets the loss of a micro-batch: its mode, its normaliser, and the model as the engine wrapped it."""
 
 import random
+import warnings
 from typing import Any
 
 import torch
@@ -35,7 +36,10 @@ class SteppingTrainer(CachingTrainer):
         if self.skip is not None and not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
         if self.is_ordinary or return_outputs or not self.model.training:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            with warnings.catch_warnings():
+                # TRL announces that it will return no logits one day; until then `predict` and `evaluate` give them.
+                warnings.filterwarnings("ignore", "`return_outputs=True`", FutureWarning)
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
                 self.watch.see(loss, inputs)
                 self._count_ordinary(inputs, loss, num_items_in_batch)

@@ -25,6 +25,8 @@ from saccade.dualspeed.checkpoint import (
     resolve_resume,
 )
 from saccade.dualspeed.checks import (
+    as_bad_input,
+    check_at_hand,
     check_family_can,
     check_language_model_trains,
     check_not_ignored,
@@ -94,6 +96,7 @@ class DualSpeedTrainer(SteppingTrainer):
             raise SaccadeError(
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
             )
+        check_at_hand(args)
         config = stock_model(model).config if isinstance(model, nn.Module) else load_config(model, args)
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = first_columns(train_dataset)
@@ -111,7 +114,7 @@ class DualSpeedTrainer(SteppingTrainer):
         if isinstance(model, str):
             model = load_by_name(model, args, kwargs.get("quantization_config"))
         check_precision(model, args)
-        with _withheld(args):
+        with _withheld(args), as_bad_input():
             super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
         # labels of the global batch, however it is cut into micro-batches and ranks.

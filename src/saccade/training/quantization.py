@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, needs_package
 from saccade.families import get_family
 
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -23,7 +23,7 @@ def check_quantization(model: str) -> None:
     if model == "tiny":
         raise SaccadeError("load_in_4bit=true: the embedded model 'tiny' is too small for it, set it to false")
     if find_spec("bitsandbytes") is None:
-        raise SaccadeError("load_in_4bit=true needs bitsandbytes: pip install 'saccade[quant]'")
+        raise needs_package("load_in_4bit=true", "bitsandbytes")
 
 
 def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[str, Any]:

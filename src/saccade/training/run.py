@@ -13,6 +13,7 @@ from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import checkpoints
+from saccade.dualspeed.checks import check_at_hand
 from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_inside, check_unused, hold
 from saccade.errors import SaccadeError
@@ -49,7 +50,7 @@ def _train_and_save(
     recipe: Recipe, resume: str | bool | None, callbacks: list[TrainerCallback] | None
 ) -> DualSpeedTrainer:
     options, args = recipe.options, recipe.trainer
-    check_lora(recipe)
+    check_recipe(recipe)
     if args.image_aspect_ratio is not None and options.model != "tiny":
         check_aspect_ratio(check_family(options.model, args.trust_remote_code), args.image_aspect_ratio)
     dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
@@ -65,20 +66,14 @@ def _train_and_save(
         if args.should_save:
             model.save_pretrained(base)
         model.config._name_or_path = model.name_or_path = str(base)
-    try:
-        trainer = DualSpeedTrainer(
-            model,
-            args,
-            train_dataset=dataset,
-            processing_class=processor,
-            peft_config=lora_config(model, recipe) if options.lora else None,
-            callbacks=callbacks,
-        )
-    except SaccadeError:
-        raise
-    except (ValueError, TypeError) as error:
-        # TRL's own checks of options, such as packing, which it refuses for images.
-        raise SaccadeError(" ".join(str(error).split())) from error
+    trainer = DualSpeedTrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=lora_config(model, recipe) if options.lora else None,
+        callbacks=callbacks,
+    )
     check_engine(trainer.accelerator)
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     check_first_rows(trainer)
@@ -113,6 +108,16 @@ def check_first_rows(trainer: DualSpeedTrainer) -> None:
     if found and trainer.args.should_save:
         found.write()
     found.check()
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what would end a run later, before anything is loaded.
+
+    Raises:
+        SaccadeError: as `check_lora` and `check_at_hand` do.
+    """
+    check_lora(recipe)
+    check_at_hand(recipe.trainer)
 
 
 def check_lora(recipe: Recipe) -> None:
