@@ -8,6 +8,7 @@ import argparse
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -58,6 +59,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, as `guarded` gives it."""
+    if argv is None:
+        _quieten()
     return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -93,6 +96,19 @@ def guarded(work: Callable[[], int]) -> int:
         place = error.filename2 or error.filename
         where = f" ({place})" if place else ""
         return _complain(f"error: {DISK_FAULTS[error.errno]}{where}", FAILED)
+
+
+def _quieten() -> None:
+    """Keep what dependencies tell their developers, and their bars of loading, off the user's terminal.
+
+    The bar of training is the trainer's own and stays. `python -W` or PYTHONWARNINGS show the warnings again.
+    """
+    # Read when these packages are imported, which is after this.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    if not sys.warnoptions:
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.filterwarnings("ignore", category=category)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -52,11 +52,17 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
     """What `write_run_file` wrote, or None.
 
     Raises:
-        ValueError: if it is damaged.
+        SaccadeError: if it is damaged.
     """
-    found = _read(Path(folder) / RUN_FILE)
-    config = (found or {}).get("config")
-    if isinstance(config, dict) and config.get("keep_tokens") is not None:
+    path = Path(folder) / RUN_FILE
+    try:
+        found = _read(path)
+        config = (found or {}).get("config", {})
+        if not isinstance(config, dict):
+            raise ValueError("its config is not a mapping")
+    except ValueError as error:
+        raise SaccadeError(f"{path} is damaged ({error}): restore it, or remove it") from error
+    if config.get("keep_tokens") is not None:
         config["prune_ratio"] = None  # earlier versions wrote a ratio beside the number that replaced it
     return found
 

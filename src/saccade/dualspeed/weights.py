@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -21,6 +22,14 @@ ADAPTER_FILE = "adapter_config.json"
 _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 _KINDS = ("missing", "unexpected", "mismatched")
 _SHOWN = 3
+_READ = frozenset(
+    (
+        *("config.json", "generation_config.json", ADAPTER_FILE, "processor_config.json", "preprocessor_config.json"),
+        *("video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+        *("added_tokens.json", "vocab.json"),
+    )
+)
+"""JSON objects that stock loading reads."""
 
 
 def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **options: Any) -> PreTrainedModel:
@@ -34,11 +43,39 @@ def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **
         SaccadeError: naming weights that are missing, left over, or of another shape.
         OSError: if it cannot be read, and whatever else `from_pretrained` raises.
     """
+    check_files(place)
     # Other shapes end as an error that names no key unless they are let through to be named here.
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = factory.from_pretrained(place, **options)
     check_keys(place, {kind: info.get(f"{kind}_keys") or () for kind in _KINDS})
     return model
+
+
+def check_files(place: str | Path) -> None:
+    """Refuse a model's folder of which a file is damaged, where stock loading ends in an error that names none.
+
+    Raises:
+        SaccadeError: naming the first such file.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.name in _READ or path.name.endswith(".safetensors.index.json"):
+                if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                    raise ValueError("it is not a JSON object")
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):  # compares the length of the file with its header
+                    pass
+        except (OSError, ValueError, SafetensorError) as error:
+            raise damaged(place, path.name, error) from error
+
+
+def damaged(place: str | Path, name: str, error: Exception) -> SaccadeError:
+    """The error of a model of which a file, or one of several, cannot be read."""
+    reason = " ".join(str(error).split())[:200]
+    return SaccadeError(f"model={str(place)!r}: {name} is damaged ({reason}): restore it, or name another model")
 
 
 def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
@@ -67,10 +104,17 @@ def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
 
 
 def base_of(folder: str | Path) -> str | None:
-    """The model that the adapters in `folder` belong to; None where there are no adapters."""
+    """The model that the adapters in `folder` belong to; None where there are no adapters.
+
+    Raises:
+        SaccadeError: if their configuration is damaged.
+    """
     if not (Path(folder) / ADAPTER_FILE).is_file():
         return None
-    return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (ValueError, TypeError, KeyError) as error:
+        raise damaged(folder, ADAPTER_FILE, error) from error
 
 
 def identify_weights(place: str | Path) -> str | None:

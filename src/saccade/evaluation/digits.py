@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
@@ -269,16 +270,26 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
 
     Raises:
         RecordError: if one of them cannot be used.
+        SaccadeError: if the processor has no chat template, or one that does not fit it.
     """
+    if not getattr(processor, "chat_template", None):
+        raise SaccadeError("the model's processor has no chat template: add chat_template.jinja to its folder")
     pads = pads_to_square(processor)
-    return processor.apply_chat_template(
-        [[_with_open_images(message, pads) for message in conversation] for conversation in conversations],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-    )
+    opened = [[_with_open_images(message, pads) for message in conversation] for conversation in conversations]
+    try:
+        return processor.apply_chat_template(
+            opened,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+        )
+    except (TemplateError, ValueError) as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(
+            f"the model's chat template (chat_template.jinja) and processor make no prompt: {line}"
+        ) from error
 
 
 def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def model_card(
     run = read_run_file(source) or {}
     if log.get("run_id") != run.get("run_id") and None not in (log.get("run_id"), run.get("run_id")):
         log, history = {}, []
-    recipe = log.get("recipe", {})
+    recipe = log["recipe"] if isinstance(log.get("recipe"), dict) else {}
+    history = history if isinstance(history, list) else []
     base = facts["base_model"] or recipe.get("model")
     parts = [
         _front_matter(base, license_name),
@@ -186,6 +187,7 @@ def _value(value: Any) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON file of the run, or nothing where it is missing or cut short: a card is not worth failing over."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

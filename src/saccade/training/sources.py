@@ -3,6 +3,7 @@
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,7 +20,7 @@ from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.dualspeed.labels import stop_ids
-from saccade.dualspeed.weights import base_of, load_whole, merge_adapters
+from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
 from saccade.errors import RecordError, SaccadeError
 from saccade.families import Family, family_class, use_released_names
 from saccade.tiny import build_tiny_processor, load_tiny
@@ -68,7 +69,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
         use_released_names(model)
-        return model, AutoProcessor.from_pretrained(options.model, trust_remote_code=trust_remote_code)
+        return model, _processor(options.model, trust_remote_code=trust_remote_code)
     except SaccadeError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -99,7 +100,7 @@ def load_processor(
     try:
         base = base_of(options.model) or options.model
         config = AutoConfig.from_pretrained(base, **loading)
-        processor = AutoProcessor.from_pretrained(options.model, **loading)
+        processor = _processor(options.model, **loading)
         try:
             generation_config = GenerationConfig.from_pretrained(base, local_files_only=local_files_only)
         except OSError:
@@ -111,17 +112,36 @@ def load_processor(
         raise SaccadeError(f"model={options.model!r} has no processor that loads: {line}") from error
 
 
+def _processor(model: str, **loading: Any) -> ProcessorMixin:
+    """The processor of a model, whose files are read by several packages with errors of no common type.
+
+    Raises:
+        SaccadeError: if it cannot be loaded.
+    """
+    try:
+        return AutoProcessor.from_pretrained(model, **loading)
+    except Exception as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise SaccadeError(
+            f"model={model!r} has no processor that loads, from processor_config.json, tokenizer.json and the files "
+            f"beside them: {line}"
+        ) from error
+
+
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
     """The family of a model, before its weights are read.
 
     Raises:
         SaccadeError: if there is none, or no config to tell it from.
     """
+    check_files(model)
     try:
         model = base_of(model) or model
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
+    except SaccadeError:
+        raise
     except (OSError, ValueError) as error:
         where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
         raise SaccadeError(f"model={model!r} {where}: {' '.join(str(error).split())[:600]}") from error
