@@ -1,14 +1,20 @@
 """Folders of models and runs of which a file is damaged: one line that names it, from every verb that reads it."""
 
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+from family_models import FAMILIES
+from family_tester import Case
 from helpers import make_trainer
 from peft import LoraConfig
+from transformers import AutoProcessor
 
+from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.families.fitting import check_processor
 from saccade.tiny import build_tiny_llava
 
 JSON_FILES = (
@@ -82,6 +88,36 @@ def test_a_chat_template_that_is_missing_or_makes_no_prompt(template, message, r
         (folder / "chat_template.jinja").write_text(template)
     assert main(["eval", str(folder), "--num-samples", "1"]) == 2
     assert message in capfd.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("patch_size", 16, 8),
+        ("num_additional_image_tokens", 0, 1),
+        ("vision_feature_select_strategy", "full", "default"),
+    ],
+)
+def test_processor_settings_that_do_not_fit_the_tower(name, value, right, runs, tmp_path, capfd, model):
+    folder = tmp_path / "damaged"
+    shutil.copytree(runs / "full", folder)
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), name: value}))
+    for _, words in verbs(folder, tmp_path):
+        capfd.readouterr()
+        assert main(words) == 2
+        line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert f"{name}={value!r} of the processor" in line
+        assert line.endswith(f"set it to {right!r}")
+    other = AutoProcessor.from_pretrained(folder)
+    with pytest.raises(SaccadeError, match=f"{name}={value!r} of the processor"):
+        make_trainer(model, other, tmp_path / "python")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_settings_of_every_family_fit(name):
+    case = Case(name, FAMILIES[name])
+    check_processor(case.processor, case.model.config)
 
 
 def test_a_command_shows_no_warnings_and_no_loading_bars_of_dependencies(runs, tmp_path):

@@ -62,6 +62,7 @@ from saccade.dualspeed.stepping import SteppingTrainer
 from saccade.dualspeed.watch import RunWatch
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family, stock_model, use_released_names
+from saccade.families.fitting import check_processor
 from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.files import disk_errors
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
@@ -120,6 +121,7 @@ class DualSpeedTrainer(SteppingTrainer):
         # labels of the global batch, however it is cut into micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
         self.family = get_family(self.model)
+        check_processor(self.processing_class, self.family.model.config)
         use_released_names(self.family.model)
         if args.image_aspect_ratio is not None:
             pad_to_square(self.processing_class)

@@ -23,6 +23,7 @@ from saccade.dualspeed.labels import stop_ids
 from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
 from saccade.errors import RecordError, SaccadeError
 from saccade.families import Family, family_class, use_released_names
+from saccade.families.fitting import check_processor
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
@@ -69,7 +70,9 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
         use_released_names(model)
-        return model, _processor(options.model, trust_remote_code=trust_remote_code)
+        processor = _processor(options.model, trust_remote_code=trust_remote_code)
+        check_processor(processor, model.config)
+        return model, processor
     except SaccadeError:
         raise
     except (OSError, ValueError, KeyError) as error:

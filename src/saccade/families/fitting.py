@@ -1,0 +1,43 @@
+"""Whether a processor writes as many placeholders for an image as the model makes tokens of it."""
+
+from typing import Any
+
+from saccade.errors import SaccadeError
+
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
+"""Tokens that a tower puts before those of its patches."""
+
+
+def check_processor(processor: Any, config: Any) -> None:
+    """Refuse settings of a processor that do not fit the vision tower: the first image would fail in the model.
+
+    Args:
+        processor: of the model; settings that it has not are those of families that count tokens otherwise.
+        config: the model's.
+
+    Raises:
+        SaccadeError: naming the setting, its value and the one that fits.
+    """
+    tower = getattr(config, "vision_config", None)
+    fitting = {
+        "patch_size": getattr(tower, "patch_size", None),
+        "num_additional_image_tokens": CLASS_TOKENS.get(getattr(tower, "model_type", None)),
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
+    }
+    given = {name: getattr(processor, name, None) for name in fitting}
+    if _beside_patches(given) == _beside_patches(fitting) is not None:
+        # Two settings that are off by one each make up for one another.
+        fitting = {"patch_size": fitting["patch_size"]}
+    for name, expected in fitting.items():
+        found = given[name]
+        if found is not None and expected is not None and found != expected:
+            raise SaccadeError(
+                f"{name}={found!r} of the processor (processor_config.json) does not fit the model's vision tower: "
+                f"set it to {expected!r}"
+            )
+
+
+def _beside_patches(settings: dict[str, Any]) -> int | None:
+    """The tokens of an image beyond its patches; None where a setting is not known."""
+    count, strategy = settings["num_additional_image_tokens"], settings["vision_feature_select_strategy"]
+    return None if count is None or strategy is None else count - (strategy == "default")
