@@ -26,14 +26,13 @@ from benchmarks.ledger import append_rows, check_ledger, figures, origin
 from benchmarks.shapes import build_shape
 from benchmarks.steps import train_stage
 from benchmarks.train import TrainBench
-from saccade.dualspeed.sequence import PrunedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.store import SUFFIX
-from saccade.reducers import get_reducer
-from saccade.tokens import TokenBudget
+from saccade.pruning import Pruner
+from saccade.reducers import PruningConfig
 from saccade.training.length_table import draw_lengths
 
 NONE, FIRST, LATER = WAYS = ("no cache", "first epoch", "later epochs")
@@ -76,14 +75,12 @@ class Bench:
         ]
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        fast = PrunedSequence(
-            self.family, get_reducer("divprune"), TokenBudget(0.9), isolator=None, positions="compact", pad_id=0
-        )
+        fast = Pruner(PruningConfig(prune_ratio=0.9))
         self.step = DualSpeedStep(self.family, {"fast": ModePlan(fast)}, 1.0, 1.0)
         self.folder = folder
         self.caches = {way: FeatureCache(self.family, folder / way, UNBOUNDED) for way in (FIRST, LATER)}
         started = seconds_on(device)
-        tower_fingerprint(self.family.vision_tower, self.family.tower_states)
+        tower_fingerprint(self.family.vision_tower, self.family.vision_feature_layers)
         self.fingerprint_seconds = seconds_on(device) - started
         for batch in self.batches:  # also the warm-up
             for way in WAYS:

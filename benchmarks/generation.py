@@ -108,8 +108,8 @@ def measure_generation(
             raise SaccadeError(f"{name}={value!r}: give 1 or more")
     inputs = _prompt(model, images, text_tokens)
     family = get_family(model)
-    encoded = family.encode(inputs, config.split_reducer().needs if config.split_reducer() else frozenset())
-    full = prune_inputs(model, inputs, "none", 0.0)
+    encoded = family.encode(inputs, config.needs)
+    full = prune_inputs(model, inputs, reducer="none", prune_ratio=0.0)
     found = {
         FULL: Generation({"text": text_tokens, "visual": full["input_ids"].shape[1] - text_tokens}),
         SKIP: Generation({}),

@@ -12,11 +12,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from saccade.tokens import VisualContext
 
-PATCH = 14
 """Pixels a side that one token stands for."""
 Choice = tuple[Tensor, Tensor | None]
 
@@ -93,21 +91,6 @@ def avgpool(image: VisualContext, keep: int) -> Choice:
         weight[region, tokens] = 1 / len(tokens)
     index = ascending([central(tokens, width) for tokens in found], image)
     return index, weight.to(image.features.device)
-
-
-def downsample(pixels: Tensor, grid: tuple[int, int], keep: int) -> Choice:
-    """One image `(C, H, W)` shrunk to at most `keep` tokens of its aspect ratio, and where their centres fall."""
-    height, width = grid
-    short = [min(height, max(1, math.isqrt(keep * height // width))), 0]
-    short[1] = min(width, keep // short[0])
-    wide = [0, min(width, max(1, math.isqrt(keep * width // height)))]
-    wide[0] = min(height, keep // wide[1])
-    rows, columns = max(short, wide, key=lambda lower: (lower[0] * lower[1], lower[1]))
-    size = (rows * PATCH, columns * PATCH)
-    interpolate(pixels.unsqueeze(0).float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
-    y = ((torch.arange(rows) + 0.5) * height / rows).long()
-    x = ((torch.arange(columns) + 0.5) * width / columns).long()
-    return (y.unsqueeze(1) * width + x).flatten().to(pixels.device), None
 
 
 def divprune(image: VisualContext, keep: int) -> Choice:

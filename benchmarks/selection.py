@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +24,10 @@ from torch import Tensor
 
 from benchmarks.counting import OperationCount
 from benchmarks.ledger import append_rows, check_ledger, figures, origin
-from benchmarks.loops import LOOPS, PATCH, downsample
+from benchmarks.loops import LOOPS
 from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
-from saccade.families.resolution import shrink_images
-from saccade.reducers import Reducer, get_reducer, is_low_resolution, list_reducers
-from saccade.reducers.downsample import grid_places, lower_grid
+from saccade.reducers import Reducer, get_reducer, list_reducers
 from saccade.tokens import Reduction, VisualContext
 
 SHAPES = [(16, 576, 58), (80, 576, 58), (4, 2880, 288)]
@@ -69,13 +66,6 @@ def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, de
     )
 
 
-def make_pixels(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The images of these tokens, `(B, 3, H, W)`."""
-    height, width = full_grid(shape[1])
-    drawn = torch.rand(shape[0], 3, height * PATCH, width * PATCH, generator=torch.Generator().manual_seed(1))
-    return drawn.to(device, dtype)
-
-
 def providers() -> dict[str, Reducer]:
     """What is timed, by name: every reducer, and the options that change what one costs."""
     return {name: get_reducer(name) for name in list_reducers()} | {
@@ -87,29 +77,20 @@ def providers() -> dict[str, Reducer]:
 def seed_rows(name: str, context: VisualContext) -> VisualContext:
     """`context`, with seeds if the provider takes some."""
     seeds = torch.arange(context.shape[0], device=context.features.device)
-    return replace(context, seed=seeds, valid=None) if name == SEEDED else context
+    return context.replace(seed=seeds) if name == SEEDED else context
 
 
-def reduce_batch(name: str, reducer: Reducer, context: VisualContext, pixels: Tensor, keep: int) -> Reduction:
-    """The batched form; of `downsample`, shrinking the images and naming the places of their tokens."""
-    if is_low_resolution(reducer):
-        full = full_grid(context.shape[1])
-        lower = lower_grid(*full, keep)
-        shrink_images(pixels, lower[0] * PATCH, lower[1] * PATCH)
-        places = torch.tensor(grid_places(full, lower), device=pixels.device).expand(len(pixels), -1)
-        context = replace(context, low_resolution=places, valid=None)
+def reduce_batch(name: str, reducer: Reducer, context: VisualContext, keep: int) -> Reduction:
+    """The batched form."""
     return reducer(seed_rows(name, context), keep)
 
 
-def loop_over_images(name: str, reducer: Reducer, context: VisualContext, pixels: Tensor, keep: int) -> Reduction:
+def loop_over_images(name: str, context: VisualContext, keep: int) -> Reduction:
     """The same image by image, by the formula in `loops.py`."""
-    if is_low_resolution(reducer):
-        found = [downsample(image, full_grid(context.shape[1]), keep) for image in pixels]
-    else:
-        context = seed_rows(name, context)
-        images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
-        formula = LOOPS.get(name) or LOOPS[name.partition(",")[0]]
-        found = [formula(image, keep) for image in images]
+    context = seed_rows(name, context)
+    images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
+    formula = LOOPS.get(name) or LOOPS[name.partition(",")[0]]
+    found = [formula(image, keep) for image in images]
     weights = [weight for _, weight in found if weight is not None]
     return Reduction(torch.stack([index for index, _ in found]), torch.stack(weights) if weights else None)
 
@@ -135,16 +116,16 @@ def measure(
     `random` and its loop draw other numbers, so nothing is said about their rows.
     """
     keep, meta = shape[2], torch.device("meta")
-    context, pixels = make_context(shape, width, dtype, device), make_pixels(shape, dtype, device)
-    empty, no_pixels = make_context(shape, width, dtype, meta), make_pixels(shape, dtype, meta)
+    context = make_context(shape, width, dtype, device)
+    empty = make_context(shape, width, dtype, meta)
     calls: dict[str, Callable[[], Reduction]] = {}
     results: dict[str, dict] = {}
     warm: dict[str, bool] = {}
     for name, reducer in chosen.items():
-        calls[name] = partial(reduce_batch, name, reducer, context, pixels, keep)
-        calls[name + LOOP] = partial(loop_over_images, name, reducer, context, pixels, keep)
+        calls[name] = partial(reduce_batch, name, reducer, context, keep)
+        calls[name + LOOP] = partial(loop_over_images, name, context, keep)
         with OperationCount() as batched:
-            reduce_batch(name, reducer, empty, no_pixels, keep)
+            reduce_batch(name, reducer, empty, keep)
         begun = time.perf_counter()
         reduction = calls[name]()
         synchronize(device)

@@ -15,14 +15,12 @@ from benchmarks.released import ReleasedProcedure
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
-from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.families import Family, get_family
-from saccade.pruning import ModeIsolator
-from saccade.reducers import get_reducer
-from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
+from saccade.pruning import Method, ModeIsolator, Pruner
+from saccade.reducers import PruningConfig
+from saccade.skip_vision import Skipper, SkipVisionConfig, apply_skip_vision
 from saccade.tiny import build_tiny_processor
-from saccade.tokens import TokenBudget
 
 Loss = Callable[[Mapping[str, Any]], Tensor]
 STOCK = "stock TRL, all tokens"
@@ -97,22 +95,22 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
     """
     family = get_family(model)
     width = family.model.config.get_text_config().hidden_size
-    budget = TokenBudget(settings.prune_ratio)
     isolator = ModeIsolator(settings.isolator_length, width).to(family.model.device)
     released = ReleasedProcedure(model, settings.prune_ratio, settings.isolator_length)
 
-    def pruned(reducer: str, with_isolator: bool) -> Sequence:
-        used = isolator if with_isolator else None
-        return PrunedSequence(family, get_reducer(reducer), budget, used, "compact", pad_id=0)
+    def pruned(reducer: str, with_isolator: bool) -> Pruner:
+        config = PruningConfig(reducer, prune_ratio=settings.prune_ratio)
+        return Pruner(config, isolator if with_isolator else None)
 
     def ours(
-        sequence: Sequence,
-        teacher: Sequence | None = None,
+        method: Method | None,
+        teacher: Method | None = None,
         padding_free: bool = False,
         in_parts: bool = False,
         compiled: bool = False,
     ) -> Callable[[], AbstractContextManager[Loss]]:
-        step = DualSpeedStep(family, {"mode": ModePlan(sequence, teacher)}, 1.0, 1.0, padding_free)
+        plan = ModePlan(method, None if teacher is None else ModePlan(teacher))
+        step = DualSpeedStep(family, {"mode": plan}, 1.0, 1.0, padding_free)
 
         def loss(batch: Mapping[str, Any]) -> Tensor:
             rows = len(batch["labels"])
@@ -131,8 +129,8 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         def active() -> Iterator[Loss]:
             skip = apply_skip_vision(model, config)
             try:
-                sequence = SkippedSequence(family, config, skip.summary)
-                step = DualSpeedStep(family, {"mode": ModePlan(sequence)}, 1.0, 1.0)
+                plan = ModePlan(Skipper(family, config, skip.summary))
+                step = DualSpeedStep(family, {"mode": plan}, 1.0, 1.0)
                 yield lambda batch: step("mode", batch, label_count(batch)).loss
             finally:
                 skip.remove()
@@ -160,15 +158,13 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             Variant(f"{COMPILED}, fast step", ours(fast, compiled=True)),
             Variant(f"{BOTH}, fast step", ours(fast, padding_free=True, compiled=True)),
         ]
-    if family.lowers_resolution:
-        variants.append(Variant("lower resolution", ours(pruned("downsample", False))))
     if not slow:
         return variants, []
     variants += [
-        Variant("DualSpeed, slow step", ours(FullSequence(), fast)),
+        Variant("DualSpeed, slow step", ours(None, fast)),
         Variant("released procedure, slow step", lambda: plain(released.slow)),
-        Variant(f"{NO_PADDING}, slow step", ours(FullSequence(), fast, padding_free=True)),
-        Variant(f"{IN_PARTS}, slow step", ours(FullSequence(), fast, in_parts=True)),
+        Variant(f"{NO_PADDING}, slow step", ours(None, fast, padding_free=True)),
+        Variant(f"{IN_PARTS}, slow step", ours(None, fast, in_parts=True)),
     ]
     pairs = [
         ("DualSpeed", "DualSpeed", "DualSpeed"),
@@ -179,8 +175,8 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
     ]
     if settings.compiled:
         variants += [
-            Variant(f"{COMPILED}, slow step", ours(FullSequence(), fast, compiled=True)),
-            Variant(f"{BOTH}, slow step", ours(FullSequence(), fast, padding_free=True, compiled=True)),
+            Variant(f"{COMPILED}, slow step", ours(None, fast, compiled=True)),
+            Variant(f"{BOTH}, slow step", ours(None, fast, padding_free=True, compiled=True)),
         ]
         pairs += [(name, name, name) for name in (COMPILED, BOTH)]
     rate = settings.slow_probability

@@ -74,10 +74,6 @@ HOLES = {
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "
     'one token of the image beside them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
-    "`downsample` on LLaVA-NeXT, LLaVA-OneVision and Gemma 3": "the stock models pack crops, or pool patches, of one "
-    "fixed grid. `saccade` refuses in one line; a processor of smaller images is the way there",
-    "`downsample` with a budget of an image or a sample, or an adaptive one": "each image gets its size before any "
-    "token is seen; refused in one line",
     "`merge: encoder` of `visionzip` and `prumerge`, but on LLaVA, LLaVA-NeXT and InternVL": "the projector does not "
     "take tokens one by one: it pools or merges patches itself, tokens are resized behind it, or features enter at "
     "several layers; refused in one line",

@@ -23,10 +23,8 @@ from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.step import DualSpeedStep
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import Encoded, Family, get_family
-from saccade.families.collect import encode_for
-from saccade.pruning import ModeIsolator, reduce, shorten
-from saccade.reducers import get_reducer
-from saccade.tokens import TokenBudget
+from saccade.pruning import ModeIsolator, Pruner, prune
+from saccade.reducers import Needs, PruningConfig, get_reducer, reduce
 
 RATIO = 0.7
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -74,12 +72,12 @@ class Case:
         return dict(collate_prompts(self.processor, [every[row] for row in rows]))
 
     def prune(self, inputs: dict[str, Any], reducer: str, ratio: float = RATIO, **options: Any) -> dict[str, Any]:
-        return prune_inputs(self.model, inputs, reducer, ratio, **options)
+        return prune_inputs(self.model, inputs, reducer=reducer, prune_ratio=ratio, **options)
 
     @property
     def positions(self) -> tuple[str, ...]:
         """The position modes that differ for this family."""
-        return ("original",) if self.family.several_axes else ("compact", "original")
+        return ("original",) if self.family.uses_mrope else ("compact", "original")
 
 
 class VideoCase(Case):
@@ -125,9 +123,10 @@ def check_original_equals_masked(case: Case, reducer: str) -> None:
     """Kept places, merged values and all, equal the full sequence with the dropped tokens hidden from attention."""
     family, inputs = case.family, case.inputs
     with torch.no_grad():
-        encoded = encode_for(family, get_reducer(reducer), inputs, TokenBudget(RATIO))
-    reduction = reduce(encoded.context, get_reducer(reducer), TokenBudget(RATIO))
-    short = shorten(family, encoded, inputs, reduction, positions="original")
+        encoded = family.encode(inputs, Needs.of(get_reducer(reducer), PruningConfig(prune_ratio=RATIO)))
+    config = PruningConfig(reducer, prune_ratio=RATIO, positions="original")
+    reduction = reduce(encoded.context, config)
+    short = prune(family, inputs, Pruner(config), lambda laid: laid, encoded=encoded)
     context = encoded.context
     tokens = context.shape[1]
     assert 0 < reduction.counts.sum() < context.valid.sum()
@@ -142,7 +141,7 @@ def check_original_equals_masked(case: Case, reducer: str) -> None:
     full = {
         **family.without_vision(inputs),
         "mm_encoder_outputs": family.wrap_features(
-            merged(context.features), encoded, [merged(layer) for layer in encoded.deeper]
+            merged(context.features), encoded, [merged(layer) for layer in encoded.deepstack_features]
         ),
         "position_ids": family.full_positions(inputs),
     }
@@ -232,7 +231,7 @@ def check_gradients(case: Case, reducer: str) -> None:
 
     def watching(*args: Any, **kwargs: Any) -> Encoded:
         encoded = encode(*args, **kwargs)
-        for features in (encoded.context.features, *encoded.deeper):
+        for features in (encoded.context.features, *encoded.deepstack_features):
             if features.requires_grad:  # a teacher's smaller images are encoded without
                 features.retain_grad()
         seen["encoded"] = encoded
@@ -242,13 +241,13 @@ def check_gradients(case: Case, reducer: str) -> None:
     step = make_step(family, reducer, isolator)
     step("fast", case.batch, 1.0).loss.backward()
     context = seen["encoded"].context
-    reduction = reduce(context, get_reducer(reducer), TokenBudget(RATIO))
+    reduction = reduce(context, PruningConfig(reducer, prune_ratio=RATIO))
     if reduction.weight is None:
         used = kept_mask(reduction.index, context.shape[1])
     else:
         used = (reduction.weight != 0).any(dim=1)
     assert torch.equal(context.features.grad.abs().sum(-1) > 0, used)
-    for layer in seen["encoded"].deeper:
+    for layer in seen["encoded"].deepstack_features:
         assert torch.equal(layer.grad.abs().sum(-1) > 0, used)
     for parameter in (*family.projector.parameters(), *isolator.parameters()):
         assert parameter.grad is not None
@@ -268,7 +267,7 @@ def kept_mask(index: Tensor, tokens: int) -> Tensor:
 
 
 def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> DualSpeedStep:
-    return fast_slow_step(family, reducer, TokenBudget(RATIO), isolator, positions="original")
+    return fast_slow_step(family, reducer, PruningConfig(prune_ratio=RATIO), isolator, positions="original")
 
 
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
@@ -389,7 +388,7 @@ def check_same_step(case: Case, reducer: str, positions: str, samples: int | Non
         family = get_family(copy.deepcopy(case.model))
         if given.get("padding_free"):
             allow_packing(family)
-        step = fast_slow_step(family, reducer, TokenBudget(RATIO), isolator, positions, **given)
+        step = fast_slow_step(family, reducer, PruningConfig(prune_ratio=RATIO), isolator, positions, **given)
         values = losses_and_gradients(case, step, isolator, at_a_time)
         found.append({name: value.clone() for name, value in values.items()})
     plain, other = found
@@ -410,5 +409,5 @@ def check_in_parts(case: Case, reducer: str) -> None:
     """Two samples at a time, and one, give the losses and the gradients of all at once, with packed rows too."""
     for positions in case.positions:
         check_same_step(case, reducer, positions, samples=2)
-    packed = {} if case.family.attends_both_ways else {"padding_free": True}
+    packed = {} if case.family.bidirectional_image_attention else {"padding_free": True}
     check_same_step(case, reducer, case.positions[0], samples=1, **packed)

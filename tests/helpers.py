@@ -8,13 +8,11 @@ from torch import nn
 from saccade import DualSpeedConfig, DualSpeedTrainer
 from saccade.data import digit_scenes
 from saccade.dualspeed.schedule import ModeSchedule
-from saccade.dualspeed.sequence import FullSequence, PrunedSequence
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.families import Family, get_family
 from saccade.families.store import SUFFIX
-from saccade.pruning import ModeIsolator
-from saccade.reducers import Reducer, get_reducer
-from saccade.tokens import TokenBudget
+from saccade.pruning import ModeIsolator, Pruner
+from saccade.reducers import PruningConfig, Reducer, get_reducer
 
 ORDINARY = {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0}
 PRUNE_ONLY = {"slow_probability": 0.0, "isolator_length": 0}
@@ -57,7 +55,7 @@ def fast_slow_schedule(seed: int, slow_probability: float, kind: str = "bernoull
 def fast_slow_step(
     model,
     reducer: str | Reducer = "divprune",
-    budget: TokenBudget | None = None,
+    budget: PruningConfig | None = None,
     isolator: ModeIsolator | None = None,
     positions: str = "compact",
     distill: bool = True,
@@ -67,9 +65,10 @@ def fast_slow_step(
 ) -> DualSpeedStep:
     """The step of the published two modes."""
     family = model if isinstance(model, Family) else get_family(model)
+    config = (budget or PruningConfig()).replace(positions=positions)
     reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
-    fast = PrunedSequence(family, reducer, budget or TokenBudget(), isolator, positions, pad_id=0)
-    modes = {"fast": ModePlan(fast), "slow": ModePlan(FullSequence(), fast if distill else None)}
+    fast = ModePlan(Pruner(config, isolator, reducer))
+    modes = {"fast": fast, "slow": ModePlan(None, fast if distill else None)}
     return DualSpeedStep(family, modes, distill_weight, distill_temperature, **options)
 
 

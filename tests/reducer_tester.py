@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saccade.reducers import get_reducer, is_low_resolution, list_reducers
+from saccade.reducers import get_reducer, list_reducers
 from saccade.tokens import Reduction, VisualContext
 
 KEEPS_EVERYTHING = {"none"}
@@ -96,10 +96,7 @@ class ReducerTester:
 
     @pytest.fixture
     def reducer(self, name):
-        reducer = get_reducer(name)
-        if is_low_resolution(reducer):
-            pytest.skip("its tokens are chosen when smaller images are encoded: see tests/test_downsample.py")
-        return reducer
+        return get_reducer(name)
 
     @staticmethod
     def expected(name: str, keep: int, available: int) -> int:

@@ -105,7 +105,7 @@ class FullCache:
         """Logits `(B, V)` after one more token, long `(B,)`."""
         self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), dim=1)
         position = self.position.unsqueeze(1)
-        if get_family(self.model).several_axes:
+        if get_family(self.model).uses_mrope:
             position = position.expand(3, -1, -1)
         output = self.model(
             input_ids=token.unsqueeze(1),

@@ -22,8 +22,8 @@ from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
 from saccade.errors import RecordError
 from saccade.families import get_family
+from saccade.reducers import PruningConfig
 from saccade.tiny import build_tiny_llava
-from saccade.tokens import TokenBudget
 from saccade.training import ModelOptions, load_rows
 
 TINY = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
@@ -160,7 +160,9 @@ def test_an_answer_may_be_a_call(collator):
 @pytest.mark.parametrize("change", [{"messages": None}, {"messages": chat("a")[:1] * 2}, {"images": "/none.png"}])
 def test_rows_are_grouped_whatever_is_wrong_with_one(processor, change):
     good = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
-    counter = TokenCounter(processor, processor.tokenizer.convert_tokens_to_ids("<image>"), TokenBudget(0.9))
+    counter = TokenCounter(
+        processor, processor.tokenizer.convert_tokens_to_ids("<image>"), PruningConfig(prune_ratio=0.9)
+    )
     lengths = estimate_lengths([good, good | change, good], counter, shortened=True)
     assert lengths[0] == lengths[2] > 1
     assert lengths[1] >= 1

@@ -6,6 +6,7 @@ import family_tester as tester
 import pytest
 import torch
 from family_models import FAMILIES, WITH_VIDEO
+from helpers import fast_slow_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,14 +16,22 @@ from saccade.cli.main import main
 from saccade.dualspeed.checkpoint import check_same_run
 from saccade.dualspeed.folder import write_run_file
 from saccade.evaluation import Inference, plan_inferences
-from saccade.families.collect import encode_for
-from saccade.pruning import ModeIsolator, adaptive_counts, keep_budget, reduce, token_need
-from saccade.pruning.joint import Units
-from saccade.reducers import get_reducer, list_reducers
+from saccade.pruning import ModeIsolator
+from saccade.reducers import (
+    Needs,
+    PruningConfig,
+    adaptive_counts,
+    get_reducer,
+    keep_counts,
+    list_reducers,
+    reduce,
+    token_need,
+)
+from saccade.reducers.budget import share_out
+from saccade.reducers.shared_budget import Units
 from saccade.sweeps.grid import plan_grid
 from saccade.sweeps.plan import check_runs
-from saccade.tokens import Reduction, TokenBudget, VisualContext
-from saccade.tokens.budget import share_out
+from saccade.tokens import Reduction, VisualContext
 from saccade.training import load_recipe
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
@@ -51,15 +60,15 @@ def kept(reduction: Reduction) -> list[list[int]]:
     return [[token for token in row if token >= 0] for row in reduction.index.tolist()]
 
 
-class TestTokenBudget:
+class TestPruningConfig:
     def test_a_number_replaces_the_ratio(self):
-        assert TokenBudget(0.9).count(576) == 58
-        assert TokenBudget().prune_ratio == 0.9
-        assert TokenBudget(keep_tokens=64).count(576) == 64
-        assert TokenBudget(keep_tokens=64).count(60) == 60
-        assert TokenBudget(keep_tokens=64).prune_ratio is None
-        assert TokenBudget(0.0).keeps_all
-        assert not TokenBudget(keep_tokens=64).keeps_all
+        assert PruningConfig(prune_ratio=0.9).count(576) == 58
+        assert PruningConfig().prune_ratio == 0.9
+        assert PruningConfig(keep_tokens=64).count(576) == 64
+        assert PruningConfig(keep_tokens=64).count(60) == 60
+        assert PruningConfig(keep_tokens=64).prune_ratio is None
+        assert PruningConfig(prune_ratio=0.0).keeps_all
+        assert not PruningConfig(keep_tokens=64).keeps_all
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -69,13 +78,13 @@ class TestTokenBudget:
             ({"keep_tokens": 1.5}, "keep_tokens=1.5"),
             ({"keep_tokens": True}, "keep_tokens=True"),
             ({"keep_tokens": 5, "prune_ratio": 0.0}, "prune_ratio=0.0 and keep_tokens=5"),
-            ({"per": "batch"}, "budget='batch' is unknown: use one of crop, image, sample"),
+            ({"budget": "batch"}, "budget='batch' is unknown: use one of crop, image, sample"),
             ({"adaptive": "yes"}, "adaptive='yes'"),
         ],
     )
     def test_bad_values(self, options, words):
         with pytest.raises(SaccadeError, match=words):
-            TokenBudget(**options)
+            PruningConfig(**options)
 
 
 class TestShareOut:
@@ -120,8 +129,8 @@ class TestJoint:
     @pytest.mark.parametrize("options", [{"prune_ratio": 0.6}, {"keep_tokens": 5}])
     def test_equals_one_row_put_together_by_hand(self, per, name, options):
         context, reducer = ragged(), get_reducer(name)
-        budget = TokenBudget(per=per, **options)
-        reduction = reduce(context, reducer, budget)
+        budget = PruningConfig(budget=per, **options)
+        reduction = reduce(context, budget, reducer)
         owner = (context.group if per == "image" else context.sample).tolist()
         outcome = reduction.apply(context.features)
         for unit in sorted(set(owner)):
@@ -153,7 +162,7 @@ class TestJoint:
     def test_crops_of_one_shape_are_frames(self):
         context = VisualContext(draw(4, 9, 5), group=torch.tensor([0, 0, 0, 1]))
         assert Units.of(context, "image").context(context).grid.tolist() == [[3, 3, 3], [1, 3, 3]]
-        spread = reduce(context, get_reducer("uniform"), TokenBudget(keep_tokens=3, per="image"))
+        spread = reduce(context, PruningConfig("uniform", keep_tokens=3, budget="image"))
         assert kept(spread)[:3] == [[4], [4], [4]]
 
     def test_a_crop_may_keep_none_and_merges_pass_gradients_across_rows(self):
@@ -162,22 +171,22 @@ class TestJoint:
         features[1] = features[0, 0] * 0.5
         features.requires_grad_()
         context = VisualContext(features, group=torch.tensor([0, 0]))
-        selected = reduce(context, get_reducer("divprune"), TokenBudget(keep_tokens=3, per="image"))
+        selected = reduce(context, PruningConfig("divprune", keep_tokens=3, budget="image"))
         assert selected.counts.tolist() == [3, 0]
-        merged = reduce(context, get_reducer("tome"), TokenBudget(keep_tokens=4, per="image"))
+        merged = reduce(context, PruningConfig("tome", keep_tokens=4, budget="image"))
         merged.apply(features).sum().backward()
         assert (features.grad != 0).any(dim=2).all()
 
     def test_a_sample_must_be_known(self):
         with pytest.raises(SaccadeError, match="budget='sample'"):
-            reduce(VisualContext(draw(2, 4, 3)), get_reducer("divprune"), TokenBudget(per="sample"))
+            reduce(VisualContext(draw(2, 4, 3)), PruningConfig("divprune", budget="sample"))
 
     def test_newlines_of_a_unit_are_kept_within_its_budget(self):
-        context = ragged()
-        context.protected = torch.zeros(5, 9, dtype=torch.bool)
-        context.protected[0, 8] = context.protected[1, 3] = True
+        protected = torch.zeros(5, 9, dtype=torch.bool)
+        protected[0, 8] = protected[1, 3] = True
+        context = ragged().replace(protected=protected)
         for newlines, count in (("keep", 7), ("drop", 7)):
-            reduction = reduce(context, get_reducer("divprune"), TokenBudget(0.5, per="image"), newlines)
+            reduction = reduce(context, PruningConfig("divprune", prune_ratio=0.5, budget="image", newlines=newlines))
             assert int(reduction.counts[:2].sum()) == count
             assert (8 in kept(reduction)[0]) == (3 in kept(reduction)[1]) == (newlines == "keep")
 
@@ -206,8 +215,8 @@ class TestAdaptive:
     @pytest.mark.parametrize("options", [{"prune_ratio": 0.8}, {"keep_tokens": 7}])
     def test_the_total_is_the_same_and_varied_rows_get_more(self, options):
         context = self.varied()
-        plain = reduce(context, get_reducer("divprune"), TokenBudget(**options))
-        reduction = reduce(context, get_reducer("divprune"), TokenBudget(**options, adaptive=True))
+        plain = reduce(context, PruningConfig("divprune", **options))
+        reduction = reduce(context, PruningConfig("divprune", **options, adaptive=True))
         assert reduction.counts.sum() == plain.counts.sum()
         assert reduction.counts.tolist() == sorted(reduction.counts.tolist())
         assert reduction.counts[0] == 1
@@ -218,21 +227,21 @@ class TestAdaptive:
     def test_order_padding_and_repetition_do_not_matter(self, seed, ratio, order):
         share = torch.rand(6, generator=torch.Generator().manual_seed(seed)).view(-1, 1, 1)
         context = VisualContext(share * draw(6, 1, 8, seed=seed) + (1 - share) * draw(6, 20, 8, seed=seed + 1))
-        budget = TokenBudget(ratio, adaptive=True)
-        counts = keep_budget(context, budget).tolist()
-        assert counts == keep_budget(context, budget).tolist()
-        assert sum(counts) == 6 * TokenBudget(ratio).count(20)
+        budget = PruningConfig(prune_ratio=ratio, adaptive=True)
+        counts = keep_counts(context, budget).tolist()
+        assert counts == keep_counts(context, budget).tolist()
+        assert sum(counts) == 6 * PruningConfig(prune_ratio=ratio).count(20)
         assert min(counts) >= 1
-        assert keep_budget(context.select_rows(torch.tensor(order)), budget).tolist() == [counts[row] for row in order]
+        assert keep_counts(context.select_rows(torch.tensor(order)), budget).tolist() == [counts[row] for row in order]
         padded = VisualContext(
             torch.cat((torch.full((6, 3, 8), 9.0), context.features, torch.zeros(6, 4, 8)), dim=1),
             valid=torch.cat((torch.zeros(6, 3), torch.ones(6, 20), torch.zeros(6, 4)), dim=1).bool(),
         )
-        assert keep_budget(padded, budget).tolist() == counts
+        assert keep_counts(padded, budget).tolist() == counts
         narrow = VisualContext(context.features.bfloat16())
         assert (
-            keep_budget(narrow, budget).tolist()
-            == keep_budget(VisualContext(narrow.features.float()), budget).tolist()
+            keep_counts(narrow, budget).tolist()
+            == keep_counts(VisualContext(narrow.features.float()), budget).tolist()
         )
 
     def test_equal_needs_keep_their_counts(self):
@@ -241,12 +250,13 @@ class TestAdaptive:
 
     def test_newlines_do_not_count(self):
         context = ragged()
-        context.protected = torch.zeros(5, 9, dtype=torch.bool)
-        context.protected[:, 0] = True
-        plain, adaptive = (keep_budget(context, TokenBudget(0.5, adaptive=choice)) for choice in (False, True))
+        context = context.replace(protected=(torch.arange(9) == 0).expand(5, 9))
+        plain, adaptive = (
+            keep_counts(context, PruningConfig(prune_ratio=0.5, adaptive=choice)) for choice in (False, True)
+        )
         assert plain.tolist() == [4, 1, 4, 2, 3]
         assert adaptive.sum() == plain.sum()
-        reduction = reduce(context, get_reducer("divprune"), TokenBudget(0.5, adaptive=True))
+        reduction = reduce(context, PruningConfig("divprune", prune_ratio=0.5, adaptive=True))
         assert reduction.counts.tolist() == (adaptive + 1).tolist()
         assert all(0 in row for row in kept(reduction))
 
@@ -257,9 +267,9 @@ class TestAdaptive:
 def test_shared_budgets_on_real_models(name, reducer, per):
     """Counts a unit, a batch equals its samples one by one, and cached generation equals uncached."""
     case = (CASES | VIDEO_CASES)[name]
-    budget = TokenBudget(tester.RATIO, per=per)
+    budget = PruningConfig(prune_ratio=tester.RATIO, budget=per)
     with torch.no_grad():
-        context = encode_for(case.family, get_reducer(reducer), case.inputs, budget).context
+        context = case.family.encode(case.inputs, Needs.of(get_reducer(reducer), budget)).context
     reduction = reduce(context, get_reducer(reducer), budget, "drop")
     owner = context.group if per == "image" else context.sample
     plain = context.valid if context.protected is None else context.valid & ~context.protected
@@ -283,13 +293,15 @@ def test_what_a_budget_is_of_in_a_video(name):
     """A crop is a frame where frames are rows, and else the whole video; an image is the whole video everywhere."""
     case = VIDEO_CASES[f"{name}-video"]
     with torch.no_grad():
-        context = encode_for(case.family, get_reducer("divprune"), case.inputs, TokenBudget(per="sample")).context
+        context = case.family.encode(
+            case.inputs, Needs.of(get_reducer("divprune"), PruningConfig(budget="sample"))
+        ).context
     rows = {"llava_onevision": 2, "qwen2_vl": 1, "qwen2_5_vl": 1, "qwen3_vl": 3}[name]  # of the first video
     video, video_and_image = context.sample == 0, context.sample == 3
     assert int(video.sum()) == rows
 
     def count(which: Tensor, per: str) -> int:
-        budget = TokenBudget(keep_tokens=3, per=per)
+        budget = PruningConfig(keep_tokens=3, budget=per)
         return int(reduce(context, get_reducer("divprune"), budget, "drop").counts[which].sum())
 
     assert [count(video, per) for per in ("crop", "image", "sample")] == [3 * rows, 3, 3]
@@ -301,7 +313,7 @@ def test_prune_inputs_takes_every_option():
     images = case.inputs["pixel_values"].shape[0]
 
     def count(**options):
-        pruned = prune_inputs(case.model, case.inputs, "divprune", **options)
+        pruned = prune_inputs(case.model, case.inputs, **options)
         return case.family.placeholder(pruned["input_ids"]).sum(dim=1).tolist()
 
     assert count(keep_tokens=5) == [5, 10, 0, 5]
@@ -318,11 +330,9 @@ def test_training_with_a_budget(options, tmp_path):
     """Both modes run, and the fast sequence has the budget's length."""
     case = CASES["llava"]
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
-    step = tester.make_step(case.family, "divprune", None)
-    fast = step.modes["fast"].sequence
-    fast.budget, fast.newlines = config.token_budget, config.newlines
+    step = fast_slow_step(case.family, "divprune", config.pruning)
     text = int(case.batch["attention_mask"].sum() - case.family.placeholder(case.batch["input_ids"]).sum())
-    wanted = 4 * 6 if "keep_tokens" in options else sum(config.token_budget.count(count) for count in (64, 128, 64))
+    wanted = 4 * 6 if "keep_tokens" in options else sum(config.pruning.count(count) for count in (64, 128, 64))
     assert int(step("fast", case.batch, 1.0).tokens_in) == text + wanted
     slow = step("slow", case.batch, 1.0)
     assert int(slow.tokens_teacher) == text + wanted
@@ -340,8 +350,6 @@ def test_training_with_a_budget(options, tmp_path):
         ({"keep_tokens": 0}, "keep_tokens=0"),
         ({"budget": "batch"}, "budget='batch'"),
         ({"newlines": "none"}, "newlines='none'"),
-        ({"reducer": "downsample", "budget": "image"}, "budget='image': reducer 'downsample'"),
-        ({"reducer": "downsample", "adaptive": True}, "adaptive=true: reducer 'downsample'"),
     ],
 )
 def test_a_bad_budget_stops_the_config(options, words, tmp_path):
@@ -361,7 +369,7 @@ ON_A_CPU = {"model": "tiny", "use_cpu": True, "bf16": False}
             output_dir=str(folder), use_cpu=True, bf16=False, modes=[{"name": "fast", "probability": 1.0, **BOTH}]
         ),
         lambda folder: prune_inputs(CASES["llava"].model, CASES["llava"].inputs, **BOTH),
-        lambda folder: Inference("pruned", **BOTH),
+        lambda folder: Inference.of_run("pruned", None, **BOTH),
         lambda folder: plan_inferences("tiny", **BOTH),
         lambda folder: load_recipe("tiny-digits/sft", ["--prune_ratio=0.8", "--keep_tokens=6"]),
         lambda folder: check_runs(plan_grid({**ON_A_CPU, **BOTH}, None, {}, None)),
@@ -409,7 +417,7 @@ def test_a_mode_has_a_budget_of_its_own_or_that_of_the_run(tmp_path):
         {"name": "same", "probability": 0.5, "keep_tokens": None},
     ]
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, prune_ratio=0.5, modes=modes)
-    budgets = [(mode.budget.prune_ratio, mode.budget.keep_tokens) for mode in config.all_modes()]
+    budgets = [(mode.pruning.prune_ratio, mode.pruning.keep_tokens) for mode in config.all_modes()]
     assert budgets == [(None, 6), (0.5, None)]
 
 
@@ -418,9 +426,9 @@ def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, keep_tokens=6)
     write_run_file(tmp_path, {**config.resume_state(), "prune_ratio": 0.9}, None)
     (pruned,) = plan_inferences(tmp_path, ["pruned"])
-    assert (pruned.prune_ratio, pruned.keep_tokens) == (None, 6)
+    assert (pruned.pruning.prune_ratio, pruned.pruning.keep_tokens) == (None, 6)
     (other,) = plan_inferences(tmp_path, ["pruned"], prune_ratio=0.5)
-    assert (other.prune_ratio, other.keep_tokens) == (0.5, None)
+    assert (other.pruning.prune_ratio, other.pruning.keep_tokens) == (0.5, None)
     check_same_run(tmp_path, config.resume_state())
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     with pytest.raises(
@@ -430,10 +438,8 @@ def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
 
 
 def test_every_reducer_takes_a_shared_budget():
-    context = ragged()
-    context.keys, context.relevance = draw(5, 9, 4, seed=3), draw(5, 9, seed=4)
-    context.encoder_features = draw(5, 9, 6, seed=5)
+    known = {"keys": draw(5, 9, 4, seed=3), "relevance": draw(5, 9, seed=4), "encoder_features": draw(5, 9, 6, seed=5)}
+    context = ragged().replace(**known)
     for name in list_reducers():
-        if name != "downsample":
-            reduction = reduce(context, get_reducer(name), TokenBudget(keep_tokens=4, per="image"))
-            assert name == "none" or int(reduction.counts.sum()) == 12
+        reduction = reduce(context, PruningConfig(name, keep_tokens=4, budget="image"))
+        assert name == "none" or int(reduction.counts.sum()) == 12

@@ -13,6 +13,7 @@ from saccade import SaccadeError
 from saccade.data import digit_scenes
 from saccade.dualspeed.modes import Mode
 from saccade.families.cache import check_cacheable
+from saccade.reducers import Needs, PruningConfig
 from saccade.tiny import build_tiny_llava
 
 LORA = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
@@ -36,12 +37,11 @@ def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, *
         {"gradient_checkpointing": True},
         {"peft_config": LORA},
         {"freeze_language_model": True},
-        {"reducer": "downsample"},
         {"padding_free": True, "slow_micro_batch_size": 2, "feature_cache_gib": float("inf")},
         {"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}},
         ORDINARY,
     ],
-    ids=["default", "checkpointing", "lora", "projector", "downsample", "no padding, in parts", "skip", "ordinary"],
+    ids=["default", "checkpointing", "lora", "projector", "no padding, in parts", "skip", "ordinary"],
 )
 def test_losses_are_those_without_a_cache(processor, tmp_path, options):
     plain, cached = (
@@ -153,6 +153,6 @@ def test_engines_that_shard_the_tower_are_refused(model, processor, tmp_path, en
 
 
 def test_modes_say_what_they_need():
-    assert Mode("full", 1.0, "keep", reducer="fastervlm").needs == frozenset()
-    assert Mode("fast", 1.0, reducer="visionzip").needs == {"saliency", "keys"}
-    assert Mode("fast", 1.0, reducer="cdpruner").needs == {"relevance"}
+    assert Mode("full", 1.0, "keep", PruningConfig("fastervlm")).needs == Needs()
+    assert Mode("fast", 1.0, pruning=PruningConfig("visionzip")).needs.fields == {"saliency", "keys"}
+    assert Mode("fast", 1.0, pruning=PruningConfig("cdpruner")).needs.fields == {"relevance"}

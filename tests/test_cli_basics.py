@@ -201,7 +201,6 @@ class TestReducers:
             assert len(entry["description"]) > 20, name
         assert entries["divprune"]["kind"] == "select"
         assert entries["avgpool"]["kind"] == "merge"
-        assert entries["downsample"]["kind"] == "resize"
         assert entries["random"]["options"] == {"seed": 0}
 
 

@@ -18,7 +18,7 @@ from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
 from saccade.dualspeed.sharding import WithBlankImage
 from saccade.families import get_family
 from saccade.images import open_image
-from saccade.tokens import TokenBudget
+from saccade.reducers import PruningConfig
 
 
 @pytest.mark.interfaces
@@ -74,7 +74,7 @@ def test_prompt_and_completion_as_plain_text(name, tmp_path):
     assert [text.count("2") for text in learned] == [1, 2, 3, 4]
     assert not any("how" in text for text in learned)
     trainer.train()
-    counter = TokenCounter(processor, get_family(model).placeholder_id, TokenBudget(0.0))
+    counter = TokenCounter(processor, get_family(model).placeholder_id, PruningConfig(prune_ratio=0.0))
     lengths = estimate_lengths(rows, counter, shortened=False)
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]

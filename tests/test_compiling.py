@@ -15,8 +15,8 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.compiling import compile_layers
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
+from saccade.reducers import PruningConfig
 from saccade.tiny import build_tiny_llava
-from saccade.tokens import TokenBudget
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def test_compiled_layers_train_as_plain_ones(name):
         family = get_family(copy.deepcopy(case.model))
         if compiled:
             compile_layers(family, backend="aot_eager")
-        step = fast_slow_step(family, "divprune", TokenBudget(tester.RATIO), isolator)
+        step = fast_slow_step(family, "divprune", PruningConfig(prune_ratio=tester.RATIO), isolator)
         values = tester.losses_and_gradients(case, step, isolator)
         found.append({name: value.clone() for name, value in values.items()})
     assert found[0].keys() == found[1].keys()

@@ -18,8 +18,7 @@ from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.mixture import source_options
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.errors import RecordError
-from saccade.tokens import TokenBudget
-from saccade.tokens.budget import keep_count
+from saccade.reducers import PruningConfig, keep_count
 from saccade.training import ModelOptions, load_rows
 from saccade.training.checks import check_data
 
@@ -98,7 +97,7 @@ def test_rows_longer_than_max_length_are_counted(tmp_path, capsys):
 def test_text_that_the_model_takes_for_an_image(tmp_path):
     """A placeholder of the model's own in a text: without the check, its processor fails in the middle of a run."""
     model, processor = FAMILIES["qwen2_5_vl"].build()
-    counter = TokenCounter(processor, model.config.image_token_id, budget=TokenBudget(0.5))
+    counter = TokenCounter(processor, model.config.image_token_id, budget=PruningConfig(prune_ratio=0.5))
     records = good_records(tmp_path, 2)
     records[1]["conversations"][1]["value"] = f"3 {processor.image_token}"
     (options,) = source_options([str(write_json(tmp_path / "data.json", records))])
@@ -115,7 +114,9 @@ def test_text_that_the_model_takes_for_an_image(tmp_path):
 def test_lengths_are_those_of_training(processor, collator):
     """Against the collator's own tokens, and the pruned length by the formula."""
     scenes = digit_scenes("sft", "train", 40, seed=5)
-    counter = TokenCounter(processor, collator.placeholder_id, budget=TokenBudget(0.9), isolator_length=4)
+    counter = TokenCounter(
+        processor, collator.placeholder_id, budget=PruningConfig(prune_ratio=0.9), isolator_length=4
+    )
     report = check_data(
         "digits", {"model": "tiny", "dataset_rows": 40, "dataset_seed": 5, "isolator_length": 4, "prune_ratio": 0.9}
     )
@@ -219,7 +220,7 @@ def test_visual_tokens_of_every_family(size, name):
     """Against what the family's processor makes of a real image of that size."""
     model, processor = FAMILIES[name].build()
     placeholder = model.config.image_token_id
-    counter = TokenCounter(processor, placeholder, budget=TokenBudget(0.5))
+    counter = TokenCounter(processor, placeholder, budget=PruningConfig(prune_ratio=0.5))
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
     text = processor.apply_chat_template([message], tokenize=False)
     ids = processor(images=[Image.effect_noise(size, 50).convert("RGB")], text=[text])["input_ids"][0]
@@ -233,7 +234,7 @@ def test_estimates_follow_the_exact_lengths(processor, collator, tmp_path):
         record["conversations"] += turn("how many digits ? " * number, "3 ")
     records[3] = {"conversations": [{"from": "robot", "value": "x"}]}
     rows = load_rows(ModelOptions(dataset=str(write_json(tmp_path / "data.json", records))))
-    counter = TokenCounter(processor, collator.placeholder_id, TokenBudget(0.9), isolator_length=4)
+    counter = TokenCounter(processor, collator.placeholder_id, PruningConfig(prune_ratio=0.9), isolator_length=4)
     for shortened in (False, True):
         estimates = estimate_lengths(rows, counter, shortened)
         assert estimates[3] == 1

@@ -2,20 +2,19 @@
 
 import family_tester as tester
 import pytest
-from family_models import FAMILIES, FIXED_RESOLUTION, WITH_VIDEO
+from family_models import FAMILIES, WITH_VIDEO
 from helpers import ORDINARY
 
-from saccade import SaccadeError
 from saccade.reducers import list_reducers
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
 VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
-SAMPLED = ("divprune", "avgpool", "downsample")
+SAMPLED = ("divprune", "avgpool")
 PAIRS = [
     pytest.param(name, reducer, marks=[] if reducer in SAMPLED else pytest.mark.slow)
     for name in FAMILIES
     for reducer in list_reducers()
-    if reducer != "none" and not (reducer == "downsample" and name in FIXED_RESOLUTION)
+    if reducer != "none"
 ]
 
 CHECKS = {
@@ -77,10 +76,3 @@ def test_invariant_with_videos(name, reducer, check):
 @pytest.mark.parametrize("name", WITH_VIDEO)
 def test_generation_at_ratio_zero_with_videos(name):
     tester.check_generation_at_ratio_zero(VIDEO_CASES[name])
-
-
-@pytest.mark.parametrize("name", FIXED_RESOLUTION)
-def test_a_fixed_resolution_says_why(name):
-    case = CASES[name]
-    with pytest.raises(SaccadeError, match=rf"model_type='{name}'.*lower resolution \(the stock .*another reducer"):
-        case.prune(case.inputs, "downsample")

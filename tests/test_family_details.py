@@ -8,10 +8,10 @@ from family_models import FAMILIES, WITH_VIDEO
 from family_tester import Case, VideoCase
 
 from saccade import SaccadeError
-from saccade.families.collect import Patches
-from saccade.pruning import ModeIsolator, reduce
-from saccade.reducers import get_reducer
-from saccade.tokens import TokenBudget, VisualContext, keep_count
+from saccade.families.vision_attention import Patches
+from saccade.pruning import ModeIsolator
+from saccade.reducers import PruningConfig, get_reducer, keep_count, reduce
+from saccade.tokens import VisualContext
 
 CASES = {name: Case(name, tiny) for name, tiny in FAMILIES.items()}
 VIDEO_CASES = {name: VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
@@ -89,8 +89,8 @@ def test_newlines_are_kept_within_the_budget_or_dropped(name):
     sizes, count = context.valid.sum(1).tolist(), newlines.sum(1)
     budget = torch.tensor([keep_count(size, 0.5) for size in sizes])
     for reducer in ("divprune", "avgpool"):
-        kept = reduce(context, get_reducer(reducer), TokenBudget(0.5))
-        dropped = reduce(context, get_reducer(reducer), TokenBudget(0.5), newlines="drop")
+        kept = reduce(context, PruningConfig(reducer, prune_ratio=0.5))
+        dropped = reduce(context, PruningConfig(reducer, prune_ratio=0.5, newlines="drop"))
         assert torch.equal(kept.counts, torch.maximum(budget, count + 1))
         assert torch.equal(dropped.counts, torch.minimum(budget, torch.tensor(sizes) - count))
         for reduction, share in ((kept, 1), (dropped, 0)):
@@ -108,7 +108,7 @@ def test_protected_tokens_pass_a_merge_unchanged():
     protected = torch.tensor([[0, 0, 1, 0, 0, 1, 0, 0, 1], [0] * 8 + [1]]).bool()
     valid = torch.tensor([[1] * 9, [1] * 5 + [0] * 3 + [1]]).bool()
     context = VisualContext(features=features, valid=valid, protected=protected)
-    reduction = reduce(context, get_reducer("avgpool"), TokenBudget(0.5))
+    reduction = reduce(context, PruningConfig("avgpool", prune_ratio=0.5))
     merged = reduction.apply(features)
     plain = replace(context, valid=valid & ~protected, protected=None)
     expected = get_reducer("avgpool")(plain, keep=torch.tensor([2, 2]))

@@ -15,11 +15,8 @@ from saccade import SaccadeError
 from saccade.families import cache as cache_module
 from saccade.families import store
 from saccade.families.cache import FeatureCache, tower_fingerprint
-from saccade.families.collect import encode_for
 from saccade.families.store import SLACK, Store, folder_bytes
-from saccade.reducers import get_reducer
 from saccade.tiny import build_tiny_llava, build_tiny_processor
-from saccade.tokens import TokenBudget
 
 GIB = 2**30
 SERVED = [name for name in FAMILIES if not name.startswith("qwen")]
@@ -162,18 +159,6 @@ def test_a_call_for_what_is_not_kept_goes_to_the_tower(model, inputs, tmp_path):
     assert not feature_files(tmp_path)
 
 
-def test_lower_resolutions_are_kept_beside_the_full_one(tmp_path):
-    case = Case("llava", FAMILIES["llava"])
-    family, reducer = frozen_family(case.model), get_reducer("downsample")
-    cache = FeatureCache(family, tmp_path, GIB)
-    for budget in (TokenBudget(0.7), TokenBudget(0.5), TokenBudget(0.0)):
-        plain = encode_for(family, reducer, case.inputs, budget).context.features
-        for _ in range(2):
-            with cache.serving():
-                assert torch.equal(encode_for(family, reducer, case.inputs, budget).context.features, plain)
-    assert cache.read_rows == cache.encoded_rows == 3 * 4
-
-
 def test_autocast_makes_other_features(model, inputs, tmp_path):
     family = frozen_family(model)
     cache = FeatureCache(family, tmp_path, GIB)
@@ -233,7 +218,7 @@ def test_weights_are_hashed_once(model, inputs, tmp_path, monkeypatch):
 
 
 def test_the_fingerprint_is_of_the_tower_and_of_nothing_else(model, processor, tmp_path):
-    tower, states = model.model.vision_tower, frozen_family(model).tower_states
+    tower, states = model.model.vision_tower, frozen_family(model).vision_feature_layers
     name = tower_fingerprint(tower, states)
     model.save_pretrained(tmp_path)
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path)

@@ -123,7 +123,7 @@ def test_tower_and_mergers_of_qwen3(grid):
 @pytest.mark.parametrize("keep", [36, 20, 4])
 def test_prefill_on_all_and_on_kept_tokens(model, keep):
     inputs = prompt(9)
-    inputs = prune_inputs(model, inputs, "uniform", 1 - keep / 36)
+    inputs = prune_inputs(model, inputs, reducer="uniform", prune_ratio=1 - keep / 36)
     assert int((inputs["input_ids"] == PLACEHOLDER).sum()) == keep
     text = TextShape.of(model.config)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_training(trained, skipped):
         config = SkipVisionConfig(retained=8, skipped=skipped, split="uniform", summary=False)
         inputs, rows = apply_skip_vision(model, config).prepare(prompt(9)), VisualRows(8, 0, skipped)
     else:
-        inputs, rows = prune_inputs(model, prompt(9), "uniform", 0.5), VisualRows(18)
+        inputs, rows = prune_inputs(model, prompt(9), reducer="uniform", prune_ratio=0.5), VisualRows(18)
     features = inputs["mm_encoder_outputs"]["image"]
     features.pooler_output = [x.detach().requires_grad_() for x in features.pooler_output]
     for parameter in model.parameters():

@@ -37,6 +37,7 @@ from saccade.families import get_family
 from saccade.families.cache import FeatureCache
 from saccade.families.tower import unused_layers_passed_over
 from saccade.interfaces import TESTED, changed, check_methods, check_takes, is_tested, known_range
+from saccade.reducers import Needs
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
 from saccade.tokens import Role
@@ -303,7 +304,7 @@ def test_attention_that_is_told_less_is_an_error(name, argument, told):
     """Without what it was told, saliency would be that of other queries and keys, or across images."""
     case = tester.Case(name, FAMILIES[name])
     with hooked_call(attention_of(case), lambda kwargs: kwargs.pop(argument)), pytest.raises(SaccadeError) as caught:
-        get_family(case.model).encode(case.inputs, frozenset({"saliency"}))
+        get_family(case.model).encode(case.inputs, Needs(frozenset({"saliency"})))
     assert told in str(caught.value)
     assert re.match(TOLD, str(caught.value))
 
@@ -313,7 +314,7 @@ def test_attention_that_is_told_something_new_is_an_error(case):
         kwargs["rotary"] = (torch.zeros(1), torch.zeros(1))
 
     with hooked_call(attention_of(case), rotate), pytest.raises(SaccadeError, match="with 'rotary', which is unknown"):
-        get_family(case.model).encode(case.inputs, frozenset({"keys"}))
+        get_family(case.model).encode(case.inputs, Needs(frozenset({"keys"})))
 
 
 @contextmanager
@@ -339,7 +340,7 @@ def test_a_tower_that_goes_around_the_block_is_an_error(case, part):
         "Around", (type(module),), {"__call__": lambda self, *args, **kw: self.forward(*args, **kw)}
     )
     with pytest.raises(SaccadeError, match=rf"{VERSION}the vision tower ran without calling"):
-        get_family(case.model).encode(case.inputs, frozenset({"saliency"}))
+        get_family(case.model).encode(case.inputs, Needs(frozenset({"saliency"})))
 
 
 def test_a_projector_that_goes_around_its_entry_is_an_error(case):
@@ -347,7 +348,7 @@ def test_a_projector_that_goes_around_its_entry_is_an_error(case):
     around = {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)}
     module.__class__ = type("Around", (type(module),), around)
     with pytest.raises(SaccadeError, match=rf"{VERSION}the projector did not call its Around"):
-        get_family(case.model).encode(case.inputs, frozenset({"encoder_features"}))
+        get_family(case.model).encode(case.inputs, Needs(frozenset({"encoder_features"})))
 
 
 def test_a_clip_tower_of_another_make_is_an_error(case):

@@ -10,15 +10,14 @@ from saccade import SaccadeError
 from saccade.dualspeed.checks import check_family_can
 from saccade.dualspeed.modes import Mode
 from saccade.families import Encoded
-from saccade.families.collect import encode_for
-from saccade.pruning import reduce, reduced_features
-from saccade.reducers import get_reducer
-from saccade.tokens import Reduction, TokenBudget, VisualContext
+from saccade.pruning import reduced_features
+from saccade.reducers import Needs, PruningConfig, get_reducer, reduce
+from saccade.tokens import Reduction, VisualContext
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
 VIDEO_CASES = {f"{name}-video": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 TOKEN_BY_TOKEN = [name for name, case in CASES.items() if case.family.projects_tokens]
-ENCODER = frozenset({"encoder_features"})
+ENCODER = Needs(frozenset({"encoder_features"}))
 MERGES = [("visionzip", {"contextual": 0.5}), ("prumerge", {"neighbours": 3})]
 
 
@@ -90,10 +89,10 @@ def merged_by_loop(case: tester.Case, encoded: Encoded, reduction: Reduction) ->
 @pytest.mark.parametrize(("reducer", "options"), MERGES)
 @pytest.mark.parametrize("name", TOKEN_BY_TOKEN)
 def test_merging_before_the_projector_equals_the_loop(name, reducer, options):
-    case, budget = CASES[name], TokenBudget(tester.RATIO)
+    case, budget = CASES[name], PruningConfig(prune_ratio=tester.RATIO)
     before, behind = (get_reducer(reducer, merge=merge, **options) for merge in ("encoder", "projected"))
-    encoded = encode_for(case.family, before, case.inputs, budget)
-    reduction = reduce(encoded.context, before, budget)
+    encoded = case.family.encode(case.inputs, Needs.of(before, budget))
+    reduction = reduce(encoded.context, budget, before)
     kept = reduced_features(case.family, encoded, reduction)
     expected = merged_by_loop(case, encoded, reduction)
     assert sum(map(len, expected)) == int(reduction.counts.sum())
@@ -103,7 +102,7 @@ def test_merging_before_the_projector_equals_the_loop(name, reducer, options):
         torch.testing.assert_close(kept[row, : len(tokens)], torch.stack(tokens), rtol=1e-4, atol=1e-5)
         assert not kept[row, len(tokens) :].any()
     # The same tokens with the same weights as behind it, and other features.
-    other = reduce(encoded.context, behind, budget)
+    other = reduce(encoded.context, budget, behind)
     assert torch.equal(other.index, reduction.index)
     torch.testing.assert_close(other.weight, reduction.weight)
     assert not torch.allclose(reduced_features(case.family, encoded, other), kept, atol=1e-3)
@@ -113,10 +112,10 @@ def test_merging_before_the_projector_equals_the_loop(name, reducer, options):
 @pytest.mark.parametrize(("reducer", "options"), MERGES)
 def test_across_the_crops_of_an_image(reducer, options):
     """A budget of an image merges across its pictures: equal to one row of all their tokens."""
-    case, budget = CASES["llava_next"], TokenBudget(tester.RATIO, per="image")
+    case, budget = CASES["llava_next"], PruningConfig(prune_ratio=tester.RATIO, budget="image", newlines="drop")
     chosen = get_reducer(reducer, merge="encoder", **options)
-    encoded = encode_for(case.family, chosen, case.inputs, budget)
-    reduction = reduce(encoded.context, chosen, budget, "drop")
+    encoded = case.family.encode(case.inputs, Needs.of(chosen, budget))
+    reduction = reduce(encoded.context, budget, chosen)
     kept = reduced_features(case.family, encoded, reduction)
     context = encoded.context
     for group in context.group.unique():
@@ -131,10 +130,10 @@ def test_across_the_crops_of_an_image(reducer, options):
 
 @pytest.mark.parametrize(("reducer", "options"), MERGES)
 def test_gradients_reach_projector_and_tower_through_the_merge(reducer, options):
-    case, budget = tester.Case("llava", FAMILIES["llava"]), TokenBudget(tester.RATIO)
+    case, budget = tester.Case("llava", FAMILIES["llava"]), PruningConfig(prune_ratio=tester.RATIO)
     chosen = get_reducer(reducer, merge="encoder", **options)
-    encoded = encode_for(case.family, chosen, case.inputs, budget)
-    reduction = reduce(encoded.context, chosen, budget)
+    encoded = case.family.encode(case.inputs, Needs.of(chosen, budget))
+    reduction = reduce(encoded.context, budget, chosen)
     encoder_features = encoded.context.encoder_features
     encoder_features.retain_grad()
     reduced_features(case.family, encoded, reduction)[reduction.merged].sum().backward()

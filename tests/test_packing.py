@@ -13,8 +13,8 @@ from transformers import LlavaForConditionalGeneration, MistralConfig
 from saccade import SaccadeError
 from saccade.data import digit_scenes
 from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention
-from saccade.dualspeed.sequence import LaidOut
 from saccade.families import get_family
+from saccade.pruning import ModeInputs
 from saccade.tiny import build_tiny_llava
 
 CAUSAL = [name for name in FAMILIES if name != "gemma3"]
@@ -137,7 +137,7 @@ def test_the_loop_and_flash_agree_on_what_a_row_is():
     family.language_model.config._attn_implementation_internal = "flash_attention_2"
     allow_packing(family)
     text = family.without_vision(case.inputs)
-    laid = pack(LaidOut(dict(text), case.batch["labels"], text["attention_mask"].sum()), family)
+    laid = pack(ModeInputs(dict(text), case.batch["labels"], text["attention_mask"].sum()), family)
     lengths = text["attention_mask"].sum(dim=1)
     assert laid.inputs["attention_mask"] is None
     assert laid.inputs["max_length_q"] == laid.inputs["max_length_k"] == lengths.max()

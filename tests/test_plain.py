@@ -13,7 +13,8 @@ from saccade.cli.main import main
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.dualspeed import DualSpeedCollator
 from saccade.errors import RecordError
-from saccade.tokens import IGNORE_INDEX, TokenBudget
+from saccade.reducers import PruningConfig
+from saccade.tokens import IGNORE_INDEX
 from saccade.training import ModelOptions, load_rows
 from saccade.training.chat_format import make_template
 from saccade.training.recipe import RECIPES
@@ -58,7 +59,7 @@ def test_a_row_is_image_caption_and_line_break(rows, name):
     )
     loaded = list(load_rows(ModelOptions(dataset=str(rows))))
     batch = collator(loaded)
-    counter = TokenCounter(processor, image, TokenBudget(0.5), conversation="plain")
+    counter = TokenCounter(processor, image, PruningConfig(prune_ratio=0.5), conversation="plain")
     for row, caption in enumerate(CAPTIONS):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist()
         words = processor.tokenizer(f"{STARTS[name]}<image>{caption}\n", add_special_tokens=False)["input_ids"]

@@ -8,10 +8,9 @@ from saccade import SaccadeError, prune_inputs
 from saccade.data import digit_scenes
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
-from saccade.pruning import ModeIsolator, keep_budget
-from saccade.reducers import get_reducer, list_reducers
+from saccade.pruning import ModeIsolator
+from saccade.reducers import PruningConfig, get_reducer, keep_counts, list_reducers
 from saccade.reducers.divprune import DivPrune
-from saccade.tokens import TokenBudget
 
 
 def forward(model, inputs):
@@ -37,7 +36,7 @@ def prompts(processor, mixed_rows):
 @pytest.mark.parametrize("reducer", list_reducers())
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_ratio_zero_is_the_stock_model(model, batch, reducer, positions):
-    pruned = prune_inputs(model, batch, reducer, prune_ratio=0.0, positions=positions, padding_side="right")
+    pruned = prune_inputs(model, batch, reducer=reducer, prune_ratio=0.0, positions=positions, padding_side="right")
     assert torch.equal(pruned["input_ids"], batch["input_ids"])
     got = real(forward(model, pruned), pruned["attention_mask"])
     assert torch.equal(got, real(forward(model, batch), batch["attention_mask"]))
@@ -46,10 +45,12 @@ def test_ratio_zero_is_the_stock_model(model, batch, reducer, positions):
 @pytest.mark.parametrize("reducer", ["divprune", "random", "uniform"])
 def test_original_positions_equal_masking_the_dropped_tokens(model, batch, reducer):
     """The full sequence with the dropped tokens hidden from attention gives the same logits on what stays."""
-    pruned = prune_inputs(model, batch, reducer, 0.8, positions="original", padding_side="right")
+    pruned = prune_inputs(model, batch, reducer=reducer, prune_ratio=0.8, positions="original", padding_side="right")
     family = get_family(model)
     encoded = family.encode(batch)
-    reduction = get_reducer(reducer)(encoded.context, keep=keep_budget(encoded.context, TokenBudget(0.8)))
+    reduction = get_reducer(reducer)(
+        encoded.context, keep=keep_counts(encoded.context, PruningConfig(prune_ratio=0.8))
+    )
     kept = torch.zeros(encoded.context.shape[:2], dtype=torch.bool).scatter_(1, reduction.index, True)
     hidden = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     hidden[family.placeholder(batch["input_ids"])] = ~kept.reshape(-1)
@@ -63,7 +64,7 @@ def test_original_positions_equal_masking_the_dropped_tokens(model, batch, reduc
 
 def test_compact_positions_do_differ_from_original(model, batch):
     compact, original = (
-        prune_inputs(model, batch, "uniform", 0.8, positions=positions, padding_side="right")
+        prune_inputs(model, batch, reducer="uniform", prune_ratio=0.8, positions=positions, padding_side="right")
         for positions in ("compact", "original")
     )
     assert torch.equal(compact["input_ids"], original["input_ids"])
@@ -76,16 +77,26 @@ def test_compact_positions_do_differ_from_original(model, batch):
 def test_batch_equals_one_by_one(model, processor, mixed_rows, positions, length):
     isolator = ModeIsolator(length, model.config.text_config.hidden_size) if length else None
     together = dict(collate_prompts(processor, mixed_rows))
-    pruned = prune_inputs(model, together, "divprune", 0.9, isolator, positions)
+    pruned = prune_inputs(model, together, reducer="divprune", prune_ratio=0.9, isolator=isolator, positions=positions)
     logits = forward(model, pruned)[:, -1]
     for row, expected in zip(mixed_rows, logits, strict=True):
-        alone = prune_inputs(model, dict(collate_prompts(processor, [row])), "divprune", 0.9, isolator, positions)
+        alone = prune_inputs(
+            model,
+            dict(collate_prompts(processor, [row])),
+            reducer="divprune",
+            prune_ratio=0.9,
+            isolator=isolator,
+            positions=positions,
+        )
         torch.testing.assert_close(forward(model, alone)[0, -1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
 def test_left_padding_equals_right_padding(model, batch, positions):
-    sides = [prune_inputs(model, batch, "divprune", 0.9, None, positions, side) for side in ("left", "right")]
+    sides = [
+        prune_inputs(model, batch, reducer="divprune", prune_ratio=0.9, positions=positions, padding_side=side)
+        for side in ("left", "right")
+    ]
     left, right = (real(forward(model, side), side["attention_mask"]) for side in sides)
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
 
@@ -96,7 +107,7 @@ def test_left_padding_equals_right_padding(model, batch, positions):
 def test_cached_generation_equals_uncached(model, processor, mixed_rows, reducer, positions, rows):
     """A single row has no padding, and its all-ones mask is dropped by `generate`."""
     inputs = dict(collate_prompts(processor, mixed_rows[rows]))
-    pruned = prune_inputs(model, inputs, reducer, 0.9, positions=positions)
+    pruned = prune_inputs(model, inputs, reducer=reducer, prune_ratio=0.9, positions=positions)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     cached, uncached = (model.generate(**dict(pruned), **options, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
@@ -116,8 +127,8 @@ def test_beams(model, processor, mixed_rows):
 def test_isolator_rows_stand_before_each_image(model, prompts):
     isolator = ModeIsolator(3, model.config.text_config.hidden_size)
     family = get_family(model)
-    without = prune_inputs(model, prompts, "uniform", 0.9)
-    with_rows = prune_inputs(model, prompts, "uniform", 0.9, isolator)
+    without = prune_inputs(model, prompts, reducer="uniform", prune_ratio=0.9)
+    with_rows = prune_inputs(model, prompts, reducer="uniform", prune_ratio=0.9, isolator=isolator)
     images = prompts["pixel_values"].shape[0]
     extra = family.placeholder(with_rows["input_ids"]).sum() - family.placeholder(without["input_ids"]).sum()
     assert extra == 3 * images
@@ -131,7 +142,7 @@ def test_isolator_rows_stand_before_each_image(model, prompts):
 
 def test_text_only_batch_passes_through(model, processor, mixed_rows):
     inputs = dict(collate_prompts(processor, mixed_rows[2:3]))
-    pruned = prune_inputs(model, inputs, "divprune", 0.9)
+    pruned = prune_inputs(model, inputs, reducer="divprune", prune_ratio=0.9)
     assert torch.equal(pruned["input_ids"], inputs["input_ids"])
     assert torch.equal(forward(model, pruned), forward(model, inputs))
 
@@ -141,7 +152,7 @@ def test_text_only_batch_is_padded_on_the_side_asked_for(model, collator, proces
     inputs = dict(collator(texts))
     inputs.pop("labels")
     assert not inputs["attention_mask"].all()
-    pruned = prune_inputs(model, inputs, "divprune", 0.9)
+    pruned = prune_inputs(model, inputs, reducer="divprune", prune_ratio=0.9)
     assert pruned["attention_mask"][:, -1].all()
     got, expected = (real(forward(model, batch), batch["attention_mask"]) for batch in (pruned, inputs))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

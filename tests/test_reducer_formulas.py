@@ -13,7 +13,7 @@ from reducer_tester import kept, make_context, special_features, take_tokens
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers import get_reducer, is_low_resolution, list_reducers
+from saccade.reducers import get_reducer, list_reducers
 from saccade.reducers.similarity import nearest_kept
 from saccade.tokens import VisualContext
 
@@ -394,8 +394,6 @@ class TestDegenerateNeeds:
 
     def test_distinct_and_unmoved_by_padding_and_mates(self, name):
         reducer = get_reducer(name)
-        if is_low_resolution(reducer):
-            pytest.skip("its tokens are chosen when smaller images are encoded")
         made = self.contexts(reducer.needs)
         for kind, context in made.items():
             for keep in (1, 2, 7, 29, 30):

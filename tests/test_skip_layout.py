@@ -13,11 +13,13 @@ from skip_tester import skipping
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from saccade import SaccadeError
+from saccade.reducers import Needs
 from saccade.reducers.redundancy import RedundancyMerge
 from saccade.skip_vision import PRESETS, SkipVisionConfig, SummaryHead
+from saccade.skip_vision.blocks import Blocks
 from saccade.skip_vision.config import amount_of
 from saccade.skip_vision.split import _pyramid
-from saccade.tokens import IGNORE_INDEX, Role, VisualContext, find_blocks, lay_out
+from saccade.tokens import IGNORE_INDEX, Places, Role, VisualContext, VisualTokens, splice
 
 IMAGE, PAD = 9, 0
 
@@ -125,15 +127,12 @@ def test_layout_equals_loops(samples, side, pad_left, data):
     most = max(sizes, default=1)
     valid = torch.arange(most) < torch.tensor(sizes).reshape(-1, 1)
     context = VisualContext(features=torch.zeros(len(sizes), most, 2), valid=valid)
-    blocks = find_blocks(ids == IMAGE, context)
-    width = max((len(block) for block in blocks_out), default=1)
-    role, source = torch.zeros(len(sizes), width, dtype=torch.long), torch.full((len(sizes), width), -1)
-    for number, block in enumerate(blocks_out):
-        for place, (kind, offset) in enumerate(block):
-            role[number, place], source[number, place] = kind, blocks.column[number, offset]
-    layout = lay_out(
-        ids, (ids != PAD).long(), ids == IMAGE, blocks, role, source, labels=labels, pad_id=PAD, padding_side=side
-    )
+    places = Places.of(ids == IMAGE, context)
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    stand = [(kind, starts[n] + offset, n) for n, block in enumerate(blocks_out) for kind, offset in block]
+    role, place, row = (torch.tensor([entry[part] for entry in stand], dtype=torch.long) for part in range(3))
+    visual = VisualTokens(place, role, row, torch.zeros(len(place), 2))
+    layout = splice(ids, (ids != PAD).long(), places, visual, labels=labels, pad_id=PAD, padding_side=side)
     expected = torch.tensor(lay_out_by_loops(rows, blocks_out, side))
     assert torch.equal(layout.input_ids, expected[..., 0])
     assert torch.equal(layout.role, expected[..., 1])
@@ -143,13 +142,12 @@ def test_layout_equals_loops(samples, side, pad_left, data):
         real = [position for position, there in zip(positions, mask, strict=True) if there]
         assert real == list(range(len(real)))
     twice = layout.gather(torch.stack((ids, ids)), 0)
-    assert torch.equal(twice[1].masked_fill(layout.role >= Role.RETAINED, IMAGE), layout.input_ids)
+    assert torch.equal(twice[1].masked_fill(layout.role == Role.SUMMARY, IMAGE), layout.input_ids)
 
 
-def test_two_images_next_to_each_other_are_two_blocks():
+def test_blocks_gather_the_crops_of_an_image():
     context = VisualContext(features=torch.zeros(3, 2, 1), group=torch.tensor([0, 1, 1]))
-    blocks = find_blocks(torch.tensor([[True] * 6]), context)
-    assert blocks.counts.tolist() == [2, 4]
+    blocks = Blocks.of(Places.of(torch.tensor([[True] * 6]), context))
     assert blocks.feature_row.tolist() == [[0, 0, -1, -1], [1, 1, 2, 2]]
     features = torch.arange(6.0).reshape(3, 2, 1)
     assert blocks.gather(features, context).squeeze(2).tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
@@ -224,7 +222,7 @@ def composed(name, rows=(1,), **options):
     case = case_of(name)
     prompts = case.prompts(rows)
     with skipping(case.model, SkipVisionConfig(**{"drop_kv": False, **options})) as skip, torch.no_grad():
-        encoded = skip.family.encode(prompts, frozenset({"saliency"}) if name == "llava" else frozenset())
+        encoded = skip.family.encode(prompts, Needs(frozenset({"saliency"})) if name == "llava" else None)
         prepared = skip.prepare(prompts, padding_side="right")
         head = skip.summary
     pooled = prepared["mm_encoder_outputs"]["image"].pooler_output
@@ -321,8 +319,8 @@ def test_thumbnail_of_internvl_is_its_last_crop():
 
 
 def test_scales():
-    """Coarse to fine, then the feature map itself, merged; the first summary may leave the coarsest out."""
-    context, _, rows, head = composed("llava", rows=[0], split="scale", skipped=0.25, summary_pool="finest")
+    """Coarse to fine, then the feature map itself, merged; the first summary leaves the coarsest out."""
+    context, _, rows, head = composed("llava", rows=[0], split="scale", skipped=0.25)
     grid = context.features[0].T.reshape(1, -1, 8, 8)
     coarse, fine = (avg_pool2d(grid, window).flatten(2)[0].T for window in (8, 2))
     merged = merge_by_loops(context.features[0], 16).float()
@@ -391,7 +389,6 @@ def test_presets(name):
         ({"merge_order": "sorted"}, "merge_order='sorted'.*published, raster"),
         ({"scales": (2, 8)}, "coarse to fine"),
         ({"scales": (0,)}, "scales=\\(0,\\)"),
-        ({"summary_pool": "finest"}, "summary_pool='finest' needs split='scale'"),
         ({"summary": "yes"}, "summary='yes'"),
         ({"layers": (3, 1)}, "layers=\\(3, 1\\)"),
         ({"text_visibility": "some"}, "text_visibility='some'.*prompt_only"),

@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from saccade import SaccadeError
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
+from saccade.pruning import prune
 from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
 from saccade.tiny import build_tiny_llava
 from saccade.tokens import Role
@@ -88,11 +89,13 @@ def test_either_mode_of_the_fast_slow_recipe_may_skip(model, processor, batch, t
     plan = trainer._step.modes["slow"]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     text, labels = trainer.family.without_vision(inputs), batch["labels"]
-    encoded, _ = trainer._step._encode(plan, inputs, labels)
-    rows = []
-    for sequence in (plan.teacher, plan.sequence):
-        laid = sequence(encoded, text, labels)
-        rows.append(label_rows(trainer.family.hidden_states(**laid.inputs), laid.labels))
+    encoded = trainer.family.encode(inputs, plan.needs, labels=labels)
+
+    def rows_of(method):
+        laid = prune(trainer.family, text, method, lambda laid: laid, encoded=encoded, labels=labels)
+        return label_rows(trainer.family.hidden_states(**laid.inputs), laid.labels)
+
+    rows = [rows_of(plan.teacher.method), rows_of(plan.method)]
     (teacher, same), (student, targets) = rows
     assert torch.equal(same, targets)
     ce, kl = cross_entropy_and_kl_sum(student, teacher.detach(), targets, trainer.family.logits, 1.0)
@@ -107,8 +110,7 @@ def test_either_mode_of_the_fast_slow_recipe_may_skip(model, processor, batch, t
     if mode == "fast":
         assert trainer.isolator is None
         assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
-        laid = trainer._step.modes["fast"].sequence(encoded, text, labels)
-        rows, targets = label_rows(trainer.family.hidden_states(**laid.inputs), laid.labels)
+        rows, targets = rows_of(trainer._step.modes["fast"].method)
         torch.testing.assert_close(fast.loss, cross_entropy_sum(rows, targets, trainer.family.logits))
 
 

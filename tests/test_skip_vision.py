@@ -48,7 +48,7 @@ def test_nothing_skipped_is_the_stock_model_but_for_the_summary(case):
         prepared, roles = without_roles(skip.prepare(case.inputs, padding_side="right"))
     summary = roles == Role.SUMMARY
     assert summary.any()
-    if not skip.family.several_axes:
+    if not skip.family.uses_mrope:
         prepared["position_ids"] = ((~summary).cumsum(dim=1) - 1).clamp(min=0)
     prepared["attention_mask"] = prepared["attention_mask"].masked_fill(summary, 0)
     got = tester.logits(case.model, prepared)

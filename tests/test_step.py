@@ -47,7 +47,15 @@ def test_fast_loss_is_the_cross_entropy_of_the_pruned_sequence(model, batch, pos
     isolator = ModeIsolator(length, model.config.text_config.hidden_size) if length else None
     got = fast_slow_step(model, isolator=isolator, positions=positions)("fast", batch, normaliser=10.0)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    pruned = prune_inputs(model, inputs, "divprune", 0.9, isolator, positions, padding_side="right")
+    pruned = prune_inputs(
+        model,
+        inputs,
+        reducer="divprune",
+        prune_ratio=0.9,
+        isolator=isolator,
+        positions=positions,
+        padding_side="right",
+    )
     rows, targets = shifted(model(**pruned).logits, pruned_labels(model, batch, pruned))
     torch.testing.assert_close(got.loss, F.cross_entropy(rows, targets, reduction="sum") / 10)
     assert got.kl is None
@@ -61,7 +69,7 @@ def test_slow_loss_is_cross_entropy_plus_divergence_from_the_fast_pass(model, ba
     step = fast_slow_step(model, isolator=isolator, distill_weight=0.5, distill_temperature=temperature)
     got = step("slow", batch, normaliser=10.0)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    pruned = prune_inputs(model, inputs, "divprune", 0.9, isolator, padding_side="right")
+    pruned = prune_inputs(model, inputs, reducer="divprune", prune_ratio=0.9, isolator=isolator, padding_side="right")
     teacher, _ = shifted(model(**pruned).logits, pruned_labels(model, batch, pruned))
     student, targets = shifted(model(**inputs).logits, batch["labels"])
     p = (teacher / temperature).softmax(-1)

@@ -131,7 +131,7 @@ class TestStudies:
         compact = set(product(reducers, (0.5, 0.7, 0.8, 0.9, 0.95), ["compact"], range(3)))
         assert settings == compact | set(product(reducers, (0.9,), ["original"], range(3)))
         after = plugins[3 * len(reducers) :]
-        core = [run["reducer"] in ("divprune", "random", "downsample") for run in after]
+        core = [run["reducer"] in ("divprune", "random", "avgpool") for run in after]
         assert core.index(False) == sum(core), "the other ratios of the core come before those of the rest"
 
     def test_inference_only_shares_one_model_a_seed(self) -> None:

@@ -66,9 +66,11 @@ def outputs(inputs):
 def test_pruning_at_once(model, batches, eager_switching, reducer):
     modules = list(get_family(model.eval()).vision_tower.modules())
     with torch.no_grad():
-        prune_inputs(model, batches[0], reducer, 0.8)  # transformers hangs hooks of its own on the tower, once
+        prune_inputs(
+            model, batches[0], reducer=reducer, prune_ratio=0.8
+        )  # transformers hangs hooks of its own on the tower, once
         before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules]
-        same_at_once(lambda batch: outputs(prune_inputs(model, batch, reducer, 0.8)), batches)
+        same_at_once(lambda batch: outputs(prune_inputs(model, batch, reducer=reducer, prune_ratio=0.8)), batches)
     # Nothing of it is left in the model.
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules] == before
     assert not any("forward" in module.__dict__ for module in modules)

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.tokens import IGNORE_INDEX, Reduction, VisualContext, keep_count, splice
+from saccade.pruning.pruner import places_of, with_isolator
+from saccade.reducers import keep_count
+from saccade.tokens import IGNORE_INDEX, Places, Reduction, Role, VisualContext, VisualTokens, splice
 
 IMAGE_ID = 7
 PAD_ID = 3
@@ -212,7 +214,7 @@ def batches(draw) -> Batch:
 def spliced_oracle(
     batch: Batch, columns: list[list[int]], positions: list[list[int]] | None, isolator_length: int, axes: bool
 ) -> list[list[dict]]:
-    """What each sample becomes, token by token, following the words of `splice`'s docstring."""
+    """What each sample becomes, token by token, following the docstrings of `splice` and `with_isolator`."""
     result = []
     for number, tokens in enumerate(batch.samples):
         out: list[dict] = []
@@ -234,7 +236,10 @@ def spliced_oracle(
                 for offset in range(isolator_length):
                     step = 0 if axes or position is None else min(offset, run - 1)
                     start = positions[number][at + step] if positions else None
-                    out.append({"id": IMAGE_ID, "label": IGNORE_INDEX, "source": -1, "position": start})
+                    place = columns[number][at + (0 if axes else min(offset, run - 1))]
+                    out.append(
+                        {"id": IMAGE_ID, "label": IGNORE_INDEX, "source": place, "position": start, "isolator": True}
+                    )
             if token.place in batch.kept[token.row]:
                 out.append({"id": IMAGE_ID, "label": IGNORE_INDEX, "source": column, "position": position})
         for count, entry in enumerate(out):
@@ -290,13 +295,18 @@ def test_splice_equals_lists(batch, isolator_length, side_in, side_out, position
     )
     index = pad_rows(batch.kept, -1)
     weight = torch.ones(rows, index.shape[1], batch.width) if isolator_length % 2 else None
+    places = Places.of(placeholder, context)
+    place = places_of(context, Reduction(index, weight))
+    features = torch.zeros(len(place), 2)
+    kept = VisualTokens(place, torch.full_like(place, Role.RETAINED), places.feature_row[place], features)
+    visual = with_isolator(kept, torch.ones(isolator_length, 2), places, spread=not axes)
+    assert (visual.row.diff() >= 0).all()
+    assert torch.equal(visual.features[:, 0] == 1, visual.role == Role.ISOLATOR)
     out = splice(
         ids,
         mask,
-        placeholder,
-        context,
-        Reduction(index, weight),
-        isolator_length=isolator_length,
+        places,
+        visual,
         position_ids=given_positions,
         labels=labels if with_labels else None,
         pad_id=PAD_ID,
@@ -306,7 +316,7 @@ def test_splice_equals_lists(batch, isolator_length, side_in, side_out, position
     known = positions if position_kind is not None else None
     expected = spliced_oracle(batch, columns, known, isolator_length, axes)
     size = max(map(len, expected))
-    assert out.input_ids.shape == out.source.shape == out.isolator.shape == (len(expected), size)
+    assert out.input_ids.shape == out.source.shape == out.role.shape == (len(expected), size)
     assert out.attention_mask.dtype == mask.dtype
     assert (out.labels is None) == (not with_labels)
     carried = out.gather(ids * 3, fill=-5)
@@ -316,10 +326,10 @@ def test_splice_equals_lists(batch, isolator_length, side_in, side_out, position
         assert out.attention_mask[number].tolist() == [int(column in inside) for column in range(size)]
         assert out.input_ids[number, inside].tolist() == [entry["id"] for entry in entries]
         assert out.source[number, inside].tolist() == [entry["source"] for entry in entries]
-        is_isolator = [entry["source"] < 0 for entry in entries]
-        assert out.isolator[number, inside].tolist() == is_isolator
+        is_isolator = ["isolator" in entry for entry in entries]
+        assert (out.role[number, inside] == Role.ISOLATOR).tolist() == is_isolator
         assert carried[number, inside].tolist() == [
-            -5 if entry["source"] < 0 else entry["id"] * 3 for entry in entries
+            -5 if "isolator" in entry else entry["id"] * 3 for entry in entries
         ]
         wanted = [entry["position"] for entry in entries]
         if axes:
@@ -333,43 +343,50 @@ def test_splice_equals_lists(batch, isolator_length, side_in, side_out, position
         outside = [column for column in range(size) if column not in inside]
         assert (out.input_ids[number, outside] == PAD_ID).all()
         assert (out.source[number, outside] == -1).all()
-        assert not out.isolator[number, outside].any()
+        assert not out.role[number, outside].any()
         assert (out.position_ids[..., number, outside] >= 0).all()
         if with_labels:
             assert (out.labels[number, outside] == IGNORE_INDEX).all()
 
 
 class TestSpliceByHand:
+    @staticmethod
+    def kept_all(ids: Tensor, context: VisualContext) -> tuple[Places, VisualTokens]:
+        places = Places.of(ids == IMAGE_ID, context)
+        place = torch.arange(len(places))
+        role = torch.full_like(place, Role.RETAINED)
+        return places, VisualTokens(place, role, places.feature_row, torch.zeros(len(place), 1))
+
     def test_keeping_all_without_isolator_changes_nothing(self):
         ids = torch.tensor([[1, 7, 7, 2], [7, 7, 5, 6]])
-        mask = torch.ones_like(ids)
-        reduction = Reduction(torch.tensor([[0, 1], [0, 1]]), dense=True)
-        out = splice(ids, mask, ids == 7, VisualContext(torch.zeros(2, 2, 1)), reduction, labels=ids)
+        places, visual = self.kept_all(ids, VisualContext(torch.zeros(2, 2, 1)))
+        out = splice(ids, torch.ones_like(ids), places, visual, labels=ids)
         assert torch.equal(out.input_ids, ids)
         assert torch.equal(out.position_ids, torch.arange(4).expand(2, 4))
         assert out.labels.tolist() == [[1, -100, -100, 2], [-100, -100, 5, 6]]
 
     def test_isolator_stays_inside_its_own_image(self):
         ids = torch.tensor([[7, 7, 7, 4]])
-        context = VisualContext(torch.zeros(3, 1, 1))
-        reduction = Reduction(torch.zeros(3, 1, dtype=torch.long), dense=True)
-        position_ids = torch.tensor([[10, 11, 12, 13]])
-        out = splice(
-            ids, torch.ones_like(ids), ids == 7, context, reduction, isolator_length=2, position_ids=position_ids
-        )
-        assert out.isolator.tolist() == [[True, True, False] * 3 + [False]]
+        places, kept = self.kept_all(ids, VisualContext(torch.zeros(3, 1, 1)))
+        visual = with_isolator(kept, torch.zeros(2, 1), places, spread=True)
+        out = splice(ids, torch.ones_like(ids), places, visual, position_ids=torch.tensor([[10, 11, 12, 13]]))
+        assert (out.role == Role.ISOLATOR).tolist() == [[True, True, False] * 3 + [False]]
         assert out.position_ids.tolist() == [[10, 10, 10, 11, 11, 11, 12, 12, 12, 13]]
+
+    def test_two_images_next_to_each_other_are_two_blocks(self):
+        context = VisualContext(features=torch.zeros(3, 2, 1), group=torch.tensor([0, 1, 1]))
+        places = Places.of(torch.tensor([[True] * 6]), context)
+        assert places.block.tolist() == [0, 0, 1, 1, 1, 1]
+        assert places.start.tolist() == [0, 0, 2, 2, 2, 2]
+        assert places.feature_row.tolist() == [0, 0, 1, 1, 2, 2]
 
     @pytest.mark.parametrize("rows", [1, 3])
     def test_placeholders_and_tokens_differ_in_number(self, rows):
         ids = torch.tensor([[1, 7, 7, 7, 7, 2]])
-        context = VisualContext(torch.zeros(rows, 2, 1))
-        reduction = Reduction(torch.zeros(rows, 1, dtype=torch.long), dense=True)
         with pytest.raises(ValueError, match=f"4 image placeholders stand for {rows * 2} visual tokens"):
-            splice(ids, torch.ones_like(ids), ids == 7, context, reduction)
+            Places.of(ids == 7, VisualContext(torch.zeros(rows, 2, 1)))
 
     def test_bad_padding_side(self):
         ids = torch.tensor([[1]])
-        context = VisualContext(torch.zeros(0, 2, 1))
         with pytest.raises(ValueError, match="padding_side='both'"):
-            splice(ids, ids, ids == 7, context, Reduction(torch.zeros(0, 1, dtype=torch.long)), padding_side="both")
+            splice(ids, ids, Places.of(ids == 7, None), None, padding_side="both")

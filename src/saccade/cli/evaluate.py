@@ -1,6 +1,7 @@
 """`saccade eval`: a trained model on all visual tokens and on a few, on digit scenes or on the papers' benchmarks."""
 
 import argparse
+import json
 from typing import Any
 
 from saccade.errors import SaccadeError
@@ -8,7 +9,7 @@ from saccade.errors import SaccadeError
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
-saccade eval out/sft --reducer downsample --keep-tokens 16 a lower resolution, 16 tokens an image
+saccade eval out/sft --reducer vispruner --keep-tokens 16 16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
 saccade eval out/sft --suite dualspeed                    the nine benchmarks of the paper, through lmms-eval
@@ -18,7 +19,7 @@ saccade eval compare out/eval/full out/eval/pruned        each score, and the me
 """
 DIGITS_ONLY = {"split": "test", "num_samples": 1000}
 SUITES_ONLY = ("suite", "tasks", "include_path", "limit", "resume")
-PLAN = ("inference", "reducer", "prune_ratio", "positions", "keep_tokens", "budget", "adaptive", "newlines")
+PRUNING = ("reducer", "reducer_options", "prune_ratio", "keep_tokens", "budget", "adaptive", "newlines", "positions")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
     parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
+    parser.add_argument(
+        "--reducer-options", type=json.loads, default=None, metavar="JSON", help="of the reducer (default: as trained)"
+    )
     parser.add_argument(
         "--prune-ratio", type=float, default=None, help="share of visual tokens to drop (default: as trained)"
     )
@@ -153,7 +157,8 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.suites import compare_results, comparison_rows
 
-    _refuse(args, (*PLAN, *DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:]), "is not of compare: leave it out")
+    names = ("inference", *PRUNING, *DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:])
+    _refuse(args, names, "is not of compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(
             f"compare takes two folders of results, the baseline's first, and was given {len(args.folders)}"
@@ -174,13 +179,7 @@ def _plan(args: argparse.Namespace) -> list[Any]:
     return plan_inferences(
         args.model,
         None if args.inference is None else args.inference.split(","),
-        args.reducer,
-        args.prune_ratio,
-        args.positions,
-        keep_tokens=args.keep_tokens,
-        budget=args.budget,
-        adaptive=args.adaptive,
-        newlines=args.newlines,
+        **{name: getattr(args, name) for name in PRUNING},
     )
 
 

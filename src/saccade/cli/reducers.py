@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def describe(name: str) -> dict[str, Any]:
     """What there is to say of a reducer, ready for JSON.
 
-    Keys: `name`; `kind`, "select", "merge" or "resize", None where it cannot be tried out; `needs`; `options`, each
+    Keys: `name`; `kind`, "select" or "merge", None where it cannot be tried out; `needs`; `options`, each
     with its default, None where it has none; `description`, the first sentence of its class.
 
     Raises:
@@ -78,8 +78,6 @@ def _kind(reducer: Any) -> str | None:
     features = torch.stack([ramp.sin(), ramp.cos(), (ramp * 3).sin(), (ramp * 5).cos()], dim=-1).unsqueeze(0)
     extras = {"encoder_features": features, "saliency": features[..., 0].exp(), "keys": features}
     extras["relevance"] = features[..., 1].exp()
-    if "low_resolution" in reducer.needs:
-        return "resize"
     context = VisualContext(features=features, **{field: extras[field] for field in reducer.needs})
     try:
         return "select" if reducer(context, 4).weight is None else "merge"

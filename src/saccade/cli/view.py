@@ -6,7 +6,7 @@ EXAMPLES = """
 saccade view photo.jpg
 saccade view photo.jpg --reducer divprune,visionzip,tome --prune-ratio 0.95 --output kept.png
 saccade view photo.jpg --reducer cdpruner --prompt "How many digits are there?" --model out/sft
-saccade view photo.jpg --reducer divprune,downsample --keep-tokens 32
+saccade view photo.jpg --reducer divprune,vispruner --keep-tokens 32
 saccade view photo.jpg --reducer all
 """
 
@@ -44,26 +44,23 @@ def run(args: argparse.Namespace) -> int:
     """Draw the picture and say where it is."""
     from saccade.errors import SaccadeError
     from saccade.images import open_image
-    from saccade.reducers import get_reducer, list_reducers
+    from saccade.reducers import PruningConfig, list_reducers
     from saccade.report.view import view_reducers
-    from saccade.tokens import TokenBudget
 
     names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
     # Before anything is loaded, so that a slip costs no wait.
+    pruning = PruningConfig(names[0], prune_ratio=args.prune_ratio, keep_tokens=args.keep_tokens)
     for name in names:
-        get_reducer(name)
-    TokenBudget(args.prune_ratio, args.keep_tokens)
+        pruning.replace(reducer=name)
     image = open_image(args.image)
 
     from saccade.training import ModelOptions, load_model
 
     model, processor = load_model(ModelOptions(model=args.model))
-    report = view_reducers(
-        model, processor, image, names, args.prune_ratio, args.prompt, args.output, args.keep_tokens
-    )
+    report = view_reducers(model, processor, image, names, args.prompt, args.output, pruning)
     rows, columns = report["grid"]
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])

@@ -13,7 +13,7 @@ from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, tex
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import image_size
-from saccade.tokens.budget import TokenBudget
+from saccade.reducers import PruningConfig
 
 Size = tuple[int, int]
 """Width and height."""
@@ -39,7 +39,7 @@ class TokenCounter:
         self,
         processor: Any,
         placeholder_id: int,
-        budget: TokenBudget,
+        budget: PruningConfig,
         isolator_length: int = 0,
         stop_ids: tuple[int, ...] = (),
         conversation: str = "chat",

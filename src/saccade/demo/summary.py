@@ -10,15 +10,13 @@ from saccade.demo.plan import MAIN_METHODS
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.files import write_json_atomically, write_text_atomically
-from saccade.pruning import reduce
-from saccade.reducers import get_reducer
+from saccade.reducers import PruningConfig, reduce
 from saccade.report.environment import environment
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_accuracy_over_time, plot_loss_by_mode
 from saccade.report.tables import markdown_table, print_table
 from saccade.sweeps import LABELS, METHODS
 from saccade.sweeps.figures import percent, run_figures, spread, summarise
-from saccade.tokens import TokenBudget
 from saccade.training import ModelOptions, load_model
 
 COLUMNS = (
@@ -118,7 +116,7 @@ def draw_scene(model_folder: Path, settings: dict[str, Any], path: Path) -> None
     context = family.encode(collate_prompts(processor, [row])).context
     panels = []
     for name in (settings["reducer"], "uniform", "random"):
-        reduction = reduce(context, get_reducer(name), TokenBudget(settings["prune_ratio"]))
+        reduction = reduce(context, PruningConfig(name, prune_ratio=settings["prune_ratio"]))
         panels.append((name, reduction.index[0], None))
     _, rows, columns = context.grid[0].tolist()
     draw_kept_tokens(row["images"][0], panels, (rows, columns), path)

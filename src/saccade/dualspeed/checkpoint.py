@@ -21,6 +21,7 @@ from saccade.dualspeed.weights import check_keys, load_whole
 from saccade.errors import SaccadeError
 from saccade.files import to_json
 from saccade.pruning import ISOLATOR_FILE
+from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
@@ -187,16 +188,19 @@ def _differences(name: str, current: Any, saved: Any) -> Iterator[str]:
         yield f"{name}={current!r} (checkpoint: {saved!r})"
 
 
-def remove_other_kind(folder: Path, adapters: bool, isolator: bool, skips: bool) -> None:
+def remove_other_kind(folder: Path, adapters: bool, isolator: bool, prunes: bool, skips: bool) -> None:
     """Remove what an earlier run of another kind left in `folder`, and what loading would prefer over the new files.
 
     Args:
         adapters: whether the new model is saved as adapters.
         isolator: whether the new run has an isolator.
+        prunes: whether some mode of it drops tokens.
         skips: whether some mode of it is Skip-Vision's.
     """
     if not isolator:
         remove_companion(folder, ISOLATOR_FILE)
+    if not prunes:
+        (folder / PRUNING_FILE).unlink(missing_ok=True)
     if not skips:
         remove_companion(folder, SUMMARY_FILE)
     if not adapters:

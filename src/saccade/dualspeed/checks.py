@@ -14,7 +14,6 @@ from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.modes import Mode
 from saccade.errors import SaccadeError, did_you_mean, needs_package
 from saccade.families import Family
-from saccade.families.collect import check_tower_gives
 
 BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "paged_", "ademamix", "lion_", "rmsprop_bnb")
 OPTIMIZER_PACKAGES = (
@@ -155,5 +154,4 @@ def check_family_can(family: Family, modes: Sequence[Mode]) -> None:
         SaccadeError: naming the model, the need and a way out.
     """
     for mode in modes:
-        if mode.action != "drop" or not mode.budget.keeps_all:
-            check_tower_gives(family, mode.needs)
+        family.check_gives(mode.needs)

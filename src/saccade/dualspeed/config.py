@@ -20,10 +20,8 @@ from saccade.errors import SaccadeError, needs_package
 from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
-from saccade.pruning import check_newlines, check_positions
-from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.reducers import PruningConfig
 from saccade.skip_vision import SkipVisionConfig
-from saccade.tokens import TokenBudget
 from saccade.values import check_finite, coerce
 
 logger = logging.getLogger(__name__)
@@ -279,13 +277,8 @@ class DualSpeedConfig(SFTConfig):
                 setattr(self, name, coerce(name, value, annotation))
         self._check_stock_options()
         super().__post_init__()
-        if self.reducer_options is not None and not isinstance(self.reducer_options, Mapping):
-            raise SaccadeError(f"reducer_options={self.reducer_options!r}: give a mapping of options to values")
-        self.prune_ratio = self.token_budget.prune_ratio
+        self.prune_ratio = self.pruning.prune_ratio
         check_conversation(self.conversation)
-        check_positions(self.positions)
-        check_newlines(self.newlines)
-        check_resolution_budget(get_reducer(self.reducer, **(self.reducer_options or {})), self.token_budget)
         if self.skip_mode not in ("fast", "slow"):
             raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
         self.mode_schedule()
@@ -439,12 +432,7 @@ class DualSpeedConfig(SFTConfig):
         skip = self.skip_options
         if self.modes is None and skip is not None and self._trains_on_all:
             return (Mode("skip", 1.0, "skip", skip_vision=skip),)
-        base = {
-            "reducer": self.reducer,
-            "reducer_options": self.reducer_options or {},
-            "budget": self.token_budget,
-            "isolator": self.isolator_length > 0,
-        }
+        base = {"pruning": self.pruning, "isolator": self.isolator_length > 0}
         if self.modes is not None:
             return listed(self.modes, Mode("base", 1.0, **base), skip)
         return fast_and_slow(
@@ -478,9 +466,10 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
 
     @property
-    def token_budget(self) -> TokenBudget:
-        """What fast steps keep."""
-        return TokenBudget(self.prune_ratio, self.keep_tokens, self.budget, self.adaptive)
+    def pruning(self) -> PruningConfig:
+        """How fast steps reduce visual tokens."""
+        names = [entry.name for entry in fields(PruningConfig) if entry.name != "isolator"]
+        return PruningConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def is_ordinary(self) -> bool:
@@ -494,7 +483,7 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def _trains_on_all(self) -> bool:
-        return self.token_budget.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
+        return self.pruning.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
         """The options that a resumed run must share, as plain values: all but those in `FREE_TO_CHANGE`."""

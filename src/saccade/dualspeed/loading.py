@@ -23,7 +23,8 @@ from saccade.dualspeed.sampler import GroupedSampler
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sharding import WithBlankImage
 from saccade.errors import SaccadeError
-from saccade.tokens import IGNORE_INDEX, TokenBudget
+from saccade.reducers import PruningConfig
+from saccade.tokens import IGNORE_INDEX
 
 
 class LoadingTrainer(OptimizingTrainer):
@@ -101,7 +102,7 @@ class LoadingTrainer(OptimizingTrainer):
         counter = TokenCounter(
             self.processing_class,
             self.family.placeholder_id,
-            usual.budget if usual.action == "drop" else TokenBudget(0.0),
+            usual.pruning if usual.action == "drop" else PruningConfig(prune_ratio=0.0),
             self.isolator.length if self.isolator is not None and usual.isolator else 0,
             stop_ids(self.family.model.generation_config, self._tokenizer),
             self.args.conversation,

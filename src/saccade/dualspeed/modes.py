@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean
-from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.reducers import Needs, PruningConfig
 from saccade.skip_vision import SkipVisionConfig
-from saccade.tokens import TokenBudget
 
 ACTIONS = ("keep", "drop", "skip")
 NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -26,9 +25,7 @@ class Mode:
         probability: its share of steps.
         action: what happens to the visual tokens that the reducer does not keep. "drop" removes them (DualSpeed's fast
             mode), "skip" lets them skip the feed-forward networks (Skip-Vision); "keep" asks no reducer and keeps all.
-        reducer: method that chooses the kept ones.
-        reducer_options: its keyword options.
-        budget: how many it keeps.
+        pruning: how the kept ones are chosen, and how many.
         isolator: whether the mode isolator stands before each image; in "drop" only, for in "skip" the summary tokens
             mark the difference.
         teacher: the mode that it learns from besides the labels, or None.
@@ -41,9 +38,7 @@ class Mode:
     name: str
     probability: float
     action: str = "drop"
-    reducer: str = "divprune"
-    reducer_options: Mapping[str, Any] = field(default_factory=dict)
-    budget: TokenBudget = field(default_factory=TokenBudget)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     isolator: bool = False
     teacher: str | None = None
     skip_vision: SkipVisionConfig | None = None
@@ -64,32 +59,25 @@ class Mode:
                 f"modes: isolator=True of mode {self.name!r}, whose action is {self.action!r}: only a mode that drops "
                 "tokens has one"
             )
-        if self.action == "drop":
-            check_resolution_budget(get_reducer(self.reducer, **self.reducer_options), self.budget)
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """What an encoding must offer beyond the features for this mode to choose, or to merge, tokens."""
         if self.action == "keep":
-            return frozenset()
-        if self.action == "drop":
-            return frozenset(get_reducer(self.reducer, **self.reducer_options).needs)
-        split = self.skip_vision.split_reducer()
-        return self.skip_vision.merge_needs | (frozenset() if split is None else frozenset(split.needs))
+            return Needs()
+        return self.pruning.needs if self.action == "drop" else self.skip_vision.needs
 
     @property
     def keeps_all(self) -> bool:
         """Whether the mode is the stock model on its whole sequence."""
-        return self.action == "keep" or (self.action == "drop" and self.budget.keeps_all and not self.isolator)
+        return self.action == "keep" or (self.action == "drop" and self.pruning.keeps_all and not self.isolator)
 
 
 def fast_and_slow(
     *,
     slow_probability: float,
     distill: bool,
-    reducer: str,
-    reducer_options: Mapping[str, Any],
-    budget: TokenBudget,
+    pruning: PruningConfig,
     isolator: bool,
     skip_vision: SkipVisionConfig | None,
     skip_mode: str,
@@ -99,15 +87,13 @@ def fast_and_slow(
         raise SaccadeError(
             f"slow_probability={slow_probability!r} is outside [0, 1]: it is the share of steps on all tokens"
         )
-    common = {"reducer": reducer, "reducer_options": reducer_options, "budget": budget}
-    if skip_vision is not None:
-        skipping = skip_by_reducer(skip_vision, reducer, reducer_options, budget)
-    fast = Mode("fast", 1 - slow_probability, isolator=isolator, **common)
+    skipping = None if skip_vision is None else skip_by_reducer(skip_vision, pruning)
+    fast = Mode("fast", 1 - slow_probability, pruning=pruning, isolator=isolator)
     slow = Mode("slow", slow_probability, "keep", teacher="fast" if distill else None)
     if skip_vision is not None and skip_mode == "fast":
-        fast = Mode("fast", 1 - slow_probability, "skip", **common, skip_vision=skipping)
+        fast = replace(fast, action="skip", isolator=False, skip_vision=skipping)
     elif skip_vision is not None:
-        slow = replace(slow, action="skip", **common, skip_vision=skipping)
+        slow = replace(slow, action="skip", pruning=pruning, skip_vision=skipping)
     return fast, slow
 
 
@@ -115,8 +101,8 @@ def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisi
     """The modes of a configuration that lists them.
 
     Args:
-        modes: one mapping a mode: `name`, `probability`, and perhaps `action`, `reducer`, `reducer_options`,
-            `prune_ratio`, `keep_tokens`, `isolator`, `teacher`.
+        modes: one mapping per mode: `name`, `probability`, and perhaps `action`, `isolator`, `teacher` and options of
+            [`PruningConfig`].
         base: where what a mapping leaves out comes from.
         skip_vision: options of the modes that skip; the defaults when None.
 
@@ -142,8 +128,8 @@ def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisi
 def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | None) -> Mode:
     if not isinstance(values, Mapping):
         raise SaccadeError(f"modes: {values!r} is no mapping: write name, probability and action of each mode")
-    own = {entry.name for entry in fields(Mode)} - {"budget", "skip_vision"}
-    known = own | {"prune_ratio", "keep_tokens"}
+    options = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
+    known = {entry.name for entry in fields(Mode)} - {"pruning", "skip_vision"} | options
     for name in values:
         if name not in known:
             hint = did_you_mean(str(name), known, f"use {', '.join(sorted(known))}")
@@ -151,42 +137,31 @@ def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | 
     for name in ("name", "probability"):
         if name not in values:
             raise SaccadeError(f"modes: {dict(values)!r} has no {name!r}: every mode needs one")
-    given = dict(values)
-    budget = {name: given.pop(name, None) for name in ("prune_ratio", "keep_tokens")}
-    settings = {"reducer": base.reducer, "reducer_options": base.reducer_options, **given}
-    if given.get("reducer", base.reducer) != base.reducer and "reducer_options" not in given:
-        settings["reducer_options"] = {}
-    # A ratio of its own is meant where the run counts in tokens otherwise, and the other way round.
-    own_budget = any(value is not None for value in budget.values())
-    settings["budget"] = replace(base.budget, **budget) if own_budget else base.budget
-    settings.setdefault("isolator", base.isolator and given.get("action", "drop") == "drop")
-    mode = Mode(**settings)
+    given = {name: value for name, value in values.items() if name not in options}
+    pruning = base.pruning.replace(**{name: value for name, value in values.items() if name in options})
+    isolator = given.pop("isolator", base.isolator and given.get("action", "drop") == "drop")
+    mode = Mode(**given, pruning=pruning, isolator=isolator)
     if mode.action != "skip":
         return mode
-    options = skip_by_reducer(skip_vision or SkipVisionConfig(), mode.reducer, mode.reducer_options, mode.budget)
-    return replace(mode, skip_vision=options)
+    return replace(mode, skip_vision=skip_by_reducer(skip_vision or SkipVisionConfig(), pruning))
 
 
-def skip_by_reducer(
-    options: SkipVisionConfig, reducer: str, reducer_options: Mapping[str, Any], budget: TokenBudget
-) -> SkipVisionConfig:
-    """`options`, with the tokens that `reducer` keeps as the retained ones and all others skipped as they are.
+def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
+    """`options`, with the tokens that a reducer keeps as the retained ones and all others skipped as they are.
 
     Raises:
-        SaccadeError: for a budget that is no share or number of each image.
+        SaccadeError: for a budget that is not a share or number of each image.
     """
-    if budget.per != "crop" or budget.adaptive:
+    if pruning.budget != "crop" or pruning.adaptive:
         raise SaccadeError(
-            f"budget={budget.per!r}, adaptive={budget.adaptive!r}: a mode that skips keeps a share of each image; "
-            "leave them at 'crop' and false"
+            f"budget={pruning.budget!r}, adaptive={pruning.adaptive!r}: a mode that skips keeps a share of each "
+            "image; leave them at 'crop' and false"
         )
-    retained = budget.keep_tokens if budget.keep_tokens is not None else 1 - budget.prune_ratio
     return replace(
         options,
-        split=reducer,
-        split_options=dict(reducer_options),
-        retained=retained,
+        split=pruning.reducer,
+        split_options=dict(pruning.reducer_options),
+        retained=1 - pruning.prune_ratio if pruning.keep_tokens is None else pruning.keep_tokens,
         skipped=None,
         merge="none",
-        summary_pool="all",
     )

@@ -14,10 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
-from saccade.dualspeed.sequence import LaidOut
 from saccade.errors import SaccadeError
 from saccade.families import Family
 from saccade.interfaces import changed, check_takes
+from saccade.pruning import ModeInputs
 from saccade.tokens import IGNORE_INDEX
 
 PACKED = "saccade_packed"
@@ -71,7 +71,7 @@ def check_packing(family: Family) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     # Mistral's kind has no types of layers, and windows all of them.
     windowed = not types and getattr(config, "sliding_window", None) is not None
-    if types - {"full_attention"} or windowed or family.attends_both_ways:
+    if types - {"full_attention"} or windowed or family.bidirectional_image_attention:
         raise SaccadeError(
             f"padding_free=True: model_type={family.model.config.model_type!r} with a language model of "
             f"{config.model_type!r} has layers whose attention is not simply causal, which packed rows do not cover; "
@@ -79,7 +79,7 @@ def check_packing(family: Family) -> None:
         )
 
 
-def pack(laid: LaidOut, family: Family) -> LaidOut:
+def pack(laid: ModeInputs, family: Family) -> ModeInputs:
     """The same rows behind one another, without padding: `(1, T)` for `(B, S)`.
 
     Each row keeps its positions, and the first token of a row is no label of the row before it.
@@ -96,7 +96,7 @@ def pack(laid: LaidOut, family: Family) -> LaidOut:
     inputs["position_ids"] = _behind_one_another(positions, mask)
     labels = _behind_one_another(laid.labels, mask).index_fill(1, ends[:-1], IGNORE_INDEX)
     rows = PackedRows(lengths.tolist(), ends.to(torch.int32))
-    return LaidOut({**inputs, **_attention_inputs(rows, family, labels.device)}, labels, laid.tokens)
+    return ModeInputs({**inputs, **_attention_inputs(rows, family, labels.device)}, labels, laid.tokens)
 
 
 def _behind_one_another(values: Tensor, mask: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _attention_inputs(rows: PackedRows, family: Family, device: torch.device) ->
     return {"attention_mask": None, **dict(zip(FLASH_KEYWORDS, (rows.ends, rows.ends, longest, longest), strict=True))}
 
 
-def packed_states(laid: LaidOut, family: Family) -> Tensor:
+def packed_states(laid: ModeInputs, family: Family) -> Tensor:
     """Last hidden states `(1, T, D)` of a batch that `pack` made.
 
     Raises:

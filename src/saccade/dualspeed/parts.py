@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from saccade.families import Encoded, Family
-from saccade.families.relevance import row_samples
+from saccade.families.text_relevance import row_samples
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,17 @@ class Part:
 
     Args:
         encoded: their images' features, or None without images.
-        teacher: the same for the teacher.
         text: their inputs less the images.
         labels: long `(b, L)`.
     """
 
     encoded: Encoded | None
-    teacher: Encoded | None
     text: dict[str, Any]
     labels: Tensor
 
 
 @dataclass
-class Cut:
+class MicroBatches:
     """A micro-batch cut into parts.
 
     The features of all parts but the last are cut off the graph of projector and vision tower, which then runs
@@ -55,7 +53,6 @@ class Cut:
 
     family: Family
     encoded: Encoded | None
-    teacher: Encoded | None
     text: Mapping[str, Any]
     labels: Tensor
     _left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -65,20 +62,15 @@ class Cut:
         count = self.labels.shape[0]
         owners = []
         if self.encoded is not None:
-            owners = row_samples(self.encoded, self.family.placeholder(self.text["input_ids"])).tolist()
+            owners = row_samples(self.encoded.context, self.family.placeholder(self.text["input_ids"])).tolist()
         text = self._per_token()
         for start in range(0, count, samples):
             stop = min(start + samples, count)
             rows = [number for number, owner in enumerate(owners) if start <= owner < stop]
             last = stop == count
-            pieces = (None, None)
-            if rows:
-                inside = slice(rows[0], rows[-1] + 1)
-                encoded = self._encoded(self.encoded, inside, cut=not last)
-                same = self.teacher is self.encoded
-                pieces = encoded, encoded if same else self._encoded(self.teacher, inside, cut=False)
+            encoded = self._encoded(slice(rows[0], rows[-1] + 1), cut=not last) if rows else None
             some = {name: value[..., start:stop, :] for name, value in text.items()}
-            yield Part(*pieces, some, self.labels[start:stop]), last
+            yield Part(encoded, some, self.labels[start:stop]), last
 
     def carried(self, scale: float) -> Tensor | float:
         """A zero whose gradient is the one that parts have left at their features, divided by `scale`."""
@@ -92,20 +84,18 @@ class Cut:
         """Inputs `(..., B, L)`: a part's positions cannot be computed from grids of all images, so they are here."""
         shape = self.text["input_ids"].shape
         text = {name: value for name, value in self.text.items() if isinstance(value, Tensor) and value.shape == shape}
-        if self.family.several_axes:
+        if self.family.uses_mrope:
             text["position_ids"] = self.family.full_positions(self.text)
         return text
 
-    def _encoded(self, encoded: Encoded, rows: slice, cut: bool) -> Encoded:
-        features, *deeper = (self._features(x[rows], cut) for x in (encoded.context.features, *encoded.deeper))
-        context = replace(encoded.context.select_rows(rows), features=features)
-        part = Encoded(context, {}, tuple(deeper), encoded.videos[rows])
-        if encoded.outputs:
-            valid = [
-                [row[keep] for row, keep in zip(x, context.valid, strict=True)] for x in (context.features, *deeper)
-            ]
-            part.outputs = self.family.wrap_features(valid[0], part, valid[1:])
-        return part
+    def _encoded(self, rows: slice, cut: bool) -> Encoded:
+        whole = self.encoded
+        layers = (whole.context.features, *whole.deepstack_features)
+        features, *deepstack = (self._features(x[rows], cut) for x in layers)
+        context = whole.context.select_rows(rows).replace(features=features)
+        part = Encoded(context, {}, tuple(deepstack), whole.videos[rows])
+        valid = [[row[keep] for row, keep in zip(x, context.valid, strict=True)] for x in (features, *deepstack)]
+        return replace(part, outputs=self.family.wrap_features(valid[0], part, valid[1:]))
 
     def _features(self, features: Tensor, cut: bool) -> Tensor:
         if not (cut and features.requires_grad):

@@ -3,10 +3,12 @@
 Any other mode of the run, too.
 """
 
+import operator
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,11 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.dualspeed.packing import pack, packed_states
-from saccade.dualspeed.parts import Cut, InParts
-from saccade.dualspeed.sequence import FullSequence, LaidOut, Sequence, is_of_small_images
+from saccade.dualspeed.parts import InParts, MicroBatches
 from saccade.families import Encoded, Family
-from saccade.families.collect import encode_for
-from saccade.pruning import ModeIsolator
+from saccade.pruning import Method, ModeInputs, ModeIsolator, prune
+from saccade.reducers import Needs
 from saccade.skip_vision import SummaryHead
 from saccade.tokens import IGNORE_INDEX
 
@@ -69,17 +70,23 @@ class _Sums:
         return _Sums(**{name: sum(values) for name, values in pairs.items() if None not in values})
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModePlan:
     """What a mode trains on.
 
     Args:
-        sequence: what the trained pass runs on.
+        method: what decides about the visual tokens; None keeps all.
         teacher: what the pass that it learns from runs on, or None.
     """
 
-    sequence: Sequence
-    teacher: Sequence | None = None
+    method: Method | None = None
+    teacher: "ModePlan | None" = None
+
+    @property
+    def needs(self) -> Needs:
+        """What one encoding has to offer for both passes."""
+        asking = [plan.method.needs for plan in (self, self.teacher) if plan is not None and plan.method is not None]
+        return reduce(operator.or_, asking, Needs())
 
 
 @dataclass
@@ -121,25 +128,22 @@ class DualSpeedStep:
         labels = inputs.pop("labels")
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
+        # Without images the two sequences are the same, and a teacher would have nothing to teach.
+        plan, encoded = ModePlan(), None
         if self.family.has_images(inputs):
             plan = self.modes[mode]
-            encoded, teacher = self._encode(plan, inputs, labels)
-            for encoding in (encoded, teacher):
-                encoding.context.seed = torch.arange(encoding.context.shape[0], device=labels.device) + row_seed
-        else:
-            # Without images the two sequences are the same, and a teacher would have nothing to teach.
-            plan, encoded, teacher = ModePlan(FullSequence()), None, None
+            encoded = self.family.encode(inputs, plan.needs, labels=labels, seed=row_seed)
         carried: Tensor | float = 0.0
         if in_parts is None or in_parts.samples >= labels.shape[0]:
-            sums = self._run(plan, encoded, teacher, text, labels)
+            sums = self._run(plan, encoded, text, labels)
         else:
-            cut = Cut(self.family, encoded, teacher, text, labels)
-            sums = self._run_in_parts(plan, cut, normaliser, in_parts)
-            carried = cut.carried(in_parts.scale)
+            micro_batches = MicroBatches(self.family, encoded, text, labels)
+            sums = self._run_in_parts(plan, micro_batches, normaliser, in_parts)
+            carried = micro_batches.carried(in_parts.scale)
         loss = self._weighted(sums)
         # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
         for module in self._own_modules():
-            if not any(module is other for other in plan.sequence.trains):
+            if plan.method is None or not any(module is other for other in plan.method.trainable_modules):
                 loss = loss + module.idle()
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
@@ -156,38 +160,8 @@ class DualSpeedStep:
 
     def _own_modules(self) -> list[ModeIsolator | SummaryHead]:
         """The modules that some mode adds to the model, each once."""
-        found: list[ModeIsolator | SummaryHead] = []
-        for plan in self.modes.values():
-            for module in plan.sequence.trains:
-                if not any(module is other for other in found):
-                    found.append(module)
-        return found
-
-    def _encode(self, plan: ModePlan, inputs: Mapping[str, Any], labels: Tensor) -> tuple[Encoded, Encoded]:
-        """The images' features for the trained pass and for the teacher, with what their reducers need.
-
-        One encoding serves both, but where one of them is of smaller images.
-        """
-        if plan.teacher is None:
-            encoded = self._encode_for([plan.sequence], inputs, labels)
-            return encoded, encoded
-        if is_of_small_images(plan.teacher) or is_of_small_images(plan.sequence):
-            with torch.no_grad(), evaluating(self.family.model):
-                teacher = self._encode_for([plan.teacher], inputs, labels)
-            return self._encode_for([plan.sequence], inputs, labels), teacher
-        encoded = self._encode_for([plan.sequence, plan.teacher], inputs, labels)
-        return encoded, encoded
-
-    def _encode_for(self, sequences: list[Sequence], inputs: Mapping[str, Any], labels: Tensor) -> Encoded:
-        asking = [sequence for sequence in sequences if sequence.reducer is not None]
-        also = frozenset().union(*(sequence.also for sequence in sequences))
-        if not asking:
-            return self.family.encode(inputs, also, labels=labels)
-        # The one with a text tower of its own asks, the others' needs are met beside.
-        asking.sort(key=lambda sequence: getattr(sequence.reducer, "text_tower", None) is None)
-        first, *others = asking
-        also = also.union(*(sequence.reducer.needs for sequence in others))
-        return encode_for(self.family, first.reducer, inputs, first.budget, labels, also)
+        methods = [plan.method for plan in self.modes.values() if plan.method is not None]
+        return list({id(module): module for method in methods for module in method.trainable_modules}.values())
 
     def _vision_parameters(self) -> Tensor | float:
         """The sum of the parameters that train on images only."""
@@ -195,41 +169,48 @@ class DualSpeedStep:
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
         return sum((p.sum() for p in local), start=0.0)
 
-    def _label_rows(self, laid: LaidOut) -> tuple[Tensor, Tensor]:
-        """Hidden states `(M, D)` of the rows that predict a label, and those labels `(M,)`."""
+    def _label_rows(self, laid: ModeInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states `(M, D)` of the rows that predict a label, those labels `(M,)`, and what the pass cost."""
         if self.padding_free:
-            laid = pack(laid, self.family)
-            return label_rows(packed_states(laid, self.family), laid.labels)
-        return label_rows(self.family.hidden_states(**laid.inputs), laid.labels)
+            packed = pack(laid, self.family)
+            return *label_rows(packed_states(packed, self.family), packed.labels), laid.tokens
+        return *label_rows(self.family.hidden_states(**laid.inputs), laid.labels), laid.tokens
 
-    def _run(
-        self,
-        plan: ModePlan,
-        encoded: Encoded | None,
-        teacher: Encoded | None,
-        text: Mapping[str, Any],
-        labels: Tensor,
-    ) -> _Sums:
+    def _rows(
+        self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_label_rows` of the sequence that a plan leaves of the batch."""
+        return prune(self.family, text, plan.method, self._label_rows, encoded=encoded, labels=labels)
+
+    @torch.no_grad()
+    def _teacher_rows(
+        self, teacher: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of the teacher's pass, without gradient and without dropout, and what the pass cost."""
+        with evaluating(self.family.model):
+            rows, _, tokens = self._rows(teacher, encoded, text, labels)
+        return rows, tokens
+
+    def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
         if plan.teacher is None:
-            laid = plan.sequence(encoded, text, labels)
-            rows, targets = self._label_rows(laid)
-            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), laid.tokens)
+            rows, targets, tokens = self._rows(plan, encoded, text, labels)
+            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens)
         started = seconds_on(labels.device)
-        teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, teacher, text, labels)
+        teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
         teacher_seconds = seconds_on(labels.device) - started
-        laid = plan.sequence(encoded, text, labels)
-        rows, targets = self._label_rows(laid)
+        rows, targets, tokens = self._rows(plan, encoded, text, labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
-        return _Sums(ce, laid.tokens, kl, tokens_teacher, teacher_seconds)
+        return _Sums(ce, tokens, kl, tokens_teacher, teacher_seconds)
 
-    def _run_in_parts(self, plan: ModePlan, cut: Cut, normaliser: Tensor | float, in_parts: InParts) -> _Sums:
+    def _run_in_parts(
+        self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts
+    ) -> _Sums:
         """The sums of all parts, of which the last one's alone have a gradient."""
         total: _Sums | None = None
         # Its dropout is all that a teacher takes away where there are no images, as beside samples that have some.
-        all_text = ModePlan(FullSequence(), None if plan.teacher is None else FullSequence())
-        for part, last in cut.parts(in_parts.samples):
-            chosen = all_text if part.encoded is None else plan
-            sums = self._run(chosen, part.encoded, part.teacher, part.text, part.labels)
+        all_text = ModePlan(None, None if plan.teacher is None else ModePlan())
+        for part, last in micro_batches.parts(in_parts.samples):
+            sums = self._run(all_text if part.encoded is None else plan, part.encoded, part.text, part.labels)
             if not last:
                 in_parts.backward(self._weighted(sums) / normaliser * in_parts.scale)
                 sums = sums.detached()
@@ -238,16 +219,6 @@ class DualSpeedStep:
 
     def _weighted(self, sums: _Sums) -> Tensor:
         return sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
-
-    @torch.no_grad()
-    def _teacher_rows(
-        self, sequence: Sequence, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Label rows `(M, D)` of the teacher's sequence, without gradient and without dropout, and its token count."""
-        with evaluating(self.family.model):
-            laid = sequence(encoded, text, labels)
-            rows, _ = self._label_rows(laid)
-        return rows, laid.tokens
 
 
 @contextmanager

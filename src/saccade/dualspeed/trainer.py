@@ -54,7 +54,6 @@ from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.sampler import EpochStart
 from saccade.dualspeed.schedule import ModeSchedule
-from saccade.dualspeed.sequence import FullSequence, PrunedSequence, Sequence, SkippedSequence
 from saccade.dualspeed.sharding import WithBlankImage, gathered, layer_classes
 from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
@@ -65,9 +64,8 @@ from saccade.families import family_class, get_family, stock_model, use_released
 from saccade.families.fitting import check_processor
 from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.files import disk_errors
-from saccade.pruning import ISOLATOR_FILE, ModeIsolator
-from saccade.reducers import get_reducer
-from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, SkipVision, apply_skip_vision
+from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
+from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
 
 ISOLATOR_NAME = "mode_isolator"
 
@@ -168,10 +166,14 @@ class DualSpeedTrainer(SteppingTrainer):
         self.watch = RunWatch(self)
         self.add_callback(self.watch)
         self._micro_batch = 0
-        sequences = {mode.name: self._sequence(mode) for mode in self.modes}
+        methods = {mode.name: self._method(mode) for mode in self.modes}
+        plans = {
+            mode.name: ModePlan(methods[mode.name], ModePlan(methods[mode.teacher]) if mode.teacher else None)
+            for mode in self.modes
+        }
         self._step = DualSpeedStep(
             family=self.family,
-            modes={mode.name: ModePlan(sequences[mode.name], sequences.get(mode.teacher)) for mode in self.modes},
+            modes=plans,
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
             padding_free=args.padding_free,
@@ -197,21 +199,13 @@ class DualSpeedTrainer(SteppingTrainer):
         if args.torch_compile:
             compile_layers(self.family, args.torch_compile_backend, args.torch_compile_mode)
 
-    def _sequence(self, mode: Mode) -> Sequence:
-        """What a mode runs on."""
+    def _method(self, mode: Mode) -> Method | None:
+        """What a mode does with the visual tokens; None keeps all."""
         if mode.action == "keep":
-            return FullSequence()
+            return None
         if mode.action == "skip":
-            return SkippedSequence(self.family, mode.skip_vision, self.skip.summary)
-        return PrunedSequence(
-            family=self.family,
-            reducer=get_reducer(mode.reducer, **mode.reducer_options),
-            budget=mode.budget,
-            isolator=self.isolator if mode.isolator else None,
-            positions=self.args.positions,
-            pad_id=self._tokenizer.pad_token_id or 0,
-            newlines=self.args.newlines,
-        )
+            return Skipper(self.family, mode.skip_vision, self.skip.summary)
+        return Pruner(mode.pruning, self.isolator if mode.isolator else None)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -312,12 +306,16 @@ class DualSpeedTrainer(SteppingTrainer):
                 folder,
                 adapters=self.model is not self.family.model,
                 isolator=self.isolator is not None,
+                prunes=any(mode.action == "drop" for mode in self.modes),
                 skips=self.skip is not None,
             )
             if self.isolator is not None:
                 self.isolator.save(folder, metadata=state, weight=weight)
             if self.skip is not None:
                 self.skip.save(folder, tensors=summary)
+            pruned = next((mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all), None)
+            if pruned is not None:
+                pruned.pruning.replace(isolator=str(folder) if pruned.isolator else None).save_pretrained(folder)
             write_run_file(folder, state, self.run_id, global_step=self.state.global_step, tokens=self.meter.tokens)
 
     def _save_checkpoint(self, model, trial) -> None:

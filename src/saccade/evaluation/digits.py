@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,11 @@ from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.images import open_image
-from saccade.pruning import ISOLATOR_FILE, ModeIsolator, check_newlines, check_positions, prune_inputs
-from saccade.reducers import check_resolution_budget, get_reducer
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
+from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
-from saccade.tokens import TokenBudget
 
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
-FROM_FOLDER = {"pruned_isolator": "isolator", "skip": "skip_vision"}
-"""The inferences that need a file which training wrote beside the model, and the option that names its folder."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +37,8 @@ class Inference:
     Args:
         name: "full", "pruned", "pruned_isolator" with the trained mode isolator before each image, or "skip" with
             Skip-Vision as it was trained.
-        reducer: method that chooses the kept tokens.
-        prune_ratio: share of visual tokens dropped; 0.9 where it and `keep_tokens` are None.
-        positions: "compact" or "original".
-        isolator: the trained isolator, for "pruned_isolator".
-        keep_tokens: number of visual tokens kept, in place of the ratio.
-        budget: "crop", "image" or "sample", what the ratio or the number is of.
-        adaptive: whether a batch's tokens are shared out by how varied its images are. A batch is `batch_size` scenes.
-        newlines: "keep" or "drop", for the newline tokens of anyres images.
+        pruning: how tokens are reduced, for the pruned ones; its isolator counts for "pruned_isolator" alone. A batch
+            whose tokens are shared out (`adaptive`) is one of `batch_size` scenes.
         skip_vision: the folder that `skip_vision.saccade` is in, for "skip".
 
     Raises:
@@ -55,30 +46,22 @@ class Inference:
     """
 
     name: str = "full"
-    reducer: str = "divprune"
-    prune_ratio: float | None = None
-    positions: str = "compact"
-    isolator: ModeIsolator | Path | str | None = None
-    keep_tokens: int | None = None
-    budget: str = "crop"
-    adaptive: bool = False
-    newlines: str = "keep"
+    pruning: PruningConfig = field(default_factory=PruningConfig)
     skip_vision: Path | str | None = None
 
     def __post_init__(self) -> None:
         if self.name not in INFERENCES:
             raise SaccadeError(f"inference={self.name!r} is unknown: use one of {', '.join(INFERENCES)}")
-        if self.name == "pruned_isolator" and self.isolator is None:
+        if self.name == "pruned_isolator" and self.pruning.isolator is None:
             raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
         if self.name == "skip" and self.skip_vision is None:
             raise SaccadeError(f"inference='skip' needs the folder of a run that wrote {SUMMARY_FILE}")
-        tokens = TokenBudget(self.prune_ratio, self.keep_tokens, self.budget, self.adaptive)
-        object.__setattr__(self, "prune_ratio", tokens.prune_ratio)
 
     @classmethod
     def of_run(cls, name: str, folder: Path | str | None, **options: Any) -> "Inference":
-        """The inference `name` of the model that a run wrote to `folder`."""
-        return cls(name, **options, **({FROM_FOLDER[name]: folder} if name in FROM_FOLDER else {}))
+        """The inference `name` of the model that a run wrote to `folder`, with options of [`PruningConfig`]."""
+        isolator = folder if name == "pruned_isolator" else None
+        return cls(name, PruningConfig(**options, isolator=isolator), folder if name == "skip" else None)
 
     @property
     def prunes(self) -> bool:
@@ -88,76 +71,61 @@ class Inference:
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
         """Make a model run so for a while, and give the function that prepares processed batches for `generate`."""
-        if self.name != "skip":
-            yield partial(self.prepare, model)
-            return
-        skip = load_skip_vision(model, self.skip_vision)
-        try:
-            yield partial(skip.prepare, padding_side="left")
-        finally:
-            skip.remove()
-
-    def prepare(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What `generate` of the stock model takes for a processed batch; see `on` for "skip"."""
-        if not self.prunes:
-            return dict(inputs)
-        isolator = self.isolator if self.name == "pruned_isolator" else None
-        return prune_inputs(
-            model,
-            inputs,
-            self.reducer,
-            self.prune_ratio,
-            isolator,
-            self.positions,
-            newlines=self.newlines,
-            keep_tokens=self.keep_tokens,
-            budget=self.budget,
-            adaptive=self.adaptive,
-        )
+        if self.name == "skip":
+            skip = load_skip_vision(model, self.skip_vision)
+            try:
+                yield partial(skip.prepare, padding_side="left")
+            finally:
+                skip.remove()
+        elif self.prunes:
+            with_isolator = self.name == "pruned_isolator"
+            config = self.pruning if with_isolator else self.pruning.replace(isolator=None)
+            isolator = ModeIsolator.load(config.isolator) if with_isolator else None
+            yield lambda inputs: prune_inputs(model, inputs, config, isolator=isolator)
+        else:
+            yield dict
 
 
-def plan_inferences(
-    model: str | Path,
-    names: list[str] | None = None,
-    reducer: str | None = None,
-    prune_ratio: float | None = None,
-    positions: str | None = None,
-    keep_tokens: int | None = None,
-    budget: str | None = None,
-    adaptive: bool | None = None,
-    newlines: str | None = None,
-) -> list[Inference]:
+def plan_inferences(model: str | Path, names: list[str] | None = None, **options: Any) -> list[Inference]:
     """The inferences to run on a trained model: what is left out is as it was trained.
 
     Args:
         model: the folder that training wrote, or anything else, which then has no trained settings and no isolator.
         names: of `INFERENCES`; all that the folder allows when left out.
-        prune_ratio: replaces a number of tokens that the model was trained with, as `keep_tokens` replaces a ratio.
+        options: fields of [`PruningConfig`]; None leaves one as it was trained. A ratio replaces a number of tokens
+            that the model was trained with, and the other way round.
 
     Raises:
         SaccadeError: on a bad option, before any model is loaded.
     """
     folder = Path(model)
-    trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
+    given = {name: value for name, value in options.items() if value is not None}
+    pruning = trained_pruning(folder).replace(**given, isolator=None)
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
-    missing = {name for name, file in files.items() if find_companion(folder, file) is None}
-    if prune_ratio is None and keep_tokens is None:
-        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-        prune_ratio, keep_tokens = trained.get("prune_ratio") or None, trained.get("keep_tokens")
-    options = {
-        "reducer": reducer or trained.get("reducer", "divprune"),
-        "prune_ratio": prune_ratio,
-        "positions": check_positions(positions or trained.get("positions", "compact")),
-        "keep_tokens": keep_tokens,
-        "budget": budget or trained.get("budget", "crop"),
-        "adaptive": trained.get("adaptive", False) if adaptive is None else adaptive,
-        "newlines": check_newlines(newlines or trained.get("newlines", "keep")),
-    }
-    tokens = TokenBudget(*(options[name] for name in ("prune_ratio", "keep_tokens", "budget", "adaptive")))
-    check_resolution_budget(get_reducer(options["reducer"]), tokens)
+    there = {name for name, file in files.items() if find_companion(folder, file) is not None}
     if names is None:
-        names = [name for name in INFERENCES if name not in missing]
-    return [Inference.of_run(name, None if name in missing else folder, **options) for name in names]
+        names = [name for name in INFERENCES if name in there or name not in files]
+    isolated = pruning.replace(isolator=str(folder)) if "pruned_isolator" in there else pruning
+    return [
+        Inference(name, isolated if name == "pruned_isolator" else pruning, folder if name in there else None)
+        for name in names
+    ]
+
+
+def trained_pruning(folder: str | Path) -> PruningConfig:
+    """How the model in a folder was trained to be pruned; the defaults where it was not, or nothing is known.
+
+    Raises:
+        SaccadeError: if the folder's own word about it is damaged.
+    """
+    folder = Path(folder)
+    if (folder / PRUNING_FILE).is_file():
+        return PruningConfig.from_pretrained(folder)
+    # Earlier versions wrote it among the run's other options.
+    trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
+    names = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
+    # A model trained on all tokens was trained at ratio 0, which would prune nothing.
+    return PruningConfig(**{name: value for name, value in trained.items() if name in names and value})
 
 
 def evaluate_digits(
@@ -238,15 +206,17 @@ def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any
 
 def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens: int) -> dict[str, Any]:
     every = [value for values in right.values() for value in values]
+    pruning = inference.pruning
     return {
         "inference": inference.name,
-        "reducer": inference.reducer if inference.prunes else None,
-        "prune_ratio": inference.prune_ratio if inference.prunes else 0.0,
-        "keep_tokens": inference.keep_tokens if inference.prunes else None,
-        "budget": inference.budget,
-        "adaptive": inference.adaptive,
-        "newlines": inference.newlines,
-        "positions": inference.positions,
+        "reducer": pruning.reducer if inference.prunes else None,
+        "reducer_options": pruning.reducer_options if inference.prunes else {},
+        "prune_ratio": pruning.prune_ratio if inference.prunes else 0.0,
+        "keep_tokens": pruning.keep_tokens if inference.prunes else None,
+        "budget": pruning.budget,
+        "adaptive": pruning.adaptive,
+        "newlines": pruning.newlines,
+        "positions": pruning.positions,
         "accuracy": sum(every) / len(every),
         "accuracy_by_kind": {kind: sum(values) / len(values) for kind, values in sorted(right.items())},
         "samples": len(every),

@@ -4,7 +4,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.errors import SaccadeError
-from saccade.families.base import Encoded, Family
+from saccade.families.base import Family
+from saccade.families.encoded import Encoded
 from saccade.families.gemma3 import Gemma3Family
 from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily

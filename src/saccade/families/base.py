@@ -1,11 +1,11 @@
-"""What a model family has to say about itself: one small class a family, on stock transformers classes.
+"""What a model family has to say about itself: one small class per family, on stock transformers classes.
 
 Shapes: B samples, L tokens, R feature rows (images, crops, frames) of N visual tokens each, width D.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,31 +14,18 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
-from saccade.families.collect import AttentionBlock, Patches, encode_collecting, pool_patches
-from saccade.families.question import Reader
-from saccade.families.relevance import TextTower, relevance
+from saccade.families.encoded import AttentionBlock, Encoded, Patches
+from saccade.families.text_relevance import relevance, row_samples
 from saccade.families.tower import unused_layers_passed_over
-from saccade.interfaces import check_takes
-from saccade.tokens import TokenBudget, VisualContext
-
-
-@dataclass
-class Encoded:
-    """One encoding of a batch's images, used by every pass over that batch.
-
-    Args:
-        context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
-        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence; empty where the images
-            were encoded at a lower resolution.
-        deeper: features `(R, N, D)` that enter at further layers of the language model, layer by layer. They are
-            reduced as the context's features are, and are zero on isolator rows.
-        videos: bool a row, true where it comes from a video; empty where there is none.
-    """
-
-    context: VisualContext
-    outputs: dict[str, ModelOutput]
-    deeper: tuple[Tensor, ...] = ()
-    videos: tuple[bool, ...] = ()
+from saccade.families.vision_attention import (
+    FROM_ATTENTION,
+    first_arguments,
+    pool_patches,
+    read_attention,
+    watching,
+)
+from saccade.interfaces import changed, check_takes, installed
+from saccade.reducers import PROJECTION, Needs
 
 
 class Family(ABC):
@@ -58,18 +45,16 @@ class Family(ABC):
     """Processor outputs that `encode` consumes and that a pass over encoded features must not get again."""
     token_inputs: Mapping[str, int] = {}
     """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
-    fixed_resolution: str = "its family does not say how"
-    """Why `_encode_low_resolution` is missing, where it is."""
     projects_tokens: bool = False
     """Whether the projector takes tokens one by one: a token is what it makes of the token's encoder features alone,
     and nothing happens to it behind the projector."""
     unpadded: str | None = "reach the model whole and in their own shape"
     """Why images are not padded to a square, as the end of a sentence about them; None where they can be."""
-    several_axes: bool = False
+    uses_mrope: bool = False
     """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
     `positions` says: counted anew along one axis they would mean something else to the model."""
 
-    attends_both_ways: bool = False
+    bidirectional_image_attention: bool = False
     """Whether the tokens of an image attend to one another in both directions."""
 
     thumbnail: int | None = None
@@ -88,61 +73,93 @@ class Family(ABC):
     def encode(
         self,
         inputs: Mapping[str, Any],
-        needs: frozenset[str] = frozenset(),
+        needs: Needs | None = None,
         *,
         labels: Tensor | None = None,
-        text_tower: TextTower | None = None,
-        reader: Reader | None = None,
-        budget: TokenBudget | None = None,
+        seed: int | None = None,
     ) -> Encoded:
         """Run the vision tower and the projector once over the batch's images.
 
         Args:
             inputs: processor outputs.
-            needs: the fields of `VisualContext` that a reducer asks for beyond the features.
+            needs: what the context has to hold beyond the features; None for nothing.
             labels: long `(B, L)` of a training batch, so that relevance never sees an answer.
-            text_tower: what to take relevance from, in place of the language model's input embeddings.
-            reader: what finds the user's words without a text tower; None takes the model's own.
-            budget: what decides about the size of the images where `needs` asks for a lower resolution.
+            seed: of the first feature row, for stochastic reducers; the next rows count on from it.
 
         Raises:
             SaccadeError: if this family cannot give what is needed.
         """
-        with unused_layers_passed_over(self.vision_tower, getattr(self.model.config, "vision_feature_layer", None)):
-            if needs:
-                return encode_collecting(self, inputs, needs, labels, text_tower, reader, budget)
-            return self._encode(inputs)
+        needs = Needs() if needs is None else needs
+        block = self._block_for(needs)
+        features_too = "encoder_features" in needs.fields or needs.text_tower is not None
+        entry = self.projector_entry if features_too else None
+        layer = getattr(self.model.config, "vision_feature_layer", None)
+        tower = unused_layers_passed_over(self.vision_tower, layer)
+        with tower, watching(block) as calls, first_arguments(entry) as given:
+            encoded = self._encode(inputs)
+        known: dict[str, Tensor] = {}
+        if seed is not None:
+            known["seed"] = torch.arange(encoded.context.shape[0], device=encoded.context.features.device) + seed
+        if "sample" in needs.fields:
+            known["sample"] = row_samples(encoded.context, self.placeholder(inputs["input_ids"]))
+        if entry is not None:
+            if not given:
+                raise changed(f"the projector did not call its {type(entry).__name__}")
+            # With their gradient, which a merge before the projector hands on to a tower that trains.
+            values = self.patches_to_tokens([Patches(value, False) for value in given], encoded, inputs)
+            known["encoder_features"] = values
+        with torch.no_grad(), torch.autocast(encoded.context.features.device.type, enabled=False):
+            if block is not None:
+                seen = [read_attention(call, block, needs.fields) for call in calls]
+                for name in sorted(needs.fields & FROM_ATTENTION):
+                    patches = [Patches(values[name], block.class_token) for values in seen]
+                    values = self.patches_to_tokens(patches, encoded, inputs)
+                    known[name] = values.squeeze(2) if name == "saliency" else values
+            if "relevance" in needs.fields:
+                context = encoded.context.replace(**known)
+                placeholder = self.placeholder(inputs["input_ids"])
+                known["relevance"] = relevance(self.model, context, inputs, labels, placeholder, needs)
+        return replace(encoded, context=encoded.context.replace(**known)) if known else encoded
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """What `encode` does, less collecting what a reducer needs: that is done by hooks around this."""
 
-    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
-        """What `encode` gives at the resolution that `budget` leaves: `context.low_resolution` is filled.
+    def check_gives(self, needs: Needs) -> None:
+        """Check that the model gives what is needed, as far as that shows without images.
 
         Raises:
-            SaccadeError: if the family cannot do it.
+            SaccadeError: naming the model, what it does not give, and a way out.
         """
-        raise SaccadeError(
-            f"model_type={self.model.config.model_type!r}: its images cannot be encoded at a lower resolution "
-            f"({self.fixed_resolution}); use another reducer than 'downsample'"
-        )
+        self._block_for(needs)
 
-    @property
-    def lowers_resolution(self) -> bool:
-        """Whether `_encode_low_resolution` is there."""
-        return type(self)._encode_low_resolution is not Family._encode_low_resolution
+    def _block_for(self, needs: Needs) -> AttentionBlock | None:
+        """The block of the vision tower to watch, or None where nothing of it is needed.
+
+        Raises:
+            SaccadeError: if there is none, or the projector cannot be given single tokens where that is needed.
+        """
+        if PROJECTION in needs.fields and not self.projects_tokens:
+            self.project(torch.empty(0))  # says why it cannot
+        wanted = needs.fields & FROM_ATTENTION
+        block = self.attention_block() if wanted else None
+        if wanted and block is None:
+            raise SaccadeError(
+                f"model_type={self.model.config.model_type!r} of transformers {installed('transformers')} gives no "
+                f"{' and '.join(sorted(wanted))}: use a reducer that `saccade reducers` lists without"
+            )
+        return block
 
     @abstractmethod
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, ModelOutput]:
         """`mm_encoder_outputs` for shortened features.
 
         Args:
             features: one `(n_i, D)` tensor a feature row, in placeholder order, isolator rows included.
             encoded: what the features were shortened from.
-            deeper: the same for each entry of `encoded.deeper`.
+            deepstack_features: the same for each entry of `encoded.deepstack_features`.
         """
 
     @abstractmethod
@@ -160,19 +177,8 @@ class Family(ABC):
         """Values of patches, one entry a call of the block, as values `(R, N, C)` of the context's tokens."""
         return pool_patches(patches, encoded)
 
-    def text_relevance(
-        self,
-        encoded: Encoded,
-        inputs: Mapping[str, Any],
-        labels: Tensor | None,
-        text_tower: TextTower | None,
-        reader: Reader | None,
-    ) -> Tensor:
-        """How relevant each visual token is to the user's words, larger for more: float32 `(R, N)`."""
-        return relevance(self, encoded, inputs, labels, text_tower, reader)
-
     @property
-    def tower_states(self) -> tuple[int, ...] | None:
+    def vision_feature_layers(self) -> tuple[int, ...] | None:
         """What the stock model reads of its tower's output: numbers of hidden states; none for `last_hidden_state`.
 
         None where the tower is not called with one image, crop or frame a row. Its features then cannot be kept.
@@ -216,6 +222,11 @@ class Family(ABC):
     def language_model(self) -> nn.Module:
         """The language model, without its head."""
         return self.model.base_model.language_model
+
+    @property
+    def pad_id(self) -> int:
+        """The token id that shortened batches are padded with; it is masked wherever it stands."""
+        return max(self.model.config.get_text_config().pad_token_id or 0, 0)
 
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the batch holds any image."""

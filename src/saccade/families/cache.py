@@ -25,11 +25,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Family
-from saccade.families.collect import FROM_ATTENTION
 from saccade.families.store import DIGEST_BYTES, Store, digest
+from saccade.families.vision_attention import FROM_ATTENTION
 from saccade.files import write_json_atomically
 from saccade.interfaces import changed, check_takes
-from saccade.reducers import get_reducer, list_reducers
+from saccade.reducers import Needs, get_reducer, list_reducers
 
 LAST = "last_hidden_state"
 TOWER_FILE = "tower.json"
@@ -77,7 +77,7 @@ class FeatureCache:
     def __init__(self, family: Family, folder: str | os.PathLike[str], max_bytes: float) -> None:
         check_cacheable(family, str(folder))
         self.tower = family.vision_tower
-        self.states = family.tower_states
+        self.states = family.vision_feature_layers
         self.store = Store(Path(folder), max_bytes)
         self.read_rows = 0
         """Rows that came from disk so far, or from an equal row of the same call."""
@@ -217,7 +217,7 @@ def check_cacheable(family: Family, folder: str) -> None:
         SaccadeError: naming the field, its value, and the fix.
     """
     model_type, tower = family.model.config.model_type, family.vision_tower
-    if family.tower_states is None:
+    if family.vision_feature_layers is None:
         raise SaccadeError(
             f"feature_cache={folder!r}: the vision tower of model_type={model_type!r} does not encode each image by "
             "itself, so that its features cannot be kept; leave feature_cache out"
@@ -235,7 +235,7 @@ def check_cacheable(family: Family, folder: str) -> None:
             )
 
 
-def check_needs(folder: str, mode: str, needs: frozenset[str]) -> None:
+def check_needs(folder: str, mode: str, needs: Needs) -> None:
     """Refuse a mode that looks into the tower, which does not run where its features are read.
 
     Args:
@@ -246,7 +246,7 @@ def check_needs(folder: str, mode: str, needs: frozenset[str]) -> None:
     Raises:
         SaccadeError: naming reducers that do not.
     """
-    inside = sorted(needs & FROM_ATTENTION)
+    inside = sorted(needs.fields & FROM_ATTENTION)
     if inside:
         others = [name for name in list_reducers() if not get_reducer(name).needs & FROM_ATTENTION]
         raise SaccadeError(

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, square_grid
-from saccade.families.collect import AttentionBlock, encoder_block
+from saccade.families.base import Family, joined_rows, positions_from_mask, square_grid
+from saccade.families.encoded import AttentionBlock, Encoded
+from saccade.families.vision_attention import encoder_block
 from saccade.tokens import VisualContext
 
 
@@ -23,9 +24,8 @@ class Gemma3Family(Family):
     name = "gemma3"
     model_types = ("gemma3",)
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
-    attends_both_ways = True
+    bidirectional_image_attention = True
     unpadded = "are squeezed into a square by a processor that cannot pad, and cuts nothing off"
-    fixed_resolution = "the stock projector pools one fixed grid of patches"
 
     @property
     def placeholder_id(self) -> int:
@@ -39,7 +39,7 @@ class Gemma3Family(Family):
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
@@ -47,7 +47,7 @@ class Gemma3Family(Family):
         return encoder_block(self.vision_tower, -1)
 
     @property
-    def tower_states(self) -> tuple[int, ...]:
+    def vision_feature_layers(self) -> tuple[int, ...]:
         return ()
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, square_grid
-from saccade.families.collect import AttentionBlock, encoder_block
-from saccade.families.resolution import low_resolution_rows, shrink_images
-from saccade.reducers.downsample import lower_grid
-from saccade.tokens import TokenBudget, VisualContext
+from saccade.families.base import Family, joined_rows, positions_from_mask, square_grid
+from saccade.families.encoded import AttentionBlock, Encoded
+from saccade.families.vision_attention import encoder_block
+from saccade.tokens import VisualContext
 
 
 class Idefics3Family(Family):
@@ -59,20 +58,6 @@ class Idefics3Family(Family):
         whole = samples if isinstance(samples, Tensor) else list(samples)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=whole)})
 
-    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
-        """The tower places patches by their share of the edge, whatever the size; the pixel shuffle takes squares."""
-        pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
-        full = (pixels.shape[-2] // self._side, pixels.shape[-1] // self._side)
-        lower = lower_grid(*full, budget.count(full[0] * full[1]), square=True)
-        size = (lower[0] * self._side, lower[1] * self._side)
-        small = shrink_images(pixels.flatten(0, 1), *size).unflatten(0, pixels.shape[:2])
-        if mask is not None:
-            mask = torch.nn.functional.interpolate(mask.float(), size=size, mode="nearest").to(mask.dtype)
-        samples = self.model.get_image_features(small, mask, return_dict=True).pooler_output
-        tokens = torch.cat(tuple(samples))
-        features = tokens.reshape(-1, lower[0] * lower[1], tokens.shape[-1])
-        return low_resolution_rows(features, full, lower, self._groups(inputs["input_ids"], features.shape[0]))
-
     @property
     def _side(self) -> int:
         """Pixels along an edge of what becomes one token."""
@@ -92,7 +77,7 @@ class Idefics3Family(Family):
         return thumbnail.cumsum(dim=0) - thumbnail
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
@@ -100,7 +85,7 @@ class Idefics3Family(Family):
         return encoder_block(self.vision_tower, -1)
 
     @property
-    def tower_states(self) -> tuple[int, ...]:
+    def vision_feature_layers(self) -> tuple[int, ...]:
         return ()
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:

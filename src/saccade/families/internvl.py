@@ -6,11 +6,9 @@ from typing import Any
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask, run_numbers, square_grid
-from saccade.families.collect import AttentionBlock
-from saccade.families.resolution import low_resolution_rows, shrink_images
-from saccade.reducers.downsample import lower_grid
-from saccade.tokens import TokenBudget, VisualContext
+from saccade.families.base import Family, joined_rows, positions_from_mask, run_numbers, square_grid
+from saccade.families.encoded import AttentionBlock, Encoded
+from saccade.tokens import VisualContext
 
 
 class InternVLFamily(Family):
@@ -37,18 +35,6 @@ class InternVLFamily(Family):
         )
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
 
-    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
-        """The tower interpolates its position embeddings by itself; the pixel shuffle takes squares only."""
-        pixels = inputs["pixel_values"]
-        full = self._grid(pixels)
-        lower = lower_grid(*full, budget.count(full[0] * full[1]), square=True)
-        shuffle = round(1 / self.model.config.downsample_ratio)
-        size = (edge * shuffle * patch for edge, patch in zip(lower, self._patch, strict=True))
-        small = shrink_images(pixels, *size)
-        features = self.model.get_image_features(pixel_values=small, return_dict=True).pooler_output
-        group = self._groups(inputs["input_ids"], features.shape[0], full[0] * full[1])
-        return low_resolution_rows(features, full, lower, group)
-
     @property
     def _patch(self) -> tuple[int, int]:
         """Height and width of a patch in pixels."""
@@ -65,13 +51,13 @@ class InternVLFamily(Family):
     def _groups(self, input_ids: Tensor, rows: int, tokens: int) -> Tensor | None:
         """The image of each crop: long `(rows,)`, the unbroken run of placeholders that it stands in.
 
-        None, an image a crop, if the placeholders differ in number from the visual tokens: the splice says so clearly.
+        None, one image per crop, if placeholders and visual tokens differ in number: the splice says so clearly.
         """
         runs = run_numbers(self.placeholder(input_ids))
         return runs.reshape(rows, tokens)[:, 0] if runs.numel() == rows * tokens else None
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
 
@@ -84,7 +70,7 @@ class InternVLFamily(Family):
         return AttentionBlock(attention, attention.q_norm, attention.k_norm, attention.num_heads, class_token=True)
 
     @property
-    def tower_states(self) -> tuple[int, ...]:
+    def vision_feature_layers(self) -> tuple[int, ...]:
         layer = self.model.config.vision_feature_layer
         return () if layer == -1 else (layer,)
 

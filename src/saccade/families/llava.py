@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
-from saccade.families.base import Encoded, Family, positions_from_mask, square_grid
-from saccade.families.collect import AttentionBlock, encoder_block
-from saccade.families.resolution import low_resolution_rows, shrink_images
+from saccade.families.base import Family, positions_from_mask, square_grid
+from saccade.families.encoded import AttentionBlock, Encoded
 from saccade.families.tower import used_states
-from saccade.reducers.downsample import lower_grid
-from saccade.tokens import TokenBudget, VisualContext
+from saccade.families.vision_attention import encoder_block
+from saccade.tokens import VisualContext
 
 
 class LlavaFamily(Family):
@@ -54,26 +53,8 @@ class LlavaFamily(Family):
         context = VisualContext(features=features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
-    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
-        """The tower interpolates its position embeddings, as stock CLIP and SigLIP towers offer."""
-        config = self.model.config
-        block = self.attention_block()
-        # The strategy "default" cuts off the first token, which is an image's own where there is no class token.
-        if block is None or block.class_token != (config.vision_feature_select_strategy == "default"):
-            raise SaccadeError(
-                f"vision tower {config.vision_config.model_type!r} with vision_feature_select_strategy="
-                f"{config.vision_feature_select_strategy!r} gives no grid of tokens at a lower resolution: "
-                "use another reducer than 'downsample'"
-            )
-        pixels, patch = inputs["pixel_values"], config.vision_config.patch_size
-        full = (pixels.shape[-2] // patch, pixels.shape[-1] // patch)
-        lower = lower_grid(*full, budget.count(full[0] * full[1]))
-        small = shrink_images(pixels, lower[0] * patch, lower[1] * patch)
-        outputs = self.model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
-        return low_resolution_rows(torch.stack(tuple(outputs.pooler_output)), full, lower)
-
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
 
@@ -81,7 +62,7 @@ class LlavaFamily(Family):
         return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     @property
-    def tower_states(self) -> tuple[int, ...] | None:
+    def vision_feature_layers(self) -> tuple[int, ...] | None:
         return used_states(self.vision_tower, self.model.config.vision_feature_layer)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -2,7 +2,7 @@
 
 Both hand the language model an image as `[small][line newline][line newline]...`: the tokens of the small picture,
 then the lines of the large one without its padding, a newline after each. A feature row is one of the two pictures,
-and the two are one group. The newlines are `protected` tokens of the row, see `saccade.pruning.reduce`.
+and the two are one group. The newlines are `protected` tokens of the row, see `saccade.reducers.reduce`.
 """
 
 import math
@@ -15,10 +15,11 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from saccade.families.base import Encoded, Family, joined_rows, positions_from_mask
-from saccade.families.collect import AttentionBlock, Patches, encoder_block
+from saccade.families.base import Family, joined_rows, positions_from_mask
+from saccade.families.encoded import AttentionBlock, Encoded, Patches
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 from saccade.families.tower import used_states
+from saccade.families.vision_attention import encoder_block
 
 
 class LlavaNextFamily(Family):
@@ -28,7 +29,6 @@ class LlavaNextFamily(Family):
     model_types = ("llava_next",)
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     vision_inputs = image_inputs
-    fixed_resolution = "the stock model packs crops of one fixed grid of patches"
     thumbnail = 0
     projects_tokens = True
 
@@ -42,7 +42,7 @@ class LlavaNextFamily(Family):
         return Encoded(parts.context, {"image": outputs})
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
 
@@ -74,7 +74,7 @@ class LlavaNextFamily(Family):
         return {"vision_feature_select_strategy": self.model.config.vision_feature_select_strategy}
 
     @property
-    def tower_states(self) -> tuple[int, ...] | None:
+    def vision_feature_layers(self) -> tuple[int, ...] | None:
         return used_states(self.vision_tower, self.model.config.vision_feature_layer)
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -162,7 +162,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return Encoded(parts.context, outputs, videos=parts.videos)
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
         wrapped = {}
         for kind, rows in split_kinds(features, encoded.videos).items():

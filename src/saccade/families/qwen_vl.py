@@ -1,22 +1,16 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, a patch merger, three position axes, images and videos."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.vision_utils import get_vision_window_index
 
 from saccade.errors import SaccadeError
-from saccade.families.base import Encoded, Family
-from saccade.families.collect import AttentionBlock, Patches
-from saccade.families.resolution import lay_out, shrink_patches
+from saccade.families.base import Family
+from saccade.families.encoded import AttentionBlock, Encoded, Patches
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
-from saccade.reducers.downsample import grid_places, lower_grid
-from saccade.tokens import TokenBudget
 
 MERGERS = ("merger", "deepstack_merger_list")
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -33,7 +27,7 @@ class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     # The grids stay: a pass over the full sequence computes its positions from them.
     vision_inputs = ("pixel_values", "pixel_values_videos")
-    several_axes = True
+    uses_mrope = True
 
     @property
     def placeholder_id(self) -> int:
@@ -68,33 +62,10 @@ class Qwen2VLFamily(Family):
             outputs[kind] = self._wrap(layers)
         return self._assembled(rows, inputs, outputs)
 
-    def _encode_low_resolution(self, inputs: Mapping[str, Any], budget: TokenBudget) -> Encoded:
-        """Each image and video is put together from its patches, shrunk, and cut into patches again.
-
-        The frames of a video all get the same size; in Qwen2-VL and 2.5 they share the budget of the video evenly.
-        """
-        vision = self.model.base_model.visual
-        config, merge = self.model.config.vision_config, vision.spatial_merge_size
-        rows: dict[str, list[FeatureRow]] = {"image": [], "video": []}
-        for kind, grid in _given_grids(inputs):
-            shapes = self._token_grids(grid)
-            lower = [
-                lower_grid(*edges, self._frame_budget(frames, math.prod(edges), budget)) for frames, *edges in shapes
-            ]
-            patches = inputs[PIXELS[kind]].split(grid.prod(dim=1).tolist())
-            given = zip(patches, grid.tolist(), lower, strict=True)
-            sizes = (merge, config.patch_size, config.temporal_patch_size)
-            small = torch.cat([shrink_patches(values, tuple(full), less, *sizes) for values, full, less in given])
-            grids = [(shape[0], less[0] * merge, less[1] * merge) for shape, less in zip(shapes, lower, strict=True)]
-            layers = self._features(kind, small, torch.tensor(grids, device=grid.device))
-            for number, (shape, less) in enumerate(zip(shapes, lower, strict=True)):
-                rows[kind] += self._low_rows([layer[number] for layer in layers], shape, less, number)
-        return self._assembled(rows, inputs, {})
-
     def _features(self, kind: str, pixels: Tensor, grid: Tensor) -> list[list[Tensor]]:
         """The tokens `(n, D)` of each image or video, for each layer of the language model that they enter at."""
         output = getattr(self.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
-        return [list(output.pooler_output), *map(list, self._deeper(output))]
+        return [list(output.pooler_output), *map(list, self._deepstack(output))]
 
     def _token_grids(self, grid: Tensor) -> list[tuple[int, int, int]]:
         """Frames, rows and columns of tokens of each image or video."""
@@ -107,12 +78,12 @@ class Qwen2VLFamily(Family):
         ids = inputs["input_ids"]
         is_video = (ids == self.model.config.video_token_id)[self.placeholder(ids)]
         parts = assemble(rows["image"], rows["video"], is_video)
-        return Encoded(parts.context, outputs, parts.deeper, parts.videos)
+        return Encoded(parts.context, outputs, parts.deepstack_features, parts.videos)
 
     def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deeper: Sequence[Sequence[Tensor]] = ()
+        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
-        layers = [split_kinds(layer, encoded.videos) for layer in (features, *deeper)]
+        layers = [split_kinds(layer, encoded.videos) for layer in (features, *deepstack_features)]
         return {kind: self._wrap([layer[kind] for layer in layers]) for kind in layers[0]}
 
     def attention_block(self) -> AttentionBlock | None:
@@ -157,25 +128,9 @@ class Qwen2VLFamily(Family):
 
     def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
         """The feature rows of an image or a video, `(n, D)` a layer."""
-        return [FeatureRow(layers[0], grid, number, deeper=layers[1:])]
+        return [FeatureRow(layers[0], grid, number, deepstack_features=layers[1:])]
 
-    def _low_rows(
-        self, layers: Sequence[Tensor], grid: tuple[int, int, int], lower: tuple[int, int], number: int
-    ) -> list[FeatureRow]:
-        """The same from layers `(frames * k, D)` of a smaller image or video, laid out over the full grid."""
-        frames, height, width = grid
-        places, tokens = grid_places((height, width), lower), height * width
-        spread = [lay_out(layer.unflatten(0, (frames, -1)), places, tokens).flatten(0, 1) for layer in layers]
-        rows = self._rows(spread, grid, number)
-        # A row is a frame, or all frames behind one another.
-        inside = [frame * tokens + place for frame in range(frames // len(rows)) for place in places]
-        return [replace(row, low_resolution=inside) for row in rows]
-
-    def _frame_budget(self, frames: int, tokens: int, budget: TokenBudget) -> int:
-        """What a frame of `tokens` tokens may keep, where all frames of a video are one row."""
-        return budget.count(frames * tokens) // frames
-
-    def _deeper(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
+    def _deepstack(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         """Features of each image or video that enter at further layers."""
         return ()
 
@@ -192,12 +147,9 @@ class Qwen3VLFamily(Qwen2VLFamily):
     def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
         # Time stamps stand between the frames of a video, so that a frame is what is whole.
         frames = zip(*(layer.chunk(grid[0]) for layer in layers), strict=True)
-        return [FeatureRow(frame[0], (1, *grid[1:]), number, deeper=frame[1:]) for frame in frames]
+        return [FeatureRow(frame[0], (1, *grid[1:]), number, deepstack_features=frame[1:]) for frame in frames]
 
-    def _frame_budget(self, frames: int, tokens: int, budget: TokenBudget) -> int:
-        return budget.count(tokens)
-
-    def _deeper(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
+    def _deepstack(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         return output.deepstack_features
 
     def _wrap(self, layers: Sequence[Sequence[Tensor]]) -> BaseModelOutputWithPooling:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.families.base import Encoded, pad_rows
+from saccade.families.base import pad_rows
+from saccade.families.encoded import Encoded
 from saccade.tokens import VisualContext
 
 
@@ -19,16 +20,14 @@ class FeatureRow:
         grid: frames, rows and columns of the tokens that are no newlines.
         source: number of the image or the video, among its kind, that the row belongs to.
         newlines: the places of newlines among the n.
-        deeper: `(n, D)` for each further layer of the language model that features enter at.
-        low_resolution: the places of the tokens that a smaller image gave, where one was encoded.
+        deepstack_features: `(n, D)` for each further layer of the language model that features enter at.
     """
 
     features: Tensor
     grid: tuple[int, int, int]
     source: int
     newlines: Sequence[int] = ()
-    deeper: Sequence[Tensor] = ()
-    low_resolution: Sequence[int] = ()
+    deepstack_features: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Assembled:
     """What `Encoded` holds of the rows, see there."""
 
     context: VisualContext
-    deeper: tuple[Tensor, ...]
+    deepstack_features: tuple[Tensor, ...]
     videos: tuple[bool, ...]
 
 
@@ -66,20 +65,14 @@ def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_vide
         for number, row in enumerate(rows):
             places[number, list(row.newlines)] = True
         protected = places.to(device)
-    smaller = None
-    if any(row.low_resolution for row in rows):
-        columns = max(len(row.low_resolution) for row in rows)
-        smaller = torch.tensor([[*row.low_resolution, *[-1] * (columns - len(row.low_resolution))] for row in rows])
-        smaller = smaller.to(device)
     context = VisualContext(
         features=features,
         valid=valid,
         grid=torch.tensor([row.grid for row in rows], device=device),
         group=torch.tensor(group, device=device),
         protected=protected,
-        low_resolution=smaller,
     )
-    layers = zip(*(row.deeper for row in rows), strict=True)
+    layers = zip(*(row.deepstack_features for row in rows), strict=True)
     return Assembled(context, tuple(pad_rows(layer)[0] for layer in layers), order)
 
 

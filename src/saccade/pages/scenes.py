@@ -11,6 +11,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences
 from saccade.evaluation.digits import collate_prompts
 from saccade.pages.page import Page
+from saccade.reducers import PruningConfig
 from saccade.report.html import fold, gallery, paragraph
 from saccade.report.view import view_reducers
 from saccade.training import ModelOptions, load_model
@@ -37,8 +38,8 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
         for number, row in enumerate(rows):
             question, file = row["messages"][-2]["content"], f"kept_{row['kind']}.png"
             image = row["images"][0]
-            path, ratio = page.workshop / file, pruned.prune_ratio
-            seen = view_reducers(model, processor, image, [pruned.reducer], ratio, question, path, pruned.keep_tokens)
+            path, way = page.workshop / file, pruned.pruning
+            seen = view_reducers(model, processor, image, [way.reducer], question, path, way)
             kept, (height, width) = seen["panels"][0]["kept"], seen["grid"]
             said = ", ".join(
                 f"on {'all' if name == 'full' else 'kept'} tokens “{texts[number]}”" for name, texts in answers.items()
@@ -46,15 +47,15 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
             pictures.append(
                 page.show(
                     file,
-                    f"A scene of {row['num_digits']} digits; {pruned.reducer} keeps {len(kept)} of {height * width} "
-                    f"patches, {_where(kept, width, height)}.",
+                    f"A scene of {row['num_digits']} digits; {pruned.pruning.reducer} keeps {len(kept)} of "
+                    f"{height * width} patches, {_where(kept, width, height)}.",
                     f"“{question}” Right: “{row['answer']}”; answered {said}.",
                 )
             )
     except SaccadeError as error:
         page.add(HEADING, paragraph(f"No pictures: {error}"))
         return
-    intro = f"Scenes of the test split. {pruned.reducer} keeps {len(kept)} of {height * width} visual tokens: "
+    intro = f"Scenes of the test split. {pruned.pruning.reducer} keeps {len(kept)} of {height * width} visual tokens: "
     intro += "what it keeps is clear and outlined, what it drops is dark. "
     page.add(HEADING, paragraph(intro + "Answers are greedy, on all tokens and on those."), gallery(pictures))
 
@@ -78,9 +79,9 @@ def add_compared_scene(
         scenes = digit_scenes("sft", "test", 200, kinds=["read"])
         row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
         question = row["messages"][-2]["content"]
-        seen = view_reducers(
-            model, processor, row["images"][0], reducers, prune_ratio, question, page.workshop / file, keep_tokens
-        )
+        pruning = PruningConfig(keep_tokens=keep_tokens) if keep_tokens else PruningConfig(prune_ratio=prune_ratio)
+        path = page.workshop / file
+        seen = view_reducers(model, processor, row["images"][0], reducers, question, path, pruning)
     except SaccadeError as error:
         page.add(HEADING, paragraph(f"No picture: {error}"))
         return

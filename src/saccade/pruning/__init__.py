@@ -1,31 +1,18 @@
-"""From a processed batch to its shorter form, for training and for inference."""
+"""From a processed batch to its shorter form, for training and for inference: encode, reduce, splice, run."""
 
-from saccade.pruning.adaptive import adaptive_counts, token_need
 from saccade.pruning.isolator import ISOLATOR_FILE, ModeIsolator
-from saccade.pruning.prune_inputs import prune_inputs
-from saccade.pruning.shorten import (
-    POSITIONS,
-    Shortened,
-    check_newlines,
-    check_positions,
-    keep_budget,
-    reduce,
-    reduced_features,
-    shorten,
-)
+from saccade.pruning.prune import Method, ModeInputs, prune
+from saccade.pruning.prune_inputs import prune_inputs, pruning_config
+from saccade.pruning.pruner import Pruner, reduced_features
 
 __all__ = [
     "ISOLATOR_FILE",
-    "POSITIONS",
+    "Method",
+    "ModeInputs",
     "ModeIsolator",
-    "Shortened",
-    "adaptive_counts",
-    "check_newlines",
-    "check_positions",
-    "keep_budget",
+    "Pruner",
+    "prune",
     "prune_inputs",
-    "reduce",
+    "pruning_config",
     "reduced_features",
-    "shorten",
-    "token_need",
 ]

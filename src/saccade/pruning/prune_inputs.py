@@ -9,31 +9,21 @@ from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
-from saccade.families.collect import encode_for
 from saccade.pruning.isolator import ModeIsolator
-from saccade.pruning.shorten import check_newlines, check_positions, reduce, shorten
-from saccade.reducers import check_resolution_budget, get_reducer
-from saccade.tokens import Reduction, TokenBudget, VisualContext, splice
-
-SIZES = ("image_sizes", "image_sizes_videos", "image_grid_thw", "video_grid_thw")
-"""What a processor returns beside pixels, and what a family cannot read them without."""
-WHOLE = "pass all that the processor returned with return_tensors='pt'"
+from saccade.pruning.prune import WHOLE, prune
+from saccade.pruning.pruner import Pruner
+from saccade.reducers import PruningConfig, list_reducers
 
 
 @torch.no_grad()
 def prune_inputs(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    reducer: str = "divprune",
-    prune_ratio: float | None = None,
-    isolator: ModeIsolator | Tensor | str | Path | None = None,
-    positions: str = "compact",
+    config: PruningConfig | str | Path | None = None,
+    *,
     padding_side: str = "left",
-    reducer_options: Mapping[str, Any] | None = None,
-    newlines: str = "keep",
-    keep_tokens: int | None = None,
-    budget: str = "crop",
-    adaptive: bool = False,
+    isolator: ModeIsolator | Tensor | str | Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Drop visual tokens from a processed batch.
 
@@ -43,67 +33,67 @@ def prune_inputs(
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
         inputs: what the model's processor returned with `return_tensors="pt"`, for any number of samples and images.
-        reducer: name of the method that chooses the tokens, see `saccade reducers`.
-        prune_ratio: share of visual tokens to drop, in [0, 1); 0.9 where it and `keep_tokens` are left out.
-        isolator: the trained mode isolator to put before each image, or the folder or file it was saved in. None, as
-            published for inference, uses none.
-        positions: "compact" or "original", as the model was trained. Models with several position axes (Qwen-VL)
-            always keep the original ones.
+        config: how tokens are reduced, or the folder of a trained model, which says how it was trained.
         padding_side: "left" for `generate`, "right" for a plain forward.
-        reducer_options: keyword options of the reducer.
-        newlines: "keep" or "drop", for the newline tokens of anyres images.
-        keep_tokens: number of tokens to keep, in place of the ratio.
-        budget: what the ratio or the number is of: each "crop" or frame, all crops of an "image" or frames of a video,
-            or all images and videos of a "sample".
-        adaptive: share the batch's tokens out by how varied the images are, see `saccade.pruning.adaptive_counts`. A
-            sample's tokens then depend on the samples beside it.
+        isolator: the mode isolator that stands before each image, its rows `(l, D)`, or the folder or file that it was
+            saved in; that of the config when left out.
+        options: fields of [`PruningConfig`], in place of the config's.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
 
     Raises:
-        SaccadeError: on an unknown family, reducer or position mode, a ratio beside a number of tokens, a budget out
-            of range or one that the reducer cannot follow, an isolator of another width, placeholders that do not
-            match the images, or inputs that lack something or are pruned already.
+        SaccadeError: on an unknown family, reducer or option, a budget out of range, an isolator of another width,
+            placeholders that do not match the images, or inputs that lack something or are pruned already.
     """
-    tokens = TokenBudget(prune_ratio, keep_tokens, budget, adaptive)
-    check_positions(positions)
-    check_newlines(newlines)
-    if reducer_options is not None and not isinstance(reducer_options, Mapping):
-        raise SaccadeError(f"reducer_options={reducer_options!r}: give a mapping of options to values")
-    chosen = get_reducer(reducer, **(reducer_options or {}))
-    check_resolution_budget(chosen, tokens)
+    config = pruning_config(config, **options)
     family = get_family(model)
     _check_inputs(family, inputs, padding_side)
-    text_config = family.model.config.get_text_config()
-    pad_id = text_config.pad_token_id or 0
-    if not family.has_images(inputs):
-        return _pad_again(family, inputs, pad_id, padding_side)
-    rows = _isolator_rows(isolator, text_config.hidden_size, family.model.device)
-    try:
-        encoded = encode_for(family, chosen, inputs, tokens)
-        reduction = reduce(encoded.context, chosen, tokens, newlines)
-        shortened = shorten(
-            family,
-            encoded,
-            inputs,
-            reduction,
-            isolator=rows,
-            positions=positions,
-            padding_side=padding_side,
-            pad_id=pad_id,
-        ).inputs
-    except SaccadeError:
-        raise
-    except KeyError as error:
-        if error.args[0] not in SIZES:
-            raise
-        raise SaccadeError(f"inputs has no {error}: {WHOLE}") from error
-    except ValueError as error:
-        raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error
-    if positions == "original" and padding_side == "left" and not family.several_axes:
-        shortened = _pad_one_left(shortened, {**family.token_inputs, "input_ids": pad_id})
-    return shortened
+    pruner = Pruner(config, isolator_rows(family, config.isolator if isolator is None else isolator))
+    shorter = prune(family, inputs, pruner, lambda laid: laid.inputs, padding_side=padding_side)
+    if "mm_encoder_outputs" not in shorter:
+        return shorter
+    if config.positions == "original" and padding_side == "left" and not family.uses_mrope:
+        shorter = _pad_one_left(shorter, {**family.token_inputs, "input_ids": family.pad_id})
+    return shorter
+
+
+def pruning_config(config: PruningConfig | str | Path | None = None, **options: Any) -> PruningConfig:
+    """The config that is meant by one, by the folder of a trained model, or by options alone.
+
+    Raises:
+        SaccadeError: on anything else, or an unknown option.
+    """
+    if config is None:
+        config = PruningConfig()
+    elif isinstance(config, (str, Path)):
+        if config in list_reducers():
+            raise SaccadeError(f"config={config!r} is the name of a reducer: write reducer={config!r}")
+        config = PruningConfig.from_pretrained(config)
+    elif not isinstance(config, PruningConfig):
+        raise SaccadeError(f"config is a {type(config).__name__}: give a PruningConfig, or the folder of a model")
+    return config.replace(**options) if options else config
+
+
+def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path | None) -> Tensor | None:
+    """The rows `(l, D)` of an isolator on the model's device, or None.
+
+    Raises:
+        SaccadeError: if it is not one, or it was trained for a model of another width.
+    """
+    if isolator is None:
+        return None
+    if isinstance(isolator, (str, Path)):
+        isolator = ModeIsolator.load(isolator)
+    rows = isolator() if isinstance(isolator, nn.Module) else isolator
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        raise SaccadeError(
+            f"isolator is a {type(isolator).__name__} and not rows (length, width): give a ModeIsolator, or its folder"
+        )
+    width = family.model.config.get_text_config().hidden_size
+    if rows.shape[-1] != width:
+        raise SaccadeError(f"isolator has width {rows.shape[-1]}, the model {width}: it was trained for another model")
+    return rows.to(family.model.device)
 
 
 def _check_inputs(family: Family, inputs: Mapping[str, Any], padding_side: str) -> None:
@@ -117,47 +107,10 @@ def _check_inputs(family: Family, inputs: Mapping[str, Any], padding_side: str) 
         if name not in inputs:
             raise SaccadeError(f"inputs has no {name!r}: {WHOLE}")
         if not isinstance(inputs[name], Tensor) or inputs[name].ndim != 2:
-            raise SaccadeError(f"inputs: {name!r} is no tensor (samples, tokens): {WHOLE}")
+            raise SaccadeError(f"inputs: {name!r} is not a tensor (samples, tokens): {WHOLE}")
     placeholders = 0 if family.has_images(inputs) else int(family.placeholder(inputs["input_ids"]).sum())
     if placeholders:
         raise SaccadeError(f"inputs has {placeholders} placeholders of visual tokens, but no 'pixel_values': {WHOLE}")
-
-
-def _pad_again(family: Family, inputs: Mapping[str, Any], pad_id: int, padding_side: str) -> dict[str, Any]:
-    """A batch without images, padded on the side that was asked for."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    empty = VisualContext(features=torch.zeros(0, 1, 1, device=ids.device))
-    nothing = Reduction(index=torch.zeros(0, 1, dtype=torch.long, device=ids.device), dense=True)
-    spliced = splice(
-        ids, mask, torch.zeros_like(ids, dtype=torch.bool), empty, nothing, pad_id=pad_id, padding_side=padding_side
-    )
-    extras = {name: spliced.gather(inputs[name], fill) for name, fill in family.token_inputs.items() if name in inputs}
-    # On every axis text counts alike.
-    positions = spliced.position_ids.expand(3, -1, -1) if family.several_axes else spliced.position_ids
-    return {
-        "input_ids": spliced.input_ids,
-        "attention_mask": spliced.attention_mask,
-        "position_ids": positions,
-        **extras,
-    }
-
-
-def _isolator_rows(
-    isolator: ModeIsolator | Tensor | str | Path | None, width: int, device: torch.device
-) -> Tensor | None:
-    """`(l, D)` on the model's device, or None."""
-    if isolator is None:
-        return None
-    if isinstance(isolator, (str, Path)):
-        isolator = ModeIsolator.load(isolator)
-    rows = isolator() if isinstance(isolator, nn.Module) else isolator
-    if not isinstance(rows, Tensor) or rows.ndim != 2:
-        raise SaccadeError(
-            f"isolator is a {type(isolator).__name__} and no rows (length, width): give a ModeIsolator, or its folder"
-        )
-    if rows.shape[-1] != width:
-        raise SaccadeError(f"isolator has width {rows.shape[-1]}, the model {width}: it was trained for another model")
-    return rows.to(device)
 
 
 def _pad_one_left(inputs: dict[str, Any], fills: Mapping[str, int]) -> dict[str, Any]:

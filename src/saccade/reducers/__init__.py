@@ -1,16 +1,19 @@
-"""Visual-token reducers, one file a method: which tokens of an image stay, and what the rest is merged into."""
+"""Visual-token reducers, one file per method: which tokens of an image stay, and what the rest is merged into."""
 
+from saccade.reducers.adaptive import adaptive_counts, token_need
 from saccade.reducers.avgpool import AveragePool
+from saccade.reducers.budget import keep_count
 from saccade.reducers.cdpruner import CDPruner
+from saccade.reducers.config import PRUNING_FILE, PruningConfig
 from saccade.reducers.divprune import DivPrune
-from saccade.reducers.downsample import Downsample, check_resolution_budget, is_low_resolution
 from saccade.reducers.dpp import Determinantal
 from saccade.reducers.fastervlm import FasterVLM
 from saccade.reducers.none import KeepAll
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
+from saccade.reducers.reduce import keep_counts, reduce
 from saccade.reducers.redundancy import RedundancyMerge
-from saccade.reducers.registry import PROJECTION, Reducer, get_reducer, list_reducers, register_reducer
+from saccade.reducers.registry import PROJECTION, Needs, Reducer, get_reducer, list_reducers, register_reducer
 from saccade.reducers.tome import TokenMerging
 from saccade.reducers.uniform import UniformGrid
 from saccade.reducers.visionzip import VisionZip
@@ -18,14 +21,16 @@ from saccade.reducers.vispruner import VisPruner
 
 __all__ = [
     "PROJECTION",
+    "PRUNING_FILE",
     "AveragePool",
     "CDPruner",
     "Determinantal",
     "DivPrune",
-    "Downsample",
     "FasterVLM",
     "KeepAll",
+    "Needs",
     "PruMerge",
+    "PruningConfig",
     "RandomSubset",
     "Reducer",
     "RedundancyMerge",
@@ -33,9 +38,12 @@ __all__ = [
     "UniformGrid",
     "VisPruner",
     "VisionZip",
-    "check_resolution_budget",
+    "adaptive_counts",
     "get_reducer",
-    "is_low_resolution",
+    "keep_count",
+    "keep_counts",
     "list_reducers",
+    "reduce",
     "register_reducer",
+    "token_need",
 ]

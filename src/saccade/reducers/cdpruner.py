@@ -25,8 +25,8 @@ class CDPruner:
 
     `context.relevance` is larger for what is more relevant; the sign belongs to whoever computes it. From a CLIP text
     tower it is **minus** the cosine of patch and text, whose sign is inverted in CLIP models; from the language
-    model's input embeddings it is **plus** the cosine. `saccade.families.relevance` does both, from the user's bare
-    words: without roles, system prompt, answers or "Answer the question using a single word or phrase."
+    model's input embeddings it is **plus** the cosine. `saccade.families.text_relevance` does both, from the user's
+    bare words: without roles, system prompt, answers or "Answer the question using a single word or phrase."
 
     Args:
         theta: in [0, 1), the weight of relevance: q becomes exp(alpha q) with alpha = theta / (2 (1 - theta)), so 0 is

@@ -18,7 +18,7 @@ class FasterVLM:
 
     The score of token i is mean over heads of softmax(q_cls k_i^T / sqrt(d))_i in the block that the features come
     from; an encoder without a class token gives the attention that i receives, averaged over heads and queries.
-    `saccade.families.collect` computes both. Of equal scores, the first in raster order stays.
+    `saccade.families.vision_attention` computes both. Of equal scores, the first in raster order stays.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"saliency"})

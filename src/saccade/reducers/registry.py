@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ from saccade.tokens import Reduction, VisualContext
 ENTRY_POINT_GROUP = "saccade.reducers"
 PROJECTION = "projection"
 """The need of a reducer that merges before the projector: a family that can project tokens one by one."""
-NEEDS = frozenset({"encoder_features", "saliency", "keys", "relevance", "low_resolution", PROJECTION})
+NEEDS = frozenset({"encoder_features", "saliency", "keys", "relevance", PROJECTION})
 """What a reducer may name in `needs`: fields of `VisualContext` that are filled only on demand, and `PROJECTION`."""
 
 
@@ -39,6 +40,48 @@ class Reducer(Protocol):
                 the row's number of valid tokens.
         """
         ...
+
+
+class Budget(Protocol):
+    """What of a [`PruningConfig`] decides about needs."""
+
+    budget: str
+    keeps_all: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an encoding of images has to offer beyond the features.
+
+    Args:
+        fields: of `NEEDS`, and "sample" where the images of a sample share a budget.
+        text_tower: folder of the CLIP model that relevance is read from, in place of the language model's embeddings.
+        tokenizer: folder of the tokenizer that finds the user's words; None for the model's own.
+    """
+
+    fields: frozenset[str] = frozenset()
+    text_tower: str | None = None
+    tokenizer: str | None = None
+
+    @classmethod
+    def of(cls, reducer: Reducer, budget: Budget | None = None) -> "Needs":
+        """What `reducer` needs to know under a budget."""
+        if budget is not None and budget.keeps_all:
+            return cls()
+        own = frozenset(reducer.needs)
+        shared = frozenset({"sample"}) if budget is not None and budget.budget == "sample" else frozenset()
+        if "relevance" not in own:
+            return cls(own | shared)
+        return cls(own | shared, getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """What serves both; of two text towers the first."""
+        asks, beside = (self, other) if self.text_tower or not other.text_tower else (other, self)
+        return Needs(
+            self.fields | other.fields,
+            asks.text_tower,
+            asks.tokenizer or beside.tokenizer,
+        )
 
 
 Class = TypeVar("Class", bound=type)

@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from saccade.errors import SaccadeError
 from saccade.families import get_family
-from saccade.families.collect import encode_for
 from saccade.families.padding import padded, pads_to_square
 from saccade.files import write_json_atomically
-from saccade.pruning import reduce
-from saccade.reducers import get_reducer, is_low_resolution
+from saccade.reducers import PruningConfig, reduce
 from saccade.report.kept_tokens import draw_kept_tokens
-from saccade.tokens import Reduction, TokenBudget
+from saccade.tokens import Reduction
 
 
 @torch.no_grad()
@@ -27,10 +24,9 @@ def view_reducers(
     processor: ProcessorMixin,
     image: Image.Image,
     reducers: Sequence[str],
-    prune_ratio: float | None,
     prompt: str,
     path: str | os.PathLike[str],
-    keep_tokens: int | None = None,
+    pruning: PruningConfig | None = None,
 ) -> dict[str, Any]:
     """Draw what each reducer keeps of an image, side by side, and write what is drawn as JSON beside it.
 
@@ -42,15 +38,13 @@ def view_reducers(
         processor: its processor.
         image: any size.
         reducers: names, one panel each.
-        prune_ratio: share of visual tokens to drop, in [0, 1); 0.9 where it and `keep_tokens` are None.
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
-        keep_tokens: number of visual tokens to keep, in place of the ratio.
+        pruning: how many tokens to keep, and the options of its own reducer.
 
     Returns:
         What the JSON holds: `prune_ratio`, `keep_tokens`, `prompt`, `grid` (rows, columns), and for each reducer its
         `kept` tokens and, if it merges, `merged_into`, for each token the kept one that it weighs most in, -1 if none.
-        For `downsample` it is the one of the smaller image that covers it.
 
     Raises:
         SaccadeError: on an unknown reducer, a ratio outside [0, 1) or beside a number of tokens, or a model that a
@@ -59,29 +53,28 @@ def view_reducers(
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise SaccadeError(f"output={str(path)!r}: the picture is a PNG, give a name that ends with .png")
-    budget = TokenBudget(prune_ratio, keep_tokens)
-    chosen = {name: get_reducer(name) for name in reducers}
+    base = PruningConfig() if pruning is None else pruning
+    # Options are of one reducer; the others have their own defaults.
+    chosen = {name: base.replace(reducer=name) for name in reducers}
     family = get_family(model)
     inputs = process_image(processor, image, prompt)
     panels, entries, grid = [], [], (0, 0)
-    for name, reducer in chosen.items():
-        context = encode_for(family, reducer, inputs, budget).context
+    for name, config in chosen.items():
+        context = family.encode(inputs, config.needs).context
         frames, *shape = context.grid[0].tolist()
         tokens = int(context.valid[0].sum())
         if frames * shape[0] * shape[1] != tokens or frames != 1:
-            raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens an image form no grid")
+            raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens per image form no grid")
         grid = (shape[0], shape[1])
-        reduction = reduce(context.select_rows(torch.tensor([0], device=context.features.device)), reducer, budget)
-        if is_low_resolution(reducer) and not budget.keeps_all:
-            reduction.weight = _blocks(reduction.index[0], grid).unsqueeze(0)
+        reduction = reduce(context.select_rows(slice(1)), config)
         index = reduction.index[0]
         weight = None if reduction.weight is None else reduction.weight[0, :, :tokens].cpu()
         panels.append((f"{name}  {int((index >= 0).sum())} of {tokens}", index.cpu(), weight))
         entries.append({"reducer": name, **_describe(reduction, tokens)})
     draw_kept_tokens(_seen_part(processor, image), panels, grid, path)
     report = {
-        "prune_ratio": budget.prune_ratio,
-        "keep_tokens": keep_tokens,
+        "prune_ratio": base.prune_ratio,
+        "keep_tokens": base.keep_tokens,
         "prompt": prompt,
         "grid": list(grid),
         "panels": entries,
@@ -97,16 +90,6 @@ def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
         strongest, output = reduction.weight[0, :, :tokens].abs().cpu().max(dim=0)
         described["merged_into"] = torch.where(strongest > 0, index[output], -1).tolist()
     return described
-
-
-def _blocks(index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Weight `(K, N)` that gives each token of the full grid to the one of a smaller grid, `index`, that covers it."""
-    every = torch.arange(grid[0] * grid[1], device=index.device)
-    lines = len((index // grid[1]).unique())
-    lower = (lines, len(index) // lines)
-    y = (2 * (every // grid[1]) + 1) * lower[0] // (2 * grid[0])
-    x = (2 * (every % grid[1]) + 1) * lower[1] // (2 * grid[1])
-    return torch.nn.functional.one_hot(y * lower[1] + x, len(index)).T.float()
 
 
 def process_image(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:

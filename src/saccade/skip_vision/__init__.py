@@ -2,6 +2,7 @@
 
 from saccade.skip_vision.config import PRESETS, SkipVisionConfig
 from saccade.skip_vision.patch import SkipVision, apply_skip_vision, load_skip_vision
+from saccade.skip_vision.skipper import Skipper
 from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "SUMMARY_NAME",
     "SkipVision",
     "SkipVisionConfig",
+    "Skipper",
     "SummaryHead",
     "apply_skip_vision",
     "load_skip_vision",

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import changed
-from saccade.tokens.layout import take_columns
+from saccade.skip_vision.columns import take_columns
 
 STATE = "_saccade_state"
 CACHE_NAMES = ("cache", "past_key_values")

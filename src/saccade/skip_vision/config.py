@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from saccade.errors import SaccadeError
-from saccade.pruning import check_newlines
-from saccade.reducers import get_reducer
+from saccade.reducers import Needs, get_reducer
+from saccade.reducers.config import NEWLINES, check_choice
 
 SPLITS = ("cls_attention", "thumbnail", "scale")
 MERGE_ORDERS = ("published", "raster")
-SUMMARY_POOLS = ("all", "finest")
 TEXT_VISIBILITIES = ("all", "prompt_only", "none")
 
 
@@ -45,9 +44,8 @@ class SkipVisionConfig:
             `"published"` puts merged tokens in the order of falling redundancy, `"raster"` where they stand in the
             image.
         summary (`bool`, *optional*, defaults to `True`):
-            Put a summary token behind the retained and one behind the skipped tokens of each image.
-        summary_pool (`str`, *optional*, defaults to `"all"`):
-            `"finest"` pools the first summary token over the finest of the retained scales only.
+            Put a summary token behind the retained and one behind the skipped tokens of each image; of several
+            retained scales it is pooled over the finest.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"drop"` leaves out the newline tokens of images in crops (LLaVA-NeXT), which LLaVA-HD does not have;
             `"keep"` skips them with the others.
@@ -73,7 +71,6 @@ class SkipVisionConfig:
     merge: str = "redundancy"
     merge_order: str = "published"
     summary: bool = True
-    summary_pool: str = "all"
     newlines: str = "keep"
     layers: tuple[int, int] | None = None
     text_visibility: str = "all"
@@ -81,10 +78,9 @@ class SkipVisionConfig:
     keep_last_skipped: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("merge_order", self.merge_order, MERGE_ORDERS)
-        _one_of("summary_pool", self.summary_pool, SUMMARY_POOLS)
-        check_newlines(self.newlines)
-        _one_of("text_visibility", self.text_visibility, TEXT_VISIBILITIES)
+        check_choice("merge_order", self.merge_order, MERGE_ORDERS)
+        check_choice("newlines", self.newlines, NEWLINES)
+        check_choice("text_visibility", self.text_visibility, TEXT_VISIBILITIES)
         for name in ("summary", "drop_kv", "keep_last_skipped"):
             if not isinstance(getattr(self, name), bool):
                 raise SaccadeError(f"{name}={getattr(self, name)!r}: use true or false")
@@ -112,10 +108,6 @@ class SkipVisionConfig:
             raise SaccadeError(f"scales={self.scales!r}: use sides of pooling windows in tokens, such as (8, 2)")
         if list(self.scales) != sorted(set(self.scales), reverse=True):
             raise SaccadeError(f"scales={self.scales!r}: order them from coarse to fine, each once, such as (8, 2)")
-        if self.summary_pool == "finest" and self.split != "scale":
-            raise SaccadeError(
-                f"summary_pool='finest' needs split='scale', not {self.split!r}: use summary_pool='all'"
-            )
         if self.layers is not None:
             self.layers = tuple(self.layers)
             whole = len(self.layers) == 2 and all(isinstance(layer, int) for layer in self.layers)
@@ -134,9 +126,11 @@ class SkipVisionConfig:
         )
 
     @property
-    def merge_needs(self) -> frozenset[str]:
-        """What the merge asks of an encoding beyond the features."""
-        return frozenset() if self.merge == "none" else frozenset(get_reducer(self.merge).needs)
+    def needs(self) -> Needs:
+        """What split and merge ask of an encoding beyond the features."""
+        split = self.split_reducer()
+        chosen = Needs() if split is None else Needs.of(split)
+        return chosen if self.merge == "none" else chosen | Needs.of(get_reducer(self.merge))
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> "SkipVisionConfig":
@@ -158,7 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "64/156": {"retained": 64 / 576, "skipped": 156 / 576},
     "256/320": {"retained": 256 / 576, "skipped": None, "merge": "none"},
     "576/576": {"retained": None, "skipped": 1.0, "split": "thumbnail"},
-    "272/256": {"retained": None, "skipped": 0.25, "split": "scale", "summary_pool": "finest"},
+    "272/256": {"retained": None, "skipped": 0.25, "split": "scale"},
 }
 """The options of each published budget."""
 
@@ -180,11 +174,6 @@ def _check_amount(name: str, value: Any, least: int) -> None:
         raise SaccadeError(f"{name}={value!r}: use {least} or more tokens an image, or a share such as 0.25")
     if isinstance(value, float) and not (0 < value <= 1 or value == 0 == least):
         raise SaccadeError(f"{name}={value!r}: a float is a share, from 0 to 1; use an int for a number of tokens")
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise SaccadeError(f"{name}={value!r} is not known: choose one of {', '.join(known)}")
 
 
 def _known_reducer(option: str, name: str, **options: Any) -> Any:

@@ -24,10 +24,10 @@ from saccade.skip_vision.cache import (
     stored_length,
     stored_lengths,
 )
+from saccade.skip_vision.columns import pad_columns
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original, check_rows_arrived
 from saccade.tokens import Role
-from saccade.tokens.layout import pad_columns
 
 ROLES_KEYWORD = "skip_roles"
 CONFIG = "_saccade_config"

@@ -20,6 +20,7 @@ from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.prepare import prepare, processor_outputs
 from saccade.skip_vision.rows import STATE, call_original, patch, patch_layers, unpatch
+from saccade.skip_vision.skipper import Skipper
 from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
 
 HANDLE = "_saccade_skip_vision"
@@ -73,7 +74,7 @@ class SkipVision:
         Raises:
             SaccadeError: if text and images do not fit together, or the images do not fit the split.
         """
-        return prepare(self.family, self.config, self.summary, inputs, labels, padding_side, encoded)
+        return prepare(self._skipper, self.family, inputs, labels, padding_side, encoded)
 
     def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """Write the summary head and the options to `folder/skip_vision.saccade`, and return the path.
@@ -148,6 +149,7 @@ class SkipVision:
             self._ignored_before = model.__dict__.get(KEYS_TO_IGNORE)
             names = {f"{SUMMARY_NAME}.{name}" for name in head.state_dict()}
             setattr(model, KEYS_TO_IGNORE, set(getattr(model, KEYS_TO_IGNORE) or ()) | names)
+        self._skipper = Skipper(self.family, config, self.summary)
         model.__dict__[HANDLE] = self
 
 
@@ -248,7 +250,7 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(model.forward, args, kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
         state = state_of(cache_of(kwargs))
-        if state is not None and skip.family.several_axes and kwargs.get("position_ids") is None:
+        if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
             # The model would count from what it read last, whatever this cache holds.
             new = kwargs["input_ids"]
             positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)

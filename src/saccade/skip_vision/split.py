@@ -4,7 +4,7 @@ Shapes: G images (blocks of placeholders) of M visual tokens, R feature rows of 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family
 from saccade.reducers.common import mask_to_index
+from saccade.skip_vision.blocks import Blocks
 from saccade.skip_vision.config import SkipVisionConfig, amount_of
-from saccade.tokens import Blocks, Reduction, VisualContext
-
-PER_TOKEN = ("encoder_features", "saliency", "keys", "relevance", "protected")
+from saccade.tokens import Reduction, VisualContext
 
 
 @dataclass
@@ -36,40 +35,6 @@ class Split:
     base: list[int]
 
 
-def block_context(encoded: Encoded, blocks: Blocks) -> VisualContext:
-    """The tokens of each block as one row of a context, `(G, M, ...)`, whatever number of crops they come from."""
-    context = encoded.context
-    if blocks.token.shape == context.shape[:2] and torch.equal(blocks.valid, context.valid):
-        return context
-    extras = {
-        name: blocks.gather(getattr(context, name), context)
-        for name in PER_TOKEN
-        if getattr(context, name) is not None
-    }
-    first = blocks.feature_row[:, 0]
-    return VisualContext(
-        features=blocks.gather(context.features, context),
-        valid=blocks.valid,
-        grid=torch.tensor(_grids(context, blocks), device=context.grid.device).reshape(-1, 3),
-        seed=None if context.seed is None else context.seed[first],
-        **extras,
-    )
-
-
-def _grids(context: VisualContext, blocks: Blocks) -> list[tuple[int, int, int]]:
-    """Frames, rows and columns of each block: crops of one shape count as frames, others make one line."""
-    grids = [tuple(grid) for grid in context.grid.tolist()]
-    found = []
-    for rows in blocks.feature_row.tolist():
-        shapes = [grids[row] for row in dict.fromkeys(rows) if row >= 0]
-        if len(set(shapes)) == 1:
-            frames, height, width = shapes[0]
-            found.append((frames * len(shapes), height, width))
-        else:
-            found.append((1, 1, sum(math.prod(shape) for shape in shapes)))
-    return found
-
-
 def split_tokens(
     family: Family, config: SkipVisionConfig, encoded: Encoded, blocks: Blocks, context: VisualContext
 ) -> Split:
@@ -87,8 +52,7 @@ def split_tokens(
     image = context.valid if context.protected is None else context.valid & ~context.protected
     offered = context
     if context.protected is not None:
-        options = {entry.name: getattr(context, entry.name) for entry in fields(context) if entry.init}
-        offered = VisualContext(**{**options, "valid": image, "protected": None})
+        offered = context.replace(valid=image, protected=None)
     keep = budgets[0] if len(set(budgets)) == 1 else torch.tensor(budgets, device=image.device)
     index = config.split_reducer()(offered, keep).index
     chosen = torch.zeros(image.shape[0], image.shape[1] + 1, dtype=torch.bool, device=image.device)
@@ -143,8 +107,8 @@ def _by_scale(config: SkipVisionConfig, context: VisualContext) -> Split:
         weight[row, :count, cells] = pooling
         index[row, :count] = cells[center]
         finest[row, :count] = is_finest
-    pooled = finest if config.summary_pool == "finest" else index >= 0
-    return Split(Reduction(index, weight), pooled, context.valid, context.valid.sum(dim=1).tolist())
+    # As published, the first summary is pooled over the finest of the retained scales.
+    return Split(Reduction(index, weight), finest, context.valid, context.valid.sum(dim=1).tolist())
 
 
 def _pyramid(height: int, width: int, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The model `saccade` of lmms-eval: any stock model on all of its visual tokens, on a few, or skipping."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -16,11 +17,11 @@ from transformers import ProcessorMixin
 
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences, prepare_prompts
-from saccade.pruning import ModeIsolator
+from saccade.reducers import PruningConfig
 from saccade.training import ModelOptions, load_model
 
-PLAN_OPTIONS = ("reducer", "prune_ratio", "positions", "keep_tokens", "budget", "adaptive", "newlines")
-"""Options of `plan_inferences`, all of which `--model_args` takes."""
+PLAN_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")
+"""Options of pruning, all of which `--model_args` takes; those of the reducer as JSON."""
 
 LONGEST_ANSWER = 1024
 """Tokens, where a task names no limit."""
@@ -62,7 +63,7 @@ class SaccadeModel(lmms):
                 known = ", ".join(("pretrained", "inference", "dtype", "trust_remote_code", *PLAN_OPTIONS))
                 raise SaccadeError(f"model_args: {name}={options[name]!r} is unknown: use {known}")
         size = _batch_size(batch_size)
-        plan = plan_inferences(pretrained, [inference], **options)[0]
+        plan = plan_inferences(pretrained, [inference], **_parsed(options))[0]
         loaded = load_model(ModelOptions(model=pretrained, dtype=dtype), trust_remote_code)
         self._set_up(plan, loaded, size, device)
 
@@ -83,7 +84,7 @@ class SaccadeModel(lmms):
         batch_size: int,
         device: str | None = None,
     ) -> None:
-        self.inference = _with_isolator(inference)
+        self.inference = inference
         self.batch_size = batch_size
         self._model, self.processor = loaded
         if not getattr(self.processor, "chat_template", None):
@@ -196,8 +197,12 @@ def _batch_size(given: int | str | None) -> int:
     return size if given is not None else 1
 
 
-def _with_isolator(inference: Inference) -> Inference:
-    """The same with its isolator read, which would otherwise be read anew for each batch."""
-    if inference.isolator is None or isinstance(inference.isolator, ModeIsolator):
-        return inference
-    return replace(inference, isolator=ModeIsolator.load(inference.isolator))
+def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with those of the reducer read, where lmms-eval hands them on as a string."""
+    given = options.get("reducer_options")
+    if not isinstance(given, str):
+        return dict(options)
+    try:
+        return {**options, "reducer_options": json.loads(given)}
+    except ValueError as error:
+        raise SaccadeError(f"model_args: reducer_options={given!r} is not JSON: {error}") from error

@@ -14,6 +14,7 @@ from saccade.companions import ENDING
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
+from saccade.reducers import PruningConfig
 from saccade.report.environment import environment
 from saccade.suites.definitions import BENCHMARKS, get_suite
 from saccade.training import ModelOptions, load_model
@@ -148,10 +149,9 @@ def model_args(model: str | Path, inference: Inference, dtype: str = "auto") -> 
     if dtype != "auto":
         given["dtype"] = dtype
     if inference.prunes:
-        names = [field.name for field in fields(inference)]
-        left_out = ("name", "isolator", "skip_vision")
-        values = {name: getattr(inference, name) for name in names if name not in left_out}
-        given |= {name: str(value) for name, value in values.items() if value is not None}
+        values = {entry.name: getattr(inference.pruning, entry.name) for entry in fields(PruningConfig)}
+        values["reducer_options"] = json.dumps(values["reducer_options"]) if values["reducer_options"] else None
+        given |= {n: str(value) for n, value in values.items() if value is not None and n != "isolator"}
     return ",".join(f"{name}={value}" for name, value in given.items())
 
 

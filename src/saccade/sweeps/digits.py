@@ -148,8 +148,10 @@ def digit_run(
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
     keep = values.get("keep_tokens")
+    others = ("reducer_options", "budget", "adaptive", "newlines")
     common = {
         "reducer": values.get("reducer", "divprune"),
+        **{name: values[name] for name in others if values.get(name)},
         # A model trained on all tokens was trained at ratio 0, which would prune nothing.
         **({"keep_tokens": keep} if keep else {"prune_ratio": values.get("prune_ratio") or 0.9}),
         "positions": values.get("positions", "compact"),

@@ -1,13 +1,14 @@
-"""What a reducer sees: the visual tokens of a batch of images, one row an image, crop or frame."""
+"""What a reducer sees: the visual tokens of a batch of images, one row per image, crop or frame."""
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisualContext:
     """The visual tokens of B rows (images, crops or frames), and what a reducer may ask to know about them.
 
@@ -23,12 +24,11 @@ class VisualContext:
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
         relevance: `(B, N)`, how relevant each token is to the user's words.
-        protected: bool `(B, N)`, tokens that are no part of the image, such as the newlines of anyres images. The
-            others fill the grid. Reducers never see them: `saccade.pruning.reduce` decides about them.
-        low_resolution: long `(B, K)`, ascending, -1 behind them: the tokens that a pass over smaller images gave the
-            features of. The other tokens then have none.
+        protected: bool `(B, N)`, tokens that are not part of the image, such as the newlines of anyres images. The
+            others fill the grid. Reducers never see them: `saccade.reducers.reduce` decides about them.
 
-    `saliency`, `keys`, `relevance` and `low_resolution` are filled only when the reducer's `needs` names them.
+    `encoder_features`, `saliency`, `keys` and `relevance` are filled only when the reducer's `needs` names them. A
+    context is made once and never changed afterwards: `replace` makes another.
 
     Raises:
         ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
@@ -45,7 +45,6 @@ class VisualContext:
     keys: Tensor | None = None
     relevance: Tensor | None = None
     protected: Tensor | None = None
-    low_resolution: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid, known without looking at the device's memory."""
 
@@ -54,17 +53,20 @@ class VisualContext:
             raise ValueError(f"features has shape {tuple(self.features.shape)}, expected (rows, tokens, width)")
         rows, tokens, _ = self.features.shape
         device = self.features.device
-        self.dense = self.valid is None
+        # The dataclass is frozen; what is left out gets its value here.
+        known = {"dense": self.valid is None}
         if self.valid is None:
-            self.valid = torch.ones(rows, tokens, dtype=torch.bool, device=device)
-        if self.valid.dtype != torch.bool:
+            known["valid"] = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        elif self.valid.dtype != torch.bool:
             raise ValueError(f"valid is {self.valid.dtype}, expected torch.bool")
         if self.grid is None:
             side = math.isqrt(tokens)
             shape = (1, side, side) if side * side == tokens else (1, 1, tokens)
-            self.grid = torch.tensor(shape, dtype=torch.long, device=device).expand(rows, 3)
+            known["grid"] = torch.tensor(shape, dtype=torch.long, device=device).expand(rows, 3)
         if self.group is None:
-            self.group = torch.arange(rows, device=device)
+            known["group"] = torch.arange(rows, device=device)
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
         expected = {
             "encoder_features": (rows, tokens),
             "valid": (rows, tokens),
@@ -76,7 +78,6 @@ class VisualContext:
             "keys": (rows, tokens),
             "relevance": (rows, tokens),
             "protected": (rows, tokens),
-            "low_resolution": (rows,),
         }
         for name, shape in expected.items():
             value = getattr(self, name)
@@ -88,8 +89,15 @@ class VisualContext:
         """`(B, N, D)`."""
         return self.features.shape
 
+    def replace(self, **changes: Any) -> "VisualContext":
+        """The same with other values of some fields; a dense context stays dense unless `valid` is given."""
+        return VisualContext(**{**self._given(), **changes})
+
     def select_rows(self, rows: Tensor | slice) -> "VisualContext":
         """The context of the given rows only: `rows` is a long or bool index over B, or a slice without a copy."""
+        return VisualContext(**{name: value[rows] for name, value in self._given().items() if value is not None})
+
+    def _given(self) -> dict[str, Tensor | None]:
+        """The arguments that make this context again."""
         names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
-        values = {name: getattr(self, name) for name in names}
-        return VisualContext(**{name: value[rows] for name, value in values.items() if value is not None})
+        return {name: getattr(self, name) for name in names}

@@ -1,151 +1,210 @@
-"""The shorter batch: drop the placeholders of removed visual tokens, make room for the isolator, pad again.
+"""The new batch: each image's placeholders give way to the tokens that now stand for it, each with a role.
 
-Shapes: B samples, L tokens of the full batch, S tokens of the spliced one, R feature rows (images, crops, frames) of N
-tokens each. Placeholders of the full batch, read row by row, belong to the feature rows in order.
+Shapes: B samples of L tokens, S in the new batch; P placeholders, one for each visual token; T visual tokens that are
+left or put in; R feature rows (images, crops, frames) of N visual tokens. Placeholders, read sample by sample, belong
+to the valid tokens of the feature rows in order.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from saccade.tokens.context import VisualContext
-from saccade.tokens.reduction import Reduction
 
 IGNORE_INDEX = -100
 
 
-@dataclass
-class Spliced:
-    """A spliced batch, and where each of its tokens came from.
+class Role(IntEnum):
+    """What a token of the new batch is."""
+
+    PADDING = 0
+    TEXT = 1
+    ANSWER = 2
+    """Text that the model learns to write, or has written."""
+    RETAINED = 3
+    SUMMARY = 4
+    SKIPPED = 5
+    ISOLATOR = 6
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the placeholder of each visual token stands, all long `(P,)`.
+
+    A block is an unbroken run of placeholders of one image (`VisualContext.group`). Where text stands between the
+    crops of an image, each crop is a block.
 
     Args:
-        input_ids: long `(B, S)`, with a placeholder for each kept visual token and each isolator row.
-        attention_mask: long `(B, S)`.
-        position_ids: long `(B, S)`, or `(P, B, S)` where the full batch had several position axes.
-        labels: long `(B, S)` or None; -100 on placeholders and padding.
-        source: long `(B, S)`, the column of the full batch that a token came from; -1 on isolator rows and padding.
-        isolator: bool `(B, S)`, true on isolator rows.
+        sample: the row of the batch.
+        column: the column of the full batch.
+        feature_row: the context's row that the visual token belongs to.
+        group: the image that the visual token belongs to.
+        block: number of the block that the placeholder stands in.
+        start: number of the block's first placeholder, among the P.
+    """
+
+    sample: Tensor
+    column: Tensor
+    feature_row: Tensor
+    group: Tensor
+    block: Tensor
+    start: Tensor
+
+    @classmethod
+    def of(cls, placeholder: Tensor, context: VisualContext | None) -> "Places":
+        """The places of a batch with placeholders, bool `(B, L)`; `context` is None where there are no images.
+
+        Raises:
+            ValueError: if the placeholders and the visual tokens differ in number.
+        """
+        sample, column = placeholder.nonzero(as_tuple=True)
+        if context is None:
+            feature_row = group = sample[:0]
+        else:
+            rows, tokens, _ = context.shape
+            feature_row = torch.arange(rows, device=placeholder.device).unsqueeze(1).expand(rows, tokens)
+            feature_row = feature_row.reshape(-1) if context.dense else feature_row[context.valid]
+            group = context.group[feature_row]
+        if sample.numel() != feature_row.numel():
+            raise ValueError(f"{sample.numel()} image placeholders stand for {feature_row.numel()} visual tokens")
+        begins = torch.ones_like(sample, dtype=torch.bool)
+        begins[1:] = (sample.diff() != 0) | (column.diff() != 1) | (group.diff() != 0)
+        block = begins.long().cumsum(dim=0) - 1
+        start = begins.nonzero().squeeze(1)[block]
+        return cls(sample, column, feature_row, group, block, start)
+
+    def __len__(self) -> int:
+        return self.sample.numel()
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The tokens that stand for the images of a batch, in the order of the new sequence.
+
+    Args:
+        place: long `(T,)`, the placeholder, among the P, that a token stands at. Those of a block follow one another
+            where the block was, whatever their order.
+        role: long `(T,)`, values of `Role`.
+        row: long `(T,)`, ascending: the feature row that a token's features are handed to the model with.
+        features: `(T, D)`.
+        deepstack_features: `(T, D)` for each further layer of the language model that features enter at.
+    """
+
+    place: Tensor
+    role: Tensor
+    row: Tensor
+    features: Tensor
+    deepstack_features: tuple[Tensor, ...] = ()
+
+    def by_row(self, rows: int) -> list[list[Tensor]]:
+        """One `(n_i, D)` per feature row, for the features and then for each further layer."""
+        counts = torch.bincount(self.row, minlength=rows).tolist()
+        return [list(values.split(counts)) for values in (self.features, *self.deepstack_features)]
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """The new batch, and where each of its tokens came from.
+
+    Args:
+        input_ids: long `(B, S)`, with a placeholder for each visual token.
+        attention_mask: `(B, S)`.
+        position_ids: long `(B, S)`, or `(P, B, S)` where the full batch has several position axes.
+        labels: long `(B, S)` or None; -100 on everything but text.
+        role: long `(B, S)`, values of `Role`.
+        source: long `(B, S)`, the column of the full batch that a token came from or, if it is new, stands at; -1 on
+            padding.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor | None
+    role: Tensor
     source: Tensor
-    isolator: Tensor
 
     def gather(self, values: Tensor, fill: int | float) -> Tensor:
-        """Carry a per-token tensor `(B, L)` of the full batch over to `(B, S)`; new tokens get `fill`."""
-        return _take(values, self.source, fill)
+        """Carry a per-token tensor `(B, L)` over to `(B, S)`; padding, isolator and summary rows get `fill`."""
+        new = (self.role == Role.ISOLATOR) | (self.role == Role.SUMMARY)
+        return _take(values, self.source, fill).masked_fill(new, fill)
 
 
 def splice(
     input_ids: Tensor,
     attention_mask: Tensor,
-    placeholder: Tensor,
-    context: VisualContext,
-    reduction: Reduction,
+    places: Places,
+    visual: VisualTokens | None,
     *,
-    isolator_length: int = 0,
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
     pad_id: int = 0,
     padding_side: str = "right",
 ) -> Spliced:
-    """Shorten a batch to the visual tokens that `reduction` kept.
+    """Put the visual tokens of each block in the place of its placeholders.
 
     Args:
         input_ids: long `(B, L)`.
         attention_mask: `(B, L)`, zero on padding, which may be on either side and is dropped.
-        placeholder: bool `(B, L)`, true on the placeholders of visual tokens.
-        context: the R feature rows that the placeholders stand for.
-        reduction: which tokens of each row stay.
-        isolator_length: rows to insert before each image. The rows of one `context.group` are one image.
-        position_ids: the full batch's positions, `(B, L)` or `(P, B, L)`: kept tokens take theirs along, and the
-            isolator's rows take those that the image starts with. None counts the shorter sequence from zero.
-        labels: long `(B, L)` or None.
+        places: of the placeholders of the full batch.
+        visual: what they give way to; None where there are no images.
+        position_ids: the full batch's positions, `(B, L)` or `(P, B, L)`: each token takes those of the column it
+            stands at. None counts the new sequence from zero.
+        labels: long `(B, L)` or None. Text with a label is an `ANSWER`.
         pad_id: id to pad with.
         padding_side: "right" or "left".
 
     Raises:
-        ValueError: if the placeholders and the visual tokens differ in number.
+        ValueError: for another `padding_side`.
     """
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side={padding_side!r}: expected 'right' or 'left'")
-    device = input_ids.device
     batch, length = input_ids.shape
-    columns = torch.arange(length, device=device).expand(batch, length)
-    kept, first = _spread(context, reduction, placeholder)  # (B, L) each
-    stays = torch.where(placeholder, kept, attention_mask.bool())
-    width = stays.long() + first.long() * isolator_length  # output tokens that a token of the full batch turns into
+    columns = torch.arange(length, device=input_ids.device).expand(batch, length)
+    text = attention_mask.bool().index_put((places.sample, places.column), torch.zeros_like(places.sample).bool())
+    width = text.long()  # tokens of the new batch that a column turns into, (B, L)
+    if visual is not None:
+        first = places.start[visual.place]  # (T,)
+        sample, anchor = places.sample[first], places.column[first]
+        width = width.index_put((sample, anchor), torch.ones_like(sample), accumulate=True)
     lengths = width.sum(dim=1)
     size = int(lengths.max()) if batch else 0
-
-    start = width.cumsum(dim=1) - width
+    begin = width.cumsum(dim=1) - width
     if padding_side == "left":
-        start = start + (size - lengths).unsqueeze(1)
-    # One column more than needed: what is dropped is written there, then cut off.
-    spill = torch.full_like(columns, size)
-    source = torch.full((batch, size + 1), -1, dtype=torch.long, device=device)
-    source.scatter_(1, torch.where(stays, start + first.long() * isolator_length, spill), columns)
-    anchor = torch.full_like(source, -1)
-    for offset in range(isolator_length):
-        anchor.scatter_(1, torch.where(first, start + offset, spill), columns)
-    source, anchor = source[:, :size], anchor[:, :size]
-    isolator = anchor >= 0
-    mask = isolator | (source >= 0)
+        begin = begin + (size - lengths).unsqueeze(1)
 
-    image_ids = _take(input_ids, anchor, pad_id)
-    new_ids = torch.where(isolator, image_ids, _take(input_ids, source, pad_id))
+    # One column more than needed: what is dropped is written there, then cut off.
+    spill = torch.where(text, begin, size)
+    text_role = torch.full_like(columns, Role.TEXT)
+    if labels is not None:
+        text_role = text_role.masked_fill(labels != IGNORE_INDEX, Role.ANSWER)
+    source = torch.full((batch, size + 1), -1, dtype=torch.long, device=input_ids.device).scatter_(1, spill, columns)
+    role = torch.zeros_like(source).scatter_(1, spill, text_role)
+    if visual is not None:
+        where = (sample, begin[sample, anchor] + _rank(first))
+        source.index_put_(where, places.column[visual.place])
+        role.index_put_(where, visual.role)
+    source, role = source[:, :size], role[:, :size]
+
+    mask = role != Role.PADDING
     if position_ids is None:
         new_positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
     else:
-        new_positions = _take(position_ids, torch.where(isolator, anchor, source), 0)
-        if isolator_length and position_ids.dim() == 2:
-            new_positions = new_positions + _isolator_offsets(isolator, anchor, placeholder, first)
+        new_positions = _take(position_ids, source, 0)
     new_labels = None
     if labels is not None:
-        new_labels = _take(labels.masked_fill(placeholder, IGNORE_INDEX), source, IGNORE_INDEX)
-    return Spliced(new_ids, mask.to(attention_mask.dtype), new_positions, new_labels, source, isolator)
+        new_labels = _take(labels, source, IGNORE_INDEX).masked_fill(role > Role.ANSWER, IGNORE_INDEX)
+    new_ids = _take(input_ids, source, pad_id)
+    return Spliced(new_ids, mask.to(attention_mask.dtype), new_positions, new_labels, role, source)
 
 
-def _spread(context: VisualContext, reduction: Reduction, placeholder: Tensor) -> tuple[Tensor, Tensor]:
-    """Which placeholders are kept, and which one starts an image: two bool `(B, L)`."""
-    rows, tokens, _ = context.shape
-    kept = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=placeholder.device)
-    kept.scatter_(1, torch.where(reduction.valid, reduction.index, tokens), True)
-    kept = kept[:, :tokens]
-    image = context.group.unsqueeze(1).expand(rows, tokens)
-    if context.dense:
-        kept, image = kept.reshape(-1), image.reshape(-1)
-    else:
-        kept, image = kept[context.valid], image[context.valid]
-    first = torch.ones_like(image, dtype=torch.bool)
-    first[1:] = image[1:] != image[:-1]
-    available = kept.numel()
-    # `masked_scatter` reads past the end without a word when there are fewer visual tokens than placeholders.
-    wanted = int(placeholder.sum())
-    if wanted != available:
-        raise ValueError(f"{wanted} image placeholders stand for {available} visual tokens")
-    empty = torch.zeros_like(placeholder)
-    return empty.masked_scatter(placeholder, kept), empty.masked_scatter(placeholder, first)
-
-
-def _isolator_offsets(isolator: Tensor, anchor: Tensor, placeholder: Tensor, first: Tensor) -> Tensor:
-    """0, 1, 2, ... within each image's isolator rows, but never past the image's last position: long `(B, S)`."""
-    count = isolator.long().cumsum(dim=1)
-    begins = isolator & (anchor != torch.nn.functional.pad(anchor, (1, 0), value=-1)[:, :-1])
-    before = torch.where(begins, count, 0).cummax(dim=1).values
-    offset = count - before
-    # An image may be shorter than the isolator: its placeholders run up to the next token that is none of them.
-    length = placeholder.shape[1]
-    columns = torch.arange(length, device=placeholder.device)
-    stop = torch.where(first | ~placeholder, columns, length)
-    following = torch.nn.functional.pad(stop[:, 1:], (0, 1), value=length)
-    end = following.flip(1).cummin(dim=1).values.flip(1)
-    limit = _take(end - columns, anchor, 1) - 1
-    return torch.where(isolator, torch.minimum(offset, limit), 0)
+def _rank(block: Tensor) -> Tensor:
+    """For sorted values `(T,)` the number of each among its equals: long `(T,)`."""
+    number = torch.arange(block.numel(), device=block.device)
+    begins = torch.ones_like(block, dtype=torch.bool)
+    begins[1:] = block.diff() != 0
+    return number - torch.where(begins, number, 0).cummax(dim=0).values
 
 
 def _take(values: Tensor, source: Tensor, fill: int | float) -> Tensor:

@@ -9,9 +9,8 @@ from typing import Any
 import yaml
 from trl import SFTConfig
 
-from saccade.companions import find_companion
 from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
-from saccade.pruning import ISOLATOR_FILE
+from saccade.reducers import PRUNING_FILE
 from saccade.report.tables import markdown_table
 
 MEASURED = {
@@ -70,7 +69,7 @@ def model_card(
         _front_matter(base, license_name),
         f"# {name}\n",
         _first_words(facts, base, run, source),
-        _usage(facts["architecture"], find_companion(source, ISOLATOR_FILE) is not None),
+        _usage(facts["architecture"], (source / PRUNING_FILE).is_file()),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
         _evaluation(evaluation or {}),
@@ -100,12 +99,12 @@ def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, A
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
 
 
-def _usage(architecture: str, isolator: bool) -> str:
+def _usage(architecture: str, pruned: bool) -> str:
     pruned = (
-        "\nPruned inference with the mode isolator that is in this folder:\n\n```python\n"
+        "\nPruned inference, as the model was trained:\n\n```python\n"
         "from saccade import prune_inputs\n\n"
-        "pruned = prune_inputs(model, inputs, isolator=folder)\n```\n"
-        if isolator
+        "pruned = prune_inputs(model, inputs, folder)\n```\n"
+        if pruned
         else ""
     )
     return (

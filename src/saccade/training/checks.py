@@ -76,9 +76,7 @@ def check_data(
     if "model" in recipe.given:
         processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
         check_chat(recipe, processor, placeholder_id, stops)
-        counter = TokenCounter(
-            processor, placeholder_id, args.token_budget, args.isolator_length, stops, args.conversation
-        )
+        counter = TokenCounter(processor, placeholder_id, args.pruning, args.isolator_length, stops, args.conversation)
         padded = padded or pads_to_square(processor)
     rows = [rows for _, rows in opened]
     report = check_sources(rows, counter, args.max_image_pixels, jobs, args.max_length, padded, start, progress)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from saccade.dualspeed.masters import HALF
 from saccade.dualspeed.modes import Mode
 from saccade.families import get_family
-from saccade.tokens import TokenBudget
+from saccade.reducers import PruningConfig
 from saccade.training.flops import (
     TextShape,
     VisualRows,
@@ -125,22 +125,22 @@ class Costs:
         if mode.action == "keep":
             return VisualRows(tokens), 0
         isolator = self.recipe.trainer.isolator_length if mode.isolator else 0
-        return VisualRows(self._kept(mode.budget)), isolator
+        return VisualRows(self._kept(mode.pruning)), isolator
 
-    def _kept(self, budget: TokenBudget) -> int:
+    def _kept(self, pruning: PruningConfig) -> int:
         """Tokens that are kept of the image: of its small and its large picture apart, or of both together."""
-        if budget.keeps_all:
+        if pruning.keeps_all:
             return self.shape.visual_tokens
         newlines, tokens = self.shape.newlines, self.shape.visual_tokens
         small = self.shape.grid[0] * self.shape.grid[1]
         pictures = [(tokens, newlines)]
-        if newlines and budget.per == "crop":
+        if newlines and pruning.budget == "crop":
             pictures = [(small, 0), (tokens - small, newlines)]
         kept = 0
         for available, lines in pictures:
-            count = min(budget.count(available), available - lines)
-            if self.recipe.trainer.newlines == "keep":
-                count = min(max(1, budget.count(available) - lines), available - lines) + lines
+            count = min(pruning.count(available), available - lines)
+            if pruning.newlines == "keep":
+                count = min(max(1, pruning.count(available) - lines), available - lines) + lines
             kept += count
         return kept
 

@@ -16,6 +16,7 @@ from saccade.dualspeed.weights import base_of, check_keys, identify_weights, loa
 from saccade.errors import SaccadeError
 from saccade.files import check_new_folder, write_json_atomically, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
+from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
 from saccade.training.recipe import ModelOptions
@@ -138,5 +139,5 @@ def check_shard_size(text: str) -> None:
 def _companions(source: Path) -> dict[str, Path]:
     """Files of ours that go with the weights, by the names that they get: learned tables and settings."""
     found = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
-    found |= {RUN_FILE: source / RUN_FILE} if (source / RUN_FILE).is_file() else {}
+    found |= {name: source / name for name in (PRUNING_FILE, RUN_FILE) if (source / name).is_file()}
     return {name: path for name, path in found.items() if path is not None}

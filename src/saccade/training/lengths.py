@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from saccade.data.conversation import checked_message, images_of, text_of, used_columns
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
-from saccade.tokens import TokenBudget
+from saccade.reducers import PruningConfig
 from saccade.training.checks import use_own_template
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
 from saccade.training.recipe import ModelOptions, Recipe
@@ -118,7 +118,7 @@ def _counter(recipe: Recipe, options: ModelOptions) -> TokenCounter | None:
     except SaccadeError:
         return None
     use_own_template(recipe, processor)
-    budget = TokenBudget(0.0)
+    budget = PruningConfig(prune_ratio=0.0)
     return TokenCounter(processor, placeholder, budget, stop_ids=stops, conversation=args.conversation)
 
 

@@ -21,7 +21,7 @@ from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
 from saccade.families.padding import check_aspect_ratio
-from saccade.tokens import TokenBudget
+from saccade.reducers import PruningConfig
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs, ModeCost
 from saccade.training.lengths import SampleLength, recipe_lengths
@@ -182,9 +182,9 @@ def published_speedups(recipe: Recipe, shape: str, stages: int) -> dict[str, flo
         stages: that are counted.
     """
     options, args = recipe.options, recipe.trainer
-    setting = (args.reducer, args.token_budget, args.slow_probability, args.modes, args.skip_vision)
+    setting = (args.pruning, args.slow_probability, args.modes, args.skip_vision)
     adapters = args.freeze_language_model or (options.lora and not options.load_in_4bit)
-    if setting != ("divprune", TokenBudget(0.9), 0.1, None, None) or not adapters:
+    if setting != (PruningConfig("divprune", prune_ratio=0.9), 0.1, None, None) or not adapters:
         return {}
     own = "stage one" if args.freeze_language_model else "stage two"
     names = {own} | ({"both stages"} if stages > 1 else set())

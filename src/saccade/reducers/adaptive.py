@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from saccade.reducers.budget import share_out
 from saccade.tokens import VisualContext
-from saccade.tokens.budget import share_out
 
 DECIMALS = 6
 """Places of a need that count: above what the order of summation changes, far below what images differ by."""

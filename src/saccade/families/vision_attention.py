@@ -9,27 +9,16 @@ Shapes: R images (crops, frames) of P patches, class token included; H heads of 
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.errors import SaccadeError
-from saccade.families.question import load_reader
-from saccade.families.relevance import load_text_tower, row_samples
+from saccade.families.encoded import AttentionBlock, Call, Encoded, Patches
 from saccade.families.tower import used_layers
-from saccade.interfaces import by_name, changed, installed
-from saccade.reducers import PROJECTION, check_resolution_budget
-from saccade.tokens import TokenBudget, VisualContext
-
-if TYPE_CHECKING:
-    from saccade.families.base import Encoded, Family
-    from saccade.families.question import Reader
-    from saccade.families.relevance import TextTower
-    from saccade.reducers import Reducer
+from saccade.interfaces import by_name, changed
 
 FROM_ATTENTION = frozenset({"saliency", "keys"})
 CHUNK_ELEMENTS = 2**25
@@ -37,185 +26,6 @@ READ = ("position_embeddings", "cu_seqlens", "attention_mask")
 """What is taken into account of what an attention block is given."""
 WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen"})
 """Further arguments, which queries and keys show already or which change no value."""
-
-
-@dataclass(frozen=True)
-class AttentionBlock:
-    """The attention block of a vision tower that saliency and keys are read from.
-
-    Args:
-        attention: the attention module. What its call is given as `position_embeddings` (rotary), `cu_seqlens`
-            (images packed behind one another) and `attention_mask` (padded patches) is taken into account.
-        query: the module whose output is the queries `(..., H * d)`: a projection, or the norm behind it.
-        key: the same for the keys. The module of `query` again where one projection gives queries, keys and values.
-        heads: H.
-        class_token: whether the first token of each image is a class token.
-        given: arguments that the model hands to each call of `attention`, whatever their value. A call without one of
-            them is an error: what it stands for would be left out of account.
-    """
-
-    attention: nn.Module
-    query: nn.Module
-    key: nn.Module
-    heads: int
-    class_token: bool
-    given: frozenset[str] = frozenset()
-
-
-@dataclass
-class Patches:
-    """One value per patch, as the tower ordered them.
-
-    Args:
-        values: `(R, P, C)`, or `(1, S, C)` where the tower packs the patches of all images into one sequence.
-        class_token: whether the first of the P is a class token.
-    """
-
-    values: Tensor
-    class_token: bool
-
-
-@dataclass
-class _Call:
-    """What one call of the block was given and computed."""
-
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    given: dict[str, Any] = field(default_factory=dict)
-
-
-def encode_for(
-    family: "Family",
-    reducer: "Reducer",
-    inputs: Mapping[str, Any],
-    budget: TokenBudget,
-    labels: Tensor | None = None,
-    also: frozenset[str] = frozenset(),
-) -> "Encoded":
-    """Encode the images of `inputs` with what `reducer` and `budget` need to know about them.
-
-    For a reducer that works on smaller images those are encoded, and the full ones are not.
-
-    Args:
-        labels: long `(B, L)` of a training batch, so that relevance is computed without the answers.
-        also: needs of whoever else uses the encoding.
-
-    Raises:
-        SaccadeError: if the family cannot give what is needed.
-    """
-    check_resolution_budget(reducer, budget)
-    encoded = _encode_for(family, reducer, inputs, budget, labels, also)
-    if budget.per == "sample":
-        encoded.context.sample = row_samples(encoded, family.placeholder(inputs["input_ids"]))
-    return encoded
-
-
-def _encode_for(
-    family: "Family",
-    reducer: "Reducer",
-    inputs: Mapping[str, Any],
-    budget: TokenBudget,
-    labels: Tensor | None,
-    also: frozenset[str],
-) -> "Encoded":
-    needs = also if budget.keeps_all else also | reducer.needs
-    tower, words = None, None
-    tokenizer = getattr(reducer, "tokenizer", None)
-    if "relevance" in needs and getattr(reducer, "text_tower", None):
-        tokenizer = tokenizer or family.model.name_or_path
-        if not tokenizer:
-            raise SaccadeError(
-                "text_tower: the words are read with the language model's tokenizer, and this model came from no "
-                "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
-            )
-        tower = load_text_tower(str(reducer.text_tower), str(tokenizer))
-    elif "relevance" in needs and tokenizer:
-        words = load_reader(str(tokenizer))
-    return family.encode(inputs, needs, labels=labels, text_tower=tower, reader=words, budget=budget)
-
-
-def check_tower_gives(family: "Family", needs: frozenset[str]) -> None:
-    """Check that the vision tower of a family gives what is needed, as far as that shows without images.
-
-    Raises:
-        SaccadeError: naming the model, what it does not give, and a way out.
-    """
-    if "low_resolution" in needs and not family.lowers_resolution:
-        family._encode_low_resolution({}, TokenBudget())  # says why it cannot
-    _needed_block(family, needs)
-
-
-def _needed_block(family: "Family", needs: frozenset[str]) -> AttentionBlock | None:
-    """The block to watch, or None where nothing of it is needed.
-
-    Raises:
-        SaccadeError: if the family has none, or cannot merge before its projector where that is needed.
-    """
-    if PROJECTION in needs and not family.projects_tokens:
-        family.project(torch.empty(0))  # says why it cannot
-    wanted = needs & FROM_ATTENTION
-    block = family.attention_block() if wanted else None
-    if wanted and block is None:
-        raise _cannot(family, " and ".join(sorted(wanted)))
-    return block
-
-
-def encode_collecting(
-    family: "Family",
-    inputs: Mapping[str, Any],
-    needs: frozenset[str],
-    labels: Tensor | None,
-    text_tower: "TextTower | None",
-    reader: "Reader | None",
-    budget: TokenBudget | None,
-) -> "Encoded":
-    """`Family.encode` where something is needed.
-
-    Raises:
-        SaccadeError: if the family cannot give what is needed.
-    """
-    if "low_resolution" in needs:
-        if budget is None or needs != {"low_resolution"}:
-            raise ValueError(f"needs={sorted(needs)}: a lower resolution takes a budget, and goes with nothing else")
-        return family._encode_low_resolution(inputs, budget)
-    if text_tower is not None and "relevance" in needs:
-        needs = needs | {"encoder_features"}
-    block = _needed_block(family, needs)
-    entry = family.projector_entry if "encoder_features" in needs else None
-    with _watching(block) as calls, _given_first(entry) as given:
-        encoded = family._encode(inputs)
-    context = encoded.context
-    if entry is not None:
-        if not given:
-            raise changed(f"the projector did not call its {type(entry).__name__}")
-        # With their gradient, which a merge before the projector hands on to a tower that trains.
-        values = family.patches_to_tokens([Patches(value, False) for value in given], encoded, inputs)
-        context.encoder_features = _of_tokens("encoder_features", values, context)
-    with torch.no_grad(), torch.autocast(context.features.device.type, enabled=False):
-        if block is not None:
-            seen = [_read(call, block, needs) for call in calls]
-            for name in sorted(needs & FROM_ATTENTION):
-                patches = [Patches(values[name], block.class_token) for values in seen]
-                values = _of_tokens(name, family.patches_to_tokens(patches, encoded, inputs), context)
-                setattr(context, name, values.squeeze(2) if name == "saliency" else values)
-        if "relevance" in needs:
-            context.relevance = family.text_relevance(encoded, inputs, labels, text_tower, reader)
-    return encoded
-
-
-def _of_tokens(name: str, values: Tensor, context: VisualContext) -> Tensor:
-    """`values`, which have to be `(R, N, C)`."""
-    if values.shape[:2] != context.shape[:2]:
-        raise ValueError(f"{name} has shape {tuple(values.shape)}, features {tuple(context.shape)}")
-    return values
-
-
-def _cannot(family: "Family", what: str) -> SaccadeError:
-    model_type = family.model.config.model_type
-    return SaccadeError(
-        f"model_type={model_type!r} of transformers {installed('transformers')} gives no {what}: use a reducer that "
-        "`saccade reducers` lists without"
-    )
 
 
 def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock | None:
@@ -234,13 +44,13 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
 
 
 @contextmanager
-def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
+def watching(block: AttentionBlock | None) -> Iterator[list[Call]]:
     """Collects the calls of `block` that this thread makes; others may run the tower at the same time.
 
     Raises:
         SaccadeError: if the tower runs without calling the modules of the block, or gives them something unknown.
     """
-    calls: list[_Call] = []
+    calls: list[Call] = []
     if block is None:
         yield calls
         return
@@ -257,7 +67,7 @@ def _watching(block: AttentionBlock | None) -> Iterator[list[_Call]]:
         if missing or unknown:
             what = f"without {missing[0]!r}" if missing else f"with {unknown[0]!r}, which is unknown"
             raise changed(f"{type(module).__name__} of the vision tower is called {what}")
-        calls.append(_Call(given={name: given.get(name) for name in READ}))
+        calls.append(Call(None, None, {name: given.get(name) for name in READ}))
 
     def take_queries(module: nn.Module, args: tuple, output: Tensor) -> None:
         if calls and threading.get_ident() == here:
@@ -286,7 +96,7 @@ def _holds_tensor(value: Any) -> bool:
 
 
 @contextmanager
-def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
+def first_arguments(module: nn.Module | None) -> Iterator[list[Tensor]]:
     """Collects the first argument of each call of `module` that this thread makes."""
     taken: list[Tensor] = []
     here = threading.get_ident()
@@ -305,7 +115,7 @@ def _given_first(module: nn.Module | None) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _read(call: _Call, block: AttentionBlock, needs: frozenset[str]) -> dict[str, Tensor]:
+def read_attention(call: Call, block: AttentionBlock, fields: frozenset[str]) -> dict[str, Tensor]:
     """Saliency `(R, P, 1)` and keys `(R, P, d)` of one call, in float32."""
     queries, keys = call.queries, call.keys
     if block.query is block.key:
@@ -318,9 +128,9 @@ def _read(call: _Call, block: AttentionBlock, needs: frozenset[str]) -> dict[str
         cos, sin = (value.detach().float().unsqueeze(-2) for value in call.given["position_embeddings"])
         queries, keys = (value * cos + _rotate_half(value) * sin for value in (queries, keys))
     values = {}
-    if "keys" in needs:
+    if "keys" in fields:
         values["keys"] = keys.mean(dim=2)
-    if "saliency" in needs:
+    if "saliency" in fields:
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)  # (R, H, P, d)
         real = _real_patches(call.given["attention_mask"], keys)
         if block.class_token:
@@ -397,7 +207,7 @@ def _rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def pool_patches(patches: list[Patches], encoded: "Encoded") -> Tensor:
+def pool_patches(patches: list[Patches], encoded: Encoded) -> Tensor:
     """Values of patches as values of visual tokens `(R, N, C)`, where each row is one image of the tower.
 
     The class token is left out, unless the features have it too. Where a connector merges blocks of m x m patches

@@ -8,14 +8,11 @@ from transformers import CLIPConfig, CLIPModel
 from saccade import prune_inputs
 from saccade.errors import SaccadeError
 from saccade.families import get_family
-from saccade.families.collect import encode_for
-from saccade.families.question import Reader
-from saccade.families.relevance import load_text_tower, row_samples, special_ids, user_words
-from saccade.reducers import get_reducer
+from saccade.families.text_relevance import load_text_tower, row_samples, special_ids, user_words
+from saccade.reducers import Needs, PruningConfig, get_reducer
 from saccade.tiny import build_tiny_llava, build_tiny_processor
-from saccade.tokens import TokenBudget
 
-RELEVANCE = frozenset({"relevance"})
+RELEVANCE = Needs(frozenset({"relevance"}))
 IGNORED = -100
 ASKED = (["read all digits ."], ["how many digits ?", "what is the maximum ?"], [], ["read all digits ."])
 """The user's words in the mixed rows, without those of the template; the third has no image."""
@@ -68,7 +65,7 @@ def test_relevance_is_the_mean_cosine_over_words_then_turns(model, batch):
         encoded = family.encode(batch, RELEVANCE, labels=labels)
         expected = relevance_oracle(model, family, encoded, batch, labels)
         torch.testing.assert_close(encoded.context.relevance, expected)
-    assert row_samples(encoded, batch["input_ids"] == 4).tolist() == [0, 1, 1, 3]
+    assert row_samples(encoded.context, batch["input_ids"] == 4).tolist() == [0, 1, 1, 3]
 
 
 @torch.no_grad()
@@ -133,13 +130,14 @@ class TestBareQuestions:
     """With a tokenizer the user's words count, and not the template's nor, in inference, an earlier answer's."""
 
     @pytest.fixture
-    def reader(self, processor):
-        return Reader.of(processor)
+    def asked(self, processor, tmp_path):
+        processor.save_pretrained(tmp_path / "processor")
+        return Needs(RELEVANCE.fields, tokenizer=str(tmp_path / "processor"))
 
     @torch.no_grad()
-    def test_the_mean_cosine_over_words_then_turns(self, model, batch, processor, reader):
+    def test_the_mean_cosine_over_words_then_turns(self, model, batch, processor, asked):
         family, embed = get_family(model), model.get_input_embeddings().weight
-        encoded = family.encode(batch, RELEVANCE, labels=batch["labels"], reader=reader)
+        encoded = family.encode(batch, asked, labels=batch["labels"])
         for number, row in enumerate((0, 1, 1, 3)):
             turns = [processor.tokenizer.encode(words, add_special_tokens=False) for words in ASKED[row]]
             for token, feature in enumerate(encoded.context.features[number]):
@@ -151,7 +149,7 @@ class TestBareQuestions:
                 torch.testing.assert_close(encoded.context.relevance[number, token], expected)
 
     @torch.no_grad()
-    def test_nothing_else_has_a_say(self, model, processor, reader, scenes):
+    def test_nothing_else_has_a_say(self, model, processor, asked, scenes):
         family = get_family(model)
         row = next(row for row in scenes if len(row["images"]) == 1)
         question, answer = "how many digits is there ?", [{"role": "assistant", "content": "3"}]
@@ -165,20 +163,20 @@ class TestBareQuestions:
             talk = [{"role": "user", "content": parts}, *after]
             prompt = processor.apply_chat_template(talk, tokenize=False, add_generation_prompt=not after)
             inputs = processor(images=row["images"], text=prompt, return_tensors="pt")
-            found[name] = family.encode(inputs, RELEVANCE, reader=reader).context.relevance
+            found[name] = family.encode(inputs, asked).context.relevance
         without = processor(images=row["images"], text=f"<image> {question}", return_tensors="pt")
-        torch.testing.assert_close(family.encode(without, RELEVANCE, reader=reader).context.relevance, found["bare"])
+        torch.testing.assert_close(family.encode(without, asked).context.relevance, found["bare"])
         torch.testing.assert_close(found["answered"], found["bare"])
         assert not torch.allclose(found["other"], found["bare"], atol=1e-4)
 
-    def test_the_models_own_folder_or_the_option_gives_the_tokenizer(self, model, batch, processor, tmp_path):
+    def test_the_models_own_folder_or_the_option_gives_the_tokenizer(self, model, batch, processor, asked, tmp_path):
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)
-        expected = get_family(model).encode(batch, RELEVANCE, labels=batch["labels"], reader=Reader.of(processor))
-        for asked, options in ((loaded, {}), (model, {"tokenizer": str(tmp_path)})):
+        expected = get_family(model).encode(batch, asked, labels=batch["labels"])
+        for model_asked, options in ((loaded, {}), (model, {"tokenizer": str(tmp_path)})):
             reducer = get_reducer("cdpruner", **options)
-            found = encode_for(get_family(asked), reducer, batch, TokenBudget(), batch["labels"])
+            found = get_family(model_asked).encode(batch, Needs.of(reducer, PruningConfig()), labels=batch["labels"])
             torch.testing.assert_close(found.context.relevance, expected.context.relevance)
         plain = get_family(model).encode(batch, RELEVANCE, labels=batch["labels"])
         assert not torch.allclose(plain.context.relevance, expected.context.relevance, atol=1e-4)
@@ -218,7 +216,7 @@ class TestTextTower:
     @torch.no_grad()
     def test_minus_the_mean_cosine_over_segments_then_turns(self, model, batch, folder, processor):
         reducer = get_reducer("cdpruner", text_tower=folder, tokenizer=folder)
-        encoded = encode_for(get_family(model), reducer, batch, TokenBudget(), batch["labels"])
+        encoded = get_family(model).encode(batch, Needs.of(reducer, PruningConfig()), labels=batch["labels"])
         clip = CLIPModel.from_pretrained(folder).eval()
         patches = clip.visual_projection(
             clip.vision_model.post_layernorm(
@@ -260,12 +258,12 @@ class TestTextTower:
             ({"text_tower": folder}, "option 'tokenizer'"),
         ):
             with pytest.raises(SaccadeError, match=message):
-                encode_for(family, get_reducer("cdpruner", **options), batch, TokenBudget())
+                family.encode(batch, Needs.of(get_reducer("cdpruner", **options), PruningConfig()))
         narrow = build_tiny_llava(processor)
         narrow.config.vision_feature_layer = [-2, -1]
         projector = narrow.model.multi_modal_projector
         projector.linear_1 = torch.nn.Linear(2 * 96, projector.linear_1.out_features)
         with pytest.raises(SaccadeError, match="width 96, but the model's vision tower gives features of width 192"):
-            encode_for(
-                get_family(narrow), get_reducer("cdpruner", text_tower=folder, tokenizer=folder), batch, TokenBudget()
+            get_family(narrow).encode(
+                batch, Needs.of(get_reducer("cdpruner", text_tower=folder, tokenizer=folder), PruningConfig())
             )

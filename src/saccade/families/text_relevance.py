@@ -12,17 +12,16 @@ Shapes: B samples of L tokens; R feature rows of N visual tokens; T turns of the
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from saccade.errors import SaccadeError
 from saccade.families.question import Reader, load_reader, models_reader
-from saccade.tokens import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from saccade.families.base import Encoded, Family
+from saccade.reducers import Needs
+from saccade.tokens import IGNORE_INDEX, VisualContext
 
 
 def user_words(
@@ -60,23 +59,23 @@ def special_ids(config: Any) -> list[int]:
     return sorted(number for number in found if isinstance(number, int))
 
 
-def row_samples(encoded: "Encoded", placeholder: Tensor) -> Tensor:
+def row_samples(context: VisualContext, placeholder: Tensor) -> Tensor:
     """The sample that each feature row belongs to: long `(R,)`; rows stand in the order of their placeholders."""
     sample = torch.arange(placeholder.shape[0], device=placeholder.device).unsqueeze(1).expand_as(placeholder)
     owners = sample[placeholder]
-    counts = encoded.context.valid.sum(dim=1)
+    counts = context.valid.sum(dim=1)
     # A batch whose placeholders and tokens differ in number is refused when it is spliced, with a better message.
     first = (counts.cumsum(dim=0) - counts).clamp(max=max(owners.numel() - 1, 0))
     return owners[first] if owners.numel() else torch.zeros_like(counts)
 
 
 def relevance(
-    family: "Family",
-    encoded: "Encoded",
+    model: PreTrainedModel,
+    context: VisualContext,
     inputs: Mapping[str, Any],
     labels: Tensor | None,
-    text_tower: "TextTower | None",
-    reader: Reader | None,
+    placeholder: Tensor,
+    needs: Needs,
 ) -> Tensor:
     """Relevance float32 `(R, N)`, larger for what is more relevant, the mean over the turns of a row's sample.
 
@@ -85,35 +84,45 @@ def relevance(
     inverted for patches (CDPruner; for CLIP only), averaged over the segments of a turn.
 
     Args:
-        reader: finds the user's words where there is no text tower, whose own does it. None takes the one in the
-            folder that the model was loaded from.
+        model: the stock model.
+        context: with `encoder_features`, where there is a text tower.
+        inputs: processor outputs.
+        labels: long `(B, L)` of a training batch, so that no answer is seen.
+        placeholder: bool `(B, L)`.
+        needs: which text tower, and whose tokenizer finds the user's words; without one, that of the model's folder.
 
     Raises:
-        SaccadeError: if the text tower does not fit the model's vision tower.
+        SaccadeError: if the text tower does not fit the model's vision tower, or a folder lacks what it should hold.
     """
     ids = inputs["input_ids"]
-    placeholder = family.placeholder(ids)
-    if text_tower is not None:
-        visual = text_tower.patches(encoded.context.encoder_features)
+    if needs.text_tower:
+        tokenizer = needs.tokenizer or model.name_or_path
+        if not tokenizer:
+            raise SaccadeError(
+                "text_tower: the words are read with the language model's tokenizer, and this model came from no "
+                "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
+            )
+        tower = load_text_tower(str(needs.text_tower), str(tokenizer))
+        visual = tower.patches(context.encoder_features)
         prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
-        asked = [[words for prompt in sample for words in text_tower.reader.questions(prompt)] for sample in prompts]
-        texts = -text_tower.texts(asked, visual)
+        asked = [[words for prompt in sample for words in tower.reader.questions(prompt)] for sample in prompts]
+        texts = -tower.texts(asked, visual)
     else:
-        visual = encoded.context.features
-        reader = reader or models_reader(family.model.name_or_path)
+        visual = context.features
+        reader = load_reader(str(needs.tokenizer)) if needs.tokenizer else models_reader(model.name_or_path)
         if reader is None:
-            special = torch.tensor(special_ids(family.model.config), device=ids.device)
+            special = torch.tensor(special_ids(model.config), device=ids.device)
             turns = _prompts(inputs, labels, placeholder | torch.isin(ids, special))
         else:
             prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
             turns = [
                 [reader.ids(words) for prompt in sample for words in reader.questions(prompt)] for sample in prompts
             ]
-        texts = _embedded_turns(family.model.get_input_embeddings(), turns, ids.device)
-    wanted = texts.to(visual.device)[row_samples(encoded, placeholder)]  # (R, D)
+        texts = _embedded_turns(model.get_input_embeddings(), turns, ids.device)
+    wanted = texts.to(visual.device)[row_samples(context, placeholder)]  # (R, D)
     unit = torch.nn.functional.normalize(visual.float(), dim=2)
     score = (unit @ wanted.unsqueeze(2)).squeeze(2)
-    return score.masked_fill(~encoded.context.valid, 0)
+    return score.masked_fill(~context.valid, 0)
 
 
 def _behind_the_first(placeholder: Tensor) -> Tensor:
@@ -207,7 +216,7 @@ def load_text_tower(folder: str, tokenizer: str) -> TextTower:
     """The CLIP model in `folder`, with its tokenizer, and the reader in the language model's folder `tokenizer`.
 
     Raises:
-        SaccadeError: if one of the folders does not hold what it should.
+        SaccadeError: if one of the folders lacks what it should hold.
     """
     from transformers import AutoTokenizer, CLIPModel
 

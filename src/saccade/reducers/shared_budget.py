@@ -13,7 +13,7 @@ from saccade.errors import SaccadeError
 from saccade.reducers.common import mask_to_index
 from saccade.tokens import Reduction, VisualContext
 
-ONCE_A_ROW = ("grid", "group", "sample", "seed", "low_resolution", "valid")
+NOT_PER_TOKEN = ("grid", "group", "sample", "seed", "valid")
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Units:
         return joined.masked_fill(missing, 0)
 
     def context(self, context: VisualContext) -> VisualContext:
-        """`context` with a row a unit."""
-        names = [entry.name for entry in fields(context) if entry.init and entry.name not in ONCE_A_ROW]
+        """`context` with one row per unit."""
+        names = [entry.name for entry in fields(context) if entry.init and entry.name not in NOT_PER_TOKEN]
         values = {name: getattr(context, name) for name in names}
         joined = {name: self.join(value) for name, value in values.items() if value is not None}
         full = bool((self.place >= 0).all())

@@ -15,16 +15,16 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 
 from saccade import prune_inputs
 from saccade.errors import SaccadeError
-from saccade.families import collect, get_family
+from saccade.families import get_family, vision_attention
 from saccade.families.base import Encoded
-from saccade.families.collect import AttentionBlock, Patches, encode_for, pool_patches
 from saccade.families.llava import LlavaFamily
-from saccade.reducers import get_reducer, list_reducers
-from saccade.tokens import TokenBudget, VisualContext
+from saccade.families.vision_attention import AttentionBlock, Patches, pool_patches
+from saccade.reducers import Needs, PruningConfig, get_reducer, list_reducers
+from saccade.tokens import VisualContext
 
 pytestmark = pytest.mark.interfaces
 
-ATTENTION = frozenset({"saliency", "keys"})
+ATTENTION = Needs(frozenset({"saliency", "keys"}))
 DEMANDING = [name for name in list_reducers() if get_reducer(name).needs]
 
 
@@ -102,7 +102,7 @@ def test_without_a_class_token_it_is_the_attention_received(siglip, monkeypatch)
     inputs = siglip_inputs()
     expected = eager_attention(siglip, inputs["pixel_values"], -2).mean(dim=(1, 2))
     for chunk in (2**25, 200, 1):
-        monkeypatch.setattr(collect, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(vision_attention, "CHUNK_ELEMENTS", chunk)
         context = get_family(siglip).encode(inputs, ATTENTION).context
         torch.testing.assert_close(context.saliency, expected)
     torch.testing.assert_close(context.saliency.sum(dim=1), torch.ones(2))
@@ -113,13 +113,13 @@ def test_without_a_class_token_it_is_the_attention_received(siglip, monkeypatch)
 def test_padded_patches_are_left_out():
     queries, keys = torch.randn(2, 2, 3, 6, 4, generator=torch.Generator().manual_seed(0)).unbind(0)
     real = torch.tensor([[True, True, False, True, False, True], [True] * 6])
-    saliency = collect.attention_received(queries, keys, real)
-    alone = collect.attention_received(queries[:1, :, real[0]], keys[:1, :, real[0]])
+    saliency = vision_attention.attention_received(queries, keys, real)
+    alone = vision_attention.attention_received(queries[:1, :, real[0]], keys[:1, :, real[0]])
     torch.testing.assert_close(saliency[0, real[0]], alone[0])
     assert not saliency[0, ~real[0]].any()
     additive = torch.where(real, 0.0, torch.finfo(torch.float32).min)[:, None, None].expand(2, 1, 6, 6)
     for mask in (additive, additive == 0, real, real.long()):
-        assert torch.equal(collect._real_patches(mask, keys), real)
+        assert torch.equal(vision_attention._real_patches(mask, keys), real)
 
 
 @torch.no_grad()
@@ -143,10 +143,10 @@ def test_packed_images_and_rotary_positions(grid, monkeypatch):
     block = AttentionBlock(attention, attention.qkv, attention.qkv, heads=2, class_token=False)
     grid = torch.tensor(grid)
     patches = int(grid.prod(dim=1).sum())
-    with collect._watching(block) as calls:
+    with vision_attention.watching(block) as calls:
         tower(torch.randn(patches, 3 * 2 * 2 * 2), grid)
     (call,) = calls
-    values = collect._read(call, block, ATTENTION)
+    values = vision_attention.read_attention(call, block, ATTENTION.fields)
     segments = int(grid[:, 0].sum())
     torch.testing.assert_close(values["saliency"].flatten(), torch.cat(weights[-segments:]))
     assert values["keys"].shape == (1, patches, 16)
@@ -168,7 +168,7 @@ def test_features_are_the_same_and_nothing_stays_behind(model, inputs):
     family = get_family(model)
     plain = family.encode(inputs)
     before = hook_count(model)  # transformers hangs its own hooks in at the first call, for good
-    asked = family.encode(inputs, ATTENTION | {"relevance", "encoder_features"})
+    asked = family.encode(inputs, ATTENTION | Needs(frozenset({"relevance", "encoder_features"})))
     assert torch.equal(asked.context.features, plain.context.features)
     assert hook_count(model) == before
     for name in ("saliency", "keys", "relevance"):
@@ -187,10 +187,10 @@ def test_nothing_is_hooked_for_a_reducer_without_needs(model, inputs, monkeypatc
     family = get_family(model)
     family.encode(inputs)  # transformers' own hooks
     monkeypatch.setattr(torch.nn.Module, "register_forward_hook", refuse)
-    encode_for(family, get_reducer("divprune"), inputs, TokenBudget())
-    encode_for(family, get_reducer("cdpruner"), inputs, TokenBudget())  # relevance needs no hook either
+    family.encode(inputs, Needs.of(get_reducer("divprune"), PruningConfig()))
+    family.encode(inputs, Needs.of(get_reducer("cdpruner"), PruningConfig()))  # relevance needs no hook either
     with pytest.raises(AssertionError, match="hooked"):
-        encode_for(family, get_reducer("fastervlm"), inputs, TokenBudget())
+        family.encode(inputs, Needs.of(get_reducer("fastervlm"), PruningConfig()))
 
 
 def test_under_peft_checkpointing_and_autocast(model, inputs):
@@ -203,13 +203,13 @@ def test_under_peft_checkpointing_and_autocast(model, inputs):
     family = get_family(wrapped)
     assert isinstance(family, LlavaFamily)
 
-    def gradients(needs: frozenset[str]) -> tuple[VisualContext, dict[str, torch.Tensor]]:
+    def gradients(needs: Needs) -> tuple[VisualContext, dict[str, torch.Tensor]]:
         wrapped.zero_grad()
         context = family.encode(inputs, needs).context
         context.features.square().sum().backward()
         return context, {name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None}
 
-    _, plain = gradients(frozenset())
+    _, plain = gradients(Needs())
     context, asked = gradients(ATTENTION)
     assert plain
     assert all(torch.equal(plain[name], asked[name]) for name in plain | asked)

@@ -1,0 +1,157 @@
+"""Encode, reduce, splice, run: the one path from a processed batch through a model on fewer visual tokens.
+
+Pruned inference, every mode of training, its teacher, Skip-Vision and evaluation all go through `prune`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family
+from saccade.reducers import Needs
+from saccade.tokens import Places, Spliced, VisualTokens, splice
+
+Result = TypeVar("Result")
+
+SIZES = ("image_sizes", "image_sizes_videos", "image_grid_thw", "video_grid_thw")
+"""What a processor returns beside pixels, and what a family cannot read them without."""
+WHOLE = "pass all that the processor returned with return_tensors='pt'"
+
+
+class Method(Protocol):
+    """A decision about each visual token of a batch: keep it, merge it, drop it, or let it skip."""
+
+    needs: Needs
+    """What it has to know beyond the features."""
+    positions: str
+    """"compact" or "original", see [`PruningConfig`]."""
+    roles_keyword: str | None
+    """How the language model is handed the role of each token; None where it needs none."""
+    trainable_modules: tuple[nn.Module, ...]
+    """Modules of ours that get a gradient from it."""
+
+    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
+        """The tokens that now stand for the images."""
+        ...
+
+    def cost(self, role: Tensor) -> Tensor:
+        """How many tokens' worth of the decoder layers a sequence of these roles `(B, S)` takes: a scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModeInputs:
+    """What the language model runs on.
+
+    Args:
+        inputs: what the stock forward takes: ids, mask, positions, per-token extras, `mm_encoder_outputs`.
+        labels: long `(B, S)` or None.
+        tokens: scalar, what the sequence costs: one per token, less what tokens skip of the layers.
+        spliced: where each token came from; None where the sequence is the full one.
+    """
+
+    inputs: dict[str, Any]
+    labels: Tensor | None
+    tokens: Tensor
+    spliced: Spliced | None = None
+
+
+def prune(
+    family: Family,
+    inputs: Mapping[str, Any],
+    method: Method | None,
+    run: Callable[[ModeInputs], Result],
+    *,
+    encoded: Encoded | None = None,
+    labels: Tensor | None = None,
+    padding_side: str = "right",
+) -> Result:
+    """Run a model on the tokens of a batch that a method leaves.
+
+    Args:
+        family: the model's.
+        inputs: processor outputs of the full batch; those of images are only read where `encoded` is None.
+        method: what decides about the visual tokens; None keeps all of them, as the stock model sees them.
+        run: what to do with the shorter batch: a forward pass, a generation, or nothing.
+        encoded: the images' features, where the caller has them, with what the method needs.
+        labels: long `(B, L)` or None.
+        padding_side: of the shorter batch, "right" or "left".
+
+    Raises:
+        SaccadeError: if text and images do not fit together, or the model does not give what the method needs.
+    """
+    with _clear_errors():
+        if encoded is None and family.has_images(inputs):
+            encoded = family.encode(inputs, None if method is None else method.needs, labels=labels)
+        if method is None:
+            laid = _whole(inputs, encoded, labels)
+        else:
+            places = Places.of(family.placeholder(inputs["input_ids"]), None if encoded is None else encoded.context)
+            visual = None if encoded is None else method.reduce(family, encoded, places)
+            laid = _splice(family, inputs, method, encoded, places, visual, labels, padding_side)
+    return run(laid)
+
+
+def _whole(inputs: Mapping[str, Any], encoded: Encoded | None, labels: Tensor | None) -> ModeInputs:
+    """The batch as it came, its images encoded."""
+    images = {} if encoded is None else {"mm_encoder_outputs": encoded.outputs}
+    return ModeInputs({**inputs, **images}, labels, inputs["attention_mask"].sum())
+
+
+def _splice(
+    family: Family,
+    inputs: Mapping[str, Any],
+    method: Method,
+    encoded: Encoded | None,
+    places: Places,
+    visual: VisualTokens | None,
+    labels: Tensor | None,
+    padding_side: str,
+) -> ModeInputs:
+    """The batch with the visual tokens that a method left in the place of its placeholders."""
+    from_full = encoded is not None and (method.positions == "original" or family.uses_mrope)
+    spliced = splice(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        places,
+        visual,
+        position_ids=family.full_positions(inputs) if from_full else None,
+        labels=labels,
+        pad_id=family.pad_id,
+        padding_side=padding_side,
+    )
+    positions = spliced.position_ids
+    given = {
+        "input_ids": spliced.input_ids,
+        "attention_mask": spliced.attention_mask,
+        # On every axis text counts alike.
+        "position_ids": positions.expand(3, -1, -1) if family.uses_mrope and positions.dim() == 2 else positions,
+    }
+    for name, fill in family.token_inputs.items():
+        if inputs.get(name) is not None:
+            given[name] = spliced.gather(inputs[name], fill)
+    if method.roles_keyword is not None:
+        given[method.roles_keyword] = spliced.role
+    if visual is not None:
+        features, *deepstack_features = visual.by_row(encoded.context.shape[0])
+        given["mm_encoder_outputs"] = family.wrap_features(features, encoded, deepstack_features)
+    return ModeInputs(given, spliced.labels, method.cost(spliced.role), spliced)
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Say what is wrong with the inputs where families and the splice find it."""
+    try:
+        yield
+    except SaccadeError:
+        raise
+    except KeyError as error:
+        if error.args[0] not in SIZES:
+            raise
+        raise SaccadeError(f"inputs has no {error}: {WHOLE}") from error
+    except ValueError as error:
+        raise SaccadeError(f"inputs: {error}; the text needs one image placeholder run for each image") from error

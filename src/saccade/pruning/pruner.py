@@ -1,0 +1,112 @@
+"""Keep what a reducer chooses, with the mode isolator before each image: DualSpeed's fast mode, and its inference.
+
+Shapes: R feature rows of N visual tokens, K of them kept at most; P placeholders; T visual tokens of the new batch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from saccade.families import Encoded, Family
+from saccade.pruning.isolator import ModeIsolator
+from saccade.reducers import Needs, PruningConfig, Reducer, reduce
+from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens, gather_selected
+
+
+class Pruner:
+    """Drops, or merges, what the reducer of a config does not keep.
+
+    Args:
+        config: how tokens are reduced. Its `isolator` is not read here.
+        isolator: the mode isolator, or its rows `(l, D)`, or None.
+        reducer: the config's, where the caller has one of its own.
+    """
+
+    roles_keyword: str | None = None
+
+    def __init__(
+        self, config: PruningConfig, isolator: ModeIsolator | Tensor | None = None, reducer: Reducer | None = None
+    ) -> None:
+        self.config = config
+        self.isolator = isolator
+        self.reducer = config.make_reducer() if reducer is None else reducer
+        self.needs = Needs.of(self.reducer, config)
+        self.positions = config.positions
+        self.trainable_modules: tuple[nn.Module, ...] = (isolator,) if isinstance(isolator, nn.Module) else ()
+
+    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
+        """The kept tokens, each at its own place, and the isolator's rows before each image's."""
+        reduction = reduce(encoded.context, self.config, self.reducer)
+        place = places_of(encoded.context, reduction)  # (T,)
+        layers = [reduced_features(family, encoded, reduction)]
+        layers += [reduction.apply(features) for features in encoded.deepstack_features]
+        features, *deepstack_features = (
+            layer.flatten(0, 1) if reduction.dense else layer[reduction.valid] for layer in layers
+        )
+        role = torch.full_like(place, Role.RETAINED)
+        kept = VisualTokens(place, role, places.feature_row[place], features, tuple(deepstack_features))
+        rows = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
+        if rows is None or rows.shape[0] == 0:
+            return kept
+        return with_isolator(kept, rows, places, spread=not family.uses_mrope)
+
+    def cost(self, role: Tensor) -> Tensor:
+        """Every token runs through every layer."""
+        return (role != Role.PADDING).sum()
+
+
+def reduced_features(family: Family, encoded: Encoded, reduction: Reduction) -> Tensor:
+    """The features that `reduction` leaves, `(R, K, D)`; zeros on padding.
+
+    Tokens that are merged before the projector go through it once more. The others keep the features that they have,
+    so that what is not part of the image, such as a newline, never goes through it.
+
+    Raises:
+        SaccadeError: if the family cannot project tokens one by one, and tokens are merged before the projector.
+    """
+    features = encoded.context.features
+    if not reduction.before_projector:
+        return reduction.apply(features)
+    projected = family.project(reduction.apply(encoded.context.encoder_features))
+    own = gather_selected(features, reduction.index, dense=reduction.dense)
+    return torch.where(reduction.merged.unsqueeze(-1), projected.to(own.dtype), own)
+
+
+def places_of(context: VisualContext, reduction: Reduction) -> Tensor:
+    """The placeholder of each kept token, in order: long `(T,)`."""
+    rows, tokens, _ = context.shape
+    if context.dense:
+        number = torch.arange(rows * tokens, device=context.features.device).reshape(rows, tokens)
+    else:
+        number = (context.valid.reshape(-1).cumsum(dim=0) - 1).reshape(rows, tokens)
+    place = number.gather(1, reduction.index.clamp(min=0))
+    return place.reshape(-1) if reduction.dense else place[reduction.valid]
+
+
+def with_isolator(kept: VisualTokens, isolator: Tensor, places: Places, spread: bool) -> VisualTokens:
+    """`kept` with the rows `isolator` `(l, D)` before the tokens of each image.
+
+    Args:
+        spread: whether the rows stand at the image's first l placeholders, as far as its first block has so many, and
+            not all at its very first.
+    """
+    begins = torch.ones_like(places.group, dtype=torch.bool)
+    begins[1:] = places.group.diff() != 0
+    start = begins.nonzero()  # (images, 1)
+    length = torch.bincount(places.block)[places.block[start]]
+    offset = torch.arange(isolator.shape[0], device=start.device) if spread else start.new_zeros(isolator.shape[0])
+    place = (start + torch.minimum(offset, length - 1)).reshape(-1)
+    first = start.expand(-1, isolator.shape[0]).reshape(-1)
+    # Before the first kept token of the image, and behind those of the one before.
+    order = torch.cat((2 * first, 2 * kept.place + 1)).sort(stable=True).indices
+    images = start.shape[0]
+
+    def joined(new: Tensor, values: Tensor) -> Tensor:
+        return torch.cat((new.to(values.dtype), values)).index_select(0, order)
+
+    return VisualTokens(
+        joined(place, kept.place),
+        joined(torch.full_like(place, Role.ISOLATOR), kept.role),
+        joined(places.feature_row[first], kept.row),
+        joined(isolator.repeat(images, 1), kept.features),
+        tuple(joined(torch.zeros_like(isolator).repeat(images, 1), layer) for layer in kept.deepstack_features),
+    )

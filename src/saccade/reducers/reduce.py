@@ -1,0 +1,91 @@
+"""What a budget leaves of a batch's visual tokens: counts for a reducer, budgets that rows share, newlines.
+
+Shapes: B feature rows of N tokens, K tokens kept at most.
+"""
+
+import torch
+from torch import Tensor
+
+from saccade.reducers.adaptive import adaptive_counts
+from saccade.reducers.config import PruningConfig
+from saccade.reducers.none import KeepAll
+from saccade.reducers.registry import Reducer
+from saccade.reducers.shared_budget import Units
+from saccade.tokens import Reduction, VisualContext
+
+
+def reduce(context: VisualContext, config: PruningConfig, reducer: Reducer | None = None) -> Reduction:
+    """Let a reducer choose the tokens that the budget leaves.
+
+    Where crops or images share a budget, the reducer sees all tokens of a unit as one row and chooses among them
+    jointly, as DivPrune was published; a crop, or an image of a sample, may then keep none. Reducers that go by the
+    grid see crops of the same shape as frames of one grid, and crops of different shapes as one line of tokens.
+
+    With `newlines="keep"` all tokens that are not part of the image, `context.protected`, are kept and counted in the
+    budget, of which one token at least is left to the image; with "drop" they go, and the image gets the whole budget.
+
+    Args:
+        reducer: the config's, where the caller has it already.
+
+    Raises:
+        SaccadeError: if a sample is to share a budget and the context does not say which rows belong to it.
+    """
+    if config.keeps_all:
+        return KeepAll()(context, keep=context.shape[1])
+    reducer = config.make_reducer() if reducer is None else reducer
+    if config.budget == "crop":
+        return _reduce_rows(context, config, reducer)
+    units = Units.of(context, config.budget)
+    return units.split(_reduce_rows(units.context(context), config, reducer))
+
+
+def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
+    """Tokens of the image to keep of each row: one int where all rows are whole, else long `(B,)` on the CPU.
+
+    Newlines that are kept are counted in the budget and left out of the result.
+    """
+    if context.dense and context.protected is None and not config.adaptive:
+        return config.count(context.shape[1])
+    available = context.valid.sum(dim=1)
+    protected = torch.zeros_like(available)
+    if context.protected is not None:
+        protected = (context.protected & context.valid).sum(dim=1)
+    numbers = torch.stack((available, protected)).tolist()
+    limits = [tokens - more for tokens, more in zip(*numbers, strict=True)]
+    counts = [config.count(tokens) for tokens in numbers[0]]
+    if config.newlines == "keep":
+        counts = [max(1, count - more) for count, more in zip(counts, numbers[1], strict=True)]
+    counts = [min(count, limit) for count, limit in zip(counts, limits, strict=True)]
+    return torch.tensor(adaptive_counts(context, counts, limits) if config.adaptive else counts)
+
+
+def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer) -> Reduction:
+    """`reduce`, where each row has a budget of its own."""
+    keep = keep_counts(context, config)
+    if context.protected is None:
+        return reducer(context, keep=keep)
+    protected = context.protected & context.valid
+    reduction = reducer(context.replace(valid=context.valid & ~protected, protected=None), keep=keep)
+    return _with_tokens(reduction, protected) if config.newlines == "keep" else reduction
+
+
+def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:
+    """`reduction` that keeps the tokens `more`, bool `(B, N)`, none of which it has kept or merged, as they are."""
+    rows, tokens = more.shape
+    kept = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=more.device)
+    kept.scatter_(1, torch.where(reduction.valid, reduction.index, tokens), True)
+    kept = kept[:, :tokens] | more
+    size = int(kept.sum(dim=1).max())
+    columns = torch.arange(tokens, device=more.device)
+    index = torch.where(kept, columns, tokens).sort(dim=1).values[:, :size]
+    index = index.masked_fill(index == tokens, -1)
+    if reduction.weight is None:
+        return Reduction(index)
+    # The weights by the token that stands for them, then by that token's place among all that are kept.
+    by_token = torch.zeros(rows, tokens + 1, tokens, dtype=reduction.weight.dtype, device=more.device)
+    stands = torch.where(reduction.valid, reduction.index, tokens).unsqueeze(-1).expand_as(reduction.weight)
+    by_token.scatter_(1, stands, reduction.weight)
+    by_token[:, :tokens] += torch.diag_embed(more.to(by_token.dtype))
+    by_token[:, tokens] = 0
+    place = torch.where(index >= 0, index, tokens).unsqueeze(-1).expand(-1, -1, tokens)
+    return Reduction(index, by_token.gather(1, place), before_projector=reduction.before_projector)

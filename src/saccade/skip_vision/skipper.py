@@ -1,0 +1,161 @@
+"""What stands for each image in the sequence: [retained][s1][skipped][s2] (arXiv 2503.21817, Fig. 2).
+
+Shapes: G images (blocks of placeholders) of M visual tokens, which become E rows of width D.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family
+from saccade.reducers import get_reducer
+from saccade.reducers.common import mask_to_index
+from saccade.reducers.redundancy import RedundancyMerge
+from saccade.skip_vision.blocks import Blocks, block_context
+from saccade.skip_vision.config import SkipVisionConfig, amount_of
+from saccade.skip_vision.language import ROLES_KEYWORD
+from saccade.skip_vision.split import Split, split_tokens
+from saccade.skip_vision.summary import SummaryHead, pool
+from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
+
+
+class Skipper:
+    """Lets the merged tokens of each image skip the feed-forward networks, between the retained and the summaries.
+
+    Args:
+        family: the model's; Skip-Vision is applied to the model.
+        config: which tokens are retained and which skipped.
+        head: makes the summary tokens, or None.
+    """
+
+    positions = "compact"
+    roles_keyword: str | None = ROLES_KEYWORD
+
+    def __init__(self, family: Family, config: SkipVisionConfig, head: SummaryHead | None) -> None:
+        self.config = config
+        self.head = head
+        self.needs = config.needs
+        self.trainable_modules: tuple[nn.Module, ...] = () if head is None else (head,)
+        self.share = skipped_share(family, config)
+
+    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
+        """Split, merge and summarise the tokens of each image. A summary stands at the last token of its group.
+
+        Raises:
+            SaccadeError: if the images do not fit the split, or more tokens are left than `merge="none"` may skip.
+        """
+        blocks = Blocks.of(places)
+        context = block_context(encoded, blocks)
+        if self.config.newlines == "drop" and context.protected is not None:
+            context = context.replace(valid=context.valid & ~context.protected, protected=None)
+        split = split_tokens(family, self.config, encoded, blocks, context)
+        skipped = merge_rest(self.config, context, split)
+        layers = [context.features, *(blocks.gather(x, encoded.context) for x in encoded.deepstack_features)]
+        parts = self._group(split.retained, split.pooled, Role.RETAINED, layers)
+        parts += self._group(skipped, skipped.valid, Role.SKIPPED, layers)
+        roles, tokens = (torch.cat([part[name] for part in parts], dim=1) for name in (0, 1))  # (G, E) each
+        there = roles != Role.PADDING
+        features, *deepstack_features = (
+            torch.cat([part[2][number] for part in parts], dim=1)[there] for number in range(len(layers))
+        )
+        place = blocks.token.gather(1, tokens)[there]
+        # The rows of a block are handed over with its first crop, in whose place they all stand.
+        row = blocks.feature_row[:, :1].expand_as(roles)[there]
+        return VisualTokens(place, roles[there], row, features, tuple(deepstack_features))
+
+    def cost(self, role: Tensor) -> Tensor:
+        """A skipped token counts for the share of the layers that it runs through."""
+        return (role != Role.PADDING).sum() - (1 - self.share) * (role == Role.SKIPPED).sum()
+
+    def _group(
+        self, group: Reduction, pooled: Tensor, role: Role, layers: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
+        """The tokens of a group, and its summary of those that are `pooled`.
+
+        Returns:
+            Roles `(G, K)`, tokens of the block `(G, K)`, and features `(G, K, D)` layer by layer, for each of the two.
+        """
+        taken = [_apply(group, layer) for layer in layers]  # (G, K, D) each
+        own = torch.where(group.valid, int(role), int(Role.PADDING))
+        token = group.index.clamp(min=0)
+        last = group.counts - 1  # (G,)
+        if self.config.keep_last_skipped and role == Role.SKIPPED and own.shape[1]:
+            kept = (torch.arange(own.shape[1], device=last.device) == last.unsqueeze(1)) & group.valid
+            own = own.masked_fill(kept, int(Role.RETAINED))
+        parts = [(own, token, taken)]
+        if self.head is not None and own.shape[1]:
+            weight = self.head(taken[0], pooled)  # (G, K)
+            # A group without tokens has no summary.
+            there = torch.where((last >= 0).unsqueeze(1), int(Role.SUMMARY), int(Role.PADDING))
+            at = token.gather(1, last.clamp(min=0).unsqueeze(1))
+            parts.append((there, at, [pool(weight, values) for values in taken]))
+        return parts
+
+
+def skipped_share(family: Family, config: SkipVisionConfig) -> float:
+    """The share of the decoder layers' weights that a skipped token runs through."""
+    skipping = range(len(family.language_layers))
+    skipping = skipping if config.layers is None else range(*config.layers)
+    run = total = 0
+    for number, layer in enumerate(family.language_layers):
+        weights = sum(parameter.numel() for parameter in layer.parameters())
+        total += weights
+        spared = sum(parameter.numel() for parameter in layer.mlp.parameters())
+        run += weights - (spared if number in skipping else 0)
+    return run / total
+
+
+def merge_rest(config: SkipVisionConfig, context: VisualContext, split: Split) -> Reduction:
+    """Merge the tokens `split.rest` of each image to the skipped ones, in the order that they are to stand in.
+
+    Raises:
+        SaccadeError: if more tokens are left than `merge="none"` may skip.
+    """
+    rest = split.rest
+    left = rest.sum(dim=1).tolist()
+    budgets = [amount_of(config.skipped, base) for base in split.base]
+    budgets = [min(budget, count) for budget, count in zip(budgets, left, strict=True)]
+    device = rest.device
+    if budgets == left or not any(budgets):
+        # As many as there are: they stay as they are, in raster order.
+        counts = torch.tensor(budgets, dtype=torch.long, device=device).unsqueeze(1)
+        width = max(budgets, default=0)
+        return Reduction(mask_to_index(rest & (counts > 0), width))
+    if config.merge == "none":
+        number = next(number for number in range(len(left)) if budgets[number] < left[number])
+        raise SaccadeError(
+            f"skipped={config.skipped!r}: merge='none' leaves {left[number]} tokens of an image beside the retained "
+            f"ones, and {budgets[number]} may be skipped; leave skipped out, or merge by 'redundancy'"
+        )
+    offered = context.replace(valid=rest, protected=None)
+    keep = torch.tensor([max(1, budget) for budget in budgets], device=device)
+    reducer = get_reducer(config.merge)
+    if isinstance(reducer, RedundancyMerge) and config.merge_order == "published":
+        reduction, order = reducer.ranked(offered, keep)
+        merges = torch.tensor([b < count for b, count in zip(budgets, left, strict=True)], device=device)
+        raster = torch.arange(order.shape[1], device=device).expand_as(order)
+        reduction = _reorder(reduction, torch.where(merges.unsqueeze(1), order, raster))
+    else:
+        reduction = reducer(offered, keep)
+    if 0 in budgets:
+        none = torch.tensor([budget == 0 for budget in budgets], device=device)
+        weight = reduction.weight
+        reduction = Reduction(
+            reduction.index.masked_fill(none.unsqueeze(1), -1),
+            None if weight is None else weight.masked_fill(none.reshape(-1, 1, 1), 0),
+        )
+    return reduction
+
+
+def _reorder(reduction: Reduction, order: Tensor) -> Reduction:
+    """The outputs of `reduction` in the order `(G, K)`, padding last."""
+    weight = reduction.weight.gather(1, order.unsqueeze(2).expand_as(reduction.weight))
+    return Reduction(reduction.index.gather(1, order), weight, reduction.dense)
+
+
+def _apply(reduction: Reduction, x: Tensor) -> Tensor:
+    """`reduction.apply(x)`, weighted sums in float32."""
+    if reduction.weight is None:
+        return reduction.apply(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return reduction.apply(x.float()).to(x.dtype)
