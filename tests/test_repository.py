@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
     "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
-    "data": {"tokens"} | BOTTOM,
+    "data": {"reducers", "tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
     "evaluation": METHOD | {"data", "tiny", "report"},
@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"training", "sweeps", "suites", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
+    "__main__": {"cli"},
 }
 """For each room, the other rooms that it may import. A new room is added here, and to CONTRIBUTING.md."""
 

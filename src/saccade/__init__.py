@@ -8,30 +8,44 @@ if TYPE_CHECKING:
     from saccade.errors import SaccadeError
     from saccade.images import open_image
     from saccade.pruning import prune_inputs
+    from saccade.reducers import PruningConfig, get_reducer, list_reducers, register_reducer
     from saccade.skip_vision import SkipVisionConfig, apply_skip_vision, load_skip_vision
+    from saccade.tokens import Reduction, VisualContext
 
 __version__ = "0.1.0"
-__all__ = [
-    "DualSpeedConfig",
-    "DualSpeedTrainer",
-    "SaccadeError",
-    "SkipVisionConfig",
-    "apply_skip_vision",
-    "load_skip_vision",
-    "open_image",
-    "prune_inputs",
-]
 
 _HOMES = {
     "DualSpeedConfig": "saccade.dualspeed",
     "DualSpeedTrainer": "saccade.dualspeed",
+    "PruningConfig": "saccade.reducers",
+    "Reduction": "saccade.tokens",
     "SaccadeError": "saccade.errors",
     "SkipVisionConfig": "saccade.skip_vision",
+    "VisualContext": "saccade.tokens",
     "apply_skip_vision": "saccade.skip_vision",
+    "get_reducer": "saccade.reducers",
+    "list_reducers": "saccade.reducers",
     "load_skip_vision": "saccade.skip_vision",
     "open_image": "saccade.images",
     "prune_inputs": "saccade.pruning",
+    "register_reducer": "saccade.reducers",
 }
+__all__ = [
+    "DualSpeedConfig",
+    "DualSpeedTrainer",
+    "PruningConfig",
+    "Reduction",
+    "SaccadeError",
+    "SkipVisionConfig",
+    "VisualContext",
+    "apply_skip_vision",
+    "get_reducer",
+    "list_reducers",
+    "load_skip_vision",
+    "open_image",
+    "prune_inputs",
+    "register_reducer",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -39,3 +53,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
