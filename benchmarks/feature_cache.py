@@ -24,9 +24,9 @@ from rich.table import Table
 from benchmarks.batches import label_count, make_batch
 from benchmarks.ledger import append_rows, check_ledger, figures, origin
 from benchmarks.shapes import build_shape
-from benchmarks.steps import train_stage
+from benchmarks.steps import seconds_on, train_stage
 from benchmarks.train import TrainBench
-from saccade.dualspeed.step import DualSpeedStep, ModePlan, seconds_on
+from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache, tower_fingerprint

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from benchmarks.shapes import build_shape, get_shape, shape_config
-from saccade.dualspeed.step import seconds_on
+from benchmarks.steps import seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.interfaces import by_name, changed

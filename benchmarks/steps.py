@@ -1,6 +1,7 @@
 """Times of training steps, every variant in one run: interleaved, warmed up, with what was counted beside them."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,6 @@ from benchmarks.variants import (
     Variant,
     training_variants,
 )
-from saccade.dualspeed.step import seconds_on
 from saccade.evaluation.counting import count_flops
 from saccade.families import Family, get_family
 from saccade.interfaces import changed
@@ -84,6 +84,13 @@ class Timing:
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def seconds_on(device: torch.device) -> float:
+    """Seconds on a clock that waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def measure_stage(

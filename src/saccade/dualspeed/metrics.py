@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from saccade.dualspeed.step import StepOutput, seconds_on
+from saccade.dualspeed.step import StepOutput
+from saccade.dualspeed.timing import Moment, Span
 
 TOKENS = ("full", "trained", "teacher")
 SUMS = ("kl", "samples", *TOKENS)
@@ -17,7 +18,7 @@ SUMS = ("kl", "samples", *TOKENS)
 class ModeMeter:
     """Sums over micro-batches and step times, read out at each log.
 
-    Values stay tensors until then, so that no step waits for the device.
+    Values stay tensors, and times moments of the device, until then: no step waits for it.
 
     Args:
         modes: names of the run's modes.
@@ -38,7 +39,8 @@ class ModeMeter:
         """Optimizer steps so far, those before a resume included."""
         self._window_steps: dict[str, int] = dict.fromkeys(self.modes, 0)
         self._window_started = time.perf_counter()
-        self._teacher_in_step = 0.0
+        self._teacher_in_step: tuple[Span, ...] = ()
+        self._steps_to_read: list[tuple[str, Span, tuple[Span, ...]]] = []
 
     def add(self, mode: str, output: StepOutput, share: float = 1.0) -> None:
         """Count one micro-batch.
@@ -55,15 +57,14 @@ class ModeMeter:
         window["trained"] += output.tokens_in
         if output.tokens_teacher is not None:
             window["teacher"] += output.tokens_teacher
-        self._teacher_in_step += output.teacher_seconds
+        self._teacher_in_step += output.teacher_passes
 
-    def end_step(self, mode: str, seconds: float) -> None:
+    def end_step(self, mode: str, span: Span) -> None:
         """Count one optimizer step."""
-        self.step_seconds[mode].append(seconds)
         self.steps[mode] += 1
         self._window_steps[mode] += 1
-        self.teacher_seconds[mode].append(self._teacher_in_step)
-        self._teacher_in_step = 0.0
+        self._steps_to_read.append((mode, span, self._teacher_in_step))
+        self._teacher_in_step = ()
 
     def token_speedup(self) -> float | None:
         """The speed-up that the token counts allow: full tokens over those run, a teacher's pass at a third.
@@ -99,6 +100,10 @@ class ModeMeter:
         for name in TOKENS:
             self.tokens[name] += sums[name]
         self.window.clear()
+        for mode, span, teacher in self._steps_to_read:
+            self.step_seconds[mode].append(span.seconds)
+            self.teacher_seconds[mode].append(sum(one.seconds for one in teacher))
+        self._steps_to_read.clear()
         return sums
 
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
@@ -132,7 +137,6 @@ class StepClock(TrainerCallback):
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
-        self._started = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.meter.steps.update(self.trainer.schedule.count(state.global_step))
@@ -141,11 +145,10 @@ class StepClock(TrainerCallback):
         # Kept for `on_step_end`, which comes after the global step has moved on.
         self._mode = self.trainer.mode_of(state.global_step)
         self.trainer.begin_step()
-        # One wait a step, outside the step itself, so that a step's time is its own.
-        self._started = seconds_on(args.device)
+        self._started = Moment(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.meter.end_step(self._mode, seconds_on(args.device) - self._started)
+        self.trainer.meter.end_step(self._mode, Span(self._started, Moment(args.device)))
 
     def on_train_end(self, args, state, control, **kwargs):
         # What came after the last log belongs to the totals too.

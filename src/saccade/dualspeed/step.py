@@ -4,7 +4,6 @@ Any other mode of the run, too.
 """
 
 import operator
-import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.dualspeed.packing import pack, packed_states
 from saccade.dualspeed.parts import InParts, MicroBatches
+from saccade.dualspeed.timing import Moment, Span
 from saccade.families import Encoded, Family
 from saccade.pruning import Method, ModeInputs, ModeIsolator, prune
 from saccade.reducers import Needs
@@ -37,7 +37,7 @@ class StepOutput:
         tokens_in: long scalar, tokens that the trained pass ran on.
         tokens_teacher: long scalar, tokens that the teacher ran on; None without one.
         samples: rows of the batch.
-        teacher_seconds: time of the teacher's pass; 0 without one.
+        teacher_passes: when the teacher's passes ran, on the device's clock.
     """
 
     loss: Tensor
@@ -47,7 +47,7 @@ class StepOutput:
     tokens_in: Tensor
     tokens_teacher: Tensor | None
     samples: int
-    teacher_seconds: float
+    teacher_passes: tuple[Span, ...] = ()
 
 
 @dataclass
@@ -58,7 +58,7 @@ class _Sums:
     tokens_in: Tensor
     kl: Tensor | None = None
     tokens_teacher: Tensor | None = None
-    teacher_seconds: float = 0.0
+    teacher_passes: tuple[Span, ...] = ()
 
     def detached(self) -> "_Sums":
         kl = None if self.kl is None else self.kl.detach()
@@ -67,7 +67,7 @@ class _Sums:
     def __add__(self, other: "_Sums") -> "_Sums":
         """The sums of two parts."""
         pairs = {entry.name: (getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)}
-        return _Sums(**{name: sum(values) for name, values in pairs.items() if None not in values})
+        return _Sums(**{name: one + two for name, (one, two) in pairs.items() if one is not None and two is not None})
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class DualSpeedStep:
             tokens_in=sums.tokens_in,
             tokens_teacher=sums.tokens_teacher,
             samples=labels.shape[0],
-            teacher_seconds=sums.teacher_seconds,
+            teacher_passes=sums.teacher_passes,
         )
 
     def _own_modules(self) -> list[ModeIsolator | SummaryHead]:
@@ -195,12 +195,12 @@ class DualSpeedStep:
         if plan.teacher is None:
             rows, targets, tokens = self._rows(plan, encoded, text, labels)
             return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens)
-        started = seconds_on(labels.device)
+        started = Moment(labels.device)
         teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
-        teacher_seconds = seconds_on(labels.device) - started
+        teacher_pass = Span(started, Moment(labels.device))
         rows, targets, tokens = self._rows(plan, encoded, text, labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
-        return _Sums(ce, tokens, kl, tokens_teacher, teacher_seconds)
+        return _Sums(ce, tokens, kl, tokens_teacher, (teacher_pass,))
 
     def _run_in_parts(
         self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts
@@ -231,10 +231,3 @@ def evaluating(module: nn.Module):
     finally:
         for submodule in training:
             submodule.training = True
-
-
-def seconds_on(device: torch.device) -> float:
-    """Seconds on a clock that waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -120,5 +120,5 @@ class SteppingTrainer(CachingTrainer):
 
     def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor, num_items_in_batch: Tensor | int | None) -> None:
         tokens = inputs["attention_mask"].sum()
-        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]), 0.0)
+        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]))
         self.meter.add("slow", output, share=self._mean_share(num_items_in_batch))
