@@ -267,10 +267,10 @@ class TestAdaptive:
 def test_shared_budgets_on_real_models(name, reducer, per):
     """Counts a unit, a batch equals its samples one by one, and cached generation equals uncached."""
     case = (CASES | VIDEO_CASES)[name]
-    budget = PruningConfig(prune_ratio=tester.RATIO, budget=per)
+    budget = PruningConfig(reducer, prune_ratio=tester.RATIO, budget=per, newlines="drop")
     with torch.no_grad():
-        context = case.family.encode(case.inputs, Needs.of(get_reducer(reducer), budget)).context
-    reduction = reduce(context, get_reducer(reducer), budget, "drop")
+        context = case.family.encode(case.inputs, budget.needs).context
+    reduction = reduce(context, budget)
     owner = context.group if per == "image" else context.sample
     plain = context.valid if context.protected is None else context.valid & ~context.protected
     for unit in owner.unique():
@@ -301,8 +301,8 @@ def test_what_a_budget_is_of_in_a_video(name):
     assert int(video.sum()) == rows
 
     def count(which: Tensor, per: str) -> int:
-        budget = PruningConfig(keep_tokens=3, budget=per)
-        return int(reduce(context, get_reducer("divprune"), budget, "drop").counts[which].sum())
+        budget = PruningConfig(keep_tokens=3, budget=per, newlines="drop")
+        return int(reduce(context, budget).counts[which].sum())
 
     assert [count(video, per) for per in ("crop", "image", "sample")] == [3 * rows, 3, 3]
     assert [count(video_and_image, per) for per in ("image", "sample")] == [6, 3]

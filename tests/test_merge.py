@@ -165,6 +165,6 @@ def test_a_family_that_cannot_says_so(name):
     for reducer in ("visionzip", "prumerge"):
         with pytest.raises(SaccadeError, match=message):
             case.prune(case.inputs, reducer, reducer_options={"merge": "encoder"})
-    mode = Mode("fast", 1.0, reducer="visionzip", reducer_options={"merge": "encoder"})
+    mode = Mode("fast", 1.0, pruning=PruningConfig("visionzip", {"merge": "encoder"}))
     with pytest.raises(SaccadeError, match=message):
         check_family_can(case.family, [mode])  # before training begins

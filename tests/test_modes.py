@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from saccade import SaccadeError
 from saccade.dualspeed.schedule import ModeSchedule
+from saccade.reducers import PruningConfig
 
 SPEEDS = [
     {"name": "fast", "probability": 0.6, "isolator": True},
@@ -20,7 +21,7 @@ SPEEDS = [
 
 def test_without_a_list_there_are_the_published_two(tmp_path):
     fast, slow = make_config(tmp_path, prune_ratio=0.8, slow_probability=0.25).all_modes()
-    assert (fast.name, fast.action, fast.budget.prune_ratio, fast.isolator, fast.teacher) == (
+    assert (fast.name, fast.action, fast.pruning.prune_ratio, fast.isolator, fast.teacher) == (
         "fast",
         "drop",
         0.8,
@@ -34,9 +35,9 @@ def test_without_a_list_there_are_the_published_two(tmp_path):
 def test_a_list_takes_what_it_leaves_out_from_the_configuration(tmp_path):
     config = make_config(tmp_path, modes=SPEEDS, reducer="cdpruner", keep_tokens=12, isolator_length=4)
     fast, middle, skipping, slow = config.all_modes()
-    assert (fast.reducer, fast.budget.keep_tokens, fast.isolator) == ("cdpruner", 12, True)
+    assert (fast.pruning.reducer, fast.pruning.keep_tokens, fast.isolator) == ("cdpruner", 12, True)
     # A ratio of its own is meant, though the run counts in tokens.
-    assert (middle.reducer, middle.budget.keep_tokens, middle.budget.prune_ratio) == ("random", None, 0.5)
+    assert middle.pruning == PruningConfig("random", prune_ratio=0.5)
     assert (skipping.skip_vision.split, skipping.skip_vision.retained) == ("cdpruner", 12)
     assert not skipping.isolator
     assert slow.keeps_all

@@ -179,7 +179,7 @@ def test_under_peft(model, prompts):
         ({"positions": "shifted"}, "compact, original"),
         ({"isolator": "/nowhere"}, "holds no mode_isolator"),
         ({"isolator": torch.zeros(4, 7)}, "width 7"),
-        ({"isolator": torch.zeros(7)}, "isolator is a Tensor and no rows"),
+        ({"isolator": torch.zeros(7)}, "isolator is a Tensor and not rows"),
         ({"padding_side": "middle"}, "padding_side='middle' is unknown"),
         ({"reducer_options": ["seed"]}, r"reducer_options=.* give a mapping"),
     ],
@@ -193,7 +193,7 @@ def test_inputs_that_lack_something(model, prompts):
     without_pixels = {name: value for name, value in prompts.items() if name != "pixel_values"}
     cases = [
         ({"input_ids": prompts["input_ids"]}, "inputs has no 'attention_mask'"),
-        ({**prompts, "input_ids": prompts["input_ids"][0]}, r"'input_ids' is no tensor \(samples, tokens\)"),
+        ({**prompts, "input_ids": prompts["input_ids"][0]}, r"'input_ids' is not a tensor \(samples, tokens\)"),
         (without_pixels, r"inputs has \d+ placeholders of visual tokens, but no 'pixel_values'"),
         (prune_inputs(model, prompts), "is pruned already"),
     ]
