@@ -23,9 +23,13 @@ REPLACED = (
     "compute_loss",
     "compute_loss_context_manager",
     "create_optimizer",
+    "evaluation_loop",
     "get_batch_samples",
+    "get_eval_dataloader",
+    "get_test_dataloader",
     "get_train_dataloader",
     "log",
+    "prediction_step",
     "save_model",
     "train",
 )
