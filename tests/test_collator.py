@@ -15,7 +15,7 @@ from saccade import SaccadeError
 from saccade.data.conversation import place_images
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
-from saccade.dualspeed.sharding import WithBlankImage
+from saccade.dualspeed.sharding import DummyImageCollator
 from saccade.families import get_family
 from saccade.images import open_image
 from saccade.reducers import PruningConfig
@@ -92,7 +92,7 @@ def test_a_blank_image_has_the_form_of_the_rows(form):
     }[form]
     options = {"assistant_only_loss": form == "messages", "completion_only_loss": form != "messages"}
     collator = DualSpeedCollator(processor=processor, placeholder_id=get_family(model).placeholder_id, **options)
-    batch = WithBlankImage(collator, collator.placeholder_id, processor)([row, row])
+    batch = DummyImageCollator(collator, collator.placeholder_id, processor)([row, row])
     blank = (batch["input_ids"] == collator.placeholder_id).any(dim=1)
     assert blank.tolist() == [False, False, True]
     assert ((batch["labels"] != -100).any(dim=1) == ~blank).all()
@@ -100,7 +100,7 @@ def test_a_blank_image_has_the_form_of_the_rows(form):
     lenient = replace(collator, max_bad_records=1)
     words = [column for column in row if column != "images"]
     bad = {**dict.fromkeys(words), "images": []}
-    assert (WithBlankImage(lenient, collator.placeholder_id, processor)([bad, row])["labels"] != -100).any()
+    assert (DummyImageCollator(lenient, collator.placeholder_id, processor)([bad, row])["labels"] != -100).any()
 
 
 def test_max_length_cuts_text_but_never_images(collator, mixed_rows):

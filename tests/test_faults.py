@@ -43,13 +43,13 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(processor, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer.add_callback(At(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train()
-    assert trainer.watch.stopped
+    assert trainer.sigterm.stopped
     assert trainer.state.global_step == 3
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = trainer_for(processor, tmp_path / "run")
     resumed.train(resume_from_checkpoint=True)
-    assert not resumed.watch.stopped
+    assert not resumed.sigterm.stopped
     assert losses(resumed) == pytest.approx(losses(unbroken), rel=1e-6)
 
 

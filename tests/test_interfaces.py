@@ -29,10 +29,9 @@ from benchmarks.steps import _watched
 from experiments.skip_analysis import measure as analysis
 from saccade import SaccadeError
 from saccade.dualspeed import packing
-from saccade.dualspeed.optimizing import REPLACED
+from saccade.dualspeed.callbacks import SigtermCheckpoint
 from saccade.dualspeed.redirect import redirect_forward
-from saccade.dualspeed.trainer import DualSpeedTrainer
-from saccade.dualspeed.watch import RunWatch
+from saccade.dualspeed.trainer import REPLACED, DualSpeedTrainer
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache
 from saccade.families.tower import unused_layers_passed_over
@@ -436,7 +435,7 @@ def test_the_methods_that_the_trainer_replaces_are_all_checked():
 
 def test_callbacks_that_are_told_of_no_loader_are_an_error():
     with pytest.raises(SaccadeError, match=rf"{VERSION}callbacks are told nothing of 'train_dataloader'"):
-        RunWatch(SimpleNamespace()).on_train_begin(None, None, None)
+        SigtermCheckpoint(SimpleNamespace()).on_train_begin(None, None, None)
 
 
 # Benchmarks

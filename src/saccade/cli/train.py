@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         find_resume(recipe)
         return 0
     trainer = train_recipe(recipe)
-    if recipe.trainer.should_save and trainer.watch.stopped:
+    if recipe.trainer.should_save and trainer.sigterm.stopped:
         checkpoint = f"{recipe.trainer.output_dir}/checkpoint-{trainer.state.global_step}"
         print(f"stopped by SIGTERM, saved {checkpoint}; --resume auto goes on from it")
     elif recipe.trainer.should_save:

@@ -1,6 +1,17 @@
 """A micro-batch whose language passes run a few samples at a time, after its images were encoded once.
 
 Shapes: B samples, L tokens, R feature rows of N visual tokens.
+
+A worked example: four samples, three at a time, a scale of 1. The tower encodes the four images once, f = tower(x).
+
+    part 1, samples 0 to 2    leaf = f[0:3], cut off the graph; loss1(leaf).backward() leaves its gradients in the
+                              language model's parameters and in leaf.grad, and frees the part's activations
+    part 2, sample 3          loss2(f[3:4]) keeps its graph, for the caller's backward pass
+    carried                   c = sum(f[0:3] * leaf.grad), less its own value: zero, with the gradient leaf.grad at f
+
+The caller's `(loss1 + loss2 + c).backward()`, in which loss1 has no graph any more, then runs the language model
+backwards for sample 3 alone, and projector and tower once for all four, with the gradients of both parts: what one
+pass over all four would give.
 """
 
 from collections.abc import Callable, Iterator, Mapping

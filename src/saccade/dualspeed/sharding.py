@@ -14,7 +14,7 @@ _SIDE = 64
 
 
 @dataclass
-class WithBlankImage:
+class DummyImageCollator:
     """Adds one sample with a blank image and no labels to a batch without images.
 
     FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text

@@ -1,20 +1,30 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
+import random
 import shutil
-from collections.abc import Iterator, Sized
+import warnings
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from trl import SFTTrainer
 
 from saccade.companions import find_companion
+from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.turns import is_plain_text
 from saccade.dualspeed.bad_records import BadRecordLog
+from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint
 from saccade.dualspeed.checkpoint import (
     adapter_options,
     check_same_run,
@@ -33,7 +43,7 @@ from saccade.dualspeed.checks import (
     check_precision,
     first_columns,
 )
-from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.folder import (
@@ -49,28 +59,57 @@ from saccade.dualspeed.folder import (
 )
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.dualspeed.labels import check_turns, stop_ids
+from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import allow_packing
-from saccade.dualspeed.sampler import EpochStart
+from saccade.dualspeed.parts import InParts
+from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.sampler import EpochStart, GroupedSampler
 from saccade.dualspeed.schedule import ModeSchedule
-from saccade.dualspeed.sharding import WithBlankImage, gathered, layer_classes
+from saccade.dualspeed.sharding import DummyImageCollator, gathered, layer_classes
 from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
-from saccade.dualspeed.step import DualSpeedStep, ModePlan
-from saccade.dualspeed.stepping import SteppingTrainer
-from saccade.dualspeed.watch import RunWatch
+from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.errors import SaccadeError
-from saccade.families import family_class, get_family, stock_model, use_released_names
+from saccade.families import Family, family_class, get_family, stock_model, use_released_names
+from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
 from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.files import disk_errors
+from saccade.interfaces import check_methods
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
+from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
+from saccade.tokens import IGNORE_INDEX
 
 ISOLATOR_NAME = "mode_isolator"
+REPLACED = (
+    "_get_grad_norm",
+    "_get_train_sampler",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "compute_loss",
+    "compute_loss_context_manager",
+    "create_optimizer",
+    "evaluation_loop",
+    "get_batch_samples",
+    "get_eval_dataloader",
+    "get_test_dataloader",
+    "get_train_dataloader",
+    "log",
+    "prediction_step",
+    "save_model",
+    "train",
+)
+"""Methods of the stock trainer that ours replace: without one of them ours would never be called."""
+check_methods(SFTTrainer, REPLACED, "transformers")
 
 
-class DualSpeedTrainer(SteppingTrainer):
+class DualSpeedTrainer(SFTTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
@@ -89,6 +128,25 @@ class DualSpeedTrainer(SteppingTrainer):
     """
 
     _tag_names = ("trl", "saccade", "dualspeed")
+    args: DualSpeedConfig
+    family: Family
+    modes: Sequence[Mode]
+    schedule: ModeSchedule
+    is_ordinary: bool
+    isolator: ModeIsolator | None
+    skip: SkipVision | None
+    meter: ModeMeter
+    sigterm: SigtermCheckpoint
+    guard: NonFiniteGuard
+    bad_records: BadRecordLog
+    feature_cache: FeatureCache | None = None
+    keeps_masters: bool
+    masters: Float32Masters | None = None
+    """The float32 masters, once training has begun, where the trainer keeps them itself."""
+    _evaluated: Tensor | None = None
+    """Of an evaluation so far, on this rank: the rows' losses in sum, the rows, and the bad records met."""
+    _train_loader: DataLoader | None = None
+    _rows_before: tuple[int, int] = (0, 0)
 
     def __init__(self, model: str | PreTrainedModel, args: DualSpeedConfig, *, train_dataset, **kwargs: Any) -> None:
         if not isinstance(args, DualSpeedConfig):
@@ -140,7 +198,9 @@ class DualSpeedTrainer(SteppingTrainer):
             if args.conversation == "chat" and not is_plain_text(next(iter(train_dataset))):
                 check_turns(self.data_collator)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            self.data_collator = WithBlankImage(self.data_collator, self.family.placeholder_id, self.processing_class)
+            self.data_collator = DummyImageCollator(
+                self.data_collator, self.family.placeholder_id, self.processing_class
+            )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
@@ -163,8 +223,9 @@ class DualSpeedTrainer(SteppingTrainer):
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.run_id: str | None = None
         self._identity: dict[str, Any] | None = None
-        self.watch = RunWatch(self)
-        self.add_callback(self.watch)
+        self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
+        self.add_callback(self.sigterm)
+        self.add_callback(self.guard)
         self._micro_batch = 0
         methods = {mode.name: self._method(mode) for mode in self.modes}
         plans = {
@@ -207,9 +268,106 @@ class DualSpeedTrainer(SteppingTrainer):
             return Skipper(self.family, mode.skip_vision, self.skip.summary)
         return Pruner(mode.pruning, self.isolator if mode.isolator else None)
 
+    # The loss of a micro-batch
+
+    def mode_of(self, step: int) -> str:
+        """The mode of optimizer step `step`, counted from 0."""
+        return self.schedule.mode(step)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.skip is not None and not self.model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
+        if self.is_ordinary or return_outputs or not self.model.training:
+            with warnings.catch_warnings():
+                # TRL announces that it will return no logits one day; until then `predict` and `evaluate` give them.
+                warnings.filterwarnings("ignore", "`return_outputs=True`", FutureWarning)
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.is_ordinary and self.model.training:
+                self.guard.see(loss, inputs)
+                self._count_ordinary(inputs, loss, num_items_in_batch)
+            return loss
+        normaliser = num_items_in_batch
+        if normaliser is None:
+            normaliser = (inputs["labels"][:, 1:] != -100).sum()
+        # An all-text batch of masked samples has no label at all and contributes a plain zero.
+        normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
+        mode = self.mode_of(self.state.global_step)
+        self._micro_batch += 1
+        with self.guard.computing(inputs):
+            in_parts = self._in_parts(mode, num_items_in_batch)
+            output = self._run_step(model, mode, inputs, normaliser, self._row_seed(), in_parts)
+        self.guard.see(output.loss, inputs)
+        averaged = self._is_averaged(num_items_in_batch)
+        self.meter.add(mode, output, share=1.0 if averaged else self._mean_share(num_items_in_batch))
+        return output.loss * self._loss_factor(num_items_in_batch)
+
+    def _is_averaged(self, num_items_in_batch: Tensor | int | None) -> bool:
+        """Whether the normaliser counts every rank's tokens."""
+        return self.args.average_tokens_across_devices and num_items_in_batch is not None
+
+    def _loss_factor(self, num_items_in_batch: Tensor | int | None) -> int:
+        # The engines average gradients over ranks.
+        return self.accelerator.num_processes if self._is_averaged(num_items_in_batch) else 1
+
+    def _in_parts(self, mode: str, num_items_in_batch: Tensor | int | None) -> InParts | None:
+        """How a micro-batch in `mode` is cut, or None where it runs at once."""
+        size = self.args.slow_micro_batch_size
+        if size is None or not next(one for one in self.modes if one.name == mode).keeps_all:
+            return None
+        # What the stock training step does to the loss that it gets.
+        accumulated = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
+        return InParts(size, self._backward_of_part, self._loss_factor(num_items_in_batch) / accumulated)
+
+    def _backward_of_part(self, loss: Tensor) -> None:
+        with torch.autocast(loss.device.type, enabled=False):
+            self.accelerator.backward(loss)
+
+    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
+        """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
+        mode = self.meter.full or self.modes[-1].name
+        count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+        output = self._run_step(model, mode, inputs, count)
+        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
+
+    def _run_step(
+        self,
+        model: nn.Module,
+        mode: str,
+        inputs: dict[str, Any],
+        normaliser: Tensor,
+        row_seed: int = 0,
+        in_parts: InParts | None = None,
+    ) -> StepOutput:
+        """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
+
+        def run(batch: dict[str, Any]) -> StepOutput:
+            # The engine's own autocast wraps the forward that is replaced here.
+            with self.accelerator.autocast():
+                return self._step(mode, batch, normaliser, row_seed, in_parts)
+
+        return redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
+
+    def begin_step(self) -> None:
+        """Called before the first micro-batch of each optimizer step."""
+        self._micro_batch = 0
+
+    def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
+        """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
+        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
+        return 1 / (self.accelerator.num_processes * parts)
+
+    def _row_seed(self) -> int:
+        key = f"{self.args.seed} {self.state.global_step} {self._micro_batch} {self.args.process_index}"
+        return random.Random(key).getrandbits(60)
+
+    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor, num_items_in_batch: Tensor | int | None) -> None:
+        tokens = inputs["attention_mask"].sum()
+        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]))
+        self.meter.add("slow", output, share=self._mean_share(num_items_in_batch))
+
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.watch.check(grad_norm)
+        self.guard.check(grad_norm)
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -220,7 +378,269 @@ class DualSpeedTrainer(SteppingTrainer):
                 logs["bad_records"] = len(self.bad_records)
             # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
+        self._add_cache_hits(logs)
         super().log(logs, start_time)
+
+    # Rows and batches
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over ranks. Every rank must call it."""
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stock loader, with a collator that replaces bad records and lists them in the batch."""
+        with self._collating(self.training_collator()):
+            self._train_loader = super().get_train_dataloader()
+        return self._train_loader
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """The stock loader, with a collator that lists bad records and does not count what stands in for them."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        with self._collating(self._evaluation_collator(rows)):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """The same for `predict`, where what stands in for a bad record has no labels, only -100."""
+        with self._collating(self._evaluation_collator(test_dataset)):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _collating(self, collator: Any) -> Iterator[None]:
+        strict, self.data_collator = self.data_collator, collator
+        try:
+            yield
+        finally:
+            self.data_collator = strict
+
+    def end_workers(self) -> None:
+        """End the processes that prepare training batches, which persistent ones would go on waiting for more.
+
+        The garbage collector takes their queues away before it tells them to end, and then waits ten seconds for them.
+        """
+        base = getattr(self._train_loader, "base_dataloader", self._train_loader)
+        if base is not None:
+            base._iterator = None
+        self._train_loader = None
+
+    def training_collator(self) -> Any:
+        """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""
+        return self._lenient(self.train_dataset)
+
+    def _evaluation_collator(self, rows: Any) -> Any:
+        return self._lenient(rows, learn_stand_ins=False)
+
+    def _lenient(self, rows: Any, **options: Any) -> Any:
+        """The collator with bad records replaced by others of `rows`, or of the batch where these have no numbers."""
+        outer = self.data_collator
+        collate = outer.collate if isinstance(outer, DummyImageCollator) else outer
+        if not isinstance(collate, DualSpeedCollator):
+            return outer
+        rows = rows if isinstance(rows, Dataset) else None
+        collate = replace(collate, max_bad_records=self.args.max_bad_records, rows=rows, **options)
+        return replace(outer, collate=collate) if isinstance(outer, DummyImageCollator) else collate
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.group_by == "none":
+            return super()._get_train_sampler(train_dataset)
+        usual = max(self.modes, key=lambda mode: self.schedule.shares[mode.name])
+        counter = TokenCounter(
+            self.processing_class,
+            self.family.placeholder_id,
+            usual.pruning if usual.action == "drop" else PruningConfig(prune_ratio=0.0),
+            self.isolator.length if self.isolator is not None and usual.isolator else 0,
+            stop_ids(self.family.model.generation_config, self._tokenizer),
+            self.args.conversation,
+        )
+        lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedSampler(lengths, step, seed)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of the next optimizer step. Every rank must call it.
+
+        Raises:
+            SaccadeError: on all ranks alike, if more records are bad than may be.
+        """
+        batches = []
+        for batch in islice(epoch_iterator, num_batches):
+            self._ignore_repeated_rows(batch, self.args.train_batch_size)
+            batches.append(batch)
+        if batches:
+            found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
+            self._note_bad_records(found, given_up=not all(batches))
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The stock step. Every rank must call it.
+
+        Raises:
+            SaccadeError: on all ranks alike, if more records are bad than may be.
+        """
+        found = inputs.pop(BAD_RECORDS, ())
+        self._note_bad_records(found, given_up=not inputs)
+        self._ignore_repeated_rows(inputs, self.args.eval_batch_size)
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if loss is not None and "labels" in inputs:
+            counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
+            step = torch.stack([loss.detach().float() * counted, counted, torch.full_like(counted, len(found))])
+            self._evaluated = step if self._evaluated is None else self._evaluated + step
+        return loss, logits, labels
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """The stock loop. Where records were bad, the loss is the mean over the rows that are not."""
+        self._evaluated = None
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self._evaluated is not None:
+            # The stock mean is over batches, and one of which every row is bad has none to give.
+            total, counted, bad = self.sum_over_ranks(self._evaluated).tolist()
+            if bad:
+                output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
+        return output
+
+    def _ignore_repeated_rows(self, batch: dict[str, Any], size: int) -> None:
+        """Mask the labels of rows that only fill the last batch of a pass up, on several ranks.
+
+        Accelerate repeats rows there so that every rank has a batch of the same size; one process would run a shorter
+        batch, and these rows would count twice. They still go through the model: engines need the same calls on all
+        ranks.
+
+        Args:
+            size: rows of a whole batch on each rank.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return
+        if "labels" in batch:
+            before = self.accelerator.process_index * size
+            batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
+
+    def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
+        """Take up what any rank has met, and stop all ranks if it is too much or leaves one without a batch."""
+        new = self.bad_records.unknown(found)
+        if self.accelerator.num_processes > 1:
+            # Two numbers first: the lists themselves are gathered only where there is something to gather.
+            count, given_up = self.sum_over_ranks(torch.tensor([len(new), given_up])).tolist()
+            new = gather_object(new) if count else []
+        if new:
+            self.bad_records.add(new)
+            if self.args.should_save:
+                self.bad_records.write()
+        if new or given_up:
+            self.bad_records.check()
+        if given_up:
+            raise SaccadeError(
+                f"no record of a batch can be used, nor one to stand in for them: see {self.bad_records.path}"
+            )
+
+    # Features of the frozen tower on disk
+
+    def open_feature_cache(self) -> None:
+        """Open the cache that the options name, once it is known what of the model trains.
+
+        Raises:
+            SaccadeError: if the run's tower cannot be served, or the folder not be written.
+        """
+        args = self.args
+        if args.feature_cache is None:
+            return
+        sharded = self.is_fsdp_enabled
+        if self.is_deepspeed_enabled:
+            sharded = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if sharded:
+            raise SaccadeError(
+                f"feature_cache={args.feature_cache!r}: FSDP and ZeRO-3 gather the vision tower's weights from all "
+                "ranks, of which some would wait for others that read from disk; use DDP or ZeRO-2, or leave "
+                "feature_cache out"
+            )
+        self.feature_cache = FeatureCache(self.family, args.feature_cache, args.feature_cache_gib * 2**30)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self.feature_cache is not None:
+            stack.enter_context(self.feature_cache.serving())
+        return stack
+
+    def _add_cache_hits(self, logs: dict[str, float]) -> None:
+        """The share of rows that came from disk since the last log, beside the loss that is logged."""
+        # `loss`, `eval_loss`, `eval_NAME_loss` of several sets; `train_loss` is of a whole run, at its end.
+        names = (name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss"))
+        name = next(names, None)
+        if self.feature_cache is not None and name is not None:
+            cache = self.feature_cache
+            now = (cache.read_rows, cache.encoded_rows)
+            window = torch.tensor([count - before for count, before in zip(now, self._rows_before, strict=True)])
+            self._rows_before = now
+            read, encoded = self.sum_over_ranks(window).tolist()
+            if read + encoded:
+                logs[f"{name.removesuffix('loss')}feature_cache_hits"] = round(read / (read + encoded), 6)
+
+    # The optimizer
+
+    @property
+    def engine(self) -> str:
+        """What several processes share: "ddp" for one process too, "fsdp" or "deepspeed"."""
+        if self.is_fsdp_enabled:
+            return "fsdp"
+        return "deepspeed" if self.is_deepspeed_enabled else "ddp"
+
+    def choose_masters(self) -> None:
+        """Decide who keeps float32 masters, once it is known what trains, and before an engine wraps the model.
+
+        Raises:
+            SaccadeError: as `wants_masters` does.
+        """
+        self.keeps_masters = wants_masters(
+            self.args, self.model, self.engine, self.accelerator.mixed_precision != "no"
+        )
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        with as_bad_input():
+            optimizer = super().create_optimizer(model)
+        self._split_groups(optimizer)
+        # A second `train` goes on with the optimizer of the first, which accelerate has wrapped by then.
+        stepped = getattr(optimizer, "optimizer", optimizer)
+        if self.keeps_masters and (self.masters is None or self.masters.optimizer is not stepped):
+            self.masters = Float32Masters(self.model, stepped)
+        return optimizer
+
+    def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give projector and isolator groups of their own where they have a learning rate of their own."""
+        rate = self.args.projector_learning_rate
+        if rate is None:
+            return
+        projector = {id(parameter) for parameter in self.family.projector.parameters()}
+        if self.isolator is not None:
+            projector |= {id(parameter) for parameter in self.isolator.parameters()}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in projector]
+            if moved:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is not None:
+            # FSDP shards what trains in float32; its checkpoints keep that in files of their own.
+            state_dict = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.masters is not None and self.args.should_save:
+            self.masters.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.masters is not None and checkpoint is not None:
+            self.masters.load(checkpoint)
 
     # Weights, isolator, checkpoints
 
@@ -231,8 +651,8 @@ class DualSpeedTrainer(SteppingTrainer):
             resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir` of the run
                 that the folder belongs to.
 
-        On SIGTERM it saves a checkpoint and returns; `watch.stopped` is then true. On Ctrl-C it does so too, and ends
-        with an `Interrupted`, which is a `KeyboardInterrupt`.
+        On SIGTERM it saves a checkpoint and returns; `sigterm.stopped` is then true. On Ctrl-C it does so too, and
+        ends with an `Interrupted`, which is a `KeyboardInterrupt`.
 
         Raises:
             SaccadeError: if `output_dir` holds what another run left and `args.overwrite` is not set, or another run
@@ -267,7 +687,7 @@ class DualSpeedTrainer(SteppingTrainer):
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         try:
-            with self.watch.training():
+            with self.sigterm.training():
                 return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except Exception as error:
             # By its name: it comes from the module that nothing here imports.
@@ -286,7 +706,7 @@ class DualSpeedTrainer(SteppingTrainer):
         Raises:
             OSError: if a file cannot be written, a full disk included.
         """
-        with self.watch.saving():
+        with self.sigterm.saving():
             self._save_all(output_dir, _internal_call)
 
     def _save_all(self, output_dir: str | None, internal: bool) -> None:

@@ -86,7 +86,7 @@ def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoin
     started = time.process_time()
     trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=callbacks)
     cpu_seconds = time.process_time() - started
-    if trainer.watch.stopped:
+    if trainer.sigterm.stopped:
         state = trainer.state
         raise SaccadeError(
             f"stage {stage} was asked to stop after step {state.global_step} of {state.max_steps}: "

@@ -31,7 +31,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
     """Train a recipe and save model, processor, isolator and log in its `output_dir`.
 
     Returns:
-        The trainer after training. If SIGTERM ended it, `trainer.watch.stopped` is true and only a checkpoint saved.
+        The trainer after training. If SIGTERM ended it, `trainer.sigterm.stopped` is true and only a checkpoint saved.
 
     Raises:
         SaccadeError: on bad input, before training starts.
@@ -78,9 +78,9 @@ def _train_and_save(
     # A bad first batch, such as a max_length below the image tokens, shows before the first step.
     check_first_rows(trainer)
     # A signal while the model is being saved is noted and changes nothing: the run ends a moment later anyway.
-    with trainer.watch.listening():
+    with trainer.sigterm.listening():
         trainer.train(resume_from_checkpoint=resume)
-        if trainer.watch.stopped:
+        if trainer.sigterm.stopped:
             # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
             return trainer
         trainer.save_model(args.output_dir)

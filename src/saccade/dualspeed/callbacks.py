@@ -1,4 +1,4 @@
-"""What can end a run before its time: a signal to stop, a loss that is no number, a dead data worker."""
+"""What can end a run before its time: a signal to stop, a loss that is not a number, a dead data worker."""
 
 import os
 import signal
@@ -27,12 +27,11 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, after what was trained so far was saved; its text says how to go on."""
 
 
-class RunWatch(TrainerCallback):
-    """Ends a run so that nothing is lost.
+class SigtermCheckpoint(TrainerCallback):
+    """Saves before a run is stopped.
 
     On SIGTERM, and on the first Ctrl-C, all ranks finish the step that they are in, save a checkpoint and stop;
-    `stopped` is then true. A loss or a gradient norm that is not finite ends the run before the next checkpoint, and
-    the batch is kept for a look.
+    `stopped` is then true.
     """
 
     def __init__(self, trainer) -> None:
@@ -40,7 +39,6 @@ class RunWatch(TrainerCallback):
         self.stopped = False
         self._asked: int | None = None
         self._is_listening = False
-        self._micro_batches: list[tuple[Tensor, Mapping[str, Any]]] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -92,12 +90,10 @@ class RunWatch(TrainerCallback):
             raise SaccadeError(
                 f"dataloader_num_workers={self.trainer.args.dataloader_num_workers}: a process that prepares batches "
                 f"died after step {self.trainer.state.global_step} ({line}); it may have run out of memory, "
-                f"use fewer; {self._way_on()}"
+                f"use fewer; {way_on(self.trainer)}"
             ) from error
-        finally:
-            self._micro_batches.clear()
         if self.stopped and self._asked == signal.SIGINT:
-            raise Interrupted(self._way_on())
+            raise Interrupted(way_on(self.trainer))
 
     def _ask(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT:
@@ -115,9 +111,6 @@ class RunWatch(TrainerCallback):
         if getattr(loader, "num_workers", 0):
             loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._micro_batches.clear()
-
     def on_step_end(self, args, state, control, **kwargs):
         # The signal may reach one rank only, or several in different steps: they have to agree.
         asked = torch.tensor([float(self._asked == number) for number in (signal.SIGTERM, signal.SIGINT)])
@@ -128,6 +121,20 @@ class RunWatch(TrainerCallback):
             self._asked = signal.SIGINT if interrupted else signal.SIGTERM
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Ends a run whose loss or gradient norm is not finite before the next checkpoint, and keeps the batch."""
+
+    def __init__(self, trainer) -> None:
+        self.trainer = trainer
+        self._micro_batches: list[tuple[Tensor, Mapping[str, Any]]] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._micro_batches.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._micro_batches.clear()
 
     def see(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
         """Remember a micro-batch until its step is over. Nothing waits for the device here."""
@@ -177,7 +184,7 @@ class RunWatch(TrainerCallback):
             raise SaccadeError(
                 f"the gradient norm is {norm} in step {self.trainer.state.global_step} with finite losses on rank "
                 f"{self.trainer.args.process_index}: look at the other ranks' messages, lower learning_rate or train "
-                f"in float32; {self._way_on()}"
+                f"in float32; {way_on(self.trainer)}"
             )
         number = bad[0]
         raise SaccadeError(self._complaint(f"the loss is {losses[number]}", self._micro_batches[number][1], number))
@@ -189,7 +196,7 @@ class RunWatch(TrainerCallback):
         return (
             f"{what} in step {step}, micro-batch {number} of rank {rank}: {self._name(inputs)}; "
             f"{self._keep(inputs, step, rank)}look at these samples, lower learning_rate or train in float32; "
-            f"{self._way_on()}"
+            f"{way_on(self.trainer)}"
         )
 
     def _name(self, inputs: Mapping[str, Any]) -> str:
@@ -208,9 +215,11 @@ class RunWatch(TrainerCallback):
             return f"the batch is in {path}; "
         return ""
 
-    def _way_on(self) -> str:
-        newest = newest_checkpoint(self.trainer.args.output_dir)
-        return "no checkpoint was saved yet" if newest is None else f"{newest} is whole, resume from it"
+
+def way_on(trainer) -> str:
+    """How a run goes on after it ended early."""
+    newest = newest_checkpoint(trainer.args.output_dir)
+    return "no checkpoint was saved yet" if newest is None else f"{newest} is whole, resume from it"
 
 
 @dataclass
