@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer
     from saccade.errors import SaccadeError
     from saccade.images import open_image
-    from saccade.pruning import prune_inputs
+    from saccade.pruning import apply_pruning, prune_inputs
     from saccade.reducers import PruningConfig, get_reducer, list_reducers, register_reducer
     from saccade.skip_vision import SkipVisionConfig, apply_skip_vision, load_skip_vision
     from saccade.tokens import Reduction, VisualContext
@@ -22,6 +22,7 @@ _HOMES = {
     "SaccadeError": "saccade.errors",
     "SkipVisionConfig": "saccade.skip_vision",
     "VisualContext": "saccade.tokens",
+    "apply_pruning": "saccade.pruning",
     "apply_skip_vision": "saccade.skip_vision",
     "get_reducer": "saccade.reducers",
     "list_reducers": "saccade.reducers",
@@ -38,6 +39,7 @@ __all__ = [
     "SaccadeError",
     "SkipVisionConfig",
     "VisualContext",
+    "apply_pruning",
     "apply_skip_vision",
     "get_reducer",
     "list_reducers",

@@ -1,5 +1,6 @@
 """From a processed batch to its shorter form, for training and for inference: encode, reduce, splice, run."""
 
+from saccade.pruning.apply import Pruning, apply_pruning
 from saccade.pruning.isolator import ISOLATOR_FILE, ModeIsolator
 from saccade.pruning.prune import Method, ModeInputs, prune
 from saccade.pruning.prune_inputs import prune_inputs, pruning_config
@@ -11,6 +12,8 @@ __all__ = [
     "ModeInputs",
     "ModeIsolator",
     "Pruner",
+    "Pruning",
+    "apply_pruning",
     "prune",
     "prune_inputs",
     "pruning_config",

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
+from saccade.pruning.patching import with_given_prompt
 from saccade.skip_vision.cache import CacheState, cache_of, read_length, state_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.tokens import Role
@@ -89,9 +90,7 @@ def as_given(output: Any, given: Tensor, laid_out: Tensor, cache: Cache | None) 
     The cache remembers the laid-out conversation, from which a next turn goes on.
     """
     sequences = output.sequences if isinstance(output, ModelOutput) else output
-    new = sequences[:, laid_out.shape[1] :]
-    several = sequences.shape[0] // given.shape[0]  # with num_return_sequences
-    returned = torch.cat((given.repeat_interleave(several, dim=0), new), dim=1)
+    returned = with_given_prompt(sequences, given, laid_out.shape[1])
     returned_cache = cache_of(output) if isinstance(output, ModelOutput) else None
     cache = cache if returned_cache is None else returned_cache
     state = state_of(cache)

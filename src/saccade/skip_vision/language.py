@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import by_name, changed, check_takes
+from saccade.pruning.patching import call_original
 from saccade.skip_vision.cache import (
     CacheState,
     attach,
@@ -26,7 +27,7 @@ from saccade.skip_vision.cache import (
 )
 from saccade.skip_vision.columns import pad_columns
 from saccade.skip_vision.config import SkipVisionConfig
-from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, call_original, check_rows_arrived
+from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, check_rows_arrived
 from saccade.tokens import Role
 
 ROLES_KEYWORD = "skip_roles"

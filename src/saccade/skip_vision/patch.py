@@ -1,7 +1,6 @@
 """`apply_skip_vision`: a stock model that skips, in place, until `remove()`."""
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from transformers.utils import ModelOutput
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
+from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch
 from saccade.skip_vision.cache import cache_name, cache_of, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.prepare import prepare, processor_outputs
-from saccade.skip_vision.rows import STATE, call_original, patch, patch_layers, unpatch
+from saccade.skip_vision.rows import STATE, patch_layers
 from saccade.skip_vision.skipper import Skipper
 from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
 
-HANDLE = "_saccade_skip_vision"
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
 
 
@@ -120,6 +119,7 @@ class SkipVision:
             return
         for module in self._patched:
             unpatch(module)
+            module.__dict__.pop(STATE, None)
         self._patched.clear()
         for name in (CONFIG, SKIPPING):
             self.family.language_model.__dict__.pop(name)
@@ -139,8 +139,8 @@ class SkipVision:
         language.__dict__[SKIPPING] = [module for module in self._patched if STATE in module.__dict__]
         patch(language, language_forward)
         language.__dict__[CONFIG] = config
-        patch(model, _like(model.forward, _model_forward, ROLES_KEYWORD))
-        patch(model, _like(model.generate, _model_generate), "generate")
+        patch(model, like(model.forward, _model_forward, ROLES_KEYWORD))
+        patch(model, like(model.generate, _model_generate), "generate")
         self._patched += [language, model]
         if config.summary:
             # In bfloat16 its entries would be too coarse to move at fine-tuning rates.
@@ -172,7 +172,7 @@ def apply_skip_vision(model: nn.Module, config: SkipVisionConfig | None = None) 
         raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig")
     family = get_family(model)
     if HANDLE in family.model.__dict__:
-        raise SaccadeError("model: it skips already; call `remove()` on what apply_skip_vision returned first")
+        raise SaccadeError("model: it skips or prunes already; call `remove()` on what switched that on first")
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
@@ -225,23 +225,6 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
             f"split='thumbnail': images of model_type={family.model.config.model_type!r} have no thumbnail next to "
             "their crops; use split='cls_attention' or the name of a reducer"
         )
-
-
-def _like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
-    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
-
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
-
-    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
-    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
-    signature = inspect.signature(stock)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
-    named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
-    rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
-    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
-    return wrapped
 
 
 def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

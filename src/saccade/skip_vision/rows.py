@@ -3,24 +3,20 @@
 Which rows those are comes down the stock forward as a keyword argument of each call. Attention takes it out and leaves
 it where the modules behind it in the same layer find it; gradient checkpointing, which replays a layer with the
 keyword arguments it had, so replays it with its own rows, however many forwards came between.
-
-A patched `forward` is a method bound to its module, and what it shares with others an attribute, so that a deep copy
-of the model is patched as well, and independent.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import changed, installed, known_range
+from saccade.pruning.patching import call_original, patch
 
 ROWS_KEYWORD = "skip_rows"
-ORIGINALS = "_saccade_originals"
 STATE = "_saccade_rows"
 
 
@@ -56,27 +52,6 @@ class LayerState:
             self.by_thread.pop(threading.get_ident(), None)
         else:
             self.by_thread[threading.get_ident()] = rows
-
-
-def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
-    """Put `function`, of the module and the arguments, in the place of the module's own method `name`."""
-    module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
-    setattr(module, name, MethodType(function, module))
-
-
-def unpatch(module: nn.Module) -> None:
-    """Undo every `patch` of a module, and forget what it shared."""
-    for name, before in module.__dict__.pop(ORIGINALS).items():
-        del module.__dict__[name]
-        if before is not None:
-            setattr(module, name, before)
-    module.__dict__.pop(STATE, None)
-
-
-def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
-    """What the module's method did before it was patched."""
-    before = module.__dict__[ORIGINALS][method]
-    return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,177 @@
+"""`apply_pruning`: a stock model that prunes by itself, in place, until `remove()`."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+
+from saccade.errors import SaccadeError
+from saccade.families import Family, get_family
+from saccade.interfaces import by_name
+from saccade.pruning.isolator import ModeIsolator
+from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch, with_given_prompt
+from saccade.pruning.prune_inputs import isolator_rows, prune_inputs, pruning_config
+from saccade.reducers import PruningConfig
+
+ENCODED = "mm_encoder_outputs"
+USED_UP = (
+    *("image_sizes", "image_sizes_videos", "batch_num_images", "image_grid_thw", "video_grid_thw"),
+    *("second_per_grid_ts", "mm_token_type_ids"),
+)
+"""Processor outputs about images and videos that are used up with them."""
+
+
+class Pruning:
+    """A model that prunes, as `apply_pruning` returns it.
+
+    Args:
+        family: the stock model's family.
+        config: how visual tokens are reduced.
+        isolator: the rows `(l, D)` that stand before each image, or None.
+    """
+
+    def __init__(self, family: Family, config: PruningConfig, isolator: Tensor | None) -> None:
+        self.family = family
+        self.config = config
+        self.isolator = isolator
+
+    @property
+    def model(self) -> nn.Module:
+        """The stock model."""
+        return self.family.model
+
+    def remove(self) -> None:
+        """Make the model what it was. Does nothing the second time."""
+        if self.model.__dict__.get(HANDLE) is self:
+            unpatch(self.model)
+            del self.model.__dict__[HANDLE]
+
+    def __enter__(self) -> "Pruning":
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        self.remove()
+
+    def takes(self, given: Mapping[str, Any]) -> bool:
+        """Whether arguments of a call hold images that were not encoded yet."""
+        return given.get(ENCODED) is None and self.family.has_images(given)
+
+    def shorten(self, given: dict[str, Any], padding_side: str) -> dict[str, Any]:
+        """The arguments of a call with a shorter prompt in the place of the one that they hold.
+
+        Raises:
+            SaccadeError: where a prompt cannot be shortened.
+        """
+        for name in ("position_ids", "inputs_embeds"):
+            if given.get(name) is not None:
+                raise SaccadeError(f"{name}: visual tokens are dropped, pass 'input_ids' and leave {name} out")
+        if given.get("input_ids") is None:
+            raise SaccadeError("input_ids: pass what the processor returned with return_tensors='pt'")
+        names = {"input_ids", "attention_mask", *self.family.vision_inputs, *self.family.token_inputs, *USED_UP}
+        inputs = {name: value for name, value in given.items() if name in names and value is not None}
+        others = {name: value for name, value in given.items() if name not in names}
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        shorter = prune_inputs(self.model, inputs, self.config, padding_side=padding_side, isolator=self.isolator)
+        return {**others, **shorter}
+
+
+def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = None, **options: Any) -> Pruning:
+    """Let a stock model prune visual tokens by itself, in place: `generate` takes processor outputs as before.
+
+    What `generate` returns starts with the prompt that was given, as with the stock model, so that no caller changes:
+    pipelines, lmms-eval's stock models and `transformers serve` prune too. So does a plain `forward` on processor
+    outputs; its logits are those of the shorter sequence, padded on the right.
+
+    Args:
+        model: a stock model of a known family, PEFT-wrapped or not.
+        config: how tokens are reduced, or the folder of a trained model, which says how it was trained.
+        options: fields of [`PruningConfig`], in place of the config's.
+
+    Returns:
+        The handle: `remove()` makes the model what it was; as a context manager it does so at the end of the block.
+
+    Raises:
+        SaccadeError: on an unknown family or option, an isolator of another width, a reducer that the model does not
+            give what it needs, or a model that prunes or skips already.
+    """
+    config = pruning_config(config, **options)
+    family = get_family(model)
+    if HANDLE in family.model.__dict__:
+        raise SaccadeError("model: it prunes or skips already; call `remove()` on what switched that on first")
+    family.check_gives(config.needs)
+    isolator = None if config.isolator is None else isolator_rows(family, ModeIsolator.load(config.isolator)).detach()
+    pruning = Pruning(family, config, isolator)
+    stock = family.model
+    patch(stock, like(stock.forward, _forward))
+    patch(stock, like(stock.generate, _generate), "generate")
+    if hasattr(stock, "generate_batch"):
+        patch(stock, like(stock.generate_batch, _generate_batch), "generate_batch")
+    stock.__dict__[HANDLE] = pruning
+    return pruning
+
+
+def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock forward, on fewer tokens where there are images that were not encoded yet."""
+    pruning: Pruning = model.__dict__[HANDLE]
+    kwargs = by_name(model.forward, args, kwargs)
+    if not pruning.takes(kwargs):
+        return call_original(model, **kwargs)
+    if kwargs.get("labels") is not None:
+        raise SaccadeError(
+            "labels: a model that prunes in place does not train; use DualSpeedTrainer, or call `remove()` first"
+        )
+    return call_original(model, **pruning.shorten(kwargs, "right"))
+
+
+def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock `generate`, on fewer tokens, with the prompt as it was given in what comes back."""
+    pruning: Pruning = model.__dict__[HANDLE]
+    kwargs = by_name(model.generate, args, kwargs)
+    if kwargs.get("inputs") is not None:
+        kwargs["input_ids"] = kwargs.pop("inputs")
+    if not pruning.takes(kwargs):
+        return call_original(model, method="generate", **kwargs)
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise SaccadeError(
+            "past_key_values: it holds a conversation already, and a prompt with images is shortened as a whole; pass "
+            "the whole conversation without the cache"
+        )
+    if kwargs.get("assistant_model") is not None:
+        raise SaccadeError("assistant_model: an assistant would need a shorter prompt of its own; leave it out")
+    given = kwargs["input_ids"]
+    shorter = pruning.shorten(kwargs, "left")
+    length = shorter["input_ids"].shape[1]
+    _count_from(length - given.shape[1], model, shorter)
+    output = call_original(model, method="generate", **shorter)
+    if isinstance(output, ModelOutput):
+        output.sequences = with_given_prompt(output.sequences, given, length)
+        return output
+    return with_given_prompt(output, given, length)
+
+
+def _generate_batch(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    raise SaccadeError(
+        "generate_batch: continuous batching reads text only, and would leave the images out; use generate, or serve "
+        "the model with vLLM (docs/serve.md)"
+    )
+
+
+def _count_from(change: int, model: nn.Module, given: dict[str, Any]) -> None:
+    """Let limits of the whole length mean the new tokens that they would mean for the prompt that was given."""
+    names = ("max_length", "min_length")
+    for name in names:
+        if given.get(name) is not None:
+            given[name] += change
+    config: GenerationConfig = given.get("generation_config") or model.generation_config
+    set_here = [name for name in names if getattr(config, name, None) and given.get(name) is None]
+    if set_here and config.max_new_tokens is None and given.get("max_new_tokens") is None:
+        config = copy.deepcopy(config)
+        for name in set_here:
+            setattr(config, name, getattr(config, name) + change)
+        given["generation_config"] = config

@@ -1,0 +1,63 @@
+"""Methods of one module replaced in place, and put back.
+
+A patched method is bound to its module, and what it shares with others an attribute, so that a deep copy of the model
+is patched as well, and independent.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ORIGINALS = "_saccade_originals"
+HANDLE = "_saccade_in_place"
+"""Where a model keeps the handle of what changed it: it prunes or it skips, not both."""
+
+
+def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
+    """Put `function`, of the module and the arguments, in the place of the module's own method `name`."""
+    module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
+    setattr(module, name, MethodType(function, module))
+
+
+def unpatch(module: nn.Module) -> None:
+    """Undo every `patch` of a module."""
+    for name, before in module.__dict__.pop(ORIGINALS).items():
+        del module.__dict__[name]
+        if before is not None:
+            setattr(module, name, before)
+
+
+def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+    """What the module's method did before it was patched."""
+    before = module.__dict__[ORIGINALS][method]
+    return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+
+
+def like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
+    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
+
+    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
+    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+    signature = inspect.signature(stock)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
+    named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
+    rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
+    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
+    return wrapped
+
+
+def with_given_prompt(sequences: Tensor, given: Tensor, length: int) -> Tensor:
+    """What `generate` returned for a prompt of `length` tokens, `(B', length + n)`, behind the prompt `(B, T)` given.
+
+    Where there are several sequences for each of the B prompts, they follow one another.
+    """
+    several = sequences.shape[0] // given.shape[0]
+    return torch.cat((given.repeat_interleave(several, dim=0), sequences[:, length:]), dim=1)

@@ -1,0 +1,163 @@
+"""A model that prunes in place: the answers of `prune_inputs`, behind the prompt as it was given."""
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from family_models import FAMILIES, WITH_VIDEO
+from family_tester import Case, VideoCase, generation_options, logits
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import GenerationConfig, pipeline
+
+from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
+from saccade.pruning import ModeIsolator
+
+CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
+CONFIG = PruningConfig("divprune", prune_ratio=0.7)
+
+
+def same_answers(case, prompts, config=CONFIG, **options):
+    """What a pruning model generates, and what `prune_inputs` before `generate` does, cut at the shorter prompt."""
+    options = {**generation_options(case), **options}
+    pruned = prune_inputs(case.model, prompts, config)
+    expected = case.model.generate(**dict(pruned), **options)[:, pruned["input_ids"].shape[1] :]
+    with apply_pruning(case.model, config):
+        found = case.model.generate(**dict(prompts), **options)
+    several = found.shape[0] // prompts["input_ids"].shape[0]
+    length = prompts["input_ids"].shape[1]
+    assert torch.equal(found[:, :length], prompts["input_ids"].repeat_interleave(several, dim=0))
+    assert torch.equal(found[:, length:], expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generates_what_prune_inputs_does(name):
+    """Batches, several images, text only beside them, and beams; without pruning the model is the stock one again."""
+    case = CASES[name]
+    prompts = case.prompts()
+    before = case.model.generate(**dict(prompts), **generation_options(case))
+    attributes = dict(vars(case.model))
+    for positions in case.positions:
+        same_answers(case, prompts, CONFIG.replace(positions=positions))
+    same_answers(case, prompts, num_beams=2, num_return_sequences=2)
+    assert vars(case.model) == attributes
+    assert torch.equal(case.model.generate(**dict(prompts), **generation_options(case)), before)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_videos(name):
+    case = VideoCase(name, FAMILIES[name])
+    same_answers(case, case.prompts())
+
+
+def test_text_alone_is_the_stock_model():
+    case = CASES["llava"]
+    prompts = {name: value for name, value in case.prompts([2]).items() if name != "pixel_values"}
+    assert not case.family.placeholder(prompts["input_ids"]).any()
+    options = generation_options(case)
+    expected = case.model.generate(**prompts, **options)
+    with apply_pruning(case.model, CONFIG):
+        assert torch.equal(case.model.generate(**prompts, **options), expected)
+
+
+def test_a_forward_is_of_the_shorter_sequence():
+    case = CASES["qwen2_5_vl"]
+    expected = logits(case.model, case.prune(case.inputs, "divprune", 0.7, padding_side="right"))
+    with apply_pruning(case.model, CONFIG):
+        torch.testing.assert_close(logits(case.model, case.inputs), expected)
+        with pytest.raises(SaccadeError, match="labels: a model that prunes in place does not train"):
+            case.model(**case.batch)
+
+
+def test_limits_of_the_length_count_the_prompt_that_was_given():
+    case = CASES["llava"]
+    prompts = case.prompts([0])
+    length = prompts["input_ids"].shape[1]
+    options = {**generation_options(case), "max_length": length + 3}
+    del options["max_new_tokens"], options["min_new_tokens"]
+    with apply_pruning(case.model, CONFIG):
+        assert case.model.generate(**prompts, **options).shape[1] == length + 3
+        config = GenerationConfig(max_length=length + 2, do_sample=False, pad_token_id=0)
+        assert case.model.generate(**prompts, generation_config=config).shape[1] <= length + 2
+        assert config.max_length == length + 2
+        structured = case.model.generate(**prompts, **options, return_dict_in_generate=True)
+        assert structured.sequences.shape[1] == length + 3
+
+
+def test_a_trained_folder_says_how(tmp_path):
+    """Its reducer, its ratio and its isolator."""
+    case = CASES["llava"]
+    torch.manual_seed(0)
+    ModeIsolator(3, case.model.config.get_text_config().hidden_size).save(tmp_path)
+    CONFIG.replace(reducer="uniform", isolator=str(tmp_path)).save_pretrained(tmp_path)
+    config = PruningConfig.from_pretrained(tmp_path)
+    assert (config.reducer, config.isolator) == ("uniform", str(tmp_path))
+    pruned = prune_inputs(case.model, case.prompts(), config)
+    plain = prune_inputs(case.model, case.prompts(), config.replace(isolator=None))
+    assert pruned["attention_mask"].sum() > plain["attention_mask"].sum()
+    with apply_pruning(case.model, tmp_path) as pruning:
+        assert pruning.config == config
+        found = case.model.generate(**case.prompts(), **generation_options(case))
+    expected = case.model.generate(**pruned, **generation_options(case))
+    assert torch.equal(found[:, -6:], expected[:, -6:])
+
+
+def test_adapters_threads_and_copies():
+    case = CASES["llava"]
+    wrapped = get_peft_model(copy.deepcopy(case.model), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    batches = [case.prompts([row]) for row in (0, 1, 3, 0)]
+    options = generation_options(case)
+    expected = [wrapped.generate(**prune_inputs(wrapped, batch, CONFIG), **options)[:, -6:] for batch in batches]
+    pruning = apply_pruning(wrapped, CONFIG)
+    twin = copy.deepcopy(wrapped)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda batch: wrapped.generate(**batch, **options)[:, -6:], batches))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    pruning.remove()
+    pruning.remove()
+    assert torch.equal(twin.generate(**batches[0], **options)[:, -6:], expected[0])
+
+
+def test_a_pipeline_prunes():
+    case = CASES["llava"]
+    pipe = pipeline("image-text-to-text", model=case.model, processor=case.processor, device="cpu")
+    seen = []
+    handle = case.family.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
+    lengths = []
+    for _ in range(2):
+        with apply_pruning(case.model, CONFIG) if lengths else torch.no_grad():
+            text = pipe(text=messages, max_new_tokens=2, return_full_text=False)[0]["generated_text"]
+        assert isinstance(text, str)
+        lengths.append(seen[0])
+        seen.clear()
+    handle.remove()
+    assert lengths[0] - lengths[1] == 64 - CONFIG.count(64)
+
+
+def test_what_cannot_be_is_said_in_one_line():
+    case = CASES["llava"]
+    prompts = case.prompts([0])
+    with apply_pruning(case.model, CONFIG):
+        with pytest.raises(SaccadeError, match="prunes or skips already"):
+            apply_pruning(case.model, CONFIG)
+        with pytest.raises(SaccadeError, match="skips or prunes already"):
+            apply_skip_vision(case.model)
+        cached = case.model.generate(**prompts, **generation_options(case), return_dict_in_generate=True)
+        with pytest.raises(SaccadeError, match="past_key_values: it holds a conversation already"):
+            case.model.generate(**prompts, past_key_values=cached.past_key_values)
+        with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
+            case.model.generate(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
+        with pytest.raises(SaccadeError, match="continuous batching"):
+            case.model.generate_batch([[1]])
+    skip = apply_skip_vision(case.model)
+    with pytest.raises(SaccadeError, match="prunes or skips already"):
+        apply_pruning(case.model, CONFIG)
+    skip.remove()
+    with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
+        apply_pruning(case.model, ratio=0.5)
+    with pytest.raises(SaccadeError, match=r"holds no pruning_config\.json"):
+        apply_pruning(case.model, "nowhere")
