@@ -14,7 +14,7 @@ OUTSIDE = "/etc/hostname"
 EVENTS = {
     *("open", "os.listdir", "os.scandir", "os.symlink", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
     *("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"),
-    *("pickle.find_class", "shutil.rmtree", "ctypes.dlopen"),
+    *("shutil.rmtree", "ctypes.dlopen"),
 }
 _OWN = tuple(os.path.join(place, "") for place in {sys.prefix, sys.base_prefix, os.path.dirname(os.__file__)})
 """Python's own files, which modules are loaded from."""

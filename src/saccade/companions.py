@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.files import atomic_path
+from saccade.files import atomic_path, reading
 
 ENDING = ".saccade"
 _ENDING_BEFORE = ".safetensors"
@@ -57,12 +57,14 @@ def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, 
     path = Path(place) if Path(place).is_file() else find_companion(place, name)
     if path is None:
         raise SaccadeError(f"{field}={str(place)!r} holds no {name}: name a folder or file that a training run wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
-            return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise SaccadeError(f"{field}={str(place)!r}: {path.name} is not a whole safetensors file ({error})") from error
+    with (
+        reading(f"{field}={str(place)!r}: {path.name} is not a whole safetensors file"),
+        safe_open(path, framework="pt") as file,
+    ):
+        config = json.loads((file.metadata() or {}).get("config", "{}"))
+        if not isinstance(config, dict):
+            raise TypeError("its config is not a mapping")
+        return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def remove_companion(folder: str | Path, name: str) -> None:

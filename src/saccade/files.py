@@ -18,6 +18,8 @@ from saccade.errors import SaccadeError
 logger = logging.getLogger(__name__)
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_TENSORS = (".safetensors", ".bin", ".saccade", ".pt", ".pth")
 _PROBE_BYTES = 1 << 20
 _held: set[Path] = set()
 """Locks of this process, which the system would grant it a second time."""
@@ -151,6 +153,8 @@ def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> 
         yield
         return
     place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists() and not place.is_file():
+        raise SaccadeError(f"{place} is not a file: remove it")  # a pipe would be waited for
     with place.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,6 +167,70 @@ def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> 
             yield
         finally:
             _held.discard(place)
+
+
+def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = False) -> None:
+    """Refuse a folder in which a file is a link that leads out of it, or a pipe: the text behind a link would go where
+    the folder's goes, what is written under its name would go out of the folder, and a pipe would be waited for.
+
+    The hub's cache is made of such links, into a folder `blobs` of its own: they count as inside.
+
+    Args:
+        field: what the user calls the folder.
+        weights: also refuse files of weights that are links, and look into the checkpoints inside: the folder is
+            written to.
+
+    Raises:
+        SaccadeError: naming the link or the pipe.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        return
+    inside = [place.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    found = [*place.iterdir(), *(place.glob("checkpoint-*/*") if weights else ())]
+    for path in sorted(found):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise SaccadeError(f"{field}={str(folder)!r}: {path.relative_to(place)} is not a file: remove it")
+        if not path.is_symlink() or (not weights and path.suffix in _TENSORS):
+            continue
+        try:
+            target = path.resolve()
+        except (OSError, RuntimeError):  # a link to itself
+            target = None
+        if target is None or not any(target.is_relative_to(root) for root in inside):
+            raise SaccadeError(
+                f"{field}={str(folder)!r}: {path.relative_to(place)} is a link that leads out of the folder: "
+                "replace it by what it leads to, or move it elsewhere"
+            )
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Say in one line whatever goes wrong while files that somebody else may have written are read.
+
+    Readers raise what they run into in damaged files: besides OSError and ValueError for instance KeyError, TypeError,
+    AttributeError, RecursionError and errors of their own.
+
+    Args:
+        what: what is read, and what is the matter with it if that fails: "model='out' cannot be loaded".
+
+    Raises:
+        SaccadeError: in the place of any error but itself, a full disk, and one that says that a file may hold code.
+    """
+    try:
+        yield
+    except SaccadeError:
+        raise
+    except Exception as error:
+        # By its name: it comes from the module that nothing here imports.
+        if type(error).__name__ == "UnpicklingError" or getattr(error, "errno", None) in _FULL:
+            raise
+        line = " ".join(str(error).split())[:600]
+        # Of these the text alone says little: a key, or what an object lacks.
+        kind = "" if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: "
+        raise SaccadeError(f"{what}: {kind}{line}") from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.errors import SaccadeError
-from saccade.files import write_text_atomically
+from saccade.files import reading, write_text_atomically
 
 BAD_RECORDS_FILE = "bad_records.jsonl"
 _SHOWN = 5
@@ -31,8 +31,13 @@ class BadRecordLog:
     def read(self) -> None:
         """Take up the list of the run that is gone on with."""
         if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.records = {entry["record"]: entry for entry in map(json.loads, lines)}
+            with reading(f"{self.path} is damaged, remove it"):
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                entries = [
+                    {name: str(entry[name]) for name in ("record", "kind", "reason")}
+                    for entry in map(json.loads, lines)
+                ]
+            self.records = {entry["record"]: entry for entry in entries}
 
     def unknown(self, found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of `found` that are not in the list yet."""

@@ -11,7 +11,7 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING, remove_companion
@@ -19,7 +19,7 @@ from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.manifest import find_damage, read_manifest, write_manifest
 from saccade.dualspeed.weights import check_keys, load_whole
 from saccade.errors import SaccadeError
-from saccade.files import to_json
+from saccade.files import check_entries, to_json
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
@@ -76,19 +76,56 @@ def find_fault(path: Path, thorough: bool = False) -> str | None:
     Args:
         thorough: also compare checksums with those of the manifest, which reads every file once.
     """
-    for name in (STATE_FILE, RUN_FILE):
+    try:
+        check_entries(path, "checkpoint")
+    except SaccadeError as error:
+        return str(error)
+    for name, check in ((STATE_FILE, _check_state), (RUN_FILE, _check_run_file)):
         try:
-            json.loads((path / name).read_text(encoding="utf-8"))
+            check(json.loads((path / name).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return f"{name} is missing"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             return f"{name} is damaged: {' '.join(str(error).split())[:200]}"
     try:
         files = read_manifest(path)
         damage = _damage_unlisted(path) if files is None else find_damage(path, files, thorough)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return f"a file is damaged: {' '.join(str(error).split())[:200]}"
     return damage or _missing_part(path)
+
+
+def _check_state(state: Any) -> None:
+    """Refuse a trainer's state that is not one.
+
+    Raises:
+        TypeError: if a value is of another type.
+    """
+    if not isinstance(state, dict):
+        raise TypeError("it is not a mapping")
+    TrainerState(**state)
+    number = (int, float)
+    types = {
+        **dict.fromkeys(("global_step", "max_steps", "num_train_epochs", "num_input_tokens_seen"), int),
+        **dict.fromkeys(("logging_steps", "eval_steps", "save_steps", "total_flos"), number),
+        **dict.fromkeys(("epoch", "best_metric"), (*number, type(None))),
+        **dict.fromkeys(("train_batch_size", "best_global_step"), (int, type(None))),
+        **{"best_model_checkpoint": (str, type(None)), "log_history": list, "stateful_callbacks": (dict, type(None))},
+    }
+    for name, kind in types.items():
+        if name in state and not isinstance(state[name], kind):
+            raise TypeError(f"{name} is a {type(state[name]).__name__}")
+    if not all(isinstance(entry, dict) for entry in state.get("log_history", ())):
+        raise TypeError("log_history is not a list of entries")
+
+
+def _check_run_file(run: Any) -> None:
+    """The same of what the weights were trained with."""
+    if not isinstance(run, dict) or not isinstance(run.get("config", {}), dict):
+        raise TypeError("it is not what Saccade writes")
+    tokens = run.get("tokens", {})
+    if not isinstance(tokens, dict) or not all(isinstance(count, (int, float)) for count in tokens.values()):
+        raise TypeError("its tokens are not numbers")
 
 
 def _damage_unlisted(path: Path) -> str | None:

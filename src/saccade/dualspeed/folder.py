@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING
 from saccade.errors import SaccadeError
-from saccade.files import file_lock, write_json_atomically
+from saccade.files import check_entries, file_lock, write_json_atomically
 
 RUN_FILE = "dualspeed.json"
 """What the weights beside it were trained with, and the id of the run."""
@@ -90,11 +90,11 @@ def read_owner(output_dir: str | Path) -> dict[str, Any] | None:
     path = Path(output_dir) / OWNER_FILE
     try:
         found = _read(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SaccadeError(
             f"{path} is damaged ({error}): remove it if its folder's checkpoints are of one run"
         ) from error
-    return found if found and "id" in found else None
+    return found if found and isinstance(found.get("id"), str) else None
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -193,8 +193,9 @@ def hold(args: TrainingArguments) -> AbstractContextManager[None]:
     """Keep other processes from starting a run in `output_dir`.
 
     Raises:
-        SaccadeError: if one is at work there.
+        SaccadeError: if one is at work there, or something in it is a link that leads out of it.
     """
+    check_entries(args.output_dir, "output_dir", weights=True)
     taken = (
         f"output_dir={args.output_dir!r}: another run is writing there now; wait for it to end, or name another folder"
     )

@@ -6,8 +6,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.weights import load_whole
-from saccade.errors import SaccadeError
 from saccade.families import Family
+from saccade.files import check_entries, reading
 
 
 def load_config(model: str, args: DualSpeedConfig) -> Any:
@@ -16,11 +16,9 @@ def load_config(model: str, args: DualSpeedConfig) -> Any:
     Raises:
         SaccadeError: if it cannot be loaded.
     """
-    try:
+    check_entries(model, "model")
+    with reading(f"model={model!r} cannot be loaded"):
         return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise SaccadeError(f"model={model!r} cannot be loaded: {first_line}") from error
 
 
 def load_by_name(model: str, args: DualSpeedConfig, quantization: Any) -> PreTrainedModel:
@@ -31,7 +29,8 @@ def load_by_name(model: str, args: DualSpeedConfig, quantization: Any) -> PreTra
     """
     options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     args.model_init_kwargs = None
-    return load_whole(model, **options, **({} if quantization is None else {"quantization_config": quantization}))
+    with reading(f"model={model!r} cannot be loaded"):
+        return load_whole(model, **options, **({} if quantization is None else {"quantization_config": quantization}))
 
 
 def freeze_parts(family: Family, args: DualSpeedConfig) -> None:

@@ -75,7 +75,7 @@ from saccade.families import Family, family_class, get_family, stock_model, use_
 from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
 from saccade.families.padding import check_aspect_ratio, pad_to_square
-from saccade.files import disk_errors
+from saccade.files import disk_errors, reading
 from saccade.interfaces import check_methods
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
@@ -89,6 +89,7 @@ REPLACED = (
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_load_rng_state",
     "_save",
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
@@ -638,7 +639,8 @@ class DualSpeedTrainer(SFTTrainer):
             self.masters.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with reading(f"resume_from_checkpoint={checkpoint!r}: optimizer or scheduler cannot be read"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if self.masters is not None and checkpoint is not None:
             self.masters.load(checkpoint)
 
@@ -770,7 +772,15 @@ class DualSpeedTrainer(SFTTrainer):
             remove_old_checkpoints(written, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(f"resume_from_checkpoint={checkpoint!r}: the random state cannot be read"):
+            super()._load_rng_state(checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with reading(f"resume_from_checkpoint={resume_from_checkpoint!r}: the weights cannot be loaded"):
+            self._load_all(resume_from_checkpoint, model)
+
+    def _load_all(self, resume_from_checkpoint: str, model: nn.Module | None) -> None:
         checkpoint = Path(resume_from_checkpoint)
         stock = self.model if model is None else model
         if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:

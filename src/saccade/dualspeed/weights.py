@@ -16,6 +16,7 @@ from saccade.companions import ENDING
 from saccade.dualspeed.folder import EVALUATION_FILE
 from saccade.dualspeed.manifest import checksums
 from saccade.errors import SaccadeError
+from saccade.files import check_entries, reading
 
 ADAPTER_FILE = "adapter_config.json"
 # Tables that are computed, which some released checkpoints hold all the same.
@@ -60,6 +61,7 @@ def check_files(place: str | Path) -> None:
     folder = Path(place)
     if not folder.is_dir():
         return
+    check_entries(folder, "model")
     for path in sorted(folder.iterdir()):
         try:
             if path.name in _READ or path.name.endswith(".safetensors.index.json"):
@@ -107,13 +109,14 @@ def base_of(folder: str | Path) -> str | None:
     """The model that the adapters in `folder` belong to; None where there are no adapters.
 
     Raises:
-        SaccadeError: if their configuration is damaged.
+        SaccadeError: if their configuration is damaged, or a link or a pipe stands in the folder.
     """
+    check_entries(folder, "model")
     if not (Path(folder) / ADAPTER_FILE).is_file():
         return None
     try:
         return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         raise damaged(folder, ADAPTER_FILE, error) from error
 
 
@@ -170,10 +173,8 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
         SaccadeError: if the adapters' weights are not all there, or there are others among them.
     """
     _untie(model, folder)
-    try:
+    with reading(f"model={str(folder)!r}: its adapters cannot be loaded"):
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except RuntimeError as error:  # a tensor of another shape, which is said over several lines
-        raise SaccadeError(f"model={str(folder)!r}: {' '.join(str(error).split())[:300]}") from error
     expected, found = get_peft_model_state_dict(adapted), load_peft_weights(str(folder), device="cpu")
     shapes = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     check_keys(

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from torch import nn
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
 from saccade.dualspeed.collator import prepare_example
-from saccade.dualspeed.folder import read_run_file
+from saccade.dualspeed.folder import RUN_FILE, read_run_file
 from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
+from saccade.files import check_entries, reading
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
@@ -100,7 +100,10 @@ def plan_inferences(model: str | Path, names: list[str] | None = None, **options
     """
     folder = Path(model)
     given = {name: value for name, value in options.items() if value is not None}
-    pruning = trained_pruning(folder).replace(**given, isolator=None)
+    check_entries(folder, "model")
+    # What a file of the folder says may be of any type.
+    with reading(f"model={str(model)!r}: the options that it was trained with do not fit"):
+        pruning = trained_pruning(folder).replace(**given, isolator=None)
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
     there = {name for name, file in files.items() if find_companion(folder, file) is not None}
     if names is None:
@@ -246,7 +249,7 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
         raise SaccadeError("the model's processor has no chat template: add chat_template.jinja to its folder")
     pads = pads_to_square(processor)
     opened = [[_with_open_images(message, pads) for message in conversation] for conversation in conversations]
-    try:
+    with reading("the model's chat template (chat_template.jinja) and processor make no prompt"):
         return processor.apply_chat_template(
             opened,
             add_generation_prompt=True,
@@ -255,11 +258,6 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
-    except (TemplateError, ValueError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(
-            f"the model's chat template (chat_template.jinja) and processor make no prompt: {line}"
-        ) from error
 
 
 def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:

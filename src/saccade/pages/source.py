@@ -9,6 +9,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import read_evaluation
 from saccade.errors import SaccadeError
+from saccade.files import check_entries
 from saccade.sweeps.plan import PLAN_FILE
 from saccade.sweeps.runner import RUNS
 from saccade.sweeps.worker import RESULT_FILE
@@ -55,6 +56,7 @@ def kind_of(folder: Path) -> str:
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
         raise SaccadeError(f"folder={str(folder)!r} {state}: give the folder of a run, a sweep or a demo")
+    check_entries(folder, "folder")
     if (folder / PLAN_FILE).is_file():
         return "sweep"
     if (folder / RUNS).is_dir():

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from saccade.errors import SaccadeError
+from saccade.files import reading
 from saccade.pages.comparison import demo_page, sweep_page
 from saccade.pages.page import PAGE_FILE, RECORD_FILE
 from saccade.pages.run import run_page
@@ -31,7 +32,8 @@ def write_report(folder: Path, output: Path | None = None, overwrite: bool = Fal
     output = folder / "report" if output is None else output
     before = _check_output(output, overwrite)
     with _workshop(output) as workshop:
-        page = make(folder, workshop)
+        with reading(f"folder={str(folder)!r}: a file in it is not what Saccade writes"):
+            page = make(folder, workshop)
         path = page.write(output)
     for name in before - {entry["file"] for entry in page.pictures}:
         (output / name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from saccade.companions import find_companion
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import base_of, check_keys, identify_weights, load_whole, read_evaluation
 from saccade.errors import SaccadeError
-from saccade.files import check_new_folder, write_json_atomically, write_text_atomically
+from saccade.files import check_new_folder, reading, write_json_atomically, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
@@ -75,7 +75,9 @@ def export_model(
             "architecture": type(model).__name__,
             "base_model": base,
         }
-        write_text_atomically(folder / "README.md", model_card(output.name, source, facts, license_name, evaluation))
+        with reading(f"model={str(source)!r}: what its files say of the run cannot be read"):
+            card = model_card(output.name, source, facts, license_name, evaluation)
+        write_text_atomically(folder / "README.md", card)
         if output.is_dir():
             output.rmdir()
         folder.rename(output)

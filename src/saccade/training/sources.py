@@ -24,6 +24,7 @@ from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_ad
 from saccade.errors import RecordError, SaccadeError
 from saccade.families import Family, family_class, use_released_names
 from saccade.families.fitting import check_processor
+from saccade.files import reading
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.training.quantization import check_quantization, quantization_config
 from saccade.training.recipe import ModelOptions
@@ -55,7 +56,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         return model, processor
     check_family(options.model, trust_remote_code)
     loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
-    try:
+    with reading(f"model={options.model!r} cannot be loaded"):
         if options.load_in_4bit:
             config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
@@ -73,11 +74,6 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         processor = _processor(options.model, trust_remote_code=trust_remote_code)
         check_processor(processor, model.config)
         return model, processor
-    except SaccadeError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(f"model={options.model!r} cannot be loaded: {line}") from error
 
 
 def load_processor(
@@ -100,7 +96,7 @@ def load_processor(
         return processor, tokenizer.convert_tokens_to_ids(processor.image_token), (tokenizer.eos_token_id,)
     loading = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     check_family(options.model, **loading)
-    try:
+    with reading(f"model={options.model!r} has no processor that loads"):
         base = base_of(options.model) or options.model
         config = AutoConfig.from_pretrained(base, **loading)
         processor = _processor(options.model, **loading)
@@ -110,9 +106,6 @@ def load_processor(
             # As the model makes it where there is none.
             generation_config = GenerationConfig.from_model_config(config)
         return processor, config.image_token_id, stop_ids(generation_config, processor.tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(f"model={options.model!r} has no processor that loads: {line}") from error
 
 
 def _processor(model: str, **loading: Any) -> ProcessorMixin:
@@ -138,16 +131,12 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
         SaccadeError: if there is none, or no config to tell it from.
     """
     check_files(model)
-    try:
-        model = base_of(model) or model
+    model = base_of(model) or model
+    where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
+    with reading(f"model={model!r} {where}"):
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )
-    except SaccadeError:
-        raise
-    except (OSError, ValueError) as error:
-        where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
-        raise SaccadeError(f"model={model!r} {where}: {' '.join(str(error).split())[:600]}") from error
     return family_class(config)
 
 
