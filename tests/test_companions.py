@@ -95,7 +95,7 @@ def test_writing_replaces_what_an_earlier_version_wrote(old_folder, model):
     folder, isolator, _ = old_folder
     isolator.save(folder)
     assert {path.name for path in folder.iterdir()} == {ISOLATOR_FILE, BEFORE[SUMMARY_FILE]}
-    remove_other_kind(folder, adapters=False, isolator=False, skips=False)
+    remove_other_kind(folder, adapters=False, isolator=False, prunes=False, skips=False)
     assert list(folder.iterdir()) == []
 
 

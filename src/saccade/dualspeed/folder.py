@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from saccade.companions import ENDING
 from saccade.errors import SaccadeError
 from saccade.files import check_entries, file_lock, write_json_atomically
+from saccade.reducers import PRUNING_FILE
 
 RUN_FILE = "dualspeed.json"
 """What the weights beside it were trained with, and the id of the run."""
@@ -38,7 +39,14 @@ _WEIGHTS = (
 )
 _MODEL = ("config.json", "adapter_config.json")
 _PROCESSOR = ("*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*")
-_BESIDE = ("generation_config.json", "chat_template.*", "merges.txt", "training_args.bin", "bad_records.jsonl")
+_BESIDE = (
+    PRUNING_FILE,
+    "generation_config.json",
+    "chat_template.*",
+    "merges.txt",
+    "training_args.bin",
+    "bad_records.jsonl",
+)
 
 Result = TypeVar("Result")
 

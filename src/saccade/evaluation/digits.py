@@ -17,7 +17,7 @@ from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
 from saccade.dualspeed.collator import prepare_example
-from saccade.dualspeed.folder import RUN_FILE, read_run_file
+from saccade.dualspeed.folder import read_run_file
 from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
