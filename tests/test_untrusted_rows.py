@@ -53,6 +53,7 @@ ROWS = {
     "a content that is a number": {"messages": chat(3)},
     "half a character": {"messages": chat("how \ud800 many <image>")},
     "half a character in LLaVA's turns": {"messages": None, "conversations": turn("how \udc80 many <image>", "3")},
+    "tools": {"tools": [{"type": "function", "function": {"name": "count"}}]},
     "videos": {"videos": ["a.mp4"]},
     "audio": {"audio": "a.wav"},
     "boxes": {"objects": {"bbox": [[1, 2, 3, 4]], "category": ["cat"]}},
@@ -109,6 +110,13 @@ def test_a_bad_row_is_a_bad_record_and_opens_nothing(folder, name):
     with watched() as events, pytest.raises(RecordError):
         prepare_example({**row, "images": inside})
     check_inside(events, folder)
+
+
+def test_options_of_a_template_are_read_from_a_dataset_of_the_users_own_alone(folder):
+    row = {"messages": chat("how many ?"), "chat_template_kwargs": {"enable_thinking": True}}
+    with pytest.raises(RecordError, match="'chat_template_kwargs', which is read from a dataset of your own alone"):
+        convert(row)
+    assert prepare_example(row)["chat_template_kwargs"] == {"enable_thinking": True}
 
 
 def test_training_and_the_check_agree(folder, tmp_path):

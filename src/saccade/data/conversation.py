@@ -29,8 +29,11 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
         RecordError: if it is none of these, or cannot be trained on.
     """
     check_row_fields(record)
-    if is_given(record.get("tools")):
-        raise RecordError("a row has the field 'tools': write them into the system prompt, or remove the row", "field")
+    if is_given(record.get("chat_template_kwargs")):
+        raise RecordError(
+            "a row has the field 'chat_template_kwargs', which is read from a dataset of your own alone: remove it",
+            "field",
+        )
     if form == "llava" or (form == "auto" and "conversations" in record):
         row: dict[str, Any] = {"messages": _llava_messages(record.get("conversations"))}
     elif record.get("messages") is not None:

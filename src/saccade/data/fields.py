@@ -20,6 +20,7 @@ REFUSED_IN_ROWS = {
     **dict.fromkeys(
         ("bbox", "bboxes", "boxes", "objects"), "boxes are not read: write them into the text, or remove the field"
     ),
+    "tools": "write them into the system prompt, or remove the row",
     **dict.fromkeys(
         ("chosen", "rejected"), "preferences are not trained on: give 'messages', or 'prompt' and 'completion'"
     ),
