@@ -8,6 +8,7 @@ import yaml
 from helpers import make_config, make_trainer
 
 from saccade.dualspeed.modes import ACTIONS, Mode
+from saccade.reducers import PruningConfig
 from saccade.tiny import build_tiny_llava
 
 PAGE = (Path(__file__).parent.parent / "docs" / "modes.md").read_text()
@@ -25,6 +26,7 @@ def test_examples_make_the_modes_that_the_text_says(options, actions, processor,
 
 
 def test_the_page_names_every_field_and_action():
-    fields = set(Mode.__dataclass_fields__) - {"budget", "skip_vision"} | {"prune_ratio", "keep_tokens"}
+    fields = set(Mode.__dataclass_fields__) - {"pruning", "skip_vision"}
+    fields |= set(PruningConfig.__dataclass_fields__)
     assert [name for name in fields if f"`{name}`" not in PAGE] == []
     assert [action for action in ACTIONS if f"`{action}`" not in PAGE] == []

@@ -129,9 +129,9 @@ def test_layout_equals_loops(samples, side, pad_left, data):
     context = VisualContext(features=torch.zeros(len(sizes), most, 2), valid=valid)
     places = Places.of(ids == IMAGE, context)
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    stand = [(kind, starts[n] + offset, n) for n, block in enumerate(blocks_out) for kind, offset in block]
-    role, place, row = (torch.tensor([entry[part] for entry in stand], dtype=torch.long) for part in range(3))
-    visual = VisualTokens(place, role, row, torch.zeros(len(place), 2))
+    stand = [(kind, starts[n] + offset) for n, block in enumerate(blocks_out) for kind, offset in block]
+    role, place = (torch.tensor([entry[part] for entry in stand], dtype=torch.long) for part in range(2))
+    visual = VisualTokens(place, role, torch.zeros(len(place), 2), [len(block) for block in blocks_out])
     layout = splice(ids, (ids != PAD).long(), places, visual, labels=labels, pad_id=PAD, padding_side=side)
     expected = torch.tensor(lay_out_by_loops(rows, blocks_out, side))
     assert torch.equal(layout.input_ids, expected[..., 0])

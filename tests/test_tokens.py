@@ -249,6 +249,16 @@ def spliced_oracle(
     return result
 
 
+def isolated_counts(batch: Batch, isolator_length: int) -> list[int]:
+    """Tokens that each feature row is handed over with: the kept ones, and the isolator with an image's first row."""
+    counts, seen = [], set()
+    for places, kept, image in zip(batch.valid, batch.kept, batch.group, strict=True):
+        starts = image not in seen and bool(places)
+        seen |= {image} if places else set()
+        counts.append(len(kept) + isolator_length * starts)
+    return counts
+
+
 @settings(max_examples=300)
 @given(
     batches(),
@@ -298,9 +308,9 @@ def test_splice_equals_lists(batch, isolator_length, side_in, side_out, position
     places = Places.of(placeholder, context)
     place = places_of(context, Reduction(index, weight))
     features = torch.zeros(len(place), 2)
-    kept = VisualTokens(place, torch.full_like(place, Role.RETAINED), places.feature_row[place], features)
-    visual = with_isolator(kept, torch.ones(isolator_length, 2), places, spread=not axes)
-    assert (visual.row.diff() >= 0).all()
+    kept = VisualTokens(place, torch.full_like(place, Role.RETAINED), features, [len(row) for row in batch.kept])
+    visual = with_isolator(kept, torch.ones(isolator_length, 2), places, context, spread=not axes)
+    assert [len(row) for row in visual.by_row()[0]] == isolated_counts(batch, isolator_length)
     assert torch.equal(visual.features[:, 0] == 1, visual.role == Role.ISOLATOR)
     out = splice(
         ids,
@@ -355,7 +365,7 @@ class TestSpliceByHand:
         places = Places.of(ids == IMAGE_ID, context)
         place = torch.arange(len(places))
         role = torch.full_like(place, Role.RETAINED)
-        return places, VisualTokens(place, role, places.feature_row, torch.zeros(len(place), 1))
+        return places, VisualTokens(place, role, torch.zeros(len(place), 1), context.valid.sum(dim=1).tolist())
 
     def test_keeping_all_without_isolator_changes_nothing(self):
         ids = torch.tensor([[1, 7, 7, 2], [7, 7, 5, 6]])
@@ -367,8 +377,9 @@ class TestSpliceByHand:
 
     def test_isolator_stays_inside_its_own_image(self):
         ids = torch.tensor([[7, 7, 7, 4]])
-        places, kept = self.kept_all(ids, VisualContext(torch.zeros(3, 1, 1)))
-        visual = with_isolator(kept, torch.zeros(2, 1), places, spread=True)
+        context = VisualContext(torch.zeros(3, 1, 1))
+        places, kept = self.kept_all(ids, context)
+        visual = with_isolator(kept, torch.zeros(2, 1), places, context, spread=True)
         out = splice(ids, torch.ones_like(ids), places, visual, position_ids=torch.tensor([[10, 11, 12, 13]]))
         assert (out.role == Role.ISOLATOR).tolist() == [[True, True, False] * 3 + [False]]
         assert out.position_ids.tolist() == [[10, 10, 10, 11, 11, 11, 12, 12, 12, 13]]

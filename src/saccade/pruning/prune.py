@@ -137,7 +137,7 @@ def _splice(
     if method.roles_keyword is not None:
         given[method.roles_keyword] = spliced.role
     if visual is not None:
-        features, *deepstack_features = visual.by_row(encoded.context.shape[0])
+        features, *deepstack_features = visual.by_row()
         given["mm_encoder_outputs"] = family.wrap_features(features, encoded, deepstack_features)
     return ModeInputs(given, spliced.labels, method.cost(spliced.role), spliced)
 

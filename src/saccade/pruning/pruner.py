@@ -43,11 +43,13 @@ class Pruner:
             layer.flatten(0, 1) if reduction.dense else layer[reduction.valid] for layer in layers
         )
         role = torch.full_like(place, Role.RETAINED)
-        kept = VisualTokens(place, role, places.feature_row[place], features, tuple(deepstack_features))
-        rows = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
-        if rows is None or rows.shape[0] == 0:
+        rows, width = reduction.index.shape
+        counts = [width] * rows if reduction.dense else reduction.counts.tolist()
+        kept = VisualTokens(place, role, features, counts, tuple(deepstack_features))
+        isolator = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
+        if isolator is None or isolator.shape[0] == 0:
             return kept
-        return with_isolator(kept, rows, places, spread=not family.uses_mrope)
+        return with_isolator(kept, isolator, places, encoded.context, spread=not family.uses_mrope)
 
     def cost(self, role: Tensor) -> Tensor:
         """Every token runs through every layer."""
@@ -82,23 +84,27 @@ def places_of(context: VisualContext, reduction: Reduction) -> Tensor:
     return place.reshape(-1) if reduction.dense else place[reduction.valid]
 
 
-def with_isolator(kept: VisualTokens, isolator: Tensor, places: Places, spread: bool) -> VisualTokens:
+def with_isolator(
+    kept: VisualTokens, isolator: Tensor, places: Places, context: VisualContext, spread: bool
+) -> VisualTokens:
     """`kept` with the rows `isolator` `(l, D)` before the tokens of each image.
 
     Args:
         spread: whether the rows stand at the image's first l placeholders, as far as its first block has so many, and
             not all at its very first.
     """
-    begins = torch.ones_like(places.group, dtype=torch.bool)
-    begins[1:] = places.group.diff() != 0
-    start = begins.nonzero()  # (images, 1)
-    length = torch.bincount(places.block)[places.block[start]]
-    offset = torch.arange(isolator.shape[0], device=start.device) if spread else start.new_zeros(isolator.shape[0])
-    place = (start + torch.minimum(offset, length - 1)).reshape(-1)
-    first = start.expand(-1, isolator.shape[0]).reshape(-1)
+    length = isolator.shape[0]
+    start, rows = _image_starts(places, context)  # (images,)
+    number = torch.zeros_like(places.block).scatter_add_(0, places.block, torch.ones_like(places.block))  # of blocks
+    last = number[places.block[start]].unsqueeze(1) - 1
+    offset = torch.arange(length, device=start.device) if spread else start.new_zeros(length)
+    place = (start.unsqueeze(1) + torch.minimum(offset, last)).reshape(-1)
     # Before the first kept token of the image, and behind those of the one before.
-    order = torch.cat((2 * first, 2 * kept.place + 1)).sort(stable=True).indices
+    order = torch.cat((2 * start.repeat_interleave(length), 2 * kept.place + 1)).sort(stable=True).indices
     images = start.shape[0]
+    counts = list(kept.counts)
+    for row in rows:
+        counts[row] += length
 
     def joined(new: Tensor, values: Tensor) -> Tensor:
         return torch.cat((new.to(values.dtype), values)).index_select(0, order)
@@ -106,7 +112,20 @@ def with_isolator(kept: VisualTokens, isolator: Tensor, places: Places, spread: 
     return VisualTokens(
         joined(place, kept.place),
         joined(torch.full_like(place, Role.ISOLATOR), kept.role),
-        joined(places.feature_row[first], kept.row),
         joined(isolator.repeat(images, 1), kept.features),
+        counts,
         tuple(joined(torch.zeros_like(isolator).repeat(images, 1), layer) for layer in kept.deepstack_features),
     )
+
+
+def _image_starts(places: Places, context: VisualContext) -> tuple[Tensor, list[int]]:
+    """The first placeholder of each image, long `(images,)`, and the feature row that it belongs to."""
+    if not context.dense:
+        begins = torch.ones_like(places.group, dtype=torch.bool)
+        begins[1:] = places.group.diff() != 0
+        start = begins.nonzero().squeeze(1)
+        return start, places.feature_row[start].tolist()
+    # One read by the host, of a number per row.
+    group = context.group.tolist()
+    rows = [row for row in range(len(group)) if row == 0 or group[row] != group[row - 1]]
+    return torch.tensor(rows, dtype=torch.long, device=places.group.device) * context.shape[1], rows

@@ -60,8 +60,9 @@ class Skipper:
         )
         place = blocks.token.gather(1, tokens)[there]
         # The rows of a block are handed over with its first crop, in whose place they all stand.
-        row = blocks.feature_row[:, :1].expand_as(roles)[there]
-        return VisualTokens(place, roles[there], row, features, tuple(deepstack_features))
+        first = blocks.feature_row[:, :1].expand_as(roles)[there]
+        counts = torch.bincount(first, minlength=encoded.context.shape[0]).tolist()
+        return VisualTokens(place, roles[there], features, counts, tuple(deepstack_features))
 
     def cost(self, role: Tensor) -> Tensor:
         """A skipped token counts for the share of the layers that it runs through."""

@@ -5,6 +5,7 @@ left or put in; R feature rows (images, crops, frames) of N visual tokens. Place
 to the valid tokens of the feature rows in order.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -72,7 +73,8 @@ class Places:
         begins = torch.ones_like(sample, dtype=torch.bool)
         begins[1:] = (sample.diff() != 0) | (column.diff() != 1) | (group.diff() != 0)
         block = begins.long().cumsum(dim=0) - 1
-        start = begins.nonzero().squeeze(1)[block]
+        number = torch.arange(sample.numel(), device=sample.device)
+        start = torch.where(begins, number, 0).cummax(dim=0).values
         return cls(sample, column, feature_row, group, block, start)
 
     def __len__(self) -> int:
@@ -87,21 +89,20 @@ class VisualTokens:
         place: long `(T,)`, the placeholder, among the P, that a token stands at. Those of a block follow one another
             where the block was, whatever their order.
         role: long `(T,)`, values of `Role`.
-        row: long `(T,)`, ascending: the feature row that a token's features are handed to the model with.
         features: `(T, D)`.
+        counts: how many of the T are handed to the model with each of the R feature rows, in order.
         deepstack_features: `(T, D)` for each further layer of the language model that features enter at.
     """
 
     place: Tensor
     role: Tensor
-    row: Tensor
     features: Tensor
+    counts: Sequence[int]
     deepstack_features: tuple[Tensor, ...] = ()
 
-    def by_row(self, rows: int) -> list[list[Tensor]]:
+    def by_row(self) -> list[list[Tensor]]:
         """One `(n_i, D)` per feature row, for the features and then for each further layer."""
-        counts = torch.bincount(self.row, minlength=rows).tolist()
-        return [list(values.split(counts)) for values in (self.features, *self.deepstack_features)]
+        return [list(values.split(list(self.counts))) for values in (self.features, *self.deepstack_features)]
 
 
 @dataclass(frozen=True)
