@@ -126,7 +126,7 @@ def measure_generation(
                         result.prompt_rows = {
                             role.name.lower(): int((prepared["skip_roles"] == role).sum())
                             for role in Role
-                            if role not in (Role.PADDING, Role.ANSWER)
+                            if role not in (Role.PADDING, Role.ANSWER, Role.ISOLATOR)
                         }
                     else:
                         result.layout.append(seconds)
