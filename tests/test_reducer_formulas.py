@@ -94,14 +94,16 @@ def test_cdpruner_scales_relevance_within_the_row():
     context = full_context()
     reducer = get_reducer("cdpruner")
     expected = reducer(context, 9).index
-    context.relevance = context.relevance * torch.tensor([[1.0], [100.0], [0.01]]) + torch.tensor([[0.0], [7], [-3]])
+    context = context.replace(
+        relevance=context.relevance * torch.tensor([[1.0], [100.0], [0.01]]) + torch.tensor([[0.0], [7], [-3]])
+    )
     assert torch.equal(reducer(context, 9).index, expected)
     assert not torch.equal(expected, get_reducer("dpp")(context, 9).index)
 
 
 def test_cdpruner_without_words_is_dpp():
     context = full_context()
-    context.relevance = torch.full((3, 37), 0.25)
+    context = context.replace(relevance=torch.full((3, 37), 0.25))
     assert torch.equal(get_reducer("cdpruner")(context, 9).index, get_reducer("dpp")(context, 9).index)
 
 
@@ -120,7 +122,7 @@ def test_what_adds_no_volume_is_taken_by_relevance():
 def test_cdpruner_compares_small_qualities_too(theta):
     """One token is a hundred times as relevant as all others, whose qualities lie near zero then."""
     context = make_context(drawn(4, 150, 64, 0), get_reducer("cdpruner").needs)
-    context.relevance = context.relevance.clone()
+    context = context.replace(relevance=context.relevance.clone())
     context.relevance[:, 17] = 100.0
     single = get_reducer("cdpruner", theta=theta)(context, 32).index
     assert torch.equal(single, get_reducer("cdpruner", theta=theta, precision="float64")(context, 32).index)
@@ -145,7 +147,7 @@ def test_twins_are_settled_by_raster_order_in_any_company(name):
     features = drawn(4, 40, 24, 6).repeat_interleave(3, dim=1)
     context = make_context(features, get_reducer(name).needs)
     if context.relevance is not None:
-        context.relevance = context.relevance[:, :40].repeat_interleave(3, dim=1)
+        context = context.replace(relevance=context.relevance[:, :40].repeat_interleave(3, dim=1))
     place = torch.full((131,), -1)
     place[torch.randperm(131, generator=torch.Generator().manual_seed(0))[:120].sort().values] = torch.arange(120)
     for keep in (5, 20):
