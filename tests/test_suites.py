@@ -193,11 +193,12 @@ def test_a_summary_reads_what_was_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_model_args_say_how_a_model_is_run() -> None:
     assert model_args("m", Inference()) == "pretrained=m,inference=full"
-    pruned = model_args("m", Inference("pruned", reducer="random", keep_tokens=8), "bfloat16")
-    assert pruned.startswith("pretrained=m,inference=pruned,dtype=bfloat16,reducer=random,positions=compact,")
+    pruned = model_args("m", Inference.of_run("pruned", None, reducer="random", keep_tokens=8), "bfloat16")
+    assert pruned.startswith("pretrained=m,inference=pruned,dtype=bfloat16,reducer=random,")
+    assert "positions=compact" in pruned
     assert "keep_tokens=8" in pruned
     assert "prune_ratio" not in pruned
-    assert "prune_ratio=0.5" in model_args("m", Inference("pruned", prune_ratio=0.5))
+    assert "prune_ratio=0.5" in model_args("m", Inference.of_run("pruned", None, prune_ratio=0.5))
 
 
 def test_judges_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,9 @@ from typing import Any, Union, get_args, get_origin
 
 from saccade.errors import SaccadeError
 
+BOUNDS = frozenset({"feature_cache_gib"})
+"""Options of which infinity means no bound."""
+
 
 def coerce(name: str, value: Any, annotation: Any) -> Any:
     """`value` as the field's type where YAML reads it otherwise, such as 1e-3, which YAML takes for a string.
@@ -55,7 +58,7 @@ def check_finite(name: str, value: Any) -> None:
     Raises:
         SaccadeError: naming the field.
     """
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value) and not (name in BOUNDS and value > 0):
         raise SaccadeError(f"{name}={value!r} is not a finite number: give one, or leave the field out")
     if isinstance(value, Mapping):
         for key, one in value.items():
