@@ -47,9 +47,11 @@ def test_compiled_layers_train_as_plain_ones(name):
     "options",
     [
         {"torch_compile_backend": "aot_eager"},
-        {"torch_compile_backend": "aot_eager", "padding_free": True},
-        {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True},
-        {"torch_compile_backend": "aot_eager", "slow_micro_batch_size": 3, "lora": True},
+        pytest.param({"torch_compile_backend": "aot_eager", "padding_free": True}, marks=pytest.mark.slow),
+        pytest.param({"torch_compile_backend": "aot_eager", "gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"torch_compile_backend": "aot_eager", "slow_micro_batch_size": 3, "lora": True}, marks=pytest.mark.slow
+        ),
         pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
     ],
     ids=["plain", "without padding", "checkpointing", "lora in parts", "inductor"],

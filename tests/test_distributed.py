@@ -90,7 +90,11 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
     torch.testing.assert_close(isolators[1], isolators[0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("modes", [{"slow_probability": 0.5}, ORDINARY], ids=["both modes", "stock steps"])
+@pytest.mark.parametrize(
+    "modes",
+    [{"slow_probability": 0.5}, pytest.param(ORDINARY, marks=pytest.mark.slow)],
+    ids=["both modes", "stock steps"],
+)
 def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
     """Of 9 rows one is left for the second batch of 8: the second rank has nothing but rows that it has seen."""
     # Rows with images only: a stock step on text leaves the projector without a gradient, and not with a zero one.

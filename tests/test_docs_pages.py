@@ -95,6 +95,7 @@ def train_first(stage: str) -> None:
     run_line(line)
 
 
+@pytest.mark.slow
 def test_start(folder, monkeypatch) -> None:
     # Of the demo's five runs the two that it draws; tests/test_demo.py makes them all.
     monkeypatch.setattr("saccade.demo.run.plan_runs", lambda *args: [plan_runs(*args)[number] for number in (0, 2)])

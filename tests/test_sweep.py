@@ -101,6 +101,7 @@ def test_what_is_there_is_not_made_again(swept, capfd) -> None:
     assert {path: path.stat().st_mtime_ns for path in output.glob("runs/*/result.json")} == before
 
 
+@pytest.mark.slow
 def test_the_table_of_some_folders_has_the_rows_of_all(swept, tmp_path, capsys) -> None:
     output, _ = swept
     whole = Standing(Plan.read(output), output)

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from saccade.cli.main import main
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.studies import STUDIES
@@ -28,6 +30,7 @@ def small(words: list[str]) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     # Twenty steps of pretraining are the page's; two do here.
