@@ -57,10 +57,12 @@ def watching(block: AttentionBlock | None) -> Iterator[list[Call]]:
 
     here = threading.get_ident()
 
-    def start(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    # Torch hangs up a hook and says that it takes keywords in two steps, and takes both back in two: another thread's
+    # call in between comes without them.
+    def start(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         if threading.get_ident() != here:
             return
-        given = by_name(module.forward, args, kwargs)
+        given = by_name(module.forward, args, kwargs or {})
         missing = sorted(block.given - given.keys())
         # Flags decide about no value of an attention; tensors, and the pairs of them that rotary positions are, do.
         unknown = [name for name in given if name not in (*READ, *WITHOUT_EFFECT) and _holds_tensor(given[name])]
@@ -104,9 +106,9 @@ def first_arguments(module: nn.Module | None) -> Iterator[list[Tensor]]:
         yield taken
         return
 
-    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         if threading.get_ident() == here:
-            taken.append(next(iter((*args, *kwargs.values()))))
+            taken.append(next(iter((*args, *(kwargs or {}).values()))))
 
     handle = module.register_forward_pre_hook(take, with_kwargs=True)
     try:
