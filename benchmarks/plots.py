@@ -3,8 +3,7 @@
 import os
 from collections.abc import Mapping
 
-from saccade.report.curves import COLORS
-from saccade.report.plots import FAINT, INK, save_figure, styled_figure
+from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
 Speedup = tuple[float, float, float, float]
 """Median, 20th and 80th percentile, and what FLOPs allow."""

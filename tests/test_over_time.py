@@ -14,78 +14,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_sweep import made_up
+from test_studies import made_up
 
+from experiments.studies.checkpoints import CheckpointSaver, checkpoint_steps, evaluate_checkpoints
+from experiments.studies.over_time import seconds_to
+from experiments.studies.results_page import write_docs
+from experiments.studies.studies import plan_study
+from experiments.studies.worker import run_study
 from saccade import SaccadeError
-from saccade.cli.main import main
 from saccade.sweeps import QUICK, DigitSettings, Evaluation, RunSpec, digit_run
-from saccade.sweeps.checkpoints import CheckpointSaver, checkpoint_steps, evaluate_checkpoints
-from saccade.sweeps.docs import write_docs
-from saccade.sweeps.over_time import seconds_to
-from saccade.sweeps.plan import Plan, check_runs, plan_study
-from saccade.sweeps.runner import _weights, read_result
-from saccade.sweeps.worker import run_one
 
 METHODS = ("all_tokens", "dualspeed", "prune_only")
-COMMON = {
-    "bf16": False,
-    "dataloader_num_workers": 1,
-    "dataloader_persistent_workers": True,
-    "dataset": "digits",
-    "dataset_seed": 0,
-    "disable_tqdm": True,
-    "gradient_checkpointing": False,
-    "isolator_length": 4,
-    "lr_scheduler_type": "cosine",
-    "per_device_train_batch_size": 32,
-    "positions": "compact",
-    "prune_ratio": 0.9,
-    "reducer": "divprune",
-    "report_to": "none",
-    "save_strategy": "no",
-    "seed": 0,
-    "use_cpu": True,
-}
-PRUNED = {"reducer": "divprune", "prune_ratio": 0.9, "positions": "compact"}
-WRITTEN = {
-    "name": "dualspeed-seed0",
-    "labels": {"method": "dualspeed", "seed": 0},
-    "stages": [
-        {
-            **COMMON,
-            "dataset_rows": 1920,
-            "dataset_stage": "pretrain",
-            "dataset_turns": 1,
-            "freeze_language_model": True,
-            "learning_rate": 0.003,
-            "logging_steps": 3,
-            "max_steps": 60,
-            "model": "tiny",
-            "warmup_steps": 2,
-        },
-        {
-            **COMMON,
-            "dataset_rows": 10240,
-            "dataset_stage": "sft",
-            "dataset_turns": 4,
-            "freeze_language_model": False,
-            "learning_rate": 0.001,
-            "logging_steps": 16,
-            "max_steps": 320,
-            "schedule": "stratified",
-            "slow_probability": 0.1,
-            "warmup_steps": 10,
-        },
-    ],
-    "evaluation": {
-        "inferences": [{"name": "full"}, {"name": "pruned", **PRUNED}, {"name": "pruned_isolator", **PRUNED}],
-        "split": "test",
-        "scenes": 1000,
-    },
-    "threads": 1,
-}
-"""The spec of a run of `parts` as a `result.json` holds it that was written before there were checkpoints."""
-WRITTEN_STAGES = ("pretrain-dad04649fb6f", "sft-d1f8e9518d5e")
 
 
 class TestSteps:
@@ -157,33 +96,21 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path) -> None:
 
 
 class TestIdentity:
-    def test_runs_without_checkpoints_are_what_they_were(self, tmp_path: Path) -> None:
-        spec = RunSpec.from_json(json.loads(json.dumps(WRITTEN)))
-        assert spec.as_json() == WRITTEN
-        assert spec.stage_ids == WRITTEN_STAGES
-        (planned,) = [run for run in plan_study("parts", QUICK, 1).runs if run.name == spec.name]
-        assert planned == spec
-        folder = tmp_path / "runs" / spec.name
-        folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"spec": WRITTEN, "evaluations": []}))
-        assert read_result(tmp_path, planned) is not None
-
     def test_a_run_with_checkpoints_survives_json(self) -> None:
         for spec in plan_study("over_time", QUICK, 2).runs:
             again = RunSpec.from_json(json.loads(json.dumps(spec.as_json())))
             assert again == spec
             assert again.stage_ids == spec.stage_ids
-            assert (again.evaluation.checkpoints, again.evaluation.checkpoint_scenes) == (10, 300)
+            assert again.extra == {"checkpoints": 10, "scenes": 300, "split": "test"}
 
     def test_a_stage_serves_one_evaluation_of_its_checkpoints(self) -> None:
-        def ids(checkpoints: int, **settings) -> tuple[str, ...]:
-            return digit_run("a", {}, replace(QUICK, **settings), "dualspeed", 0, checkpoints=checkpoints).stage_ids
+        def ids(**settings) -> tuple[str, ...]:
+            return plan_study("over_time", replace(QUICK, **settings), 1).runs[1].stage_ids
 
-        plain, ten = ids(0), ids(10)
-        assert plain == WRITTEN_STAGES
+        plain, ten = digit_run("a", {}, QUICK, "dualspeed", 0).stage_ids, ids()
         assert ten[0] == plain[0]
-        assert ids(10, test_scenes=500) == ten, "the scenes of the final evaluation change nothing"
-        assert len({plain[1], ten[1], ids(5)[1], ids(10, split="validation")[1], ids(10, test_scenes=8)[1]}) == 5
+        assert ids(test_scenes=500) == ten, "the scenes of the final evaluation change nothing"
+        assert len({plain[1], ten[1], ids(split="validation")[1], ids(test_scenes=8)[1]}) == 4
 
 
 class TestStudy:
@@ -193,36 +120,10 @@ class TestStudy:
             (seed, method) for seed in range(3) for method in METHODS
         ]
 
-    @pytest.mark.parametrize(
-        ("evaluation", "stage", "message"),
-        [
-            ({"checkpoints": 10}, {"max_steps": 9}, "checkpoints=10 are more than the max_steps=9 of the last stage"),
-            ({"checkpoints": 1}, {"num_train_epochs": 1}, "checkpoints=1 are more than the max_steps=0"),
-            ({"checkpoints": -1}, {"max_steps": 9}, "checkpoints=-1: give a number of checkpoints"),
-            ({"checkpoints": 2, "checkpoint_scenes": 0}, {"max_steps": 9}, "checkpoint_scenes=0: give at least 1"),
-            (
-                {"checkpoints": 2},
-                {"max_steps": 9, "save_strategy": "steps"},
-                "checkpoints=2 choose their own steps: set save_strategy",
-            ),
-        ],
-    )
-    def test_what_cannot_be_is_said_before_anything_starts(self, evaluation, stage, message) -> None:
-        values = {"model": "tiny", "dataset": "digits", "dataset_rows": 4, "use_cpu": True, "save_strategy": "no"}
-        spec = RunSpec("a", {"seed": 0}, ({**values, **stage},), Evaluation(({"name": "full"},), **evaluation))
-        with pytest.raises(SaccadeError, match=f"run a: {message}"):
-            check_runs([spec])
-
-    def test_too_short_a_look_is_one_line(self, tmp_path, capsys) -> None:
-        output = tmp_path / "out"
-        assert main(["sweep", "--study", "over_time", "--steps", "9", "--output", str(output)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert "for a study with --steps, to at least 10" in line
-        assert not output.exists()
-
 
 TINY = DigitSettings(pretrain_steps=1, sft_steps=5, batch_size=2, test_scenes=6)
-SPEC = digit_run("a", {"method": "dualspeed"}, TINY, "dualspeed", 0, inferences=({"name": "full"},), checkpoints=3)
+EXTRA = {"checkpoints": 3, "scenes": 6, "split": "test"}
+SPEC = digit_run("a", {"method": "dualspeed"}, TINY, "dualspeed", 0, inferences=({"name": "full"},), extra=EXTRA)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +136,7 @@ def made(tmp_path_factory):
         (killed / name / "model.safetensors").write_text("half-written")
     said = io.StringIO()
     with redirect_stdout(said):
-        result = run_one(SPEC, stages)
+        result = run_study(SPEC, stages)
     return stages, result, said.getvalue()
 
 
@@ -251,37 +152,37 @@ class TestRun:
         # The last checkpoint is the trained model, here on the same scenes.
         (full,) = result["evaluations"]
         assert checkpoints[-1]["accuracy_by_kind"] == full["accuracy_by_kind"]
-        assert result["spec"]["evaluation"]["checkpoints"] == 3
+        assert result["spec"]["extra"] == EXTRA
         assert all("checkpoints" not in stage for stage in result["stages"].values())
         stage = stages / SPEC.stage_ids[1]
         assert (stage / "model.safetensors").is_file()
         assert not [path for path in stage.rglob("*") if "checkpoint" in path.name]
 
-    def test_the_bar_knows_every_part_that_is_told_of(self, made) -> None:
+    def test_every_part_is_told_of(self, made) -> None:
         *_, said = made
         lines = [line.split()[1:] for line in said.splitlines() if line.startswith("progress ")]
-        assert {stage for stage, *_ in lines} == set(_weights(SPEC)) == {"pretrain", "sft", "evaluate", "checkpoints"}
+        assert {stage for stage, *_ in lines} == {"pretrain", "sft", "evaluate", "checkpoints"}
         assert [line[1:] for line in lines if line[0] == "checkpoints"] == [["1", "3"], ["2", "3"], ["3", "3"]]
 
     def test_what_was_evaluated_is_not_evaluated_again(self, made) -> None:
         stages, result, _ = made
-        assert run_one(SPEC, stages)["checkpoints"] == result["checkpoints"]
+        assert run_study(SPEC, stages)["checkpoints"] == result["checkpoints"]
 
     def test_saving_changes_nothing_in_training(self, made) -> None:
         stages, *_ = made
-        plain = replace(SPEC, evaluation=Evaluation(({"name": "full"},), scenes=1))
-        assert "checkpoints" not in run_one(plain, stages)
+        plain = replace(SPEC, evaluation=Evaluation(({"name": "full"},), scenes=1), extra={})
+        assert "checkpoints" not in run_study(plain, stages)
         first, other = (stages / one.stage_ids[1] / "model.safetensors" for one in (SPEC, plain))
         assert first != other
         assert first.read_bytes() == other.read_bytes()
 
 
 def test_a_stage_that_was_asked_to_stop_is_not_done(tmp_path: Path, monkeypatch) -> None:
-    spec = RunSpec("a", {"seed": 0}, ({**SPEC.stages[1], "model": "tiny"},), Evaluation((), checkpoints=3))
+    spec = RunSpec("a", {"seed": 0}, ({**SPEC.stages[1], "model": "tiny"},), Evaluation(()), extra=EXTRA)
     with monkeypatch.context() as patch:
-        patch.setattr("saccade.sweeps.worker._tell", lambda *words: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("saccade.sweeps.worker.tell", lambda *words: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SaccadeError, match="stage sft was asked to stop after step 1 of 5"):
-            run_one(spec, tmp_path)
+            run_study(spec, tmp_path)
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -386,10 +287,3 @@ class TestPage:
         text = write_docs(study, study / "docs").read_text()
         assert "| step | DualSpeed | CPU time | pruning only | CPU time |" in text
         assert "| method | 50 % |" not in text
-
-    def test_the_table_in_json_has_the_checkpoints(self, study: Path, capsys) -> None:
-        assert main(["sweep", "--study", "over_time", "--output", str(study), "--table"]) == 0
-        rows = json.loads((study / "over_time" / "table.json").read_text())["rows"]
-        (row,) = [row for row in rows if (row["method"], row["seed"]) == ("dualspeed", 1)]
-        assert row["checkpoints"][-1] == {"step": 320, "cpu_seconds": 40, "seconds": 80, "accuracy": 0.7}
-        assert len(Plan.read(study / "over_time").runs) == 9

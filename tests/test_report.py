@@ -17,7 +17,7 @@ from saccade.files import to_json
 from saccade.report import environment as environment_module
 from saccade.report.environment import environment
 from saccade.report.kept_tokens import DARKENED, GAP, OUTLINE, TITLE_HEIGHT, draw_kept_tokens
-from saccade.report.plots import _group, _overlap, free_box, plot_accuracy_over_time, plot_loss_by_mode
+from saccade.report.plots import _group, plot_accuracy_over_time, plot_loss_by_mode
 from saccade.report.tables import markdown_table, print_table
 
 
@@ -84,20 +84,6 @@ class TestPlots:
         ]
         plot_accuracy_over_time(runs, tmp_path / "new" / "accuracy.png")
         assert opened(tmp_path / "new" / "accuracy.png").size == (1200, 712)
-
-    def test_labels_of_points_in_one_place_do_not_overlap(self) -> None:
-        point = (0.49, 0.48, 0.51, 0.52)
-        boxes = [point]
-        for _ in range(8):
-            box, side = free_box(0.5, 0.5, 0.2, 0.08, boxes)
-            assert side in (1, -1)
-            assert not any(_overlap(box, other) for other in boxes)
-            boxes.append(box)
-
-    def test_a_label_with_no_free_place_stays_at_its_point(self) -> None:
-        box, side = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
-        assert side == 1
-        assert (box[1] + box[3]) / 2 == pytest.approx(0.5)
 
     def test_loss_by_mode_differs_from_one_curve(self, tmp_path: Path) -> None:
         log = [{"step": step, f"loss_{'slow' if step % 3 else 'fast'}": 3.0 - step / 50} for step in range(100)]

@@ -14,6 +14,8 @@ import torch
 from browser import MISSING, Browser
 from PIL import Image
 
+from experiments.studies.page import study_page
+from experiments.studies.studies import plan_study
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
@@ -21,7 +23,6 @@ from saccade.pages.source import read_run
 from saccade.report.html import STYLE, page
 from saccade.report.tables import html_table
 from saccade.sweeps import QUICK
-from saccade.sweeps.plan import plan_study
 
 PAGE = Path(__file__).parent.parent / "docs" / "report.md"
 HOSTILE = "<script>document.title='taken'"
@@ -108,7 +109,7 @@ def sweep(run, tmp_path_factory):
         result = {"spec": spec.as_json(), "environment": log["environment"], "finished": "2026-01-01"}
         result |= {"model": str(run), "stages": {"pretrain": stage, "sft": stage}, "evaluations": ways}
         (place / "result.json").write_text(json.dumps(result))
-    write_report(folder)
+    write_report(folder, make=study_page)
     return folder
 
 
@@ -265,12 +266,22 @@ class TestSweep:
         assert point["accuracy"] == pytest.approx(sum(full) / len(full))
         assert (point["seconds"], point["tokens"], point["flops"]) == (40, 150, 3e8)
 
+    def test_the_plain_page_of_a_sweep(self, sweep, tmp_path) -> None:
+        """Without what a study adds: the table, what failed, the losses and the settings."""
+        reader = read(write_report(sweep, tmp_path / "plain").parent)
+        assert f"A run failed: it ran {HOSTILE}</script>" in reader.text
+        assert not reader.all("script")
+        assert "accuracy, all tokens" in reader.text
+        assert "Options of pretraining" in reader.text
+        record = json.loads((tmp_path / "plain" / "report.json").read_text())
+        assert [entry["file"] for entry in record["pictures"]] == ["loss.png"]
+
     def test_a_model_that_is_gone_leaves_the_rest(self, sweep, tmp_path) -> None:
         folder = tmp_path / "moved"
         shutil.copytree(sweep, folder, ignore=shutil.ignore_patterns("report"))
         for path in folder.glob("runs/*/result.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "/gone"}))
-        assert "No picture: model='/gone' is no folder here" in read(write_report(folder).parent).text
+        assert "No picture: model='/gone' is no folder here" in read(write_report(folder, make=study_page).parent).text
 
 
 class TestBadInput:

@@ -1,4 +1,4 @@
-"""Sweeps end to end at a size that learns nothing: shared stages, failures, kills, tables and the page of results."""
+"""Sweeps end to end at a size that learns nothing: shared stages, failures, kills and tables."""
 
 import json
 import os
@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.files import file_lock
-from saccade.sweeps import QUICK, run_specs
-from saccade.sweeps.docs import NO_NOTES, read_notes, write_docs
-from saccade.sweeps.plan import Plan, plan_study
+from saccade.sweeps import run_specs
+from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import same_code
 from saccade.sweeps.sweep import check_folder
 from saccade.sweeps.table import Standing
@@ -217,91 +215,3 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
     ):
         run_specs([], tmp_path)
     assert run_specs([], tmp_path).results == {}
-
-
-# The page of results, from made-up results.
-
-
-def made_up(spec, accuracy: float) -> dict:
-    stage = {
-        "seconds": 10.0,
-        "samples": 100,
-        "tokens": {"full": 3000.0, "trained": 1000.0, "teacher": 0.0},
-        "step_speedup": 2.0,
-        "log_history": [{"loss": 1.0}],
-    }
-    ways = [
-        {
-            "inference": fields["name"],
-            "reducer": fields.get("reducer"),
-            "prune_ratio": fields.get("prune_ratio", 0.0),
-            "positions": fields.get("positions", "compact"),
-            "accuracy": accuracy,
-            "accuracy_by_kind": {},
-            "samples": 8,
-            "mean_prompt_length": 20.0,
-        }
-        for fields in spec.evaluation.inferences
-    ]
-    packages = dict.fromkeys(("torch", "transformers", "trl"), "1.0")
-    environment = {
-        "commit": "0123456789",
-        "packages": packages,
-        "python": "3.11",
-        "cpu": "a processor",
-        "cores": 2,
-        "memory_gib": 8,
-    }
-    stages = dict.fromkeys(("pretrain", "sft"), stage)
-    return {"spec": spec.as_json(), "environment": environment, "stages": stages, "evaluations": ways}
-
-
-@pytest.fixture
-def studies(tmp_path):
-    """All of `parts`, and of `reducers` the runs up to the first with another ratio."""
-    for name, last in (("parts", "dualspeed-seed2"), ("reducers", "plugin-divprune-p0.5-compact-seed0")):
-        plan = plan_study(name, QUICK, 3)
-        plan.write(tmp_path / name)
-        for spec in plan.runs[: [spec.name for spec in plan.runs].index(last) + 1]:
-            accuracy = 0.9 if "all_tokens" in spec.name else 0.5 + spec.labels["seed"] / 10
-            folder = tmp_path / name / "runs" / spec.name
-            folder.mkdir(parents=True)
-            (folder / "result.json").write_text(json.dumps(made_up(spec, accuracy)))
-    return tmp_path
-
-
-def test_the_page_has_the_means_and_the_missing_seeds(studies) -> None:
-    page = write_docs(studies, studies / "docs").read_text()
-    parts = page.partition("## Part by part")[2]
-    assert "| DualSpeed | 3 | 60.0 % (50.0-70.0) | 66.7 % (55.6-77.8) |" in parts
-    assert "| all tokens | 3 | 90.0 % | 100.0 % |" in parts
-    assert "99.61 %" in parts
-    reducers = page.partition("## Which reducer")[2].partition("\n## ")[0]
-    plugin = reducers.partition("**As the plug-in of DualSpeed**")[2]
-    line = next(line for line in plugin.splitlines() if line.startswith("| divprune |"))
-    cells = [cell.strip() for cell in line.split("|")]
-    assert cells[2] == "50.0 %, n = 1"
-    assert cells[3] == "60.0 % (50.0-70.0)"  # p = 0.9, all three seeds
-    plan = Plan.read(studies / "reducers")
-    done = len(list((studies / "reducers" / "runs").glob("*/result.json")))
-    assert f"{done} of {len(plan.runs)} runs done" in reducers
-    assert "commit 0123456; a processor (2 cores, 8 GiB), 1 thread a run; Python 3.11" in reducers
-    for name in ("parts", "reducers"):
-        with Image.open(studies / "docs" / "images" / f"study_{name}.png") as image:
-            assert image.width >= 800
-
-
-def test_notes_are_kept(studies) -> None:
-    docs = studies / "docs"
-    page = write_docs(studies, docs)
-    assert read_notes(page.read_text()) == {"reducers": NO_NOTES, "parts": NO_NOTES}
-    text = page.read_text().replace(NO_NOTES, "Agrees: *parts*.\n\nDisagrees:\n- nothing", 2)
-    page.write_text(text.replace("## Part by part", "## Something that is generated"))
-    write_docs(studies, docs)
-    again = page.read_text()
-    assert read_notes(again) == dict.fromkeys(("reducers", "parts"), "Agrees: *parts*.\n\nDisagrees:\n- nothing")
-    assert again == text
-    shutil.rmtree(studies / "parts")
-    with pytest.raises(SaccadeError, match="has notes on parts, which output="):
-        write_docs(studies, docs)
-    assert page.read_text() == text

@@ -1,6 +1,7 @@
 """What a sweep plans before anything runs: grids, seeds, shared stages, studies, and what it refuses."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -8,11 +9,9 @@ import pytest
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.reducers import list_reducers
 from saccade.sweeps import METHODS, QUICK, Evaluation, RunSpec, digit_run
 from saccade.sweeps.grid import choose, parse_grid, place, plan_grid
-from saccade.sweeps.plan import Plan, check_runs, plan_study
-from saccade.sweeps.studies import STUDIES
+from saccade.sweeps.plan import Plan, make_plan
 
 SFT = {"dataset": "digits", "max_steps": 2, "learning_rate": 1e-3}
 PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_model": True, "max_steps": 1}
@@ -65,11 +64,11 @@ class TestGrid:
         assert spec.evaluation is None
 
     def test_only(self) -> None:
-        specs = plan_study("reducers", QUICK, 2).runs
-        chosen = choose(specs, {"prune_ratio": [0.9], "seed": [1], "part": ["plugin"]})
+        specs = plan_grid(SFT, PRETRAIN, {"prune_ratio": [0.5, 0.9], "reducer": ["divprune", "random"]}, seeds=2)
+        chosen = choose(specs, {"prune_ratio": [0.9], "seed": [1]})
         assert {(spec.labels["prune_ratio"], spec.labels["seed"]) for spec in chosen} == {(0.9, 1)}
-        assert len(chosen) == 2 * (len(list_reducers()) - 1)
-        with pytest.raises(SaccadeError, match="--only color: no run has this label, they have part, reducer"):
+        assert len(chosen) == 2
+        with pytest.raises(SaccadeError, match="--only color: no run has this label, they have prune_ratio, reducer"):
             choose(specs, {"color": ["red"]})
         with pytest.raises(SaccadeError, match="--only seed=9: no run has it, there are 0, 1"):
             choose(specs, {"seed": [9]})
@@ -101,53 +100,16 @@ class TestStages:
 
     def test_a_spec_survives_json(self) -> None:
         run = RunSpec("a", {"seed": 0}, (SFT,), Evaluation(({"name": "full"},)))
-        for spec in (run, *plan_study("reducers", QUICK, 1).runs):
+        for spec in (run, replace(run, extra={"checkpoints": 3}), digit_run("x", {}, QUICK, "dualspeed", 0)):
             again = RunSpec.from_json(json.loads(json.dumps(spec.as_json())))
             assert again.as_json() == spec.as_json()
             assert again.stage_ids == spec.stage_ids
 
 
-class TestStudies:
-    @pytest.mark.parametrize("name", STUDIES)
-    def test_every_run_can_start(self, name: str) -> None:
-        plan = plan_study(name, QUICK, 2)
-        assert len({spec.name for spec in plan.runs}) == len(plan.runs)
-        check_runs(plan.runs)
-
-    @pytest.mark.parametrize("name", STUDIES)
-    def test_panels_find_runs(self, name: str) -> None:
-        labels = {label for spec in plan_study(name, QUICK, 1).runs for label in spec.labels}
-        for panel in STUDIES[name].panels:
-            assert {panel.x, *panel.series, *dict(panel.where)} <= labels
-
-    def test_the_order_of_the_reducers_study(self) -> None:
-        runs = plan_study("reducers", QUICK, 3).runs
-        plugins = [spec.labels for spec in runs if spec.labels["part"] == "plugin"]
-        reducers = [name for name in list_reducers() if name != "none"]
-        first = plugins[: len(reducers)]
-        assert {(run["prune_ratio"], run["positions"], run["seed"]) for run in first} == {(0.9, "compact", 0)}
-        assert sorted(run["reducer"] for run in first) == reducers
-        settings = {(run["reducer"], run["prune_ratio"], run["positions"], run["seed"]) for run in plugins}
-        compact = set(product(reducers, (0.5, 0.7, 0.8, 0.9, 0.95), ["compact"], range(3)))
-        assert settings == compact | set(product(reducers, (0.9,), ["original"], range(3)))
-        after = plugins[3 * len(reducers) :]
-        core = [run["reducer"] in ("divprune", "random", "avgpool") for run in after]
-        assert core.index(False) == sum(core), "the other ratios of the core come before those of the rest"
-
-    def test_inference_only_shares_one_model_a_seed(self) -> None:
-        runs = [spec for spec in plan_study("reducers", QUICK, 2).runs if spec.labels["part"] != "plugin"]
-        for seed in range(2):
-            assert len({spec.stage_ids for spec in runs if spec.labels["seed"] == seed}) == 1
-
-    def test_pruning_in_one_stage(self) -> None:
-        runs = {spec.labels["pruned_stages"]: spec.stages for spec in plan_study("stage", QUICK, 1).runs}
-        ratios = {name: tuple(stage["prune_ratio"] for stage in stages) for name, stages in runs.items()}
-        assert ratios == {"none": (0, 0), "pretrain": (0.9, 0), "sft": (0, 0.9), "both": (0.9, 0.9)}
-
-    def test_a_plan_survives_its_file(self, tmp_path: Path) -> None:
-        plan = plan_study("parts", QUICK, 2)
-        plan.write(tmp_path)
-        assert Plan.read(tmp_path) == plan
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = make_plan("a", plan_grid(SFT, PRETRAIN, {"prune_ratio": [0.5, 0.9]}, seeds=2), about={"study": "x"})
+    plan.write(tmp_path)
+    assert Plan.read(tmp_path) == plan
 
 
 @pytest.mark.parametrize(
@@ -167,15 +129,10 @@ class TestStudies:
         (["tiny-digits/sft", "--model", "tiny", "--dataset", "no.jsonl"], "'no.jsonl' does not exist"),
         (["tiny-digits/sft", "--model", "tiny", "--split", "nope"], "split is 'nope'"),
         (["tiny-digits/sft", "--pretrain", "nope"], "recipe 'nope' does not exist"),
-        (["tiny-digits/sft", "--steps", "3"], "steps=3 is for studies"),
-        (["tiny-digits/sft", "--study", "parts"], "give one of them"),
-        (["--study", "nope"], "study='nope' is unknown: use one of reducers, prune_ratio"),
-        (["--study", "parts", "--grid", "seed=1"], "has its own recipes"),
-        (["--study", "parts", "--seeds", "0"], "seeds=0"),
-        (["--study", "parts", "--jobs", "0"], "jobs=0"),
-        (["--study", "parts", "--only", "method=nope"], "--only method=nope: no run has it"),
+        (["tiny-digits/sft", "--seeds", "0"], "seeds=0"),
+        (["tiny-digits/sft", "--jobs", "0"], "jobs=0"),
+        (["tiny-digits/sft", "--grid", "seed=0,1", "--only", "seed=9"], "--only seed=9: no run has it"),
         (["--table"], "holds no sweep"),
-        (["--write-docs", "docs"], "holds no study with a finished run"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, capsys) -> None:

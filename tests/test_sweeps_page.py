@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from experiments.studies.__main__ import main as studies
+from experiments.studies.studies import STUDIES
 from saccade.cli.main import main
 from saccade.sweeps.plan import Plan
-from saccade.sweeps.studies import STUDIES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text()
 COMMANDS = [
-    shlex.split(line)[1:] for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
+    shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()
 ]
 SMALL = "--max_steps 1 --dataset_rows 4 --per_device_train_batch_size 2 --save_strategy no --scenes 4"
 SMALL_PRETRAIN = "--pretrain.dataset_rows 4 --pretrain.per_device_train_batch_size 2 --pretrain.save_strategy no"
@@ -20,7 +21,7 @@ SMALL_PRETRAIN = "--pretrain.dataset_rows 4 --pretrain.per_device_train_batch_si
 
 def small(words: list[str]) -> list[str]:
     """A command of the page with one run to make; what comes last overrides."""
-    if "--study" in words and "--table" not in words:
+    if "parts" in words and "--table" not in words:
         return [*words, "--steps", "1", "--scenes", "4", "--only", "method=dualspeed", "--only", "seed=0"]
     if "--grid" in words:
         name, _, values = words[words.index("--grid") + 1].partition("=")
@@ -35,9 +36,13 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     # Twenty steps of pretraining are the page's; two do here.
     commands = [[word.replace("max_steps=20,40", "max_steps=2,4") for word in words] for words in COMMANDS]
-    assert len(commands) == 6
-    for words in commands:
-        assert main(small(words)) == 0, capsys.readouterr().err
+    assert len(commands) == 7
+    for program, *words in commands:
+        if program == "saccade":
+            assert main(small(words)) == 0, capsys.readouterr().err
+        else:
+            assert [program, *words[:2]] == ["python", "-m", "experiments.studies"]
+            assert studies(small(words[2:])) == 0
     assert len(Plan.read(tmp_path / "out" / "slow").runs) == 6
     assert "| 0.1 | 1 |" in (tmp_path / "out" / "slow" / "table.md").read_text()
     assert "| DualSpeed | 1 |" in (tmp_path / "out" / "studies" / "parts" / "table.md").read_text()
@@ -46,8 +51,3 @@ def test_the_commands_run(tmp_path, monkeypatch, capsys) -> None:
 
 def test_the_page_names_every_study() -> None:
     assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(STUDIES)
-
-
-def test_the_help_names_every_study(capsys) -> None:
-    assert main(["sweep", "--help"]) == 0
-    assert f"a study: {', '.join(STUDIES)}" in " ".join(capsys.readouterr().out.split())

@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "assemble": ("saccade.cli.assemble", "put a LLaVA together from a vision tower and a language model"),
     "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
-    "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe, or a study of the paper"),
+    "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe and seeds"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
     "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),

@@ -11,8 +11,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences
 from saccade.evaluation.digits import collate_prompts
 from saccade.pages.page import Page
-from saccade.reducers import PruningConfig
-from saccade.report.html import fold, gallery, paragraph
+from saccade.report.html import gallery, paragraph
 from saccade.report.view import view_reducers
 from saccade.training import ModelOptions, load_model
 
@@ -48,7 +47,7 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
                 page.show(
                     file,
                     f"A scene of {row['num_digits']} digits; {pruned.pruning.reducer} keeps {len(kept)} of "
-                    f"{height * width} patches, {_where(kept, width, height)}.",
+                    f"{height * width} patches, {where_kept(kept, width, height)}.",
                     f"“{question}” Right: “{row['answer']}”; answered {said}.",
                 )
             )
@@ -60,43 +59,6 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
     page.add(HEADING, paragraph(intro + "Answers are greedy, on all tokens and on those."), gallery(pictures))
 
 
-def add_compared_scene(
-    page: Page,
-    model_folder: Path,
-    reducers: Sequence[str],
-    prune_ratio: float | None,
-    keep_tokens: int | None = None,
-) -> None:
-    """Draw one scene as each of several reducers keeps it, with the features of one model.
-
-    Args:
-        model_folder: with the weights. Without them, the page says so.
-        keep_tokens: number of tokens to keep, in place of the ratio.
-    """
-    file = "kept_tokens.png"
-    try:
-        model, processor = load_model(ModelOptions(model=str(model_folder)))
-        scenes = digit_scenes("sft", "test", 200, kinds=["read"])
-        row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
-        question = row["messages"][-2]["content"]
-        pruning = PruningConfig(keep_tokens=keep_tokens) if keep_tokens else PruningConfig(prune_ratio=prune_ratio)
-        path = page.workshop / file
-        seen = view_reducers(model, processor, row["images"][0], reducers, question, path, pruning)
-    except SaccadeError as error:
-        page.add(HEADING, paragraph(f"No picture: {error}"))
-        return
-    height, width = seen["grid"]
-    alt = f"One scene of {row['num_digits']} digits, with what each reducer keeps of {height * width} patches."
-    listed = [
-        f"{entry['reducer']} keeps {len(entry['kept'])}: {_where(entry['kept'], width, height)}."
-        for entry in seen["panels"]
-    ]
-    budget = f"{keep_tokens} tokens" if keep_tokens else f"p = {prune_ratio:g}"
-    caption = f"A scene of the test split at {budget}: what stays is clear and outlined, what is dropped is "
-    caption += "dark; where tokens are merged, a region has the colour of the token that it flows into."
-    page.add(HEADING, page.show(file, alt, caption, wide=True), fold("The picture in words", *map(paragraph, listed)))
-
-
 @torch.no_grad()
 def _answers(model: Any, processor: Any, rows: list[dict[str, Any]], inference: Inference) -> list[str]:
     with inference.on(model.eval()) as prepare:
@@ -106,7 +68,7 @@ def _answers(model: Any, processor: Any, rows: list[dict[str, Any]], inference: 
     return [" ".join(text.split()) for text in texts]
 
 
-def _where(kept: Sequence[int], width: int, height: int) -> str:
+def where_kept(kept: Sequence[int], width: int, height: int) -> str:
     """How many patches of each quarter of a picture stay, in words."""
     names = {(False, False): "top left", (False, True): "top right", (True, False): "bottom left"}
     counts = dict.fromkeys([*names.values(), "bottom right"], 0)

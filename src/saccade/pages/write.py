@@ -1,34 +1,40 @@
 """From a folder to its report: what it holds, where the report goes, and the page itself."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from saccade.errors import SaccadeError
 from saccade.files import reading
-from saccade.pages.comparison import demo_page, sweep_page
-from saccade.pages.page import PAGE_FILE, RECORD_FILE
+from saccade.pages.many import demo_page, sweep_page
+from saccade.pages.page import PAGE_FILE, RECORD_FILE, Page
 from saccade.pages.run import run_page
 from saccade.pages.source import kind_of, read_json
 
 MAKERS = {"run": run_page, "sweep": sweep_page, "demo": demo_page}
 
 
-def write_report(folder: Path, output: Path | None = None, overwrite: bool = False) -> Path:
+def write_report(
+    folder: Path,
+    output: Path | None = None,
+    overwrite: bool = False,
+    make: Callable[[Path, Path], Page] | None = None,
+) -> Path:
     """Write the page of a run, a sweep or a demo, its pictures and the same as JSON, and return the page's path.
 
     Args:
         folder: what `saccade train`, `saccade sweep` or `saccade demo` wrote.
         output: the folder to write to; `report` inside `folder` when left out.
         overwrite: whether a report that is there is replaced.
+        make: makes the page, of the folder and of one to draw in; by what the folder holds when left out.
 
     Raises:
         SaccadeError: if `folder` holds nothing to report or something half-written, or `output` holds a report or
             other files, or cannot be written.
     """
-    make = MAKERS[kind_of(folder)]
+    make = make or MAKERS[kind_of(folder)]
     output = folder / "report" if output is None else output
     before = _check_output(output, overwrite)
     with _workshop(output) as workshop:

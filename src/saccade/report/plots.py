@@ -7,7 +7,6 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from saccade.files import atomic_path
 from saccade.report.training_log import curve, modes_of, part_of
@@ -18,14 +17,12 @@ STYLES: dict[str, tuple[str, str, str]] = {
     "prune_only": ("#D55E00", "^", "pruning only"),
     "dualspeed": ("#0072B2", "o", "DualSpeed"),
 }
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 OTHER_STYLES = [("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
 MODE_STYLES = {"fast": ("#0072B2", "fast steps (pruned)"), "slow": ("#D55E00", "slow steps (all tokens)")}
 INK, FAINT = "#333333", "#8A8A8A"
 # 8 by 4.75 inches at 150 dots: text of 10 points stays readable when a page shows the picture 800 pixels wide.
 SIZE, DPI = (8.0, 4.75), 150
-# In shares of the axes, as matplotlib knows the extent of a text only after it has drawn it.
-Box = tuple[float, float, float, float]  # left, bottom, right, top
-CHARACTER, MARKER, LABEL_GAP, LABEL_ROOM = (0.0098, 0.043), (0.01, 0.018), 0.019, 0.21
 
 
 def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -52,10 +49,9 @@ def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathL
     for group in groups:
         _draw_point(axes, group, styles[group["method"]])
     _limits(axes, groups)
-    _place_labels(axes, groups, styles)
     axes.set_xlabel("training time (s)")
-    axes.set_ylabel("accuracy (%)")
-    _legend_of_points(axes, groups)
+    axes.set_ylabel("accuracy (%); arrows: pruned inference")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
     save_figure(figure, path)
 
 
@@ -169,82 +165,23 @@ def _draw_point(axes: Axes, group: dict[str, Any], style: tuple[str, str]) -> No
     hollow = group["positions"] == "compact"
     axes.plot(
         x, y, marker=marker, markersize=9, markeredgecolor=color, markeredgewidth=1.8,
-        markerfacecolor="white" if hollow else color, linestyle="none", zorder=4,
+        markerfacecolor="white" if hollow else color, linestyle="none", zorder=4, label=_label(group),
     )  # fmt: skip
 
 
 def _limits(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
-    """From zero seconds, so that lengths compare as times do, and with room for the labels on the right."""
+    """From zero seconds, so that lengths compare as times do."""
     heights = [value for group in groups for value in (*group["full"], group["pruned"]) if value is not None]
     low, high = min(heights), max(heights)
     margin = max(2.0, 0.12 * (high - low))
     axes.set_ylim(max(0, low - margin), min(102, high + margin))
-    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * (1 + LABEL_ROOM) or 1)
+    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * 1.05 or 1)
 
 
-def _place_labels(axes: Axes, groups: Sequence[dict[str, Any]], styles: dict[str, tuple[str, str]]) -> None:
-    """Write each point's label beside it, at the nearest place where it covers no point, arrow or other label."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    taken: list[Box] = []
-    places = []
-    for group in sorted(groups, key=lambda group: -group["full"][0]):
-        x = (group["seconds"][0] - left) / (right - left)
-        heights = [group["full"][0], group["pruned"] if group["pruned"] is not None else group["full"][0]]
-        y, end = ((height - bottom) / (top - bottom) for height in heights)
-        taken.append((x - MARKER[0], min(y, end) - MARKER[1], x + MARKER[0], max(y, end) + MARKER[1]))
-        places.append((group, x, y))
-    for group, x, y in places:
-        text = f"{group['label']}\n{group['full'][0]:.1f} %"
-        if group["speedup"] is not None:
-            text += f", {group['speedup']:.1f}x faster"
-        lines = text.split("\n")
-        width, height = CHARACTER[0] * max(map(len, lines)), CHARACTER[1] * len(lines)
-        box, side = free_box(x, y, width, height, taken)
-        taken.append(box)
-        shift = (box[1] + box[3]) / 2 - y
-        # A label that had to move far gets a line to its point, or one would take it for a neighbour's.
-        leader = {"arrowstyle": "-", "color": styles[group["method"]][0], "alpha": 0.5, "linewidth": 0.8, "shrinkA": 0}
-        axes.annotate(
-            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * LABEL_GAP, y + shift),
-            textcoords="axes fraction", va="center", ha="left" if side > 0 else "right", fontsize=9.5,
-            linespacing=1.15, color=styles[group["method"]][0],
-            arrowprops=leader | {"shrinkB": 5} if abs(shift) > height / 2 else None,
-        )  # fmt: skip
-
-
-def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
-    """The nearest free place of a label beside (x, y), and its side: 1 right, -1 left. In shares of the axes."""
-    candidates = []
-    for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
-        for side in (1, -1):
-            near, far = x + side * LABEL_GAP, x + side * (LABEL_GAP + width)
-            low = min(max(y + shift - height / 2, 0), 1 - height)
-            candidates.append(((min(near, far), low, max(near, far), low + height), side))
-    free = (
-        (box, side)
-        for box, side in candidates
-        if box[0] >= 0 and box[2] <= 1.01 and not any(_overlap(box, other) for other in taken)
-    )
-    return next(free, candidates[0])
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _legend_of_points(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
-    """What fill and arrow mean; the methods are named beside their points."""
-    plain = {"linestyle": "none", "color": FAINT, "markersize": 8}
-    entries = [Line2D([], [], marker="o", label="full inference", **plain)]
-    if {"compact", "original"} <= {group["positions"] for group in groups}:
-        entries[0].set_label("full inference, original positions")
-        entries.append(Line2D([], [], marker="o", markerfacecolor="white", label="compact positions", **plain))
-    if any(group["pruned"] is not None for group in groups):
-        entries.append(Line2D([], [], marker="_", markeredgewidth=1.6, label="pruned inference", **plain))
-    axes.legend(
-        handles=entries, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(entries), frameon=False,
-        fontsize=9.5, labelcolor=INK, handletextpad=0.3,
-    )  # fmt: skip
+def _label(group: dict[str, Any]) -> str:
+    text = f"{group['label']}, {group['positions']}" if group["positions"] else group["label"]
+    text += f": {group['full'][0]:.1f} %"
+    return text if group["speedup"] is None else f"{text}, {group['speedup']:.1f}x as fast"
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

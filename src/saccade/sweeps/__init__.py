@@ -1,8 +1,8 @@
-"""Many runs and one table: grids of recipes, and the paper's studies on the digit scenes."""
+"""Many runs and one table: a grid over a recipe, and runs on the digit scenes."""
 
-from saccade.sweeps.digits import LABELS, METHODS, QUICK, DigitSettings, digit_run, standard_inferences
+from saccade.sweeps.digits import LABELS, METHODS, QUICK, DigitSettings, digit_run
 from saccade.sweeps.runner import Outcome, run_specs
-from saccade.sweeps.spec import Evaluation, RunSpec
+from saccade.sweeps.spec import Evaluation, RunSpec, standard_inferences
 
 __all__ = [
     "LABELS",

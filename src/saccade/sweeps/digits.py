@@ -1,11 +1,11 @@
-"""The numbers and the methods that runs on the digit scenes share, in the demo and in the studies."""
+"""The numbers and the methods that runs on the digit scenes share, in the demo and in studies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from saccade.errors import SaccadeError
-from saccade.sweeps.spec import Evaluation, RunSpec
+from saccade.sweeps.spec import Evaluation, RunSpec, standard_inferences
 
 METHODS: dict[str, dict[str, Any]] = {
     "all_tokens": {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0, "isolator_length": 0},
@@ -16,46 +16,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """The options in which each method differs from DualSpeed. The order is that of the paper's Table 3, part by part."""
 
-OTHER_METHODS: dict[str, dict[str, Any]] = {
-    "skip_256_320": {**METHODS["all_tokens"], "skip_vision": "256/320"},
-    "skip_100_156": {**METHODS["all_tokens"], "skip_vision": "100/156"},
-    "skip_64_156": {**METHODS["all_tokens"], "skip_vision": "64/156"},
-    "dualspeed_skip": {"skip_vision": {"summary": True}},
-    "three_speeds": {
-        "modes": [
-            {"name": "fast", "probability": 0.6},
-            {"name": "middle", "probability": 0.3, "prune_ratio": 0.67, "teacher": "fast"},
-            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
-        ]
-    },
-    "four_speeds": {
-        "modes": [
-            {"name": "fast", "probability": 0.6},
-            {"name": "middle", "probability": 0.2, "prune_ratio": 0.67, "teacher": "fast"},
-            {"name": "skipping", "probability": 0.1, "action": "skip", "teacher": "fast"},
-            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
-        ]
-    },
-}
-"""The same for Skip-Vision at three published budgets, for DualSpeed whose fast steps skip what they do not keep, and
-for more speeds than two."""
-
 LABELS = {
     "all_tokens": "all tokens",
     "prune_only": "pruning only",
     "slow_steps": "+ slow steps",
     "slow_steps_isolator": "+ isolator",
     "dualspeed": "DualSpeed",
-    "skip_256_320": "Skip-Vision 256/320",
-    "skip_100_156": "Skip-Vision 100/156",
-    "skip_64_156": "Skip-Vision 64/156",
-    "dualspeed_skip": "DualSpeed that skips",
-    "three_speeds": "three speeds",
-    "four_speeds": "four speeds, one skips",
 }
-
-CHECKPOINT_SCENES = 300
-"""Scenes that a checkpoint is evaluated on: there are many of them, and one curve is read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -105,66 +72,41 @@ def digit_run(
     name: str,
     labels: Mapping[str, Any],
     settings: DigitSettings,
-    method: str,
+    method: str | Mapping[str, Any],
     seed: int,
     options: Mapping[str, Any] | None = None,
-    pretrain_method: str | None = None,
+    pretrain_method: str | Mapping[str, Any] | None = None,
     inferences: tuple[dict[str, Any], ...] | None = None,
-    checkpoints: int = 0,
+    extra: Mapping[str, Any] | None = None,
 ) -> RunSpec:
     """Both stages on the digit scenes, and the evaluation.
 
     Args:
         name: the run's folder.
         labels: what tells it from the others; `seed` is added.
-        method: a key of `METHODS` or `OTHER_METHODS`.
+        method: a key of `METHODS`, or the fields in which a method of another name differs from DualSpeed.
         seed: of weights, data order and modes.
         options: fields of the recipe that differ in this run, in both stages.
         pretrain_method: the method of stage one where it is another.
         inferences: ways to run the trained model; all tokens, pruned as in training, and with its isolator if it has
             one, when left out.
-        checkpoints: number of checkpoints of stage two to evaluate, on at most `CHECKPOINT_SCENES` scenes each.
+        extra: what a worker of one's own reads.
 
     Raises:
         SaccadeError: on an unknown method.
     """
-    known = METHODS | OTHER_METHODS
-    for chosen in filter(None, (method, pretrain_method)):
-        if chosen not in known:
-            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(known)}")
-    methods = {"pretrain": pretrain_method or method, "sft": method}
-    stages = tuple({**_recipe(stage, settings, seed), **(options or {}), **known[methods[stage]]} for stage in methods)
+    for chosen in (method, pretrain_method):
+        if isinstance(chosen, str) and chosen not in METHODS:
+            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(METHODS)}")
+    chosen = {"pretrain": method if pretrain_method is None else pretrain_method, "sft": method}
+    fields = {stage: METHODS[one] if isinstance(one, str) else one for stage, one in chosen.items()}
+    stages = tuple({**_recipe(stage, settings, seed), **(options or {}), **fields[stage]} for stage in fields)
     if inferences is None:
         pruned = {"reducer": settings.reducer, "prune_ratio": settings.prune_ratio}
         pruned |= {name: value for name, value in (options or {}).items() if name in ("reducer", "prune_ratio")}
         inferences = standard_inferences({**stages[-1], **pruned})
     evaluation = Evaluation(inferences, settings.split, settings.test_scenes)
-    if checkpoints:
-        few = min(CHECKPOINT_SCENES, settings.test_scenes)
-        evaluation = replace(evaluation, checkpoints=checkpoints, checkpoint_scenes=few)
-    return RunSpec(name, {**labels, "seed": seed}, stages, evaluation, settings.threads)
-
-
-def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
-    keep = values.get("keep_tokens")
-    others = ("reducer_options", "budget", "adaptive", "newlines")
-    common = {
-        "reducer": values.get("reducer", "divprune"),
-        **{name: values[name] for name in others if values.get(name)},
-        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-        **({"keep_tokens": keep} if keep else {"prune_ratio": values.get("prune_ratio") or 0.9}),
-        "positions": values.get("positions", "compact"),
-    }
-    ways = [{"name": "full"}, {"name": "pruned", **common}]
-    actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
-    skips = values.get("skip_vision") is not None or "skip" in actions
-    drops = "drop" in actions if values.get("modes") else not skips or values.get("skip_mode") == "slow"
-    if values.get("isolator_length", 4) and drops:
-        ways.append({"name": "pruned_isolator", **common})
-    if skips:
-        ways.append({"name": "skip"})
-    return tuple(ways)
+    return RunSpec(name, {**labels, "seed": seed}, stages, evaluation, settings.threads, dict(extra or {}))
 
 
 def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:

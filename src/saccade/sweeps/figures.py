@@ -1,6 +1,6 @@
 """The figures of a run, and their mean and range over seeds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -41,7 +41,6 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
         "speedup_tokens": 3 * tokens["full"] / (3 * tokens["trained"] + tokens.get("teacher", 0.0)),
         "mean_sequence_length": tokens["trained"] / samples,
         "mean_sequence_length_full": tokens["full"] / samples,
-        **({"checkpoints": result["checkpoints"]} if "checkpoints" in result else {}),
     }
 
 
@@ -58,35 +57,6 @@ def train_cpu_seconds(result: Mapping[str, Any]) -> float | None:
     """CPU time of the training process, of all stages: waiting for the processor does not count. None if unknown."""
     seconds = [stage.get("cpu_seconds") for stage in result["stages"].values()]
     return None if None in seconds else sum(seconds)
-
-
-def trade_off(
-    groups: Mapping[str, Sequence[Mapping[str, Any]]],
-    seconds_of: Callable[[Mapping[str, Any]], float] = train_seconds,
-) -> list[dict[str, Any]]:
-    """A point for each group of results and each way to run its models, as `plot_trade_off` takes it."""
-    points = []
-    for name, results in groups.items():
-        seconds = mean(seconds_of(one) for one in results)
-        ways: dict[str, list[dict[str, Any]]] = {}
-        for entry in (entry for one in results for entry in one["evaluations"]):
-            ways.setdefault(entry["inference"], []).append(entry)
-        for inference, entries in ways.items():
-            accuracies = [entry["accuracy"] for entry in entries]
-            flops = [entry.get("prefill_flops") or 0.0 for entry in entries]
-            points.append(
-                {
-                    "training": name,
-                    "inference": inference,
-                    "accuracy": mean(accuracies),
-                    "accuracy_low": min(accuracies),
-                    "accuracy_high": max(accuracies),
-                    "seconds": seconds,
-                    "tokens": mean(entry["mean_prompt_length"] for entry in entries),
-                    "flops": mean(flops) if all(flops) else None,
-                }
-            )
-    return points
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

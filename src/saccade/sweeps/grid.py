@@ -8,8 +8,7 @@ from typing import Any
 import yaml
 
 from saccade.errors import SaccadeError
-from saccade.sweeps.digits import standard_inferences
-from saccade.sweeps.spec import STAGES, Evaluation, RunSpec
+from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, standard_inferences
 from saccade.training.recipe import put_over
 
 BOTH_STAGES = (

@@ -1,6 +1,7 @@
 """The plan of a sweep, which its folder keeps, and the checks of every value in it before anything long starts."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +13,7 @@ from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
-from saccade.sweeps.digits import DigitSettings
 from saccade.sweeps.spec import RunSpec, stage_names
-from saccade.sweeps.studies import study
 from saccade.training import ModelOptions, load_rows, make_recipe
 from saccade.training.run import check_lora
 from saccade.training.sources import check_family
@@ -29,18 +28,16 @@ class Plan:
     Args:
         title: above the table.
         runs: in their order.
-        study: name of the study, None for a sweep over a recipe.
-        settings: the study's settings.
         command: what was typed.
         started: the day.
+        about: what whoever made the plan wants to read again.
     """
 
     title: str
     runs: tuple[RunSpec, ...]
-    study: str | None = None
-    settings: dict[str, Any] | None = None
     command: str = ""
     started: str = ""
+    about: dict[str, Any] | None = None
 
     def write(self, output: Path) -> None:
         """Write it into the sweep's folder."""
@@ -62,21 +59,14 @@ class Plan:
 
 
 def make_plan(
-    title: str, runs: Sequence[RunSpec], study: str | None = None, settings: DigitSettings | None = None
+    title: str, runs: Sequence[RunSpec], command: Sequence[str] = ("saccade",), about: dict[str, Any] | None = None
 ) -> Plan:
-    """A plan of today with the command of this process."""
-    command = " ".join(["saccade", *sys.argv[1:]])
-    return Plan(title, tuple(runs), study, settings and asdict(settings), command, date.today().isoformat())
+    """A plan of today with the command of this process.
 
-
-def plan_study(name: str, settings: DigitSettings, seeds: int) -> Plan:
-    """The plan of a study.
-
-    Raises:
-        SaccadeError: on an unknown study, or a number of seeds below 1.
+    Args:
+        command: the program, before the arguments of this process.
     """
-    found = study(name)
-    return make_plan(f"{name}: {found.title}", found.plan(settings, seeds), name, settings)
+    return Plan(title, tuple(runs), shlex.join([*command, *sys.argv[1:]]), date.today().isoformat(), about)
 
 
 def check_runs(specs: Sequence[RunSpec]) -> None:
@@ -93,7 +83,6 @@ def check_runs(specs: Sequence[RunSpec]) -> None:
                     seen.add(spec.stage_ids[number])
                     _check_stage(f"stage {name}", values, is_first=number == 0, seen=seen)
             _check_evaluation(spec, seen)
-            _check_checkpoints(spec)
         except SaccadeError as error:
             raise SaccadeError(f"run {spec.name}: {error}") from error
 
@@ -120,24 +109,7 @@ def _check_evaluation(spec: RunSpec, seen: set[str]) -> None:
         return
     for fields in evaluation.inferences:
         Inference.of_run(folder="its own", **fields)
-    for name in ("scenes", "checkpoint_scenes"):
-        if getattr(evaluation, name) < 1:
-            raise SaccadeError(f"{name}={getattr(evaluation, name)}: give at least 1")
+    if evaluation.scenes < 1:
+        raise SaccadeError(f"scenes={evaluation.scenes}: give at least 1")
     digit_scenes("sft", evaluation.split, 1)
     seen.add(str(evaluation))
-
-
-def _check_checkpoints(spec: RunSpec) -> None:
-    values = spec.stages[-1]
-    if spec.checkpoints < 0:
-        raise SaccadeError(f"checkpoints={spec.checkpoints}: give a number of checkpoints, or 0 for none")
-    if spec.checkpoints and values.get("save_strategy") != "no":
-        raise SaccadeError(
-            f"checkpoints={spec.checkpoints} choose their own steps: set save_strategy of the last stage to 'no'"
-        )
-    steps = values.get("max_steps") or 0
-    if spec.checkpoints > max(0, steps):
-        raise SaccadeError(
-            f"checkpoints={spec.checkpoints} are more than the max_steps={steps} of the last stage: "
-            f"set it, for a study with --steps, to at least {spec.checkpoints}"
-        )

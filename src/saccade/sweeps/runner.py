@@ -26,7 +26,7 @@ from rich.progress import (
 from saccade.errors import SaccadeError
 from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
-from saccade.sweeps.spec import RunSpec, stage_names
+from saccade.sweeps.spec import RunSpec
 from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
 
 RUNS, STAGES = "runs", "stages"
@@ -57,6 +57,14 @@ class Outcome:
             more = f"; {len(others)} more failed: {', '.join(list(self.failures)[1:])}" if others else ""
             raise SaccadeError(f"{first}{more}; the same command goes on with what is missing")
 
+    def tell_failures(self) -> int:
+        """Print the failures, and return the exit status that they make."""
+        for failure in self.failures.values():
+            print(f"saccade: {failure}", file=sys.stderr)
+        if self.failures:
+            print(f"saccade: {len(self.failures)} runs failed; the same command tries them again", file=sys.stderr)
+        return 1 if self.failures else 0
+
 
 def run_specs(
     specs: Sequence[RunSpec],
@@ -65,6 +73,7 @@ def run_specs(
     jobs: int = 1,
     any_commit: bool = False,
     console: Console | None = None,
+    worker: str = "saccade.sweeps.worker",
 ) -> Outcome:
     """Run what `output` does not hold yet, in order, and return every result.
 
@@ -76,6 +85,7 @@ def run_specs(
         stages: the folder of stages, which several sweeps may share; `stages` inside `output` when left out.
         jobs: runs at a time.
         any_commit: take runs and stages of any commit and version as they are.
+        worker: the module that makes one run, given the run's folder and the folder of stages.
 
     Raises:
         SaccadeError: on a number of jobs below 1, runs of one name, or another sweep at work in the same folder.
@@ -94,7 +104,7 @@ def run_specs(
         file_lock(stages / ".lock", taken),
         Progress(TextColumn("{task.description}"), *columns, console=console) as progress,
     ):
-        return _Runner(output / RUNS, stages, progress, any_commit).run(list(specs), jobs)
+        return _Runner(output / RUNS, stages, progress, any_commit, worker).run(list(specs), jobs)
 
 
 def read_result(output: Path, spec: RunSpec) -> dict[str, Any] | None:
@@ -118,11 +128,12 @@ def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 class _Runner:
-    def __init__(self, folder: Path, stages: Path, progress: Progress, any_commit: bool) -> None:
+    def __init__(self, folder: Path, stages: Path, progress: Progress, any_commit: bool, worker: str) -> None:
         self.folder = folder
         self.stages = stages
         self.progress = progress
         self.any_commit = any_commit
+        self.worker = worker
         self.environment = environment()
         self.outcome = Outcome()
         self.processes: set[subprocess.Popen] = set()
@@ -137,10 +148,7 @@ class _Runner:
         for name in (name for name, result in found.items() if result is not None):
             self.progress.console.print(f"{name}: found, not trained again")
         self._say_what_is_replaced()
-        self.whole = self.progress.add_task("all runs", total=sum(sum(_weights(spec).values()) for spec in specs))
-        for spec in specs:
-            if found[spec.name] is not None:
-                self.progress.advance(self.whole, sum(_weights(spec).values()))
+        self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(specs) - len(self.pending))
         with ThreadPoolExecutor(jobs) as pool:
             workers = [pool.submit(self._work) for _ in range(jobs)]
             try:
@@ -209,11 +217,12 @@ class _Runner:
         for stage in missing:
             self._clear(stage)
         write_json_atomically(folder / SPEC_FILE, spec.as_json())
-        task = self.progress.add_task(spec.name, total=sum(_weights(spec).values()))
+        task = self.progress.add_task(spec.name, total=None)
         try:
             error = self._run(spec, folder, task)
         finally:
             self.progress.remove_task(task)
+            self.progress.advance(self.whole)
         if error is not None:
             self.outcome.failures[spec.name] = error
             self.progress.console.print(error)
@@ -234,11 +243,11 @@ class _Runner:
         """Run one spec in a process of its own; None, or one line on why it failed."""
         log = folder / LOG_FILE
         variables = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-        weights = _weights(spec)
-        done = dict.fromkeys(weights, 0.0)
+        # A worker is found where this process finds it, whatever the folder.
+        variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "saccade.sweeps.worker", str(folder), str(self.stages)],
+                [sys.executable, "-m", self.worker, str(folder), str(self.stages)],
                 # Never written to: it closes when this process ends in whatever way, which ends the run.
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -251,14 +260,10 @@ class _Runner:
                 words = line.split()
                 if len(words) == 4 and words[0] == "progress":
                     stage, step, total = words[1], int(words[2]), int(words[3])
-                    before, done[stage] = done[stage], weights[stage] * step / total
-                    for bar in (task, self.whole):
-                        self.progress.advance(bar, done[stage] - before)
+                    self.progress.update(task, description=f"{spec.name}, {stage}", completed=step, total=total)
             status = process.wait()
             process.stdin.close()
             self.processes.remove(process)
-        # Stages that were there already, and what a failed run did not reach.
-        self.progress.advance(self.whole, sum(weights.values()) - sum(done.values()))
         if status:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             return f"the run {spec.name} ended with status {status}: {' '.join(last)} (see {log})"
@@ -272,20 +277,3 @@ def _describe(result: dict[str, Any], missing: set[str]) -> str:
     if full:
         words.append(f"accuracy {100 * full['accuracy']:.1f} %")
     return ", ".join(words)
-
-
-def _weights(spec: RunSpec) -> dict[str, float]:
-    """Rough seconds of each part in relation to one another, for the time left."""
-    weights = {}
-    for name, values in zip(stage_names(spec.stages), spec.stages, strict=True):
-        slow = 0.0 if values.get("freeze_language_model") else values.get("slow_probability", 0.1)
-        ratio = values.get("prune_ratio")
-        fast = 0.2 + 0.8 * (1 - (0.9 if ratio is None else ratio))
-        steps = values.get("max_steps", 0)
-        weights[name] = (steps if steps > 0 else 1000) * ((1 - slow) * fast + slow * (1 + fast / 3))
-    if spec.evaluation:
-        seconds = sum(7 if fields["name"] == "full" else 3 for fields in spec.evaluation.inferences)
-        weights["evaluate"] = 3 * seconds * spec.evaluation.scenes / 1000
-    if spec.checkpoints:
-        weights["checkpoints"] = 3 * 7 * spec.checkpoints * spec.evaluation.checkpoint_scenes / 1000
-    return weights

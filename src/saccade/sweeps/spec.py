@@ -22,15 +22,11 @@ class Evaluation:
         inferences: the fields of `saccade.evaluation.Inference` each, without the isolator, which is the run's own.
         split: "train", "validation" or "test".
         scenes: number of scenes.
-        checkpoints: number of checkpoints, evenly spread over the last stage, that are evaluated on all tokens too.
-        checkpoint_scenes: number of scenes for each of them.
     """
 
     inferences: tuple[dict[str, Any], ...]
     split: str = "test"
     scenes: int = 1000
-    checkpoints: int = 0
-    checkpoint_scenes: int = 300
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ class RunSpec:
             left out: they follow from where the sweep keeps its stages.
         evaluation: None for none.
         threads: threads it computes with; one more process prepares its batches.
+        extra: what a worker of one's own reads. Stages before the last do not depend on it.
     """
 
     name: str
@@ -51,6 +48,7 @@ class RunSpec:
     stages: tuple[dict[str, Any], ...]
     evaluation: Evaluation | None = None
     threads: int = 1
+    extra: dict[str, Any] = field(default_factory=dict)
     stage_ids: tuple[str, ...] = field(init=False, compare=False)
     """Folder names of the stages, by content: runs whose stages have the same fields, and come after the same stages,
     share them."""
@@ -61,25 +59,15 @@ class RunSpec:
         object.__setattr__(self, "stages", stages)
         names = stage_names(stages)
         digests = [_digest(stages[: number + 1]) for number in range(len(stages))]
-        if self.checkpoints:
-            # Evaluated checkpoints are removed, so a stage serves one evaluation of them only.
-            fields = ("split", "checkpoints", "checkpoint_scenes")
-            digests[-1] = _digest([*stages, {name: getattr(self.evaluation, name) for name in fields}])
+        if self.extra:
+            digests[-1] = _digest([*stages, self.extra])
         ids = tuple(f"{name}-{digest}" for name, digest in zip(names, digests, strict=True))
         object.__setattr__(self, "stage_ids", ids)
-
-    @property
-    def checkpoints(self) -> int:
-        """How many checkpoints of the last stage are evaluated."""
-        return self.evaluation.checkpoints if self.evaluation else 0
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes the spec again."""
         values = asdict(self)
         del values["stage_ids"]
-        if values["evaluation"] is not None and not self.checkpoints:
-            # Finished runs are found by these values, and those without checkpoints are older than the fields.
-            del values["evaluation"]["checkpoints"], values["evaluation"]["checkpoint_scenes"]
         return json.loads(to_json(values))
 
     @classmethod
@@ -99,6 +87,28 @@ class RunSpec:
             recipes.append({**resume, **values, **model, "output_dir": str(folder / name)})
             model = {"model": str(folder / name)}
         return recipes
+
+
+def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
+    keep = values.get("keep_tokens")
+    others = ("reducer_options", "budget", "adaptive", "newlines")
+    common = {
+        "reducer": values.get("reducer", "divprune"),
+        **{name: values[name] for name in others if values.get(name)},
+        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
+        **({"keep_tokens": keep} if keep else {"prune_ratio": values.get("prune_ratio") or 0.9}),
+        "positions": values.get("positions", "compact"),
+    }
+    ways = [{"name": "full"}, {"name": "pruned", **common}]
+    actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
+    skips = values.get("skip_vision") is not None or "skip" in actions
+    drops = "drop" in actions if values.get("modes") else not skips or values.get("skip_mode") == "slow"
+    if values.get("isolator_length", 4) and drops:
+        ways.append({"name": "pruned_isolator", **common})
+    if skips:
+        ways.append({"name": "skip"})
+    return tuple(ways)
 
 
 def stage_names(stages: Sequence[Any]) -> tuple[str, ...]:

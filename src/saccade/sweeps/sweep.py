@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from saccade.errors import SaccadeError
+from saccade.sweeps.digits import LABELS
 from saccade.sweeps.grid import choose
 from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs
 from saccade.sweeps.runner import Outcome, read_result, run_specs
@@ -21,6 +22,8 @@ def run_sweep(
     jobs: int = 1,
     any_commit: bool = False,
     console: Console | None = None,
+    worker: str = "saccade.sweeps.worker",
+    words: Mapping[str, str] = LABELS,
 ) -> Outcome:
     """Check every run, make those that are missing, and write and print the table.
 
@@ -30,6 +33,8 @@ def run_sweep(
         only: labels and the values to make now; the plan stays whole.
         jobs: runs at a time.
         any_commit: take runs and stages of any commit and version as they are.
+        worker: the module that makes one run.
+        words: what values of labels are called in the table.
 
     Raises:
         SaccadeError: on bad values, or a folder with finished runs of another sweep, before any run starts.
@@ -39,10 +44,8 @@ def run_sweep(
     check_runs(chosen)
     check_folder(plan, output)
     plan.write(output)
-    outcome = run_specs(chosen, output, stages, jobs, any_commit, console)
-    standing = Standing(plan, output)
-    standing.write()
-    standing.show(console)
+    outcome = run_specs(chosen, output, stages, jobs, any_commit, console, worker)
+    Standing(plan, output, words).report(console)
     return outcome
 
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import markdown_table, print_table
+from saccade.sweeps.digits import LABELS
 from saccade.sweeps.figures import percent, run_figures, spread, summarise
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import read_failure, read_result
 from saccade.sweeps.spec import RunSpec
-from saccade.sweeps.studies import WORDS
 
 FIGURES = {
     "accuracy_full": ("accuracy, all tokens", None),
@@ -41,11 +41,13 @@ class Standing:
     Args:
         plan: every run of the sweep.
         output: the sweep's folder.
+        words: what values of labels are called.
     """
 
-    def __init__(self, plan: Plan, output: Path) -> None:
+    def __init__(self, plan: Plan, output: Path, words: Mapping[str, str] = LABELS) -> None:
         self.plan = plan
         self.output = output
+        self.words = words
         found = {spec.name: read_result(output, spec) for spec in plan.runs}
         self.results = {name: result for name, result in found.items() if result is not None}
         self.failed = [spec.name for spec in plan.runs if found[spec.name] is None and read_failure(output, spec)]
@@ -111,13 +113,17 @@ class Standing:
         columns = [*(key.replace("_", " ") for key in keys), "seeds", *(FIGURES[name][0] for name in shown)]
         cells = [
             [
-                *(label_text(entry[key]) for key in keys),
+                *(self.word(entry[key]) for key in keys),
                 entry["seeds"],
                 *(_cell(name, entry.get(name)) for name in shown),
             ]
             for entry in entries
         ]
         return columns, cells
+
+    def word(self, value: Any) -> str | None:
+        """A label's value as tables and pictures write it."""
+        return self.words.get(value, value) if isinstance(value, str | None) else str(value)
 
     def show(self, console: Console) -> None:
         """Print the table."""
@@ -127,6 +133,11 @@ class Standing:
             print_table(title, columns, cells, file=console.file)
         else:
             console.print(title, markup=False, highlight=False)
+
+    def report(self, console: Console) -> None:
+        """Write the table and print it."""
+        self.write()
+        self.show(console)
 
     def write(self) -> None:
         """Write `table.json`, with every row and every spread, and `table.md`."""
@@ -151,11 +162,6 @@ def is_baseline(spec: RunSpec) -> bool:
         for values in spec.stages
     )
     return "full" in ways and ordinary
-
-
-def label_text(value: Any) -> str | None:
-    """A label's value as tables and pictures write it."""
-    return None if value is None else WORDS.get(value, value) if isinstance(value, str) else str(value)
 
 
 def _cell(name: str, value: Mapping[str, float] | None) -> str | None:

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
-from saccade.sweeps.checkpoints import CheckpointSaver, evaluate_checkpoints
-from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names
+from saccade.sweeps.spec import Evaluation, RunSpec, stage_names
 from saccade.training import ModelOptions, load_model, make_recipe, train_recipe
 
 SPEC_FILE = "spec.json"
@@ -39,14 +38,15 @@ class _Progress(TrainerCallback):
         self.stage = stage
 
     def on_step_end(self, args, state, control, **kwargs):
-        _tell(self.stage, state.global_step, state.max_steps)
+        tell(self.stage, state.global_step, state.max_steps)
 
 
-def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
+def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
     """Train what is missing of a run, evaluate, and return the result.
 
     Args:
         stages: the folder that holds the stages of all runs.
+        train: trains a stage, as `train_stage` does.
 
     Raises:
         SaccadeError: if SIGTERM ended the training of a stage.
@@ -54,12 +54,11 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
     results = {}
     for name, values, recipe in zip(stage_names(spec.stages), spec.stages, spec.recipes(stages), strict=True):
         folder = Path(recipe["output_dir"])
-        checkpoints = spec.checkpoints if name == STAGES[-1] else 0
         if not (folder / RESULT_FILE).is_file():
-            write_json_atomically(folder / RESULT_FILE, _train(name, values, recipe, checkpoints))
+            write_json_atomically(folder / RESULT_FILE, (train or train_stage)(name, values, recipe))
         results[name] = json.loads((folder / RESULT_FILE).read_text())
         # The record of a stage is the stage's own; the run keeps what tables and plots read.
-        for key in ("values", "environment", "checkpoints"):
+        for key in ("values", "environment"):
             results[name].pop(key, None)
     return {
         "spec": spec.as_json(),
@@ -68,23 +67,29 @@ def run_one(spec: RunSpec, stages: Path) -> dict[str, Any]:
         "model": str(folder),
         "stages": results,
         "evaluations": _evaluate(spec.evaluation, folder, recipe) if spec.evaluation else [],
-        **({"checkpoints": _evaluate_checkpoints(spec.evaluation, folder, recipe)} if checkpoints else {}),
     }
 
 
-def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoints: int) -> dict[str, Any]:
+def train_stage(
+    stage: str, values: dict[str, Any], recipe: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()
+) -> dict[str, Any]:
+    """Train a stage, and return what its `result.json` holds.
+
+    Args:
+        stage: its name.
+        values: its fields, for the record.
+        recipe: the whole recipe.
+        callbacks: of the trainer, beside the one that prints progress.
+
+    Raises:
+        SaccadeError: if SIGTERM ended it.
+    """
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
-    saver = CheckpointSaver(checkpoints)
-    callbacks: list[TrainerCallback] = [_Progress(stage)]
-    if checkpoints:
-        callbacks.append(saver)
-        # Such a stage never goes on from a checkpoint: the times of what came before are not in it.
-        recipe = {**recipe, "save_only_model": True}
     # A stage is trained where it has no result yet: what lies in its folder is of an attempt that was broken off.
     recipe = {**recipe, "overwrite": True}
     started = time.process_time()
-    trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=callbacks)
+    trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=[_Progress(stage), *callbacks])
     cpu_seconds = time.process_time() - started
     if trainer.sigterm.stopped:
         state = trainer.state
@@ -94,45 +99,25 @@ def _train(stage: str, values: dict[str, Any], recipe: dict[str, Any], checkpoin
         )
     args, history = trainer.args, trainer.state.log_history
     rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    saving_cpu, saving = map(float, saver.saving)
     return {
         "values": values,
         "environment": found,
-        "seconds": history[-1]["train_runtime"] - saving,
-        "cpu_seconds": cpu_seconds - saving_cpu,
+        "seconds": history[-1]["train_runtime"],
+        "cpu_seconds": cpu_seconds,
         "samples": trainer.state.global_step * rows,
         "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
         "step_seconds": trainer.meter.step_seconds,
         "step_speedup": trainer.meter.time_speedup(),
         "log_history": history,
-        **({"checkpoints": saver.saved} if checkpoints else {}),
     }
 
 
 def _evaluate(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
-    return _evaluate_model(folder, recipe, inferences, evaluation.split, evaluation.scenes, partial(_tell, "evaluate"))
+    return evaluate_model(folder, recipe, inferences, evaluation.split, evaluation.scenes, partial(tell, "evaluate"))
 
 
-def _evaluate_checkpoints(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """On all tokens, in the record of the stage, which is returned; then the checkpoints are removed."""
-    record = json.loads((folder / RESULT_FILE).read_text())
-
-    def evaluate(checkpoint: Path, number: int) -> dict[str, Any]:
-        def tell(done: int, total: int) -> None:
-            _tell("checkpoints", number * total + done, evaluation.checkpoints * total)
-
-        scenes = evaluation.checkpoint_scenes
-        (entry,) = _evaluate_model(checkpoint, recipe, [Inference("full")], evaluation.split, scenes, tell)
-        return {name: entry[name] for name in ("accuracy", "accuracy_by_kind", "samples")}
-
-    evaluate_checkpoints(
-        record["checkpoints"], folder, evaluate, keep=lambda: write_json_atomically(folder / RESULT_FILE, record)
-    )
-    return record["checkpoints"]
-
-
-def _evaluate_model(
+def evaluate_model(
     folder: Path,
     recipe: dict[str, Any],
     inferences: list[Inference],
@@ -140,6 +125,13 @@ def _evaluate_model(
     number: int,
     on_batch: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
+    """Evaluate the model in a folder on the digit scenes that its recipe is about.
+
+    Args:
+        split: of the scenes.
+        number: of scenes.
+        on_batch: called with the number of batches done and their total.
+    """
     # From its folder, trained just now or long ago: what is evaluated is what was saved.
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
@@ -148,7 +140,8 @@ def _evaluate_model(
     return evaluate_inferences(model, processor, scenes, inferences, on_batch=on_batch)
 
 
-def _tell(stage: str, done: int, total: int) -> None:
+def tell(stage: str, done: int, total: int) -> None:
+    """A line of progress, for the sweep that started this process."""
     print(f"progress {stage} {done} {total}", flush=True)
 
 
@@ -159,15 +152,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main() -> int:
-    """Entry point: the run's folder and the folder of stages are the arguments."""
+def main(run: Callable[[RunSpec, Path], dict[str, Any]] = run_one) -> int:
+    """Entry point: the run's folder and the folder of stages are the arguments.
+
+    Args:
+        run: makes the result, as `run_one` does.
+    """
     folder, stages = map(Path, sys.argv[1:])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     spec = RunSpec.from_json(json.loads((folder / SPEC_FILE).read_text()))
     torch.set_num_threads(spec.threads)
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
-    write_json_atomically(folder / RESULT_FILE, run_one(spec, stages))
+    write_json_atomically(folder / RESULT_FILE, run(spec, stages))
     return 0
 
 

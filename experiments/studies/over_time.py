@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from saccade.report.curves import TimeCurve, plot_time_curves
+from experiments.studies.curves import TimeCurve, plot_time_curves
+from experiments.studies.methods import WORDS
 from saccade.report.plots import method_styles
 from saccade.report.tables import markdown_table
 from saccade.sweeps.figures import mean_and_range, percent, spread
-from saccade.sweeps.table import Standing, label_text
+from saccade.sweeps.table import Standing
 
 BASELINE = "all_tokens"
 REACHED = (0.5, 0.75, 0.9, 1.0)
@@ -20,9 +21,10 @@ Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 def checkpointed_runs(standing: Standing) -> Runs:
     """The checkpoints of what is done, by method and by seed, the baseline first."""
     runs: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
-    for row in standing.rows:
-        if "checkpoints" in row:
-            runs.setdefault(row["method"], {})[row["seed"]] = row["checkpoints"]
+    for result in standing.results.values():
+        if "checkpoints" in result:
+            labels = result["spec"]["labels"]
+            runs.setdefault(labels["method"], {})[labels["seed"]] = result["checkpoints"]
     return {method: runs[method] for method in sorted(runs, key=lambda method: method != BASELINE)}
 
 
@@ -30,7 +32,7 @@ def time_curves(runs: Runs) -> list[TimeCurve]:
     """The curve of each method over the CPU time of stage two."""
     styles = method_styles(list(runs))
     return [
-        TimeCurve(str(label_text(method)), *styles[method], [_points(checkpoints) for checkpoints in seeds.values()])
+        TimeCurve(WORDS[method], *styles[method], [_points(checkpoints) for checkpoints in seeds.values()])
         for method, seeds in runs.items()
     ]
 
@@ -73,7 +75,7 @@ def checkpoint_table(runs: Runs, seeds: int) -> str:
     first = next(iter(next(iter(runs.values())).values()))
     rows: list[list[Any]] = [[entry["step"]] for entry in first]
     for method, members in runs.items():
-        columns += [str(label_text(method)), "CPU time"]
+        columns += [WORDS[method], "CPU time"]
         missing = f", n = {len(members)}" if len(members) < seeds else ""
         for row, entries in zip(rows, zip(*members.values(), strict=True), strict=True):
             row.append(percent(mean_and_range([entry["accuracy"] for entry in entries])) + missing)
@@ -98,7 +100,7 @@ def reach_table(runs: Runs, seeds: int) -> str | None:
         curves = {seed: _points(members[seed]) for seed in members if seed in baseline}
         if not curves:
             continue
-        row: list[Any] = [label_text(method)]
+        row: list[Any] = [WORDS[method]]
         for share in REACHED:
             goals = {seed: share * baseline[seed][-1][1] for seed in curves}
             found = {seed: seconds_to(curves[seed], goals[seed]) for seed in curves}

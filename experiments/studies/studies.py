@@ -1,13 +1,14 @@
 """The paper's studies on the digit scenes, as lists of runs in the order in which they are worth having."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from experiments.studies.methods import ALL_METHODS
 from saccade.errors import SaccadeError
 from saccade.reducers import list_reducers
-from saccade.sweeps.digits import LABELS, DigitSettings, digit_run
-from saccade.sweeps.spec import RunSpec
+from saccade.sweeps import DigitSettings, RunSpec, digit_run
+from saccade.sweeps.plan import Plan, make_plan
 
 RATIOS = (0.9, 0.5, 0.7, 0.8, 0.95)
 """p of the reducers study, the published setting first."""
@@ -16,6 +17,8 @@ CORE = ("divprune", "random", "avgpool")
 POSITIONS = ("compact", "original")
 CHECKPOINTS = 10
 """Of stage two, as in the paper's Figure 4."""
+CHECKPOINT_SCENES = 300
+"""Scenes that a checkpoint is evaluated on: there are many of them, and one curve is read as a whole."""
 
 Planner = Callable[[DigitSettings, int], Iterator[RunSpec]]
 
@@ -89,6 +92,22 @@ def study(name: str) -> Study:
     if name not in STUDIES:
         raise SaccadeError(f"study={name!r} is unknown: use one of {', '.join(STUDIES)}")
     return STUDIES[name]
+
+
+def plan_study(name: str, settings: DigitSettings, seeds: int) -> Plan:
+    """The plan of a study.
+
+    Raises:
+        SaccadeError: on an unknown study, a number of seeds below 1, or more checkpoints than steps.
+    """
+    found = study(name)
+    if found.over_time and settings.sft_steps < CHECKPOINTS:
+        raise SaccadeError(
+            f"steps={settings.sft_steps}: {name} saves {CHECKPOINTS} checkpoints, give at least as many"
+        )
+    about = {"study": name, "settings": asdict(settings)}
+    command = ("python", "-m", "experiments.studies")
+    return make_plan(f"{name}: {found.title}", found.plan(settings, seeds), command, about)
 
 
 def _all_tokens(settings: DigitSettings, seed: int, labels: dict[str, Any] | None = None) -> RunSpec:
@@ -177,7 +196,7 @@ def _methods(*methods: str) -> Planner:
     def plan(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
         for seed in range(seeds):
             for method in methods:
-                yield digit_run(f"{method}-seed{seed}", {"method": method}, settings, method, seed)
+                yield digit_run(f"{method}-seed{seed}", {"method": method}, settings, ALL_METHODS[method], seed)
 
     return plan
 
@@ -200,18 +219,27 @@ def _trade_off(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
     for seed in range(seeds):
         for method, pretrain in methods.items():
             yield digit_run(
-                f"{method}-seed{seed}", {"method": method}, settings, method, seed, pretrain_method=pretrain
+                f"{method}-seed{seed}",
+                {"method": method},
+                settings,
+                ALL_METHODS[method],
+                seed,
+                pretrain_method=pretrain,
             )
 
 
 def _over_time(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
     ways = ({"name": "full"},)
+    extra = {
+        "checkpoints": CHECKPOINTS,
+        "scenes": min(CHECKPOINT_SCENES, settings.test_scenes),
+        # Evaluated checkpoints are removed, so a stage serves one evaluation of them only.
+        "split": settings.split,
+    }
     for seed in range(seeds):
         for method in ("all_tokens", "dualspeed", "prune_only"):
             labels = {"method": method}
-            yield digit_run(
-                f"{method}-seed{seed}", labels, settings, method, seed, inferences=ways, checkpoints=CHECKPOINTS
-            )
+            yield digit_run(f"{method}-seed{seed}", labels, settings, method, seed, inferences=ways, extra=extra)
 
 
 STUDIES: dict[str, Study] = {
@@ -345,6 +373,3 @@ STUDIES: dict[str, Study] = {
     ),
 }  # fmt: skip
 """The studies by name. Published figures are those of arXiv 2602.03815; its per-benchmark cells are not quoted."""
-
-WORDS = LABELS | {"none": "in no stage", "pretrain": "in pretraining", "sft": "in fine-tuning", "both": "in both"}
-"""What values of labels are called in tables and pictures."""

@@ -6,16 +6,18 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from experiments.studies.curves import CurvePanel, plot_panels
+from experiments.studies.methods import WORDS
+from experiments.studies.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
+from experiments.studies.studies import STUDIES, Panel, Study
+from experiments.studies.trade_off import plot_trade_off, trade_off
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
-from saccade.report.curves import CurvePanel, plot_panels
-from saccade.report.run_plots import plot_trade_off, way_name
+from saccade.report.run_plots import way_name
 from saccade.report.tables import markdown_table
-from saccade.sweeps.figures import percent, trade_off, train_cpu_seconds
-from saccade.sweeps.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
+from saccade.sweeps.figures import percent, train_cpu_seconds
 from saccade.sweeps.plan import PLAN_FILE, Plan
-from saccade.sweeps.studies import STUDIES, Panel, Study
-from saccade.sweeps.table import Standing, label_text
+from saccade.sweeps.table import Standing
 
 PAGE = "results.md"
 IMAGES = "images"
@@ -27,8 +29,9 @@ The studies of [DualSpeed](dualspeed.md) ([arXiv 2602.03815](https://arxiv.org/a
 [digit scenes](digit-scenes.md) with the tiny LLaVA, beside what the paper reports of LLaVA-1.5-7B. A model of 0.8
 million parameters on a made-up task says which way an effect goes, not how large it is elsewhere.
 
-`saccade sweep --study NAME --output OUT` runs a study, `saccade sweep --output OUT --write-docs docs` writes this page
-from its folders. The texts between the marks of notes are written by people and stay; all else is overwritten.
+From the root of a clone, `python -m experiments.studies NAME --output OUT` runs a study, and `python -m
+experiments.studies --output OUT --write-docs docs` writes this page from its folders. The texts between the marks of
+notes are written by people and stay; all else is overwritten.
 
 Accuracies are exact matches of greedy answers, means over seeds with the least and the greatest in brackets; *n* says
 over how many seeds where some are missing. *Share* is against all-token training of the same seed. *Speed-up of
@@ -51,7 +54,7 @@ def write_docs(output: Path, folder: Path) -> Path:
     for name, study in STUDIES.items():
         if not (output / name / PLAN_FILE).is_file():
             continue
-        standing = Standing(Plan.read(output / name), output / name)
+        standing = Standing(Plan.read(output / name), output / name, WORDS)
         if standing.rows:
             picture = f"{IMAGES}/study_{name}.png"
             panels = [curve_panel(standing, panel) for panel in study.panels if panel.drawn]
@@ -69,7 +72,7 @@ def write_docs(output: Path, folder: Path) -> Path:
             sections.append(_section(name, study, standing, shown, text, points, runs))
     if not sections:
         raise SaccadeError(
-            f"output={str(output)!r} holds no study with a finished run: run `saccade sweep --study NAME`"
+            f"output={str(output)!r} holds no study with a finished run: run `python -m experiments.studies NAME`"
         )
     lost = [name for name, text in notes.items() if text != NO_NOTES]
     if lost:
@@ -94,7 +97,7 @@ def trade_off_points(standing: Standing, study: Study) -> list[dict[str, Any]]:
         for result in standing.results.values():
             if result["spec"]["labels"]["method"] == method and train_cpu_seconds(result) is not None:
                 shown = [entry for entry in result["evaluations"] if entry["inference"] in ways]
-                groups.setdefault(str(label_text(method)), []).append({**result, "evaluations": shown})
+                groups.setdefault(WORDS[method], []).append({**result, "evaluations": shown})
     return trade_off(groups, train_cpu_seconds)
 
 
@@ -126,14 +129,14 @@ def curve_panel(standing: Standing, panel: Panel) -> CurvePanel:
         ticks.sort()
     curves: dict[str, list[Mapping[str, float] | None]] = {}
     for entry in entries:
-        curve = curves.setdefault(_series(panel, entry), [None] * len(ticks))
+        curve = curves.setdefault(_series(standing, panel, entry), [None] * len(ticks))
         curve[ticks.index(entry[panel.x])] = entry.get(panel.figure)
     reference = standing.baseline()
     return CurvePanel(
         title=panel.title,
         xlabel=AXES.get(panel.x, panel.x.replace("_", " ")),
         ylabel=panel.y,
-        ticks=[label_text(tick) for tick in ticks],
+        ticks=[standing.word(tick) for tick in ticks],
         curves=curves,
         reference=("all tokens, in training and inference", reference["mean"]) if amounts and reference else None,
         joined=amounts,
@@ -149,8 +152,8 @@ AXES = {
 }
 
 
-def _series(panel: Panel, entry: Mapping[str, Any]) -> str:
-    return ", ".join(label_text(entry[name]) for name in panel.series) or panel.y
+def _series(standing: Standing, panel: Panel, entry: Mapping[str, Any]) -> str:
+    return ", ".join(standing.word(entry[name]) for name in panel.series) or panel.y
 
 
 def pivot_table(standing: Standing, panel: Panel) -> str | None:
@@ -161,7 +164,9 @@ def pivot_table(standing: Standing, panel: Panel) -> str | None:
     cells: dict[str, dict[Any, str]] = {}
     for entry in entries:
         missing = f", n = {entry['seeds']}" if entry["seeds"] < planned else ""
-        cells.setdefault(_series(panel, entry), {})[entry[panel.x]] = percent(entry.get(panel.figure)) + missing
+        cells.setdefault(_series(standing, panel, entry), {})[entry[panel.x]] = (
+            percent(entry.get(panel.figure)) + missing
+        )
     if not cells:
         return None
     columns = [" and ".join(panel.series), *(f"{AXES[panel.x][-1]} = {tick}" for tick in ticks)]
@@ -207,7 +212,7 @@ def _section(
 def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
     """The tables of checkpoints over training time, and what they count."""
     seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
-    scenes = next(iter(standing.results.values()))["spec"]["evaluation"]["checkpoint_scenes"]
+    scenes = next(iter(standing.results.values()))["spec"]["extra"]["scenes"]
     parts = [
         "Training time is the CPU time of the training process in stage two, from its first step on. Stage one is not "
         "in it, nor is saving and evaluating checkpoints. The lines are means over seeds, the faint ones are the "
@@ -229,7 +234,7 @@ def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
 def origin(standing: Standing) -> str:
     """Where the figures come from: settings, runs, command, dates, commits, machine and versions."""
     plan, results = standing.plan, list(standing.results.values())
-    settings = plan.settings or {}
+    settings = plan.about["settings"]
     seeds = sorted({result["spec"]["labels"]["seed"] for result in results})
     found = [result["environment"] for result in results]
     packages = ("torch", "transformers", "trl")

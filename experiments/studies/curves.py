@@ -7,10 +7,9 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 
-from saccade.report.plots import FAINT, INK, save_figure, styled_figure
+from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
-# Okabe and Ito's palette; with markers and lines, no two of the first twenty-eight curves look alike.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# With the colours, no two of the first twenty-eight curves look alike.
 LINES = ("-", "-.", ":")  # one for each time the palette is used
 MARKERS = ("o", "^", "D", "v", "P", "X", "s")
 PANEL_SIZE, LEGEND_ROW, LEGEND_COLUMNS = (5.4, 4.2), 0.28, 3

@@ -1,0 +1,1 @@
+"""The papers' studies on the digit scenes: runs, tables, pictures and pages."""

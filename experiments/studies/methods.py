@@ -1,0 +1,46 @@
+"""The methods that the studies compare beside those of the demo, and what tables call them."""
+
+from typing import Any
+
+from saccade.sweeps import LABELS, METHODS
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "skip_256_320": {**METHODS["all_tokens"], "skip_vision": "256/320"},
+    "skip_100_156": {**METHODS["all_tokens"], "skip_vision": "100/156"},
+    "skip_64_156": {**METHODS["all_tokens"], "skip_vision": "64/156"},
+    "dualspeed_skip": {"skip_vision": {"summary": True}},
+    "three_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.3, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+    "four_speeds": {
+        "modes": [
+            {"name": "fast", "probability": 0.6},
+            {"name": "middle", "probability": 0.2, "prune_ratio": 0.67, "teacher": "fast"},
+            {"name": "skipping", "probability": 0.1, "action": "skip", "teacher": "fast"},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+}
+"""The same for Skip-Vision at three published budgets, for DualSpeed whose fast steps skip what they do not keep, and
+for more speeds than two."""
+
+ALL_METHODS = METHODS | OTHERS
+
+WORDS = {
+    **LABELS,
+    "skip_256_320": "Skip-Vision 256/320",
+    "skip_100_156": "Skip-Vision 100/156",
+    "skip_64_156": "Skip-Vision 64/156",
+    "dualspeed_skip": "DualSpeed that skips",
+    "three_speeds": "three speeds",
+    "four_speeds": "four speeds, one skips",
+    "none": "in no stage",
+    "pretrain": "in pretraining",
+    "sft": "in fine-tuning",
+    "both": "in both",
+}
+"""What values of labels are called in tables and pictures."""
