@@ -38,16 +38,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"reducers", "tokens"} | BOTTOM,
     "tiny": {"data", "tokens"} | BOTTOM,
     "report": METHOD | {"data"},
-    "evaluation": METHOD | {"data", "tiny", "report"},
+    "evaluation": METHOD | {"data", "tiny", "report", "training"},
     "launch": BOTTOM,
     "training": METHOD | {"data", "tiny", "report", "launch"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
-    "suites": METHOD | {"report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
-    "cli": METHOD
-    | {"data", "tiny", "report", "evaluation", "launch"}
-    | {"training", "sweeps", "suites", "demo", "pages"},
+    "cli": METHOD | {"data", "tiny", "report", "evaluation", "launch"} | {"training", "sweeps", "demo", "pages"},
     "recipes": BOTTOM,
     "__init__": METHOD,
     "__main__": {"cli"},

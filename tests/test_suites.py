@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from saccade.cli import evaluate
 from saccade.cli.main import Parser, main
 from saccade.errors import SaccadeError
-from saccade.evaluation import Inference, plan_inferences
-from saccade.suites import SUITES, choose_tasks, compare_results, judge_notes, read_scores, run_suite, summarize
-from saccade.suites.run import model_args
+from saccade.evaluation.compare import compare_results
+from saccade.evaluation.results import read_scores
+from saccade.evaluation.suites import SUITES
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
@@ -178,42 +178,11 @@ def test_digit_scenes_compare_inference_by_inference(tmp_path: Path, capsys: pyt
     assert "120.0 %" in shown
 
 
-def test_a_summary_reads_what_was_run_and_nothing_else(tmp_path: Path) -> None:
-    for name, score, length in (("full", 0.5, 100.0), ("pruned", 0.4, 30.0)):
-        saccade = {"mean_prompt_length": length}
-        write_results(tmp_path / name, {"gqa": {"exact_match": score}}, f"inference={name}", "gqa", saccade=saccade)
-        write_results(tmp_path / name, {"pope": {"pope_f1_score": score}}, "another run", "pope", saccade=saccade)
-    summary = summarize({name: tmp_path / name for name in ("full", "pruned")}, ["gqa"])
-    assert summary["scores"] == {"full": {"gqa": 50.0}, "pruned": {"gqa": 40.0}}
-    assert summary["comparisons"]["pruned"]["mean_share"] == pytest.approx(0.8)
-    assert summary["comparisons"]["pruned"]["prompt_length"]["share"] == pytest.approx(0.3)
+def test_results_of_two_ways_to_run_a_model_are_not_mixed(tmp_path: Path) -> None:
+    write_results(tmp_path, {"gqa": {"exact_match": 0.5}}, "inference=full", "gqa")
+    write_results(tmp_path, {"pope": {"pope_f1_score": 0.5}}, "inference=pruned", "pope")
     with pytest.raises(SaccadeError, match="two ways to run a model"):
-        read_scores(tmp_path / "full")
-
-
-def test_model_args_say_how_a_model_is_run() -> None:
-    assert model_args("m", Inference()) == "pretrained=m,inference=full"
-    pruned = model_args("m", Inference.of_run("pruned", None, reducer="random", keep_tokens=8), "bfloat16")
-    assert pruned.startswith("pretrained=m,inference=pruned,dtype=bfloat16,reducer=random,")
-    assert "positions=compact" in pruned
-    assert "keep_tokens=8" in pruned
-    assert "prune_ratio" not in pruned
-    assert "prune_ratio=0.5" in model_args("m", Inference.of_run("pruned", None, prune_ratio=0.5))
-
-
-def test_judges_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OPENAI_API_KEY", "AZURE_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(
-        SaccadeError, match="mmvet, mathvista_testmini_format are scored by a judge: set OPENAI_API_KEY"
-    ):
-        choose_tasks("skip-vision", None)
-    assert choose_tasks("skip-vision", ["mme", "ocrbench"]) == ["mme", "ocrbench"]
-    assert judge_notes(["gqa"]) == []
-    assert "MMBench-CN" in judge_notes(choose_tasks("dualspeed", None))[0]
-    monkeypatch.setenv("OPENAI_API_KEY", "x")
-    assert choose_tasks("skip-vision", None) == SUITES["skip-vision"].tasks
-    assert judge_notes(SUITES["dualspeed"].tasks) == []
+        read_scores(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +194,12 @@ def test_judges_need_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
         (["compare", "a", "b"], "no benchmark is in both"),
         (["compare", "a", "a", "--suite", "skip-vision"], "no benchmark of suite skip-vision is in both"),
         (["compare", "a", "a", "--suite", "nine"], "suite='nine' is unknown: use one of dualspeed, skip-vision"),
-        (["compare", "a", "a", "--limit", "3"], "--limit is not of compare"),
+        (["compare", "a", "a", "--split", "test"], "--split is not of compare"),
         (["compare", "a", "broken"], "is not readable JSON"),
         (["compare", "a", "other.json"], "file='other.json' has no results"),
         (["compare", "a", "lacking"], "pope has no number for pope_f1_score, only for pope_accuracy"),
         (["tiny", "a"], "argument 'a': give one model"),
-        (["tiny", "--limit", "0"], "--limit is for benchmarks: add --suite or --tasks"),
+        (["tiny", "--suite", "dualspeed"], "--suite is of compare: benchmarks run through `python -m lmms_eval"),
         (["tiny", "--num-samples", "0"], "num_samples=0: give at least 1"),
     ],
 )
@@ -254,59 +223,6 @@ def test_bad_input_is_one_line(
     assert line.count("\n") == 1
 
 
-def test_without_lmms_eval_one_line_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: None)
-    # Before anything is loaded: not even the model's folder is looked at.
-    assert main(["eval", str(tmp_path / "nowhere"), "--suite", "dualspeed"]) == 2
-    assert "lmms-eval is not installed" in (line := capsys.readouterr().err)
-    assert "pip install 'saccade[eval]'" in line
-    assert line.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"limit": 0}, "limit=0: give at least 1"),
-        ({"batch_size": 0}, "batch_size=0: give at least 1"),
-        ({"include_path": "nowhere"}, "include_path='nowhere' is not a folder"),
-        ({"model": "./nowhere"}, "model='./nowhere' is no folder here"),
-    ],
-)
-def test_a_bad_request_ends_before_the_model_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: object())
-    monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
-    with pytest.raises(SaccadeError, match=message):
-        run_suite(**{"model": "tiny", **options}, inferences=plan_inferences("tiny"), output=tmp_path, tasks=["pope"])
-
-
-def test_an_output_that_is_a_file_is_found_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("saccade.suites.run.find_spec", lambda name: object())
-    monkeypatch.setattr("saccade.suites.run.load_model", lambda *_: pytest.fail("the model was loaded"))
-    (tmp_path / "taken").write_text("")
-    assert main(["eval", "tiny", "--tasks", "pope", "--output", str(tmp_path / "taken")]) == 1
-    assert "a part of this path is a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("suite", "tasks", "message"),
-    [
-        (None, None, "suite and tasks are not given"),
-        ("nine", None, "suite='nine' is unknown"),
-        ("dualspeed", ["pope", "mmvet"], "'mmvet' is not of suite 'dualspeed'"),
-        ("dualspeed", ["pope", "pope"], "names a task twice"),
-    ],
-)
-def test_bad_choices_of_tasks(suite: str | None, tasks: list[str] | None, message: str) -> None:
-    with pytest.raises(SaccadeError, match=message):
-        choose_tasks(suite, tasks)
-
-
 def page_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -320,8 +236,12 @@ def test_the_commands_of_the_page_parse(command: str) -> None:
     args = parser.parse_args(shlex.split(command, comments=True)[2:])
     assert args.suite is None or args.suite in SUITES
     assert (args.model == "compare") == bool(args.folders)
-    if args.suite and args.tasks:
-        assert choose_tasks(args.suite, args.tasks.split(",")) == args.tasks.split(",")
+
+
+def test_the_page_runs_the_tasks_of_each_suite() -> None:
+    runs = re.findall(r"--tasks (\S+) ", PAGE.read_text())
+    for suite in SUITES.values():
+        assert ",".join(suite.tasks) in runs
 
 
 def test_the_table_of_the_page_is_that_of_the_suites() -> None:

@@ -1,4 +1,4 @@
-"""`saccade eval`: a trained model on all visual tokens and on a few, on digit scenes or on the papers' benchmarks."""
+"""`saccade eval`: a trained model on all visual tokens and on a few; two folders of results compared."""
 
 import argparse
 import json
@@ -12,13 +12,11 @@ saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer vispruner --keep-tokens 16 16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
-saccade eval out/sft --suite dualspeed                    the nine benchmarks of the paper, through lmms-eval
-saccade eval out/sft --suite dualspeed --tasks pope,mme --limit 50 --output out/try
-saccade eval out/sft --tasks my_task --include-path tasks/ a task of your own
 saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
+
+benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
 """
 DIGITS_ONLY = {"split": "test", "num_samples": 1000}
-SUITES_ONLY = ("suite", "tasks", "include_path", "limit", "resume")
 PRUNING = ("reducer", "reducer_options", "prune_ratio", "keep_tokens", "budget", "adaptive", "newlines", "positions")
 
 
@@ -58,24 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", default=None, help="compact or original (default: as trained)")
     parser.add_argument("--split", default=None, help="of scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes to evaluate on (default: 1000)")
-    parser.add_argument(
-        "--batch-size", type=int, default=None, help="prompts at a time (default: 100 scenes, 1 of a benchmark)"
-    )
-    parser.add_argument("--suite", default=None, help="benchmarks of a paper: dualspeed, skip-vision; needs lmms-eval")
-    parser.add_argument(
-        "--tasks", default=None, metavar="A,B", help="some of the suite's tasks; without a suite any of lmms-eval's"
-    )
-    parser.add_argument("--include-path", default=None, metavar="FOLDER", help="folder with the YAML of further tasks")
-    parser.add_argument("--limit", type=int, default=None, metavar="N", help="documents of each benchmark, to try it")
-    parser.add_argument(
-        "--resume", action="store_true", help="leave out the benchmarks that the output folder has from the same model"
-    )
+    parser.add_argument("--batch-size", type=int, default=None, help="prompts at a time (default: 100)")
+    parser.add_argument("--suite", default=None, help="with compare: benchmarks of a paper, dualspeed or skip-vision")
     parser.add_argument(
         "--output",
         default=None,
         metavar="PATH",
-        help="scenes, compare: a JSON file; benchmarks: a folder (default: eval.json or benchmarks in the model's "
-        "folder)",
+        help="a JSON file (default: eval.json in the model's folder; with compare none)",
     )
 
 
@@ -86,8 +73,6 @@ def run(args: argparse.Namespace) -> int:
         raise SaccadeError(
             f"argument {args.folders[0]!r}: give one model, or `saccade eval compare A B` for two folders"
         )
-    if args.suite is not None or args.tasks is not None:
-        return _run_benchmarks(args)
     return _run_scenes(args)
 
 
@@ -100,7 +85,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_model
 
-    _refuse(args, SUITES_ONLY, "is for benchmarks: add --suite or --tasks")
+    _refuse(args, ("suite",), "is of compare: benchmarks run through `python -m lmms_eval --model saccade`")
     split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
     batch_size = 100 if args.batch_size is None else args.batch_size
     for name, value in (("num_samples", args.num_samples), ("batch_size", batch_size)):
@@ -124,40 +109,12 @@ def _run_scenes(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_benchmarks(args: argparse.Namespace) -> int:
-    from saccade.files import write_json_atomically
-    from saccade.report.tables import print_table
-    from saccade.suites import check_lmms_eval, choose_tasks, judge_notes, run_suite, summarize, summary_rows
-
-    check_lmms_eval()
-    _refuse(args, DIGITS_ONLY, "is of the digit scenes: leave it out with --suite or --tasks")
-    output = _beside(args.model, "benchmarks") if args.output is None else args.output
-    tasks = choose_tasks(args.suite, None if args.tasks is None else args.tasks.split(","))
-    folders = run_suite(
-        args.model,
-        _plan(args),
-        output,
-        tasks,
-        args.include_path,
-        args.limit,
-        1 if args.batch_size is None else args.batch_size,
-        resume=args.resume,
-    )
-    summary = summarize(folders, tasks, args.suite)
-    summary["notes"] += judge_notes(tasks)
-    columns, rows = summary_rows(summary)
-    print_table(f"{args.model}, {args.suite or args.tasks}", columns, rows)
-    _print_notes(summary)
-    print(f"written to {write_json_atomically(f'{output}/summary.json', summary)}")
-    return 0
-
-
 def _compare(args: argparse.Namespace) -> int:
+    from saccade.evaluation.compare import compare_results, comparison_rows
     from saccade.files import write_json_atomically
     from saccade.report.tables import print_table
-    from saccade.suites import compare_results, comparison_rows
 
-    names = ("inference", *PRUNING, *DIGITS_ONLY, "batch_size", *SUITES_ONLY[1:])
+    names = ("inference", *PRUNING, *DIGITS_ONLY, "batch_size")
     _refuse(args, names, "is not of compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(
@@ -166,7 +123,8 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = compare_results(*args.folders, suite=args.suite)
     columns, rows = comparison_rows(comparison)
     print_table(f"{comparison['model']} against {comparison['baseline']}", columns, rows)
-    _print_notes(comparison)
+    for note in comparison["notes"]:
+        print(f"note: {note}")
     if args.output is not None:
         print(f"written to {write_json_atomically(args.output, comparison)}")
     return 0
@@ -196,8 +154,3 @@ def _beside(model: str, name: str) -> str:
     from pathlib import Path
 
     return str(Path(model) / name) if Path(model).is_dir() else name
-
-
-def _print_notes(content: dict[str, Any]) -> None:
-    for note in content["notes"]:
-        print(f"note: {note}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from saccade.errors import SaccadeError
-from saccade.suites.definitions import BENCHMARKS, SUITES, Suite, get_suite
-from saccade.suites.results import Scores, read_scores
+from saccade.evaluation.results import Scores, read_scores
+from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
 
 
 def compare_results(baseline: str | Path, model: str | Path, suite: str | None = None) -> dict[str, Any]:
@@ -30,39 +30,31 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
     Raises:
         SaccadeError: if a folder has no scores, the suite is unknown, or the two have no benchmark in common.
     """
-    chosen = None if suite is None else get_suite(suite)
-    return compare_scores(read_scores(baseline), read_scores(model), chosen)
-
-
-def compare_scores(baseline: Scores, model: Scores, suite: Suite | None = None) -> dict[str, Any]:
-    """What `compare_results` returns, for scores that were read.
-
-    Raises:
-        SaccadeError: if the two have no benchmark in common.
-    """
-    tasks = list(dict.fromkeys([*baseline.values, *model.values]))
-    chosen = suite or _suite_of(tasks)
+    named = None if suite is None else get_suite(suite)
+    first, second = read_scores(baseline), read_scores(model)
+    tasks = list(dict.fromkeys([*first.values, *second.values]))
+    chosen = named or _suite_of(tasks)
     if chosen:
-        tasks = [task for task in chosen.tasks if suite or task in tasks]
-    common = [task for task in tasks if task in baseline.values and task in model.values]
+        tasks = [task for task in chosen.tasks if named or task in tasks]
+    common = [task for task in tasks if task in first.values and task in second.values]
     if not common:
         raise SaccadeError(
-            f"baseline={baseline.source!r} has {', '.join(baseline.values)} and model={model.source!r} "
-            f"{', '.join(model.values)}: no benchmark {f'of suite {suite.name} ' if suite else ''}is in both"
+            f"baseline={first.source!r} has {', '.join(first.values)} and model={second.source!r} "
+            f"{', '.join(second.values)}: no benchmark {f'of suite {named.name} ' if named else ''}is in both"
         )
-    rows = [_row(task, baseline, model) for task in tasks]
+    rows = [_row(task, first, second) for task in tasks]
     shares = [row["share"] for row in rows if row["share"] is not None]
     return {
-        "baseline": baseline.source,
-        "model": model.source,
+        "baseline": first.source,
+        "model": second.source,
         "suite": chosen.name if chosen else None,
         "rows": rows,
         "mean_share": sum(shares) / len(shares) if shares else None,
         "shares": len(shares),
         "benchmarks": len(chosen.benchmarks) if chosen else len(rows),
         "average": _average(chosen, rows) if chosen and chosen.average else None,
-        "prompt_length": _prompt_length(common, baseline, model),
-        "notes": _notes(rows, baseline, model),
+        "prompt_length": _prompt_length(common, first, second),
+        "notes": _notes(rows, first, second),
     }
 
 
@@ -82,56 +74,6 @@ def comparison_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list
         cells = [_number(length["baseline"]), _number(length["model"]), _percent(length["share"])]
         rows.append(["mean prompt length", *cells])
     return ["benchmark", "baseline", "model", "share"], rows
-
-
-def summarize(folders: Mapping[str, Path], tasks: Sequence[str], suite: str | None = None) -> dict[str, Any]:
-    """Several ways to run one model: each compared with the first of them, on the tasks that were run.
-
-    Args:
-        folders: what `run_suite` returned.
-        tasks: those that it ran.
-        suite: name of the suite that they are of.
-
-    Returns:
-        `scores` (of each inference by task), `comparisons` (of each inference but the first, see `compare_results`)
-        and `notes`.
-
-    Raises:
-        SaccadeError: if a folder has no scores of these tasks.
-    """
-    chosen = None if suite is None else get_suite(suite)
-    # A folder may hold more, from other runs.
-    read = {name: read_scores(folder, tasks) for name, folder in folders.items()}
-    first, *others = read
-    comparisons = {name: compare_scores(read[first], read[name], chosen) for name in others}
-    notes = [note for comparison in comparisons.values() for note in comparison["notes"]]
-    return {
-        "suite": suite,
-        "scores": {name: scores.values for name, scores in read.items()},
-        "prompt_lengths": {name: scores.prompt_lengths for name, scores in read.items()},
-        "comparisons": comparisons,
-        "notes": list(dict.fromkeys(notes)),
-    }
-
-
-def summary_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:
-    """The columns and the cells of the table of what `summarize` returned."""
-    scores = summary["scores"]
-    first, *others = scores
-    rows: list[list[str | None]] = [
-        [_name(task), *(_number(values.get(task)) for values in scores.values())] for task in scores[first]
-    ]
-    if others:
-        comparisons = [summary["comparisons"][name] for name in others]
-        averages = [comparison["average"] for comparison in comparisons]
-        if averages[0] is not None:
-            label = _partly("average without MME", averages[0]["scores"], averages[0]["of"])
-            rows.append([label, _number(averages[0]["baseline"]), *(_number(entry["model"]) for entry in averages)])
-        label = _partly(f"mean share of {first}", comparisons[0]["shares"], comparisons[0]["benchmarks"])
-        rows.append([label, None, *(_percent(comparison["mean_share"]) for comparison in comparisons)])
-    lengths = summary["prompt_lengths"].values()
-    rows.append(["mean prompt length", *(_number(sum(entry.values()) / len(entry)) for entry in lengths)])
-    return ["benchmark", *scores], rows
 
 
 def _suite_of(tasks: Sequence[str]) -> Suite | None:

@@ -11,12 +11,10 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
-from torch import nn
 from tqdm import tqdm
-from transformers import ProcessorMixin
 
 from saccade.errors import SaccadeError
-from saccade.evaluation import Inference, plan_inferences, prepare_prompts
+from saccade.evaluation import plan_inferences, prepare_prompts
 from saccade.reducers import PruningConfig
 from saccade.training import ModelOptions, load_model
 
@@ -62,31 +60,9 @@ class SaccadeModel(lmms):
             if name not in PLAN_OPTIONS:
                 known = ", ".join(("pretrained", "inference", "dtype", "trust_remote_code", *PLAN_OPTIONS))
                 raise SaccadeError(f"model_args: {name}={options[name]!r} is unknown: use {known}")
-        size = _batch_size(batch_size)
-        plan = plan_inferences(pretrained, [inference], **_parsed(options))[0]
-        loaded = load_model(ModelOptions(model=pretrained, dtype=dtype), trust_remote_code)
-        self._set_up(plan, loaded, size, device)
-
-    @classmethod
-    def planned(
-        cls, inference: Inference, loaded: tuple[nn.Module, ProcessorMixin], batch_size: int = 1
-    ) -> "SaccadeModel":
-        """The model of lmms-eval for a model and its processor that are loaded already."""
-        lm = cls.__new__(cls)
-        lmms.__init__(lm)
-        lm._set_up(inference, loaded, batch_size)
-        return lm
-
-    def _set_up(
-        self,
-        inference: Inference,
-        loaded: tuple[nn.Module, ProcessorMixin],
-        batch_size: int,
-        device: str | None = None,
-    ) -> None:
-        self.inference = inference
-        self.batch_size = batch_size
-        self._model, self.processor = loaded
+        self.batch_size = _batch_size(batch_size)
+        self.inference = plan_inferences(pretrained, [inference], **_parsed(options))[0]
+        self._model, self.processor = load_model(ModelOptions(model=pretrained, dtype=dtype), trust_remote_code)
         if not getattr(self.processor, "chat_template", None):
             raise SaccadeError("pretrained: the model's processor has no chat template; add chat_template.jinja to it")
         # lmms-eval gathers through it where there are several processes.
@@ -94,8 +70,6 @@ class SaccadeModel(lmms):
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
         self._model.to(self.device).eval()
-        self.prompts = 0
-        self.prompt_tokens = 0
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -157,8 +131,6 @@ class SaccadeModel(lmms):
         tokenizer = self.processor.tokenizer
         new = outputs[:, inputs["input_ids"].shape[1] :]
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        self.prompts += len(lengths)
-        self.prompt_tokens += sum(lengths)
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         written = (new != tokenizer.pad_token_id).sum(dim=1).tolist()
         return [

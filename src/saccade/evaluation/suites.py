@@ -14,8 +14,6 @@ class Benchmark:
         task: lmms-eval's task.
         metric: the entry of the task's results.
         scale: what the entry is multiplied by: the papers print percent, lmms-eval shares of 1 in most tasks.
-        judge: which answers another model scores, through an API that needs a key: "none", "all", or the "rest" that
-            rules cannot read.
         in_average: whether it is part of the suite's average of scores.
     """
 
@@ -23,7 +21,6 @@ class Benchmark:
     task: str
     metric: str
     scale: float = 100.0
-    judge: str = "none"
     in_average: bool = True
 
 
@@ -47,8 +44,7 @@ class Suite:
         return [benchmark.task for benchmark in self.benchmarks]
 
 
-# "static" reads letters by rule. The usual task, of which alone there is a Chinese one, asks a judge where it finds
-# none, and draws a letter at random where the judge does not answer.
+# "static" reads letters by rule. Of the usual task, which asks a judge where it finds none, there is a Chinese one.
 _TEXTVQA = Benchmark("TextVQA", "textvqa_val", "exact_match")
 _MME = Benchmark("MME", "mme", "mme_perception_score", scale=1.0, in_average=False)
 _MMBENCH = Benchmark("MMBench", "mmbench_en_dev_static", "gpt_eval_score", scale=1.0)
@@ -66,7 +62,7 @@ SUITES: dict[str, Suite] = {
                 Benchmark("POPE", "pope", "pope_f1_score"),
                 _MME,
                 _MMBENCH,
-                Benchmark("MMBench-CN", "mmbench_cn_dev", "gpt_eval_score", scale=1.0, judge="rest"),
+                Benchmark("MMBench-CN", "mmbench_cn_dev", "gpt_eval_score", scale=1.0),
                 Benchmark("SEED-Bench", "seedbench", "seed_image"),
             ),
         ),
@@ -76,9 +72,9 @@ SUITES: dict[str, Suite] = {
                 _MME,
                 _TEXTVQA,
                 _MMBENCH,
-                Benchmark("MMVet", "mmvet", "gpt_eval_score", scale=1.0, judge="all"),
+                Benchmark("MMVet", "mmvet", "gpt_eval_score", scale=1.0),
                 Benchmark("MMMU", "mmmu_val", "mmmu_acc"),
-                Benchmark("MathVista", "mathvista_testmini_format", "llm_as_judge_eval", scale=1.0, judge="all"),
+                Benchmark("MathVista", "mathvista_testmini_format", "llm_as_judge_eval", scale=1.0),
                 Benchmark("OCRBench", "ocrbench", "ocrbench_accuracy"),
                 Benchmark("MMStar", "mmstar", "average"),
             ),

@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
-from saccade.suites.definitions import BENCHMARKS
+from saccade.evaluation.suites import BENCHMARKS
 
 LMMS_FILES = "*results.json"
 DIGIT_FILE = "eval.json"
@@ -46,7 +46,7 @@ class _Result:
     prompt_length: float | None
 
 
-def read_scores(path: str | Path, tasks: Collection[str] | None = None) -> Scores:
+def read_scores(path: str | Path) -> Scores:
     """The scores in a result folder, or in one of its files.
 
     Of several results of one task the newest counts.
@@ -54,7 +54,6 @@ def read_scores(path: str | Path, tasks: Collection[str] | None = None) -> Score
     Args:
         path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
             depth. Of digit scenes, each inference is a task: "digits/full".
-        tasks: the tasks to look at; all when left out.
 
     Raises:
         SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
@@ -72,8 +71,6 @@ def read_scores(path: str | Path, tasks: Collection[str] | None = None) -> Score
     origin: dict[str, Path] = {}
     for file in files:
         for result in _read(file, must=file is place):
-            if tasks is not None and result.task not in tasks:
-                continue
             task = result.task
             if task.startswith(DIGITS):
                 if task in origin and file != origin[task]:
@@ -120,12 +117,11 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
             )
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
-        length = (content.get("saccade") or {}).get("mean_prompt_length")
         for task, metrics in results.items():
             score = _score(task, metrics, (content.get("higher_is_better") or {}).get(task) or {}, file)
             if score is not None:
                 samples = (content.get("n-samples") or {}).get(task) or {}
-                yield _Result(task, score, settings, samples.get("effective"), length)
+                yield _Result(task, score, settings, samples.get("effective"), None)
     elif must:
         raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
 
