@@ -1,4 +1,4 @@
-"""The whole story in examples/story.py, at its smallest: data, two processes, kill -9, resume, export, evaluation."""
+"""experiments/story.py at its smallest: data, two processes, kill -9, resume, export, evaluation."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     flags = ["--steps", "8", "--pretrain-steps", "2", "--scenes", "8", "--docs", str(folder / "story.md")]
-    command = [sys.executable, str(ROOT / "examples" / "story.py"), str(folder / "run"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "experiments.story", str(folder / "run"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "run" / "story.json").read_text()), (folder / "story.md").read_text()
 

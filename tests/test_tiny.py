@@ -2,6 +2,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from experiments.tiny_checkpoint.__main__ import main, pretrain
+from experiments.tiny_checkpoint.text import IGNORED, conversation, score_text, text_batch
+from experiments.tiny_checkpoint.tower import probe_tower
 from saccade.data import digit_scenes, render_scene, scene_specs
 from saccade.tiny import build_tiny_llava, build_tiny_processor, load_tiny, save_tiny, tiny_checkpoint
-from saccade.tiny.pretrain import main, pretrain
-from saccade.tiny.text import IGNORED, conversation, score_text, text_batch
-from saccade.tiny.tower import probe_tower
 
+ROOT = Path(__file__).resolve().parent.parent
 # What the weights must reach on validation digits and held-out text; docs/digit-scenes.md has what they do reach.
 TOWER_THRESHOLDS = {"digit_accuracy": 0.95, "distractor_accuracy": 0.95, "position_r2": 0.85, "cls_presence": 0.95}
 TEXT_THRESHOLD = 0.9
@@ -156,8 +158,16 @@ def test_bad_grid_is_named(grid):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_script_reproduces_the_shipped_quality(tmp_path):
-    command = [sys.executable, "-m", "saccade.tiny.pretrain", "--output", str(tmp_path / "tiny"), "--threads", "1"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.tiny_checkpoint",
+        "--output",
+        str(tmp_path / "tiny"),
+        "--threads",
+        "1",
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
     report = json.loads((tmp_path / "tiny.json").read_text())
     assert all(report["tower"][name] >= least for name, least in TOWER_THRESHOLDS.items()), report
     assert report["text"]["all"] >= TEXT_THRESHOLD, report

@@ -1,4 +1,4 @@
-"""Pretrain the tiny LLaVA's tower and language model: `python -m saccade.tiny.pretrain --output DIR`.
+"""Pretrain the tiny LLaVA's tower and language model: `python -m experiments.tiny_checkpoint --output DIR`.
 
 The tower learns from scenes of the train digits, the language model from text alone, and the projector between them
 stays random, as a vision-language model starts out. Writes the model folder and, beside it, `<folder>.json` with the
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
+from experiments.tiny_checkpoint.text import factor_embeddings, score_text, train_text
+from experiments.tiny_checkpoint.tower import probe_tower, train_tower
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.tiny.model import build_tiny_llava, build_tiny_processor, save_tiny
-from saccade.tiny.text import factor_embeddings, score_text, train_text
-from saccade.tiny.tower import probe_tower, train_tower
 
 TOWER_STEPS, TEXT_STEPS = 1600, 2700
 # Share of the text steps and peak learning rate of each cycle.
@@ -65,8 +65,8 @@ def _log(line: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `python -m saccade.tiny.pretrain`; prints the report as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m saccade.tiny.pretrain", description=__doc__.splitlines()[0])
+    """Entry point of `python -m experiments.tiny_checkpoint`; prints the report as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.tiny_checkpoint", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to write the model to, replaced if it exists")
     parser.add_argument("--steps", type=int, help="steps of both parts; overrides the two below")
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)

@@ -1,6 +1,6 @@
 """A whole run as a user makes it, at tiny size, with a kill -9 in the middle: every command is a real process.
 
-    python examples/story.py OUT [--steps 40] [--pretrain-steps 20] [--scenes 200] [--processes 2] [--docs FILE]
+    python -m experiments.story OUT [--steps 40] [--pretrain-steps 20] [--scenes 200] [--processes 2] [--docs FILE]
 
 Writes data in LLaVA's JSON shape, checks it, pretrains, fine-tunes LoRA adapters on two processes, kills them all,
 resumes, exports, loads the export in stock transformers, evaluates it on all tokens and on few, compares it with the
@@ -239,7 +239,7 @@ def main() -> None:
     write_json_atomically(arguments.output / "story.json", told)
     if arguments.docs:
         flags = " ".join(sys.argv[2:])
-        write_text_atomically(arguments.docs, page(told, f"python examples/story.py OUT {flags}".rstrip()))
+        write_text_atomically(arguments.docs, page(told, f"python -m experiments.story OUT {flags}".rstrip()))
 
 
 if __name__ == "__main__":

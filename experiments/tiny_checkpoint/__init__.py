@@ -1,0 +1,1 @@
+"""How the tiny LLaVA that the package embeds was pretrained."""
