@@ -20,10 +20,11 @@ from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
 from saccade.pages.source import read_run
-from saccade.report.html import STYLE, page
-from saccade.report.tables import html_table
+from saccade.report import html
+from saccade.report.html import html_table, page
 from saccade.sweeps import QUICK
 
+STYLE = (Path(html.__file__).parent / "templates" / "style.css").read_text()
 PAGE = Path(__file__).parent.parent / "docs" / "report.md"
 HOSTILE = "<script>document.title='taken'"
 
@@ -378,7 +379,7 @@ class TestStyle:
         table = html_table(["a<b", "n"], [["<i>", 1.0], ["x", None]], 'say "x"')
         assert '<th scope="col">a&lt;b</th><th scope="col" class="number">n</th>' in table
         assert '<th scope="row">&lt;i&gt;</th><td class="number">1</td>' in table
-        assert 'aria-label="say &quot;x&quot;"' in table
+        assert 'aria-label="say &#34;x&#34;"' in table
         assert '<th scope="row">a_<wbr>&lt;b</th>' in html_table(["n"], [["a_<b"]], "c", wrap=True)
 
     def test_empty_sections_are_left_out(self) -> None:

@@ -17,9 +17,8 @@ from saccade.pages.many import Groups, Result, add_runs, add_table, begin_sweep,
 from saccade.pages.page import Page
 from saccade.pages.scenes import HEADING, where_kept
 from saccade.reducers import PruningConfig
-from saccade.report.html import fold, paragraph
+from saccade.report.html import fold, html_table, paragraph
 from saccade.report.run_plots import plot_time_parts, way_name
-from saccade.report.tables import html_table
 from saccade.report.training_log import hides_teacher, time_parts
 from saccade.report.view import view_reducers
 from saccade.sweeps.runner import STAGES

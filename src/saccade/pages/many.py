@@ -11,10 +11,9 @@ from saccade.errors import SaccadeError
 from saccade.pages.page import Page
 from saccade.pages.run import settings_table
 from saccade.pages.source import DEMO_FILE, read_json
-from saccade.report.html import command, fold, tiles, warning
+from saccade.report.html import command, fold, html_table, tiles, warning
 from saccade.report.plots import SIZE
 from saccade.report.run_plots import plot_values
-from saccade.report.tables import html_table
 from saccade.report.training_log import curve
 from saccade.sweeps import LABELS, RunSpec
 from saccade.sweeps.figures import percent

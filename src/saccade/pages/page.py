@@ -6,10 +6,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.environment import environment, environment_lines
-from saccade.report.html import page, paragraph, picture, warning
-from saccade.report.tables import html_table
+from saccade.report.html import html_table, page, paragraph, picture, warning
 
 PAGE_FILE, RECORD_FILE = "report.html", "report.json"
 
@@ -28,11 +29,11 @@ class Page:
         self.workshop = workshop
         self.title = title
         self.lead = ""
-        self.sections: dict[str, list[str]] = {}
+        self.sections: dict[str, list[Markup]] = {}
         self.pictures: list[dict[str, str]] = []
         self.record: dict[str, Any] = {"title": title, "kind": kind, "folder": str(source.resolve())}
 
-    def add(self, heading: str, *blocks: str) -> None:
+    def add(self, heading: str, *blocks: Markup) -> None:
         """Add blocks of HTML under a heading, after those that it has."""
         self.sections.setdefault(heading, []).extend(blocks)
 
@@ -45,12 +46,12 @@ class Page:
         *arguments: Any,
         wide: bool = False,
         **options: Any,
-    ) -> str:
+    ) -> Markup:
         """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block."""
         plot(*arguments, self.workshop / file, **options)
         return self.show(file, alt, caption, wide)
 
-    def show(self, file: str, alt: str, caption: str, wide: bool = False) -> str:
+    def show(self, file: str, alt: str, caption: str, wide: bool = False) -> Markup:
         """A picture that is there, as a block."""
         self.pictures.append({"file": file, "alt": alt, "caption": caption})
         return picture(self.workshop / file, alt, caption, wide)

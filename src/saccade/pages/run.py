@@ -6,14 +6,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
+
 from saccade.errors import SaccadeError
 from saccade.pages.page import Page
 from saccade.pages.scenes import add_answered_scenes
 from saccade.pages.source import RunRecord, read_run
-from saccade.report.html import command, fold, gallery, paragraph, tiles, warning
+from saccade.report.html import command, fold, gallery, html_table, paragraph, tiles, warning
 from saccade.report.plots import mode_styles, plot_loss_by_mode
 from saccade.report.run_plots import SMALL, plot_time_parts, plot_values, way_name
-from saccade.report.tables import html_table
 from saccade.report.training_log import curve, hides_teacher, last, modes_of, not_finite, part_of, time_parts
 
 Log = Sequence[dict[str, Any]]
@@ -190,7 +191,7 @@ def _add_settings(page: Page, record: RunRecord) -> None:
     page.record["settings"] = record.config | record.recipe
 
 
-def settings_table(values: dict[str, Any], caption: str) -> str:
+def settings_table(values: dict[str, Any], caption: str) -> Markup:
     """Names and values of options, as a block."""
     rows = [[name, _option_text(value)] for name, value in sorted(values.items())]
     return html_table(("option", "value"), rows, caption, wrap=True)

@@ -1,7 +1,6 @@
-"""Tables, for the terminal, for Markdown and for HTML."""
+"""Tables, for the terminal and for Markdown."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
@@ -21,7 +20,7 @@ def print_table(
     Raises:
         ValueError: if a row does not have one cell a column.
     """
-    cells = _cells(columns, rows)
+    cells = table_cells(columns, rows)
     console = Console(file=file)
     if not console.is_terminal:
         console = Console(file=file, width=WIDTH_OFF_TERMINAL)
@@ -29,7 +28,7 @@ def print_table(
         title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, show_edge=False
     )
     for number, column in enumerate(columns):
-        align = "right" if _is_numeric([row[number] for row in rows]) else "left"
+        align = "right" if is_numeric([row[number] for row in rows]) else "left"
         table.add_column(Text(column), justify=align, overflow="fold")
     for row in cells:
         # As `Text`, since rich would read square brackets in a plain string as markup.
@@ -43,42 +42,18 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     Raises:
         ValueError: if a row does not have one cell a column.
     """
-    cells = _cells(columns, rows)
-    rules = ["---:" if _is_numeric([row[number] for row in rows]) else "---" for number in range(len(columns))]
+    cells = table_cells(columns, rows)
+    rules = ["---:" if is_numeric([row[number] for row in rows]) else "---" for number in range(len(columns))]
     lines = [list(columns), rules, *cells]
     return "".join("| " + " | ".join(_escape(cell) for cell in line) + " |\n" for line in lines)
 
 
-def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, wrap: bool = False) -> str:
-    """A table for a page, in a box of its own that scrolls sideways. Columns of numbers are aligned to the right.
-
-    Args:
-        caption: what the table shows.
-        wrap: whether long words, such as paths, break rather than widen the table.
+def table_cells(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    """The cells as text.
 
     Raises:
-        ValueError: if a row does not have one cell a column.
+        ValueError: if a row does not have one cell per column.
     """
-    numeric = [_is_numeric([row[number] for row in rows]) for number in range(len(columns))]
-    kinds = [' class="number"' if is_numeric else "" for is_numeric in numeric]
-    heads = "".join(
-        f'<th scope="col"{kind}>{escape(column)}</th>' for kind, column in zip(kinds, columns, strict=True)
-    )
-    lines = []
-    for first, *others in _cells(columns, rows):
-        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds[1:], others, strict=True))
-        # A long name breaks after an underscore rather than in a word.
-        name = escape(first).replace("_", "_<wbr>") if wrap else escape(first)
-        lines.append(f'<tr><th scope="row"{kinds[0]}>{name}</th>{cells}</tr>\n')
-    style = ' class="wrap"' if wrap else ""
-    return (
-        f'<p class="caption">{escape(caption)}</p>\n<div class="scroll" role="region" tabindex="0" '
-        f'aria-label="{escape(caption)}"><table{style}>\n<thead><tr>{heads}</tr></thead>\n'
-        f"<tbody>\n{''.join(lines)}</tbody>\n</table></div>"
-    )
-
-
-def _cells(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[list[str]]:
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row of {len(row)} cells in a table of {len(columns)} columns: {row!r}")
@@ -97,7 +72,7 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _is_numeric(values: Sequence[Any]) -> bool:
+def is_numeric(values: Sequence[Any]) -> bool:
     """Whether a column holds nothing but numbers, as numbers or as text such as "12.5 %" and "1.9x"."""
     known = [value for value in values if value is not None]
     return bool(known) and all(_looks_numeric(value) for value in known)
