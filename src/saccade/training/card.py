@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 from trl import SFTConfig
 
 from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
@@ -78,17 +78,16 @@ def model_card(
 
 
 def _front_matter(base: str | None, license_name: str | None) -> str:
-    fields: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["saccade", "dualspeed", "visual-token-pruning"],
-    }
     # The hub follows the name, and a folder of this machine leads nowhere.
-    if base and base != "tiny" and not Path(base).exists():
-        fields["base_model"] = base
-    if license_name:
-        fields["license"] = license_name
-    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n"
+    named = base if base and base != "tiny" and not Path(base).exists() else None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["saccade", "dualspeed", "visual-token-pruning"],
+        base_model=named,
+        license=license_name,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, Any], source: Path) -> str:
