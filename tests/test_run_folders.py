@@ -225,7 +225,6 @@ def test_every_option_but_a_few_is_compared(tmp_path):
     [
         ({"lr_scheduler_type": "cosine"}, {"max_steps": 9}, {"max_steps"}),
         ({"lr_scheduler_type": "constant"}, {"max_steps": 9}, set()),
-        ({"lr_scheduler_type": "constant", "slow_probability_end": 0.5}, {"max_steps": 9}, {"max_steps"}),
         ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, {"max_steps": 9}, {"max_steps"}),
         ({"max_steps": -1, "num_train_epochs": 2}, {"num_train_epochs": 3}, {"num_train_epochs"}),
         ({"max_steps": 5, "num_train_epochs": 2}, {"num_train_epochs": 3}, set()),

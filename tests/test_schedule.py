@@ -8,7 +8,6 @@ from helpers import fast_slow_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError
 
 
@@ -55,19 +54,3 @@ def test_bad_probability(rate: float) -> None:
 def test_bad_kind() -> None:
     with pytest.raises(SaccadeError, match="bernoulli, stratified"):
         fast_slow_schedule(0, 0.1, "annealed")
-
-
-@pytest.mark.parametrize("kind", ["bernoulli", "stratified"])
-@pytest.mark.parametrize(("start", "end"), [(0.3, 0.0), (0.0, 0.4), (1.0, 0.5)])
-def test_a_share_that_changes(kind: str, start: float, end: float) -> None:
-    """Each quarter of the run has its mean share, and after the run it stays at its last."""
-    steps = 4000
-    last = {"fast": 1 - end, "slow": end}
-    schedule = ModeSchedule(7, {"fast": 1 - start, "slow": start}, kind, last, steps)
-    modes = [schedule.mode(step) for step in range(steps + 400)]
-    for quarter in range(4):
-        part = modes[quarter * 1000 : quarter * 1000 + 1000]
-        share = start + (end - start) * (quarter + 0.5) / 4
-        tolerance = 2 if kind == "stratified" else 4 * (1000 * 0.25) ** 0.5
-        assert abs(part.count("slow") - 1000 * share) <= tolerance
-    assert abs(modes[steps:].count("slow") - 400 * end) <= (2 if kind == "stratified" else 4 * 10)

@@ -201,17 +201,6 @@ def _methods(*methods: str) -> Planner:
     return plan
 
 
-def _changing_r(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
-    courses = {"0.1": (0.1, None), "0.2 to 0": (0.2, 0.0), "0 to 0.2": (0.0, 0.2)}
-    for seed in range(seeds):
-        yield _all_tokens(settings, seed)
-        for name, (start, end) in courses.items():
-            options = {"slow_probability": start} | ({} if end is None else {"slow_probability_end": end})
-            labels = {"method": "dualspeed", "slow_probability": name}
-            run = f"dualspeed-r{name.replace(' ', '_')}-seed{seed}"
-            yield digit_run(run, labels, settings, "dualspeed", seed, options)
-
-
 def _trade_off(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
     """Skip-Vision skips in stage two only, as published; stage one is that of all tokens."""
     methods = {"all_tokens": None, "skip_100_156": "all_tokens", "dualspeed": None, "dualspeed_skip": None}
@@ -325,14 +314,6 @@ STUDIES: dict[str, Study] = {
             Panel("On all tokens", "method"),
             Panel("On kept tokens", "method", figure="accuracy_pruned", y="accuracy on kept tokens (%)"),
         ),
-    ),
-    "changing_r": Study(
-        "A share of slow steps that changes",
-        "r as published, falling from 0.2 to 0 and rising from 0 to 0.2, which are the same number of slow steps; "
-        "p = 0.9, inference on all tokens.",
-        "Not reported.",
-        _changing_r,
-        (Panel("Accuracy by the course of r", "slow_probability"),),
     ),
     "speeds": Study(
         "More than two speeds",

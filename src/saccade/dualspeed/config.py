@@ -100,9 +100,6 @@ class DualSpeedConfig(SFTConfig):
         slow_probability (`float`, *optional*, defaults to `0.1`):
             Share of slow steps, on all tokens, in [0, 1]. The paper's r. A stage in which no parameter of the language
             model trains is always fast.
-        slow_probability_end (`float`, *optional*):
-            Share of slow steps at the end of a run of `max_steps`, which `slow_probability` then changes to evenly.
-            Ours, not the paper's.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
         modes (`list` of `dict`, *optional*):
@@ -206,9 +203,6 @@ class DualSpeedConfig(SFTConfig):
         default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
     )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
-    slow_probability_end: float | None = field(
-        default=None, metadata={"help": "Share of slow steps at the end, to which it changes evenly."}
-    )
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
     modes: list[dict[str, Any]] | None = field(
         default=None, metadata={"help": "More speeds than two: name, probability, action and more of each mode."}
@@ -412,16 +406,7 @@ class DualSpeedConfig(SFTConfig):
     def mode_schedule(self) -> ModeSchedule:
         """The schedule that this configuration describes, for a stage that trains the language model."""
         shares = {mode.name: mode.probability for mode in self.all_modes()}
-        last, end = None, self.slow_probability_end
-        if end is not None:
-            if set(shares) != {"fast", "slow"}:
-                raise SaccadeError(f"slow_probability_end={end!r} is for fast and slow steps: leave it out here")
-            if self.max_steps < 1:
-                raise SaccadeError(f"slow_probability_end={end!r} needs max_steps, the length of the run: set it")
-            if not 0 <= end <= 1:
-                raise SaccadeError(f"slow_probability_end={end!r} is outside [0, 1]: it is a share of steps")
-            last = {"fast": 1 - end, "slow": end}
-        return ModeSchedule(self.seed, shares, self.schedule, last, max(self.max_steps, 0))
+        return ModeSchedule(self.seed, shares, self.schedule)
 
     def all_modes(self) -> tuple[Mode, ...]:
         """The modes of the run, the one of stage one first.
@@ -496,7 +481,7 @@ class DualSpeedConfig(SFTConfig):
             SchedulerType.CONSTANT,
             SchedulerType.CONSTANT_WITH_WARMUP,
         )
-        if constant and not 0 < self.warmup_steps < 1 and self.slow_probability_end is None:
+        if constant and not 0 < self.warmup_steps < 1:
             return {"max_steps": None, "num_train_epochs": None}
         by_steps = self.max_steps > 0
         return {

@@ -18,8 +18,6 @@ class ModeSchedule:
     Args:
         seed: the run's seed.
         shares: the share of steps of each mode, which add up to 1. The first mode gets what the others leave.
-        last_shares: the shares at the end of a run in which they change evenly; None where they stay as they are.
-        steps: optimizer steps of that run.
         kind: "bernoulli" draws each step on its own, as published. "stratified" gives every block of 20 steps its
             share of each mode, in random places, so that short runs do not depend on the luck of the draw.
 
@@ -30,11 +28,9 @@ class ModeSchedule:
     seed: int
     shares: Mapping[str, float]
     kind: str = "bernoulli"
-    last_shares: Mapping[str, float] | None = None
-    steps: int = 0
 
     def __post_init__(self) -> None:
-        for name, share in (*self.shares.items(), *(self.last_shares or {}).items()):
+        for name, share in self.shares.items():
             if not 0 <= share <= 1:
                 raise SaccadeError(f"probability={share!r} of mode {name!r} is outside [0, 1]: it is a share of steps")
         total = sum(self.shares.values())
@@ -48,24 +44,17 @@ class ModeSchedule:
     def mode(self, step: int) -> str:
         """The mode of optimizer step `step`, counted from 0."""
         first, *others = self.shares
-        if self.last_shares is None and any(share == 1 for share in self.shares.values()):
+        if any(share == 1 for share in self.shares.values()):
             return max(self.shares, key=self.shares.__getitem__)
         if self.kind == "bernoulli":
             draw = self._random(step).random()
             for name in others:
-                draw -= self.share(name, step)
+                draw -= self.shares[name]
                 if draw < 0:
                     return name
             return first
         block, place = divmod(step, _BLOCK)
         return self._block(block).get(place, first)
-
-    def share(self, name: str, step: int) -> float:
-        """The share of a mode at a step."""
-        if self.last_shares is None:
-            return self.shares[name]
-        done = min(1.0, step / max(1, self.steps - 1))
-        return self.shares[name] + done * (self.last_shares[name] - self.shares[name])
 
     def count(self, steps: int) -> dict[str, int]:
         """How many of the first `steps` steps each mode has."""
@@ -80,20 +69,12 @@ class ModeSchedule:
         for number, name in enumerate(list(self.shares)[1:]):
             # Each mode's own offset says where in their blocks its fractions of a step fall.
             offset = self._random("offset" if number == 0 else f"offset {name}").random()
-            before, after = (math.floor(self._sum(name, n * _BLOCK) + offset) for n in (block, block + 1))
+            before, after = (math.floor(n * _BLOCK * self.shares[name] + offset) for n in (block, block + 1))
             wanted += [name] * (after - before)
         # Rounding may ask for a step more than a block has where the first mode is rare.
         wanted = wanted[:_BLOCK]
         places = self._random(f"block {block}").sample(range(_BLOCK), len(wanted))
         return dict(zip(places, wanted, strict=True))
-
-    def _sum(self, name: str, steps: int) -> float:
-        """What the shares of a mode over the first `steps` steps add up to."""
-        if self.last_shares is None:
-            return steps * self.shares[name]
-        first, last, changing = self.shares[name], self.last_shares[name], min(steps, self.steps)
-        slope = (last - first) / max(1, self.steps - 1)
-        return changing * first + slope * changing * (changing - 1) / 2 + (steps - changing) * last
 
     def _random(self, key: object) -> random.Random:
         # Seeding with a string hashes it whole, so neighbouring steps and seeds do not correlate.
