@@ -69,6 +69,7 @@ def test_it_passes_the_testers(package):
     assert re.search(r"\b\d{2,} passed", done.stdout)
 
 
+@pytest.mark.slow
 def test_it_trains_from_a_recipe(package, tmp_path):
     (lines,) = blocks("yaml")
     recipe = {

@@ -330,6 +330,7 @@ def launch(data, output, *flags):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
 
 
+@pytest.mark.slow
 def test_two_processes_skip_in_step_and_stop_together(tmp_path, spread):
     done = launch(spread, tmp_path / "out", "--max_bad_records", "11", "--max_steps", "12")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -34,9 +34,9 @@ def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, *
     "options",
     [
         {},
-        {"gradient_checkpointing": True},
-        {"peft_config": LORA},
-        {"freeze_language_model": True},
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"peft_config": LORA}, marks=pytest.mark.slow),
+        pytest.param({"freeze_language_model": True}, marks=pytest.mark.slow),
         {"padding_free": True, "slow_micro_batch_size": 2, "feature_cache_gib": float("inf")},
         {"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}},
         ORDINARY,

@@ -26,7 +26,7 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_compiled_layers_train_as_plain_ones(name):
     case = tester.Case(name, FAMILIES[name])
     isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
@@ -47,15 +47,14 @@ def test_compiled_layers_train_as_plain_ones(name):
     "options",
     [
         {"torch_compile_backend": "aot_eager"},
-        pytest.param({"torch_compile_backend": "aot_eager", "padding_free": True}, marks=pytest.mark.slow),
-        pytest.param({"torch_compile_backend": "aot_eager", "gradient_checkpointing": True}, marks=pytest.mark.slow),
-        pytest.param(
-            {"torch_compile_backend": "aot_eager", "slow_micro_batch_size": 3, "lora": True}, marks=pytest.mark.slow
-        ),
-        pytest.param({"torch_compile": True}, marks=pytest.mark.slow),
+        {"torch_compile_backend": "aot_eager", "padding_free": True},
+        {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True},
+        {"torch_compile_backend": "aot_eager", "slow_micro_batch_size": 3, "lora": True},
+        {"torch_compile": True},
     ],
     ids=["plain", "without padding", "checkpointing", "lora in parts", "inductor"],
 )
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_run(processor, tmp_path, options):
     """Lengths differ from step to step; compiled code is made anew for a few kinds of passes, and not for lengths."""
     runs, options = [], dict(options)

@@ -199,7 +199,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_an_interruption_leaves_a_whole_report(tmp_path, jobs):
     records = good_records(tmp_path, 20) * 150
     path = write_json(tmp_path / "data.json", records)

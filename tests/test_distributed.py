@@ -92,9 +92,10 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
 
 @pytest.mark.parametrize(
     "modes",
-    [{"slow_probability": 0.5}, pytest.param(ORDINARY, marks=pytest.mark.slow)],
+    [{"slow_probability": 0.5}, ORDINARY],
     ids=["both modes", "stock steps"],
 )
+@pytest.mark.slow
 def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
     """Of 9 rows one is left for the second batch of 8: the second rank has nothing but rows that it has seen."""
     # Rows with images only: a stock step on text leaves the projector without a gradient, and not with a zero one.
@@ -119,11 +120,13 @@ def test_two_compiled_processes_equal_one(one_process, tmp_path):
     check_equal(launch(tmp_path, 2, **options), one_process[1])
 
 
+@pytest.mark.slow
 def test_engines_that_shard_take_no_parts(tmp_path, capfd):
     launch(tmp_path, 2, "fsdp2", expect=1, slow_micro_batch_size=1)
     assert "slow_micro_batch_size=1: FSDP and DeepSpeed count backward passes" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_ranks_share_a_feature_cache(one_process, tmp_path):
     """They fill one folder at once, and a second run reads all of it: the losses stay those of one process without."""
     _, one = one_process
@@ -138,8 +141,8 @@ def test_ranks_share_a_feature_cache(one_process, tmp_path):
 @pytest.mark.parametrize(
     ("engine", "find_unused"),
     [
-        ("ddp", True),
-        ("ddp", False),
+        pytest.param("ddp", True, marks=pytest.mark.slow),
+        pytest.param("ddp", False, marks=pytest.mark.slow),
         ("fsdp2", None),
         *(pytest.param(*entry.values, None, marks=entry.marks) for entry in zero),
     ],
@@ -186,11 +189,12 @@ def test_options_that_engines_treat_differently(tmp_path, engine, options, loose
     ("engine", "before", "after"),
     [
         ("ddp", 2, 1),
-        pytest.param("ddp", 1, 2, marks=pytest.mark.slow),
-        pytest.param("fsdp2", 2, 2, marks=pytest.mark.slow),
+        ("ddp", 1, 2),
+        ("fsdp2", 2, 2),
         *(pytest.param(*entry.values, 2, 2, marks=entry.marks) for entry in zero),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_as_many_processes_or_others(one_process, tmp_path, engine, before, after):
     """Kill -9 of one rank: the launcher ends the others, and the same global batch gives the same curve."""
     _, one = one_process
@@ -199,9 +203,8 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_others(one_process, tmp_
     check_equal(launch(tmp_path, after, engine, resume=True, **CHECKPOINTS), one)
 
 
-@pytest.mark.parametrize(
-    ("engine", "file"), [("ddp", MASTERS_FILE), pytest.param("fsdp2", SHARDED, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("engine", "file"), [("ddp", MASTERS_FILE), ("fsdp2", SHARDED)])
+@pytest.mark.slow
 def test_weights_in_bf16_have_float32_masters(tmp_path, engine, file):
     """The trainer's own, or those that FSDP shards; on the way out they are rounded."""
     rate, steps = 2e-5, 2

@@ -354,6 +354,7 @@ def _answer(answers, *given) -> None:
     answers.put(_fill(*given))
 
 
+@pytest.mark.slow
 def test_two_processes_fill_a_folder_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     start, answers = context.Barrier(2), context.Queue()

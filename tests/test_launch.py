@@ -205,6 +205,7 @@ def test_ctrl_c_in_a_terminal_reaches_each_rank_once(capfd):
     assert capfd.readouterr().out.splitlines() == ["seen 1 True"] * 2
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_and_exits_0(tmp_path):
     flags = ["--max_steps", "100000", "--per_device_train_batch_size", "2", "--logging_steps", "1"]
     flags += ["--dataset_rows", "64", "--num_train_epochs", "10000", "--save_strategy", "no"]

@@ -112,10 +112,11 @@ class Generates(TrainerCallback):
         {"padding_free": True, "gradient_checkpointing": True, "slow_micro_batch_size": 2},
         {"skip_vision": "100/156", "prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0},
         {"peft_config": True, "projector_learning_rate": 1e-4},
-        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
     ids=["padding_free", "skip_vision", "lora", "compile"],
 )
+@pytest.mark.slow
 def test_beside_other_options(processor, collator, scenes, tmp_path, options):
     lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     options = {"slow_probability": 0.5, "max_steps": 3, "per_device_train_batch_size": 3, **options}

@@ -62,7 +62,11 @@ def unbroken(request, tmp_path_factory):
     return output, request.param
 
 
-@pytest.mark.parametrize("kill", [{"kill_at_step": 5}, {"kill_in_checkpoint": 6}], ids=["between", "inside"])
+@pytest.mark.parametrize(
+    "kill",
+    [{"kill_at_step": 5}, pytest.param({"kill_in_checkpoint": 6}, marks=pytest.mark.slow)],
+    ids=["between", "inside"],
+)
 def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
     reference, lora = unbroken
     run(tmp_path, expect=-signal.SIGKILL, lora=lora, **kill)

@@ -181,6 +181,7 @@ def wait_for(condition, seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are looked up in /proc")
 def test_a_killed_sweep_goes_on(tmp_path, capfd) -> None:
     # The second run is long enough to be killed in the middle of its second stage.

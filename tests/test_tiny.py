@@ -133,6 +133,7 @@ def test_shipped_weights_at_another_size():
         assert model(**inputs | {"pixel_values": inputs["pixel_values"].bfloat16()}).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_script_writes_a_model_and_a_report(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "tiny"), "--steps", "2", "--threads", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
