@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
 from saccade.errors import RecordError
 from saccade.families import get_family
+from saccade.launch import make_plan, run_processes
 from saccade.reducers import PruningConfig
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_rows
@@ -319,6 +322,39 @@ def test_an_evaluation_in_the_middle_counts_with_the_training(processor, tmp_pat
     assert len(listed(tmp_path / "out")) == 11
     with pytest.raises(SaccadeError, match="bad records, more than max_bad_records=10"):
         evaluating(processor, tmp_path / "few", rows, max_bad_records=10, **options).train()
+
+
+def test_two_ranks_evaluate_together(processor, tmp_path, data):
+    """A bad row of one rank is taken up by all, and none waits for one that stops or whose stream is shorter."""
+    good, bad = good_records(data.parent, 7), list(bad_records(data.parent).values())
+    whole = write_json(data.parent / "whole.jsonl", good)
+    # In turns of two rows: the first bad ones are the second rank's, and the last batch is its alone to fill up.
+    mixed = write_json(data.parent / "mixed.jsonl", [*good[:2], *bad[:2], *good[2:5], bad[2], good[5]])
+    without = write_json(data.parent / "without.jsonl", good[:6])
+    expected = [
+        evaluating(processor, tmp_path / path.stem, load_rows(ModelOptions(dataset=str(path)))).evaluate()["eval_loss"]
+        for path in (without, whole)
+    ]
+    cases = [
+        {"data": str(mixed), "max_bad_records": 3},
+        {"data": str(mixed), "max_bad_records": 1, "call": "predict", "prediction_loss_only": False},
+        {"data": str(whole), "stream": True},
+        {"data": str(mixed), "stream": True},
+    ]
+    words = [json.dumps({"per_device_eval_batch_size": 2, **case}) for case in cases]
+    command = [sys.executable, str(Path(__file__).parent / "evaluation_process.py"), str(tmp_path), *words]
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"):
+        assert run_processes(make_plan("ddp", 2), command) == 0
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert both[0] == both[1]
+    skipped, beyond, streamed, stopped = both[0]
+    names = [f"{mixed}, line {number}" for number in (3, 4, 8)]
+    assert skipped == {"loss": pytest.approx(expected[0], abs=1e-5), "listed": names}
+    assert sorted(entry["record"] for entry in listed(tmp_path / "0")) == names
+    assert re.match(r"2 bad records, more than max_bad_records=1; .*line 3: .*; .*line 4: ", beyond["error"])
+    assert beyond["listed"] == [entry["record"] for entry in listed(tmp_path / "1")] == names[:2]
+    assert streamed == {"loss": pytest.approx(expected[1], abs=1e-5), "listed": []}
+    assert re.match(rf"{mixed}, line 3: .*max_bad_records=0 stops at the first", stopped["error"])
 
 
 def launch(data, output, *flags):

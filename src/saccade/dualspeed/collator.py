@@ -29,8 +29,10 @@ from saccade.images import MAX_PIXELS, open_image
 from saccade.tokens import IGNORE_INDEX
 
 WORDS = ("messages", "prompt", "completion")
-OWN_COLUMNS = ("index", "record", "fault", "kind")
-"""What `saccade.data.mix` adds to a row, for the messages about it."""
+STANDS_IN = "stands_in"
+"""Of a row that takes the place of another, or of none: true where an evaluation must not count it."""
+OWN_COLUMNS = ("index", "record", "fault", "kind", STANDS_IN)
+"""What `saccade.data.mix` adds to a row, for the messages about it, and what says that a row stands in."""
 BAD_RECORDS = "bad_records"
 """The entry of a batch that lists the bad records met while making it; an empty batch has nothing else."""
 
@@ -105,7 +107,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 "text": self._text(prepared),
                 "images": prepared["images"],
                 "part_only": self._learns_part(prepared),
-                "stands_in": False,
+                STANDS_IN: example.get(STANDS_IN) is True,
             }
         except RecordError as error:
             self._note(example, error, bad)
@@ -171,14 +173,14 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                     good = [other for other in others if other is not None]
                     if not good:
                         return False
-                    prepared[row] = {**good[0], "stands_in": True}
+                    prepared[row] = {**good[0], STANDS_IN: True}
                     continue
                 tried[row] += 1
                 if tried[row] > len(self.rows):
                     return False
                 examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
                 found = self._prepare(examples[row], bad)
-                prepared[row] = None if found is None else {**found, "stands_in": True}
+                prepared[row] = None if found is None else {**found, STANDS_IN: True}
         return True
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
@@ -201,7 +203,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
         faults = self._length_faults(batch, is_image)
         if not self.learn_stand_ins:
-            stands_in = torch.tensor([row["stands_in"] for row in prepared])  # (B,)
+            stands_in = torch.tensor([row[STANDS_IN] for row in prepared])  # (B,)
             batch["labels"] = batch["labels"].masked_fill(stands_in[:, None], IGNORE_INDEX)
         limit = self.max_length
         if limit is not None and batch["input_ids"].shape[1] > limit:

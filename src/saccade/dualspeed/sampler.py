@@ -1,12 +1,16 @@
-"""Batches of samples of similar length, the same on every rank and after a resume."""
+"""Which samples make a batch: those of similar length, the same on every rank and after a resume; streams in whole
+batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from saccade.dualspeed.collator import STANDS_IN
 
 
 class GroupedSampler(Sampler[int]):
@@ -37,6 +41,32 @@ class GroupedSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch."""
         self.epoch = epoch
+
+
+class WholeBatches(IterableDataset):
+    """A stream to evaluate on, whose last batch is filled up with rows from its start that do not count.
+
+    Ranks that read parts of their own of a stream may come to its end after different numbers of batches, and the
+    others would wait for the first. This one is read by every rank, which takes its share of each global batch.
+
+    Args:
+        rows: the stream.
+        size: rows of a batch on all ranks together.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]], size: int) -> None:
+        self.rows, self.size = rows, size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first: list[dict[str, Any]] = []
+        count = 0
+        for row in self.rows:
+            count += 1
+            if len(first) < self.size:
+                first.append(row)
+            yield row
+        for row in islice(cycle(first), -count % self.size):
+            yield {**row, STANDS_IN: True}
 
 
 class EpochStart(TrainerCallback):

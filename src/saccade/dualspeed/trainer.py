@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
 from saccade.companions import find_companion
@@ -65,7 +65,7 @@ from saccade.dualspeed.modes import Mode
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.redirect import redirect_forward
-from saccade.dualspeed.sampler import EpochStart, GroupedSampler
+from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sharding import DummyImageCollator, gathered, layer_classes
 from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
@@ -166,6 +166,8 @@ class DualSpeedTrainer(SFTTrainer):
             )
         # The collator takes what it needs of a row; the stock trainer would drop columns that rows are made from.
         args.remove_unused_columns = False
+        # Batches of a stream that rank 0 makes for all could have no list of their bad records.
+        args.accelerator_config.dispatch_batches = args.accelerator_config.dispatch_batches or False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = kwargs.get("data_collator") is None
@@ -399,12 +401,19 @@ class DualSpeedTrainer(SFTTrainer):
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
         with self._collating(self._evaluation_collator(rows)):
-            return super().get_eval_dataloader(eval_dataset)
+            # Under a name the stock loader may be kept from one evaluation to the next.
+            return super().get_eval_dataloader(eval_dataset if has_length(rows) else self._in_whole_batches(rows))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The same for `predict`, where what stands in for a bad record has no labels, only -100."""
         with self._collating(self._evaluation_collator(test_dataset)):
-            return super().get_test_dataloader(test_dataset)
+            return super().get_test_dataloader(self._in_whole_batches(test_dataset))
+
+    def _in_whole_batches(self, rows: Any) -> Any:
+        """A stream in whole batches of all ranks; any other rows, which accelerate shares out evenly, as they are."""
+        if has_length(rows) or self.accelerator.num_processes == 1:
+            return rows
+        return WholeBatches(rows, self.args.eval_batch_size * self.accelerator.num_processes)
 
     @contextmanager
     def _collating(self, collator: Any) -> Iterator[None]:
@@ -493,15 +502,16 @@ class DualSpeedTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """The stock loop. Where records were bad, the loss is the mean over the rows that are not."""
+        """The stock loop. Where records were bad, and of a stream, the loss is the mean over the rows that count."""
         self._evaluated = None
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._evaluated is not None:
-            # The stock mean is over batches, and one of which every row is bad has none to give.
+            # The stock mean is over batches: one of which every row is bad has none to give, and the last of a stream
+            # may be shorter than the others.
             total, counted, bad = self.sum_over_ranks(self._evaluated).tolist()
-            if bad:
+            if bad or not has_length(getattr(dataloader, "dataset", None)):
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
         return output
 
