@@ -150,6 +150,18 @@ def test_contributing_names_every_room() -> None:
     assert not missing, f"CONTRIBUTING.md does not say what these rooms are for: {missing}"
 
 
+def test_a_room_imports_those_below_it_in_contributing_s_table() -> None:
+    rows = re.findall(r"^\| (`[\w.]+/?`(?:, `[\w.]+`)*) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    place = {name: row for row, names in enumerate(rows) for name in re.findall(r"`(\w+)", names)}
+    upwards = [
+        f"{room} imports {other}"
+        for room, others in MAY_IMPORT.items()
+        for other in others - BOTTOM
+        if room in place and place[other] <= place[room]
+    ]
+    assert upwards == []
+
+
 def test_no_tracked_file_is_large() -> None:
     sizes = {name_of(path): path.stat().st_size for path in tracked_files()}
     assert {name: size for name, size in sizes.items() if size > 4 * 2**20} == {}
