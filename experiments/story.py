@@ -2,9 +2,9 @@
 
     python -m experiments.story OUT [--steps 40] [--pretrain-steps 20] [--scenes 200] [--processes 2] [--docs FILE]
 
-Writes data in LLaVA's JSON shape, checks it, pretrains, fine-tunes LoRA adapters on two processes, kills them all,
-resumes, exports, loads the export in stock transformers, evaluates it on all tokens and on few, compares it with the
-model before fine-tuning, and leaves `story.json`. Ends at the first thing that is not as it should be.
+Writes data in LLaVA's JSON format, checks it, pretrains, fine-tunes LoRA adapters on two processes, kills them all,
+resumes, exports, loads the export in stock transformers, evaluates it with all tokens and with pruned ones, compares it
+with the model before fine-tuning, and writes `story.json`. Stops at the first step that fails.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def tell(folder: Path, steps: int, pretrain_steps: int, scenes: int, processes: 
     story.kill_once_there_is(f"fine-tune on {processes} processes, kill -9", first, *sft)
     if (folder / "out/sft/adapter_model.safetensors").exists():
         raise SystemExit("the killed run had ended already: give more --steps")
-    story.saccade("go on from the newest whole checkpoint", *sft, "--resume", "auto")
+    story.saccade("resume from the newest complete checkpoint", *sft, "--resume", "auto")
     story.saccade("export", "export", "out/sft", "--output", "out/export")
     loaded = story.run(
         "load it in stock transformers",
@@ -201,16 +201,16 @@ def page(told: dict[str, Any], command: str) -> str:
     compared = "\n".join(line.rstrip() for line in told["compared"].strip().splitlines())
     return f"""# From a data file to an evaluated model
 
-What a run is like from end to end, with everything that happens on the way: two processes, a kill -9 in the middle,
-a resume. Every command below is a real process. The data are digit scenes written in LLaVA's JSON shape, the model is
-the embedded one, and the run is far too short to learn much: the page shows that the path holds, not how good a model
-gets. `tests/test_story.py` runs it.
+A complete run, from a data file to an evaluated model: check the data, pretrain, fine-tune on two processes, kill them
+with kill -9, resume, export, evaluate. Every command below is a real process. The data are digit scenes in LLaVA's JSON
+format, the model is the embedded one, and the run is far too short to learn much: the page shows that every step works,
+not how good a model gets. `tests/test_story.py` runs the same steps.
 
 {markdown_table(["step", "command", "outcome", "seconds"], rows)}
 The export is a `{kind}` of {int(parameters):,} parameters, with no missing and no unexpected key.
 
 {markdown_table(["accuracy on the digit scenes", "all tokens", "pruned"], accuracy)}
-`saccade eval compare` says:
+`saccade eval compare` prints:
 
 ```text
 {compared}
