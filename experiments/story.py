@@ -3,8 +3,8 @@
     python -m experiments.story OUT [--steps 40] [--pretrain-steps 20] [--scenes 200] [--processes 2] [--docs FILE]
 
 Writes data in LLaVA's JSON format, checks it, pretrains, fine-tunes LoRA adapters on two processes, kills them all,
-resumes, exports, loads the export in stock transformers, evaluates it with all tokens and with pruned ones, compares it
-with the model before fine-tuning, and writes `story.json`. Stops at the first step that fails.
+resumes, exports, loads the export in stock transformers, evaluates it with all tokens and with pruned ones, compares
+it with the model before fine-tuning, and writes `story.json`. Stops at the first step that fails.
 """
 
 import argparse
@@ -201,10 +201,10 @@ def page(told: dict[str, Any], command: str) -> str:
     compared = "\n".join(line.rstrip() for line in told["compared"].strip().splitlines())
     return f"""# From a data file to an evaluated model
 
-A complete run, from a data file to an evaluated model: check the data, pretrain, fine-tune on two processes, kill them
-with kill -9, resume, export, evaluate. Every command below is a real process. The data are digit scenes in LLaVA's JSON
-format, the model is the embedded one, and the run is far too short to learn much: the page shows that every step works,
-not how good a model gets. `tests/test_story.py` runs the same steps.
+A complete run, from a data file to an evaluated model: check the data, pretrain, fine-tune on two processes, kill
+them with kill -9, resume, export, evaluate. Every command below is a real process. The data are digit scenes in
+LLaVA's JSON format, the model is the embedded one, and the run is far too short to learn much: the page shows that
+every step works, not how good a model gets. `tests/test_story.py` runs the same steps.
 
 {markdown_table(["step", "command", "outcome", "seconds"], rows)}
 The export is a `{kind}` of {int(parameters):,} parameters, with no missing and no unexpected key.

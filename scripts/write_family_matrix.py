@@ -24,11 +24,11 @@ PAGE = ROOT / "docs" / "families.md"
 # Family: models, positions, what is special. The order of the page.
 FAMILIES = {
     "llava": ("LLaVA-1.5", "1", "a row is an image"),
-    "llava_next": ("LLaVA-NeXT", "1", "anyres, unpadded; a row is the small or the large picture; newlines"),
+    "llava_next": ("LLaVA-NeXT", "1", "anyres, unpadded; a row is the thumbnail or the large image; newlines"),
     "llava_onevision": ("LLaVA-OneVision", "1", "anyres for single images; newlines; a video's row is a frame"),
     "qwen2_vl": ("Qwen2-VL", "3", "dynamic resolution; a row is an image or a video"),
     "qwen2_5_vl": ("Qwen2.5-VL", "3", "dynamic resolution; a row is an image or a video"),
-    "qwen3_vl": ("Qwen3-VL", "3", "dynamic resolution; deepstack features reduced too; a video's row is a frame"),
+    "qwen3_vl": ("Qwen3-VL", "3", "dynamic resolution; deepstack features are reduced too; a video's row is a frame"),
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
@@ -53,29 +53,28 @@ LEARNED = (
 
 # What does not work or was not tested, and why.
 HOLES = {
-    "PaliGemma": "`forward` counts positions from 1 and `generate` from 0, so that one set of pruned inputs cannot "
-    "serve both; its processor takes neither text-only samples nor conversations. Not registered",
-    "compact positions on Qwen-VL": "with three position axes a shortened sequence cannot be counted anew without "
-    "changing what positions mean; both values of `positions` keep each token's own",
+    "PaliGemma": "`forward` counts positions from 1 and `generate` from 0, so one set of pruned inputs cannot serve "
+    "both; its processor takes neither text-only samples nor conversations. Not registered",
+    "compact positions on Qwen-VL": "with three position axes, renumbering a shortened sequence would change what "
+    "positions mean; with both values of `positions`, each token keeps its own",
     "videos in `DualSpeedTrainer`": "TRL's vision collator has no video column. `prune_inputs` takes videos, and the "
-    "fast and the slow step run on batches with videos that a collator of your own makes",
-    "videos of InternVL and SmolVLM": "they reach the model as images, and were not tested: their processors need "
-    "torchvision, which is not installed here",
-    "video processors": "need torchvision as well; the tests put together by hand what they return",
-    "a budget of a frame on Qwen2-VL and Qwen2.5-VL": "all frames of a video are one row there: `crop` and `image` "
-    "both mean the whole video. On Qwen3-VL and LLaVA-OneVision `crop` is a frame and `image` the video",
+    "fast and the slow step run on batches with videos from a collator of your own",
+    "videos of InternVL and SmolVLM": "the model gets them as images. Not tested: their processors need torchvision, "
+    "which is not installed here",
+    "video processors": "they need torchvision as well; the tests build their output by hand",
+    "a budget per frame on Qwen2-VL and Qwen2.5-VL": "all frames of a video are one row there: `crop` and `image` "
+    "both mean the whole video. On Qwen3-VL and LLaVA-OneVision, `crop` is a frame and `image` the video",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
-    "Gemma 3 pan-and-scan crops": "the text separates them, so that each is an image of its own, with its own "
-    "isolator",
-    "`image_aspect_ratio` on all but LLaVA": "Gemma 3's processor squeezes the whole image into a square and cannot "
-    "pad; the others take images in their own shape. Nothing is cut off; refused in one line",
-    "LLaVA with a Pixtral tower": "its images are of many sizes, where this family expects one; refused in one line",
+    "Gemma 3 pan-and-scan crops": "text separates them, so each is an image of its own, with its own isolator",
+    "`image_aspect_ratio` on all families but LLaVA": "Gemma 3's processor resizes the whole image to a square and "
+    "cannot pad; the others take images at their own aspect ratio. Nothing is cropped; refused in one line",
+    "LLaVA with a Pixtral tower": "its images have many sizes, but this family expects one; refused in one line",
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
-    "newlines of anyres images": "reducers never see them. They are kept and counted in the budget, with at least "
-    'one token of the image beside them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
-    "`merge: encoder` of `visionzip` and `prumerge`, but on LLaVA, LLaVA-NeXT and InternVL": "the projector does not "
-    "take tokens one by one: it pools or merges patches itself, tokens are resized behind it, or features enter at "
+    "newlines of anyres images": "reducers never get them. They are kept and count towards the budget, with at least "
+    'one token of the image besides them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
+    "`merge: encoder` of `visionzip` and `prumerge`, except on LLaVA, LLaVA-NeXT and InternVL": "the projector does "
+    "not take tokens one by one: it pools or merges patches itself, tokens are resized after it, or features enter at "
     "several layers; refused in one line",
     "SmolVLM's own processor": "needs the num2words package; the tests use Idefics3's, which writes the same tokens",
 }
@@ -83,53 +82,56 @@ HOLES = {
 INTRODUCTION = """\
 # Model families
 
-Written by `scripts/write_family_matrix.py` on {date} from the results of `tests/test_families.py`, with transformers
-{transformers} and torch {torch} on a CPU: tiny models of the stock classes with random weights. No released weights
-were run.
+This page tells you whether your model works with Saccade, and with which reducers. `prune_inputs` and
+`DualSpeedTrainer` find the family by `config.model_type`; [Add a family](add-a-family.md) shows how to add one.
+
+`scripts/write_family_matrix.py` wrote this page on {date} from the results of `tests/test_families.py`, with
+transformers {transformers} and torch {torch} on a CPU. The tests use tiny models of the stock classes with random
+weights; no released weights were run.
 
 | `model_type` | models | position axes | |
 |---|---|---|---|
 {families}
 
-`prune_inputs` and `DualSpeedTrainer` find the family by `config.model_type`. [Add a family](add-a-family.md) says how
-to add one.
-
 ## What is learned of an answer
 
-In training an answer follows the generation prompt of the model's own chat template and ends with the token at which
-`generate` stops. Both come from the difference between the conversation with and without the answer, so marks of
-`{{% generation %}}` are not needed; where the template writes no end, it is put there, as in the released code.
-Inference keeps the stock template, which is also what is saved: in a prompt of LLaVA-1.5, earlier answers have no end.
-`tests/test_turns.py` holds this table, and for each row that `messages`, `prompt` and `completion`, and several turns
-teach the answers and their ends and nothing else, with a tokenizer like Llama's and with a byte-level one.
+In training, an answer follows the generation prompt of the model's own chat template and ends with the token at which
+`generate` stops. Both are found by comparing the conversation with and without the answer, so `{{% generation %}}`
+marks are not needed. If the template writes no end token, it is added, as in the released code. Inference uses the
+stock template, which is also the one that is saved: in a prompt of LLaVA-1.5, earlier answers have no end token.
 
-| `model_type` | marked by the stock template, of the answer `12` | learned |
+`tests/test_turns.py` tests this table. For each row it also tests that `messages`, `prompt` and `completion`, and
+several turns teach only the answers and their end tokens, with a tokenizer like Llama's and with a byte-level one.
+
+| `model_type` | marked by the stock template in the answer `12` | learned |
 |---|---|---|
 {learned}
 
-A template of your own works alike: before the first step, in `saccade train --dry-run` and in `saccade data check
---model`, a conversation of two turns is written and its labels are compared with its answers. A template is refused in
-one line if it writes something between its generation prompt and the answer, as those of thinking models do, if it
-writes a turn another way once others follow, or if it ends turns with a token at which `generate` does not stop.
+Your own template works in the same way. Before the first step, in `saccade train --dry-run` and in `saccade data
+check --model`, a conversation of two turns is rendered and its labels are compared with its answers. A template is
+refused in one line if it writes something between its generation prompt and the answer, as those of thinking models
+do, if it renders a turn differently once others follow, or if it ends turns with a token at which `generate` does not
+stop.
 
 ## What was tested
 
-A batch holds a sample with one image, one with two images of different sizes in two turns, a text-only one, and one
-with an image and a longer answer. A batch with videos holds a video, an image before a video, text only, and a
-video before an image. For each pair of a family and a reducer, at a ratio of 0.7:
+A batch has a sample with one image, one with two images of different sizes in two turns, a text-only one, and one
+with an image and a longer answer. A batch with videos has a video, an image before a video, text only, and a video
+before an image. For each pair of a family and a reducer, at a ratio of 0.7 if not stated otherwise:
 
-- a ratio of 0 equals the stock model bit for bit, and `generate` writes what it writes on the full inputs;
-- with original positions the pruned sequence equals the full one with the dropped tokens masked, to 1e-4;
-- cached generation equals uncached; a batch equals its samples one by one; each of a prompt's sequences sees its own
-  images; left padding equals right padding; in each position mode;
+- with a ratio of 0, the output equals the stock model's bit for bit, and `generate` writes the same as on the full
+  inputs;
+- with original positions, the pruned sequence equals the full one with the dropped tokens masked, to 1e-4;
+- in each position mode, cached generation equals uncached; a batch equals its samples one by one; each of a prompt's
+  sequences gets its own images; left padding equals right padding;
 - gradients of a fast step reach the kept or merged tokens, projector, isolator and language model, and nothing else;
-- a fast and a slow step of `DualSpeedTrainer`, with and without LoRA; what was saved loads in the stock class with
-  every key and gives the same logits.
+- a fast and a slow step of `DualSpeedTrainer` run, with and without LoRA; the saved model loads in the stock class
+  with every key and gives the same logits.
 
 ## Which pairs work
 
-The number of tests that passed; in bold, where one did not; `-` where there are none, for which the last table has the
-reason. `none` keeps everything, and is the first of them.
+The tables give the number of tests that passed, in bold if one failed. `-` means that there are none; the last table
+has the reason. The reducer `none` has no column: it keeps everything, which is what the first test checks.
 """
 
 
@@ -170,7 +172,7 @@ def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
     lines = [INTRODUCTION.format(families="\n".join(families), learned="\n".join(learned_rows()), **versions)]
     lines += matrix(outcomes, reducers, videos=False)
     lines += ["", "With videos, without the trainer:", "", *matrix(outcomes, reducers, videos=True), ""]
-    lines += ["## Holes, and why", "", "| what | why |", "|---|---|"]
+    lines += ["## What does not work or was not tested", "", "| what | why |", "|---|---|"]
     lines += [f"| {what} | {why} |" for what, why in HOLES.items()]
     return "\n".join(lines) + "\n"
 
