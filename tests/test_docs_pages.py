@@ -115,7 +115,7 @@ def test_train_your_own(folder) -> None:
     assert (folder / "out/mine_python/adapter_model.safetensors").is_file()
     page = (DOCS / "train-your-own.md").read_text()
     saved = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
-    assert len(saved) == 4
+    assert len(saved) == 5
     assert [name for name in saved if not (folder / "out/mine" / name).is_file()] == []
     steps = [entry["step"] for entry in json.loads((folder / "out/mine/log.json").read_text())["log_history"]]
     assert max(steps) == 2
