@@ -3,12 +3,13 @@
 import json
 import shutil
 from itertools import product
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from experiments.studies.__main__ import main
-from experiments.studies.results_page import NO_NOTES, read_notes, write_docs
+from experiments.studies.results_page import INTRODUCTION, NO_NOTES, read_notes, write_docs
 from experiments.studies.studies import STUDIES, plan_study
 from experiments.studies.trade_off import _overlap, free_box
 from saccade.cli.main import guarded
@@ -16,6 +17,19 @@ from saccade.errors import SaccadeError
 from saccade.reducers import list_reducers
 from saccade.sweeps import QUICK
 from saccade.sweeps.plan import Plan, check_runs
+
+PAGE = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
+
+
+def test_the_committed_page_says_what_would_be_written_today() -> None:
+    assert PAGE.startswith(INTRODUCTION)
+    assert [line for line in PAGE.splitlines() if line.startswith("## ")] == [
+        f"## {study.title}" for study in STUDIES.values()
+    ]
+    # The reducers study had one more reducer when its page was made, which the text about what varies names.
+    varies = [study.varies for name, study in STUDIES.items() if name != "reducers"]
+    assert [text for text in varies if f"\n{text}\n" not in PAGE] == []
+    assert [study.paper for study in STUDIES.values() if f"**The paper.** {study.paper}\n" not in PAGE] == []
 
 
 class TestStudies:

@@ -25,18 +25,19 @@ CPU_TIME = "CPU time of training (s)"
 NO_NOTES = "*Nobody has written here yet where this agrees with the paper and where it does not.*"
 INTRODUCTION = """# The paper's studies on the digit scenes
 
-The studies of [DualSpeed](dualspeed.md) ([arXiv 2602.03815](https://arxiv.org/abs/2602.03815)) on the
-[digit scenes](digit-scenes.md) with the tiny LLaVA, beside what the paper reports of LLaVA-1.5-7B. A model of 0.8
-million parameters on a made-up task says which way an effect goes, not how large it is elsewhere.
+This page repeats the studies of [DualSpeed](dualspeed.md) ([arXiv 2602.03815](https://arxiv.org/abs/2602.03815)) on
+the [digit scenes](digit-scenes.md) with the tiny LLaVA, and compares them with what the paper reports for
+LLaVA-1.5-7B. A model of 0.8 million parameters on a synthetic task shows the direction of an effect, not how large it
+is elsewhere.
 
 From the root of a clone, `python -m experiments.studies NAME --output OUT` runs a study, and `python -m
-experiments.studies --output OUT --write-docs docs` writes this page from its folders. The texts between the marks of
-notes are written by people and stay; all else is overwritten.
+experiments.studies --output OUT --write-docs docs` writes this page from its folders. The notes, marked in the source
+of the page, are written by hand and are kept; everything else is overwritten.
 
-Accuracies are exact matches of greedy answers, means over seeds with the least and the greatest in brackets; *n* says
-over how many seeds where some are missing. *Share* is against all-token training of the same seed. *Speed-up of
-steps* is measured within a run, a slow step less its teacher over the mean step; *tokens allow* is what token counts
-allow.
+An answer counts if greedy decoding matches it exactly. Accuracies are means over seeds, with minimum and maximum in
+brackets; *n* is the number of seeds if some are missing. *Share* is relative to all-token training with the same
+seed. *Speed-up of steps* is measured within a run: the time of a slow step without its teacher, divided by that of
+the mean step. *Tokens allow* is the speed-up that token counts allow.
 """
 
 
@@ -104,7 +105,15 @@ def trade_off_points(standing: Standing, study: Study) -> list[dict[str, Any]]:
 def trade_off_table(points: Sequence[Mapping[str, Any]]) -> str:
     """The points as a table, ratios against the first."""
     first = points[0]
-    columns = ["training", "answers", "accuracy", "CPU time of training", "times as fast", "GFLOPs a prompt", "share"]
+    columns = [
+        "training",
+        "answers",
+        "accuracy",
+        "CPU time of training",
+        "times as fast",
+        "GFLOPs per prompt",
+        "share",
+    ]
     cells = [
         [
             point["training"],
@@ -194,8 +203,8 @@ def _section(
             parts.append(f"**{panel.title}**, {panel.y.removesuffix(' (%)')}:\n\n{found.rstrip()}")
     if points:
         parts.append(
-            "Training time is the CPU time of the training process, both stages, which other load on the machine "
-            "changes little. Circles in the picture are the operations of a prompt, from its pixels to the first "
+            "Training time is the CPU time of the training process in both stages, which other load on the machine "
+            "hardly affects. Circles in the picture show the operations of a prompt, from its pixels to the first "
             "token.\n\n" + trade_off_table(points).rstrip()
         )
     if runs:
@@ -214,19 +223,19 @@ def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
     seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
     scenes = next(iter(standing.results.values()))["spec"]["extra"]["scenes"]
     parts = [
-        "Training time is the CPU time of the training process in stage two, from its first step on. Stage one is not "
-        "in it, nor is saving and evaluating checkpoints. The lines are means over seeds, the faint ones are the "
-        "seeds. The learning rate falls to zero at the end of a run, so an early checkpoint is not what a shorter run "
-        "would end with.",
-        f"Accuracy on all tokens at each checkpoint, on {scenes} scenes, which is a standard error of up to "
-        f"{100 * sqrt(0.25 / scenes):.1f} points for one run:\n\n" + checkpoint_table(runs, seeds).rstrip(),
+        "Training time is the CPU time of the training process in stage two, from its first step on. It does not "
+        "include stage one, nor saving and evaluating checkpoints. Bold lines are means over seeds, faint ones single "
+        "seeds. The learning rate decays to zero at the end of a run, so an early checkpoint is not what a shorter "
+        "run would end with.",
+        f"Accuracy with all tokens at each checkpoint, on {scenes} scenes, which gives one run a standard error of up "
+        f"to {100 * sqrt(0.25 / scenes):.1f} points:\n\n" + checkpoint_table(runs, seeds).rstrip(),
     ]
     reached = reach_table(runs, seeds)
     if reached:
         parts.append(
-            "Time to shares of the accuracy that all-token training of the same seed has at its last checkpoint, and "
-            "how many times as soon as all-token training; on straight lines between checkpoints, the first time that "
-            "counts. What the first checkpoint has reached counts with its time:\n\n" + reached.rstrip()
+            "Time to reach shares of the final accuracy of all-token training with the same seed, and how many times "
+            "sooner than all-token training. Accuracy is interpolated linearly between checkpoints, and the first "
+            "time counts. What the first checkpoint has reached counts as reached at its time:\n\n" + reached.rstrip()
         )
     return parts
 
@@ -246,11 +255,11 @@ def origin(standing: Standing) -> str:
     steps = f"{settings['pretrain_steps']} and {settings['sft_steps']} steps of {settings['batch_size']} rows"
     usual = f"p = {settings['prune_ratio']}, r = {settings['slow_probability']}, l = {settings['isolator_length']}"
     return (
-        f"*{standing.progress}. {steps}, the `stratified` schedule; unless they vary {usual}, {settings['reducer']}, "
-        f"compact positions; {settings['test_scenes']} scenes of the {settings['split']} split. Seeds {_list(seeds)}; "
-        f"`{plan.command}`; {_list(days)}; commit {_list(commits)}; {_list(machines)}, {settings['threads']} thread a "
-        f"run; {_list(python)}, {_list(versions)}. Training times, and with them the "
-        f"speed-up of steps, depend on what else the machine did.*"
+        f"*{standing.progress}. {steps}, the `stratified` schedule; except where varied, {usual}, "
+        f"{settings['reducer']}, compact positions; {settings['test_scenes']} scenes of the {settings['split']} "
+        f"split. Seeds {_list(seeds)}; `{plan.command}`; {_list(days)}; commit {_list(commits)}; {_list(machines)}, "
+        f"{settings['threads']} thread per run; {_list(python)}, {_list(versions)}. Training times, and therefore the "
+        f"speed-up of steps, depend on the other load of the machine.*"
     )
 
 

@@ -234,10 +234,10 @@ def _over_time(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
 STUDIES: dict[str, Study] = {
     "reducers": Study(
         "Which reducer, in inference only and as DualSpeed's plug-in",
-        "*Inference only*: one model a seed, trained on all tokens, answers from the tokens that each reducer keeps. "
-        "*Plug-in*: DualSpeed trains with the reducer, and answers from all tokens. At equal p every reducer leaves "
-        "the same number of tokens, so the cost of a step is the same but for the choice itself; `random` and "
-        "`avgpool` are what a method has to beat.",
+        "*Inference only*: one model per seed, trained on all tokens, answers from the tokens that each reducer "
+        "keeps. *Plug-in*: DualSpeed trains with the reducer, and answers from all tokens. At equal p every reducer "
+        "keeps the same number of tokens, so a step costs the same except for the choice itself; a method has to beat "
+        "`random` and `avgpool`.",
         "Table 1 and Figure 5(a), LLaVA-1.5-7B, p = 0.9: in inference FasterVLM ≪ DivPrune ≤ CDPruner; as the "
         "plug-in FasterVLM ≪ DivPrune ≈ CDPruner. Its accuracies are flat up to p = 0.9 and drop sharply above. "
         "Other reducers, `random`, and a smaller image are not reported; nor are original positions.",
@@ -266,7 +266,7 @@ STUDIES: dict[str, Study] = {
     ),
     "prune_ratio": Study(
         "How much to prune",
-        "p, of DualSpeed and of pruning only; inference on all tokens.",
+        "p, for DualSpeed and for pruning only; inference with all tokens.",
         "Figure 5(a), LLaVA-1.5-7B, p from 50 to 95 %: DualSpeed is flat up to 90 % and drops sharply above.",
         _prune_ratio,
         (Panel("Accuracy over the share of tokens dropped", "prune_ratio", ("method",)),),
@@ -274,7 +274,7 @@ STUDIES: dict[str, Study] = {
     ),
     "slow_probability": Study(
         "How many slow steps",
-        "r of DualSpeed at p = 0.9; inference on all tokens. r = 0 has the isolator and no slow step.",
+        "r for DualSpeed at p = 0.9; inference with all tokens. r = 0 has the isolator and no slow steps.",
         "Figure 5(b), LLaVA-1.5-7B, r from 50 % to 0: flat from 20 % on, lower below 10 %; 99.61 % of the all-token "
         "score at the default r = 10 %.",
         _varied("slow_probability", (0.1, 0.0, 0.5, 0.2, 0.05, 0.4, 0.3)),
@@ -282,15 +282,15 @@ STUDIES: dict[str, Study] = {
     ),
     "isolator_length": Study(
         "How long an isolator",
-        "l of DualSpeed at p = 0.9, r = 0.1; inference on all tokens.",
-        "Figure 6, LLaVA-1.5-7B: an isolator of one row or more helps, and more than four add nothing.",
+        "l for DualSpeed at p = 0.9, r = 0.1; inference with all tokens.",
+        "Figure 6, LLaVA-1.5-7B: an isolator of one or more rows helps, and more than four add nothing.",
         _varied("isolator_length", (4, 0, 1, 2, 8, 16)),
         (Panel("Accuracy over rows of the isolator", "isolator_length", ("method",)),),
     ),
     "stage": Study(
         "Pruning in which stage",
-        "Pruning only, p = 0.9, in stage one (pretraining), in stage two (fine-tuning), in both, and in none; "
-        "inference on all tokens.",
+        "Pruning only, p = 0.9, in stage one (pretraining), in stage two (fine-tuning), in both, and in neither; "
+        "inference with all tokens.",
         "Table 4, LLaVA-1.5-7B, share of the all-token score: pretraining only 100.12 %, fine-tuning only 95.83 %, "
         "both 95.89 %.",
         _stage,
@@ -298,7 +298,7 @@ STUDIES: dict[str, Study] = {
     ),
     "parts": Study(
         "Part by part",
-        "From pruning only to DualSpeed, one part of the method at a time; inference on all tokens.",
+        "From pruning only to DualSpeed, one part of the method at a time; inference with all tokens.",
         "Table 3, LLaVA-1.5-7B, share of the all-token score: pruning only 95.89 %, with slow steps 98.88 %, with "
         "isolator and self-distillation (DualSpeed) 99.61 %.",
         _methods("all_tokens", "prune_only", "slow_steps", "slow_steps_isolator", "dualspeed"),
@@ -306,7 +306,8 @@ STUDIES: dict[str, Study] = {
     ),
     "inference": Study(
         "Normal and pruned inference",
-        "The same models, run on all tokens, on kept tokens, and on kept tokens behind the trained isolator.",
+        "The same models, run with all tokens, with kept tokens, and with kept tokens preceded by the trained "
+        "isolator.",
         "Table 2, LLaVA-1.5-7B, share of the all-token score: pruning only 95.89 % on all tokens and 97.85 % pruned; "
         "DualSpeed 99.61 % on all tokens, 98.12 % pruned with the isolator and 98.10 % without.",
         _methods("all_tokens", "prune_only", "dualspeed"),
@@ -317,20 +318,21 @@ STUDIES: dict[str, Study] = {
     ),
     "speeds": Study(
         "More than two speeds",
-        "DualSpeed beside runs of three and of four speeds, all with a tenth of slow steps at p = 0.9: a third of the "
-        "steps drops two thirds only, and with four speeds some steps let tokens skip. Inference on all tokens.",
+        "DualSpeed, and runs with three and four speeds, all with a tenth of slow steps at p = 0.9: a third of the "
+        "steps drops only two thirds of the tokens, and with four speeds tokens skip in some steps. Inference with "
+        "all tokens.",
         "Named as future work; nothing is reported.",
         _methods("all_tokens", "dualspeed", "three_speeds", "four_speeds"),
         (Panel("Accuracy by speeds", "method"),),
     ),
     "trade_off": Study(
         "Both methods, alone and together: accuracy, training time and inference cost",
-        "All tokens, pruning only, DualSpeed, Skip-Vision at three budgets, and DualSpeed whose fast steps let tokens "
-        "skip that it would drop, at p = 0.9. Skip-Vision trains and answers with skipped tokens; the others answer "
-        "from all tokens, from kept ones, and where they train it, with skipped ones.",
+        "All tokens, pruning only, DualSpeed, Skip-Vision at three budgets, and DualSpeed whose fast steps skip "
+        "tokens instead of dropping them, at p = 0.9. Skip-Vision trains and answers with skipped tokens; the others "
+        "answer from all tokens, from kept ones, and, if trained to skip, with skipped ones.",
         "Skip-Vision (arXiv 2503.21817), Figure 3 and its tables, LLaVA with LLaMA3-8B: 22 to 36 % less training time "
-        "and up to 75 % fewer FLOPs in inference at the accuracy of the baseline within about a point. DualSpeed: 2.1 "
-        "times as fast at 99.61 %. Neither paper combines them.",
+        "and up to 75 % fewer FLOPs in inference, with the accuracy of the baseline to within about a point. "
+        "DualSpeed: 2.1 times as fast at 99.61 %. Neither paper combines them.",
         _trade_off,
         (),
         ways=(
@@ -345,7 +347,8 @@ STUDIES: dict[str, Study] = {
     ),
     "over_time": Study(
         "Accuracy over training time",
-        "All tokens, DualSpeed and pruning only at p = 0.9, evaluated on all tokens at ten checkpoints of stage two.",
+        "All tokens, DualSpeed and pruning only at p = 0.9, evaluated with all tokens at ten checkpoints of stage "
+        "two.",
         "Figure 4: accuracy over the wall-clock training time of stage two; DualSpeed reaches any accuracy earlier "
         "than all-token training.",
         _over_time,
