@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, noise_image
+from trl import SFTConfig
 
+from saccade import DualSpeedConfig
 from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.demo.plan import plan_runs
@@ -154,6 +156,12 @@ def test_how_it_works() -> None:
     assert index.shape == (1, 14)
     assert torch.equal(index, index.sort(dim=1).values)
     assert names["inputs"]["input_ids"].shape[1] - names["logits"].shape[1] == 130
+
+
+def test_dualspeed_s_page_names_every_option() -> None:
+    page = (DOCS / "dualspeed.md").read_text()
+    own = {name for name in DualSpeedConfig.__dataclass_fields__ if not name.startswith("_")}
+    assert sorted(name for name in own - set(SFTConfig.__dataclass_fields__) if f"`{name}`" not in page) == []
 
 
 def test_the_index_names_every_page() -> None:
