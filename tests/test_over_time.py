@@ -251,8 +251,8 @@ def rows_of(text: str, heading: str) -> dict[str, list[str]]:
 class TestPage:
     def test_accuracies_and_times_at_each_checkpoint(self, study: Path) -> None:
         text = write_docs(study, study / "docs").read_text()
-        assert "Stage one is not in it" in text
-        assert "on 300 scenes, which is a standard error of up to 2.9 points" in text
+        assert "It does not include stage one" in text
+        assert "on 300 scenes, which gives one run a standard error of up to 2.9 points" in text
         rows = rows_of(text, "| step | all tokens | CPU time | DualSpeed | CPU time | pruning only | CPU time |")
         assert list(rows) == [str(32 * n) for n in range(1, 11)]
         assert rows["320"] == [

@@ -133,7 +133,7 @@ def test_the_page_has_the_means_and_the_missing_seeds(studies) -> None:
     plan = Plan.read(studies / "reducers")
     done = len(list((studies / "reducers" / "runs").glob("*/result.json")))
     assert f"{done} of {len(plan.runs)} runs done" in reducers
-    assert "commit 0123456; a processor (2 cores, 8 GiB), 1 thread a run; Python 3.11" in reducers
+    assert "commit 0123456; a processor (2 cores, 8 GiB), 1 thread per run; Python 3.11" in reducers
     for name in ("parts", "reducers"):
         with Image.open(studies / "docs" / "images" / f"study_{name}.png") as image:
             assert image.width >= 800
