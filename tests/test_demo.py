@@ -11,7 +11,7 @@ from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.demo.plan import plan_runs
 from saccade.demo.run import FULL, run_demo
-from saccade.demo.summary import COLUMNS, markdown
+from saccade.demo.summary import COLUMNS, finding, markdown
 from saccade.pages import write_report
 from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec
 
@@ -69,6 +69,27 @@ def test_its_page(output):
     for entry in summary:
         assert f">{100 * entry['accuracy_full']['mean']:.1f} %<" in page
         assert f">{entry['mean_sequence_length']['mean']:.0f}<" in page
+
+
+def test_its_finding():
+    def entry(method, positions, share, speedup):
+        values = {"share_of_all_tokens": share, "speedup": speedup}
+        figures = {name: {"mean": value, "min": value, "max": value} for name, value in values.items()}
+        return {"method": method, "positions": positions, "seeds": 1, **figures}
+
+    summary = [
+        entry("all_tokens", "compact", 1.0, 1.0),
+        entry("prune_only", "compact", 0.9, 4.0),
+        entry("dualspeed", "compact", 0.983, 2.5),
+        entry("dualspeed", "original", 0.999, 2.5),
+    ]
+    assert finding({"summary": summary}) == (
+        "DualSpeed reaches 98.3 % of the accuracy of all-token training in 40 % of its training time, pruning only "
+        "90.0 % of the accuracy of all-token training in 25 % of its training time, all three answering from all "
+        "tokens (1 seed, compact positions)."
+    )
+    del summary[2]["share_of_all_tokens"]
+    assert "nothing to compare" in finding({"summary": summary})
 
 
 def test_markdown_table(output):

@@ -2,15 +2,18 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
+from rich.console import Console
 
 from saccade.errors import SaccadeError
 from saccade.files import to_json
@@ -58,6 +61,21 @@ class TestTables:
         assert "[bold]" in out.getvalue()
         assert "[red]x[/red]" in out.getvalue()
         assert "y" * 100 in out.getvalue()
+
+    @pytest.mark.parametrize("width", [40, 60, 80, 120])
+    def test_no_word_breaks_on_a_terminal(self, monkeypatch, width: int) -> None:
+        terminal = partial(Console, width=width, force_terminal=True, color_system=None)
+        monkeypatch.setattr("saccade.report.tables.Console", terminal)
+        columns = ["training", "accuracy, all tokens", "share of all-token", "training time", "description"]
+        rows = [["DualSpeed", "95.8 %", "98.3 %", "181 s", "alternates at random between a fast and a slow mode"]] * 2
+        out = io.StringIO()
+        print_table("Title", columns, rows, file=out)
+        lines = out.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        words = re.findall(r"[^\s─]+", out.getvalue())
+        times = len(rows) if width < 60 else 1
+        expected = ["Title", *" ".join(columns).split() * times, *" ".join(map(" ".join, rows)).split()]
+        assert sorted(words) == sorted(expected)
 
     @pytest.mark.parametrize("table", [markdown_table, lambda columns, rows: print_table("", columns, rows)])
     def test_a_ragged_row_is_an_error(self, table: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from saccade.demo.plan import plan_runs
-from saccade.demo.summary import show, write_pictures, write_report
+from saccade.demo.summary import finding, show, write_pictures, write_report
 from saccade.errors import SaccadeError
 from saccade.sweeps import QUICK, DigitSettings, run_specs
 
@@ -53,7 +53,8 @@ def run_demo(
     report = write_report(results, output, asdict(settings), command=_command(), jobs=jobs)
     write_pictures(report, results, output)
     show(report, console)
-    console.print(f"\nWritten to {output}: report.json, table.md, accuracy_over_time.png, kept_tokens.png, loss.png")
+    console.print(f"\n{finding(report)}", highlight=False)
+    console.print(f"Written to {output}: report.json, table.md, accuracy_over_time.png, kept_tokens.png, loss.png")
     return report
 
 

@@ -84,6 +84,23 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def finding(report: dict[str, Any]) -> str:
+    """What the demo found, in a sentence: DualSpeed and pruning only beside all-token training, as published."""
+    entries = {entry["method"]: entry for entry in report["summary"] if entry["positions"] == "compact"}
+    if "share_of_all_tokens" not in entries["dualspeed"]:
+        return "All-token training answered nothing right after so few steps: there is nothing to compare with."
+    dualspeed, pruning = (
+        f"{percent(entry['share_of_all_tokens'])} of the accuracy of all-token training in "
+        f"{100 / entry['speedup']['mean']:.0f} % of its training time"
+        for entry in (entries["dualspeed"], entries["prune_only"])
+    )
+    seeds = entries["dualspeed"]["seeds"]
+    return (
+        f"DualSpeed reaches {dualspeed}, pruning only {pruning}, all three answering from all tokens "
+        f"({seeds} seed{'s' if seeds > 1 else ''}, compact positions)."
+    )
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The table as Markdown, for README and docs."""
     return markdown_table(COLUMNS, table_rows(report))

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from saccade.demo.summary import COLUMNS, table_rows
+from saccade.demo.summary import COLUMNS, finding, table_rows
 from saccade.errors import SaccadeError
 from saccade.pages.page import Page
 from saccade.pages.run import settings_table
@@ -96,7 +96,7 @@ def demo_page(folder: Path, workshop: Path) -> Page:
     if not results:
         raise SaccadeError(f"folder={str(folder)!r} holds a demo without a run: make it again with `saccade demo`")
     page = Page(workshop, "The demo", "demo", folder)
-    page.lead = "The tiny model trained with all tokens, with pruning only, and with DualSpeed."
+    page.lead = finding(report)
     order = {(entry["method"], entry["positions"]): number for number, entry in enumerate(report["summary"])}
     results.sort(key=lambda one: order[one["spec"]["labels"]["method"], one["spec"]["labels"]["positions"]])
     baseline = next((entry for entry in report["summary"] if entry["method"] == "all_tokens"), {})

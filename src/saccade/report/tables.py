@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,19 +18,41 @@ def print_table(
 ) -> None:
     """Print a table to `file`, the standard output when left out. Columns of numbers are aligned to the right.
 
+    No word breaks: on a terminal too narrow for the longest word of each column, every row is a block of lines
+    "column  value" instead.
+
     Raises:
-        ValueError: if a row does not have one cell a column.
+        ValueError: if a row does not have one cell per column.
     """
     cells = table_cells(columns, rows)
     console = Console(file=file)
     if not console.is_terminal:
         console = Console(file=file, width=WIDTH_OFF_TERMINAL)
     table = Table(
-        title=title or None, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, show_edge=False
+        title=title or None,
+        box=SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_edge=False,
+        show_header=any(columns),
     )
+    texts = [[column, *(row[number] for row in cells)] for number, column in enumerate(columns)]
+    least = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in texts]
+    most = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
+    # Rich sets a blank on both sides of the line between two columns, and that line is a blank here.
+    spare = console.width - 3 * (len(columns) - 1) - sum(least)
+    if spare < 0 and len(columns) > 2:
+        for row in cells:
+            print_table(title, ["", ""], list(zip(columns, row, strict=True)), file)
+            console.print()
+            title = ""
+        return
+    wanted = sum(most) - sum(least)
     for number, column in enumerate(columns):
         align = "right" if is_numeric([row[number] for row in rows]) else "left"
-        table.add_column(Text(column), justify=align, overflow="fold")
+        width = least[number] + (most[number] - least[number]) * spare // wanted if 0 <= spare < wanted else None
+        table.add_column(Text(column), justify=align, overflow="fold", width=width)
     for row in cells:
         # As `Text`, since rich would read square brackets in a plain string as markup.
         table.add_row(*(Text(cell) for cell in row))
@@ -40,7 +63,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str
     """A GitHub table, ending in a newline. Columns of numbers are aligned to the right.
 
     Raises:
-        ValueError: if a row does not have one cell a column.
+        ValueError: if a row does not have one cell per column.
     """
     cells = table_cells(columns, rows)
     rules = ["---:" if is_numeric([row[number] for row in rows]) else "---" for number in range(len(columns))]
