@@ -1,13 +1,17 @@
 """What single families do beyond the shared invariants: isolator rows, newlines, positions, the order of scores."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from family_models import FAMILIES, WITH_VIDEO
 from family_tester import Case, VideoCase
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from saccade import SaccadeError
+from saccade.families import stock_model
 from saccade.families.vision_attention import Patches
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig, get_reducer, keep_count, reduce
@@ -28,6 +32,14 @@ def test_isolator_rows_stand_once_before_an_image_or_video(case):
     count, plain = (int(case.family.placeholder(pruned["input_ids"]).sum()) for pruned in (with_rows, without))
     # One, two, none, one image; with videos one, two, none, two.
     assert count - plain == 3 * (5 if isinstance(case, VideoCase) else 4)
+
+
+def test_the_stock_model_is_found_inside_of_wrappers():
+    model = copy.deepcopy(CASES["llava_next"].model)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], r=2))
+    for outer in (model, adapted, nn.DataParallel(model), nn.DataParallel(torch.compile(adapted))):
+        assert stock_model(outer) is model
+        assert stock_model(torch.compile(outer)) is model
 
 
 @pytest.mark.parametrize("case", EVERY_CASE, ids=NAMES)

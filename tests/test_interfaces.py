@@ -112,7 +112,8 @@ def test_the_ranges_are_those_that_the_tests_run_on():
     for name in ("constraints.txt", "requirements-oldest.txt"):
         lines = (line.partition("==") for line in (ROOT / name).read_text().splitlines())
         pins[name] = {package: ".".join(found.split(".")[:2]) for package, _, found in lines if found}
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["train"]
     for package, (oldest, newest) in TESTED.items():
         assert pins["constraints.txt"][package] == newest
         assert pins["requirements-oldest.txt"].get(package, newest) == oldest

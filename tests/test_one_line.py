@@ -83,7 +83,7 @@ def test_a_package_that_is_missing_is_named_before_a_model_is_loaded(words, pack
     monkeypatch.setattr(checks, "get_available_reporting_integrations", lambda: [])
     line = refused(*words)
     assert line.startswith(f"{words[0][2:]}=")
-    assert line.endswith(f"is not installed: pip install '{package}'")
+    assert line.endswith(f'is not installed: pip install "{package}"')
 
 
 def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
@@ -96,7 +96,7 @@ def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
 
 def test_deepspeed_is_named_too(monkeypatch):
     monkeypatch.setattr("saccade.dualspeed.config.find_spec", lambda name: None)
-    assert refused("--deepspeed", "zero.json").endswith("pip install 'saccade[deepspeed]'")
+    assert refused("--deepspeed", "zero.json").endswith('pip install "saccade[deepspeed]"')
 
 
 def test_every_extra_installs_the_packages_that_errors_name_it_for():

@@ -364,7 +364,7 @@ def test_adapters_on_qwen_save_the_mergers_in_full(name):
 def test_quantization_is_refused_where_it_cannot_be(monkeypatch):
     options = ModelOptions(model="llava-hf/llava-1.5-7b-hf", lora=True, load_in_4bit=True)
     monkeypatch.setattr("saccade.training.quantization.find_spec", lambda name: None)
-    with pytest.raises(SaccadeError, match=r"needs bitsandbytes, .* pip install 'saccade\[quant\]'"):
+    with pytest.raises(SaccadeError, match=r"needs bitsandbytes, .* pip install \"saccade\[quant\]\""):
         load_model(options)
     with pytest.raises(SaccadeError, match="'tiny' is too small"):
         load_model(ModelOptions(load_in_4bit=True, lora=True))

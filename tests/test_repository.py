@@ -61,7 +61,9 @@ FORBIDDEN: dict[str, set[str]] = {
     "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},
-    "families": {"trl", "peft"},
+    "families": {"trl", "peft", "accelerate", "datasets"},
+    "pruning": {"trl", "peft", "accelerate", "datasets"},
+    "skip_vision": {"trl", "peft", "accelerate", "datasets"},
 }
 """Other packages that a room stays free of."""
 
@@ -197,9 +199,21 @@ def test_the_version_is_the_same_everywhere(project: dict) -> None:
 
 
 def test_every_dependency_is_pinned(project: dict) -> None:
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
-    names = {normal(re.match(r"[A-Za-z0-9._-]+", requirement)[0]) for requirement in wanted}
+    names = {normal(re.match(r"[A-Za-z0-9._-]+", requirement)[0]) for requirement in wanted(project)}
+    assert names > {"torch", "trl", "matplotlib", "pytest"}
     assert names - set(pins()) == set()
+
+
+def wanted(project: dict) -> list[str]:
+    """What an installation for development asks for: the dependencies, and those of `dev` and of the extras in it."""
+    extras = project["optional-dependencies"]
+    found, names = list(project["dependencies"]), ["dev"]
+    while names:
+        for requirement in extras[names.pop()]:
+            own = re.match(rf"{project['name']}\[(\w+)\]$", requirement)
+            names += [own[1]] if own else []
+            found += [] if own else [requirement]
+    return found
 
 
 def test_torchvision_is_nowhere_asked_for(project: dict) -> None:
@@ -210,7 +224,7 @@ def test_torchvision_is_nowhere_asked_for(project: dict) -> None:
 
 def test_the_install_page_names_the_supported_versions(project: dict) -> None:
     page = (ROOT / "docs" / "install.md").read_text()
-    for requirement in project["dependencies"]:
+    for requirement in wanted(project):
         name = re.match(r"[A-Za-z0-9._-]+", requirement)[0]
         if name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
             assert f"`{requirement}`" in page, f"docs/install.md does not say `{requirement}`"

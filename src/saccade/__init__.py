@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from saccade.errors import needing_extras
+
 if TYPE_CHECKING:
     from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer
     from saccade.errors import SaccadeError
@@ -53,7 +55,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Importing torch and transformers takes seconds, and `saccade --help` needs neither.
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        with needing_extras(f"saccade.{name}"):
+            return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'saccade' has no attribute {name!r}")
 
 

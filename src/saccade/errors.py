@@ -1,7 +1,8 @@
 """The exceptions that mean "the user can fix this"."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class SaccadeError(ValueError):
@@ -53,6 +54,13 @@ class RecordError(SaccadeError):
 
 
 EXTRAS = {
+    "trl": "train",
+    "peft": "train",
+    "accelerate": "train",
+    "datasets": "train",
+    "jinja2": "train",
+    "matplotlib": "demo",
+    "scikit-learn": "demo",
     "lmms_eval": "eval",
     "deepspeed": "deepspeed",
     "bitsandbytes": "quant",
@@ -60,18 +68,45 @@ EXTRAS = {
     "wandb": "track",
     "trackio": "track",
 }
-"""The optional packages that an extra of ours installs, as `pip install 'saccade[EXTRA]'` names it."""
+"""The optional packages that an extra of ours installs, as `pip install "saccade[EXTRA]"` names it."""
+
+_MODULES = {"sklearn": "scikit-learn"}
+"""Packages whose module has another name."""
 
 
-def needs_package(what: str, package: str) -> SaccadeError:
-    """The error where an option needs a package that is not installed.
+class MissingPackageError(SaccadeError, ImportError):
+    """An optional package that is not installed, so that a name or a verb cannot be used."""
+
+
+def needs_package(what: str, package: str) -> MissingPackageError:
+    """The error where something needs a package that is not installed.
 
     Args:
-        what: the option and its value.
+        what: an option and its value, a name of ours or a verb.
         package: by the name that pip knows it by.
     """
     wanted = f"saccade[{EXTRAS[package]}]" if package in EXTRAS else package
-    return SaccadeError(f"{what} needs {package}, which is not installed: pip install '{wanted}'")
+    return MissingPackageError(f'{what} needs {package}, which is not installed: pip install "{wanted}"')
+
+
+@contextmanager
+def needing_extras(what: str) -> Iterator[None]:
+    """Say which extra to install where the block imports an optional package that is not there.
+
+    Args:
+        what: a name of ours or a verb.
+
+    Raises:
+        MissingPackageError: in the place of the ModuleNotFoundError of a package of `EXTRAS`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        package = _MODULES.get(module, module)
+        if package not in EXTRAS:
+            raise
+        raise needs_package(what, package) from error
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, needing_extras
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
@@ -120,6 +120,11 @@ def _dispatch(argv: list[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise SaccadeError(f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}")
+    with needing_extras(f"saccade {verb}"):
+        return _run(verb, rest)
+
+
+def _run(verb: str, argv: list[str]) -> int:
     module = import_module(VERBS[verb][0])
     parser = Parser(
         prog=f"saccade {verb}",
@@ -130,7 +135,7 @@ def _dispatch(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return module.run(_parse(parser, module, rest))
+    return module.run(_parse(parser, module, argv))
 
 
 def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Namespace:

@@ -55,10 +55,9 @@ def get_family(model: nn.Module) -> Family:
 
 
 def stock_model(model: nn.Module) -> PreTrainedModel:
-    """The stock transformers model inside DDP, compile and PEFT wrappers."""
-    from accelerate.utils import extract_model_from_parallel
-
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    """The stock transformers model inside DDP, FSDP, DeepSpeed, compile and PEFT wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, needs_package
 
 FOLDER = Path(__file__).parent
 PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _check_can_shard(launch: str, engine: str, gpus: int) -> None:
     if engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-        raise SaccadeError(f"launch={launch!r} needs DeepSpeed: `pip install 'saccade[deepspeed]'`")
+        raise needs_package(f"launch={launch!r}", "deepspeed")
     on_cpu = engine == "DEEPSPEED" and os.environ.get("DS_ACCELERATOR") == "cpu"
     if engine in ("FSDP", "DEEPSPEED") and not gpus and not on_cpu:
         raise SaccadeError(
