@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from watching import watched
 
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import DISK_FAULTS, main
@@ -258,39 +259,35 @@ def test_what_was_passed_over_is_removed_first(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
-@pytest.mark.interfaces
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
-    """With stock loading its weights would match no key, and the last ones would stay."""
-    adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+def with_a_best(processor, output, adapters=None, **options):
+    """A trainer of four steps, of which the second is the best by decree."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "step_number", "greater_is_better": False}
     trainer = DualSpeedTrainer(
         build_tiny_llava(processor, seed=0),
-        args=make_config(
-            tmp_path,
-            max_steps=4,
-            save_strategy="steps",
-            save_steps=1,
-            eval_strategy="steps",
-            eval_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="step_number",
-            greater_is_better=False,
-            save_total_limit=2,
-        ),
+        args=make_config(output, **{**settings, "save_total_limit": 2, **options}),
         train_dataset=digit_scenes("sft", "train", 16),
         eval_dataset=digit_scenes("sft", "validation", 4),
         processing_class=processor,
-        peft_config=adapters if lora else None,
+        peft_config=adapters,
     )
     evaluate = trainer.evaluate
 
     def numbered(*args, **kwargs):
         metrics = evaluate(*args, **kwargs)
-        # Step 2 is the best by decree.
         metrics["eval_step_number"] = abs(trainer.state.global_step - 2)
         return metrics
 
     trainer.evaluate = numbered
+    return trainer
+
+
+@pytest.mark.interfaces
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
+    """With stock loading its weights would match no key, and the last ones would stay."""
+    adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+    trainer = with_a_best(processor, tmp_path, adapters if lora else None)
     trainer.train()
     best = tmp_path / "checkpoint-2"
     assert trainer.state.best_model_checkpoint == str(best)
@@ -303,6 +300,33 @@ def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
     for name, value in saved.items():
         assert torch.equal(value, final[name]), name
     assert torch.equal(trainer.isolator.weight, ModeIsolator.load(best).weight)
+
+
+def test_the_best_model_is_one_of_the_runs_own(processor, tmp_path):
+    """A state from somebody else may name any folder, and that of a run that was moved names where it was."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    constant = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    with_a_best(processor, run, max_steps=3, **constant).train()
+    shutil.copytree(run / "checkpoint-3", outside / "checkpoint-7")
+    shutil.copytree(run / "checkpoint-3", outside / "checkpoint-2")
+    state = run / "checkpoint-3" / "trainer_state.json"
+    (run / "checkpoint-3" / MANIFEST_FILE).unlink()
+    written = json.loads(state.read_text())
+    for best in (outside / "checkpoint-7", "/etc", "..", "\0"):
+        state.write_text(json.dumps({**written, "best_model_checkpoint": str(best)}))
+        with pytest.raises(SaccadeError, match=r"is not a checkpoint of .*run: put it there"):
+            with_a_best(processor, run, **constant).train(resume_from_checkpoint=True)
+    state.write_text(json.dumps({**written, "best_model_checkpoint": str(outside / "checkpoint-2")}))
+    trainer = with_a_best(processor, run, save_total_limit=1, **constant)
+    with watched() as events:
+        trainer.train(resume_from_checkpoint=True)
+    assert not [args for event, args in events if event == "open" and str(args[0]).startswith(str(outside))]
+    assert trainer.state.best_model_checkpoint == str(run / "checkpoint-2")
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    best = load_file(run / "checkpoint-2" / "model.safetensors")
+    trainer.save_model(str(tmp_path / "final"))
+    final = load_file(tmp_path / "final" / "model.safetensors")
+    assert all(torch.equal(value, final[name]) for name, value in best.items())
 
 
 def test_resume_without_a_checkpoint(model, processor, tmp_path):

@@ -1,5 +1,6 @@
 """Weights that are not all there are refused wherever a model is loaded, and tied embeddings export as they are."""
 
+import json
 import shutil
 
 import pytest
@@ -11,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.dualspeed.weights import check_keys
+from saccade.dualspeed.checkpoint import STATE_FILE, find_fault
+from saccade.dualspeed.folder import write_run_file
+from saccade.dualspeed.weights import check_keys, load_whole
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_model
 from saccade.training.export import export_model
+from saccade.training.sources import load_processor
 
 ADAPTERS = LoraConfig(r=2, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
 
@@ -145,3 +149,47 @@ def test_adapters_of_tied_embeddings_export_to_the_same_logits(processor, tmp_pa
         torch.testing.assert_close(exported.eval()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     tied = exported.lm_head.weight is exported.get_input_embeddings().weight
     assert tied == (list(options.values()) == [r".*q_proj"])
+
+
+@pytest.mark.parametrize("name", ["../outside/model.safetensors", "{outside}/model.safetensors", "sub/x", "", None, 3])
+@pytest.mark.parametrize("kind", ["model", "adapters", "checkpoint"])
+def test_an_index_names_no_file_of_another_folder(folders, tmp_path, kind, name):
+    """The file that it names is whole and fits, and stock loading would take it from where it lies."""
+    place, outside = tmp_path / "bad", tmp_path / "outside"
+    shutil.copytree(folders / ("adapters" if kind == "adapters" else "model"), place)
+    shutil.copytree(folders / "model", outside)
+    weights = load_file(outside / "model.safetensors")
+    (place / "model.safetensors").unlink(missing_ok=True)
+    name = name.format(outside=outside) if isinstance(name, str) else name
+    index = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(weights, name)}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    if kind == "checkpoint":
+        (place / STATE_FILE).write_text("{}")
+        write_run_file(place, {}, None)
+        assert find_fault(place).startswith("model.safetensors.index.json is damaged: it names ")
+        return
+    with pytest.raises(SaccadeError, match=r"model.safetensors.index.json is damaged .it names '"):
+        load_model(ModelOptions(model=str(place)))
+    with pytest.raises(SaccadeError, match=r"model.safetensors.index.json is damaged"):
+        load_whole(place)
+
+
+def test_weights_in_several_files_load(folders, tmp_path):
+    model, processor = load_model(ModelOptions(model=str(folders / "model")))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    processor.save_pretrained(tmp_path / "shards")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    loaded, _ = load_model(ModelOptions(model=str(tmp_path / "shards")))
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("field", ["gguf_file", "fast_tokenizer_files"])
+def test_a_tokenizer_names_no_file_of_another_folder(folders, tmp_path, field):
+    shutil.copytree(folders / "model", tmp_path / "bad")
+    config = tmp_path / "bad" / "tokenizer_config.json"
+    (tmp_path / "tokenizer.4.0.0.json").write_text("secret")
+    found = {**json.loads(config.read_text()), field: ["../tokenizer.4.0.0.json"]}
+    config.write_text(json.dumps(found))
+    with pytest.raises(SaccadeError, match=r"tokenizer_config.json is damaged .it names '../tokenizer.4.0.0.json'"):
+        load_processor(ModelOptions(model=str(tmp_path / "bad")))

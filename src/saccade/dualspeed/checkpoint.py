@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
@@ -11,13 +12,13 @@ from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING, remove_companion
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.manifest import find_damage, read_manifest, write_manifest
-from saccade.dualspeed.weights import check_keys, load_whole
+from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, load_whole
 from saccade.errors import SaccadeError
 from saccade.files import check_entries, to_json
 from saccade.pruning import ISOLATOR_FILE
@@ -87,6 +88,11 @@ def find_fault(path: Path, thorough: bool = False) -> str | None:
             return f"{name} is missing"
         except (OSError, ValueError, TypeError, RecursionError) as error:
             return f"{name} is damaged: {' '.join(str(error).split())[:200]}"
+    for index in sorted(path.glob(f"*{INDEX_ENDING}")):
+        try:
+            check_names(index)
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{index.name} is damaged: {' '.join(str(error).split())[:200]}"
     try:
         files = read_manifest(path)
         damage = _damage_unlisted(path) if files is None else find_damage(path, files, thorough)
@@ -129,11 +135,7 @@ def _check_run_file(run: Any) -> None:
 
 
 def _damage_unlisted(path: Path) -> str | None:
-    """What can be told of a checkpoint of a version that wrote no manifest: lengths, and the files of an index."""
-    for index in path.glob("*.index.json"):
-        for name in json.loads(index.read_text())["weight_map"].values():
-            if not (path / name).is_file():
-                return f"{name} is missing"
+    """What can be told of a checkpoint of a version that wrote no manifest: lengths."""
     for file in chain(path.glob("*.safetensors"), path.glob(f"*{ENDING}")):
         try:
             with safe_open(file, framework="pt"):  # compares the length of the file with its header
@@ -192,6 +194,38 @@ def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | 
             "name another, or pass True for the newest whole one"
         )
     return path
+
+
+def find_best(best: str | None, *folders: Path) -> Path | None:
+    """The best checkpoint of a run, by its name in the run's own folders, wherever these were when its path was
+    written; None where it is in none of them. What a state says may come from anybody: nothing outside is looked at.
+
+    Args:
+        best: the path that the state of the run names.
+        folders: of the run. The one that the path leads to is looked at first, then the others as they come.
+    """
+    if best is None:
+        return None
+    name, parent = Path(best).name, os.path.abspath(Path(best).parent)
+    for folder in sorted(folders, key=lambda folder: os.path.abspath(folder) != parent):
+        place = folder / name
+        if step_of(place) >= 0 and place.resolve().parent == folder.resolve():
+            return place
+    return None
+
+
+class BestOfRun(TrainerCallback):
+    """Puts the best checkpoint that `find_best` found in the place of the path that a resumed state names.
+
+    The stock trainer loads what lies there, forgets it where nothing does, as after a run was moved, and with
+    `save_total_limit=1` removes all other checkpoints at its end.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        state.best_model_checkpoint = None if self.path is None else str(self.path)
 
 
 def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:

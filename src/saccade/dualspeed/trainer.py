@@ -26,8 +26,11 @@ from saccade.data.turns import is_plain_text
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint
 from saccade.dualspeed.checkpoint import (
+    STATE_FILE,
+    BestOfRun,
     adapter_options,
     check_same_run,
+    find_best,
     load_weights_strictly,
     publish_checkpoint,
     remove_old_checkpoints,
@@ -70,6 +73,7 @@ from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.sharding import DummyImageCollator, gathered, layer_classes
 from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
+from saccade.dualspeed.weights import check_files
 from saccade.errors import SaccadeError
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
@@ -138,6 +142,7 @@ class DualSpeedTrainer(SFTTrainer):
     skip: SkipVision | None
     meter: ModeMeter
     sigterm: SigtermCheckpoint
+    best: BestOfRun
     guard: NonFiniteGuard
     bad_records: BadRecordLog
     feature_cache: FeatureCache | None = None
@@ -225,6 +230,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.run_id: str | None = None
+        self.best = BestOfRun()
+        self.add_callback(self.best)
         self._identity: dict[str, Any] | None = None
         self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
         self.add_callback(self.sigterm)
@@ -688,11 +695,19 @@ class DualSpeedTrainer(SFTTrainer):
             check_same_run(checkpoint, self._resume_state())
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
         if checkpoint is None:
+            self.best.path = None
             if args.should_save:
                 self.bad_records.path.unlink(missing_ok=True)
         else:
             self.bad_records.read()
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+            best = find_best(state.best_model_checkpoint, checkpoint.parent, Path(args.output_dir))
+            if best is None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                raise SaccadeError(
+                    f"best_model_checkpoint={state.best_model_checkpoint!r} in {checkpoint / STATE_FILE} is not a "
+                    f"checkpoint of {checkpoint.parent}: put it there, or set load_best_model_at_end to false"
+                )
+            self.best.path = best
             if 0 < args.max_steps <= state.global_step:
                 # The stock loop looks at max_steps after a step, and would train one too many.
                 self._load_from_checkpoint(str(checkpoint))
@@ -829,6 +844,7 @@ class DualSpeedTrainer(SFTTrainer):
         }
 
     def _load_best_model(self) -> None:
+        check_files(self.state.best_model_checkpoint)
         if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:

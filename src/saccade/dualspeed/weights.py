@@ -31,6 +31,9 @@ _READ = frozenset(
     )
 )
 """JSON objects that stock loading reads."""
+INDEX_ENDING = ".index.json"
+_NAMES = ("fast_tokenizer_files", "gguf_file")
+"""Fields in which a tokenizer's config names other files."""
 
 
 def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **options: Any) -> PreTrainedModel:
@@ -64,14 +67,35 @@ def check_files(place: str | Path) -> None:
     check_entries(folder, "model")
     for path in sorted(folder.iterdir()):
         try:
-            if path.name in _READ or path.name.endswith(".safetensors.index.json"):
-                if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
-                    raise ValueError("it is not a JSON object")
+            if path.name in _READ or path.name.endswith(INDEX_ENDING):
+                check_names(path)
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):  # compares the length of the file with its header
                     pass
         except (OSError, ValueError, SafetensorError) as error:
             raise damaged(place, path.name, error) from error
+
+
+def check_names(path: Path) -> None:
+    """Refuse a JSON file of a model that is damaged, or that makes stock loading read a file of another folder.
+
+    Raises:
+        ValueError: saying what is the matter with it.
+        OSError: if it cannot be read.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    if path.name.endswith(INDEX_ENDING):
+        if not isinstance(found.get("weight_map"), dict):
+            raise ValueError("its weight_map is not a mapping")
+        names = set(map(str, found["weight_map"].values()))
+    else:
+        given = [found.get(field) for field in _NAMES]
+        names = {str(name) for entry in given for name in (entry if isinstance(entry, list) else [entry]) if name}
+    for name in sorted(names):
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise ValueError(f"it names {name[:100]!r}, which is not a file beside it")
 
 
 def damaged(place: str | Path, name: str, error: Exception) -> SaccadeError:
