@@ -216,5 +216,5 @@ class TestEnv:
         assert json.loads(target.read_text()) == json.loads(capsys.readouterr().out)
 
     def test_an_output_that_is_a_folder_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["env", "--output", str(tmp_path)]) == 1
-        assert "this is a folder" in one_line(capsys.readouterr().err)
+        assert main(["env", "--output", str(tmp_path)]) == 2
+        assert "exists and is not a file" in one_line(capsys.readouterr().err)

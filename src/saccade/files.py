@@ -59,12 +59,47 @@ def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Pa
         raise
 
 
+def check_writable(path: str | os.PathLike[str], field: str, folder: bool = False) -> None:
+    """Refuse a place that nothing can be written to, before the work whose result is meant for it.
+
+    It is tried out with a file or a folder that is removed at once; what is missing of the path is not made.
+
+    Args:
+        field: what the user calls the path.
+        folder: whether it is to be a folder, and not a file.
+
+    Raises:
+        SaccadeError: naming the field.
+    """
+    target, parent = Path(path), Path(path) if folder else Path(path).parent
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(target)  # refuses a name that is too long, which what is written aside does not have
+            if not (target.is_dir() if folder else target.is_file()):
+                what = "folder" if folder else "file"
+                raise SaccadeError(f"{field}={str(path)!r} exists and is not a {what}: give another path")
+        there = next(place for place in (parent, *parent.parents) if place.exists())
+        probe = there / f".probe.{secrets.token_hex(6)}"
+        if there == parent:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        else:
+            probe.mkdir()
+            probe.rmdir()
+    except SaccadeError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SaccadeError(f"{field}={str(path)!r} cannot be written ({reason}): give another path") from error
+
+
 def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
-    """Refuse a place for a new folder that is taken; an empty folder is not.
+    """Refuse a place for a new folder that is taken, which an empty folder is not, or that cannot be written to.
 
     Raises:
         SaccadeError: naming the field that gave the path.
     """
+    check_writable(path, field, folder=True)
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise SaccadeError(f"{field}={str(path)!r} exists: name a folder that does not, or remove it")

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The report."""
+    return [(args.output, False)]
+
+
 def run(args: argparse.Namespace) -> int:
     """Check, show, write the report, and return 1 if a record is bad or the check was interrupted."""
     from rich.console import Console

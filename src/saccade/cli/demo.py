@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scenes", type=int, metavar="N", help="scenes of the test split to evaluate on")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The folder to write."""
+    return [(args.output, True)]
+
+
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 

@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write JSON to FILE")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The file to write, if one is asked for."""
+    return [(args.output, False)] if args.output is not None else []
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the environment as lines or as JSON, with its warnings on the standard error."""
     found = environment()

@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The JSON, which a comparison writes only where it is asked for."""
+    if args.output is None and args.model == "compare":
+        return []
+    return [(args.output or _beside(args.model, "eval.json"), False)]
+
+
 def run(args: argparse.Namespace) -> int:
     if args.model == "compare":
         return _compare(args)

@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The folder to write."""
+    return [(args.output, True)]
+
+
 def run(args: argparse.Namespace) -> int:
     from saccade.files import to_json
     from saccade.training.export import export_model

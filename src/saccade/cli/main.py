@@ -1,7 +1,9 @@
 """`saccade VERB`: finds the verb's module, parses its arguments, and turns the user's errors into one line.
 
 A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`
-the flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error.
+the flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error. A verb
+that writes has `outputs(args)`, each path that it will write and whether it is a folder: they are tried out before it
+runs.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from saccade.errors import SaccadeError, needing_extras
+from saccade.files import check_writable
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
@@ -135,7 +138,10 @@ def _run(verb: str, argv: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    return module.run(_parse(parser, module, argv))
+    args = _parse(parser, module, argv)
+    for path, folder in module.outputs(args) if hasattr(module, "outputs") else ():
+        check_writable(path, "output", folder)
+    return module.run(args)
 
 
 def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Namespace:

@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="also write JSON to FILE")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The file to write, if one is asked for."""
+    return [(args.output, False)] if args.output is not None else []
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the reducers as a table or as JSON."""
     # Here and not above: it imports torch, which `saccade reducers --help` need not wait for.

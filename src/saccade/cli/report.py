@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the report that is there")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The folder of the report, where one is named."""
+    return [(args.output, True)] if args.output is not None else []
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the report and say where it is."""
     from pathlib import Path

@@ -48,6 +48,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="run nothing, show what is done so far")
 
 
+def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+    """The folder to write."""
+    return [(args.output, True)]
+
+
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 

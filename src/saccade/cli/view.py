@@ -1,6 +1,8 @@
 """`saccade view`: an image with the patches that each reducer keeps and merges."""
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 EXAMPLES = """
 saccade view photo.jpg
@@ -38,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="view.png", metavar="FILE", help="PNG; JSON is written beside it (default: %(default)s)"
     )
+
+
+def outputs(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+    """The picture, and the JSON beside it."""
+    yield args.output, False
+    yield str(Path(args.output).with_suffix(".json")), False
 
 
 def run(args: argparse.Namespace) -> int:

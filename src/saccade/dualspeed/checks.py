@@ -14,6 +14,7 @@ from saccade.dualspeed.config import DualSpeedConfig
 from saccade.dualspeed.modes import Mode
 from saccade.errors import SaccadeError, did_you_mean, needs_package
 from saccade.families import Family
+from saccade.files import check_writable
 
 BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "paged_", "ademamix", "lion_", "rmsprop_bnb")
 OPTIMIZER_PACKAGES = (
@@ -91,7 +92,7 @@ def check_at_hand(args: DualSpeedConfig) -> None:
     """Refuse options that need a package or a file which is not here, before a model is loaded.
 
     Raises:
-        SaccadeError: naming the option, and the package and how to install it, or the file.
+        SaccadeError: naming the option, and the package and how to install it, or the file or folder.
     """
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise needs_package("use_liger_kernel=True", "liger-kernel")
@@ -106,6 +107,9 @@ def check_at_hand(args: DualSpeedConfig) -> None:
             raise SaccadeError(f"report_to={name!r} is unknown: {hint}")
         if name in INTEGRATION_TO_CALLBACK and name not in (*here, "azure_ml", "flyte"):
             raise needs_package(f"report_to={name!r}", name)
+    for field in ("output_dir", "feature_cache"):
+        if getattr(args, field) is not None:
+            check_writable(getattr(args, field), field, folder=True)
     template = Path(args.chat_template_path or ".")
     # Without an ending or a root it may be a model of the hub.
     if not template.exists() and (template.suffix or template.is_absolute()):

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING
 from saccade.errors import SaccadeError
-from saccade.files import check_entries, file_lock, write_json_atomically
+from saccade.files import check_entries, check_writable, file_lock, write_json_atomically
 from saccade.reducers import PRUNING_FILE
 
 RUN_FILE = "dualspeed.json"
@@ -201,8 +201,9 @@ def hold(args: TrainingArguments) -> AbstractContextManager[None]:
     """Keep other processes from starting a run in `output_dir`.
 
     Raises:
-        SaccadeError: if one is at work there, or something in it is a link that leads out of it.
+        SaccadeError: if one is at work there, something in it is a link that leads out of it, or it cannot be written.
     """
+    check_writable(args.output_dir, "output_dir", folder=True)
     check_entries(args.output_dir, "output_dir", weights=True)
     taken = (
         f"output_dir={args.output_dir!r}: another run is writing there now; wait for it to end, or name another folder"
