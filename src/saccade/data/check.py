@@ -12,7 +12,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from saccade.data.fields import fields_left_aside
 from saccade.data.lengths import TokenCounter, check_words, row_text
@@ -154,10 +153,7 @@ class _Reader:
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:
             check_words(row, self.counter.processor, self.counter.placeholder_id)
-            try:
-                full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
-            except TemplateError as error:
-                raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+            full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
             found.full.append(full)
             found.shortened.append(shortened)
             found.visual += sum(self.counter.image_tokens(size)[1] for size in sizes)

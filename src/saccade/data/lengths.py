@@ -6,9 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from PIL import Image
 
+from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, text_of, used_columns
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
@@ -49,7 +49,7 @@ class TokenCounter:
         self.budget, self.isolator_length = budget, isolator_length
         self._tokens: dict[Size, tuple[int, int]] = {}
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
-        self._one_image = processor.apply_chat_template([message], tokenize=False)
+        self._one_image = apply_chat_template(processor, [message], tokenize=False)
         self._bare = len(self._ids(self._one_image))
         measured = [self._measure(size) for size in _PROBES]
         self.fixed = measured[0] if len(set(measured)) == 1 else None
@@ -81,7 +81,6 @@ class TokenCounter:
 
         Raises:
             RecordError: if training cannot use the text.
-            TemplateError: of Jinja, if the chat template refuses it.
         """
         return len(self._ids(self._writer.write(row).text))
 
@@ -90,7 +89,6 @@ class TokenCounter:
 
         Raises:
             RecordError: if training cannot use the text.
-            TemplateError: of Jinja, if the chat template refuses it.
         """
         written = self._writer.write(row)
         return len(self._ids(written.text)), sum(
@@ -146,7 +144,7 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
     measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
     exact: dict[int, int] = {}
     for number, row in sample:
-        with suppress(TemplateError, RecordError):
+        with suppress(RecordError):
             exact[number] = counter.text_tokens(row)
     cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)

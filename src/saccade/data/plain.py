@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import images_of, text_of, used_columns
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.errors import RecordError, SaccadeError
@@ -76,7 +77,7 @@ class PlainWriter:
         """What the chat template prints for an image, without the white space around it."""
         text = {"type": "text", "text": _WORD}
         without, shown = (
-            self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            apply_chat_template(self.processor, [{"role": "user", "content": content}], tokenize=False)
             for content in ([text], [{"type": "image"}, text])
         )
         pairs = enumerate(zip(without, shown, strict=False))

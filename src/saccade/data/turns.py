@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import (
     IMAGE_TAG,
     Message,
@@ -60,8 +61,8 @@ class TurnWriter:
         Answers lose the white space around them, which tokenizers would join to the prompt or to the end token.
 
         Raises:
-            RecordError: if an answer would be learned with more or less than its words and its end.
-            TemplateError: of Jinja, if the chat template refuses the row.
+            RecordError: if an answer would be learned with more or less than its words and its end, or the chat
+                template refuses the row.
         """
         columns = {name: row.get(name) for name in used_columns(row)}
         if "messages" in columns:
@@ -98,12 +99,11 @@ class TurnWriter:
         self, asking: list[list[Message]], plain: list[list[Message]], options: Mapping[str, Any]
     ) -> list[str]:
         """The conversations as text, the first ones with the generation prompt."""
-        if (self.chat_template or getattr(self.processor, "chat_template", None)) is None:
-            raise RecordError("the processor has no chat template: add chat_template.jinja to the model's folder")
         texts = []
         for conversations, prompt in ((asking, True), (plain, False)):
             if conversations:
-                texts += self.processor.apply_chat_template(
+                texts += apply_chat_template(
+                    self.processor,
                     conversations,
                     chat_template=self.chat_template,
                     tokenize=False,

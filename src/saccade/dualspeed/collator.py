@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from jinja2 import TemplateError
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -127,10 +126,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _text(self, example: dict[str, Any]) -> TrainingText:
         if not any(column in example for column in WORDS):
             return TrainingText(example[self.dataset_text_field])
-        try:
-            return self._writer.write(example)
-        except TemplateError as error:
-            raise RecordError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+        return self._writer.write(example)
 
     def _check_columns(self, example: dict[str, Any]) -> None:
         """Refuse a row without any of the columns that words are learned from."""

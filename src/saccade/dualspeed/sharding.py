@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import used_columns
 from saccade.tokens import IGNORE_INDEX
 
@@ -50,7 +51,7 @@ class DummyImageCollator:
             return {"messages": [user, assistant], "images": images}
         if not isinstance(prompts[0], str):
             return {"prompt": [user], "completion": [assistant], "images": images}
-        place = self.processor.apply_chat_template([{**user, "content": [{"type": "image"}]}], tokenize=False)
+        place = apply_chat_template(self.processor, [{**user, "content": [{"type": "image"}]}], tokenize=False)
         return {"prompt": place, "completion": ".", "images": images}
 
 

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
+from saccade.data.chat import apply_chat_template
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
 from saccade.errors import SaccadeError
@@ -242,22 +243,19 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
     Images, in the parts of messages, are anything that `open_image` takes.
 
     Raises:
-        RecordError: if one of them cannot be used.
-        SaccadeError: if the processor has no chat template, or one that does not fit it.
+        RecordError: if one of them cannot be used, or the processor has no chat template, or one that does not fit it.
     """
-    if not getattr(processor, "chat_template", None):
-        raise SaccadeError("the model's processor has no chat template: add chat_template.jinja to its folder")
     pads = pads_to_square(processor)
     opened = [[_with_open_images(message, pads) for message in conversation] for conversation in conversations]
-    with reading("the model's chat template (chat_template.jinja) and processor make no prompt"):
-        return processor.apply_chat_template(
-            opened,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-        )
+    return apply_chat_template(
+        processor,
+        opened,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+    )
 
 
 def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:

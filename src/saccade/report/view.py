@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from saccade.data.chat import apply_chat_template
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.padding import padded, pads_to_square
-from saccade.files import write_json_atomically
+from saccade.files import reading, write_json_atomically
 from saccade.reducers import PruningConfig, reduce
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.tokens import Reduction
@@ -93,12 +94,18 @@ def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
 
 
 def process_image(processor: ProcessorMixin, image: Image.Image, prompt: str) -> Mapping[str, Any]:
-    """The processor's outputs for one image and a question."""
+    """The processor's outputs for one image and a question.
+
+    Raises:
+        SaccadeError: if the processor or its chat template makes none.
+    """
     if getattr(processor, "chat_template", None) is None:
         token = getattr(processor, "image_token", "<image>")
-        return processor(images=image, text=f"{token}\n{prompt}", return_tensors="pt")
+        with reading("the processor takes no image and text"):
+            return processor(images=image, text=f"{token}\n{prompt}", return_tensors="pt")
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
-    return processor.apply_chat_template(
+    return apply_chat_template(
+        processor,
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,

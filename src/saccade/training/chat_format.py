@@ -10,11 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from saccade.data.chat import apply_chat_template
 from saccade.data.plain import start_token
-from saccade.errors import SaccadeError
+from saccade.errors import RecordError, SaccadeError
 
 V1_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -169,7 +169,7 @@ def own_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         second = _between(render(question, answer, QUESTIONS[1], ANSWERS[1]), question, answer, QUESTIONS[1])
         # The words come padded, to see whether the template strips them.
         strips = f" {question} " not in render(f" {question} ", answer)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise _refusal(" ".join(str(error).split())[:200]) from error
     if not middle.startswith(asked) or (middle[len(asked) :] and not middle[len(asked) :].isspace()):
         raise _refusal(f"it begins an answer with {middle!r}, and asks for one with {asked!r}")
@@ -180,7 +180,7 @@ def own_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         # Asked for an answer, since Mistral tells the system message to the last question only.
         told = _between(render(question, system=SYSTEM, prompt=True), SYSTEM, question)
         system = (told[0], told[1])
-    except (TemplateError, ValueError, TypeError):
+    except ValueError:
         system = None
     found = ChatFormat(
         opening=opening,
@@ -250,15 +250,16 @@ def _from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> ChatTemplate:
 def _learned(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
     """The runs of tokens that a template marks in a conversation of two turns."""
     try:
-        encoded = tokenizer.apply_chat_template(
+        encoded = apply_chat_template(
+            tokenizer,
             _conversation(_LABELLED, None),
             chat_template=template,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-    except TemplateError as error:
-        raise SaccadeError(f"chat_template does not render: {' '.join(str(error).split())[:200]}") from error
+    except RecordError as error:
+        raise SaccadeError(f"chat_template does not render: {error}") from error
     pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     return [[token for token, _ in run] for marked, run in groupby(pairs, lambda pair: pair[1]) if marked]
 
@@ -281,8 +282,8 @@ def _conversation(words: tuple[str, ...], system: str | None) -> list[Message]:
 def _render(
     tokenizer: PreTrainedTokenizerBase, chat: list[Message], prompt: bool = False, template: str | None = None
 ) -> str:
-    return tokenizer.apply_chat_template(
-        chat, chat_template=template, tokenize=False, add_generation_prompt=prompt, **_SETTINGS
+    return apply_chat_template(
+        tokenizer, chat, chat_template=template, tokenize=False, add_generation_prompt=prompt, **_SETTINGS
     )
 
 

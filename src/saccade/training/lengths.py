@@ -6,8 +6,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jinja2 import TemplateError
-
 from saccade.data.conversation import checked_message, images_of, text_of, used_columns
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
@@ -163,7 +161,7 @@ def _count(read: Callable[[int], dict[str, Any]], index: int, counter: TokenCoun
     try:
         row = row_text(read(index))
         text, learned = _by_characters(row) if counter is None else counter.text_and_learned(row)
-    except (RecordError, TemplateError):
+    except RecordError:
         return
     yield SampleLength(text, min(learned, text), len(images_of(row)))
 
