@@ -5,35 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from saccade import DualSpeedConfig, DualSpeedTrainer
+from saccade import DualSpeedTrainer
 from saccade.data import digit_scenes
 from saccade.dualspeed.schedule import ModeSchedule
-from saccade.dualspeed.step import DualSpeedStep, ModePlan
 from saccade.families import Family, get_family
 from saccade.families.store import SUFFIX
-from saccade.pruning import ModeIsolator, Pruner
-from saccade.reducers import PruningConfig, Reducer, get_reducer
+from saccade.testing.training import make_config
 
 ORDINARY = {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0}
 PRUNE_ONLY = {"slow_probability": 0.0, "isolator_length": 0}
-
-
-def make_config(output_dir: str | Path, **options: Any) -> DualSpeedConfig:
-    """A config for a few steps on the CPU."""
-    defaults = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return DualSpeedConfig(output_dir=str(output_dir), **{**defaults, **options})
 
 
 def make_trainer(model, processor, output_dir, rows=None, peft_config=None, **options: Any) -> DualSpeedTrainer:
@@ -50,26 +30,6 @@ def make_trainer(model, processor, output_dir, rows=None, peft_config=None, **op
 def fast_slow_schedule(seed: int, slow_probability: float, kind: str = "bernoulli") -> ModeSchedule:
     """The schedule of the published two modes."""
     return ModeSchedule(seed, {"fast": 1 - slow_probability, "slow": slow_probability}, kind)
-
-
-def fast_slow_step(
-    model,
-    reducer: str | Reducer = "divprune",
-    budget: PruningConfig | None = None,
-    isolator: ModeIsolator | None = None,
-    positions: str = "compact",
-    distill: bool = True,
-    distill_weight: float = 1.0,
-    distill_temperature: float = 1.0,
-    **options: Any,
-) -> DualSpeedStep:
-    """The step of the published two modes."""
-    family = model if isinstance(model, Family) else get_family(model)
-    config = (budget or PruningConfig()).replace(positions=positions)
-    reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
-    fast = ModePlan(Pruner(config, isolator, reducer))
-    modes = {"fast": fast, "slow": ModePlan(None, fast if distill else None)}
-    return DualSpeedStep(family, modes, distill_weight, distill_temperature, **options)
 
 
 def losses(trainer) -> list[float]:

@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
-import family_tester as tester
 import pytest
 import transformers
-from family_models import PATCH, Tiny, finish, siglip_options, special_ids, text_options, tokenizer_with
 
 from saccade import families
+from saccade.testing.families import CHECKS
+from saccade.testing.tiny_models import PATCH, finish, siglip_options, special_ids, text_options, tokenizer_with
 from saccade.tiny.vocabulary import IMAGE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "add-a-family.md"
@@ -39,34 +39,26 @@ def build_vipllava():
 
 
 @pytest.fixture(scope="module")
-def case():
+def page():
+    """The page's family, registered, and the names of its test."""
     assert "vipllava" not in families.list_families()
-    (code,) = [
-        block for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL) if "Family(" in block
-    ]
-    exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
-    yield tester.Case("vipllava", Tiny(build_vipllava, transformers.VipLlavaForConditionalGeneration))
+    names = {"__name__": "page", "build_vipllava": build_vipllava}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(compile(block, str(PAGE), "exec"), names)
+    yield names
     families._FAMILIES.pop("vipllava")
 
 
 @pytest.mark.parametrize("reducer", ["divprune", "avgpool", "fastervlm"])
-@pytest.mark.parametrize(
-    "check",
-    [
-        tester.check_ratio_zero,
-        tester.check_original_equals_masked,
-        tester.check_cached_generation,
-        tester.check_batch_equals_one_by_one,
-        tester.check_several_sequences,
-        tester.check_padding_sides,
-        tester.check_gradients,
-    ],
-    ids=lambda check: check.__name__.removeprefix("check_"),
-)
-def test_the_page_s_family(case, check, reducer):
-    check(case, reducer)
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_page_s_family(page, check, reducer):
+    page["test_invariant"](CHECKS[check], reducer)
+
+
+def test_generation_at_ratio_zero(page):
+    page["test_generation_at_ratio_zero"]()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_it_trains(case, lora, tmp_path):
-    tester.check_training(case, "divprune", tmp_path, lora)
+def test_it_trains(page, lora, tmp_path):
+    page["test_training"](lora, tmp_path)

@@ -29,7 +29,6 @@ def package(tmp_path_factory) -> Path:
     (module,) = project["tool"]["setuptools"]["py-modules"]
     (folder / f"{module}.py").write_text(method)
     (folder / "test_unusual.py").write_text(test)
-    (folder / "reducer_tester.py").write_text((ROOT / "tests" / "reducer_tester.py").read_text())
     details = project["project"]
     info = folder / f"{details['name'].replace('-', '_')}-{details['version']}.dist-info"
     info.mkdir()

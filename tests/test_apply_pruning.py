@@ -5,14 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
-from family_tester import Case, VideoCase, generation_options, logits
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import GenerationConfig, pipeline
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
+from saccade.testing.families import Case, generation_options, logits
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
 CONFIG = PruningConfig("divprune", prune_ratio=0.7)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
 from family_models import FAMILIES
-from helpers import losses, make_config, make_trainer
+from helpers import losses, make_trainer
 from PIL import Image
 
 from saccade import DualSpeedTrainer, SaccadeError
@@ -26,6 +26,7 @@ from saccade.errors import RecordError
 from saccade.families import get_family
 from saccade.launch import make_plan, run_processes
 from saccade.reducers import PruningConfig
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_rows
 

@@ -2,11 +2,9 @@
 
 import math
 
-import family_tester as tester
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
-from helpers import fast_slow_step
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,11 +29,13 @@ from saccade.reducers.budget import share_out
 from saccade.reducers.shared_budget import Units
 from saccade.sweeps.grid import plan_grid
 from saccade.sweeps.plan import check_runs
+from saccade.testing import families as tester
+from saccade.testing.training import fast_slow_step
 from saccade.tokens import Reduction, VisualContext
 from saccade.training import load_recipe
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-VIDEO_CASES = {f"{name}-video": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+VIDEO_CASES = {f"{name}-video": VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 SEVERAL_ROWS = ("internvl", "idefics3", "llava_next", "qwen3_vl-video", "llava_onevision-video")
 
 

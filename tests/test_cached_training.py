@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 from family_models import FAMILIES
-from helpers import ORDINARY, TowerRows, feature_files, frozen_family, losses, make_config, make_trainer
+from helpers import ORDINARY, TowerRows, feature_files, frozen_family, losses, make_trainer
 from peft import LoraConfig
 
 from saccade import SaccadeError
@@ -14,6 +14,7 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.modes import Mode
 from saccade.families.cache import check_cacheable
 from saccade.reducers import Needs, PruningConfig
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 LORA = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])

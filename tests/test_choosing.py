@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reducer_tester import make_context
 
 from saccade.reducers import get_reducer
 from saccade.reducers.common import best_first, mask_to_index
 from saccade.reducers.similarity import FLOAT32_TIE, TIE, cosine_similarity
+from saccade.testing.reducers import make_context
 from saccade.tokens import VisualContext
 
 BY_ROWS = ["tome", "vispruner"]

@@ -2,11 +2,10 @@
 
 import copy
 
-import family_tester as tester
 import pytest
 import torch
 from family_models import FAMILIES
-from helpers import fast_slow_step, losses, make_config, make_trainer
+from helpers import losses, make_trainer
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -16,6 +15,8 @@ from saccade.dualspeed.compiling import compile_layers
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig
+from saccade.testing import families as tester
+from saccade.testing.training import fast_slow_step, make_config
 from saccade.tiny import build_tiny_llava
 
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from family_models import FAMILIES
-from family_tester import Case
 from helpers import make_trainer
 from peft import LoraConfig
 from transformers import AutoProcessor
@@ -15,6 +14,7 @@ from transformers import AutoProcessor
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.families.fitting import check_processor
+from saccade.testing.families import Case
 from saccade.tiny import build_tiny_llava
 
 JSON_FILES = (

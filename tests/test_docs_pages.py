@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import FAMILIES, noise_image
+from family_models import FAMILIES
 from trl import SFTConfig
 
 from saccade import DualSpeedConfig
@@ -18,6 +18,7 @@ from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.demo.plan import plan_runs
 from saccade.reducers import list_reducers
+from saccade.testing.tiny_models import noise_image
 from saccade.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent

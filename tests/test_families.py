@@ -1,14 +1,14 @@
 """Every invariant of DESIGN on every model family, with a few reducers; with all of them in the slow tests."""
 
-import family_tester as tester
 import pytest
-from family_models import FAMILIES, WITH_VIDEO
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from helpers import ORDINARY
 
 from saccade.reducers import list_reducers
+from saccade.testing import families as tester
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
-VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+VIDEO_CASES = {name: VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 SAMPLED = ("divprune", "avgpool")
 PAIRS = [
     pytest.param(name, reducer, marks=[] if reducer in SAMPLED else pytest.mark.slow)
@@ -16,16 +16,6 @@ PAIRS = [
     for reducer in list_reducers()
     if reducer != "none"
 ]
-
-CHECKS = {
-    "ratio zero": tester.check_ratio_zero,
-    "original positions": tester.check_original_equals_masked,
-    "cached generation": tester.check_cached_generation,
-    "several sequences": tester.check_several_sequences,
-    "one by one": tester.check_batch_equals_one_by_one,
-    "padding sides": tester.check_padding_sides,
-    "gradients": tester.check_gradients,
-}
 
 
 ON_THE_OLDEST = ("ratio zero", "original positions", "cached generation", "several sequences")
@@ -37,9 +27,11 @@ def with_check(pair, check):
     return pytest.param(*pair.values, check, marks=[*pair.marks, *([pytest.mark.interfaces] if old else [])])
 
 
-@pytest.mark.parametrize(("name", "reducer", "check"), [with_check(pair, check) for pair in PAIRS for check in CHECKS])
+@pytest.mark.parametrize(
+    ("name", "reducer", "check"), [with_check(pair, check) for pair in PAIRS for check in tester.CHECKS]
+)
 def test_invariant(name, reducer, check):
-    CHECKS[check](CASES[name], reducer)
+    tester.CHECKS[check](CASES[name], reducer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -67,10 +59,10 @@ def test_predictions_are_in_the_order_of_the_rows(name, tmp_path):
     tester.check_predictions(CASES[name], tmp_path)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", tester.CHECKS)
 @pytest.mark.parametrize(("name", "reducer"), [pair for pair in PAIRS if pair.values[0] in WITH_VIDEO])
 def test_invariant_with_videos(name, reducer, check):
-    CHECKS[check](VIDEO_CASES[name], reducer)
+    tester.CHECKS[check](VIDEO_CASES[name], reducer)
 
 
 @pytest.mark.parametrize("name", WITH_VIDEO)

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
-from family_tester import Case, VideoCase
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -15,6 +14,7 @@ from saccade.families import stock_model
 from saccade.families.vision_attention import Patches
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig, get_reducer, keep_count, reduce
+from saccade.testing.families import Case
 from saccade.tokens import VisualContext
 
 CASES = {name: Case(name, tiny) for name, tiny in FAMILIES.items()}

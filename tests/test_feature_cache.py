@@ -6,8 +6,7 @@ import os
 
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
-from family_tester import Case, VideoCase
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from helpers import TowerRows, feature_files, frozen_family
 from transformers import LlavaForConditionalGeneration
 
@@ -16,6 +15,7 @@ from saccade.families import cache as cache_module
 from saccade.families import store
 from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.store import SLACK, Store, folder_bytes
+from saccade.testing.families import Case
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 
 GIB = 2**30

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import fast_slow_step
 from host_reads import HostReads
 
 from saccade.pruning import ModeIsolator
+from saccade.testing.training import fast_slow_step
 
 OURS = {"fast": 4, "slow": 5}
 """The placeholders' number, the longest row, which rows start an image, and the label rows of each pass."""

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
-import family_tester as tester
 import pytest
 import torch
 import transformers
@@ -39,6 +38,7 @@ from saccade.interfaces import TESTED, changed, check_methods, check_takes, is_t
 from saccade.reducers import Needs
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
+from saccade.testing import families as tester
 from saccade.tokens import Role
 
 pytestmark = pytest.mark.interfaces

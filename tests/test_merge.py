@@ -1,9 +1,8 @@
 """Encoder features of every family's tokens, and merging them before the projector: against loops from the formula."""
 
-import family_tester as tester
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from torch import Tensor
 
 from saccade import SaccadeError
@@ -12,10 +11,11 @@ from saccade.dualspeed.modes import Mode
 from saccade.families import Encoded
 from saccade.pruning import reduced_features
 from saccade.reducers import Needs, PruningConfig, get_reducer, reduce
+from saccade.testing import families as tester
 from saccade.tokens import Reduction, VisualContext
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-VIDEO_CASES = {f"{name}-video": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+VIDEO_CASES = {f"{name}-video": VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 TOKEN_BY_TOKEN = [name for name, case in CASES.items() if case.family.projects_tokens]
 ENCODER = Needs(frozenset({"encoder_features"}))
 MERGES = [("visionzip", {"contextual": 0.5}), ("prumerge", {"neighbours": 3})]

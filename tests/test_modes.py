@@ -3,13 +3,13 @@
 from collections import Counter
 
 import pytest
-from helpers import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import SaccadeError
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.reducers import PruningConfig
+from saccade.testing.training import make_config
 
 SPEEDS = [
     {"name": "fast", "probability": 0.6, "isolator": True},

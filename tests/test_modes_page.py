@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import make_config, make_trainer
+from helpers import make_trainer
 
 from saccade.dualspeed.modes import ACTIONS, Mode
 from saccade.reducers import PruningConfig
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 PAGE = (Path(__file__).parent.parent / "docs" / "modes.md").read_text()

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from helpers import make_config, make_trainer
+from helpers import make_trainer
 from peft import LoraConfig
 
 from saccade import DualSpeedConfig, SaccadeError
@@ -15,6 +15,7 @@ from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.dualspeed import checks
 from saccade.errors import EXTRAS, needs_package
+from saccade.testing.training import make_config
 from saccade.training import load_recipe
 from saccade.training.recipe import ModelOptions, make_recipe
 from saccade.training.run import check_recipe

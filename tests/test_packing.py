@@ -2,12 +2,11 @@
 
 import copy
 
-import family_tester as tester
 import pytest
 import torch
 import torch.nn.functional as F
-from family_models import FAMILIES, WITH_VIDEO
-from helpers import ORDINARY, losses, make_config, make_trainer
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
+from helpers import ORDINARY, losses, make_trainer
 from transformers import LlavaForConditionalGeneration, MistralConfig
 
 from saccade import SaccadeError
@@ -15,11 +14,13 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention
 from saccade.families import get_family
 from saccade.pruning import ModeInputs
+from saccade.testing import families as tester
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 CAUSAL = [name for name in FAMILIES if name != "gemma3"]
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+VIDEO_CASES = {name: VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 
 
 @pytest.mark.interfaces

@@ -1,20 +1,21 @@
 """A micro-batch a few samples at a time: the same losses and gradients as all at once, on every family."""
 
-import family_tester as tester
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
-from helpers import fast_slow_step, losses, make_config, make_trainer
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
+from helpers import losses, make_trainer
 from peft import LoraConfig
 
 from benchmarks.counting import count_saved_bytes
 from saccade import SaccadeError
 from saccade.dualspeed.parts import InParts
 from saccade.pruning import ModeIsolator
+from saccade.testing import families as tester
+from saccade.testing.training import fast_slow_step, make_config
 from saccade.tiny import build_tiny_llava
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-VIDEO_CASES = {name: tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+VIDEO_CASES = {name: VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 
 
 @pytest.mark.parametrize("reducer", ["divprune", "avgpool"])

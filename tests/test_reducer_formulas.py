@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reducer_tester import kept, make_context, special_features, take_tokens
 from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer, list_reducers
 from saccade.reducers.similarity import nearest_kept
+from saccade.testing.reducers import kept, make_context, special_features, take_tokens
 from saccade.tokens import VisualContext
 
 

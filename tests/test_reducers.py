@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reducer_tester import HostSyncs, ReducerTester, kept, make_context
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer, list_reducers, register_reducer, registry
 from saccade.reducers.random import _content_hash
 from saccade.reducers.similarity import FLOAT32_TIE, cosine_similarity, products_are_exact
+from saccade.testing.reducers import HostSyncs, ReducerTester, kept, make_context
 from saccade.tokens import Reduction, VisualContext
 
 

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": METHOD | {"data", "tiny", "report", "training"},
     "launch": BOTTOM,
     "training": METHOD | {"data", "tiny", "report", "launch"},
+    "testing": METHOD | {"data", "tiny", "evaluation"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},

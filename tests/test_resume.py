@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import losses, make_config, make_trainer
+from helpers import losses, make_trainer
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint, remove_old_checkpoin
 from saccade.dualspeed.folder import OWNER_FILE, PARTIAL_DIR, RUN_FILE, read_run_file
 from saccade.dualspeed.manifest import MANIFEST_FILE
 from saccade.pruning import ModeIsolator
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 SCRIPT = Path(__file__).parent / "training_process.py"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 from datasets import Dataset
-from helpers import make_config, make_trainer
+from helpers import make_trainer
 from peft import LoraConfig
 
 from saccade import DualSpeedConfig, SaccadeError
@@ -20,6 +20,7 @@ from saccade.dualspeed.config import FREE_TO_CHANGE
 from saccade.dualspeed.folder import LOCK_FILE, OWNER_FILE, RUN_FILE, read_owner, read_run_file
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.files import file_lock
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 from saccade.training import ModelOptions, load_model, load_rows
 

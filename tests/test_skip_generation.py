@@ -2,10 +2,9 @@
 
 import copy
 
-import family_tester as tester
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from skip_tester import (
     CLOSE,
     FullCache,
@@ -20,11 +19,12 @@ from transformers import DynamicCache
 
 from saccade import SaccadeError
 from saccade.skip_vision.cache import cache_of, read_length, stored_length
+from saccade.testing import families as tester
 from saccade.tokens import Role
 
 FREEING = [name for name in FAMILIES if name != "gemma3"]
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-CASES |= {f"{name} videos": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+CASES |= {f"{name} videos": VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 COUNT = 32
 
 

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from family_models import FAMILIES, mixed_rows
-from family_tester import Case
+from family_models import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skip_tester import skipping
@@ -19,6 +18,8 @@ from saccade.skip_vision import PRESETS, SkipVisionConfig, SummaryHead
 from saccade.skip_vision.blocks import Blocks
 from saccade.skip_vision.config import amount_of
 from saccade.skip_vision.split import _pyramid
+from saccade.testing.families import Case
+from saccade.testing.tiny_models import mixed_rows
 from saccade.tokens import IGNORE_INDEX, Places, Role, VisualContext, VisualTokens, splice
 
 IMAGE, PAD = 9, 0

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import make_config
 
 from saccade.data import digit_scenes
 from saccade.evaluation.digits import collate_prompts
 from saccade.skip_vision import PRESETS, SkipVisionConfig
+from saccade.testing.training import make_config
 
 PAGE = (Path(__file__).parent.parent / "docs" / "skip-vision.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

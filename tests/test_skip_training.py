@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import ORDINARY, losses, make_config, make_trainer
+from helpers import ORDINARY, losses, make_trainer
 from peft import LoraConfig
 from safetensors.torch import load_file
 from skip_tester import masked_ffn, without_roles
@@ -14,6 +14,7 @@ from saccade import SaccadeError
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.pruning import prune
 from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.tokens import Role
 

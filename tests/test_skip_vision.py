@@ -2,19 +2,19 @@
 
 import copy
 
-import family_tester as tester
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO
+from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from peft import LoraConfig, get_peft_model
 from skip_tester import CLOSE, options_for, oracle_logits, skipping, without_roles
 
 from saccade.reducers import get_reducer
 from saccade.skip_vision import apply_skip_vision
+from saccade.testing import families as tester
 from saccade.tokens import Role, VisualContext
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in FAMILIES.items()}
-CASES |= {f"{name} videos": tester.VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
+CASES |= {f"{name} videos": VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 
 
 @pytest.fixture(params=CASES)

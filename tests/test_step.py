@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import fast_slow_step
 
 from saccade import prune_inputs
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import get_reducer
+from saccade.testing.training import fast_slow_step
 
 
 def shifted(logits, labels):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import fast_slow_step
 from transformers import CLIPConfig, CLIPModel
 
 from saccade import prune_inputs
@@ -10,6 +9,7 @@ from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.text_relevance import load_text_tower, row_samples, special_ids, user_words
 from saccade.reducers import Needs, PruningConfig, get_reducer
+from saccade.testing.training import fast_slow_step
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 
 RELEVANCE = Needs(frozenset({"relevance"}))

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from family_models import FAMILIES
-from family_tester import Case
 
 from saccade.families import get_family
 from saccade.families.tower import unused_layers_passed_over
+from saccade.testing.families import Case
 
 pytestmark = pytest.mark.interfaces
 

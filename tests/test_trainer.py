@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ORDINARY, PRUNE_ONLY, losses, make_config, make_trainer
+from helpers import ORDINARY, PRUNE_ONLY, losses, make_trainer
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
@@ -19,6 +19,7 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from chat_templates import STOCK, VICUNA, shipped, tokenizer_like
 from datasets import Dataset
-from family_models import FAMILIES, noise_image
+from family_models import FAMILIES
 from helpers import ORDINARY, losses, make_trainer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -21,6 +21,7 @@ from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.errors import RecordError
 from saccade.families import get_family
+from saccade.testing.tiny_models import noise_image
 
 QUESTIONS = ("What is in this picture?", "Where is the cat?", "How many cats are there?")
 ANSWERS = ("A cat sits on the mat.", "12", "Two cats,\n\nboth asleep — naïve, of course!")

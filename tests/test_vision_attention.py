@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import fast_slow_step
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AttentionInterface,
@@ -20,6 +19,7 @@ from saccade.families.base import Encoded
 from saccade.families.llava import LlavaFamily
 from saccade.families.vision_attention import AttentionBlock, Patches, pool_patches
 from saccade.reducers import Needs, PruningConfig, get_reducer, list_reducers
+from saccade.testing.training import fast_slow_step
 from saccade.tokens import VisualContext
 
 pytestmark = pytest.mark.interfaces

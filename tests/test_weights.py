@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import make_config, make_trainer
+from helpers import make_trainer
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +15,7 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.checkpoint import STATE_FILE, find_fault
 from saccade.dualspeed.folder import write_run_file
 from saccade.dualspeed.weights import check_keys, load_whole
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_model
 from saccade.training.export import export_model

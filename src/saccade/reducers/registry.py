@@ -25,7 +25,7 @@ class Reducer(Protocol):
     An implementation is a class whose constructor takes the options by keyword, most easily a frozen dataclass. The
     result for a row must not depend on the other rows, on where its padding lies or on whether the features come in a
     narrower dtype, and with an int `keep` and a dense context no value may travel from the device to the host.
-    `tests/reducer_tester.py` checks this of every registered reducer.
+    `saccade.testing.reducers` checks this of every registered reducer.
     """
 
     needs: ClassVar[frozenset[str]]

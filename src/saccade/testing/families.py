@@ -1,4 +1,8 @@
-"""Every invariant of a model family, as functions of a tiny model, a batch and a reducer."""
+"""Every invariant of a model family, as functions of a tiny model and a reducer.
+
+`CHECKS` has those that hold for any reducer; `check_generation_at_ratio_zero`, `check_training`, `check_cut_batches`
+and `check_predictions` need running once or twice. A check that fails raises an AssertionError.
+"""
 
 import copy
 from collections.abc import Iterable
@@ -9,22 +13,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from family_models import Tiny, collate_samples, mixed_rows, video_samples
-from helpers import fast_slow_step, make_config
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from saccade import DualSpeedTrainer, prune_inputs
-from saccade.dualspeed import DualSpeedCollator
+from saccade.dualspeed import DualSpeedCollator, DualSpeedTrainer
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.step import DualSpeedStep
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import Encoded, Family, get_family
-from saccade.pruning import ModeIsolator, Pruner, prune
+from saccade.pruning import ModeIsolator, Pruner, prune, prune_inputs
 from saccade.reducers import Needs, PruningConfig, get_reducer, reduce
+from saccade.testing.tiny_models import Tiny, mixed_rows
+from saccade.testing.training import fast_slow_step, make_config
 
 RATIO = 0.7
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -32,7 +35,13 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass
 class Case:
-    """A family's tiny model with batches for it, built once."""
+    """A family's tiny model with batches for it, built once.
+
+    Args:
+        name: of the family, for the names of tests.
+        tiny: how the model is built. Its processor takes images of up to 32 px, and its tokenizer the words of
+            `mixed_rows`, as that of `tokenizer_with` does.
+    """
 
     name: str
     tiny: Tiny
@@ -78,23 +87,6 @@ class Case:
     def positions(self) -> tuple[str, ...]:
         """The position modes that differ for this family."""
         return ("original",) if self.family.uses_mrope else ("compact", "original")
-
-
-class VideoCase(Case):
-    """The same with batches of videos and images, in either order; every word is learned."""
-
-    @cached_property
-    def samples(self) -> list[dict]:
-        return video_samples(self.name, self.model, self.processor)
-
-    @cached_property
-    def batch(self) -> dict[str, Any]:
-        batch = collate_samples(self.samples, 0, "right")
-        words = batch["attention_mask"].bool() & ~self.family.placeholder(batch["input_ids"])
-        return {**batch, "labels": batch["input_ids"].masked_fill(~words, -100)}
-
-    def prompts(self, rows: Iterable[int] = range(4)) -> dict[str, Any]:
-        return collate_samples([self.samples[row] for row in rows], 0, "left")
 
 
 @torch.no_grad()
@@ -258,6 +250,18 @@ def check_gradients(case: Case, reducer: str) -> None:
     isolator.zero_grad()
     slow("slow", case.batch, 1.0).loss.backward()
     assert torch.equal(isolator.weight.grad, torch.zeros_like(isolator.weight))
+
+
+CHECKS = {
+    "ratio zero": check_ratio_zero,
+    "original positions": check_original_equals_masked,
+    "cached generation": check_cached_generation,
+    "several sequences": check_several_sequences,
+    "one by one": check_batch_equals_one_by_one,
+    "padding sides": check_padding_sides,
+    "gradients": check_gradients,
+}
+"""What holds for any reducer, by name: functions of a case and the reducer's name."""
 
 
 def kept_mask(index: Tensor, tokens: int) -> Tensor:
