@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune-ratio", type=float, metavar="P", help="share of tokens to drop (default: 0.9)")
     parser.add_argument("--isolator-length", type=int, metavar="L", help="tokens before each image (default: 4)")
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
+    parser.add_argument("--fit-length", type=int, metavar="N", help="drop visual tokens of rows until they fit this")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument(
         "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
@@ -87,6 +88,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "prune_ratio": args.prune_ratio,
         "isolator_length": args.isolator_length,
         "max_length": args.max_length,
+        "fit_length": args.fit_length,
     }
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -102,6 +104,11 @@ def _show(report: dict[str, Any]) -> None:
         kept, ratio = tokens["keep_tokens"], tokens["prune_ratio"]
         budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens an image"
         print_table(f"tokens a row, {budget}", ["length", *tokens["full"]], rows)
+        if tokens["cut"]:
+            print(
+                f"{tokens['cut']} rows do not fit under fit_length={tokens['fit_length']}: each has "
+                f"{tokens['lost'] / tokens['cut']:.0f} visual tokens fewer than its budget, on average"
+            )
         if tokens["longer"]:
             print(
                 f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"

@@ -171,10 +171,14 @@ def _print(plan: dict[str, Any]) -> None:
     print_table(f"dry run of {plan['recipe']}", ["", "value"], rows)
     columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP a sample"]
     keys = ("name", "probability", "kept", "skipped", "summary", "isolator", "length")
+    cut = {mode["name"]: mode["cut"] for mode in plan["modes"] if mode["cut"]}
     modes = [*plan["modes"], {**plan["baseline"], "name": "(all tokens)", "probability": None}]
     print()
     print_table("modes", columns, [[*(mode[key] for key in keys), mode["flops"] / 1e12] for mode in modes])
     print()
+    if cut:
+        named = ", ".join(f"{share:.1%} in {name}" for name, share in cut.items())
+        print(f"samples that keep fewer visual tokens, so that they fit under fit_length: {named}\n")
     stages, published = plan["schedule"]["stages"], plan["published"]
     rows = [
         [Path(one["recipe"]).stem, f"{one['samples']:,.0f}", one["lengths"]["text_tokens"], f"{one['speedup']:.2f}x"]

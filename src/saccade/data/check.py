@@ -39,6 +39,7 @@ class Findings:
     ignored: Counter[str] = field(default_factory=Counter)
     full: list[int] = field(default_factory=list)
     shortened: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
     visual: int = 0
 
     def add(self, other: "Findings") -> None:
@@ -46,7 +47,7 @@ class Findings:
         for name in ("checked", "images", "text_only", "turns", "visual"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ignored.update(other.ignored)
-        for name in ("bad", "full", "shortened"):
+        for name in ("bad", "full", "shortened", "lost"):
             getattr(self, name).extend(getattr(other, name))
 
 
@@ -153,7 +154,10 @@ class _Reader:
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:
             check_words(row, self.counter.processor, self.counter.placeholder_id)
-            full, shortened = self.counter.lengths(self.counter.text_tokens(row_text(row)), sizes)
+            text = self.counter.text_tokens(row_text(row))
+            self.counter.check_fits(text, sizes)
+            full, shortened = self.counter.lengths(text, sizes)
+            found.lost.append(self.counter.lost(text, sizes))
             found.full.append(full)
             found.shortened.append(shortened)
             found.visual += sum(self.counter.image_tokens(size)[1] for size in sizes)
@@ -214,6 +218,9 @@ def _token_report(found: Findings, counter: TokenCounter, max_length: int | None
         "full": _percentiles(found.full),
         "shortened": _percentiles(found.shortened),
         "max_length": max_length,
+        "fit_length": counter.budget.fit_length,
+        "cut": sum(lost > 0 for lost in found.lost),
+        "lost": sum(found.lost),
         "longer": 0 if max_length is None else sum(length > max_length for length in found.full),
     }
 

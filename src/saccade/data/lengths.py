@@ -13,7 +13,7 @@ from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, tex
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import image_size
-from saccade.reducers import PruningConfig
+from saccade.reducers import PruningConfig, no_room
 
 Size = tuple[int, int]
 """Width and height."""
@@ -96,13 +96,38 @@ class TokenCounter:
         )
 
     def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
-        """Length of the full sequence, and of the shortened one."""
+        """Length of the full sequence, and of the shortened one, which fits where the budget has a bound."""
+        full, shortened = self._unbounded(text_tokens, sizes)
+        return full, shortened - self.lost(text_tokens, sizes)
+
+    def lost(self, text_tokens: int, sizes: Sequence[Size]) -> int:
+        """How many visual tokens the budget's `fit_length` takes of a row."""
+        bound = self.budget.fit_length
+        return 0 if bound is None else max(0, self._unbounded(text_tokens, sizes)[1] - bound)
+
+    def _unbounded(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
+        """`lengths` without a bound."""
         full = shortened = text_tokens
         for size in sizes:
             added, visual = self.image_tokens(size)
             full += added
             shortened += added - visual + self.budget.count(visual) + self.isolator_length
         return full, shortened
+
+    def check_fits(self, text_tokens: int, sizes: Sequence[Size]) -> None:
+        """Refuse a row that cannot fit under the budget's `fit_length`.
+
+        Raises:
+            RecordError: as training does.
+        """
+        if self.budget.fit_length is None:
+            return
+        for size in sizes:
+            added, visual = self.image_tokens(size)
+            text_tokens += added - visual
+        reason = no_room(text_tokens, len(sizes), self.isolator_length, self.budget.fit_length)
+        if reason is not None:
+            raise RecordError(reason, "too_long")
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -148,6 +173,8 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
             exact[number] = counter.text_tokens(row)
     cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
+    if shortened and counter.budget.fit_length is not None:
+        lengths = np.minimum(lengths, counter.budget.fit_length)
     return np.maximum(lengths, 1).tolist()
 
 

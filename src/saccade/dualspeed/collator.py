@@ -1,5 +1,6 @@
 """Samples to a padded batch: TRL's collator, with labels of the answers, images opened and everything checked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,7 @@ from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError
 from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
+from saccade.reducers import no_room
 from saccade.tokens import IGNORE_INDEX
 
 WORDS = ("messages", "prompt", "completion")
@@ -52,6 +54,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     usable one of their batch, or by the last one of the batch before.
 
     Args:
+        fit_length: most tokens of a row once its visual tokens are reduced to fit. With it `max_length` is not looked
+            at, no text is cut, and a row is only refused if it cannot fit with one token per image.
+        isolator_length: rows that stand before each image then.
         placeholder_id: token id of a visual token.
         conversation: "chat" writes rows in the model's chat format, "plain" as image, caption, line break, of which
             the last two are learned; see `PlainWriter`.
@@ -65,10 +70,13 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     Raises:
         RecordError: where `max_bad_records` is None: on a row with a fault, an image that is missing, truncated or no
             image, `<image>` tags that differ in number from the images, a row without an answer, or that the chat
-            template or the processor refuses, and a `max_length` that would cut image tokens or every label of a row.
+            template or the processor refuses, a `max_length` that would cut image tokens or every label of a row, and
+        a `fit_length` that leaves no room for a row's images.
     """
 
     placeholder_id: int | None = None
+    fit_length: int | None = None
+    isolator_length: int = 0
     conversation: str = "chat"
     stop_ids: tuple[int, ...] = ()
     max_image_pixels: int = MAX_PIXELS
@@ -197,17 +205,28 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             batch["labels"] = batch["labels"].masked_fill(part_only[:, None] & ~learned, IGNORE_INDEX)
         is_image = batch["input_ids"] == self.placeholder_id
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
-        faults = self._length_faults(batch, is_image)
+        images = [len(row["images"]) for row in prepared]
+        faults = (
+            self._length_faults(batch, is_image)
+            if self.fit_length is None
+            else self._fit_faults(batch, is_image, images)
+        )
         if not self.learn_stand_ins:
             stands_in = torch.tensor([row[STANDS_IN] for row in prepared])  # (B,)
             batch["labels"] = batch["labels"].masked_fill(stands_in[:, None], IGNORE_INDEX)
         limit = self.max_length
-        if limit is not None and batch["input_ids"].shape[1] > limit:
+        if self.fit_length is None and limit is not None and batch["input_ids"].shape[1] > limit:
             shape = batch["input_ids"].shape
             for name, value in batch.items():
                 if isinstance(value, Tensor) and value.shape == shape:
                     batch[name] = value[:, :limit]
         return batch, faults
+
+    def _fit_faults(self, batch: dict[str, Any], is_image: Tensor, images: Sequence[int]) -> dict[int, RecordError]:
+        """Why rows cannot fit under `fit_length`, however few visual tokens they keep."""
+        text = (batch["attention_mask"].sum(dim=1) - is_image.sum(dim=1)).tolist()
+        reasons = [no_room(*row, self.isolator_length, self.fit_length) for row in zip(text, images, strict=True)]
+        return {row: RecordError(reason, "too_long") for row, reason in enumerate(reasons) if reason is not None}
 
     def _length_faults(self, batch: dict[str, Any], is_image: Tensor) -> dict[int, RecordError]:
         """Why rows of an uncut batch cannot be used at `max_length`."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from importlib.util import find_spec
 from os import PathLike
@@ -94,6 +94,13 @@ class DualSpeedConfig(SFTConfig):
         adaptive (`bool`, *optional*, defaults to `False`):
             Share the tokens of a micro-batch out by how varied its images are, with the same total. Ours, not the
             paper's.
+        fit_length (`int`, *optional*):
+            Most tokens of a row in fast steps, text and isolator counted. A row that would be longer keeps as many
+            visual tokens as fit, shared among its images by how varied they are; one that fits is left as it is. Text
+            is never cut: `max_length` is not looked at, and a row that cannot fit with one token per image is a bad
+            record. Ours, not the paper's.
+        fit_slow (`bool`, *optional*, defaults to `False`):
+            With `fit_length`: modes on all tokens, and evaluation during training, fit too.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget. `"drop"` drops them in fast
             steps.
@@ -145,7 +152,7 @@ class DualSpeedConfig(SFTConfig):
             the model's chat format.
         max_length (`int`, *optional*, defaults to `2048`):
             Longest full sequence. Text beyond it is cut; a sample of which it would cut image tokens, or every answer,
-            is a bad record.
+            is a bad record. Not looked at with `fit_length`.
         group_by (`str`, *optional*, defaults to `"none"`):
             `"shortened"` puts samples of similar length after pruning into one batch, `"full"` of similar full length,
             `"none"` samples as they are drawn.
@@ -198,6 +205,12 @@ class DualSpeedConfig(SFTConfig):
     budget: str = field(default="crop", metadata={"help": "What shares a budget: 'crop', 'image' or 'sample'."})
     adaptive: bool = field(
         default=False, metadata={"help": "Share a micro-batch's tokens out by how varied its images are."}
+    )
+    fit_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a row in fast steps; visual tokens are dropped until it fits."}
+    )
+    fit_slow: bool = field(
+        default=False, metadata={"help": "With fit_length: modes on all tokens, and evaluation, fit too."}
     )
     newlines: str = field(
         default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
@@ -296,6 +309,7 @@ class DualSpeedConfig(SFTConfig):
             )
         if self.max_length is not None and self.max_length < 1:
             raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
+        self._check_fit()
         if self.group_by not in GROUP_BY:
             raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
         if self.packing:
@@ -371,6 +385,25 @@ class DualSpeedConfig(SFTConfig):
                     f"{name}=True needs a GPU, and none was found: for the CPU give {name}: false, use_cpu: true"
                 )
 
+    def _check_fit(self) -> None:
+        if self.fit_slow and self.fit_length is None:
+            raise SaccadeError(
+                "fit_slow=True says where fit_length holds, and that is not given: give it, or drop this"
+            )
+        if self.fit_length is None:
+            return
+        modes = self.all_modes()
+        if any(mode.action == "skip" for mode in modes):
+            raise SaccadeError(
+                f"fit_length={self.fit_length}: a mode that skips runs on all visual tokens; leave it out"
+            )
+        occurring = [mode for mode in modes if mode.probability]
+        used = {name for mode in occurring for name in (mode.name, mode.teacher)}
+        if not any(mode.action == "drop" and mode.name in used for mode in modes):
+            raise SaccadeError(
+                f"fit_length={self.fit_length} shortens passes that drop tokens, and there are none: add fit_slow=True"
+            )
+
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
         size = self.slow_micro_batch_size
@@ -414,6 +447,17 @@ class DualSpeedConfig(SFTConfig):
         Raises:
             SaccadeError: on options that make no list of modes.
         """
+        modes = self._given_modes()
+        if not self.fit_slow:
+            return modes
+        fitting = self.pruning.replace(prune_ratio=0.0)
+        return tuple(
+            replace(mode, action="drop", pruning=fitting, isolator=False) if mode.action == "keep" else mode
+            for mode in modes
+        )
+
+    def _given_modes(self) -> tuple[Mode, ...]:
+        """The modes, of which those on all tokens may be longer than `fit_length`."""
         skip = self.skip_options
         if self.modes is None and skip is not None and self._trains_on_all:
             return (Mode("skip", 1.0, "skip", skip_vision=skip),)
@@ -463,12 +507,13 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def takes_stock_steps(self) -> bool:
-        """Whether TRL's own step and loss do it, which are of padded rows, all at once."""
-        return self.is_ordinary and not self.padding_free and self.slow_micro_batch_size is None
+        """Whether TRL's own step and loss do it, which are of padded whole rows, all at once."""
+        changed = self.padding_free or self.fit_slow
+        return self.is_ordinary and not changed and self.slow_micro_batch_size is None
 
     @property
     def _trains_on_all(self) -> bool:
-        return self.pruning.keeps_all and self.slow_probability == 1 and self.distill_weight == 0
+        return self.pruning.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
 
     def resume_state(self) -> dict[str, Any]:
         """The options that a resumed run must share, as plain values: all but those in `FREE_TO_CHANGE`."""

@@ -12,7 +12,7 @@ from saccade.dualspeed.step import StepOutput
 from saccade.dualspeed.timing import Moment, Span
 
 TOKENS = ("full", "trained", "teacher")
-SUMS = ("kl", "samples", *TOKENS)
+SUMS = ("kl", "samples", "samples_cut", "tokens_cut", *TOKENS)
 
 
 class ModeMeter:
@@ -24,12 +24,14 @@ class ModeMeter:
         modes: names of the run's modes.
         full: the one that runs the stock model on all tokens, which speed-ups are measured against; None without one.
         taught: those that learn from a teacher.
+        fits: whether rows are shortened so that they fit, which is then told.
     """
 
-    def __init__(self, modes: Sequence[str], full: str | None, taught: Sequence[str] = ()) -> None:
+    def __init__(self, modes: Sequence[str], full: str | None, taught: Sequence[str] = (), fits: bool = False) -> None:
         self.modes = tuple(modes)
         self.full = full
         self.taught = tuple(taught)
+        self.fits = fits
         self.window: dict[str, float | Tensor] = defaultdict(float)
         self.step_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.teacher_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
@@ -55,6 +57,9 @@ class ModeMeter:
         window["samples"] += output.samples
         window["full"] += output.tokens_full
         window["trained"] += output.tokens_in
+        if output.cut is not None:
+            window["samples_cut"] += output.cut[0]
+            window["tokens_cut"] += output.cut[1]
         if output.tokens_teacher is not None:
             window["teacher"] += output.tokens_teacher
         self._teacher_in_step += output.teacher_passes
@@ -126,6 +131,9 @@ class ModeMeter:
             metrics["length_full"] = sums["full"] / sums["samples"]
             metrics["length_in"] = sums["trained"] / sums["samples"]
             metrics["tokens_per_second"] = sums["full"] / seconds
+        if self.fits:
+            metrics["rows_cut"] = sums["samples_cut"]
+            metrics["tokens_cut"] = sums["tokens_cut"] / max(1.0, sums["samples_cut"])
         metrics["num_tokens"] = self.tokens["trained"]
         metrics |= {"speedup_tokens": self.token_speedup(), "speedup": self.time_speedup()}
         self._window_started = time.perf_counter()

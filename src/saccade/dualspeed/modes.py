@@ -69,8 +69,8 @@ class Mode:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the mode is the stock model on its whole sequence."""
-        return self.action == "keep" or (self.action == "drop" and self.pruning.keeps_all and not self.isolator)
+        """Whether the mode is the stock model on its whole sequence, or on as much of it as fits."""
+        return self.action == "keep" or (self.action == "drop" and self.pruning.prune_ratio == 0 and not self.isolator)
 
 
 def fast_and_slow(
@@ -150,8 +150,12 @@ def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVi
     """`options`, with the tokens that a reducer keeps as the retained ones and all others skipped as they are.
 
     Raises:
-        SaccadeError: for a budget that is not a share or number of each image.
+        SaccadeError: for a budget that is not a share or number of each image, or a bound on the length of samples.
     """
+    if pruning.fit_length is not None:
+        raise SaccadeError(
+            f"fit_length={pruning.fit_length}: a mode that skips runs on all visual tokens; leave it out there"
+        )
     if pruning.budget != "crop" or pruning.adaptive:
         raise SaccadeError(
             f"budget={pruning.budget!r}, adaptive={pruning.adaptive!r}: a mode that skips keeps a share of each "

@@ -37,6 +37,8 @@ class StepOutput:
         tokens_in: long scalar, tokens that the trained pass ran on.
         tokens_teacher: long scalar, tokens that the teacher ran on; None without one.
         samples: rows of the batch.
+        cut: long `(2,)`, the samples that `fit_length` shortened in the trained pass, and the visual tokens that it
+            took from them; None where nothing is counted.
         teacher_passes: when the teacher's passes ran, on the device's clock.
     """
 
@@ -47,6 +49,7 @@ class StepOutput:
     tokens_in: Tensor
     tokens_teacher: Tensor | None
     samples: int
+    cut: Tensor | None = None
     teacher_passes: tuple[Span, ...] = ()
 
 
@@ -56,6 +59,7 @@ class _Sums:
 
     cross_entropy: Tensor
     tokens_in: Tensor
+    cut: Tensor
     kl: Tensor | None = None
     tokens_teacher: Tensor | None = None
     teacher_passes: tuple[Span, ...] = ()
@@ -155,6 +159,7 @@ class DualSpeedStep:
             tokens_in=sums.tokens_in,
             tokens_teacher=sums.tokens_teacher,
             samples=labels.shape[0],
+            cut=sums.cut,
             teacher_passes=sums.teacher_passes,
         )
 
@@ -169,16 +174,20 @@ class DualSpeedStep:
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
         return sum((p.sum() for p in local), start=0.0)
 
-    def _label_rows(self, laid: ModeInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states `(M, D)` of the rows that predict a label, those labels `(M,)`, and what the pass cost."""
+    def _label_rows(self, laid: ModeInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden states `(M, D)` of the rows that predict a label, those labels `(M,)`, what the pass cost, and what
+        `fit_length` cut, as in `StepOutput`."""
+        cut = laid.tokens.new_zeros(2)
+        if laid.lost is not None:
+            cut = torch.stack(((laid.lost > 0).sum(), laid.lost.sum()))
         if self.padding_free:
             packed = pack(laid, self.family)
-            return *label_rows(packed_states(packed, self.family), packed.labels), laid.tokens
-        return *label_rows(self.family.hidden_states(**laid.inputs), laid.labels), laid.tokens
+            return *label_rows(packed_states(packed, self.family), packed.labels), laid.tokens, cut
+        return *label_rows(self.family.hidden_states(**laid.inputs), laid.labels), laid.tokens, cut
 
     def _rows(
         self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`_label_rows` of the sequence that a plan leaves of the batch."""
         return prune(self.family, text, plan.method, self._label_rows, encoded=encoded, labels=labels)
 
@@ -188,19 +197,19 @@ class DualSpeedStep:
     ) -> tuple[Tensor, Tensor]:
         """Hidden states of the teacher's pass, without gradient and without dropout, and what the pass cost."""
         with evaluating(self.family.model):
-            rows, _, tokens = self._rows(teacher, encoded, text, labels)
+            rows, _, tokens, _ = self._rows(teacher, encoded, text, labels)
         return rows, tokens
 
     def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
         if plan.teacher is None:
-            rows, targets, tokens = self._rows(plan, encoded, text, labels)
-            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens)
+            rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
+            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
         started = Moment(labels.device)
         teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
         teacher_pass = Span(started, Moment(labels.device))
-        rows, targets, tokens = self._rows(plan, encoded, text, labels)
+        rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
-        return _Sums(ce, tokens, kl, tokens_teacher, (teacher_pass,))
+        return _Sums(ce, tokens, cut, kl, tokens_teacher, (teacher_pass,))
 
     def _run_in_parts(
         self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts

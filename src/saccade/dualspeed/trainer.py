@@ -191,9 +191,14 @@ class DualSpeedTrainer(SFTTrainer):
             pad_to_square(self.processing_class)
         self._speed_up()
         if own_collator:
+            fitting = [
+                mode for mode in args.all_modes() if mode.action == "drop" and mode.pruning.fit_length is not None
+            ]
             self.data_collator = DualSpeedCollator(
                 processor=self.processing_class,
                 max_length=args.max_length,
+                fit_length=min((mode.pruning.fit_length for mode in fitting), default=None),
+                isolator_length=args.isolator_length if any(mode.isolator for mode in fitting) else 0,
                 completion_only_loss=self.completion_only_loss,
                 pad_to_multiple_of=args.pad_to_multiple_of if isinstance(args.pad_to_multiple_of, int) else None,
                 dataset_text_field=args.dataset_text_field,
@@ -225,6 +230,7 @@ class DualSpeedTrainer(SFTTrainer):
             [mode.name for mode in self.modes],
             full=next((mode.name for mode in self.modes if mode.keeps_all), None),
             taught=[mode.name for mode in self.modes if mode.teacher is not None],
+            fits=any(mode.action == "drop" and mode.pruning.fit_length is not None for mode in self.modes),
         )
         self.add_callback(StepClock(self))
         self.add_callback(EpochStart())
@@ -285,7 +291,7 @@ class DualSpeedTrainer(SFTTrainer):
         return self.schedule.mode(step)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.skip is not None and not self.model.training:
+        if (self.skip is not None or self.args.fit_slow) and not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
         if self.is_ordinary or return_outputs or not self.model.training:
             with warnings.catch_warnings():

@@ -34,8 +34,8 @@ class Method(Protocol):
     trainable_modules: tuple[nn.Module, ...]
     """Modules of ours that get a gradient from it."""
 
-    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
-        """The tokens that now stand for the images."""
+    def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
+        """The tokens that now stand for the images; `text`, long `(B,)`, is what each sample has beside them."""
         ...
 
     def cost(self, role: Tensor) -> Tensor:
@@ -52,12 +52,14 @@ class ModeInputs:
         labels: long `(B, S)` or None.
         tokens: scalar, what the sequence costs: one per token, less what tokens skip of the layers.
         spliced: where each token came from; None where the sequence is the full one.
+        lost: long `(B,)`, how many visual tokens `fit_length` took of each sample's budget; None where all fit.
     """
 
     inputs: dict[str, Any]
     labels: Tensor | None
     tokens: Tensor
     spliced: Spliced | None = None
+    lost: Tensor | None = None
 
 
 def prune(
@@ -90,8 +92,10 @@ def prune(
         if method is None:
             laid = _whole(inputs, encoded, labels)
         else:
-            places = Places.of(family.placeholder(inputs["input_ids"]), None if encoded is None else encoded.context)
-            visual = None if encoded is None else method.reduce(family, encoded, places)
+            placeholder = family.placeholder(inputs["input_ids"])
+            places = Places.of(placeholder, None if encoded is None else encoded.context)
+            text = inputs["attention_mask"].sum(dim=1) - placeholder.sum(dim=1)
+            visual = None if encoded is None else method.reduce(family, encoded, places, text)
             laid = _splice(family, inputs, method, encoded, places, visual, labels, padding_side)
     return run(laid)
 
@@ -139,7 +143,8 @@ def _splice(
     if visual is not None:
         features, *deepstack_features = visual.by_row()
         given["mm_encoder_outputs"] = family.wrap_features(features, encoded, deepstack_features)
-    return ModeInputs(given, spliced.labels, method.cost(spliced.role), spliced)
+    lost = None if visual is None else visual.lost
+    return ModeInputs(given, spliced.labels, method.cost(spliced.role), spliced, lost)
 
 
 @contextmanager

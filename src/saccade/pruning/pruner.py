@@ -6,9 +6,10 @@ Shapes: R feature rows of N visual tokens, K of them kept at most; P placeholder
 import torch
 from torch import Tensor, nn
 
+from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family
 from saccade.pruning.isolator import ModeIsolator
-from saccade.reducers import Needs, PruningConfig, Reducer, reduce
+from saccade.reducers import Needs, PruningConfig, Reducer, no_room, reduce
 from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens, gather_selected
 
 
@@ -33,9 +34,19 @@ class Pruner:
         self.positions = config.positions
         self.trainable_modules: tuple[nn.Module, ...] = (isolator,) if isinstance(isolator, nn.Module) else ()
 
-    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
-        """The kept tokens, each at its own place, and the isolator's rows before each image's."""
-        reduction = reduce(encoded.context, self.config, self.reducer)
+    def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
+        """The kept tokens, each at its own place, and the isolator's rows before each image's.
+
+        Raises:
+            SaccadeError: if a sample does not fit under `fit_length` with one token for each of its images.
+        """
+        isolator = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
+        owner = room = None
+        if self.config.fit_length is not None:
+            isolator_length = 0 if isolator is None else isolator.shape[0]
+            owner = torch.zeros_like(encoded.context.group).scatter_(0, places.feature_row, places.sample)  # (R,)
+            room = room_of(places, encoded.context, text, self.config.fit_length, isolator_length)[owner]
+        reduction = reduce(encoded.context, self.config, self.reducer, room)
         place = places_of(encoded.context, reduction)  # (T,)
         layers = [reduced_features(family, encoded, reduction)]
         layers += [reduction.apply(features) for features in encoded.deepstack_features]
@@ -45,8 +56,10 @@ class Pruner:
         role = torch.full_like(place, Role.RETAINED)
         rows, width = reduction.index.shape
         counts = [width] * rows if reduction.dense else reduction.counts.tolist()
-        kept = VisualTokens(place, role, features, counts, tuple(deepstack_features))
-        isolator = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
+        lost = reduction.lost
+        if lost is not None:
+            lost = torch.zeros_like(text).index_add_(0, owner, lost)
+        kept = VisualTokens(place, role, features, counts, tuple(deepstack_features), lost)
         if isolator is None or isolator.shape[0] == 0:
             return kept
         return with_isolator(kept, isolator, places, encoded.context, spread=not family.uses_mrope)
@@ -54,6 +67,25 @@ class Pruner:
     def cost(self, role: Tensor) -> Tensor:
         """Every token runs through every layer."""
         return (role != Role.PADDING).sum()
+
+
+def room_of(places: Places, context: VisualContext, text: Tensor, fit_length: int, isolator_length: int) -> Tensor:
+    """How many visual tokens each sample can have beside its text and its isolator rows: long `(B,)`.
+
+    Args:
+        text: long `(B,)`, tokens of each sample that stand for no image.
+
+    Raises:
+        SaccadeError: if a sample has no room for one token of each of its images.
+    """
+    start, _ = _image_starts(places, context)
+    images = torch.zeros_like(text).index_add_(0, places.sample[start], torch.ones_like(start))
+    room = fit_length - text - isolator_length * images
+    for sample, (count, words) in enumerate(zip(*torch.stack((images, text)).tolist(), strict=True)):
+        reason = no_room(words, count, isolator_length, fit_length) if count else None
+        if reason is not None:
+            raise SaccadeError(f"sample {sample} of the batch: {reason}")
+    return room
 
 
 def reduced_features(family: Family, encoded: Encoded, reduction: Reduction) -> Tensor:
@@ -115,6 +147,7 @@ def with_isolator(
         joined(isolator.repeat(images, 1), kept.features),
         counts,
         tuple(joined(torch.zeros_like(isolator).repeat(images, 1), layer) for layer in kept.deepstack_features),
+        kept.lost,
     )
 
 

@@ -8,6 +8,7 @@ from saccade.reducers.config import PRUNING_FILE, PruningConfig
 from saccade.reducers.divprune import DivPrune
 from saccade.reducers.dpp import Determinantal
 from saccade.reducers.fastervlm import FasterVLM
+from saccade.reducers.fit import no_room
 from saccade.reducers.none import KeepAll
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
@@ -43,6 +44,7 @@ __all__ = [
     "keep_count",
     "keep_counts",
     "list_reducers",
+    "no_room",
     "reduce",
     "register_reducer",
     "token_need",

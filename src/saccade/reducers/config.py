@@ -40,6 +40,10 @@ class PruningConfig:
         adaptive (`bool`, *optional*, defaults to `False`):
             Spend what the units of a batch have together where it is needed, see [`adaptive_counts`]. A sample's
             tokens then depend on the samples beside it.
+        fit_length (`int`, *optional*):
+            Most tokens of a sample, its text and the isolator's rows counted. A sample that would be longer keeps as
+            many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; one that fits
+            is reduced as without it. Text is never cut.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget; `"drop"` drops them.
         positions (`str`, *optional*, defaults to `"compact"`):
@@ -59,6 +63,7 @@ class PruningConfig:
     keep_tokens: int | None = None
     budget: str = "crop"
     adaptive: bool = False
+    fit_length: int | None = None
     newlines: str = "keep"
     positions: str = "compact"
     isolator: str | None = None
@@ -84,6 +89,16 @@ class PruningConfig:
             check_choice(name, getattr(self, name), known)
         if not isinstance(self.adaptive, bool):
             raise SaccadeError(f"adaptive={self.adaptive!r} is neither true nor false")
+        if self.fit_length is not None:
+            if not isinstance(self.fit_length, int) or isinstance(self.fit_length, bool) or self.fit_length < 1:
+                raise SaccadeError(
+                    f"fit_length={self.fit_length!r}: give a whole number of tokens from 1 on, or leave it out"
+                )
+            if self.reducer == "none":
+                raise SaccadeError(
+                    f"fit_length={self.fit_length} with reducer='none', which drops no token: use another reducer; "
+                    "prune_ratio=0 keeps all tokens of samples that fit"
+                )
         if self.isolator is not None:
             object.__setattr__(self, "isolator", str(self.isolator))
         self.make_reducer()
@@ -100,10 +115,10 @@ class PruningConfig:
     @property
     def keeps_all(self) -> bool:
         """Whether no token is dropped, whatever a unit has."""
-        return self.prune_ratio == 0
+        return self.prune_ratio == 0 and self.fit_length is None
 
     def count(self, num_tokens: int) -> int:
-        """Tokens to keep of a unit of `num_tokens`, before `adaptive` moves any."""
+        """Tokens to keep of a unit of `num_tokens`, before `adaptive` moves and `fit_length` takes any."""
         if self.keep_tokens is None:
             return keep_count(num_tokens, self.prune_ratio)
         return min(num_tokens, self.keep_tokens)

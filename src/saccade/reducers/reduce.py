@@ -3,18 +3,23 @@
 Shapes: B feature rows of N tokens, K tokens kept at most.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from saccade.reducers.adaptive import adaptive_counts
 from saccade.reducers.config import PruningConfig
+from saccade.reducers.fit import Fit, fit_counts
 from saccade.reducers.none import KeepAll
 from saccade.reducers.registry import Reducer
 from saccade.reducers.shared_budget import Units
 from saccade.tokens import Reduction, VisualContext
 
 
-def reduce(context: VisualContext, config: PruningConfig, reducer: Reducer | None = None) -> Reduction:
+def reduce(
+    context: VisualContext, config: PruningConfig, reducer: Reducer | None = None, room: Tensor | None = None
+) -> Reduction:
     """Let a reducer choose the tokens that the budget leaves.
 
     Where crops or images share a budget, the reducer sees all tokens of a unit as one row and chooses among them
@@ -26,17 +31,22 @@ def reduce(context: VisualContext, config: PruningConfig, reducer: Reducer | Non
 
     Args:
         reducer: the config's, where the caller has it already.
+        room: long `(B,)`, visual tokens that the sample of each row can have altogether, from 1 on; None for no bound.
+            `config.fit_length` is not read here, where the text is not known. Samples within it are reduced as without
+            it, the others as `fit_counts` says.
 
     Raises:
-        SaccadeError: if a sample is to share a budget and the context does not say which rows belong to it.
+        SaccadeError: if a sample is to share a budget, or has a bound, and the context does not say which rows belong
+            to it.
     """
-    if config.keeps_all:
+    if config.prune_ratio == 0 and room is None:
         return KeepAll()(context, keep=context.shape[1])
     reducer = config.make_reducer() if reducer is None else reducer
     if config.budget == "crop":
-        return _reduce_rows(context, config, reducer)
+        return _reduce_rows(context, config, reducer, room)
     units = Units.of(context, config.budget)
-    return units.split(_reduce_rows(units.context(context), config, reducer))
+    reduction = _reduce_rows(units.context(context), config, reducer, None if room is None else room[units.first])
+    return units.split(reduction)
 
 
 def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
@@ -59,14 +69,43 @@ def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
     return torch.tensor(adaptive_counts(context, counts, limits) if config.adaptive else counts)
 
 
-def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer) -> Reduction:
+def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer, room: Tensor | None) -> Reduction:
     """`reduce`, where each row has a budget of its own."""
+    keeps_all = config.prune_ratio == 0
     keep = keep_counts(context, config)
+    fit = None
+    if room is not None:
+        fit = fit_counts(context, keep, room, keeps_newlines=keeps_all or config.newlines == "keep")
+    if fit is not None:
+        return _fitted(context, config, reducer, fit)
+    if keeps_all:
+        return KeepAll()(context, keep=context.shape[1])
     if context.protected is None:
         return reducer(context, keep=keep)
     protected = context.protected & context.valid
     reduction = reducer(context.replace(valid=context.valid & ~protected, protected=None), keep=keep)
     return _with_tokens(reduction, protected) if config.newlines == "keep" else reduction
+
+
+def _fitted(context: VisualContext, config: PruningConfig, reducer: Reducer, fit: Fit) -> Reduction:
+    """What a reducer chooses where some samples fit only with fewer tokens than their budget."""
+    device = context.features.device
+    # One copy for all that the host has decided.
+    keep, newlines, lost = torch.tensor((fit.keep, fit.newlines, fit.lost), device=device)
+    stays = torch.zeros_like(context.valid)
+    if context.protected is not None and (config.newlines == "keep" or config.prune_ratio == 0):
+        stays = context.protected & (newlines > 0).unsqueeze(1)
+    offered = context.valid & (keep > 0).unsqueeze(1)
+    if context.protected is not None:
+        offered = offered & ~context.protected
+    if config.prune_ratio == 0:
+        # Even a method that merges must leave alone what fits.
+        whole = (lost == 0).unsqueeze(1)
+        stays, offered = stays | whole, offered & ~whole
+    reduction = reducer(context.replace(valid=offered, protected=None), keep=torch.tensor(fit.keep))
+    if context.protected is not None or config.prune_ratio == 0:
+        reduction = _with_tokens(reduction, stays & context.valid)
+    return replace(reduction, lost=lost)
 
 
 def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:

@@ -46,6 +46,7 @@ class Budget(Protocol):
     """What of a [`PruningConfig`] decides about needs."""
 
     budget: str
+    fit_length: int | None
     keeps_all: bool
 
 
@@ -54,7 +55,7 @@ class Needs:
     """What an encoding of images has to offer beyond the features.
 
     Args:
-        fields: of `NEEDS`, and "sample" where the images of a sample share a budget.
+        fields: of `NEEDS`, and "sample" where the images of a sample share a budget or have to fit together.
         text_tower: folder of the CLIP model that relevance is read from, in place of the language model's embeddings.
         tokenizer: folder of the tokenizer that finds the user's words; None for the model's own.
     """
@@ -69,7 +70,8 @@ class Needs:
         if budget is not None and budget.keeps_all:
             return cls()
         own = frozenset(reducer.needs)
-        shared = frozenset({"sample"}) if budget is not None and budget.budget == "sample" else frozenset()
+        by_sample = budget is not None and (budget.budget == "sample" or budget.fit_length is not None)
+        shared = frozenset({"sample"}) if by_sample else frozenset()
         if "relevance" not in own:
             return cls(own | shared)
         return cls(own | shared, getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))

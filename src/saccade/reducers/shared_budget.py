@@ -71,6 +71,7 @@ class Units:
             **joined,
             valid=None if full else self.place >= 0,
             grid=self._grid(context),
+            sample=None if context.sample is None else context.sample[self.first],
             seed=None if context.seed is None else context.seed[self.first],
         )
 
@@ -95,9 +96,13 @@ class Units:
         kept[number.reshape(-1)] = True
         kept = kept[:-1].reshape(rows, tokens)
         index = mask_to_index(kept, int(kept.sum(dim=1).max()))
+        lost = reduction.lost
+        if lost is not None:
+            lost = lost.new_zeros(rows).scatter_(0, self.first, lost)
         if reduction.weight is None:
-            return Reduction(index)
-        return JointReduction(index, before_projector=reduction.before_projector, units=self, joint=reduction)
+            return Reduction(index, lost=lost)
+        before = reduction.before_projector
+        return JointReduction(index, before_projector=before, lost=lost, units=self, joint=reduction)
 
 
 @dataclass

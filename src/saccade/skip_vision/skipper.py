@@ -38,7 +38,7 @@ class Skipper:
         self.trainable_modules: tuple[nn.Module, ...] = () if head is None else (head,)
         self.share = skipped_share(family, config)
 
-    def reduce(self, family: Family, encoded: Encoded, places: Places) -> VisualTokens:
+    def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
         """Split, merge and summarise the tokens of each image. A summary stands at the last token of its group.
 
         Raises:

@@ -17,12 +17,15 @@ class Reduction:
         dense: whether no entry of `index` is -1. Reducers that know it say so, which spares a device-to-host copy.
         before_projector: whether the weights are those of the encoder's features, and the projector is then given the
             sums, see `saccade.pruning.reduced_features`: another merge where the projector is not linear.
+        lost: long `(B,)`, how many tokens fewer than its budget each row keeps so that its sample fits, a unit's with
+            its first row; None where every sample fits.
     """
 
     index: Tensor
     weight: Tensor | None = None
     dense: bool = False
     before_projector: bool = False
+    lost: Tensor | None = None
 
     @property
     def valid(self) -> Tensor:

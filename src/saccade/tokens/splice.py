@@ -92,6 +92,7 @@ class VisualTokens:
         features: `(T, D)`.
         counts: how many of the T are handed to the model with each of the R feature rows, in order.
         deepstack_features: `(T, D)` for each further layer of the language model that features enter at.
+        lost: long `(B,)`, how many tokens fewer than its budget each sample has so that it fits; None where all fit.
     """
 
     place: Tensor
@@ -99,6 +100,7 @@ class VisualTokens:
     features: Tensor
     counts: Sequence[int]
     deepstack_features: tuple[Tensor, ...] = ()
+    lost: Tensor | None = None
 
     def by_row(self) -> list[list[Tensor]]:
         """One `(n_i, D)` per feature row, for the features and then for each further layer."""

@@ -79,7 +79,8 @@ def check_data(
         counter = TokenCounter(processor, placeholder_id, args.pruning, args.isolator_length, stops, args.conversation)
         padded = padded or pads_to_square(processor)
     rows = [rows for _, rows in opened]
-    report = check_sources(rows, counter, args.max_image_pixels, jobs, args.max_length, padded, start, progress)
+    max_length = args.max_length if args.fit_length is None else None
+    report = check_sources(rows, counter, args.max_image_pixels, jobs, max_length, padded, start, progress)
     named = [{"path": name, "records": len(rows)} for name, rows in opened]
     return {"sources": named, **report}
 

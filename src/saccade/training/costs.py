@@ -35,6 +35,7 @@ class ModeCost:
         rows: visual rows of an image in the trained pass.
         isolator: rows of the isolator beside them.
         length: rows of the whole sequence, the mean over samples.
+        cut: the share of samples that keep fewer visual rows than these, so that they fit.
         flops: of the trained pass and the teacher's, tower and projector with them, the mean over samples.
         language_flops: of these, the language model's.
         samples: of a micro-batch that run at a time.
@@ -46,6 +47,7 @@ class ModeCost:
     rows: VisualRows
     isolator: int
     length: float
+    cut: float
     flops: float
     language_flops: float
     samples: int
@@ -54,9 +56,11 @@ class ModeCost:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One sample in one mode: rows of its sequence, those that skip, operations, bytes for the backward pass."""
+    """One sample in one mode: rows of its sequence, whether it was cut to fit, operations, bytes for the backward
+    pass."""
 
     length: int
+    cut: bool
     vision: int
     language: int
     activations: float
@@ -106,7 +110,8 @@ class Costs:
         """Each mode of the run, with the teacher it learns from; a stage that trains no decoder layer has one."""
         args = self.recipe.trainer
         if args.is_ordinary:
-            return [self.of(Mode("all_tokens", 1.0, "keep"))]
+            fitting = args.all_modes()[-1] if args.fit_slow else Mode("all_tokens", 1.0, "keep")
+            return [self.of(replace(fitting, name="all_tokens", teacher=None))]
         modes = args.all_modes()
         if not self.trains_language:
             return [self.of(replace(modes[0], probability=1.0, teacher=None))]
@@ -129,7 +134,7 @@ class Costs:
 
     def _kept(self, pruning: PruningConfig) -> int:
         """Tokens that are kept of the image: of its small and its large picture apart, or of both together."""
-        if pruning.keeps_all:
+        if pruning.prune_ratio == 0:
             return self.shape.visual_tokens
         newlines, tokens = self.shape.newlines, self.shape.visual_tokens
         small = self.shape.grid[0] * self.shape.grid[1]
@@ -147,12 +152,11 @@ class Costs:
     def of(self, mode: Mode, teacher: Mode | None = None) -> ModeCost:
         """The mean sample in one mode."""
         rows, isolator = self.rows(mode)
-        taught = None if teacher is None else self.rows(teacher)
-        found = [(self._sample(sample, rows, isolator, taught), count) for sample, count in self.lengths.items()]
+        found = [(self._sample(sample, mode, teacher), count) for sample, count in self.lengths.items()]
         total = sum(count for _, count in found)
-        language, vision, length = (
+        language, vision, length, cut = (
             sum(count * getattr(one, name) for one, count in found) / total
-            for name in ("language", "vision", "length")
+            for name in ("language", "vision", "length", "cut")
         )
         args = self.recipe.trainer
         samples = args.per_device_train_batch_size
@@ -160,19 +164,28 @@ class Costs:
             samples = min(samples, args.slow_micro_batch_size)
         most = max(one.activations for one, _ in found)
         return ModeCost(
-            mode.name, mode.probability, rows, isolator, length, language + vision, language, samples, most
+            mode.name, mode.probability, rows, isolator, length, cut, language + vision, language, samples, most
         )
 
-    def _sample(
-        self, sample: SampleLength, rows: VisualRows, isolator: int, taught: tuple[VisualRows, int] | None
-    ) -> _Sample:
+    def _sample(self, sample: SampleLength, mode: Mode, teacher: Mode | None) -> _Sample:
         """One sample; without images it is the same in all modes, and has no teacher."""
-        rows, isolator = _times(rows, sample.images), isolator * sample.images
+        rows, isolator, cut = self._sample_rows(sample, mode)
         language = self._language(sample, rows, isolator)
-        if taught is not None and sample.images:
-            language += self._forward(sample, _times(taught[0], sample.images), taught[1] * sample.images)
+        if teacher is not None and sample.images:
+            language += self._forward(sample, *self._sample_rows(sample, teacher)[:2])
         length = rows.total + isolator + sample.text
-        return _Sample(length, self.vision * sample.images, language, self._activations(sample, length, rows.skipped))
+        activations = self._activations(sample, length, rows.skipped)
+        return _Sample(length, cut, self.vision * sample.images, language, activations)
+
+    def _sample_rows(self, sample: SampleLength, mode: Mode) -> tuple[VisualRows, int, bool]:
+        """Visual rows and isolator rows of a sample in a mode, and whether it has fewer of the former so that it fits."""
+        rows, isolator = self.rows(mode)
+        rows, isolator = _times(rows, sample.images), isolator * sample.images
+        bound = mode.pruning.fit_length if mode.action == "drop" else None
+        if bound is None or rows.total + isolator + sample.text <= bound:
+            return rows, isolator, False
+        room = max(sample.images, bound - isolator - sample.text)
+        return VisualRows(min(rows.retained, room)), isolator, room < rows.retained
 
     def _forward(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
         # Forward and backward are three times the forward where all weights train.

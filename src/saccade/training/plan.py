@@ -115,10 +115,11 @@ def _plan_stage(
     check_lora(recipe)
     shape, config, model_name = find_shape(recipe, path)
     check_aspect_ratio(family_class(config), args.image_aspect_ratio)
-    if args.max_length is not None and shape.visual_tokens >= args.max_length:
+    limit = args.max_length if args.fit_length is None else None
+    if limit is not None and shape.visual_tokens >= limit:
         raise SaccadeError(
-            f"max_length={args.max_length} cuts image tokens: an image of {shape.name} has {shape.visual_tokens}, "
-            "give more, and room for text"
+            f"max_length={limit} cuts image tokens: an image of {shape.name} has {shape.visual_tokens}, "
+            "give more, and room for text, or fit_length, which drops some of them"
         )
     model = meta_model(recipe, config)
     if args.feature_cache is not None:
@@ -129,7 +130,7 @@ def _plan_stage(
         lengths = recipe_lengths(recipe, model_name)
     else:
         lengths = replace(recipe_lengths(recipe, model_name, samples=1), samples=(given,), source="as given")
-    cut = [sample.cut(args.max_length, shape.visual_tokens) for sample in lengths.samples]
+    cut = [sample.cut(limit, shape.visual_tokens) for sample in lengths.samples]
     cost = Costs(recipe, model, shape, config, Counter(cut))
     modes = cost.modes()
     baseline = cost.of(Mode("all_tokens", 1.0, "keep"))
@@ -283,6 +284,7 @@ def _mode_row(mode: ModeCost) -> dict[str, Any]:
         "summary": mode.rows.summary,
         "isolator": mode.isolator,
         "length": mode.length,
+        "cut": mode.cut,
         "flops": mode.flops,
         "language_flops": mode.language_flops,
     }
