@@ -94,6 +94,28 @@ def test_rows_longer_than_max_length_are_counted(tmp_path, capsys):
     assert check(tmp_path / "data.json", *flags, str(longest))[1]["tokens"]["longer"] == 0
 
 
+def test_rows_that_do_not_fit_are_counted(tmp_path, capsys):
+    """A row with much text, one with three images, and one whose text alone is too long."""
+    records = good_records(tmp_path, 4)
+    records[1]["conversations"] += turn("how many ? " * 10, "3")
+    records[2]["conversations"][0]["value"] = "<image>" * 3 + "how many ?"
+    records[2]["image"] = [records[2]["image"]] * 3
+    records[3]["conversations"] += turn("how many ? " * 40, "3")
+    path = write_json(tmp_path / "data.json", records)
+    flags = ["--model", "tiny", "--prune-ratio", "0.9", "--isolator-length", "4"]
+    free = check(path, *flags)[1]["tokens"]
+    status, report = check(path, *flags, "--fit-length", "62")
+    assert status == 1
+    assert [(entry["index"], entry["kind"]) for entry in report["bad_records"]] == [(3, "too_long")]
+    assert "fit_length=62 is too short: its text has" in report["bad_records"][0]["reason"]
+    tokens = report["tokens"]
+    three = free["full"]["max"] - 3 * (144 - 14 - 4)
+    assert (tokens["shortened"]["max"], tokens["fit_length"], tokens["longer"]) == (62, 62, 0)
+    assert (tokens["cut"], free["cut"]) == (1, 0)
+    assert tokens["lost"] == three - 62 > 0
+    assert "1 rows do not fit under fit_length=62" in capsys.readouterr().out
+
+
 def test_text_that_the_model_takes_for_an_image(tmp_path):
     """A placeholder of the model's own in a text: without the check, its processor fails in the middle of a run."""
     model, processor = FAMILIES["qwen2_5_vl"].build()

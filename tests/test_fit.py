@@ -3,25 +3,27 @@
 import itertools
 from dataclasses import replace
 
-import family_tester as tester
 import pytest
 import torch
 from datasets import Dataset
-from family_models import FAMILIES
-from helpers import fast_slow_step, losses, make_config
+from family_models import FAMILIES, VideoCase
+from helpers import losses
 from host_reads import HostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reducer_tester import make_context
 
 from saccade import DualSpeedTrainer, SaccadeError, apply_pruning, prune_inputs
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig, get_reducer, list_reducers, no_room, reduce
+from saccade.testing import families as tester
+from saccade.testing.reducers import make_context
+from saccade.testing.tiny_models import mixed_rows
+from saccade.testing.training import fast_slow_step, make_config
 from saccade.tiny import build_tiny_llava
 from saccade.tokens import Reduction, VisualContext
 
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
-VIDEO = tester.VideoCase("qwen3_vl", FAMILIES["qwen3_vl"])
+VIDEO = VideoCase("qwen3_vl", FAMILIES["qwen3_vl"])
 
 
 def draw_context(seed: int = 0, newlines: bool = False) -> VisualContext:
@@ -139,7 +141,10 @@ def with_needs(name: str) -> VisualContext:
 
 def test_no_room():
     assert no_room(20, 3, 4, 35) is None
-    assert "20 tokens, and a token beside 4 isolator rows for each of 3 images makes 35" in no_room(20, 3, 4, 34)
+    assert (
+        "its text has 20 tokens, and with one token and 4 isolator rows per image (3) it has 35; raise it"
+        in no_room(20, 3, 4, 34)
+    )
     assert no_room(20, 0, 4, 20) is None
     assert "its text has 21 tokens; raise it to at least 21" in no_room(21, 0, 4, 20)
 
@@ -192,7 +197,7 @@ IMAGE = 144
 
 def rows_of_images(counts: list[int]) -> Dataset:
     """Rows with so many images and one question."""
-    rows = tester.mixed_rows()
+    rows = mixed_rows()
     images = [rows[0]["images"][0], rows[1]["images"][0], rows[1]["images"][1], rows[3]["images"][0]]
     asked = {"role": "user", "content": "how many digits ?"}
     return Dataset.from_list(
@@ -357,7 +362,7 @@ def test_the_model_prunes_in_place_to_fit():
     with apply_pruning(case.model, config):
         found = case.model.generate(**prompts, **options)
     assert torch.equal(found[:, prompts["input_ids"].shape[1] :], expected)
-    with pytest.raises(SaccadeError, match=r"sample 1 of the batch: fit_length=9 is too short: .* 2 images"):
+    with pytest.raises(SaccadeError, match=r"sample 1 of the batch: fit_length=9 is too short: .* per image \(2\)"):
         prune_inputs(case.model, case.prompts(), config, fit_length=9)
 
 

@@ -177,6 +177,32 @@ def test_activations_of_slow_steps_in_parts():
     assert one == fast < base
 
 
+def test_samples_that_do_not_fit_are_counted():
+    """One image of 576 tokens and a text of 100: the bound holds where it is said, and nothing is refused."""
+    given = {"text_tokens": 100, "label_rows": 50}
+    ordinary = ["--prune_ratio", "0", "--slow_probability", "1", "--distill_weight", "0"]
+    lengths = {}
+    for name, flags in (
+        ("free", []),
+        ("fast", ["--fit_length", "140"]),
+        ("both", ["--fit_length", "140", "--fit_slow", "true"]),
+        ("wide", ["--fit_length", "676", "--fit_slow", "true", "--max_length", "500"]),
+        ("ordinary", ordinary),
+        ("ordinary fits", [*ordinary, "--fit_length", "400", "--fit_slow", "true"]),
+    ):
+        plan = plan_recipe("llava-1.5-7b/sft_lora", flags, **given)
+        lengths[name] = [(mode["length"], mode["cut"]) for mode in plan["modes"]]
+    fast = 100 + 4 + 58
+    assert lengths == {
+        "free": [(fast, 0), (676, 0)],
+        "fast": [(140, 1), (676, 0)],
+        "both": [(140, 1), (140, 1)],
+        "wide": [(fast, 0), (676, 0)],
+        "ordinary": [(676, 0)],
+        "ordinary fits": [(400, 1)],
+    }
+
+
 def test_lengths_come_from_the_recipes_own_rows(tmp_path):
     """Of a file that is there: its tokens, its images, its number of rows; or characters, without a tokenizer."""
     answer = "one two three four five six seven"

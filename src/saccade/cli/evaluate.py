@@ -17,7 +17,10 @@ saccade eval compare out/eval/full out/eval/pruned        each score, and the me
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
 """
 DIGITS_ONLY = {"split": "test", "num_samples": 1000}
-PRUNING = ("reducer", "reducer_options", "prune_ratio", "keep_tokens", "budget", "adaptive", "newlines", "positions")
+PRUNING = (
+    *("reducer", "reducer_options", "prune_ratio", "keep_tokens", "budget", "adaptive", "fit_length", "newlines"),
+    "positions",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="share each batch's tokens out by how varied its images are (default: as trained)",
+    )
+    parser.add_argument(
+        "--fit-length", type=int, default=None, metavar="N", help="longest pruned prompt (default: as trained)"
     )
     parser.add_argument(
         "--newlines", default=None, help="keep or drop newlines of anyres images (default: as trained)"

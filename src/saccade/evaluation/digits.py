@@ -219,6 +219,7 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
         "keep_tokens": pruning.keep_tokens if inference.prunes else None,
         "budget": pruning.budget,
         "adaptive": pruning.adaptive,
+        "fit_length": pruning.fit_length if inference.prunes else None,
         "newlines": pruning.newlines,
         "positions": pruning.positions,
         "accuracy": sum(every) / len(every),

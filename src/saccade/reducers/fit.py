@@ -26,8 +26,8 @@ def no_room(text: int, images: int, isolator_length: int, fit_length: int) -> st
     least = text + images * (isolator_length + 1)
     if least <= fit_length:
         return None
-    beside = f" beside {isolator_length} isolator rows" if isolator_length else ""
-    each = f", and a token{beside} for each of {images} images makes {least}" if images else ""
+    beside = f" and {isolator_length} isolator rows" if isolator_length else ""
+    each = f", and with one token{beside} per image ({images}) it has {least}" if images else ""
     return (
         f"fit_length={fit_length} is too short: its text has {text} tokens{each}; raise it to at least {least}, or "
         "shorten the text"

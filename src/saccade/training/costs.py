@@ -178,7 +178,7 @@ class Costs:
         return _Sample(length, cut, self.vision * sample.images, language, activations)
 
     def _sample_rows(self, sample: SampleLength, mode: Mode) -> tuple[VisualRows, int, bool]:
-        """Visual rows and isolator rows of a sample in a mode, and whether it has fewer of the former so that it fits."""
+        """Visual and isolator rows of a sample in a mode, and whether it has fewer visual ones so that it fits."""
         rows, isolator = self.rows(mode)
         rows, isolator = _times(rows, sample.images), isolator * sample.images
         bound = mode.pruning.fit_length if mode.action == "drop" else None
