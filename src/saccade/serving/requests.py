@@ -1,0 +1,143 @@
+"""Requests for an engine without the plug-in: images go there as the features of the tokens that are kept."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from saccade.errors import SaccadeError
+from saccade.families import Family, get_family
+from saccade.pruning import ModeIsolator, Pruner, prune, pruning_config
+from saccade.reducers import PruningConfig
+from saccade.serving.shorten import check_serves, visual_rows
+
+TAKES_ROWS = ("llava", "llava_next", "llava_onevision", "internvl")
+"""Values of `config.model_type` whose engines put as many placeholders into a prompt as there are rows."""
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A prompt, and its images as rows of features; isolator rows come first where there are any.
+
+    Args:
+        prompt_token_ids: the prompt's tokens, with one placeholder for each image.
+        rows: `(k, D)` for each image, on the CPU.
+        placeholder_id: the token that stands for a row.
+    """
+
+    prompt_token_ids: list[int]
+    rows: tuple[Tensor, ...]
+    placeholder_id: int
+
+    @property
+    def offline(self) -> dict[str, Any]:
+        """What `vllm.LLM.generate` takes. The engine is made with `enable_mm_embeds=True`."""
+        data = {"multi_modal_data": {"image": list(self.rows)}} if self.rows else {}
+        return {"prompt_token_ids": self.prompt_token_ids, **data}
+
+    @property
+    def parts(self) -> list[dict[str, str]]:
+        """Content parts of a chat message, for each image one, to go before the text.
+
+        The server is started with `--enable-mm-embeds`.
+        """
+        return [{"type": "image_embeds", "image_embeds": encoded(rows)} for rows in self.rows]
+
+    @property
+    def sglang(self) -> dict[str, Any]:
+        """What SGLang's `Engine.generate` takes by its documentation; it was not run."""
+        images, ids = iter(self.rows), []
+        for token in self.prompt_token_ids:
+            ids += [token] * next(images).shape[0] if token == self.placeholder_id else [token]
+        data = [{"format": "precomputed_embedding", "feature": rows} for rows in self.rows]
+        return {"input_ids": ids, "image_data": data}
+
+
+def encoded(rows: Tensor) -> str:
+    """A tensor as base64 of what `torch.save` writes, which vLLM's servers read."""
+    written = io.BytesIO()
+    torch.save(rows.clone(), written)
+    return base64.b64encode(written.getvalue()).decode()
+
+
+@torch.no_grad()
+def vllm_request(
+    model: nn.Module,
+    processor: Any,
+    images: Image.Image | Sequence[Image.Image],
+    prompt: str,
+    config: PruningConfig | str | Path | None = None,
+    *,
+    isolator: ModeIsolator | Tensor | str | Path | None = None,
+    **options: Any,
+) -> PreparedRequest:
+    """Encode images here, and prepare a request with what is kept of them for vLLM as it is, without the plug-in.
+
+    Args:
+        model: a stock model, or what is left of one by `saccade.serving.tower.tower_family`.
+        processor: the model's.
+        images: one for each placeholder of the prompt, in order.
+        prompt: as the chat template makes it.
+        config: how tokens are reduced, or the folder of a trained model.
+        isolator: the mode isolator that stands before each image, its rows `(l, D)`, or where it was saved; that of
+            the config when left out.
+        options: fields of [`PruningConfig`], in place of the config's.
+
+    Raises:
+        SaccadeError: for a family or a setting that needs the plug-in, or where images and placeholders differ in
+            number.
+    """
+    config = pruning_config(config, **options)
+    family = get_family(model)
+    _check(family, config)
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    ids = processor.tokenizer(prompt)["input_ids"]
+    count = ids.count(family.placeholder_id)
+    if count != len(images):
+        raise SaccadeError(f"prompt has {count} image placeholders, and {len(images)} images were given")
+    pruner = Pruner(config, _isolator(family, config.isolator if isolator is None else isolator))
+    token = processor.tokenizer.convert_ids_to_tokens(family.placeholder_id)
+    rows = []
+    for image in images:
+        # By itself, as an engine sees it.
+        inputs = processor(images=[image], text=token, return_tensors="pt")
+        inputs = {name: value.to(_parameter(family).device) for name, value in inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(_parameter(family).dtype)
+        laid = prune(family, inputs, pruner, lambda laid: laid.inputs["mm_encoder_outputs"]["image"])
+        rows.append(visual_rows(laid).cpu())
+    return PreparedRequest(ids, tuple(rows), family.placeholder_id)
+
+
+def _check(family: Family, config: PruningConfig) -> None:
+    kind = family.model.config.model_type
+    if kind not in TAKES_ROWS:
+        raise SaccadeError(
+            f"model_type={kind!r}: vLLM takes rows of features in any number for {', '.join(TAKES_ROWS)} only; serve "
+            "the folder with the plug-in (docs/serve.md)"
+        )
+    if config.positions != "compact":
+        raise SaccadeError(
+            f"positions={config.positions!r}: vLLM counts the positions of a prepared request from zero; serve the "
+            "folder with the plug-in (docs/serve.md)"
+        )
+    check_serves(family, config, isolator=False)
+
+
+def _isolator(family: Family, isolator: ModeIsolator | Tensor | str | Path | None) -> Tensor | None:
+    if isolator is None:
+        return None
+    if isinstance(isolator, (str, Path)):
+        isolator = ModeIsolator.load(isolator)
+    rows = isolator().detach() if isinstance(isolator, nn.Module) else isolator
+    return rows.to(_parameter(family))
+
+
+def _parameter(family: Family) -> Tensor:
+    """One of the tower's, for its device and its dtype."""
+    return next(family.vision_tower.parameters())

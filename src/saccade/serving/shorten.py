@@ -1,0 +1,229 @@
+"""What an engine needs to know of an image by itself: the tokens that stand for it in a prompt, and their features.
+
+Engines process each image once, whatever prompts it stands in, and put its placeholders into a prompt before the
+vision tower has run. So the tokens of one image, markers between its crops included, are shortened as a prompt of
+their own, on the path that every other prompt takes: first in outline, without features, then with them.
+
+Shapes: B images of L tokens each, S of which are left; D the width of the language model, A axes of positions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.families import Encoded, Family
+from saccade.pruning import ModeInputs, Pruner, prune
+from saccade.reducers import PruningConfig, get_reducer, list_reducers
+from saccade.tokens import Role
+
+JOINED = frozenset({"gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+"""Values of `config.model_type` whose pixels of several images stand behind one another, in one dimension."""
+FIELDS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
+"""What processors return of an image, and families read."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The tokens that stand for an image, as far as they are known before the vision tower has run.
+
+    Args:
+        ids: the S token ids.
+        visual: bool `(S,)`, which of them get features: kept tokens and isolator rows.
+        positions: long `(A, S)`, from 0 at the image's first token. Those of visual tokens are not known yet.
+        length: how many positions the image takes, so that what follows it stands at this one.
+    """
+
+    ids: list[int]
+    visual: Tensor
+    positions: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the visual tokens of an image are.
+
+    Args:
+        rows: `(n, D)`, or `(n, D * layers)` where features enter at further layers of the language model.
+        positions: long `(A, n)`, from 0 at the image's first token.
+    """
+
+    rows: Tensor
+    positions: Tensor
+
+
+class Shortener:
+    """Shortens images one by one.
+
+    Args:
+        family: of the model; of one without weights (`saccade.serving.tower.bare_model`) where only outlines are
+            asked for.
+        config: how tokens are reduced.
+        isolator: the rows `(l, D)` before each image, or None.
+
+    Raises:
+        SaccadeError: where an engine cannot reduce tokens so.
+    """
+
+    def __init__(self, family: Family, config: PruningConfig, isolator: Tensor | None = None) -> None:
+        check_serves(family, config, isolator is not None)
+        self.family = family
+        self.pruner = Pruner(config, isolator)
+        # Any reducer leaves as many tokens as the budget says; which ones does not matter to an outline.
+        any_tokens = self.pruner.reducer if config.reducer == "none" else get_reducer("uniform")
+        blank = None if isolator is None else torch.zeros(isolator.shape[0], 1)
+        self.blank = Pruner(config, blank, any_tokens)
+
+    def outline(self, ids: Tensor, image: Mapping[str, Tensor]) -> Outline:
+        """What becomes of the placeholders of an image.
+
+        Args:
+            ids: long `(L,)`, the tokens that stand for it when nothing is dropped.
+            image: what the processor returned of it, of `FIELDS`.
+
+        Raises:
+            SaccadeError: if the tokens and the image do not fit together.
+        """
+        inputs = batch_of(self.family, [ids], [image])
+        laid = prune(self.family, inputs, self.blank, _as_laid, encoded=_without_features(self.family, inputs))
+        positions = _positions(laid)[:, 0]
+        return Outline(
+            ids=laid.inputs["input_ids"][0].tolist(),
+            visual=_visual(laid)[0],
+            positions=positions,
+            length=int(self.family.full_positions(inputs).max()) + 1,
+        )
+
+    @torch.no_grad()
+    def features(self, ids: Sequence[Tensor], images: Sequence[Mapping[str, Tensor]]) -> list[Features]:
+        """The visual tokens of each image, in order: one run of the tower for all images of one shape.
+
+        Args:
+            ids: see `outline`.
+            images: see `outline`, on the model's device.
+        """
+        alike: dict[Any, list[int]] = {}
+        for number, (tokens, image) in enumerate(zip(ids, images, strict=True)):
+            shapes = tuple((name, tuple(value.shape)) for name, value in sorted(image.items()))
+            alike.setdefault((tokens.shape, shapes), []).append(number)
+        found: dict[int, Features] = {}
+        for numbers in alike.values():
+            inputs = batch_of(self.family, [ids[n] for n in numbers], [images[n] for n in numbers])
+            laid = prune(self.family, inputs, self.pruner, _as_laid)
+            visual, positions = _visual(laid), _positions(laid)
+            counts = visual.sum(dim=1).tolist()
+            rows = visual_rows(laid.inputs["mm_encoder_outputs"]["image"]).split(counts)
+            for sample, number in enumerate(numbers):
+                found[number] = Features(rows[sample], positions[:, sample, visual[sample]])
+        return [found[number] for number in range(len(images))]
+
+
+def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
+    """Refuse what an engine cannot do that sees images one by one, and counts their tokens before the tower has run.
+
+    Raises:
+        SaccadeError: naming the option, and what does serve.
+    """
+    if config.adaptive:
+        raise SaccadeError(
+            "adaptive=True cannot be served: an engine counts the tokens of an image before its tower has run; leave "
+            "it out, the number of tokens is then the same for every image"
+        )
+    if config.budget == "sample":
+        raise SaccadeError(
+            "budget='sample' cannot be served: an engine reduces each image by itself, whatever others are beside it; "
+            "use 'image' or 'crop'"
+        )
+    if config.budget == "image" and family.text_between_crops:
+        raise SaccadeError(
+            f"budget='image' cannot be served for {family.name}: text stands between the crops of an image, and how "
+            "many tokens each keeps is not known before the tower has run; use 'crop'"
+        )
+    if "relevance" in config.needs.fields:
+        raise SaccadeError(
+            f"reducer={config.reducer!r} cannot be served: it reads the question, and an engine encodes an image once "
+            f"for all questions; these serve: {', '.join(serving_reducers(family))}"
+        )
+    if isolator and family.bidirectional_image_attention:
+        raise SaccadeError(
+            f"isolator: cannot be served for {family.name}, where engines let all rows of an image attend to one "
+            "another, and isolator rows are attended to as text is; leave it out"
+        )
+    family.check_gives(config.needs)
+
+
+def serving_reducers(family: Family) -> list[str]:
+    """The reducers that serve with their default options."""
+    names = []
+    for name in list_reducers():
+        try:
+            needs = PruningConfig(reducer=name).needs
+            family.check_gives(needs)
+        except (SaccadeError, TypeError):
+            continue
+        if "relevance" not in needs.fields:
+            names.append(name)
+    return names
+
+
+def batch_of(family: Family, ids: Sequence[Tensor], images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Processor outputs of a batch with one of these images in each sample, and nothing else.
+
+    Args:
+        ids: long `(L,)` for each image, of one length.
+        images: fields of each image, of the same shapes.
+    """
+    input_ids = torch.stack(tuple(ids))
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if family.uses_mrope:
+        inputs["mm_token_type_ids"] = family.placeholder(input_ids).int()
+    for name in images[0]:
+        values = [image[name] for image in images]
+        joined = name == "pixel_values" and family.model.config.model_type in JOINED
+        inputs[name] = torch.cat(values) if joined else torch.stack(values)
+    # Beside the pixels, on the device: places and features meet in one tensor.
+    device = inputs["pixel_values"].device
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def _without_features(family: Family, inputs: Mapping[str, Tensor]) -> Encoded:
+    """The encoding of an image whose features are not known: rows, grids and newlines, around features of width 1."""
+    count = int(family.placeholder(inputs["input_ids"]).sum())
+    pixels = inputs["pixel_values"]
+    rows = pixels.shape[0] if pixels.dim() == 4 else 1  # the others are cut into crops by the model itself
+    if count == 0 or count % rows:
+        raise SaccadeError(f"an image of {rows} crops has {count} placeholders, which is not the same for each crop")
+    blank = SimpleNamespace(pooler_output=torch.zeros(rows, count // rows, 1), deepstack_features=[])
+    family.model.get_image_features = lambda *_, **__: blank
+    try:
+        return family.encode(inputs)
+    finally:
+        del family.model.get_image_features
+
+
+def _as_laid(laid: ModeInputs) -> ModeInputs:
+    return laid
+
+
+def _visual(laid: ModeInputs) -> Tensor:
+    """bool `(B, S)`, which tokens get features."""
+    role = laid.spliced.role
+    return (role == Role.RETAINED) | (role == Role.ISOLATOR)
+
+
+def _positions(laid: ModeInputs) -> Tensor:
+    """Long `(A, B, S)`."""
+    positions = laid.inputs["position_ids"]
+    return positions if positions.dim() == 3 else positions.unsqueeze(0)
+
+
+def visual_rows(output: Any) -> Tensor:
+    """The features of a batch's visual tokens in the order of the prompts, `(T, D * layers)`."""
+    layers = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    width = layers[0][0].shape[-1]
+    return torch.cat([torch.cat([row.reshape(-1, width) for row in layer]) for layer in layers], dim=-1)

