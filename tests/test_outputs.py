@@ -45,11 +45,17 @@ def places(tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_so_first(verb, places, monkeypatch, capsys):
+def test_a_verb_that_takes_a_place_says_what_it_writes_there(verb):
     parser = argparse.ArgumentParser()
     module = import_module(VERBS[verb][0])
     module.add_arguments(parser)
-    assert hasattr(module, "outputs") == any(action.dest == "output" for action in parser._actions)
+    takes_one = any(action.dest == "output" for action in parser._actions)
+    assert hasattr(module, "outputs") == takes_one
+    assert takes_one == (verb in COMMANDS)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_says_so_first(verb, places, monkeypatch, capsys):
     paths, folder = places
     monkeypatch.chdir(folder)
     before = sorted(folder.rglob("*"))
