@@ -64,6 +64,7 @@ FREE_TO_CHANGE = frozenset(
         *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
         # Compared as what comes of them: the global batch, the length of the run, the model, the processor.
         *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
+        "max_tokens_per_batch",
         *("model_init_kwargs", "trust_remote_code", "chat_template_path", "isolator_path"),
     )
 )
@@ -101,6 +102,10 @@ class DualSpeedConfig(SFTConfig):
             record. Ours, not the paper's.
         fit_slow (`bool`, *optional*, defaults to `False`):
             With `fit_length`: modes on all tokens, and evaluation during training, fit too.
+        max_tokens_per_batch (`int`, *optional*):
+            Most tokens that the language model runs on at a time, padding counted, in every mode: each row of a
+            micro-batch gets an equal share of them as its `fit_length`, or the given one where that is less, and
+            `fit_slow` is set.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget. `"drop"` drops them in fast
             steps.
@@ -212,6 +217,9 @@ class DualSpeedConfig(SFTConfig):
     fit_slow: bool = field(
         default=False, metadata={"help": "With fit_length: modes on all tokens, and evaluation, fit too."}
     )
+    max_tokens_per_batch: int | None = field(
+        default=None, metadata={"help": "Most tokens of a micro-batch after reduction; its rows fit an equal share."}
+    )
     newlines: str = field(
         default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
     )
@@ -284,6 +292,8 @@ class DualSpeedConfig(SFTConfig):
                 setattr(self, name, coerce(name, value, annotation))
         self._check_stock_options()
         super().__post_init__()
+        if self.max_tokens_per_batch is not None:
+            self._share_tokens()
         self.prune_ratio = self.pruning.prune_ratio
         check_conversation(self.conversation)
         if self.skip_mode not in ("fast", "slow"):
@@ -384,6 +394,18 @@ class DualSpeedConfig(SFTConfig):
                 raise SaccadeError(
                     f"{name}=True needs a GPU, and none was found: for the CPU give {name}: false, use_cpu: true"
                 )
+
+    def _share_tokens(self) -> None:
+        """Let each row of a micro-batch fit an equal share of its tokens, so that no row depends on the others."""
+        rows = self.per_device_train_batch_size
+        share = self.max_tokens_per_batch // rows
+        if share < 1:
+            raise SaccadeError(
+                f"max_tokens_per_batch={self.max_tokens_per_batch!r} with per_device_train_batch_size={rows}: give at "
+                "least as many tokens as the longest text has, for each row"
+            )
+        self.fit_length = share if self.fit_length is None else min(share, self.fit_length)
+        self.fit_slow = True
 
     def _check_fit(self) -> None:
         if self.fit_slow and self.fit_length is None:

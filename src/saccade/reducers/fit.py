@@ -49,11 +49,12 @@ class Fit:
     lost: list[int]
 
 
+@torch.no_grad()
 def fit_counts(context: VisualContext, keep: int | Tensor, room: Tensor, keeps_newlines: bool = True) -> Fit | None:
     """`keep` tokens of each row, fewer in samples that have room for fewer; None where all samples have room.
 
     A sample that has too many gives each of its rows a share of its room in proportion to `keep * token_need`, from
-    one token to `keep`. Newlines keep their places as long as each row can have a token beside them, and go otherwise.
+    one token to `keep`. Newlines stay as long as each row can have a token beside them, and make way for it otherwise.
     Where even one token per row is too much, each image's neediest row comes first, then the second of each. What a
     row keeps depends on its own sample alone.
 
@@ -70,10 +71,12 @@ def fit_counts(context: VisualContext, keep: int | Tensor, room: Tensor, keeps_n
         raise SaccadeError("fit_length: the context does not say which sample each row belongs to")
     rows = context.shape[0]
     counts = keep.tolist() if isinstance(keep, Tensor) else [keep] * rows
-    protected = torch.zeros_like(room)
+    protected, plain = torch.zeros_like(room), context.valid.sum(dim=1)
     if keeps_newlines and context.protected is not None:
         protected = (context.protected & context.valid).sum(dim=1)
-    sample, group, rooms, lines = torch.stack((context.sample, context.group, room, protected)).tolist()
+        plain = plain - protected
+    values = torch.stack((context.sample, context.group, room, protected, plain))
+    sample, group, rooms, lines, available = values.tolist()
     members: dict[int, list[int]] = defaultdict(list)
     for row in range(rows):
         members[sample[row]].append(row)
@@ -83,13 +86,15 @@ def fit_counts(context: VisualContext, keep: int | Tensor, room: Tensor, keeps_n
     needs = token_need(context).tolist()
     fitted, newlines = list(counts), [True] * rows
     for own in too_long:
-        weights = [needs[row] * counts[row] for row in own]
+        limits = [counts[row] for row in own]
         free = rooms[own[0]] - sum(lines[row] for row in own)
-        if free < sum(counts[row] > 0 for row in own):
+        if free < sum(limit > 0 for limit in limits):
+            # The image gets the whole budget, as it does where newlines are dropped anyway.
             free = rooms[own[0]]
+            limits = [min(counts[row] + lines[row], available[row]) for row in own]
             for row in own:
                 newlines[row] = False
-        limits = [counts[row] for row in own]
+        weights = [needs[row] * limit for row, limit in zip(own, limits, strict=True)]
         if free < sum(limit > 0 for limit in limits):
             limits = _one_each(free, weights, limits, [group[row] for row in own])
         for row, share in zip(own, share_out(free, weights, limits), strict=True):
