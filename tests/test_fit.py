@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from saccade import DualSpeedTrainer, SaccadeError, apply_pruning, prune_inputs
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig, get_reducer, list_reducers, no_room, reduce
+from saccade.sweeps import standard_inferences
 from saccade.testing import families as tester
 from saccade.testing.reducers import make_context
 from saccade.testing.tiny_models import mixed_rows
@@ -409,3 +410,9 @@ def test_the_model_prunes_in_place_to_fit():
 def test_options_that_contradict(tmp_path, options, words):
     with pytest.raises(SaccadeError, match=words):
         make_config(tmp_path, **options)
+
+
+def test_a_sweep_evaluates_what_was_trained():
+    full, pruned, with_isolator = standard_inferences({"prune_ratio": 0.5, "fit_length": 300})
+    assert "fit_length" not in full
+    assert pruned["fit_length"] == with_isolator["fit_length"] == 300

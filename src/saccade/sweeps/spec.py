@@ -92,7 +92,7 @@ class RunSpec:
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
     keep = values.get("keep_tokens")
-    others = ("reducer_options", "budget", "adaptive", "newlines")
+    others = ("reducer_options", "budget", "adaptive", "fit_length", "newlines")
     common = {
         "reducer": values.get("reducer", "divprune"),
         **{name: values[name] for name in others if values.get(name)},
