@@ -130,6 +130,7 @@ def test_weights_of_the_tower_that_are_missing(tmp_path):
     ("name", "config", "isolator", "line"),
     [
         ("llava", PruningConfig(adaptive=True), False, "adaptive=True cannot be served: an engine counts"),
+        ("llava", PruningConfig(fit_length=100), False, "fit_length=100 cannot be served: an engine reduces each"),
         ("llava", PruningConfig(budget="sample"), False, "budget='sample' cannot be served"),
         ("idefics3", PruningConfig(budget="image"), False, "budget='image' cannot be served for idefics3"),
         ("llava", PruningConfig(reducer="cdpruner"), False, "these serve: .*divprune.*visionzip"),

@@ -134,6 +134,11 @@ def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
             "adaptive=True cannot be served: an engine counts the tokens of an image before its tower has run; leave "
             "it out, the number of tokens is then the same for every image"
         )
+    if config.fit_length is not None:
+        raise SaccadeError(
+            f"fit_length={config.fit_length} cannot be served: an engine reduces each image by itself, whatever "
+            "else the prompt holds; take it out of the folder's pruning_config.json, or serve all tokens"
+        )
     if config.budget == "sample":
         raise SaccadeError(
             "budget='sample' cannot be served: an engine reduces each image by itself, whatever others are beside it; "
