@@ -87,18 +87,17 @@ def table_rows(report: dict[str, Any]) -> list[list[str]]:
 def finding(report: dict[str, Any]) -> str:
     """What the demo found, in a sentence: DualSpeed and pruning only beside all-token training, as published."""
     entries = {entry["method"]: entry for entry in report["summary"] if entry["positions"] == "compact"}
-    if "share_of_all_tokens" not in entries["dualspeed"]:
-        return "All-token training answered nothing right after so few steps: there is nothing to compare with."
-    dualspeed, pruning = (
-        f"{percent(entry['share_of_all_tokens'])} of the accuracy of all-token training in "
+    found = [
+        f"{name} reaches {percent(entry['share_of_all_tokens'])} of the accuracy of all-token training in "
         f"{100 / entry['speedup']['mean']:.0f} % of its training time"
-        for entry in (entries["dualspeed"], entries["prune_only"])
-    )
-    seeds = entries["dualspeed"]["seeds"]
-    return (
-        f"DualSpeed reaches {dualspeed}, pruning only {pruning}, all three answering from all tokens "
-        f"({seeds} seed{'s' if seeds > 1 else ''}, compact positions)."
-    )
+        for name, entry in (("DualSpeed", entries.get("dualspeed")), ("pruning only", entries.get("prune_only")))
+        if entry is not None and "share_of_all_tokens" in entry
+    ]
+    if not found:
+        return "All-token training answered nothing right after so few steps: there is nothing to compare with."
+    seeds = max(entry["seeds"] for entry in entries.values())
+    conditions = f"answering from all tokens, compact positions, {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{', and '.join(found)} ({conditions})."
 
 
 def markdown(report: dict[str, Any]) -> str:
