@@ -84,8 +84,8 @@ def test_its_finding():
         entry("dualspeed", "original", 0.999, 2.5),
     ]
     assert finding({"summary": summary}) == (
-        "DualSpeed reaches 98.3 % of the accuracy of all-token training in 40 % of its training time, and pruning only "
-        "reaches 90.0 % of the accuracy of all-token training in 25 % of its training time (answering from all "
+        "DualSpeed reaches 98.3 % of the accuracy of all-token training in 40 % of its training time, and pruning "
+        "only reaches 90.0 % of the accuracy of all-token training in 25 % of its training time (answering from all "
         "tokens, compact positions, 1 seed)."
     )
     for entry in summary:
