@@ -32,25 +32,42 @@ DAMAGES = ("remove", "empty", "cut", "flip", "garbage", "folder", "pipe", "link"
 FORBIDDEN = ("socket.connect", "os.system", "os.exec", "os.posix_spawn")
 
 
-def train(folder, *more):
+RECIPES = {"full": "tiny-digits/sft", "adapters": "tiny-digits/sft_lora", "skip": "tiny-digits/skip_vision"}
+
+
+def train(folder, *more, kind="full"):
     flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value).lower())]
-    return main(["train", "tiny-digits/sft", "--model", "tiny", "--output_dir", str(folder), *flags, *more])
+    return main(["train", RECIPES[kind], "--model", "tiny", "--output_dir", str(folder), *flags, *more])
 
 
 ACTIONS = {
-    "resume": lambda run, out: train(run, "--max_steps", "3", "--resume", "auto"),
-    "resume by name": lambda run, out: train(out, "--max_steps", "3", "--resume", str(run / "checkpoint-2")),
-    "export": lambda run, out: main(["export", str(run), "--output", str(out)]),
-    "eval": lambda run, out: main(["eval", str(run), "--num-samples", "2", "--output", str(out / "eval.json")]),
-    "report": lambda run, out: main(["report", str(run), "--output", str(out)]),
+    "resume": lambda run, out, kind="full": train(run, "--max_steps", "3", "--resume", "auto", kind=kind),
+    "resume by name": lambda run, out, kind="full": train(
+        out, "--max_steps", "3", "--resume", str(run / "checkpoint-2"), kind=kind
+    ),
+    "export": lambda run, out, kind="full": main(["export", str(run), "--output", str(out)]),
+    "eval": lambda run, out, kind="full": main(
+        ["eval", str(run), "--num-samples", "2", "--output", str(out / "eval.json")]
+    ),
+    "report": lambda run, out, kind="full": main(["report", str(run), "--output", str(out)]),
 }
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of two steps that has ended, with both of its checkpoints and an evaluation."""
+    return whole_run(tmp_path_factory, "full")
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The same of adapters, and of Skip-Vision."""
+    return {kind: whole_run(tmp_path_factory, kind) for kind in ("adapters", "skip")}
+
+
+def whole_run(tmp_path_factory, kind):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert train(folder, "--max_steps", "2") == 0
+    assert train(folder, "--max_steps", "2", kind=kind) == 0
     assert main(["eval", str(folder), "--num-samples", "2", "--inference", "full"]) == 0
     return folder
 
@@ -96,6 +113,29 @@ def harm(path: Path, how: str, pick: int, other, outside: Path) -> None:
     elif how != "remove":
         new = bytes(range(256)) if how == "garbage" or not content else bytes((content[place] ^ 1 << pick % 8,))
         path.write_bytes(content[:place] + new + content[place + 1 :])
+
+
+def harmed_command(whole, tmp, capfd, kind, file, how, pick, other, action, forged):
+    """Run a command on a copy of the run in which a file is damaged: it ends in one line or goes on, and stays inside.
+
+    A manifest that fits is what a stranger can write as well: without one nothing tells that a file was changed.
+    """
+    run, out, outside = copied(whole, tmp)
+    harm(run / file, how, pick, other, outside)
+    if forged:
+        shutil.rmtree(run / "checkpoint-2" / MANIFEST_FILE, ignore_errors=True)
+        (run / "checkpoint-2" / MANIFEST_FILE).unlink(missing_ok=True)
+    left = {path: path.read_bytes() for path in outside.iterdir()}
+    capfd.readouterr()
+    with watched() as events:
+        status = ACTIONS[action](run, out, kind)
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert status in (0, 1, 2)
+    assert status == 0 or lines[-1].startswith("saccade: error: ")
+    assert not any("Traceback" in line for line in lines)
+    stays_inside(events, run, out.parent)
+    assert {path: path.read_bytes() for path in outside.iterdir()} == left
+    shutil.rmtree(tmp)
 
 
 def stays_inside(events, *folders) -> None:
@@ -150,24 +190,36 @@ FILES = (
 def test_whatever_is_damaged_a_command_ends_in_one_line_or_goes_on(
     whole, tmp_path_factory, capfd, file, how, pick, other, action, forged
 ):
-    """A manifest that fits is what a stranger can write as well: without one nothing tells that a file was changed."""
     tmp = tmp_path_factory.mktemp("damaged")
-    run, out, outside = copied(whole, tmp)
-    harm(run / file, how, pick, other, outside)
-    if forged:
-        shutil.rmtree(run / "checkpoint-2" / MANIFEST_FILE, ignore_errors=True)
-        (run / "checkpoint-2" / MANIFEST_FILE).unlink(missing_ok=True)
-    left = {path: path.read_bytes() for path in outside.iterdir()}
-    capfd.readouterr()
-    with watched() as events:
-        status = ACTIONS[action](run, out)
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert status in (0, 1, 2)
-    assert status == 0 or lines[-1].startswith("saccade: error: ")
-    assert not any("Traceback" in line for line in lines)
-    stays_inside(events, run, out.parent)
-    assert {path: path.read_bytes() for path in outside.iterdir()} == left
-    shutil.rmtree(tmp)
+    harmed_command(whole, tmp, capfd, "full", file, how, pick, other, action, forged)
+
+
+OTHER_FILES = {
+    "adapters": (
+        *("adapter_config.json", "adapter_model.safetensors", "mode_isolator.saccade", "processor_config.json"),
+        *("checkpoint-2/adapter_config.json", "checkpoint-2/adapter_model.safetensors"),
+    ),
+    "skip": ("skip_vision.saccade", "checkpoint-2/skip_vision.saccade", "config.json", "dualspeed.json"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=3 * EXAMPLES, suppress_health_check=list(HealthCheck))
+@given(
+    place=st.sampled_from([(kind, file) for kind, files in OTHER_FILES.items() for file in files]),
+    how=st.sampled_from(DAMAGES),
+    pick=st.integers(0, 1 << 20),
+    other=st.sampled_from(OTHERS),
+    action=st.sampled_from(sorted(ACTIONS)),
+    forged=st.booleans(),
+)
+def test_whatever_is_damaged_in_adapters_and_skip_vision(
+    others, tmp_path_factory, capfd, place, how, pick, other, action, forged
+):
+    kind, file = place
+    tmp = tmp_path_factory.mktemp("damaged")
+    harmed_command(others[kind], tmp, capfd, kind, file, how, pick, other, action, forged)
 
 
 # Links

@@ -194,3 +194,14 @@ def test_a_tokenizer_names_no_file_of_another_folder(folders, tmp_path, field):
     config.write_text(json.dumps(found))
     with pytest.raises(SaccadeError, match=r"tokenizer_config.json is damaged .it names '../tokenizer.4.0.0.json'"):
         load_processor(ModelOptions(model=str(tmp_path / "bad")))
+
+
+def test_a_base_that_is_a_file_is_not_read(folders, tmp_path):
+    """Stock loading takes a file for a config, and says what is in it."""
+    (tmp_path / "secret").write_text("secret")
+    shutil.copytree(folders / "adapters", tmp_path / "bad")
+    config = tmp_path / "bad" / "adapter_config.json"
+    found = {**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "secret")}
+    config.write_text(json.dumps(found))
+    with pytest.raises(SaccadeError, match=r"secret' is not a folder"):
+        load_model(ModelOptions(model=str(tmp_path / "bad")))

@@ -62,6 +62,8 @@ def check_files(place: str | Path) -> None:
         SaccadeError: naming the first such file.
     """
     folder = Path(place)
+    if folder.exists() and not folder.is_dir():  # stock loading would read it as a config
+        raise SaccadeError(f"model={str(place)!r} is not a folder: name the folder of a model")
     if not folder.is_dir():
         return
     check_entries(folder, "model")

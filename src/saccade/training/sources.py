@@ -131,7 +131,10 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
         SaccadeError: if there is none, or no config to tell it from.
     """
     check_files(model)
-    model = base_of(model) or model
+    base = base_of(model)
+    if base is not None:
+        model = base
+        check_files(model)
     where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
     with reading(f"model={model!r} {where}"):
         config = AutoConfig.from_pretrained(
