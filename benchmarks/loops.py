@@ -152,6 +152,57 @@ def vispruner(image: VisualContext, keep: int) -> Choice:
     return torch.cat((important, rest)).sort().values, None
 
 
+def holov(image: VisualContext, keep: int) -> Choice:
+    """Of each of 16 runs the most salient, as many as its share of the run scores says; what is too many, again."""
+    features, saliency, count = image.features[0], image.saliency[0], 16
+    runs = torch.arange(len(features), device=features.device).tensor_split(count)
+    scores = []
+    for run in runs:
+        similarity = cosine(features[run]).fill_diagonal_(0)
+        others = max(len(run) - 1, 1)
+        mean = similarity.sum(dim=1, keepdim=True) / others
+        variance = (similarity - mean).square().sum(dim=1) / others
+        attention = 1000 * saliency[run]
+        scores.append((attention + 0.09 * attention.abs().mean() / (variance.abs().mean() + 1e-6) * variance).mean())
+    weight = torch.stack(scores).double()
+    room = torch.tensor([len(run) for run in runs], device=weight.device)
+    given = torch.zeros_like(room)
+    while int(given.sum()) < keep:
+        left = keep - int(given.sum())
+        open_weight = torch.where(given < room, weight, 0)
+        more = (left * open_weight / open_weight.sum() + 1e-9).long()
+        more[open_weight.argsort(descending=True)[: left - int(more.sum())]] += 1
+        given = torch.minimum(given + more, room)
+    chosen = [run[saliency[run].topk(number).indices] for run, number in zip(runs, given.tolist(), strict=True)]
+    return torch.cat(chosen).sort().values, None
+
+
+def greedy_cover(cover: Tensor, quality: Tensor | None, keep: int) -> list[int]:
+    """Again and again the token `(N, R)` that adds most to the best cover of all rows, times its quality."""
+    best = torch.zeros_like(cover[0])
+    chosen: list[int] = []
+    for _ in range(keep):
+        gain = (cover - best).clamp(min=0).sum(dim=1)
+        gain = gain if quality is None else gain * quality
+        gain[chosen] = -1
+        chosen.append(int(gain.argmax()))
+        best = torch.maximum(best, cover[chosen[-1]])
+    return chosen
+
+
+def scope(image: VisualContext, keep: int) -> Choice:
+    """The greedy cover of all tokens by cosine, times the saliency."""
+    return ascending(greedy_cover(cosine(image.features[0]), image.saliency[0], keep), image), None
+
+
+def mmtok(image: VisualContext, keep: int) -> Choice:
+    """The greedy cover of all words and tokens by softmax of the cosines."""
+    words, tokens = image.word_relevance.shape[2], image.shape[1]
+    text = (image.word_relevance[0].float() / 0.02).softmax(dim=0) / words
+    picture = 0.5 * (cosine(image.encoder_features[0]) / 0.2).softmax(dim=0) / tokens
+    return ascending(greedy_cover(torch.cat((text, picture), dim=1), None, keep), image), None
+
+
 def visionzip(image: VisualContext, keep: int) -> Choice:
     """The most salient tokens; of the rest, evenly spread targets, each plus the mean of the tokens most like it."""
     keys, tokens = image.keys[0], image.shape[1]
@@ -223,11 +274,14 @@ LOOPS: dict[str, Callable[[VisualContext, int], Choice]] = {
     "divprune": divprune,
     "dpp": dpp,
     "fastervlm": fastervlm,
+    "holov": holov,
+    "mmtok": mmtok,
     "none": none,
     "prumerge": prumerge,
     "random": random,
     "random, seeded": seeded_random,
     "redundancy": redundancy,
+    "scope": scope,
     "tome": tome,
     "uniform": uniform,
     "visionzip": visionzip,

@@ -36,6 +36,7 @@ LOOP = ", loop over images"
 SEEDED = "random, seeded"
 METRICS = {"time": "ms", "cpu_time": "ms", "operations": "count"}
 HEAD_WIDTH = 64
+WORDS = 16
 SHORT_SECONDS = 0.2
 LEDGER = Path(__file__).with_name("ledger.csv")
 
@@ -63,6 +64,7 @@ def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, de
         saliency=draw(rows, tokens).softmax(dim=1).to(device),
         keys=draw(rows, tokens, HEAD_WIDTH).to(device),
         relevance=draw(rows, tokens).tanh().to(device),
+        word_relevance=(0.1 * draw(rows, tokens, WORDS)).to(device),
     )
 
 

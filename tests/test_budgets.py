@@ -439,6 +439,7 @@ def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
 
 def test_every_reducer_takes_a_shared_budget():
     known = {"keys": draw(5, 9, 4, seed=3), "relevance": draw(5, 9, seed=4), "encoder_features": draw(5, 9, 6, seed=5)}
+    known |= {"word_relevance": draw(5, 9, 3, seed=6), "words": torch.tensor([3, 3, 3, 1, 1])}
     context = ragged().replace(**known)
     for name in list_reducers():
         reduction = reduce(context, PruningConfig(name, keep_tokens=4, budget="image"))

@@ -13,7 +13,7 @@ from saccade.reducers.similarity import FLOAT32_TIE, TIE, cosine_similarity
 from saccade.testing.reducers import make_context
 from saccade.tokens import VisualContext
 
-BY_ROWS = ["tome", "vispruner"]
+BY_ROWS = ["mmtok", "scope", "tome", "vispruner"]
 """Reducers that take a few rows at a time on a CPU."""
 COSINES_BY_ROWS = ["prumerge", "redundancy", "visionzip"]
 """Those that do so for cosines alone."""

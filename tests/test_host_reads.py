@@ -49,13 +49,16 @@ def test_a_step_waits_a_few_times_whatever_its_size(model, collator, scenes, mod
     assert reads(step, mode, batch) == OURS[mode] + passes * STOCK
 
 
-@pytest.mark.parametrize("reducer", ["divprune", "dpp", "cdpruner", "fastervlm", "visionzip", "prumerge", "random"])
+@pytest.mark.parametrize(
+    "reducer",
+    ["divprune", "dpp", "cdpruner", "fastervlm", "holov", "mmtok", "scope", "visionzip", "prumerge", "random"],
+)
 def test_no_reducer_waits_for_its_choice(model, collator, scenes, reducer):
-    """CDPruner's words are the exception: they are read once, and once how many visual tokens each sample has."""
+    """The user's words are the exception: they are read once, and once how many visual tokens each sample has."""
     batch = dict(collator(scenes.select(range(4))))
     isolator = ModeIsolator(4, model.config.text_config.hidden_size)
     step = fast_slow_step(model, reducer, isolator=isolator)
-    assert reads(step, "fast", batch) == OURS["fast"] + STOCK + 2 * (reducer == "cdpruner")
+    assert reads(step, "fast", batch) == OURS["fast"] + STOCK + 2 * (reducer in ("cdpruner", "mmtok"))
 
 
 @pytest.mark.gpu

@@ -381,6 +381,7 @@ class TestDegenerateNeeds:
     def contexts(needs: frozenset[str]) -> dict[str, VisualContext]:
         features = drawn(1, 30, 6, 8)
         fields = {"saliency": (30,), "keys": (30, 4), "relevance": (30,), "encoder_features": (30, 6)}
+        fields["word_relevance"] = (30, 3)
         made = {}
         for value in (0.0, 1.0, 1e-30):
             extras = {name: torch.full((1, *fields[name]), value) for name in needs}

@@ -84,6 +84,70 @@ def test_answers_have_no_say(model, batch):
     )
 
 
+class TestWordByWord:
+    """What `mmtok` needs: relevance to each word, with as many words as the row's sample has."""
+
+    NEEDS = Needs(frozenset({"word_relevance"}))
+
+    @torch.no_grad()
+    def test_the_cosine_with_each_word_of_all_turns(self, model, batch):
+        family, embed = get_family(model), model.get_input_embeddings().weight
+        for labels in (batch["labels"], None):
+            context = family.encode(batch, self.NEEDS, labels=labels).context
+            for number, row in enumerate((0, 1, 1, 3)):
+                words = [word for turn in words_of(model, batch, row, labels) for word in turn]
+                expected = torch.cosine_similarity(context.features[number].unsqueeze(1), embed[words], dim=2)
+                assert int(context.words[number]) == len(words)
+                torch.testing.assert_close(context.word_relevance[number, :, : len(words)], expected)
+                assert not context.word_relevance[number, :, len(words) :].any()
+
+    @torch.no_grad()
+    def test_answers_have_no_say(self, model, batch):
+        family, labels = get_family(model), batch["labels"]
+        before = family.encode(batch, self.NEEDS, labels=labels).context
+        changed = {**batch, "input_ids": torch.where(labels != IGNORED, 20, batch["input_ids"])}
+        after = family.encode(changed, self.NEEDS, labels=labels).context
+        assert torch.equal(after.word_relevance, before.word_relevance)
+        assert torch.equal(after.words, before.words)
+        assert not torch.equal(
+            family.encode(changed, self.NEEDS).context.word_relevance,
+            family.encode(batch, self.NEEDS).context.word_relevance,
+        )
+
+    @torch.no_grad()
+    def test_the_bare_question_with_a_tokenizer(self, model, batch, processor, tmp_path):
+        processor.save_pretrained(tmp_path)
+        reducer = get_reducer("mmtok", tokenizer=str(tmp_path))
+        context = get_family(model).encode(batch, Needs.of(reducer, PruningConfig()), labels=batch["labels"]).context
+        asked = [processor.tokenizer.encode(" ".join(ASKED[row]), add_special_tokens=False) for row in (0, 1, 1, 3)]
+        assert context.words.tolist() == [len(words) for words in asked]
+        expected = torch.cosine_similarity(
+            context.features[1].unsqueeze(1), model.get_input_embeddings().weight[asked[1]], dim=2
+        )
+        torch.testing.assert_close(context.word_relevance[1, :, : len(asked[1])], expected)
+
+    @torch.no_grad()
+    def test_without_words_the_image_alone_is_covered(self, model, processor):
+        image = torch.randint(0, 255, (96, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        inputs = processor(images=[image.numpy()], text="<image>", return_tensors="pt")
+        reducer = get_reducer("mmtok")
+        context = get_family(model).encode(inputs, Needs.of(reducer, PruningConfig())).context
+        assert context.words.tolist() == [0]
+        empty = context.replace(word_relevance=context.word_relevance[:, :, :0], words=None)
+        assert torch.equal(reducer(context, 9).index, reducer(empty, 9).index)
+
+    def test_the_question_decides_what_stays(self, model, processor, scenes):
+        row = next(row for row in scenes if len(row["images"]) == 1)
+        kept = []
+        for words in ("how many digits is there ?", "read the first digit"):
+            inputs = processor(images=row["images"], text=f"<image> {words}", return_tensors="pt")
+            context = get_family(model).encode(inputs, Needs.of(get_reducer("mmtok"), PruningConfig())).context
+            kept.append(get_reducer("mmtok")(context, 9).index)
+            pruned = prune_inputs(model, inputs, reducer="mmtok", keep_tokens=9)
+            assert inputs["input_ids"].shape[1] - pruned["input_ids"].shape[1] == context.shape[1] - 9
+        assert not torch.equal(*kept)
+
+
 def test_turns():
     ids = torch.arange(12).unsqueeze(0)
     labels = torch.tensor([[-100, -100, -100, 7, 7, -100, -100, 7, -100, -100, -100, -100]])

@@ -82,7 +82,7 @@ def _kind(reducer: Any) -> str | None:
     ramp = torch.arange(16.0)
     features = torch.stack([ramp.sin(), ramp.cos(), (ramp * 3).sin(), (ramp * 5).cos()], dim=-1).unsqueeze(0)
     extras = {"encoder_features": features, "saliency": features[..., 0].exp(), "keys": features}
-    extras["relevance"] = features[..., 1].exp()
+    extras |= {"relevance": features[..., 1].exp(), "word_relevance": features}
     context = VisualContext(features=features, **{field: extras[field] for field in reducer.needs})
     try:
         return "select" if reducer(context, 4).weight is None else "merge"

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.text_relevance import relevance, row_samples
+from saccade.families.text_relevance import relevance, row_samples, word_relevance
 from saccade.families.tower import unused_layers_passed_over
 from saccade.families.vision_attention import (
     FROM_ATTENTION,
@@ -25,7 +25,7 @@ from saccade.families.vision_attention import (
     watching,
 )
 from saccade.interfaces import changed, check_takes, installed
-from saccade.reducers import PROJECTION, Needs
+from saccade.reducers import FROM_WORDS, PROJECTION, Needs
 
 
 class Family(ABC):
@@ -118,10 +118,14 @@ class Family(ABC):
                     patches = [Patches(values[name], block.class_token) for values in seen]
                     values = self.patches_to_tokens(patches, encoded, inputs)
                     known[name] = values.squeeze(2) if name == "saliency" else values
-            if "relevance" in needs.fields:
+            if needs.fields & FROM_WORDS:
                 context = encoded.context.replace(**known)
                 placeholder = self.placeholder(inputs["input_ids"])
-                known["relevance"] = relevance(self.model, context, inputs, labels, placeholder, needs)
+                given = (self.model, context, inputs, labels, placeholder, needs)
+                if "relevance" in needs.fields:
+                    known["relevance"] = relevance(*given)
+                if "word_relevance" in needs.fields:
+                    known["word_relevance"], known["words"] = word_relevance(*given)
         return replace(encoded, context=encoded.context.replace(**known)) if known else encoded
 
     @abstractmethod

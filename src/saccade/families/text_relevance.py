@@ -94,7 +94,6 @@ def relevance(
     Raises:
         SaccadeError: if the text tower does not fit the model's vision tower, or a folder lacks what it should hold.
     """
-    ids = inputs["input_ids"]
     if needs.text_tower:
         tokenizer = needs.tokenizer or model.name_or_path
         if not tokenizer:
@@ -109,20 +108,61 @@ def relevance(
         texts = -tower.texts(asked, visual)
     else:
         visual = context.features
-        reader = load_reader(str(needs.tokenizer)) if needs.tokenizer else models_reader(model.name_or_path)
-        if reader is None:
-            special = torch.tensor(special_ids(model.config), device=ids.device)
-            turns = _prompts(inputs, labels, placeholder | torch.isin(ids, special))
-        else:
-            prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
-            turns = [
-                [reader.ids(words) for prompt in sample for words in reader.questions(prompt)] for sample in prompts
-            ]
-        texts = _embedded_turns(model.get_input_embeddings(), turns, ids.device)
+        turns = _turns(model, inputs, labels, placeholder, needs.tokenizer)
+        texts = _embedded_turns(model.get_input_embeddings(), turns, inputs["input_ids"].device)
     wanted = texts.to(visual.device)[row_samples(context, placeholder)]  # (R, D)
     unit = torch.nn.functional.normalize(visual.float(), dim=2)
     score = (unit @ wanted.unsqueeze(2)).squeeze(2)
     return score.masked_fill(~context.valid, 0)
+
+
+def word_relevance(
+    model: PreTrainedModel,
+    context: VisualContext,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    placeholder: Tensor,
+    needs: Needs,
+) -> tuple[Tensor, Tensor]:
+    """The cosine of each visual token with the input embedding of each of the user's words, of all turns alike.
+
+    Args:
+        model, context, inputs, labels, placeholder: as for `relevance`.
+        needs: whose tokenizer finds the user's words; without one, that of the model's folder.
+
+    Returns:
+        float32 `(R, N, W)`, zero on padding and behind a row's words, and how many words each row has, long `(R,)`.
+
+    Raises:
+        SaccadeError: if the tokenizer's folder lacks what it should hold.
+    """
+    turns = _turns(model, inputs, labels, placeholder, needs.tokenizer)
+    words = [[word for turn in sample for word in turn] for sample in turns]
+    device = inputs["input_ids"].device
+    texts = _embedded(model.get_input_embeddings(), words, device)
+    counts = torch.tensor([len(sample) for sample in words], dtype=torch.long, device=device)
+    owner = row_samples(context, placeholder)
+    visual = context.features
+    wanted = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(visual.device)[owner]  # (R, W, D)
+    unit = torch.nn.functional.normalize(visual.float(), dim=2)
+    return (unit @ wanted.mT).masked_fill(~context.valid.unsqueeze(2), 0), counts[owner]
+
+
+def _turns(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    labels: Tensor | None,
+    placeholder: Tensor,
+    tokenizer: str | None,
+) -> list[list[list[int]]]:
+    """For each sample the ids of the user's words, by turn."""
+    reader = load_reader(str(tokenizer)) if tokenizer else models_reader(model.name_or_path)
+    if reader is None:
+        ids = inputs["input_ids"]
+        special = torch.tensor(special_ids(model.config), device=ids.device)
+        return _prompts(inputs, labels, placeholder | torch.isin(ids, special))
+    prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
+    return [[reader.ids(words) for prompt in sample for words in reader.questions(prompt)] for sample in prompts]
 
 
 def _behind_the_first(placeholder: Tensor) -> Tensor:
@@ -146,14 +186,17 @@ def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor)
     return prompts
 
 
+def _embedded(embed: nn.Module, lists: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """The unit embeddings of each list of words: float32 `(n, D)` each."""
+    # One call, whatever the lists hold: where ranks shard the embedding they must call it alike.
+    flat = torch.tensor([word for words in lists for word in words], dtype=torch.long, device=device)
+    return torch.nn.functional.normalize(embed(flat).float(), dim=1).split([len(words) for words in lists])
+
+
 def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torch.device) -> Tensor:
     """For each sample the mean over turns of the mean unit embedding of a turn's words: float32 `(B, D)`."""
     real = [[turn for turn in sample if turn] for sample in turns]
-    # One call, whatever the samples hold: where ranks shard the embedding they must call it alike.
-    flat = torch.tensor([word for sample in real for turn in sample for word in turn], dtype=torch.long, device=device)
-    vectors = iter(
-        torch.nn.functional.normalize(embed(flat).float(), dim=1).split([len(t) for sample in real for t in sample])
-    )
+    vectors = iter(_embedded(embed, [turn for sample in real for turn in sample], device))
     means = [[next(vectors).mean(dim=0) for _ in sample] for sample in real]
     nothing = torch.zeros(embed.weight.shape[-1], device=device)
     return torch.stack([torch.stack(sample).mean(dim=0) if sample else nothing for sample in means])

@@ -9,18 +9,30 @@ from saccade.reducers.divprune import DivPrune
 from saccade.reducers.dpp import Determinantal
 from saccade.reducers.fastervlm import FasterVLM
 from saccade.reducers.fit import no_room
+from saccade.reducers.holov import HoloV
+from saccade.reducers.mmtok import MMTok
 from saccade.reducers.none import KeepAll
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
 from saccade.reducers.reduce import keep_counts, reduce
 from saccade.reducers.redundancy import RedundancyMerge
-from saccade.reducers.registry import PROJECTION, Needs, Reducer, get_reducer, list_reducers, register_reducer
+from saccade.reducers.registry import (
+    FROM_WORDS,
+    PROJECTION,
+    Needs,
+    Reducer,
+    get_reducer,
+    list_reducers,
+    register_reducer,
+)
+from saccade.reducers.scope import Scope
 from saccade.reducers.tome import TokenMerging
 from saccade.reducers.uniform import UniformGrid
 from saccade.reducers.visionzip import VisionZip
 from saccade.reducers.vispruner import VisPruner
 
 __all__ = [
+    "FROM_WORDS",
     "PROJECTION",
     "PRUNING_FILE",
     "AveragePool",
@@ -28,13 +40,16 @@ __all__ = [
     "Determinantal",
     "DivPrune",
     "FasterVLM",
+    "HoloV",
     "KeepAll",
+    "MMTok",
     "Needs",
     "PruMerge",
     "PruningConfig",
     "RandomSubset",
     "Reducer",
     "RedundancyMerge",
+    "Scope",
     "TokenMerging",
     "UniformGrid",
     "VisPruner",

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
-from saccade.reducers.common import row_budget, scale_per_row
+from saccade.reducers.common import check_number, row_budget, scale_per_row
 from saccade.reducers.determinantal import greedy_map
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import check_precision
@@ -46,9 +45,8 @@ class CDPruner:
     needs: ClassVar[frozenset[str]] = frozenset({"relevance"})
 
     def __post_init__(self) -> None:
-        number = isinstance(self.theta, (int, float)) and not isinstance(self.theta, bool)
-        if self.theta is not None and not (number and 0 <= self.theta < 1):
-            raise SaccadeError(f"reducer 'cdpruner': theta={self.theta!r} is outside [0, 1)")
+        if self.theta is not None:
+            check_number("cdpruner", "theta", self.theta, "[0, 1)")
         check_precision("cdpruner", self.precision)
 
     @torch.no_grad()

@@ -3,8 +3,10 @@
 Shapes: B rows, N tokens a row, K tokens kept at most.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ CPU_CACHED_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache
 GPU_ELEMENTS = 2**27  # a gigabyte of float64
 GPU_CONVERTED_ELEMENTS = 2**25
 MERGES = ("projected", "encoder")
+INTERVALS: dict[str, Callable[[float], bool]] = {
+    "[0, 1]": lambda value: 0 <= value <= 1,
+    "[0, 1)": lambda value: 0 <= value < 1,
+    "[0, inf)": lambda value: 0 <= value < math.inf,
+    "(0, inf)": lambda value: 0 < value < math.inf,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,17 @@ def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
     if merge not in MERGES:
         raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: use one of {', '.join(MERGES)}")
     return needs | {"encoder_features", PROJECTION} if merge == "encoder" else needs
+
+
+def check_number(name: str, field: str, value: Any, interval: str) -> None:
+    """Refuse what is not a number in one of `INTERVALS`.
+
+    Raises:
+        SaccadeError: naming the reducer, the field and its value.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not INTERVALS[interval](value):
+        raise SaccadeError(f"reducer {name!r}: {field}={value!r} is outside {interval}")
 
 
 def rows_at_once(rows: int, elements: int, device: torch.device, on_gpu: int = GPU_CONVERTED_ELEMENTS) -> int:
@@ -155,6 +174,16 @@ def best_first(score: Tensor, context: VisualContext, count: int) -> Tensor:
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     place = torch.arange(score.shape[1], device=score.device)
     return ((key.long() << 32) - place).topk(min(count, score.shape[1]), dim=1).indices
+
+
+def leftover_scores(context: VisualContext, quality: Tensor | None) -> Tensor:
+    """A score below 1 for tokens that add nothing: by `quality`, then raster order. `(B, N)`, -inf on padding."""
+    rows, tokens, _ = context.shape
+    place = torch.arange(tokens, device=context.features.device).expand(rows, tokens)
+    if quality is not None:
+        place = quality.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
+    score = -place.float()
+    return score if context.dense else score.masked_fill(~context.valid, -torch.inf)
 
 
 def chosen_mask(candidates: Tensor, counts: Tensor | int, tokens: int) -> Tensor:

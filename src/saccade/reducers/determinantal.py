@@ -9,7 +9,7 @@ diagonal is one, the recursion does not care how small the qualities are.
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import Budget, ascending
+from saccade.reducers.common import Budget, ascending, leftover_scores
 from saccade.reducers.similarity import TIE, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
@@ -42,7 +42,7 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
     tolerance, tie = RANK_TOLERANCE[dtype], GAIN_TIE[dtype]
     residual = similarity.diagonal(dim1=1, dim2=2).clone()  # 1, or 0 for zero tokens and padding
     square = None if quality is None else quality.square().to(device, dtype)
-    leftover = _leftover_scores(context, quality).to(device)
+    leftover = leftover_scores(context, quality).to(device)
     factor = torch.zeros(rows, budget.width, tokens, dtype=dtype, device=device)
     chosen = []
     for step in range(budget.width):
@@ -69,13 +69,3 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
         leftover.scatter_(1, newest, -torch.inf)
     index = torch.cat(chosen, dim=1).to(context.features.device)
     return Reduction(ascending(index, budget, tokens), dense=budget.uniform)
-
-
-def _leftover_scores(context: VisualContext, quality: Tensor | None) -> Tensor:
-    """A score below 1 for tokens that add no volume: by `quality`, then raster order. `(B, N)`, -inf on padding."""
-    rows, tokens, _ = context.shape
-    place = torch.arange(tokens, device=context.features.device).expand(rows, tokens)
-    if quality is not None:
-        place = quality.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    score = -place.float()
-    return score if context.dense else score.masked_fill(~context.valid, -torch.inf)

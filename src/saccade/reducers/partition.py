@@ -72,6 +72,22 @@ def partition(context: VisualContext, budget: Budget) -> Partition:
     )
 
 
+def path_places(context: VisualContext, budget: Budget, regions: int) -> Tensor:
+    """A token's place on one path through all of its row: long `(B, N)`, meaningless on padding.
+
+    The path leads through the bands that `partition` cuts a frame into for its share of `regions`, one after the
+    other, to the right and back again, and through a band's columns alternately down and up, so that pieces of it are
+    about as high as wide.
+    """
+    rank = valid_rank(context)
+    frames, height, width = _grid(context, budget)
+    frame, y, x = rank // (height * width), rank // width % height, rank % width
+    bands = _bands((regions // frames).clamp(min=1), height, width, candidates=max(1, y.shape[1]))
+    band, top, bottom = _band(y, bands, height)
+    x = torch.where(band % 2 == 0, x, width - 1 - x)
+    return frame * height * width + top * width + _along_band(y, x, top, bottom)
+
+
 def _grid(context: VisualContext, budget: Budget) -> tuple[Tensor, Tensor, Tensor]:
     """Frames, rows and columns that the valid tokens fill, three long `(B, 1)`."""
     count = budget.available.unsqueeze(1)
@@ -94,16 +110,23 @@ def _region(
     in_segment = (segment + 1) * count // segments - before_segment
 
     bands = _bands(count // segments, height, width, candidates=max(1, y.shape[1]))
-    band = y * bands // height
-    top = (band * height + bands - 1) // bands
-    bottom = ((band + 1) * height + bands - 1) // bands
+    _, top, bottom = _band(y, bands, height)
     before_band = (2 * in_segment * top + height) // (2 * height)
     in_band = (2 * in_segment * bottom + height) // (2 * height) - before_band
 
-    thickness = bottom - top
-    along = torch.where(x % 2 == 0, y - top, bottom - 1 - y)
-    step = x * thickness + along
-    return before_segment + before_band + step * in_band // (thickness * width)
+    step = _along_band(y, x, top, bottom)
+    return before_segment + before_band + step * in_band // ((bottom - top) * width)
+
+
+def _band(y: Tensor, bands: Tensor, height: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The band of row y of a frame, its first row, and the first row below it."""
+    band = y * bands // height
+    return band, (band * height + bands - 1) // bands, ((band + 1) * height + bands - 1) // bands
+
+
+def _along_band(y: Tensor, x: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
+    """The place of (y, x) on the path through a band's columns, alternately down and up."""
+    return x * (bottom - top) + torch.where(x % 2 == 0, y - top, bottom - 1 - y)
 
 
 def _bands(count: Tensor, height: Tensor, width: Tensor, candidates: int) -> Tensor:

@@ -15,7 +15,9 @@ from saccade.tokens import Reduction, VisualContext
 ENTRY_POINT_GROUP = "saccade.reducers"
 PROJECTION = "projection"
 """The need of a reducer that merges before the projector: a family that can project tokens one by one."""
-NEEDS = frozenset({"encoder_features", "saliency", "keys", "relevance", PROJECTION})
+FROM_WORDS = frozenset({"relevance", "word_relevance"})
+"""The fields of `VisualContext` that the user's words decide about."""
+NEEDS = frozenset({"encoder_features", "saliency", "keys", PROJECTION}) | FROM_WORDS
 """What a reducer may name in `needs`: fields of `VisualContext` that are filled only on demand, and `PROJECTION`."""
 
 
@@ -72,7 +74,7 @@ class Needs:
         own = frozenset(reducer.needs)
         by_sample = budget is not None and (budget.budget == "sample" or budget.fit_length is not None)
         shared = frozenset({"sample"}) if by_sample else frozenset()
-        if "relevance" not in own:
+        if not own & FROM_WORDS:
             return cls(own | shared)
         return cls(own | shared, getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
 

@@ -13,7 +13,7 @@ from saccade.errors import SaccadeError
 from saccade.reducers.common import mask_to_index
 from saccade.tokens import Reduction, VisualContext
 
-NOT_PER_TOKEN = ("grid", "group", "sample", "seed", "valid")
+NOT_PER_TOKEN = ("grid", "group", "sample", "seed", "valid", "words")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Units:
             grid=self._grid(context),
             sample=None if context.sample is None else context.sample[self.first],
             seed=None if context.seed is None else context.seed[self.first],
+            words=None if context.words is None else context.words[self.first],
         )
 
     def _grid(self, context: VisualContext) -> Tensor:

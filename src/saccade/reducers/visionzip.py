@@ -6,8 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
-from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, merge_needs, row_budget
+from saccade.reducers.common import (
+    add_own,
+    best_first,
+    check_number,
+    chosen_mask,
+    mask_to_index,
+    merge_needs,
+    row_budget,
+)
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import nearest_kept
 from saccade.tokens import Reduction, VisualContext
@@ -40,9 +47,7 @@ class VisionZip:
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "keys"})
 
     def __post_init__(self) -> None:
-        number = isinstance(self.contextual, (int, float)) and not isinstance(self.contextual, bool)
-        if not number or not 0 <= self.contextual < 1:
-            raise SaccadeError(f"reducer 'visionzip': contextual={self.contextual!r} is outside [0, 1)")
+        check_number("visionzip", "contextual", self.contextual, "[0, 1)")
         object.__setattr__(self, "needs", merge_needs("visionzip", self.merge, self.needs))
 
     @torch.no_grad()

@@ -6,8 +6,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, best_first, by_rows, chosen_mask, mask_to_index, row_budget
+from saccade.reducers.common import (
+    Budget,
+    best_first,
+    by_rows,
+    check_number,
+    chosen_mask,
+    mask_to_index,
+    row_budget,
+)
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_similarity
 from saccade.tokens import Reduction, VisualContext
@@ -39,9 +46,7 @@ class VisPruner:
     needs: ClassVar[frozenset[str]] = frozenset({"saliency", "encoder_features"})
 
     def __post_init__(self) -> None:
-        number = isinstance(self.important, (int, float)) and not isinstance(self.important, bool)
-        if not number or not 0 <= self.important <= 1:
-            raise SaccadeError(f"reducer 'vispruner': important={self.important!r} is outside [0, 1]")
+        check_number("vispruner", "important", self.important, "[0, 1]")
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:

@@ -12,7 +12,7 @@ from torch import Tensor
 from saccade.families import Encoded
 from saccade.tokens import Places, VisualContext
 
-PER_TOKEN = ("encoder_features", "saliency", "keys", "relevance", "protected")
+PER_TOKEN = ("encoder_features", "saliency", "keys", "relevance", "word_relevance", "protected")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def block_context(encoded: Encoded, blocks: Blocks) -> VisualContext:
         valid=blocks.valid,
         grid=torch.tensor(_grids(context, blocks), device=context.grid.device).reshape(-1, 3),
         seed=None if context.seed is None else context.seed[first],
+        words=None if context.words is None else context.words[first],
         **extras,
     )
 

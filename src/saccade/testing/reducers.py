@@ -45,7 +45,11 @@ def make_context(
         drawn = torch.rand(64, 4096, *shape[2:], generator=generator)
         return drawn[:rows, :tokens].to(features.device)
 
-    widths = {"encoder_features": (rows, tokens, 6), "keys": (rows, tokens, 4)}
+    widths = {
+        "encoder_features": (rows, tokens, 6),
+        "keys": (rows, tokens, 4),
+        "word_relevance": (rows, tokens, 3),
+    }
     extras = {name: draw(*widths.get(name, (rows, tokens))) for name in sorted(needs)}
     return VisualContext(features, valid=valid, grid=grid, **extras)
 
@@ -62,7 +66,7 @@ def take_tokens(context: VisualContext, place: Tensor, fill: float) -> VisualCon
         taken[:, ~real] = fill
         return taken
 
-    names = ("features", "encoder_features", "saliency", "keys", "relevance")
+    names = ("features", "encoder_features", "saliency", "keys", "relevance", "word_relevance")
     fields = {name: take(getattr(context, name)) for name in names}
     valid = context.valid[:, place.clamp(min=0)] & real
     return VisualContext(**fields, valid=valid.expand(rows, -1), grid=context.grid, group=context.group)

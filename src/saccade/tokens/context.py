@@ -24,11 +24,14 @@ class VisualContext:
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
         relevance: `(B, N)`, how relevant each token is to the user's words.
+        word_relevance: `(B, N, W)`, how close each token is to each of the user's words.
+        words: long `(B,)`, how many words the row has in `word_relevance`; the columns behind them are padding. All
+            are words when left out.
         protected: bool `(B, N)`, tokens that are not part of the image, such as the newlines of anyres images. The
             others fill the grid. Reducers never see them: `saccade.reducers.reduce` decides about them.
 
-    `encoder_features`, `saliency`, `keys` and `relevance` are filled only when the reducer's `needs` names them. A
-    context is made once and never changed afterwards: `replace` makes another.
+    `encoder_features`, `saliency`, `keys`, `relevance` and `word_relevance`, with `words`, are filled only when the
+    reducer's `needs` names them. A context is made once and never changed afterwards: `replace` makes another.
 
     Raises:
         ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
@@ -44,6 +47,8 @@ class VisualContext:
     saliency: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
+    word_relevance: Tensor | None = None
+    words: Tensor | None = None
     protected: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid, known without looking at the device's memory."""
@@ -77,6 +82,8 @@ class VisualContext:
             "saliency": (rows, tokens),
             "keys": (rows, tokens),
             "relevance": (rows, tokens),
+            "word_relevance": (rows, tokens),
+            "words": (rows,),
             "protected": (rows, tokens),
         }
         for name, shape in expected.items():

@@ -1,0 +1,163 @@
+"""HoloV (arXiv 2510.02912): a budget for each part of the image, spent on what the vision tower attends to most."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.errors import SaccadeError
+from saccade.reducers.common import Budget, best_first, check_number, mask_to_index, row_budget, valid_rank
+from saccade.reducers.partition import path_places
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import TIE, cosine_similarity
+from saccade.tokens import Reduction, VisualContext
+
+WINDOWS = ("runs", "square")
+ATTENTION_SCALE = 1000.0
+ROUNDING = 1e-9
+"""What a product of a share and a count may lack: 0.29 * 100 is 28.999999999999996."""
+
+
+@register_reducer("holov")
+@dataclass(frozen=True)
+class HoloV:
+    """Keeps the most salient tokens of each of 16 runs of the image, each of which gets a share of the budget.
+
+    The N tokens in raster order are cut into P runs of N / P consecutive ones, the first N mod P one longer. In a run
+    of n tokens, with S the cosine similarities of the features, but zero on the diagonal, and a the saliency,
+
+        mu_i = sum_j S_ij / (n - 1)      v_i = sum_j (S_ij - mu_i)^2 / (n - 1)
+        s_i = 1000 a_i + alpha c v_i     c = mean|1000 a| / (mean|v| + 1e-6), over the run
+
+    where the zeros of the diagonal are among the terms of v, as in the published code. v is 0 in a run of one token. A
+    run has the weight w_p = mean s / the sum of the runs' mean s, and of K tokens it gets floor(K w_p); what is left
+    goes one each to the runs of the largest w. Within a run the tokens of the largest **a** stay, the first in raster
+    order of equals. As c is the run's own, the mean of alpha c v is almost alpha times that of 1000 a: it is the
+    attention that decides how the budget is shared, but for runs of near duplicates, whose v is as small as 1e-6.
+
+    A run cannot keep more than it has, where the published code pads with copies. Here what it gets too much is shared
+    out in the same way among the runs that have room, as often as needed.
+
+    Args:
+        alpha: weight of the variance v, from 0 on; 0.09 as published.
+        runs: P, from 1 on; 16 as published.
+        windows: "runs" as published, or "square", which is ours: the runs follow a path through bands of rows, up and
+            down their columns, that makes each run as nearly square as the grid allows (6 x 6 of 24 x 24 tokens).
+    """
+
+    alpha: float = 0.09
+    runs: int = 16
+    windows: str = "runs"
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency"})
+
+    def __post_init__(self) -> None:
+        check_number("holov", "alpha", self.alpha, "[0, inf)")
+        if not isinstance(self.runs, int) or isinstance(self.runs, bool) or self.runs < 1:
+            raise SaccadeError(f"reducer 'holov': runs={self.runs!r}: give a whole number from 1 on")
+        if self.windows not in WINDOWS:
+            raise SaccadeError(
+                f"reducer 'holov': windows={self.windows!r} is unknown: use one of {', '.join(WINDOWS)}"
+            )
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D / P) a row, memory O(N D)."""
+        budget = row_budget(context, keep)
+        rows, tokens, _ = context.shape
+        if budget.width == 0 or rows == 0:
+            return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+        members, sizes = self._members(context, budget)
+        real = members < tokens
+        score = self._scores(context, members, sizes)
+        share = score / score.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        counts = share_out(budget.counts, share, sizes)
+
+        # The places of all tokens by saliency, and of each run's own the first few.
+        order = best_first(context.saliency.float(), context, tokens)
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=order.device).expand_as(order))
+        rank = rank.gather(1, members.clamp(max=tokens - 1).flatten(1)).view_as(members).masked_fill(~real, tokens)
+        rank = rank.sort(dim=2).values
+        taken = torch.arange(rank.shape[2], device=rank.device) < counts.unsqueeze(2)
+        chosen = torch.where(taken, rank, tokens).flatten(1)
+        mask = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=rank.device).scatter_(1, chosen, True)
+        mask = torch.zeros_like(mask[:, :tokens]).scatter_(1, order, mask[:, :tokens])
+        return Reduction(mask_to_index(mask, budget.width), dense=budget.uniform)
+
+    def _members(self, context: VisualContext, budget: Budget) -> tuple[Tensor, Tensor]:
+        """The tokens of each run, long `(B, P, n)`, N behind them, and how many they are, long `(B, P)`.
+
+        n is the length of the longest run that N tokens can have.
+        """
+        rows, tokens, _ = context.shape
+        place = valid_rank(context) if self.windows == "runs" else path_places(context, budget, self.runs)
+        line = torch.full((rows, tokens + 1), tokens, dtype=torch.long, device=place.device)
+        place = place if context.dense else place.masked_fill(~context.valid, tokens)
+        numbers = torch.arange(tokens, device=place.device).expand(rows, tokens)
+        line.scatter_(1, place, numbers)
+        line[:, tokens] = tokens
+
+        run = torch.arange(self.runs, device=place.device)
+        available = budget.available.unsqueeze(1)
+        base, longer = available // self.runs, available % self.runs
+        sizes = base + (run < longer)
+        first = run * base + torch.minimum(run, longer)
+        step = torch.arange(-(-tokens // self.runs), device=place.device)
+        members = line.gather(1, (first.unsqueeze(2) + step).clamp(max=tokens).flatten(1)).view(rows, self.runs, -1)
+        return members.masked_fill(step >= sizes.unsqueeze(2), tokens), sizes
+
+    def _scores(self, context: VisualContext, members: Tensor, sizes: Tensor) -> Tensor:
+        """The mean of s over each run, float64 `(B, P)`, 0 for a run without tokens."""
+        rows, tokens, width = context.shape
+        real, size = members < tokens, sizes.clamp(min=1)
+        others = (size - 1).clamp(min=1)
+        at = members.clamp(max=tokens - 1).flatten(1)
+        features = context.features.gather(1, at.unsqueeze(2).expand(-1, -1, width))
+        # Where all runs are equally long, none of them is padded, and that shows without a look at the device.
+        whole = context.dense and tokens % self.runs == 0
+        run_shape = (rows * self.runs, members.shape[2])
+        runs = VisualContext(features.view(*run_shape, width), valid=None if whole else real.view(run_shape))
+        similarity = cosine_similarity(runs.features, runs)
+        similarity.diagonal(dim1=1, dim2=2).zero_()
+        similarity = similarity.view(rows, self.runs, *similarity.shape[1:]).to(sizes.device)
+        mean = similarity.sum(dim=3) / others.unsqueeze(2)
+        away = (similarity - mean.unsqueeze(3)).square_()
+        if not whole:
+            away.masked_fill_(~real.unsqueeze(2), 0)
+        variance = away.sum(dim=3) / others.unsqueeze(2)
+        variance = variance.masked_fill(~real | (sizes == 1).unsqueeze(2), 0)
+        salient = context.saliency.double().nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
+        attention = ATTENTION_SCALE * salient.gather(1, at).view_as(members).masked_fill(~real, 0)
+        attention, variance = attention.sum(dim=2) / size, variance.sum(dim=2) / size
+        return attention + self.alpha * attention / (variance + 1e-6) * variance
+
+
+def share_out(counts: Tensor, share: Tensor, room: Tensor) -> Tensor:
+    """How many of `counts` each run gets: long `(B, P)`, at most its `room`, together `counts`.
+
+    Each gets its share, rounded down, and those of the largest shares one of what is left each. What a run has no room
+    for is shared out in the same way among the others.
+
+    Args:
+        counts: long `(B,)`, at most the sum of `room`.
+        share: float64 `(B, P)`, from 0 on.
+        room: long `(B, P)`.
+    """
+    runs = share.shape[1]
+    # The first of equals before the others; sums of shares are off by far less.
+    order = (share - TIE * torch.arange(runs, device=share.device)).sort(dim=1, descending=True, stable=True).indices
+    share, room = share.gather(1, order), room.gather(1, order)
+    given, left = torch.zeros_like(room), counts.unsqueeze(1)
+    # In each round at least one more run is full, or nothing is left.
+    for _ in range(runs):
+        opened = given < room
+        part = share.masked_fill(~opened, 0)
+        total = part.sum(dim=1, keepdim=True)
+        alike = opened / opened.sum(dim=1, keepdim=True).clamp(min=1)
+        part = torch.where(total > 0, part / torch.where(total > 0, total, 1), alike.to(part.dtype))
+        more = (left * part + ROUNDING).long()
+        over = left - more.sum(dim=1, keepdim=True)
+        more += opened & (opened.cumsum(dim=1) <= over)
+        given = torch.minimum(given + more, room)
+        left = counts.unsqueeze(1) - given.sum(dim=1, keepdim=True)
+    return torch.zeros_like(given).scatter_(1, order, given)

@@ -1,0 +1,57 @@
+"""SCOPE (arXiv 2510.24214): salient tokens that together cover the image."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from saccade.reducers.common import Budget, by_rows, check_number, row_budget
+from saccade.reducers.coverage import greedy_cover
+from saccade.reducers.registry import register_reducer
+from saccade.reducers.similarity import cosine_similarity
+from saccade.tokens import Reduction, VisualContext
+
+
+@register_reducer("scope")
+@dataclass(frozen=True)
+class Scope:
+    """Keeps salient tokens that cover the others: greedy max of a_i^alpha * sum_j max(0, S_ij - m_j).
+
+    S are the cosine similarities of the features, a is the saliency, and m_j, zero at first, is the highest similarity
+    of token j to any kept one. The sum is over the tokens that are not kept yet, token i among them; a negative
+    similarity covers nothing. Gains within 2^-34 tie, and the first in raster order is taken. Where no token that is
+    left covers anything better (all of them are duplicates of kept ones, or are paid no attention), the rest are the
+    most salient: the paper does not say.
+
+    Args:
+        alpha: weight of the saliency, from 0 on; 1 as published for LLaVA. With 0 this is plain facility location, and
+            no saliency is needed.
+    """
+
+    alpha: float = 1.0
+    needs: ClassVar[frozenset[str]] = frozenset({"saliency"})
+
+    def __post_init__(self) -> None:
+        check_number("scope", "alpha", self.alpha, "[0, inf)")
+        if self.alpha == 0:
+            object.__setattr__(self, "needs", frozenset())
+
+    @torch.no_grad()
+    def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K N^2) a row, memory O(N^2)."""
+        return by_rows(self._reduce, context, row_budget(context, keep), elements=context.shape[1] ** 2)
+
+    def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
+        if budget.width == 0 or context.shape[0] == 0:
+            return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+        quality = self._quality(context) if self.alpha else None
+        return greedy_cover(cosine_similarity(context.features, context), context, budget, quality)
+
+    def _quality(self, context: VisualContext) -> Tensor:
+        """a^alpha over its largest value of the row, which changes no choice: float64 `(B, N)`, 0 on padding."""
+        salient = context.saliency.double().nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
+        if not context.dense:
+            salient = salient.masked_fill(~context.valid, 0)
+        most = salient.amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+        return (salient / most) ** self.alpha
