@@ -1,9 +1,8 @@
 """Greedy maximum coverage: the tokens that together stand best for rows of things, as SCOPE and MMTok choose.
 
 With C_ir how well token i covers row r and m_r the best cover of r so far, zero at first, each step adds the token of
-the largest q_i * sum_r max(0, C_ir - m_r), for a quality q. As (|x| + x) / 2 = max(0, x), the sum is half of
-sum_r |C_ir - m_r| + sum_r C_ir - sum_r m_r, and the first of these is a distance, which one operation computes without
-an intermediate as large as C.
+the largest q_i * sum_r max(0, C_ir - m_r), for a quality q. The sum is sum_r max(C_ir, m_r) - sum_r m_r, so that with
+max(C, m) kept up to date in the place of C a step reads it twice and writes it once, and no intermediate is as large.
 
 Shapes: B rows of N tokens of which K are kept; R rows to cover for each of the B.
 """
@@ -26,21 +25,21 @@ def greedy_cover(cover: Tensor, context: VisualContext, budget: Budget, quality:
     order.
 
     Args:
-        cover: float64 `(B, N, R)`, C, at most 1; zero on padding. Negative values cover nothing.
+        cover: float64 `(B, N, R)`, C, at most 1; zero on padding. Negative values cover nothing. It is overwritten.
         quality: float64 `(B, N)` in [0, 1], or None for 1 everywhere.
 
     Time O(K N R) a row.
     """
-    rows, tokens, covered = cover.shape
-    chosen: list[Tensor] = []
-    total = cover.sum(dim=2)
-    if not context.dense:
-        total = total.masked_fill(~context.valid.to(cover.device), -torch.inf)
+    _, tokens, covered = cover.shape
     leftover = leftover_scores(context, quality).to(cover.device)
     quality = None if quality is None else quality.to(cover.device)
-    best = cover.new_zeros(rows, 1, covered)
+    # What is kept, and padding, gains nothing: minus infinity, whatever rounding says.
+    open_to = torch.zeros_like(leftover, dtype=cover.dtype).masked_fill_(leftover == -torch.inf, -torch.inf)
+    chosen: list[Tensor] = []
+    best = cover.new_zeros(cover.shape[0], 1, covered)
     for _ in range(budget.width):
-        gain = (torch.cdist(cover, best, p=1.0).squeeze(2) + total - best.sum(dim=2)) / 2
+        torch.maximum(cover, best, out=cover)
+        gain = cover.sum(dim=2) - best.sum(dim=2) + open_to
         gain = torch.where(gain > COVER_TIE, gain, 0)
         nearly = gain - COVER_TIE
         score, nearly = (gain, nearly) if quality is None else (gain * quality, nearly * quality)
@@ -48,8 +47,8 @@ def greedy_cover(cover: Tensor, context: VisualContext, budget: Budget, quality:
         # `argmax` gives the first of equal maxima; what covers more ranks above what does not.
         newest = leftover.masked_fill(first, 1).argmax(dim=1, keepdim=True)
         chosen.append(newest)
-        best = torch.maximum(best, cover.gather(1, newest.unsqueeze(2).expand(-1, -1, covered)))
-        total.scatter_(1, newest, -torch.inf)
+        best = cover.gather(1, newest.unsqueeze(2).expand(-1, -1, covered))
+        open_to.scatter_(1, newest, -torch.inf)
         leftover.scatter_(1, newest, -torch.inf)
     index = torch.cat(chosen, dim=1).to(context.features.device)
     return Reduction(ascending(index, budget, tokens), dense=budget.uniform)
