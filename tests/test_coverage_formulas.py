@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reducer_tester import kept, take_tokens
 from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer
 from saccade.reducers.holov import share_out
+from saccade.testing.reducers import kept, take_tokens
 from saccade.tokens import VisualContext
 
 EQUAL = 1e-9
