@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.reducers import get_reducer
-from saccade.reducers.holov import share_out
+from saccade.reducers.holov import share_budget
 from saccade.testing.reducers import kept, take_tokens
 from saccade.tokens import VisualContext
 
@@ -179,7 +179,7 @@ def test_a_budget_is_shared_out_whole_and_by_the_shares(runs, part):
     total = sum(weights)
     count = round(part * sum(room))
     shares = [float(Fraction(weight, total)) if total else 0.0 for weight in weights]
-    (found,) = share_out(torch.tensor([count]), torch.tensor([shares]).double(), torch.tensor([room])).tolist()
+    (found,) = share_budget(torch.tensor([count]), torch.tensor([shares]).double(), torch.tensor([room])).tolist()
     assert sum(found) == count
     assert all(given <= most for given, most in zip(found, room, strict=True))
     assert found == shared_out(count, shares, room)

@@ -71,7 +71,7 @@ class HoloV:
         real = members < tokens
         score = self._scores(context, members, sizes)
         share = score / score.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-        counts = share_out(budget.counts, share, sizes)
+        counts = share_budget(budget.counts, share, sizes)
 
         # The places of all tokens by saliency, and of each run's own the first few.
         order = best_first(context.saliency.float(), context, tokens)
@@ -132,7 +132,7 @@ class HoloV:
         return attention + self.alpha * attention / (variance + 1e-6) * variance
 
 
-def share_out(counts: Tensor, share: Tensor, room: Tensor) -> Tensor:
+def share_budget(counts: Tensor, share: Tensor, room: Tensor) -> Tensor:
     """How many of `counts` each run gets: long `(B, P)`, at most its `room`, together `counts`.
 
     Each gets its share, rounded down, and those of the largest shares one of what is left each. What a run has no room

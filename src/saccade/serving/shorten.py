@@ -18,7 +18,7 @@ from torch import Tensor
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family
 from saccade.pruning import ModeInputs, Pruner, prune
-from saccade.reducers import PruningConfig, get_reducer, list_reducers
+from saccade.reducers import FROM_WORDS, PruningConfig, get_reducer, list_reducers
 from saccade.tokens import Role
 
 JOINED = frozenset({"gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
@@ -149,7 +149,7 @@ def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
             f"budget='image' cannot be served for {family.name}: text stands between the crops of an image, and how "
             "many tokens each keeps is not known before the tower has run; use 'crop'"
         )
-    if "relevance" in config.needs.fields:
+    if config.needs.fields & FROM_WORDS:
         raise SaccadeError(
             f"reducer={config.reducer!r} cannot be served: it reads the question, and an engine encodes an image once "
             f"for all questions; these serve: {', '.join(serving_reducers(family))}"
@@ -171,7 +171,7 @@ def serving_reducers(family: Family) -> list[str]:
             family.check_gives(needs)
         except (SaccadeError, TypeError):
             continue
-        if "relevance" not in needs.fields:
+        if not needs.fields & FROM_WORDS:
             names.append(name)
     return names
 
