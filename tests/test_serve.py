@@ -101,6 +101,14 @@ def test_two_stages_then_served(story):
     served = serve([job(folder, questions) for folder in folders], story)
     assert list(map(differences, served, expected)) == [[], []]
     assert {each["finished"] for each in served[1]} == {"stop"}
+    # The same export on the tokens that it was trained on, as the folder says.
+    folder = story / "export"
+    config = PruningConfig.from_pretrained(folder)
+    assert config.prune_ratio == 0.9
+    wanted = pruned(*loaded(folder), questions, config, LONGEST)
+    assert len(wanted[0].prompt) < len(expected[1][0].prompt) / 2
+    (found,) = serve([job(folder, questions)], story, plugins="saccade")
+    assert differences(found, wanted) == []
 
 
 SETTINGS = {
@@ -377,10 +385,14 @@ class Answer:
 
 
 def pruned(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], config: PruningConfig
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    config: PruningConfig,
+    longest: int = 8,
 ) -> list[Answer]:
     """What the stock model answers on the tokens that `prune_inputs` keeps."""
-    return generated(model, processor, questions, 8, lambda inputs: prune_inputs(model, inputs, config))
+    return generated(model, processor, questions, longest, lambda inputs: prune_inputs(model, inputs, config))
 
 
 def generated(

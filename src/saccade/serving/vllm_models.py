@@ -105,8 +105,8 @@ class PrunedModel:
         family = tower_family(model.model, model.dtype, device, revision=model.revision, weights=weights)
         isolator = isolator_of(config)
         isolator = None if isolator is None else isolator.to(device=device, dtype=model.dtype)
-        # In a dict of its own, so that vLLM loads no weights into it.
-        self.__dict__["shortener"] = Shortener(family, config, isolator)
+        # No module, so that vLLM looks for no weights of it.
+        self.shortener = Shortener(family, config, isolator)
         self.carries_positions = carries_positions(model)
         _let_cpu_runner_ask()
 
