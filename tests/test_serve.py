@@ -36,6 +36,7 @@ from saccade.families.padding import pads_to_square
 from saccade.pruning import ModeIsolator
 from saccade.serving import vllm_request
 from saccade.serving.requests import TAKES_ROWS
+from saccade.testing import tiny_models
 from saccade.training.export import export_model
 
 pytestmark = pytest.mark.serve
@@ -141,7 +142,8 @@ def models(tmp_path_factory):
     """
     root = tmp_path_factory.mktemp("families")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(family_models, "WIDTH", 64 * family_models.HEADS)
+        for module in (family_models, tiny_models):
+            patch.setattr(module, "WIDTH", 64 * family_models.HEADS)
         return {name: (*write_model(name, root / name), root / name) for name in family_models.FAMILIES}
 
 
