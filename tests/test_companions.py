@@ -70,19 +70,36 @@ def test_engines_find_only_stock_weights_in_what_is_written(trained):
 def old_folder(model, tmp_path):
     """A folder with both files as earlier versions called them, and what they hold."""
     isolator = ModeIsolator(4, 128)
-    isolator.save(tmp_path, metadata={"length": 4})
+    isolator.save_pretrained(tmp_path, metadata={"length": 4})
     skip = apply_skip_vision(model, SkipVisionConfig(retained=10, skipped=20))
-    skip.save(tmp_path)
+    skip.save_pretrained(tmp_path)
     head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
     for name, before in BEFORE.items():
         (tmp_path / name).rename(tmp_path / before)
     return tmp_path, isolator, head
 
 
+def test_a_folder_says_how_its_model_skips(model, tmp_path):
+    config = SkipVisionConfig(retained=10, skipped=20, layers=(0, 2), text_visibility="prompt_only")
+    skip = apply_skip_vision(model, config)
+    skip.save_pretrained(tmp_path)
+    head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
+    skip.remove()
+    assert SkipVisionConfig.from_pretrained(tmp_path) == config
+    again = apply_skip_vision(model, tmp_path, drop_kv=False)
+    assert again.config == config.replace(drop_kv=False) != config
+    assert all(torch.equal(value, head[name]) for name, value in again.summary.state_dict().items())
+    again.remove()
+    with pytest.raises(SaccadeError, match="'drop_kw' is not an option of Skip-Vision: did you mean 'drop_kv'"):
+        apply_skip_vision(model, tmp_path, drop_kw=False)
+    with pytest.raises(SaccadeError, match=f"holds no {SUMMARY_FILE}"):
+        apply_skip_vision(model, tmp_path / "nothing")
+
+
 def test_files_of_an_earlier_version_are_read(old_folder):
     folder, isolator, head = old_folder
     for place in (folder, folder / BEFORE[ISOLATOR_FILE]):
-        assert torch.equal(ModeIsolator.load(place).weight, isolator.weight)
+        assert torch.equal(ModeIsolator.from_pretrained(place).weight, isolator.weight)
         assert ModeIsolator.config_of(place) == {"length": 4}
     for place in (folder, folder / BEFORE[SUMMARY_FILE]):
         _, tensors = read_summary_file(place)
@@ -93,7 +110,7 @@ def test_files_of_an_earlier_version_are_read(old_folder):
 
 def test_writing_replaces_what_an_earlier_version_wrote(old_folder, model):
     folder, isolator, _ = old_folder
-    isolator.save(folder)
+    isolator.save_pretrained(folder)
     assert {path.name for path in folder.iterdir()} == {ISOLATOR_FILE, BEFORE[SUMMARY_FILE]}
     remove_other_kind(folder, adapters=False, isolator=False, prunes=False, skips=False)
     assert list(folder.iterdir()) == []
@@ -103,9 +120,9 @@ def test_a_newer_file_goes_before_an_older_one(old_folder):
     folder, _, _ = old_folder
     newer = ModeIsolator(2, 128)
     older = (folder / BEFORE[ISOLATOR_FILE]).read_bytes()
-    newer.save(folder)
+    newer.save_pretrained(folder)
     (folder / BEFORE[ISOLATOR_FILE]).write_bytes(older)
-    assert torch.equal(ModeIsolator.load(folder).weight, newer.weight)
+    assert torch.equal(ModeIsolator.from_pretrained(folder).weight, newer.weight)
 
 
 def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
@@ -122,7 +139,7 @@ def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
 
 
 def test_a_file_that_is_cut_short(trained, tmp_path):
-    for name, load in ((ISOLATOR_FILE, ModeIsolator.load), (SUMMARY_FILE, read_summary_file)):
+    for name, load in ((ISOLATOR_FILE, ModeIsolator.from_pretrained), (SUMMARY_FILE, read_summary_file)):
         with pytest.raises(SaccadeError, match=f"holds no {name}"):
             load(tmp_path)
         (tmp_path / name).write_bytes((trained / "out" / name).read_bytes()[:-3])

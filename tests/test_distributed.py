@@ -86,7 +86,7 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
     models = [load_stock(folder / "final") for folder in (reference, tmp_path)]
     for name, value in models[0].items():
         torch.testing.assert_close(models[1][name], value, rtol=1e-3, atol=1e-4)
-    isolators = [ModeIsolator.load(folder / "final").weight for folder in (reference, tmp_path)]
+    isolators = [ModeIsolator.from_pretrained(folder / "final").weight for folder in (reference, tmp_path)]
     torch.testing.assert_close(isolators[1], isolators[0], rtol=1e-3, atol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_the_isolator_stays_where_it_is_in_slow_steps(tmp_path, engine):
     launch(tmp_path, 2, engine, slow_probability=1.0, max_steps=2)
     one = tmp_path / "start"
     launch(one, 1, slow_probability=1.0, max_steps=1, learning_rate=0.0)
-    weights = [ModeIsolator.load(folder / "final").weight for folder in (tmp_path, one)]
+    weights = [ModeIsolator.from_pretrained(folder / "final").weight for folder in (tmp_path, one)]
     assert torch.equal(*weights)
 
 

@@ -55,7 +55,7 @@ def test_stock_transformers_loads_it(trained, tmp_path):
     assert not isinstance(loaded, PeftModel)
     assert not any(path.name.startswith("adapter") for path in output.iterdir())
     AutoProcessor.from_pretrained(output)
-    assert torch.equal(ModeIsolator.load(output).weight, ModeIsolator.load(folder).weight)
+    assert torch.equal(ModeIsolator.from_pretrained(output).weight, ModeIsolator.from_pretrained(folder).weight)
     assert summary["files"] == sorted(path.name for path in output.iterdir())
     assert (summary["base_model"] is not None) == (kind == "lora")
     # Nothing is left beside it.

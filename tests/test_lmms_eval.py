@@ -50,9 +50,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    ModeIsolator(4, model.config.text_config.hidden_size).save(folder)
+    ModeIsolator(4, model.config.text_config.hidden_size).save_pretrained(folder)
     skip = apply_skip_vision(model, SkipVisionConfig(retained=20, skipped=40))
-    skip.save(folder)
+    skip.save_pretrained(folder)
     skip.remove()
     return folder
 

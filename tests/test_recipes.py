@@ -265,7 +265,7 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
         **{"disable_tqdm": True, "gradient_checkpointing": False, "save_strategy": "no", "lora_r": 2},
     }
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
-    assert ModeIsolator.load(tmp_path / "one").weight.equal(first.isolator.weight)
+    assert ModeIsolator.from_pretrained(tmp_path / "one").weight.equal(first.isolator.weight)
     again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)

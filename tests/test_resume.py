@@ -300,7 +300,7 @@ def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
     saved, final = (load_file(folder / file) for folder in (best, tmp_path / "final"))
     for name, value in saved.items():
         assert torch.equal(value, final[name]), name
-    assert torch.equal(trainer.isolator.weight, ModeIsolator.load(best).weight)
+    assert torch.equal(trainer.isolator.weight, ModeIsolator.from_pretrained(best).weight)
 
 
 def test_the_best_model_is_one_of_the_runs_own(processor, tmp_path):

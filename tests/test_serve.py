@@ -187,7 +187,7 @@ def test_every_family_prunes_in_the_engine(models, tmp_path):
     names, expected, jobs = [], [], []
     for name, (model, processor, folder) in models.items():
         isolator = ModeIsolator(3, model.config.get_text_config().hidden_size)
-        isolator.save(folder)
+        isolator.save_pretrained(folder)
         config = PruningConfig(prune_ratio=0.75, isolator=None if name == "gemma3" else str(folder))
         config.save_pretrained(folder)
         names.append(name)

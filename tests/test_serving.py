@@ -191,7 +191,7 @@ def test_caches_tell_every_setting_from_every_other(tmp_path):
         (tmp_path / str(seed)).mkdir()
         isolator = ModeIsolator(2, 8)
         isolator.weight.data.fill_(seed)
-        isolator.save(tmp_path / str(seed))
+        isolator.save_pretrained(tmp_path / str(seed))
         settings.append(config.replace(isolator=str(tmp_path / str(seed))))
     marks = [fingerprint(setting) for setting in settings]
     assert len(set(marks)) == len(settings)

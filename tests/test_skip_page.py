@@ -25,7 +25,7 @@ def test_two_lines_and_what_is_saved(model, inputs, tmp_path):
     with torch.no_grad():
         before = model(**inputs).logits
         names = {"model": model, "inputs": inputs, "folder": tmp_path}
-        exec(PYTHON[0].replace("skip.remove()", "skip.save(folder)\nskip.remove()"), names)
+        exec(PYTHON[0].replace("skip.remove()", "skip.save_pretrained(folder)\nskip.remove()"), names)
         assert names["output"].shape[1] > inputs["input_ids"].shape[1]
         assert torch.equal(model(**inputs).logits, before)
         exec(PYTHON[1], names)

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from saccade import SaccadeError
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
 from saccade.pruning import prune
-from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
+from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.tokens import Role
@@ -71,7 +71,7 @@ def test_a_run_of_skip_vision_trains_the_summary_head_and_saves_it(model, proces
     assert set(trainer.meter.steps) == {"skip"}
     trainer.save_model(str(tmp_path / "final"))
     trained = LlavaForConditionalGeneration.from_pretrained(tmp_path / "final")
-    skip = load_skip_vision(trained, tmp_path / "final")
+    skip = apply_skip_vision(trained, tmp_path / "final")
     for name, value in skip.summary.state_dict().items():
         assert torch.equal(value, after[name])
     skip.remove()
@@ -205,10 +205,10 @@ def test_the_projector_stage_is_always_in_the_first_mode(model, processor, tmp_p
 
 def test_a_head_of_another_model_is_refused(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, **SKIP)
-    trainer.skip.save(tmp_path)
+    trainer.skip.save_pretrained(tmp_path)
     saved = load_file(tmp_path / SUMMARY_FILE)
     wrong = {name: torch.zeros(*value.shape[:-1], value.shape[-1] + 1) for name, value in saved.items()}
-    trainer.skip.save(tmp_path, tensors=wrong)
+    trainer.skip.save_pretrained(tmp_path, tensors=wrong)
     with pytest.raises(SaccadeError, match="another model"):
-        trainer.skip.load(tmp_path)
+        trainer.skip.load_summary(tmp_path)
     assert make_config(tmp_path, **SKIP).skip_options.retained == pytest.approx(100 / 576)

@@ -1,6 +1,7 @@
 """The trainer: against stock TRL, its modes, what it trains, what it saves, and what it refuses."""
 
 import copy
+import inspect
 import json
 import multiprocessing
 
@@ -21,6 +22,16 @@ from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
+
+
+def test_every_argument_is_that_of_trl_s_trainer():
+    """By name, in order, and with its description: none is passed on unseen, and a new one of TRL's shows here."""
+    own, stock = (inspect.signature(cls.__init__).parameters for cls in (DualSpeedTrainer, SFTTrainer))
+    assert list(own) == list(stock)
+    defaults = {name: parameter.default for name, parameter in own.items() if name != "args"}
+    assert defaults == {name: parameter.default for name, parameter in stock.items() if name != "args"}
+    text = inspect.getdoc(DualSpeedTrainer)
+    assert [name for name in own if name != "self" and f"\n    {name} (" not in text] == []
 
 
 def train(model, processor, output, **options):
@@ -212,7 +223,7 @@ def test_lora_trains_and_saves_adapters_and_isolator(model, processor, tmp_path)
     assert any("lora_A" in key for key in keys)
     assert any("multi_modal_projector" in key for key in keys)
     assert not any("isolator" in key for key in keys)
-    assert torch.equal(ModeIsolator.load(tmp_path / "final").weight, trainer.isolator.weight)
+    assert torch.equal(ModeIsolator.from_pretrained(tmp_path / "final").weight, trainer.isolator.weight)
     assert trainer.mode_of(0) in ("fast", "slow")
     assert trainer.schedule.shares == {"fast": 0.5, "slow": 0.5}
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from saccade.images import open_image
     from saccade.pruning import apply_pruning, prune_inputs
     from saccade.reducers import PruningConfig, get_reducer, list_reducers, register_reducer
-    from saccade.skip_vision import SkipVisionConfig, apply_skip_vision, load_skip_vision
+    from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
     from saccade.tokens import Reduction, VisualContext
 
 __version__ = "0.1.0"
@@ -28,7 +28,6 @@ _HOMES = {
     "apply_skip_vision": "saccade.skip_vision",
     "get_reducer": "saccade.reducers",
     "list_reducers": "saccade.reducers",
-    "load_skip_vision": "saccade.skip_vision",
     "open_image": "saccade.images",
     "prune_inputs": "saccade.pruning",
     "register_reducer": "saccade.reducers",
@@ -45,7 +44,6 @@ __all__ = [
     "apply_skip_vision",
     "get_reducer",
     "list_reducers",
-    "load_skip_vision",
     "open_image",
     "prune_inputs",
     "register_reducer",

@@ -3,7 +3,7 @@
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -12,11 +12,22 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, TrainerState
+from transformers import (
+    BitsAndBytesConfig,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerState,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
@@ -86,6 +97,7 @@ from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
 from saccade.tokens import IGNORE_INDEX
 
+Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     "_get_grad_norm",
@@ -118,15 +130,41 @@ class DualSpeedTrainer(SFTTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
-    Takes what [`~trl.SFTTrainer`] takes. The dataset has `messages` (or `prompt` and `completion`) and `images`.
+    Takes what [`~trl.SFTTrainer`] takes.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             A stock model of a known family, or the folder or id to load it from.
         args ([`DualSpeedConfig`]):
             Options of the run.
-        kwargs:
-            `train_dataset`, `processing_class`, `peft_config` and the rest, as for [`~trl.SFTTrainer`].
+        data_collator (`Callable`, *optional*):
+            Makes a batch of rows. When left out, a [`DualSpeedCollator`] with the options of `args`; one of your own
+            returns what the processor does, and `labels`.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `messages`, or `prompt` and `completion`, and `images`: PIL images, paths, or mappings with
+            "bytes" or "path". A stream needs `max_steps`.
+        eval_dataset (dataset or `dict` of datasets, *optional*):
+            Rows to evaluate on, as those to train on.
+        processing_class ([`~transformers.ProcessorMixin`], *optional*):
+            The model's processor. When left out, loaded from where the model comes from.
+        compute_loss_func (`Callable`, *optional*):
+            A loss in place of the cross-entropy. Only with the options of ordinary fine-tuning.
+        compute_metrics (`Callable`, *optional*):
+            Metrics of an evaluation, of an [`~transformers.EvalPrediction`].
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Callbacks beside the trainer's own.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            An optimizer and a learning-rate scheduler in place of those that `args` names.
+        optimizer_cls_and_kwargs (`tuple`, *optional*):
+            An optimizer class and its arguments, in place of `optim` and `optim_args`.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            What becomes of logits and labels before an evaluation keeps them.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            How the weights are quantized where the model is loaded by its name.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters to train in place of the language model's weights. Without one the model is not wrapped.
+        formatting_func (`Callable`, *optional*):
+            Makes a text of a row, as in TRL.
 
     Raises:
         SaccadeError: on a model without a family, a dataset without images, or an isolator that does not fit.
@@ -154,7 +192,24 @@ class DualSpeedTrainer(SFTTrainer):
     _train_loader: DataLoader | None = None
     _rows_before: tuple[int, int] = (0, 0)
 
-    def __init__(self, model: str | PreTrainedModel, args: DualSpeedConfig, *, train_dataset, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: DualSpeedConfig,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Rows | DatasetDict | IterableDatasetDict | dict[str, Rows] | None = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
         if not isinstance(args, DualSpeedConfig):
             raise SaccadeError(
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
@@ -164,7 +219,7 @@ class DualSpeedTrainer(SFTTrainer):
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = first_columns(train_dataset)
         if not args.takes_stock_steps:
-            check_not_ignored(model, kwargs.get("peft_config"), kwargs.get("compute_loss_func"))
+            check_not_ignored(model, peft_config, compute_loss_func)
         if args.group_by != "none" and not isinstance(train_dataset, Sized):
             raise SaccadeError(
                 f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
@@ -175,12 +230,28 @@ class DualSpeedTrainer(SFTTrainer):
         args.accelerator_config.dispatch_batches = args.accelerator_config.dispatch_batches or False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
-        own_collator = kwargs.get("data_collator") is None
+        own_collator = data_collator is None
         if isinstance(model, str):
-            model = load_by_name(model, args, kwargs.get("quantization_config"))
+            model = load_by_name(model, args, quantization_config)
         check_precision(model, args)
         with _withheld(args), as_bad_input():
-            super().__init__(model, args, train_dataset=train_dataset, **kwargs)
+            super().__init__(
+                model,
+                args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
         # labels of the global batch, however it is cut into micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
@@ -763,9 +834,9 @@ class DualSpeedTrainer(SFTTrainer):
                 skips=self.skip is not None,
             )
             if self.isolator is not None:
-                self.isolator.save(folder, metadata=state, weight=weight)
+                self.isolator.save_pretrained(folder, metadata=state, weight=weight)
             if self.skip is not None:
-                self.skip.save(folder, tensors=summary)
+                self.skip.save_pretrained(folder, tensors=summary)
             pruned = next((mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all), None)
             if pruned is not None:
                 pruned.pruning.replace(isolator=str(folder) if pruned.isolator else None).save_pretrained(folder)
@@ -822,9 +893,9 @@ class DualSpeedTrainer(SFTTrainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.isolator is not None:
-            self._copy_isolator(ModeIsolator.load(checkpoint))
+            self._copy_isolator(ModeIsolator.from_pretrained(checkpoint))
         if self.skip is not None:
-            self.skip.load(checkpoint)
+            self.skip.load_summary(checkpoint)
         self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
     def _resume_state(self) -> dict[str, Any]:
@@ -856,9 +927,9 @@ class DualSpeedTrainer(SFTTrainer):
         else:
             super()._load_best_model()
             if self.isolator is not None:
-                self._copy_isolator(ModeIsolator.load(self.state.best_model_checkpoint))
+                self._copy_isolator(ModeIsolator.from_pretrained(self.state.best_model_checkpoint))
             if self.skip is not None:
-                self.skip.load(self.state.best_model_checkpoint)
+                self.skip.load_summary(self.state.best_model_checkpoint)
 
     def _freeze(self) -> None:
         """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
@@ -893,7 +964,7 @@ class DualSpeedTrainer(SFTTrainer):
             beside = find_companion(self.family.model.config._name_or_path, ISOLATOR_FILE)
             source = None if beside is None else str(beside)
         if source is not None:
-            self._copy_isolator(ModeIsolator.load(source), source)
+            self._copy_isolator(ModeIsolator.from_pretrained(source), source)
         self.model.add_module(ISOLATOR_NAME, isolator)
         for module in {self.model, self.family.model}:
             if isinstance(module, PreTrainedModel):
@@ -912,7 +983,7 @@ class DualSpeedTrainer(SFTTrainer):
                 skip.summary.to(self.family.model.dtype)
             source = self.family.model.config._name_or_path
             if source and find_companion(source, SUMMARY_FILE):
-                skip.load(source)
+                skip.load_summary(source)
         return skip
 
     def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:

@@ -26,7 +26,7 @@ from saccade.files import check_entries, reading
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
-from saccade.skip_vision import SUMMARY_FILE, load_skip_vision
+from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 
@@ -73,7 +73,7 @@ class Inference:
     def on(self, model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
         """Make a model run so for a while, and give the function that prepares processed batches for `generate`."""
         if self.name == "skip":
-            skip = load_skip_vision(model, self.skip_vision)
+            skip = apply_skip_vision(model, self.skip_vision)
             try:
                 yield partial(skip.prepare, padding_side="left")
             finally:
@@ -81,7 +81,7 @@ class Inference:
         elif self.prunes:
             with_isolator = self.name == "pruned_isolator"
             config = self.pruning if with_isolator else self.pruning.replace(isolator=None)
-            isolator = ModeIsolator.load(config.isolator) if with_isolator else None
+            isolator = ModeIsolator.from_pretrained(config.isolator) if with_isolator else None
             yield lambda inputs: prune_inputs(model, inputs, config, isolator=isolator)
         else:
             yield dict

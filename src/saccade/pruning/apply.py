@@ -13,7 +13,6 @@ from transformers.utils import ModelOutput
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import by_name
-from saccade.pruning.isolator import ModeIsolator
 from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch, with_given_prompt
 from saccade.pruning.prune_inputs import isolator_rows, prune_inputs, pruning_config
 from saccade.reducers import PruningConfig
@@ -104,7 +103,8 @@ def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = 
     if HANDLE in family.model.__dict__:
         raise SaccadeError("model: it prunes or skips already; call `remove()` on what switched that on first")
     family.check_gives(config.needs)
-    isolator = None if config.isolator is None else isolator_rows(family, ModeIsolator.load(config.isolator)).detach()
+    rows = isolator_rows(family, config.isolator)
+    isolator = None if rows is None else rows.detach()
     pruning = Pruning(family, config, isolator)
     stock = family.model
     patch(stock, like(stock.forward, _forward))

@@ -42,7 +42,7 @@ class ModeIsolator(nn.Module):
         """A zero with a gradient for every parameter, for steps without it: engines wait for one."""
         return 0 * self().sum()
 
-    def save(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
         """Write `mode_isolator.saccade` into `folder`, whole or not at all.
 
         Args:
@@ -54,7 +54,7 @@ class ModeIsolator(nn.Module):
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> "ModeIsolator":
+    def from_pretrained(cls, path: str | Path) -> "ModeIsolator":
         """Read an isolator from its file, or from the folder that holds it.
 
         Raises:
@@ -73,5 +73,5 @@ class ModeIsolator(nn.Module):
 
     @staticmethod
     def config_of(path: str | Path) -> dict:
-        """The `metadata` that `save` was given."""
+        """The `metadata` that `save_pretrained` was given."""
         return read_companion(path, ISOLATOR_FILE, "isolator")[0]

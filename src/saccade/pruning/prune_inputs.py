@@ -84,7 +84,7 @@ def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path |
     if isolator is None:
         return None
     if isinstance(isolator, (str, Path)):
-        isolator = ModeIsolator.load(isolator)
+        isolator = ModeIsolator.from_pretrained(isolator)
     rows = isolator() if isinstance(isolator, nn.Module) else isolator
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         raise SaccadeError(

@@ -133,7 +133,7 @@ def _isolator(family: Family, isolator: ModeIsolator | Tensor | str | Path | Non
     if isolator is None:
         return None
     if isinstance(isolator, (str, Path)):
-        isolator = ModeIsolator.load(isolator)
+        isolator = ModeIsolator.from_pretrained(isolator)
     rows = isolator().detach() if isinstance(isolator, nn.Module) else isolator
     return rows.to(_parameter(family))
 

@@ -32,7 +32,7 @@ SIZES = ("num_patches", "image_num_patches")
 
 def isolator_of(config: Any) -> Tensor | None:
     """The isolator's rows `(l, D)` of a config, or None."""
-    return None if config.isolator is None else ModeIsolator.load(config.isolator)().detach()
+    return None if config.isolator is None else ModeIsolator.from_pretrained(config.isolator)().detach()
 
 
 class PrunedProcessor:

@@ -1,12 +1,14 @@
 """Every option of Skip-Vision (arXiv 2503.21817), and its published budgets by name."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, did_you_mean
 from saccade.reducers import Needs, get_reducer
 from saccade.reducers.config import NEWLINES, check_choice
+from saccade.skip_vision.summary import read_summary_file
 
 SPLITS = ("cls_attention", "thumbnail", "scale")
 MERGE_ORDERS = ("published", "raster")
@@ -145,6 +147,37 @@ class SkipVisionConfig:
         if name not in PRESETS:
             raise SaccadeError(f"preset={name!r} is not known: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **options})
+
+    def replace(self, **changes: Any) -> "SkipVisionConfig":
+        """The same with other values.
+
+        Raises:
+            SaccadeError: on an unknown name, or as for a new config.
+        """
+        names = [entry.name for entry in fields(self)]
+        for name in changes:
+            if name not in names:
+                hint = did_you_mean(name, names, f"use one of {', '.join(names)}")
+                raise SaccadeError(f"{name!r} is not an option of Skip-Vision: {hint}")
+        return SkipVisionConfig(**{**asdict(self), **changes})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> "SkipVisionConfig":
+        """The options of a model that skips, which [`SkipVision.save_pretrained`] wrote beside its weights.
+
+        Args:
+            changes: other values for some of them.
+
+        Raises:
+            SaccadeError: if the folder holds no `skip_vision.saccade`, or it does not hold these options.
+        """
+        saved = read_summary_file(folder)[0]
+        try:
+            return cls(**saved).replace(**changes)
+        except TypeError as error:
+            raise SaccadeError(
+                f"folder={str(folder)!r}: options do not fit this version of saccade: {error}"
+            ) from error
 
 
 PRESETS: dict[str, dict[str, Any]] = {

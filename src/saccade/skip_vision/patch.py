@@ -75,7 +75,7 @@ class SkipVision:
         """
         return prepare(self._skipper, self.family, inputs, labels, padding_side, encoded)
 
-    def save(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """Write the summary head and the options to `folder/skip_vision.saccade`, and return the path.
 
         Args:
@@ -88,8 +88,8 @@ class SkipVision:
             tensors = {} if self.summary is None else self.summary.state_dict()
         return write_summary_file(folder, tensors, asdict(self.config))
 
-    def load(self, folder: str | Path) -> None:
-        """Take the summary head's weights from what `save` wrote to `folder`; the options stay as they are.
+    def load_summary(self, folder: str | Path) -> None:
+        """Take the summary head's weights from what `save_pretrained` wrote to `folder`; the options stay as they are.
 
         Raises:
             SaccadeError: if there is no such file, or it is of another model.
@@ -153,50 +153,42 @@ class SkipVision:
         model.__dict__[HANDLE] = self
 
 
-def apply_skip_vision(model: nn.Module, config: SkipVisionConfig | None = None) -> SkipVision:
+def apply_skip_vision(
+    model: nn.Module, config: SkipVisionConfig | str | Path | None = None, **options: Any
+) -> SkipVision:
     """Let a stock model skip visual tokens, in place: `forward` and `generate` take processor outputs as before.
 
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
-        config: the options; the published 100/156 when left out.
+        config: the options, the published 100/156 when left out; or the folder that `save_pretrained` or a training
+            run wrote: its options, and its summary head.
+        options: fields of [`SkipVisionConfig`], in place of the config's, such as `drop_kv=False`.
 
     Returns:
-        The handle: `remove()` makes the model what it was, `save(folder)` writes the summary head, `prepare(inputs)`
-        gives the inputs that a training step of your own needs.
+        The handle: `remove()` makes the model what it was, `save_pretrained(folder)` writes the summary head and the
+        options, `prepare(inputs)` gives the inputs that a training step of your own needs.
 
     Raises:
-        SaccadeError: if the model cannot skip, or not as the options say.
+        SaccadeError: if the model cannot skip, or not as the options say; if the folder holds no options, or those of
+            another model.
     """
-    config = SkipVisionConfig() if config is None else config
-    if not isinstance(config, SkipVisionConfig):
-        raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig")
+    folder = config if isinstance(config, (str, Path)) else None
+    if folder is not None:
+        config = SkipVisionConfig.from_pretrained(folder)
+    elif config is None:
+        config = SkipVisionConfig()
+    elif not isinstance(config, SkipVisionConfig):
+        raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig, or the folder of a model")
+    config = config.replace(**options) if options else config
     family = get_family(model)
     if HANDLE in family.model.__dict__:
         raise SaccadeError("model: it skips or prunes already; call `remove()` on what switched that on first")
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
-    return skip
-
-
-def load_skip_vision(model: nn.Module, folder: str | Path, **options: Any) -> SkipVision:
-    """Let a stock model skip as the one did whose head and options `save` wrote to `folder`.
-
-    Args:
-        options: options to use in place of those saved, such as `drop_kv=False`.
-
-    Raises:
-        SaccadeError: if there is no such file, or it is of another model.
-    """
-    saved, tensors = read_summary_file(folder)
-    try:
-        config = SkipVisionConfig(**{**saved, **options})
-    except TypeError as error:
-        raise SaccadeError(f"folder={str(folder)!r}: options do not fit this version of saccade: {error}") from error
-    skip = apply_skip_vision(model, config)
-    if tensors:
+    if folder is not None and read_summary_file(folder)[1]:
         try:
-            skip.load(folder)
+            skip.load_summary(folder)
         except SaccadeError:
             skip.remove()
             raise
