@@ -89,7 +89,7 @@ def test_a_trained_folder_says_how(tmp_path):
     """Its reducer, its ratio and its isolator."""
     case = CASES["llava"]
     torch.manual_seed(0)
-    ModeIsolator(3, case.model.config.get_text_config().hidden_size).save(tmp_path)
+    ModeIsolator(3, case.model.config.get_text_config().hidden_size).save_pretrained(tmp_path)
     CONFIG.replace(reducer="uniform", isolator=str(tmp_path)).save_pretrained(tmp_path)
     config = PruningConfig.from_pretrained(tmp_path)
     assert (config.reducer, config.isolator) == ("uniform", str(tmp_path))
