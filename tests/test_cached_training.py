@@ -137,7 +137,7 @@ def test_a_tower_that_trains_or_drops_is_refused(model, processor, tmp_path):
 
 def test_a_folder_that_is_none_is_refused_before_training(model, processor, tmp_path):
     (tmp_path / "features").write_text("a file")
-    with pytest.raises(SaccadeError, match=r"feature_cache='.*features' is no folder that can be written"):
+    with pytest.raises(SaccadeError, match=r"feature_cache='.*features' exists and is not a folder"):
         short_run(model, processor, tmp_path, "run")
 
 

@@ -22,6 +22,7 @@ from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
+from saccade.training import make_recipe
 
 
 def test_every_argument_is_that_of_trl_s_trainer():
@@ -279,6 +280,7 @@ def test_options_by_way_of_a_parser(tmp_path):
         (parsed,) = HfArgumentParser(DualSpeedConfig).parse_dict({**options, "reducer_options": given})
         assert parsed.reducer_options == {"seed": 3}
         assert DualSpeedConfig(**options, reducer_options=given).reducer_options == {"seed": 3}
+        assert make_recipe({**options, "reducer_options": given}).trainer.reducer_options == {"seed": 3}
 
 
 def test_stage_two_on_the_model_of_stage_one(processor, tmp_path):

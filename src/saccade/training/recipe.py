@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -131,12 +131,15 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         SaccadeError: on an unknown field, or a value of the wrong type or range.
     """
-    known = {entry.name: entry for cls in (ModelOptions, DualSpeedConfig) for entry in fields(cls) if entry.init}
+    classes = (ModelOptions, DualSpeedConfig)
+    # Not by the fields' own types: a parser of command lines overwrites those.
+    types = {name: annotation for cls in classes for name, annotation in get_type_hints(cls).items()}
+    known = {entry.name: types[entry.name] for cls in classes for entry in fields(cls) if entry.init}
     for name in values:
         if name not in known:
             hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
             raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
-    typed = {name: coerce(name, value, known[name].type) for name, value in values.items()}
+    typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
     own = {entry.name for entry in fields(ModelOptions)}
     options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
     settings = {name: value for name, value in typed.items() if name not in own}
