@@ -429,7 +429,7 @@ def test_a_quota_in_writers_of_other_languages_is_one_line(processor, tmp_path, 
     def refused(self, *args, **kwargs):
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
 
-    monkeypatch.setattr(ModeIsolator, "save", refused)
+    monkeypatch.setattr(ModeIsolator, "save_pretrained", refused)
     flags = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--save_steps", "1"]
     options = ["--model", "tiny", "--output_dir", str(tmp_path), "--dataset_rows", "16", *flags]
     assert main(["train", "tiny-digits/sft", *options]) == 1
