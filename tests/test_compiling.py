@@ -27,7 +27,8 @@ def _fresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_compiled_layers_train_as_plain_ones(name):
     case = tester.Case(name, FAMILIES[name])
     isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)

@@ -109,6 +109,7 @@ def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
         assert two[step]["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-3), step
 
 
+@pytest.mark.slow
 def test_two_processes_in_parts_and_without_padding_equal_one(one_process, tmp_path):
     """The parts before the last one run backwards inside the forward pass of DDP, which averages the last one's."""
     check_equal(launch(tmp_path, 2, slow_micro_batch_size=1, padding_free=True), one_process[1])

@@ -114,6 +114,7 @@ def test_the_table_of_some_folders_has_the_rows_of_all(swept, tmp_path, capsys) 
     assert line.startswith("| 0.5 | 2048 | 1 |")
 
 
+@pytest.mark.slow
 def test_another_commit_is_made_again_unless_any_will_do(swept, tmp_path, capfd, monkeypatch) -> None:
     output, _ = swept
     moved = tmp_path / "moved"
