@@ -21,7 +21,7 @@ from saccade.cli.main import main
 from saccade.families import get_family, use_released_names
 from saccade.pruning import ModeIsolator
 from saccade.serving import vllm_request
-from saccade.serving.shorten import FIELDS, JOINED, Shortener, serving_reducers
+from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
 from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.vllm_plugin import ARCHITECTURES, fingerprint, folder_pruning
@@ -56,7 +56,7 @@ def alone(model, inputs: dict) -> tuple[int, torch.Tensor, dict]:
     place = get_family(model).placeholder(ids).nonzero().squeeze(1)
     # Idefics3's markers stand between crops, and before the first.
     start, end = int(place[0]) - get_family(model).text_between_crops, int(place[-1]) + 1
-    joined = model.config.model_type in JOINED
+    joined = get_family(model).joins_pixels
     image = {
         name: inputs[name] if joined and name == "pixel_values" else inputs[name][0]
         for name in FIELDS

@@ -110,6 +110,22 @@ def needing_extras(what: str) -> Iterator[None]:
         raise needs_package(what, package) from error
 
 
+def check_options(given: Iterable[str], known: Iterable[str], of: str) -> None:
+    """Refuse the name of an option that there is not.
+
+    Args:
+        of: what the options are of, for the message.
+
+    Raises:
+        SaccadeError: with the option that looks like it, or else all of them.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known, f"use one of {', '.join(known)}")
+            raise SaccadeError(f"{name!r} is not an option of {of}: {hint}")
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The hint behind an unknown name: the known one that looks like it, or else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -57,6 +57,10 @@ class Family(ABC):
     bidirectional_image_attention: bool = False
     """Whether the tokens of an image attend to one another in both directions."""
 
+    joins_pixels: bool = False
+    """Whether `pixel_values` of a batch are those of its images one after another along the first dimension, without a
+    dimension of samples."""
+
     text_between_crops: bool = False
     """Whether tokens of the text stand between the crops of an image."""
 

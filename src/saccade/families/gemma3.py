@@ -25,6 +25,7 @@ class Gemma3Family(Family):
     model_types = ("gemma3",)
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
     bidirectional_image_attention = True
+    joins_pixels = True
     unpadded = "are squeezed into a square by a processor that cannot pad, and cuts nothing off"
 
     @property

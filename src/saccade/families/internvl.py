@@ -16,6 +16,7 @@ class InternVLFamily(Family):
 
     name = "internvl"
     model_types = ("internvl",)
+    joins_pixels = True
     thumbnail = -1
     projects_tokens = True
 

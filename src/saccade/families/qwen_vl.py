@@ -27,6 +27,7 @@ class Qwen2VLFamily(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl")
     # The grids stay: a pass over the full sequence computes its positions from them.
     vision_inputs = ("pixel_values", "pixel_values_videos")
+    joins_pixels = True
     uses_mrope = True
 
     @property

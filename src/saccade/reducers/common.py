@@ -76,6 +76,11 @@ def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
     return Budget(width, available.clamp(max=width), available, uniform=context.dense)
 
 
+def nothing_kept(context: VisualContext, budget: Budget) -> Reduction:
+    """The reduction of a batch without rows, or whose rows are all empty."""
+    return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+
+
 def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
     """What a reducer needs that merges what the language model would get ("projected") or, before the projector, what
     the "encoder" gave, and otherwise `needs`.

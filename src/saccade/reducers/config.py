@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError, check_options
 from saccade.files import write_json_atomically
 from saccade.reducers.budget import check_prune_ratio, keep_count
 from saccade.reducers.registry import Needs, Reducer, get_reducer
@@ -132,10 +132,7 @@ class PruningConfig:
             SaccadeError: on an unknown name, or as for a new config.
         """
         names = [entry.name for entry in fields(self)]
-        for name in changes:
-            if name not in names:
-                hint = did_you_mean(name, names, f"use one of {', '.join(names)}")
-                raise SaccadeError(f"{name!r} is not an option of pruning: {hint}")
+        check_options(changes, names, "pruning")
         given = {name: getattr(self, name) for name in names}
         # Left out is what None means for a budget, and it is known already.
         counts = ("prune_ratio", "keep_tokens")

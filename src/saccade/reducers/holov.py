@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import Budget, best_first, check_number, mask_to_index, row_budget, valid_rank
+from saccade.reducers.common import (
+    Budget,
+    best_first,
+    check_number,
+    mask_to_index,
+    nothing_kept,
+    row_budget,
+    valid_rank,
+)
 from saccade.reducers.partition import path_places
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import TIE, cosine_similarity
@@ -66,7 +74,7 @@ class HoloV:
         budget = row_budget(context, keep)
         rows, tokens, _ = context.shape
         if budget.width == 0 or rows == 0:
-            return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+            return nothing_kept(context, budget)
         members, sizes = self._members(context, budget)
         real = members < tokens
         score = self._scores(context, members, sizes)

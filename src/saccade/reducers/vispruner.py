@@ -13,6 +13,7 @@ from saccade.reducers.common import (
     check_number,
     chosen_mask,
     mask_to_index,
+    nothing_kept,
     row_budget,
 )
 from saccade.reducers.registry import register_reducer
@@ -57,7 +58,7 @@ class VisPruner:
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
         if budget.width == 0 or context.shape[0] == 0:
-            return Reduction(torch.zeros_like(context.valid[:, : budget.width], dtype=torch.long), dense=True)
+            return nothing_kept(context, budget)
         salient = (budget.counts.double() * self.important + ROUNDING).long()
         order = best_first(context.saliency.float(), context, tokens)
         important = chosen_mask(order, salient, tokens)

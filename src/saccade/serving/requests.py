@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.pruning import ModeIsolator, Pruner, prune, pruning_config
+from saccade.pruning.prune_inputs import isolator_rows
 from saccade.reducers import PruningConfig
 from saccade.serving.shorten import check_serves, visual_rows
 
@@ -101,7 +102,7 @@ def vllm_request(
     count = ids.count(family.placeholder_id)
     if count != len(images):
         raise SaccadeError(f"prompt has {count} image placeholders, and {len(images)} images were given")
-    pruner = Pruner(config, _isolator(family, config.isolator if isolator is None else isolator))
+    pruner = Pruner(config, isolator_rows(family, config.isolator if isolator is None else isolator))
     token = processor.tokenizer.convert_ids_to_tokens(family.placeholder_id)
     rows = []
     for image in images:
@@ -127,15 +128,6 @@ def _check(family: Family, config: PruningConfig) -> None:
             "folder with the plug-in (docs/serve.md)"
         )
     check_serves(family, config, isolator=False)
-
-
-def _isolator(family: Family, isolator: ModeIsolator | Tensor | str | Path | None) -> Tensor | None:
-    if isolator is None:
-        return None
-    if isinstance(isolator, (str, Path)):
-        isolator = ModeIsolator.from_pretrained(isolator)
-    rows = isolator().detach() if isinstance(isolator, nn.Module) else isolator
-    return rows.to(_parameter(family))
 
 
 def _parameter(family: Family) -> Tensor:

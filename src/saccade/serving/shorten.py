@@ -21,8 +21,6 @@ from saccade.pruning import ModeInputs, Pruner, prune
 from saccade.reducers import FROM_WORDS, PruningConfig, get_reducer, list_reducers
 from saccade.tokens import Role
 
-JOINED = frozenset({"gemma3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
-"""Values of `config.model_type` whose pixels of several images stand behind one another, in one dimension."""
 FIELDS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
 """What processors return of an image, and families read."""
 
@@ -189,7 +187,7 @@ def batch_of(family: Family, ids: Sequence[Tensor], images: Sequence[Mapping[str
         inputs["mm_token_type_ids"] = family.placeholder(input_ids).int()
     for name in images[0]:
         values = [image[name] for image in images]
-        joined = name == "pixel_values" and family.model.config.model_type in JOINED
+        joined = name == "pixel_values" and family.joins_pixels
         inputs[name] = torch.cat(values) if joined else torch.stack(values)
     # Beside the pixels, on the device: places and features meet in one tensor.
     device = inputs["pixel_values"].device

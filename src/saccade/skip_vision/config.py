@@ -1,11 +1,12 @@
 """Every option of Skip-Vision (arXiv 2503.21817), and its published budgets by name."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError, check_options
 from saccade.reducers import Needs, get_reducer
 from saccade.reducers.config import NEWLINES, check_choice
 from saccade.skip_vision.summary import read_summary_file
@@ -154,11 +155,7 @@ class SkipVisionConfig:
         Raises:
             SaccadeError: on an unknown name, or as for a new config.
         """
-        names = [entry.name for entry in fields(self)]
-        for name in changes:
-            if name not in names:
-                hint = did_you_mean(name, names, f"use one of {', '.join(names)}")
-                raise SaccadeError(f"{name!r} is not an option of Skip-Vision: {hint}")
+        check_options(changes, [entry.name for entry in fields(self)], "Skip-Vision")
         return SkipVisionConfig(**{**asdict(self), **changes})
 
     @classmethod
@@ -171,7 +168,15 @@ class SkipVisionConfig:
         Raises:
             SaccadeError: if the folder holds no `skip_vision.saccade`, or it does not hold these options.
         """
-        saved = read_summary_file(folder)[0]
+        return cls.from_saved(read_summary_file(folder)[0], folder, **changes)
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any], folder: str | Path, **changes: Any) -> "SkipVisionConfig":
+        """`from_pretrained` with what was read from the folder already.
+
+        Raises:
+            SaccadeError: if they are not those of this version.
+        """
         try:
             return cls(**saved).replace(**changes)
         except TypeError as error:

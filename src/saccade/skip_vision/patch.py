@@ -94,9 +94,11 @@ class SkipVision:
         Raises:
             SaccadeError: if there is no such file, or it is of another model.
         """
-        if self.summary is None:
-            return
-        _, tensors = read_summary_file(folder)
+        if self.summary is not None:
+            self._take_summary(read_summary_file(folder)[1], folder)
+
+    def _take_summary(self, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
+        """`load_summary` with what was read already."""
         own = dict(self.summary.named_parameters())
         if {name: tuple(value.shape) for name, value in tensors.items()} != {
             name: tuple(value.shape) for name, value in own.items()
@@ -173,8 +175,10 @@ def apply_skip_vision(
             another model.
     """
     folder = config if isinstance(config, (str, Path)) else None
+    tensors: dict[str, Tensor] = {}
     if folder is not None:
-        config = SkipVisionConfig.from_pretrained(folder)
+        saved, tensors = read_summary_file(folder)
+        config = SkipVisionConfig.from_saved(saved, folder)
     elif config is None:
         config = SkipVisionConfig()
     elif not isinstance(config, SkipVisionConfig):
@@ -186,9 +190,9 @@ def apply_skip_vision(
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
-    if folder is not None and read_summary_file(folder)[1]:
+    if tensors and skip.summary is not None:
         try:
-            skip.load_summary(folder)
+            skip._take_summary(tensors, folder)
         except SaccadeError:
             skip.remove()
             raise
