@@ -66,7 +66,7 @@ HOLES = {
     "both mean the whole video. On Qwen3-VL and LLaVA-OneVision, `crop` is a frame and `image` the video",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
-    "Gemma 3 pan-and-scan crops": "text separates them, so each is an image of its own, with its own isolator",
+    "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
     "`image_aspect_ratio` on all families but LLaVA": "Gemma 3's processor resizes the whole image to a square and "
     "cannot pad; the others take images at their own aspect ratio. Nothing is cropped; refused in one line",
     "LLaVA with a Pixtral tower": "its images have many sizes, but this family expects one; refused in one line",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make test-eval` has it in a venv of its own")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; `make test-eval` has it in a separate venv")
 
 import torch
 from lmms_eval.evaluator import simple_evaluate

@@ -106,8 +106,8 @@ def installed_engine(engine: str | None) -> str:
         raise needs_package("saccade serve --engine vllm", "vllm")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise SaccadeError(
-            'saccade serve needs vllm, or the server of transformers: pip install "saccade[vllm]" in an environment '
-            'of its own, or pip install "transformers[serving]" here'
+            'saccade serve needs vllm, or the server of transformers: pip install "saccade[vllm]" in a separate '
+            'environment, or pip install "transformers[serving]" here'
         )
     return "transformers"
 

@@ -1,6 +1,6 @@
 """What every reducer has to do, run on every registered one: subclass `ReducerTester` in a test file.
 
-A reducer package of its own can do the same; only `names` needs overriding.
+Another package with a reducer can do the same; only `names` needs overriding.
 """
 
 import pytest
