@@ -1,7 +1,6 @@
 """Checkpoints over a run's last stage: when they are saved, at what training time, and how good they are."""
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,14 @@ import numpy as np
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from saccade.sweeps.worker import process_clock
+
 Clock = Callable[[], tuple[float, float]]
 
 
 def checkpoint_steps(total: int, count: int) -> list[int]:
     """`count` steps spread evenly over `total`, in order, the last of which is the last."""
     return [-(-number * total // count) for number in range(1, count + 1)]
-
-
-def process_clock() -> tuple[float, float]:
-    """CPU seconds of this process, and seconds of the clock on the wall."""
-    return time.process_time(), time.perf_counter()
 
 
 class CheckpointSaver(TrainerCallback):

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from saccade.data import digit_scenes
+from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
@@ -31,6 +32,13 @@ from saccade.training import ModelOptions, load_model, make_recipe, train_recipe
 
 SPEC_FILE = "spec.json"
 RESULT_FILE = "result.json"
+TIMES_FILE = "times.json"
+"""In a stage's folder: by the step of each checkpoint, the CPU seconds and the seconds of training up to it."""
+
+
+def process_clock() -> tuple[float, float]:
+    """CPU seconds of this process, and seconds of the clock on the wall."""
+    return time.process_time(), time.perf_counter()
 
 
 class _Progress(TrainerCallback):
@@ -39,6 +47,40 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         tell(self.stage, state.global_step, state.max_steps)
+
+
+class TrainingClock(TrainerCallback):
+    """Times the training of a stage over all the processes that it takes, without what was lost after a checkpoint.
+
+    Args:
+        folder: the stage's.
+        now: gives CPU seconds of this process, and seconds of the clock on the wall.
+    """
+
+    def __init__(self, folder: Path, now: Callable[[], tuple[float, float]] = process_clock) -> None:
+        self._file, self._now = folder / TIMES_FILE, now
+        self._times: dict[str, list[float]] = {}
+        self.spent = (0.0, 0.0)
+        """CPU seconds and seconds, when training has ended."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = self.spent
+        if state.global_step and self._file.is_file():
+            times = json.loads(self._file.read_text())
+            self._before = tuple(times.get(str(state.global_step), self._before))
+            self._times = {step: spent for step, spent in times.items() if int(step) <= state.global_step}
+        self._started = self._now()
+
+    def on_save(self, args, state, control, **kwargs):
+        self._times[str(state.global_step)] = list(self._elapsed())
+        write_json_atomically(self._file, self._times)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.spent = self._elapsed()
+
+    def _elapsed(self) -> tuple[float, ...]:
+        clocks = zip(self._before, self._now(), self._started, strict=True)
+        return tuple(before + now - start for before, now, start in clocks)
 
 
 def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
@@ -79,18 +121,17 @@ def train_stage(
         stage: its name.
         values: its fields, for the record.
         recipe: the whole recipe.
-        callbacks: of the trainer, beside the one that prints progress.
+        callbacks: of the trainer, beside those that print progress and take the time.
 
     Raises:
         SaccadeError: if SIGTERM ended it.
     """
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
-    # A stage is trained where it has no result yet: what lies in its folder is of an attempt that was broken off.
-    recipe = {**recipe, "overwrite": True}
-    started = time.process_time()
-    trainer = train_recipe(make_recipe(recipe, source=f"stage {stage}"), callbacks=[_Progress(stage), *callbacks])
-    cpu_seconds = time.process_time() - started
+    clock = TrainingClock(Path(recipe["output_dir"]))
+    made = make_recipe(_going_on(recipe), source=f"stage {stage}")
+    trainer = train_recipe(made, callbacks=[_Progress(stage), clock, *callbacks])
+    cpu_seconds, seconds = clock.spent
     if trainer.sigterm.stopped:
         state = trainer.state
         raise SaccadeError(
@@ -102,7 +143,7 @@ def train_stage(
     return {
         "values": values,
         "environment": found,
-        "seconds": history[-1]["train_runtime"],
+        "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "samples": trainer.state.global_step * rows,
         "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
@@ -110,6 +151,14 @@ def train_stage(
         "step_speedup": trainer.meter.time_speedup(),
         "log_history": history,
     }
+
+
+def _going_on(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a stage that has no result yet: it goes on from its newest checkpoint if its recipe asks for that
+    and there is a whole one, and else replaces what an attempt that was broken off left in its folder."""
+    if recipe.get("resume") and newest_checkpoint(recipe["output_dir"]) is not None:
+        return recipe
+    return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
 
 
 def _evaluate(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
