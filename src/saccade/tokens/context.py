@@ -14,27 +14,27 @@ class VisualContext:
 
     Args:
         features: `(B, N, D)` what the language model would receive, after the projector.
-        encoder_features: `(B, N, Dv)` what the vision tower gave, before the projector.
-        valid: bool `(B, N)`, false on padding. All tokens are valid when left out.
-        grid: long `(B, 3)`, frames, rows and columns of tokens after any patch merging. When left out, one frame,
-            square if N is a square number and a single line otherwise.
-        group: long `(B,)`, the image or video that a row belongs to, for budgets that crops or frames share.
-        sample: long `(B,)`, the sample that a row belongs to, for budgets that its images share.
-        seed: long `(B,)`, the row's seed for stochastic reducers. When left out they derive one from the features.
+        encoder_features: `(B, N, Dv)` the vision tower's output, before the projector.
+        valid: bool `(B, N)`, false on padding. If omitted, all tokens are valid.
+        grid: long `(B, 3)`, frames, rows and columns of tokens after any patch merging. If omitted, one frame: a
+            square if N is a square number, a single row otherwise.
+        group: long `(B,)`, the image or video that a row belongs to, for budgets shared by crops or frames.
+        sample: long `(B,)`, the sample that a row belongs to, for budgets shared by its images.
+        seed: long `(B,)`, the row's seed for stochastic reducers. If omitted, they derive one from the features.
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
         relevance: `(B, N)`, how relevant each token is to the user's words.
-        word_relevance: `(B, N, W)`, how close each token is to each of the user's words.
-        words: long `(B,)`, how many words the row has in `word_relevance`; the columns behind them are padding. All
-            are words when left out.
+        word_relevance: `(B, N, W)`, similarity of each token to each of the user's words.
+        words: long `(B,)`, how many words the row has in `word_relevance`; the columns after them are padding. By
+            default, all columns are words.
         protected: bool `(B, N)`, tokens that are not part of the image, such as the newlines of anyres images. The
-            others fill the grid. Reducers never see them: `saccade.reducers.reduce` decides about them.
+            other tokens fill the grid. Reducers never see protected tokens: `saccade.reducers.reduce` handles them.
 
-    `encoder_features`, `saliency`, `keys`, `relevance` and `word_relevance`, with `words`, are filled only when the
-    reducer's `needs` names them. A context is made once and never changed afterwards: `replace` makes another.
+    `encoder_features`, `saliency`, `keys`, `relevance` and `word_relevance`, with `words`, are set only when the
+    reducer's `needs` names them. A context is never modified after it is made: `replace` returns a new one.
 
     Raises:
-        ValueError: if a tensor's leading shape does not fit `features`, or `valid` is not bool.
+        ValueError: if a tensor's leading shape does not match `features`, or `valid` is not bool.
     """
 
     features: Tensor
@@ -51,14 +51,14 @@ class VisualContext:
     words: Tensor | None = None
     protected: Tensor | None = None
     dense: bool = field(init=False)
-    """Whether every token is valid, known without looking at the device's memory."""
+    """Whether every token is valid; known without reading device memory."""
 
     def __post_init__(self) -> None:
         if self.features.dim() != 3:
             raise ValueError(f"features has shape {tuple(self.features.shape)}, expected (rows, tokens, width)")
         rows, tokens, _ = self.features.shape
         device = self.features.device
-        # The dataclass is frozen; what is left out gets its value here.
+        # The dataclass is frozen, so defaults that depend on `features` are set below, bypassing `__setattr__`.
         known = {"dense": self.valid is None}
         if self.valid is None:
             known["valid"] = torch.ones(rows, tokens, dtype=torch.bool, device=device)
@@ -97,14 +97,14 @@ class VisualContext:
         return self.features.shape
 
     def replace(self, **changes: Any) -> "VisualContext":
-        """The same with other values of some fields; a dense context stays dense unless `valid` is given."""
+        """A copy with some fields replaced; a dense context stays dense unless `valid` is given."""
         return VisualContext(**{**self._given(), **changes})
 
     def select_rows(self, rows: Tensor | slice) -> "VisualContext":
-        """The context of the given rows only: `rows` is a long or bool index over B, or a slice without a copy."""
+        """The context of the given rows only; `rows` is a long or bool index over B, or a slice (no copy)."""
         return VisualContext(**{name: value[rows] for name, value in self._given().items() if value is not None})
 
     def _given(self) -> dict[str, Tensor | None]:
-        """The arguments that make this context again."""
+        """The constructor arguments that reproduce this context."""
         names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
         return {name: getattr(self, name) for name in names}

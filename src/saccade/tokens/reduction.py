@@ -1,4 +1,4 @@
-"""What a reducer returns: which tokens stay and, for merging methods, what flows into them."""
+"""What a reducer returns: which tokens are kept and, for merging methods, what is merged into them."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,14 @@ class Reduction:
 
     Args:
         index: long `(B, K)`, ascending; -1 pads the end of a row that keeps fewer than K tokens.
-        weight: None for selection, or `(B, K, N)` for merging: output token k is `weight[k] @ x`. Rows of padding are
-            zero.
-        dense: whether no entry of `index` is -1. Reducers that know it say so, which spares a device-to-host copy.
-        before_projector: whether the weights are those of the encoder's features, and the projector is then given the
-            sums, see `saccade.pruning.reduced_features`: another merge where the projector is not linear.
-        lost: long `(B,)`, how many tokens fewer than its budget each row keeps so that its sample fits, a unit's with
-            its first row; None where every sample fits.
+        weight: None for selection, or `(B, K, N)` for merging: output token k is `weight[k] @ x`. The rows of padding
+            are zero.
+        dense: whether no entry of `index` is -1. Reducers that know this set it, which saves a device-to-host copy.
+        before_projector: whether the weights apply to the encoder's features and the projector is run on the weighted
+            sums, see `saccade.pruning.reduced_features`. If the projector is not linear, the result differs from
+            merging after it.
+        lost: long `(B,)`, how many tokens fewer than its budget each row keeps so that its sample fits; for an image of
+            several rows, the count is on its first row. None if every sample fits.
     """
 
     index: Tensor
@@ -39,14 +40,14 @@ class Reduction:
 
     @property
     def merged(self) -> Tensor:
-        """bool `(B, K)`, true for a token that is made of more, or of less, than itself."""
+        """bool `(B, K)`, true for an output token that is not exactly its own input token."""
         if self.weight is None or self.weight.shape[2] == 0:
             return torch.zeros_like(self.index, dtype=torch.bool)
         own = self.weight.gather(2, self.index.clamp(min=0).unsqueeze(2)).squeeze(2)
         return self.valid & ((own != 1) | (self.weight.count_nonzero(dim=2) > 1))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding comes out as zeros."""
+        """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding becomes zeros."""
         if self.weight is not None:
             return torch.bmm(self.weight.to(x.dtype), x)
         return gather_selected(x, self.index, dense=self.dense)

@@ -1,8 +1,8 @@
-"""The new batch: each image's placeholders give way to the tokens that now stand for it, each with a role.
+"""The new batch: each image's placeholders are replaced by the tokens that now represent it, each with a role.
 
-Shapes: B samples of L tokens, S in the new batch; P placeholders, one for each visual token; T visual tokens that are
-left or put in; R feature rows (images, crops, frames) of N visual tokens. Placeholders, read sample by sample, belong
-to the valid tokens of the feature rows in order.
+Shapes: B samples of L tokens, S in the new batch; P placeholders, one per visual token of the full batch; T visual
+tokens kept or inserted; R feature rows (images, crops, frames) of N visual tokens. Placeholders, read sample by
+sample, correspond in order to the valid tokens of the feature rows.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Role(IntEnum):
     PADDING = 0
     TEXT = 1
     ANSWER = 2
-    """Text that the model learns to write, or has written."""
+    """Text that the model is trained to write, or has generated."""
     RETAINED = 3
     SUMMARY = 4
     SKIPPED = 5
@@ -32,18 +32,18 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Places:
-    """Where the placeholder of each visual token stands, all long `(P,)`.
+    """The position of each visual token's placeholder, all long `(P,)`.
 
-    A block is an unbroken run of placeholders of one image (`VisualContext.group`). Where text stands between the
-    crops of an image, each crop is a block.
+    A block is an unbroken run of placeholders of one image (`VisualContext.group`). Where text separates the crops of
+    an image, each crop is a block.
 
     Args:
         sample: the row of the batch.
         column: the column of the full batch.
         feature_row: the context's row that the visual token belongs to.
         group: the image that the visual token belongs to.
-        block: number of the block that the placeholder stands in.
-        start: number of the block's first placeholder, among the P.
+        block: index of the block that the placeholder is in.
+        start: index of the block's first placeholder, among the P.
     """
 
     sample: Tensor
@@ -58,7 +58,7 @@ class Places:
         """The places of a batch with placeholders, bool `(B, L)`; `context` is None where there are no images.
 
         Raises:
-            ValueError: if the placeholders and the visual tokens differ in number.
+            ValueError: if the number of placeholders differs from the number of visual tokens.
         """
         sample, column = placeholder.nonzero(as_tuple=True)
         if context is None:
@@ -83,16 +83,16 @@ class Places:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The tokens that stand for the images of a batch, in the order of the new sequence.
+    """The tokens that represent the images of a batch, in the order of the new sequence.
 
     Args:
-        place: long `(T,)`, the placeholder, among the P, that a token stands at. Those of a block follow one another
-            where the block was, whatever their order.
+        place: long `(T,)`, index of the placeholder, among the P, that a token belongs to. The tokens of a block are
+            written consecutively where the block was, in the order given here.
         role: long `(T,)`, values of `Role`.
         features: `(T, D)`.
-        counts: how many of the T are handed to the model with each of the R feature rows, in order.
-        deepstack_features: `(T, D)` for each further layer of the language model that features enter at.
-        lost: long `(B,)`, how many tokens fewer than its budget each sample has so that it fits; None where all fit.
+        counts: how many of the T tokens belong to each of the R feature rows, in order.
+        deepstack_features: `(T, D)` for each deeper layer of the language model at which visual features are added.
+        lost: long `(B,)`, how many tokens fewer than its budget each sample has so that it fits; None if all fit.
     """
 
     place: Tensor
@@ -103,7 +103,7 @@ class VisualTokens:
     lost: Tensor | None = None
 
     def by_row(self) -> list[list[Tensor]]:
-        """One `(n_i, D)` per feature row, for the features and then for each further layer."""
+        """One `(n_i, D)` per feature row, for the features and then for each DeepStack layer."""
         return [list(values.split(list(self.counts))) for values in (self.features, *self.deepstack_features)]
 
 
@@ -112,13 +112,13 @@ class Spliced:
     """The new batch, and where each of its tokens came from.
 
     Args:
-        input_ids: long `(B, S)`, with a placeholder for each visual token.
+        input_ids: long `(B, S)`, with one placeholder per visual token.
         attention_mask: `(B, S)`.
         position_ids: long `(B, S)`, or `(P, B, S)` where the full batch has several position axes.
         labels: long `(B, S)` or None; -100 on everything but text.
         role: long `(B, S)`, values of `Role`.
-        source: long `(B, S)`, the column of the full batch that a token came from or, if it is new, stands at; -1 on
-            padding.
+        source: long `(B, S)`, the column of the full batch that a token came from or, for inserted tokens, was
+            inserted at; -1 on padding.
     """
 
     input_ids: Tensor
@@ -129,7 +129,7 @@ class Spliced:
     source: Tensor
 
     def gather(self, values: Tensor, fill: int | float) -> Tensor:
-        """Carry a per-token tensor `(B, L)` over to `(B, S)`; padding, isolator and summary rows get `fill`."""
+        """Map a per-token tensor `(B, L)` to `(B, S)`; padding, isolator and summary tokens get `fill`."""
         new = (self.role == Role.ISOLATOR) | (self.role == Role.SUMMARY)
         return _take(values, self.source, fill).masked_fill(new, fill)
 
@@ -145,15 +145,15 @@ def splice(
     pad_id: int = 0,
     padding_side: str = "right",
 ) -> Spliced:
-    """Put the visual tokens of each block in the place of its placeholders.
+    """Replace the placeholders of each block with its visual tokens.
 
     Args:
         input_ids: long `(B, L)`.
-        attention_mask: `(B, L)`, zero on padding, which may be on either side and is dropped.
-        places: of the placeholders of the full batch.
-        visual: what they give way to; None where there are no images.
-        position_ids: the full batch's positions, `(B, L)` or `(P, B, L)`: each token takes those of the column it
-            stands at. None counts the new sequence from zero.
+        attention_mask: `(B, L)`, zero on padding, which may be on either side and is removed.
+        places: the positions of the full batch's placeholders.
+        visual: the tokens that replace them; None if there are no images.
+        position_ids: the full batch's positions, `(B, L)` or `(P, B, L)`: each token takes the position of its
+            `source` column. With None, the new sequence is numbered from zero.
         labels: long `(B, L)` or None. Text with a label is an `ANSWER`.
         pad_id: id to pad with.
         padding_side: "right" or "left".
@@ -177,7 +177,7 @@ def splice(
     if padding_side == "left":
         begin = begin + (size - lengths).unsqueeze(1)
 
-    # One column more than needed: what is dropped is written there, then cut off.
+    # One extra column: dropped tokens are scattered into it, then it is cut off.
     spill = torch.where(text, begin, size)
     text_role = torch.full_like(columns, Role.TEXT)
     if labels is not None:
@@ -203,7 +203,7 @@ def splice(
 
 
 def _rank(block: Tensor) -> Tensor:
-    """For sorted values `(T,)` the number of each among its equals: long `(T,)`."""
+    """For sorted values `(T,)`, the rank of each among its equals: long `(T,)`."""
     number = torch.arange(block.numel(), device=block.device)
     begins = torch.ones_like(block, dtype=torch.bool)
     begins[1:] = block.diff() != 0
