@@ -1,4 +1,4 @@
-"""Visual-token reducers, one file per method: which tokens of an image stay, and what the rest is merged into."""
+"""Visual-token reducers, one file per method: which tokens are kept, and what the rest are merged into."""
 
 from saccade.reducers.adaptive import adaptive_counts, token_need
 from saccade.reducers.avgpool import AveragePool

@@ -1,4 +1,4 @@
-"""Budgets that follow the images: the same total, more for images of varied tokens. Ours, of no paper."""
+"""Content-adaptive budgets: the same total, more for images with varied tokens. Our own; not from a paper."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,15 @@ from saccade.reducers.budget import share_out
 from saccade.tokens import VisualContext
 
 DECIMALS = 6
-"""Places of a need that count: above what the order of summation changes, far below what images differ by."""
+"""Decimals that a need is rounded to: coarse enough to hide summation order, far finer than images differ."""
 
 
 def token_need(context: VisualContext) -> Tensor:
-    """How varied the tokens of each row are: the mean of 1 - cos over all pairs of them, float64 `(B,)` on the CPU.
+    """How varied the tokens of each row are: the mean of 1 - cos over all pairs, float64 `(B,)` on the CPU.
 
     0 where all tokens point the same way, about 1 where they have nothing in common; 0 for fewer than two tokens. A
-    zero token has cosine 0 with every other. With unit vectors u_i of n tokens the mean is
-    1 - (|sum u_i|^2 - sum |u_i|^2) / (n (n - 1)), in float32, so that no N x N matrix is needed. Padding and protected
-    tokens do not count.
+    zero token has cosine 0 with every other. For n tokens with unit vectors u_i the mean is 1 - (|sum u_i|^2 - sum
+    |u_i|^2) / (n (n - 1)), in float32, so that no N x N matrix is needed. Padding and protected tokens do not count.
     """
     x = context.features
     if x.device.type == "mps":  # has no float64
@@ -34,16 +33,16 @@ def token_need(context: VisualContext) -> Tensor:
 
 
 def adaptive_counts(context: VisualContext, counts: Sequence[int], limits: Sequence[int]) -> list[int]:
-    """`counts` tokens of each row, shared out anew over the batch by `counts * token_need`, with the same sum.
+    """Redistribute the sum of `counts` over the rows of the batch, in proportion to `counts * token_need`.
 
-    By largest remainder; each row gets at least one token and at most its limit. Where all rows need as much, they
-    keep their counts. What a row gets depends on the rows beside it, by intent: this is the one place where it does.
-    It does not depend on padding, and rows in another order get the same, but for equal remainders, of which the
-    first row's is served first.
+    The total is apportioned by largest remainder; each row gets at least one token and at most its limit. If all rows
+    have the same need, they keep their counts. A row's result depends on the other rows of the batch by design; this
+    is the only place where it does. It depends neither on padding nor on the order of the rows, except that the first
+    of equal remainders is served first.
 
     Args:
-        counts: what each row would keep by itself.
-        limits: tokens that each row has.
+        counts: tokens that each row would keep on its own.
+        limits: tokens available in each row.
     """
     needs = token_need(context).tolist()
     return share_out(sum(counts), [need * count for need, count in zip(needs, counts, strict=True)], limits)

@@ -1,4 +1,4 @@
-"""Average pooling to any number of tokens: the plainest merge."""
+"""Average pooling to any number of tokens: the simplest merge."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,8 +17,9 @@ from saccade.tokens import Reduction, VisualContext
 class AveragePool:
     """Averages k regions of nearly equal size that tile the grid, each valid token in exactly one.
 
-    Where k is a product that fits the grid this is ordinary pooling (24 x 24 tokens to 64: 3 x 3 without overlap).
-    `saccade.reducers.partition` says how the regions are cut. A region stands at the token nearest its centroid.
+    Where k divides the grid evenly, this is ordinary pooling (24 x 24 tokens to 64: 3 x 3 without overlap).
+    `saccade.reducers.partition` describes how the regions are cut. A region is represented by the token nearest its
+    centroid.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -1,4 +1,4 @@
-"""How many visual tokens a ratio leaves, and how several holders share a number of them."""
+"""How many visual tokens a ratio keeps, and how a number of tokens is shared among several holders."""
 
 import math
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ def check_prune_ratio(prune_ratio: float) -> float:
 def keep_count(num_tokens: int, prune_ratio: float) -> int:
     """Number of tokens kept out of `num_tokens` at `prune_ratio`: round half up of (1 - p) * N, at least one.
 
-    The product is rounded to nine decimals first, since `1 - 0.9` is slightly less than 0.1 and truncation would then
-    keep 57 of 576 tokens instead of 58, and none at all of ten.
+    The product is rounded to nine decimals first, since `1 - 0.9` is slightly less than 0.1, and truncation would then
+    keep 57 of 576 tokens instead of 58, and none of ten.
 
     Raises:
         SaccadeError: if `prune_ratio` is outside [0, 1).
@@ -34,19 +34,19 @@ def keep_count(num_tokens: int, prune_ratio: float) -> int:
 
 
 def share_out(total: int, weights: Sequence[float], limits: Sequence[int]) -> list[int]:
-    """Share `total` things among holders in proportion to their weights, by largest remainder.
+    """Share `total` items among holders in proportion to their weights, by largest remainder.
 
-    Each holder gets at least one and at most its limit; one of limit 0 gets none. What a limit cuts off goes to the
-    others, again in proportion. Of equal remainders, the first holder's is served first.
+    Each holder gets at least one and at most its limit; a holder with limit 0 gets none. What a limit cuts off goes to
+    the others, again in proportion. Among equal remainders, the first holder's is served first.
 
     Args:
-        total: cut to what the limits hold, and raised to one per holder.
-        weights: from 0 on; all are taken as equal where their sum is 0.
-        limits: from 0 on.
+        total: clamped to at least one per holder and at most the sum of the limits.
+        weights: non-negative; treated as equal if their sum is 0.
+        limits: non-negative.
     """
     shares = [min(1, limit) for limit in limits]
     left = min(total, sum(limits)) - sum(shares)
-    # Shares are final once they reach a bound; what the others get then changes, so one bound is settled per round.
+    # A share is final once it reaches a bound. That changes the other shares, so each round settles one kind of bound.
     free = {number for number, limit in enumerate(limits) if limit > 1}
     exact: dict[int, float] = {}
     while left > 0 and free:
@@ -55,7 +55,7 @@ def share_out(total: int, weights: Sequence[float], limits: Sequence[int]) -> li
         exact = {n: pool * (weights[n] / mass if mass > 0 else 1 / len(free)) for n in free}
         above = {n for n in free if exact[n] >= limits[n]}
         below = {n for n in free if exact[n] <= 1}
-        # Whichever side binds harder is settled; settling both at once could overshoot.
+        # The side that binds harder is settled first; settling both at once could overshoot.
         excess = sum(exact[n] - limits[n] for n in above)
         lack = sum(1 - exact[n] for n in below)
         settled = above if above and excess >= lack else below

@@ -1,6 +1,6 @@
 """What reducers share: budgets per row, ranks among the valid tokens, ascending indices.
 
-Shapes: B rows, N tokens a row, K tokens kept at most.
+Shapes: B rows of N tokens, of which at most K are kept.
 """
 
 import math
@@ -15,7 +15,7 @@ from saccade.errors import SaccadeError
 from saccade.reducers.registry import PROJECTION
 from saccade.tokens import Reduction, VisualContext
 
-CPU_CACHED_ELEMENTS = 2**20  # about one image of LLaVA-1.5: what a core's cache holds, a fifth faster than all at once
+CPU_CACHED_ELEMENTS = 2**20  # about one LLaVA-1.5 image: fits a core's cache, a fifth faster than all at once
 GPU_ELEMENTS = 2**27  # a gigabyte of float64
 GPU_CONVERTED_ELEMENTS = 2**25
 MERGES = ("projected", "encoder")
@@ -33,7 +33,7 @@ class Budget:
 
     Args:
         width: K, the width of the reduction; no row keeps more.
-        counts: long `(B,)`, tokens that each row keeps, at most its number of valid ones.
+        counts: long `(B,)`, the number of tokens each row keeps, at most its number of valid tokens.
         available: long `(B,)`, each row's number of valid tokens.
         uniform: whether every row is known to keep exactly K.
     """
@@ -44,14 +44,14 @@ class Budget:
     uniform: bool
 
     def select_rows(self, rows: slice) -> "Budget":
-        """The budget of the given rows, of the same width."""
+        """The budget of the given rows, with the same width."""
         return replace(self, counts=self.counts[rows], available=self.available[rows])
 
 
 def row_budget(context: VisualContext, keep: int | Tensor) -> Budget:
-    """Clamp `keep` to at least one token and to what each row has.
+    """Clamp `keep` to at least one token and at most the row's number of valid tokens.
 
-    A tensor of budgets is read back to the host, since the width of the result depends on it; an int is not.
+    A tensor of budgets is copied to the host, since the width of the result depends on it; an int needs no copy.
 
     Raises:
         SaccadeError: if `keep` is neither an int nor a long `(B,)`.
@@ -82,11 +82,10 @@ def nothing_kept(context: VisualContext, budget: Budget) -> Reduction:
 
 
 def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
-    """What a reducer needs that merges what the language model would get ("projected") or, before the projector, what
-    the "encoder" gave, and otherwise `needs`.
+    """`needs`, extended by what merging before the projector (`merge="encoder"`) requires.
 
     Raises:
-        SaccadeError: on another value of `merge`, naming the reducer.
+        SaccadeError: if `merge` is neither "projected" nor "encoder"; the message names the reducer.
     """
     if merge not in MERGES:
         raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: use one of {', '.join(MERGES)}")
@@ -105,10 +104,10 @@ def check_number(name: str, field: str, value: Any, interval: str) -> None:
 
 
 def rows_at_once(rows: int, elements: int, device: torch.device, on_gpu: int = GPU_CONVERTED_ELEMENTS) -> int:
-    """How many of `rows`, each of so many elements, to work on at a time; at least one.
+    """How many of `rows`, each of `elements` numbers, to work on at a time; at least one.
 
     Args:
-        on_gpu: how many elements a GPU may be given; a CPU gets what a core's cache holds.
+        on_gpu: how many elements a GPU may be given at once; a CPU gets as many as fit a core's cache.
     """
     limit = CPU_CACHED_ELEMENTS if device.type == "cpu" else on_gpu
     return max(1, min(rows, limit // max(1, elements)))
@@ -117,12 +116,12 @@ def rows_at_once(rows: int, elements: int, device: torch.device, on_gpu: int = G
 def by_rows(
     reduce: Callable[[VisualContext, Budget], Reduction], context: VisualContext, budget: Budget, elements: int
 ) -> Reduction:
-    """`reduce(context, budget)`; on a CPU a few rows at a time, so that what it works on stays in a core's cache.
+    """`reduce(context, budget)`; on a CPU a few rows at a time, so that the working set stays in a core's cache.
 
-    A GPU gets as many as its memory may be asked for: there the number of operations counts.
+    A GPU gets as many rows as fit a fixed share of memory, since there the number of kernel launches dominates.
 
     Args:
-        elements: numbers that `reduce` works on for each row.
+        elements: how many numbers `reduce` works on per row.
     """
     rows = context.shape[0]
     step = rows_at_once(rows, elements, context.features.device, GPU_ELEMENTS)
@@ -132,7 +131,7 @@ def by_rows(
     for start in range(0, rows, step):
         taken = slice(start, start + step)
         part = reduce(context.select_rows(taken), budget.select_rows(taken))
-        # Copied at once and let go, so that the next part finds its memory in the cache.
+        # Copied and released at once, so that the next part reuses memory that is still in the cache.
         if index is None:
             index = part.index.new_empty(rows, *part.index.shape[1:])
             weight = None if part.weight is None else part.weight.new_empty(rows, *part.weight.shape[1:])
@@ -144,7 +143,7 @@ def by_rows(
 
 
 def valid_rank(context: VisualContext) -> Tensor:
-    """A token's place among its row's valid tokens, counted from 0: long `(B, N)`, meaningless on padding."""
+    """Each token's rank among its row's valid tokens, counted from 0: long `(B, N)`, meaningless on padding."""
     rows, tokens, _ = context.shape
     if context.dense:
         return torch.arange(tokens, device=context.features.device).expand(rows, tokens)
@@ -152,7 +151,7 @@ def valid_rank(context: VisualContext) -> Tensor:
 
 
 def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
-    """Each row's first `budget.counts` candidates `(B, K)` in raster order, -1 behind them: long `(B, K)`."""
+    """Each row's first `budget.counts` candidates `(B, K)` in raster order, then -1: long `(B, K)`."""
     if budget.uniform:
         return candidates.sort(dim=1).values
     place = torch.arange(candidates.shape[1], device=candidates.device)
@@ -161,11 +160,11 @@ def ascending(candidates: Tensor, budget: Budget, tokens: int) -> Tensor:
 
 
 def best_first(score: Tensor, context: VisualContext, count: int) -> Tensor:
-    """The `count` tokens of highest `score` `(B, N)`, the best first: long `(B, min(count, N))`.
+    """The `count` tokens with the highest `score` `(B, N)`, best first: long `(B, min(count, N))`.
 
-    Equals come in raster order, wherever the padding lies, and padding last.
+    Equal scores come in raster order, wherever the padding is, and padding comes last.
     """
-    # A score of -inf on a real token must still come before padding, and NaN ranks above everything.
+    # A score of -inf on a real token must still come before padding, and a sort would put NaN first.
     score = score if score.dtype == torch.float64 else score.float()
     lowest = torch.finfo(score.dtype).min
     score = score.nan_to_num(nan=lowest, neginf=lowest)
@@ -173,8 +172,9 @@ def best_first(score: Tensor, context: VisualContext, count: int) -> Tensor:
         score = score.masked_fill(~context.valid, -torch.inf)
     if score.dtype == torch.float64:
         return score.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    # A float's bits, read as a whole number, rise with it, once those of negative ones are turned round (and -0 is 0).
-    # With the place below them no two are equal, so `topk` has no ties to break: a quarter of a stable sort's time.
+    # Read as an integer, the bits of a float are ordered as the floats are, once those of negative floats are flipped
+    # (and -0 is made 0). With the position in the low bits no two keys are equal, so `topk` has no ties to break: a
+    # quarter of a stable sort's time.
     bits = (score + 0.0).view(torch.int32)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     place = torch.arange(score.shape[1], device=score.device)
@@ -192,7 +192,7 @@ def leftover_scores(context: VisualContext, quality: Tensor | None) -> Tensor:
 
 
 def chosen_mask(candidates: Tensor, counts: Tensor | int, tokens: int) -> Tensor:
-    """bool `(B, N)`, true on each row's first `counts` (an int or long `(B,)`) of `candidates` `(B, K)`."""
+    """bool `(B, N)`, true on the first `counts` (an int or long `(B,)`) of each row's `candidates` `(B, K)`."""
     place = torch.arange(candidates.shape[1], device=candidates.device)
     first = place < (counts.unsqueeze(1) if isinstance(counts, Tensor) else counts)
     mask = torch.zeros(candidates.shape[0], tokens, dtype=torch.bool, device=candidates.device)
@@ -200,7 +200,7 @@ def chosen_mask(candidates: Tensor, counts: Tensor | int, tokens: int) -> Tensor
 
 
 def mask_to_index(mask: Tensor, width: int) -> Tensor:
-    """The true columns of `mask` `(B, N)`, at most `width` a row, ascending, -1 behind them: long `(B, width)`."""
+    """The true columns of `mask` `(B, N)`, at most `width` per row, ascending, then -1: long `(B, width)`."""
     rows, tokens = mask.shape
     slot = torch.where(mask, mask.cumsum(dim=1) - 1, width)
     columns = torch.arange(tokens, device=mask.device).expand(rows, tokens)
@@ -209,7 +209,7 @@ def mask_to_index(mask: Tensor, width: int) -> Tensor:
 
 
 def add_own(weight: Tensor, index: Tensor) -> Tensor:
-    """Set each kept token's weight of itself in `weight` `(B, K, N)` to 1, in place; padding stays as it is."""
+    """Set each kept token's weight for itself in `weight` `(B, K, N)` to 1, in place; padding is unchanged."""
     if weight.shape[2] == 0:
         return weight
     own = index.clamp(min=0).unsqueeze(2)

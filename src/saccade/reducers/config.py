@@ -1,4 +1,4 @@
-"""`PruningConfig`: how visual tokens are reduced. No other place lists these options."""
+"""`PruningConfig`: how visual tokens are reduced. These options are defined nowhere else."""
 
 import json
 from collections.abc import Mapping
@@ -21,8 +21,7 @@ BESIDE = "."
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """
-    How visual tokens are reduced: by what method, to how many, and what becomes of their places.
+    """How visual tokens are reduced: by which method, to how many, and at which positions.
 
     Args:
         reducer (`str`, *optional*, defaults to `"divprune"`):
@@ -32,29 +31,29 @@ class PruningConfig:
         prune_ratio (`float`, *optional*, defaults to `0.9`):
             Share of a unit's tokens to drop, in [0, 1); 0 keeps all.
         keep_tokens (`int`, *optional*):
-            Number of tokens to keep of a unit, in place of the ratio. A unit that has fewer keeps them all.
+            Number of tokens to keep per unit, instead of the ratio. A unit with fewer tokens keeps them all.
         budget (`str`, *optional*, defaults to `"crop"`):
-            The unit. `"crop"` is a feature row: an image, or the crop, frame or picture that the model makes of it; a
-            whole video, where the model has no row per frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of an image,
-            or the frames of a video, compete for the same tokens. `"sample"`: so do all images of a sample.
+            The unit that the budget applies to. `"crop"` is a feature row: an image, or one crop, thumbnail or frame
+            of it; a whole video where the model has no row per frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of
+            an image, or the frames of a video, share one budget. `"sample"`: all images of a sample share one.
         adaptive (`bool`, *optional*, defaults to `False`):
-            Spend what the units of a batch have together where it is needed, see [`adaptive_counts`]. A sample's
-            tokens then depend on the samples beside it.
+            Redistribute the budgets of a batch's units to where tokens vary most, see [`adaptive_counts`]. A sample's
+            tokens then depend on the other samples of its batch.
         fit_length (`int`, *optional*):
-            Most tokens of a sample, its text and the isolator's rows counted. A sample that would be longer keeps as
-            many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; one that fits
-            is reduced as without it. Text is never cut.
+            Maximum number of tokens of a sample, including its text and the isolator's rows. A longer sample keeps only
+            as many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; a sample that
+            fits is reduced as usual. Text is never cut.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget; `"drop"` drops them.
         positions (`str`, *optional*, defaults to `"compact"`):
-            `"compact"` renumbers the shortened sequence, as published; `"original"` lets kept tokens keep the position
-            that they have in the full sequence. Models with several position axes (Qwen-VL) always do the latter.
+            `"compact"` renumbers the shortened sequence, as published; with `"original"`, tokens keep the position
+            that they have in the full sequence. Models with several position axes (Qwen-VL) always use the latter.
         isolator (`str`, *optional*):
-            The folder or file of the trained mode isolator that stands before each image. None for none, as published
+            Folder or file of the trained mode isolator to put before each image. None uses no isolator, as published
             for inference.
 
     Raises:
-        SaccadeError: on a value out of range, naming it and the fix.
+        SaccadeError: if a value is out of range; the message names it and the fix.
     """
 
     reducer: str = "divprune"
@@ -83,7 +82,7 @@ class PruningConfig:
             object.__setattr__(self, "prune_ratio", check_prune_ratio(ratio))
         elif not isinstance(self.keep_tokens, int) or isinstance(self.keep_tokens, bool) or self.keep_tokens < 1:
             raise SaccadeError(
-                f"keep_tokens={self.keep_tokens!r}: give a whole number from 1 on, or leave it out for prune_ratio"
+                f"keep_tokens={self.keep_tokens!r}: expected an integer of at least 1; omit it to use prune_ratio"
             )
         for name, known in (("budget", BUDGETS), ("newlines", NEWLINES), ("positions", POSITIONS)):
             check_choice(name, getattr(self, name), known)
@@ -109,32 +108,32 @@ class PruningConfig:
 
     @property
     def needs(self) -> Needs:
-        """What an encoding has to offer beyond the features."""
+        """What the encoding has to provide beyond the features."""
         return Needs.of(self.make_reducer(), self)
 
     @property
     def keeps_all(self) -> bool:
-        """Whether no token is dropped, whatever a unit has."""
+        """Whether no token is ever dropped."""
         return self.prune_ratio == 0 and self.fit_length is None
 
     def count(self, num_tokens: int) -> int:
-        """Tokens to keep of a unit of `num_tokens`, before `adaptive` moves and `fit_length` takes any."""
+        """Tokens to keep in a unit of `num_tokens`, before `adaptive` and `fit_length` change the number."""
         if self.keep_tokens is None:
             return keep_count(num_tokens, self.prune_ratio)
         return min(num_tokens, self.keep_tokens)
 
     def replace(self, **changes: Any) -> "PruningConfig":
-        """The same with other values; a ratio replaces a number of tokens, and the other way round.
+        """A copy with some values replaced. A ratio replaces a number of tokens, and vice versa.
 
-        Options of the reducer stay with their reducer.
+        The options of a reducer are dropped when another reducer is chosen.
 
         Raises:
-            SaccadeError: on an unknown name, or as for a new config.
+            SaccadeError: if a name is unknown, and as for a new config.
         """
         names = [entry.name for entry in fields(self)]
         check_options(changes, names, "pruning")
         given = {name: getattr(self, name) for name in names}
-        # Left out is what None means for a budget, and it is known already.
+        # For these two, None means "not given": the current value stays.
         counts = ("prune_ratio", "keep_tokens")
         changes = {name: value for name, value in changes.items() if value is not None or name not in counts}
         if changes.get("prune_ratio") is not None:
@@ -149,7 +148,7 @@ class PruningConfig:
         """Write `pruning_config.json` into `folder`, whole or not at all, and return its path.
 
         Raises:
-            SaccadeError: if the isolator is not in that folder: who reads the config looks nowhere else.
+            SaccadeError: if the isolator is not in that folder, the only place where readers of the config look.
         """
         folder, values = Path(folder), asdict(self)
         if self.isolator is not None:
@@ -165,23 +164,23 @@ class PruningConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> "PruningConfig":
-        """Read what `save_pretrained` wrote to `folder`, with other values for some options.
+        """Read what `save_pretrained` wrote to `folder`, optionally with some values replaced.
 
         Raises:
-            SaccadeError: if there is no such file, or it does not hold these options.
+            SaccadeError: if the file is missing or damaged, or holds unknown options.
         """
         path = Path(folder) / PRUNING_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise SaccadeError(f"{str(folder)!r} holds no {PRUNING_FILE}: name a folder of a trained model") from error
+            raise SaccadeError(f"{str(folder)!r} has no {PRUNING_FILE}: give the folder of a trained model") from error
         except (OSError, ValueError) as error:
             raise SaccadeError(f"{str(path)!r} is damaged: {error}; write it again, or give the options") from error
         if not isinstance(values, dict):
-            raise SaccadeError(f"{str(path)!r} is damaged: it holds no mapping; write it again, or give the options")
+            raise SaccadeError(f"{str(path)!r} is damaged: it is not a mapping; write it again, or give the options")
         if values.get("isolator") not in (None, BESIDE):
-            # A folder of a stranger names no file for us to open.
-            raise SaccadeError(f"{str(path)!r}: isolator={values['isolator']!r} is not {BESIDE!r}: put it beside it")
+            # An untrusted folder must not choose which file is opened.
+            raise SaccadeError(f"{str(path)!r}: isolator={values['isolator']!r} is not {BESIDE!r}: put it there")
         if "isolator" in values:
             values["isolator"] = str(folder)
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
@@ -194,10 +193,10 @@ class PruningConfig:
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the known ones.
+    """Check that a value is one of the known ones.
 
     Raises:
-        SaccadeError: naming the option, its value and the known ones.
+        SaccadeError: if it is not; the message names the option, its value and the known ones.
     """
     if value not in known:
         raise SaccadeError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")

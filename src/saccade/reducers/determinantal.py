@@ -1,9 +1,9 @@
 """Greedy MAP inference of a determinantal point process over the tokens of each row (Chen et al., NeurIPS 2018).
 
-The kernel is L = diag(q) S diag(q), with S the cosine similarities and q a quality a token. Since
-det L_A = (prod over A of q_i^2) det S_A, the greedy step maximises q_i^2 r_i, where r_i is what is left of token i's
-squared length outside the span of the chosen ones: the d_i^2 of the fast Cholesky recursion on S alone. On S, whose
-diagonal is one, the recursion does not care how small the qualities are.
+The kernel is L = diag(q) S diag(q), with S the cosine similarities and q a quality per token. Since det L_A = (prod
+over A of q_i^2) det S_A, the greedy step maximises q_i^2 r_i, where r_i is token i's squared length outside the span
+of the chosen tokens: the d_i^2 of the fast Cholesky recursion on S alone. Since the diagonal of S is one, small
+qualities cost the recursion no precision.
 """
 
 import torch
@@ -14,24 +14,24 @@ from saccade.reducers.similarity import TIE, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
 RANK_TOLERANCE = {torch.float32: 2.0**-14, torch.float64: 1e-6}
-"""Squared share of a token outside the span of the chosen ones below which it counts as inside: where the recursion
-would divide rounding errors by rounding errors and, unguarded, choose tokens twice."""
+"""Squared length outside the span of the chosen tokens below which a token counts as inside it. Without this bound the
+recursion would divide rounding errors by rounding errors and choose tokens twice."""
 GAIN_TIE = {torch.float32: 2.0**-17, torch.float64: TIE}
-"""How close two residuals have to be to count as equal. The recursion adds up the errors of the cosines: in float32 up
-to 3e-6 over 288 choices among 576 tokens, also of low rank."""
+"""How close two residuals have to be to count as equal. The recursion accumulates the errors of the cosines: in
+float32 up to 3e-6 over 288 choices among 576 tokens, also if they have low rank."""
 
 
 def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, precision: str) -> Reduction:
-    """The greedy maximum of det L_A over A of `budget.counts` tokens; of tokens that tie, the first in raster order.
+    """Greedily maximise det L_A over subsets A of `budget.counts` tokens; ties go to the first in raster order.
 
-    When no token is left that adds volume (fewer dimensions than tokens to keep, or zero quality), the rest are the
-    best by quality, then the first in raster order.
+    When no remaining token adds volume (fewer dimensions than tokens to keep, or zero quality), the rest are chosen by
+    quality, then raster order.
 
     Args:
         quality: `(B, N)` in [0, 1], or None for 1 everywhere.
-        precision: "float32" or "float64", of the similarities and the recursion; see `cosine_similarity`.
+        precision: "float32" or "float64", for the similarities and the recursion; see `cosine_similarity`.
 
-    Time O(N^2 D + K^2 N) a row, memory O(N^2 + K N).
+    Time O(N^2 D + K^2 N) per row, memory O(N^2 + K N).
     """
     rows, tokens, _ = context.shape
     if budget.width == 0 or rows == 0:
@@ -49,7 +49,7 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
         gain = residual if square is None else residual * square
         gain = torch.where(residual > tolerance, gain, 0)
         best = (gain - (tie if square is None else tie * square)).amax(dim=1, keepdim=True)
-        # `argmax` gives the first of equal maxima; what adds volume ranks above what does not.
+        # `argmax` returns the first of equal maxima; tokens that add volume rank above those that do not.
         newest = leftover.masked_fill((gain >= best) & (gain > 0), 1).argmax(dim=1, keepdim=True)
         chosen.append(newest)
         if step == budget.width - 1:
@@ -59,10 +59,10 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
         if step:
             past = factor[:, :step]
             own = past.gather(2, column.expand(-1, step, 1))  # (B, t, 1)
-            # In place, since autocast would round the products of the other form to bfloat16.
+            # In place, since autocast would round the products of the out-of-place form to bfloat16.
             row.unsqueeze(1).baddbmm_(own.transpose(1, 2), past, alpha=-1)
         left = residual.gather(1, newest)
-        # A token inside the span adds no direction of its own: rounding errors must not be scaled up into one.
+        # A token inside the span adds no direction; its rounding errors must not be scaled up into one.
         row = torch.where(left > tolerance, row / left.clamp(min=tolerance).sqrt(), 0)
         factor[:, step] = row
         residual = torch.addcmul(residual, row, row, value=-1).scatter_(1, newest, -torch.inf)

@@ -1,4 +1,4 @@
-"""DivPrune (Alvar et al., CVPR 2025): the subset whose closest two tokens are farthest apart."""
+"""DivPrune (Alvar et al., CVPR 2025): the subset whose two closest tokens are as far apart as possible."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,16 +17,16 @@ from saccade.tokens import Reduction, VisualContext
 class DivPrune:
     """Keeps diverse tokens: greedy farthest-point selection by cosine distance d = 1 - cos.
 
-    Maximises min over kept i != j of d_ij, greedily: first argmax_i min_{j != i} d_ij, then again and again the token
-    whose nearest kept token is farthest, argmax_{i not kept} min_{j kept} d_ij. A zero token has cosine 0 with every
-    other. Of tokens that tie, the first in raster order is taken.
+    Greedily maximises the minimum of d_ij over kept i != j: first argmax_i min_{j != i} d_ij, then repeatedly the
+    token whose nearest kept token is farthest away, argmax_{i not kept} min_{j kept} d_ij. A zero token has cosine 0
+    with every other. Ties go to the first token in raster order.
 
-    Distances that differ by less than rounding may count as equal, 2^-18 in float32 and 2^-44 in float64; among equals
-    neither the order in which the device sums nor, with it, a row's batch mates decide, but the raster order.
+    Distances that differ by no more than a bound above rounding error count as equal: 2^-18 in float32, 2^-44 in
+    float64. So raster order decides among equals, not the device's order of summation, which depends on the batch.
 
     Args:
         precision: of the similarities: "float32", or "float64", which takes about half as long again on a CPU and far
-            longer on GPUs made for other things than science.
+            longer on GPUs with slow float64 arithmetic.
     """
 
     precision: str = "float32"
@@ -37,7 +37,7 @@ class DivPrune:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K N) a row, memory O(N^2)."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K N) per row, memory O(N^2)."""
         budget = row_budget(context, keep)
         rows, tokens, _ = context.shape
         device = context.features.device
@@ -52,7 +52,7 @@ class DivPrune:
         if not context.dense:
             similarity.masked_fill_(~valid.unsqueeze(2), -torch.inf)
         nearest = similarity.amax(dim=1)
-        # From here on a token's similarity to itself is infinite: what is kept is never chosen again.
+        # Infinite similarity to itself, so that a kept token is never chosen again.
         diagonal.fill_(torch.inf)
         if not context.dense:
             nearest.masked_fill_(~valid, torch.inf)
@@ -72,5 +72,5 @@ class DivPrune:
 def _first_smallest(values: Tensor, window: float) -> Tensor:
     """The first column of each row of `values` `(B, N)` within `window` of its smallest: long `(B, 1)`."""
     smallest = values.amin(dim=1, keepdim=True)
-    # `argmax` gives the first of equal maxima.
+    # `argmax` returns the first of equal maxima.
     return (values <= smallest + window).to(torch.uint8).argmax(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""DPP: the most diverse subset in the sense of a determinantal point process; CDPruner without its text."""
+"""DPP: the most diverse subset under a determinantal point process; CDPruner without text."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,15 +18,15 @@ from saccade.tokens import Reduction, VisualContext
 class Determinantal:
     """Keeps the tokens whose unit vectors span the largest volume: greedy max of det S over the kept tokens.
 
-    S is the matrix of cosine similarities (CDPruner's kernel, arXiv 2506.10967, with every relevance equal to 1).
-    Of tokens that tie, the first in raster order is taken, and what of a token lies outside the span of the kept ones
-    is known to 2^-17 of its squared length in float32 and to 2^-44 in float64. A token with less than 2^-14 of it out
-    there (10^-6 in float64) adds nothing; where there are no others, as on a blank image or with fewer dimensions than
-    tokens to keep, the rest are the first in raster order.
+    S is the matrix of cosine similarities (CDPruner's kernel, arXiv 2506.10967, with every relevance equal to 1). Ties
+    go to the first token in raster order. The squared length of a unit token outside the span of the kept ones is
+    resolved to 2^-17 in float32 and 2^-44 in float64. A token with less than 2^-14 outside (10^-6 in float64) adds
+    nothing; if only such tokens remain, as on a blank image or with fewer dimensions than tokens to keep, the rest are
+    taken in raster order.
 
     Args:
         precision: of the similarities and the volumes: "float32", or "float64", which takes twice as long on a CPU and
-            far longer on GPUs made for other things than science.
+            far longer on GPUs with slow float64 arithmetic.
     """
 
     precision: str = "float32"
@@ -38,5 +38,5 @@ class Determinantal:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K^2 N) a row."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K^2 N) per row."""
         return greedy_map(context, row_budget(context, keep), quality=None, precision=self.precision)

@@ -1,4 +1,4 @@
-"""Keep everything: the reference that every reducer is measured against."""
+"""Keep everything: the baseline for every reducer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,6 +26,6 @@ class KeepAll:
         every = torch.arange(tokens, device=context.features.device).expand(rows, tokens)
         if budget.uniform:
             return Reduction(every.contiguous(), dense=True)
-        # Valid positions first, so that they are what the budget counts.
+        # Valid positions first, so that the budget counts only them.
         first = torch.where(context.valid, every, every + tokens).sort(dim=1).values % max(tokens, 1)
         return Reduction(ascending(first, budget, tokens))

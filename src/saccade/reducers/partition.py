@@ -1,7 +1,7 @@
 """Cut each row's grid of tokens into k contiguous regions of nearly equal size.
 
-Every quantity is an integer tensor computed on the device, so grids and budgets may differ from row to row and nothing
-has to be read back.
+Every quantity is an integer tensor computed on the device, so grids and budgets may differ from row to row without a
+copy to the host.
 """
 
 from dataclasses import dataclass
@@ -30,16 +30,16 @@ class Partition:
 
 
 def partition(context: VisualContext, budget: Budget) -> Partition:
-    """Cut row b into `budget.counts[b]` regions that are connected, cover the valid tokens and share none.
+    """Cut row b into `budget.counts[b]` connected, disjoint regions that cover its valid tokens.
 
-    The frames get equal shares of the regions; with fewer regions than frames, a region is a run of whole frames. A
-    frame of h x w tokens is cut into horizontal bands, each with a share of the regions proportional to its rows. A
-    path through a band's columns, alternately down and up, is cut into pieces that differ by at most one token. The
-    number of bands is the one that makes the regions most nearly square; one that cuts the grid into equal rectangles
-    is preferred if they are no more than twice as long as wide. So 24 x 24 tokens become 64 regions of 3 x 3.
+    Frames get equal shares of the regions; with fewer regions than frames, a region is a run of whole frames. A frame
+    of h x w tokens is cut into horizontal bands, each with a share of the regions proportional to its rows. A path
+    through a band's columns, alternately down and up, is cut into pieces that differ by at most one token. The number
+    of bands is chosen to make the regions as square as possible; one that cuts the grid into equal rectangles is
+    preferred if they are at most twice as long as wide. So 24 x 24 tokens become 64 regions of 3 x 3.
 
     The n valid tokens of a row are taken to fill its `context.grid` in raster order. If the grid does not hold n
-    tokens, they are laid out as a square, or on a line if n is not a square number.
+    tokens, they are laid out as a square, or as a single line if n is not a square number.
     """
     rows, tokens, _ = context.shape
     rank = valid_rank(context)
@@ -138,9 +138,10 @@ def _bands(count: Tensor, height: Tensor, width: Tensor, candidates: int) -> Ten
     elongation = torch.log2((bands * bands * width).float() / (count * height).float()).abs()
     columns = (count // bands).clamp(min=1)
     lattice = (count % bands == 0) & (height % bands == 0) & (width % columns == 0)
-    # Thousandths, so that candidates equal but for rounding tie, and the smaller one wins on every device.
+    # Rounded to thousandths, so that candidates that differ only by rounding tie, and the smaller wins on every
+    # device.
     cost = ((elongation - lattice.float()) * 1000).round().long()
-    # Each band must have a region: the thinnest has height // bands rows and at least that share of the regions.
+    # Each band needs a region: the thinnest has height // bands rows and at least that share of the regions.
     feasible = count * (height // bands) >= height
     cost = torch.where(feasible, cost, 1_000_000) * (candidates + 1) + bands
     return cost.amin(dim=1, keepdim=True) % (candidates + 1)

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge (Shang et al., ICCV 2025) at a fixed ratio: salient tokens, each joined by the tokens like it."""
+"""LLaVA-PruMerge (Shang et al., ICCV 2025) at a fixed ratio: salient tokens, each merged with similar tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,24 +17,25 @@ from saccade.tokens import Reduction, VisualContext
 @register_reducer("prumerge")
 @dataclass(frozen=True)
 class PruMerge:
-    """Keeps the most salient tokens and adds to each its nearest others, weighted by their saliency a.
+    """Keeps the most salient tokens and adds to each its nearest neighbours, weighted by their saliency a.
 
     A kept token c becomes x_c + sum of a_j x_j over the `neighbours` tokens j != c whose keys have the highest cosine
-    with its own, kept ones included; the weights are not normalised, as published. One more token holds what was
-    pruned: sum of a_j x_j over all of it. It counts in the budget and stands at the place of the most salient pruned
-    token; a budget of one, or of all tokens, has none.
+    with its own, kept ones included; the weights are not normalised, as published. One extra token sums up the pruned
+    tokens: sum of a_j x_j over all of them. It counts towards the budget and takes the place of the most salient
+    pruned token; there is none if the budget is one token, or all tokens.
 
-    The number of tokens is the budget's. The published adaptive number is a count of outliers over the whole batch,
-    which makes a row depend on its batch mates. Saliency and keys are those of the block that the features come from,
-    averaged over heads, where the published code takes the last block and all heads as one. The output is in raster
-    order, where the published one is in order of attention. The published code merges before the projector, which
-    `merge="encoder"` does here too.
+    The number of tokens is the budget's. The published adaptive number counts outliers over the whole batch, which
+    makes a row depend on the other rows of its batch. Saliency and keys come from the block that produces the
+    features, averaged over heads; the published code uses the last block with its heads concatenated. The output is in
+    raster order; the published one is in order of attention. The published code merges before the projector, as
+    `merge="encoder"` does here.
 
     Args:
         plus: PruMerge+: half of the kept tokens by saliency, the others evenly spread over the remaining ones.
         neighbours: tokens added to each kept one.
-        merge: "projected" merges the features that the language model would get; "encoder" those before the projector,
-            which then gets the sums, as published, in families that project tokens one by one.
+        merge: "projected" merges the features that the language model would receive; "encoder" merges before the
+            projector, which is then run on the sums, as published. The latter needs a family that projects tokens one
+            by one.
     """
 
     plus: bool = False
@@ -46,12 +47,12 @@ class PruMerge:
         if not isinstance(self.plus, bool):
             raise SaccadeError(f"reducer 'prumerge': plus={self.plus!r} is neither true nor false")
         if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
-            raise SaccadeError(f"reducer 'prumerge': neighbours={self.neighbours!r} is not a whole number from 0 on")
+            raise SaccadeError(f"reducer 'prumerge': neighbours={self.neighbours!r} is not an integer of at least 0")
         object.__setattr__(self, "needs", merge_needs("prumerge", self.merge, self.needs))
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) a row."""
+        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(K N (Dk + log N)) per row."""
         budget = row_budget(context, keep)
         tokens = context.shape[1]
         saliency = context.saliency.float()
@@ -63,16 +64,16 @@ class PruMerge:
         if self.plus:
             kept = kept | evenly_spread(context.valid & ~kept, centres - by_saliency)
         pruned = context.valid & ~kept
-        # The pruned tokens in order of saliency: the first of them stands for all.
+        # The most salient pruned token is the place of the extra token.
         pruned_first = best_first(saliency.masked_fill(~pruned, -torch.inf), context, 1)
         extra = chosen_mask(pruned_first, rest_token.long(), tokens)
         index = mask_to_index(kept | extra, budget.width)
 
         amount = saliency.masked_fill(~context.valid, 0).unsqueeze(1)  # (B, 1, N)
-        # Padding has an amount of 0, and a token's own weight is 1, also where it is among its nearest.
+        # Padding has an amount of 0. A token's weight for itself is 1, even where it is among its own nearest.
         weight = add_own(self._nearest_amounts(context, index, amount), index)
         if index.shape[1]:
-            # The row of the extra token; where there is none, the first row stays what it is.
+            # If a row has no extra token, `argmax` points to its first output, which then must not change.
             is_extra = extra.gather(1, index.clamp(min=0)) & (index >= 0)
             slot = is_extra.long().argmax(dim=1).view(-1, 1, 1).expand(-1, 1, tokens)
             there = is_extra.any(dim=1).view(-1, 1, 1)

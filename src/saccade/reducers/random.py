@@ -19,13 +19,14 @@ HASHED_WIDTH = 64
 @register_reducer("random")
 @dataclass(frozen=True)
 class RandomSubset:
-    """Keeps a uniformly random subset, the same one whenever the same row is seen with the same seed.
+    """Keeps a uniformly random subset, always the same one for the same row and seed.
 
-    No random generator is involved: the tokens with the smallest hash of (row seed, rank among the valid tokens) stay.
-    The row seed is `context.seed` or else a hash of the first 64 components of the row's valid features, in float32.
+    No random generator is involved: the tokens with the smallest hash of (row seed, rank among the valid tokens) are
+    kept. The row seed is `context.seed` or, without one, a hash of the first 64 components of the row's valid features
+    in float32.
 
     Args:
-        seed: any int; another one draws other subsets.
+        seed: any int; different seeds draw different subsets.
     """
 
     seed: int = 0
@@ -33,7 +34,7 @@ class RandomSubset:
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise SaccadeError(f"reducer 'random': seed={self.seed!r} is not a whole number")
+            raise SaccadeError(f"reducer 'random': seed={self.seed!r} is not an integer")
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
@@ -46,7 +47,7 @@ class RandomSubset:
         key = (_mix(rank ^ seed) << RANK_BITS) + rank
         if not context.dense:
             key = key.masked_fill(~context.valid, torch.iinfo(torch.long).max)
-        # In order only where a row takes the first of them.
+        # The order matters only where a row takes fewer than all of them.
         lowest = key.topk(budget.width, dim=1, largest=False, sorted=not budget.uniform).indices
         return Reduction(ascending(lowest, budget, context.shape[1]), dense=budget.uniform)
 
@@ -66,9 +67,9 @@ def _mix(word: Tensor | int) -> Tensor | int:
 def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
     """A 32-bit hash of each row's valid features and their order: long `(B,)`.
 
-    Integer sums do not depend on the order of summation, so neither does the hash depend on device or batch.
+    Integer sums do not depend on the order of summation, so the hash does not depend on device or batch.
     """
-    # Images that differ do so in nearly every component, and equal hashes would cost them nothing but a shared draw.
+    # Different images differ in nearly every component, and a collision would only mean that two rows draw alike.
     features = context.features[:, :, :HASHED_WIDTH]
     rows, tokens, width = features.shape
     device = features.device
@@ -77,9 +78,10 @@ def _content_hash(context: VisualContext, rank: Tensor) -> Tensor:
     step = rows_at_once(rows, tokens * width, device)
     for start in range(0, rows, step):
         bits = features[start : start + step].float().contiguous().view(torch.int32)
-        # Numbers that were bfloat16 have empty low halves; without the fold a product would lose what overflows.
+        # Numbers that were bfloat16 have zero low halves; without the fold their bits would overflow out of the
+        # product.
         bits = (bits >> 16).bitwise_xor_(bits).mul_(factor)
-        # A sum that wraps around at 32 bits is as good a hash, and half the memory traffic of one that does not.
+        # A sum that wraps around at 32 bits hashes just as well with half the memory traffic.
         sums[start : start + step] = bits.sum(dim=-1, dtype=torch.int32)
     token = _mix((_mix(sums.long() & WORD) + rank * 2 + 1) & WORD)
     return token.masked_fill(~context.valid, 0).sum(dim=1) & WORD

@@ -1,6 +1,6 @@
-"""What a budget leaves of a batch's visual tokens: counts for a reducer, budgets that rows share, newlines.
+"""Apply a budget to a batch's visual tokens: counts for the reducer, budgets shared by rows, newlines.
 
-Shapes: B feature rows of N tokens, K tokens kept at most.
+Shapes: B feature rows of N tokens, of which at most K are kept.
 """
 
 from dataclasses import replace
@@ -20,24 +20,25 @@ from saccade.tokens import Reduction, VisualContext
 def reduce(
     context: VisualContext, config: PruningConfig, reducer: Reducer | None = None, room: Tensor | None = None
 ) -> Reduction:
-    """Let a reducer choose the tokens that the budget leaves.
+    """Let a reducer choose the tokens to keep within the budget.
 
     Where crops or images share a budget, the reducer sees all tokens of a unit as one row and chooses among them
-    jointly, as DivPrune was published; a crop, or an image of a sample, may then keep none. Reducers that go by the
-    grid see crops of the same shape as frames of one grid, and crops of different shapes as one line of tokens.
+    jointly, as DivPrune was published; a crop, or an image of a sample, may then keep none. Reducers that use the grid
+    see crops of the same shape as frames of one grid, and crops of different shapes as one line of tokens.
 
-    With `newlines="keep"` all tokens that are not part of the image, `context.protected`, are kept and counted in the
-    budget, of which one token at least is left to the image; with "drop" they go, and the image gets the whole budget.
+    With `newlines="keep"` all tokens that are not part of the image, `context.protected`, are kept and count towards
+    the budget, of which at least one token is left for the image; with "drop" they are dropped, and the image gets the
+    whole budget.
 
     Args:
-        reducer: the config's, where the caller has it already.
-        room: long `(B,)`, visual tokens that the sample of each row can have altogether, from 1 on; None for no bound.
-            `config.fit_length` is not read here, where the text is not known. Samples within it are reduced as without
-            it, the others as `fit_counts` says.
+        reducer: the config's reducer, if the caller has already made it.
+        room: long `(B,)`, the maximum number of visual tokens of each row's sample, at least 1; None for no maximum.
+            `config.fit_length` is not read here, since the text is not known. Samples within the maximum are reduced
+            as usual, the others as `fit_counts` describes.
 
     Raises:
-        SaccadeError: if a sample is to share a budget, or has a bound, and the context does not say which rows belong
-            to it.
+        SaccadeError: if samples share a budget or have a maximum, and the context does not say which sample each row
+            belongs to.
     """
     if config.prune_ratio == 0 and room is None:
         return KeepAll()(context, keep=context.shape[1])
@@ -50,9 +51,9 @@ def reduce(
 
 
 def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
-    """Tokens of the image to keep of each row: one int where all rows are whole, else long `(B,)` on the CPU.
+    """Image tokens to keep per row: an int if all rows have the same length, otherwise long `(B,)` on the CPU.
 
-    Newlines that are kept are counted in the budget and left out of the result.
+    Kept newlines count towards the budget but are not part of the result.
     """
     if context.dense and context.protected is None and not config.adaptive:
         return config.count(context.shape[1])
@@ -70,7 +71,7 @@ def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
 
 
 def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer, room: Tensor | None) -> Reduction:
-    """`reduce`, where each row has a budget of its own."""
+    """`reduce` with a separate budget for each row."""
     keeps_all = config.prune_ratio == 0
     keep = keep_counts(context, config)
     fit = None
@@ -88,9 +89,9 @@ def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer
 
 
 def _fitted(context: VisualContext, config: PruningConfig, reducer: Reducer, fit: Fit) -> Reduction:
-    """What a reducer chooses where some samples fit only with fewer tokens than their budget."""
+    """Reduce rows of which some fit only with fewer tokens than their budget."""
     device = context.features.device
-    # One copy for all that the host has decided.
+    # A single host-to-device copy.
     keep, newlines, lost = torch.tensor((fit.keep, fit.newlines, fit.lost), device=device)
     stays = torch.zeros_like(context.valid)
     if context.protected is not None and (config.newlines == "keep" or config.prune_ratio == 0):
@@ -109,7 +110,7 @@ def _fitted(context: VisualContext, config: PruningConfig, reducer: Reducer, fit
 
 
 def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:
-    """`reduction` that keeps the tokens `more`, bool `(B, N)`, none of which it has kept or merged, as they are."""
+    """`reduction` that also keeps the tokens `more` unchanged: bool `(B, N)`, none of which it has kept or merged."""
     rows, tokens = more.shape
     kept = torch.zeros(rows, tokens + 1, dtype=torch.bool, device=more.device)
     kept.scatter_(1, torch.where(reduction.valid, reduction.index, tokens), True)
@@ -120,7 +121,7 @@ def _with_tokens(reduction: Reduction, more: Tensor) -> Reduction:
     index = index.masked_fill(index == tokens, -1)
     if reduction.weight is None:
         return Reduction(index)
-    # The weights by the token that stands for them, then by that token's place among all that are kept.
+    # Weights are first indexed by their kept token, then by that token's place among all kept tokens.
     by_token = torch.zeros(rows, tokens + 1, tokens, dtype=reduction.weight.dtype, device=more.device)
     stands = torch.where(reduction.valid, reduction.index, tokens).unsqueeze(-1).expand_as(reduction.weight)
     by_token.scatter_(1, stands, reduction.weight)

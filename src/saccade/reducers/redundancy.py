@@ -1,4 +1,4 @@
-"""The merge of Skip-Vision (arXiv 2503.21817): the most redundant tokens flow into the most distinctive ones."""
+"""Skip-Vision's merge (arXiv 2503.21817): the most redundant tokens are merged into the most distinctive ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,27 +15,27 @@ from saccade.tokens import Reduction, VisualContext
 @register_reducer("redundancy")
 @dataclass(frozen=True)
 class RedundancyMerge:
-    """Averages the tokens most like all others into the most distinctive ones.
+    """Averages the most redundant tokens into the most distinctive ones.
 
-    With u the unit tokens, the redundancy of token i is r_i = sum_{j != i} u_i . u_j. The K tokens with the smallest r
-    stay; each other one joins the one among them that it has the highest cosine with, and an output is the plain mean
-    of what met there, y_k = (x_k + sum of its sources) / (1 + their number). Of tokens that tie, the first in raster
-    order counts as the more redundant one, and is the one joined.
+    With u_i the unit vector of token i, its redundancy is r_i = sum_{j != i} u_i . u_j. The K tokens with the smallest
+    r are kept; each other token is merged into the kept token with which it has the highest cosine. An output is the
+    plain mean of its group, y_k = (x_k + sum of its sources) / (1 + their number). Of tokens that tie, the first in
+    raster order counts as the more redundant one and, among kept tokens, as the nearer one.
 
-    The outputs are published in the order of falling r; as everywhere here, `index` is in raster order, and `ranked`
-    says the other one. Similarities are float64: r adds up hundreds of cosines, which in bfloat16 leaves ties only.
+    The published output is in order of descending r; as everywhere here, `index` is in raster order, and `ranked` also
+    returns the published order. Similarities are float64: r sums hundreds of cosines, in bfloat16 nearly all ties.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(K N D) a row."""
+        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(K N D) per row."""
         return self.ranked(context, keep)[0]
 
     @torch.no_grad()
     def ranked(self, context: VisualContext, keep: int | Tensor) -> tuple[Reduction, Tensor]:
-        """The reduction, and its outputs by falling redundancy: long `(B, K)` places in `index`, padding last."""
+        """The reduction, and its outputs by descending redundancy: long `(B, K)` places in `index`, padding last."""
         budget = row_budget(context, keep)
         tokens = context.shape[1]
         home = context.features.device
@@ -43,7 +43,6 @@ class RedundancyMerge:
         device = redundancy.device
         redundancy = redundancy - tie_terms(tokens, device)
         on_device = context.valid.to(device)
-        # The most distinctive first.
         scored = VisualContext(features=redundancy.unsqueeze(2), valid=on_device)
         order = best_first(-redundancy, scored, budget.width)
         counts = budget.counts.to(device)

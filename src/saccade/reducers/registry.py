@@ -1,4 +1,4 @@
-"""Reducers by name: the built-in ones, and those that other packages offer through an entry point."""
+"""Reducers by name: the built-in ones, and those that other packages provide through an entry point."""
 
 import inspect
 import warnings
@@ -14,38 +14,38 @@ from saccade.tokens import Reduction, VisualContext
 
 ENTRY_POINT_GROUP = "saccade.reducers"
 PROJECTION = "projection"
-"""The need of a reducer that merges before the projector: a family that can project tokens one by one."""
+"""Needed by reducers that merge before the projector: a family that can project tokens one by one."""
 FROM_WORDS = frozenset({"relevance", "word_relevance"})
-"""The fields of `VisualContext` that the user's words decide about."""
+"""The fields of `VisualContext` that depend on the user's words."""
 NEEDS = frozenset({"encoder_features", "saliency", "keys", PROJECTION}) | FROM_WORDS
-"""What a reducer may name in `needs`: fields of `VisualContext` that are filled only on demand, and `PROJECTION`."""
+"""What a reducer may name in `needs`: fields of `VisualContext` that are set only on demand, and `PROJECTION`."""
 
 
 class Reducer(Protocol):
     """Picks, and may merge, the visual tokens of each row.
 
     An implementation is a class whose constructor takes the options by keyword, most easily a frozen dataclass. The
-    result for a row must not depend on the other rows, on where its padding lies or on whether the features come in a
-    narrower dtype, and with an int `keep` and a dense context no value may travel from the device to the host.
-    `saccade.testing.reducers` checks this of every registered reducer.
+    result for a row must not depend on the other rows, on where its padding is or on whether the features come in a
+    narrower dtype. With an int `keep` and a dense context, nothing may be copied from the device to the host.
+    `saccade.testing.reducers` checks this for every registered reducer.
     """
 
     needs: ClassVar[frozenset[str]]
-    """What has to be known beyond the features: a subset of `NEEDS`."""
+    """What the reducer needs beyond the features: a subset of `NEEDS`."""
 
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
         """Reduce each of the B rows of `context` to `keep` tokens.
 
         Args:
             context: B rows of N tokens.
-            keep: tokens to keep in every row, or long `(B,)`, one number a row. Clamped to at least one token and to
-                the row's number of valid tokens.
+            keep: tokens to keep in every row, or long `(B,)` with one number per row. Clamped to at least one token
+                and at most the row's number of valid tokens.
         """
         ...
 
 
 class Budget(Protocol):
-    """What of a [`PruningConfig`] decides about needs."""
+    """The part of a [`PruningConfig`] that affects needs."""
 
     budget: str
     fit_length: int | None
@@ -54,11 +54,11 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an encoding of images has to offer beyond the features.
+    """What the encoding of images has to provide beyond the features.
 
     Args:
-        fields: of `NEEDS`, and "sample" where the images of a sample share a budget or have to fit together.
-        text_tower: folder of the CLIP model that relevance is read from, in place of the language model's embeddings.
+        fields: members of `NEEDS`, and "sample" if the images of a sample share a budget or have to fit together.
+        text_tower: folder of the CLIP model to compute relevance with, instead of the language model's embeddings.
         tokenizer: folder of the tokenizer that finds the user's words; None for the model's own.
     """
 
@@ -68,7 +68,7 @@ class Needs:
 
     @classmethod
     def of(cls, reducer: Reducer, budget: Budget | None = None) -> "Needs":
-        """What `reducer` needs to know under a budget."""
+        """What `reducer` needs under a budget."""
         if budget is not None and budget.keeps_all:
             return cls()
         own = frozenset(reducer.needs)
@@ -79,7 +79,7 @@ class Needs:
         return cls(own | shared, getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What serves both; of two text towers the first."""
+        """The union of both; of two text towers, the first."""
         asks, beside = (self, other) if self.text_tower or not other.text_tower else (other, self)
         return Needs(
             self.fields | other.fields,
@@ -94,11 +94,11 @@ _plugins_loaded = False
 
 
 def register_reducer(name: str) -> Callable[[Class], Class]:
-    """Class decorator that makes a `Reducer` known as `name`.
+    """Class decorator that registers a `Reducer` under `name`.
 
     Raises:
-        SaccadeError: if another class holds the name, or `needs` names something a context does not have.
-        TypeError: if what is decorated is not a class with `needs` and `__call__`.
+        SaccadeError: if the name belongs to another class, or `needs` is not a subset of `NEEDS`.
+        TypeError: if the decorated object is not a class with `needs` and `__call__`.
     """
 
     def register(cls: Class) -> Class:
@@ -121,10 +121,10 @@ def register_reducer(name: str) -> Callable[[Class], Class]:
 
 
 def get_reducer(name: str, **options: Any) -> Reducer:
-    """The reducer called `name`, built with `options`.
+    """Build the reducer called `name` with `options`.
 
     Raises:
-        SaccadeError: if no reducer has this name, or it does not take one of the options.
+        SaccadeError: if no reducer has this name, or it does not accept one of the options.
     """
     _load_plugins()
     if name not in _classes:
@@ -150,15 +150,15 @@ def _path(cls: type) -> str:
 
 
 def _load_plugins() -> None:
-    """Import what other packages offer in the entry-point group, once; what cannot be loaded costs a warning.
+    """Import once what other packages provide in the entry-point group, with a warning for each that fails to load.
 
-    An entry point is either a reducer class, known by the entry point's name unless its module registers it under
-    another, or a module that registers its own.
+    An entry point is either a reducer class, registered under the entry point's name unless its module registers it
+    under another, or a module that registers its own reducers.
     """
     global _plugins_loaded
     if _plugins_loaded:
         return
-    # Set first: a plug-in may itself ask for a reducer while it is imported.
+    # Set first: a plug-in may itself call `get_reducer` while it is imported.
     _plugins_loaded = True
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         try:

@@ -1,4 +1,4 @@
-"""Rows that share a budget, put together for a reducer and taken apart again.
+"""Rows that share a budget, joined for the reducer and split again afterwards.
 
 Shapes: B feature rows of N tokens; U units of M tokens, of which K are kept.
 """
@@ -18,13 +18,12 @@ NOT_PER_TOKEN = ("grid", "group", "sample", "seed", "valid", "words")
 
 @dataclass(frozen=True)
 class Units:
-    """Which tokens of which rows a unit holds.
+    """Which tokens of which rows each unit contains.
 
     Args:
-        place: long `(U, M)`, the number `b * N + n` of each of a unit's valid tokens, in the order of the rows; -1
-            behind them.
+        place: long `(U, M)`, the flat index `b * N + n` of each of a unit's valid tokens, in row order, then -1.
         first: long `(U,)`, the first row of each unit.
-        shape: B and N.
+        shape: `(B, N)`.
     """
 
     place: Tensor
@@ -56,7 +55,7 @@ class Units:
         return cls(place, first, (rows, tokens))
 
     def join(self, x: Tensor) -> Tensor:
-        """Values of tokens `(B, N, ...)` as `(U, M, ...)`, zeros behind the last one; differentiable."""
+        """Values of tokens `(B, N, ...)` as `(U, M, ...)`, padded with zeros; differentiable."""
         joined = x.flatten(0, 1)[self.place.clamp(min=0)]
         missing = (self.place < 0).reshape(*self.place.shape, *[1] * (x.dim() - 2))
         return joined.masked_fill(missing, 0)
@@ -77,7 +76,7 @@ class Units:
         )
 
     def _grid(self, context: VisualContext) -> Tensor:
-        """Rows of one shape are the frames of one grid; rows of different shapes lie behind one another on a line."""
+        """Rows of the same shape become the frames of one grid; rows of different shapes are joined into one line."""
         unit = torch.where(self.place >= 0, self.place // max(self.shape[1], 1), -1).tolist()
         shapes = context.grid.tolist()
         grids: list[Sequence[int]] = []
@@ -89,7 +88,7 @@ class Units:
         return torch.tensor(grids, device=context.grid.device)
 
     def split(self, reduction: Reduction) -> Reduction:
-        """What `reduction` of the units keeps of each row."""
+        """Convert a `reduction` of the units to one of the rows."""
         rows, tokens = self.shape
         number = self.place.gather(1, reduction.index.clamp(min=0))  # (U, K)
         number = torch.where(reduction.valid, number, rows * tokens)
@@ -108,11 +107,11 @@ class Units:
 
 @dataclass
 class JointReduction(Reduction):
-    """A merge across rows: an output token may be made of tokens of any row of its unit.
+    """A merge across rows: an output token may combine tokens from any row of its unit.
 
     Args:
         units: which rows belong together.
-        joint: the merge of the units; `weight` of the rows alone is None, since it could not say it.
+        joint: the merge of the units. `weight` is None, since per-row weights cannot express it.
     """
 
     units: Units | None = None
@@ -123,11 +122,11 @@ class JointReduction(Reduction):
         return self._by_row(self.joint.merged.unsqueeze(2)).squeeze(2)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding comes out as zeros."""
+        """Reduce `x` `(B, N, D)` to `(B, K, D)`; differentiable in `x`. Padding becomes zeros."""
         return self._by_row(self.joint.apply(self.units.join(x)))
 
     def _by_row(self, values: Tensor) -> Tensor:
-        """Values of the units' tokens `(U, K', C)` as those of the rows' `(B, K, C)`, zeros on padding."""
+        """Values of the units' tokens `(U, K', C)` rearranged by row: `(B, K, C)`, zeros on padding."""
         rows, tokens = self.units.shape
         device = values.device
         number = self.units.place.gather(1, self.joint.index.clamp(min=0))

@@ -15,24 +15,24 @@ from saccade.tokens import Reduction, VisualContext
 @register_reducer("tome")
 @dataclass(frozen=True)
 class TokenMerging:
-    """Averages similar tokens, at most half of them a round, until the budget is met.
+    """Averages similar tokens, at most half of them per round, until the budget is met.
 
-    In a round the tokens, in raster order, are split into those at even and at odd places; each even one finds the odd
-    one with the highest cosine, and the r most similar even ones are merged into theirs by the mean weighted with
-    size, so that every output is the plain mean of the input tokens in it. r is half of the tokens, or fewer in the
-    last round: 576 tokens become 288, 144, 72 and then 58. An output stands at the place of the odd token that the
-    others were merged into.
+    A round splits the tokens, in raster order, into those at even and at odd places and matches each even token with
+    the odd token of highest cosine. The r most similar even tokens are merged into their matches by a mean weighted by
+    size, so that every output is the plain mean of its input tokens. r is half of the tokens, or fewer in the last
+    round: 576 tokens become 288, 144, 72 and then 58. An output takes the place of the odd token that the others were
+    merged into.
 
-    Published inside the tower, on the keys of each block, with attention weighted by size. In training a
-    vision-language model the tower is often frozen and run at its full length, so here the rounds follow one another
-    after the tower, on the features themselves. The published output has no order; here each round keeps raster order.
+    The published method works inside the tower, on the keys of each block, with attention weighted by size. When a
+    vision-language model is trained, the tower is often frozen and run at full length, so here all rounds run after
+    the tower, on the features themselves. The published output has no order; here each round keeps raster order.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(N^2 D) a row."""
+        """Index `(B, K)` and float32 weight `(B, K, N)`, 1 / size within a group. Time O(N^2 D) per row."""
         tokens, width = context.shape[1:]
         return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * max(tokens, width))
 
@@ -41,7 +41,7 @@ class TokenMerging:
         if budget.width == 0:
             index = torch.zeros(rows, 0, dtype=torch.long, device=context.features.device)
             return Reduction(index, context.features.new_zeros(rows, 0, tokens, dtype=torch.float32), dense=True)
-        # The sums over each group's members (B, W, D). The MPS device has no float64.
+        # The sum of each group's members, (B, W, D). MPS has no float64.
         sums = (context.features.cpu() if context.features.device.type == "mps" else context.features).double()
         device = sums.device
         width, counts = tokens, budget.counts.to(device)
@@ -55,7 +55,8 @@ class TokenMerging:
             packed = place.clamp(max=max(tokens - 1, 0)).unsqueeze(2).expand(sums.shape)
             sums = sums.masked_fill(~valid.unsqueeze(2), 0).gather(1, packed)
             sums.masked_fill_((place == tokens).unsqueeze(2), 0)
-        # Rows with fewer tokens or a smaller budget than the widest may take the most rounds that halving can.
+        # Rows with fewer tokens or a smaller budget than the widest may need up to the most rounds that halving can
+        # take.
         rounds = None if budget.uniform and context.dense else tokens.bit_length()
         while width > budget.width if rounds is None else rounds > 0:
             narrower = max(width - width // 2, budget.width)
@@ -78,7 +79,7 @@ class TokenMerging:
 
 
 def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[Tensor, Tensor]:
-    """Where each of W groups goes, long `(B, W)` in [0, narrower], and which keep their place, bool `(B, W)`."""
+    """The new slot of each of W groups, long `(B, W)` in [0, narrower], and which groups survive, bool `(B, W)`."""
     rows, width, _ = sums.shape
     device = sums.device
     slot = torch.arange(width, device=device)
@@ -87,14 +88,14 @@ def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[
     if width > 1:
         ties = tie_terms(width, device)
         even, odd = sums[:, 0::2], sums[:, 1::2]
-        # Autocast leaves products alone that are given where to write.
+        # With `out=`, autocast does not change the dtype of the product.
         cosine = sums.new_empty(rows, even.shape[1], odd.shape[1])
         torch.bmm(even, odd.transpose(1, 2), out=cosine)
         length = torch.linalg.vector_norm(sums, dim=2).clamp_(min=torch.finfo(torch.float64).tiny)
         cosine.div_(length[:, 0::2].unsqueeze(2)).div_(length[:, 1::2].unsqueeze(1)).sub_(ties[: odd.shape[1]])
         cosine.masked_fill_(~real[:, 1::2].unsqueeze(1), -torch.inf)
         best, partner = cosine.max(dim=2)
-        # Between pairs the even token's place settles ties, and no longer its partner's.
+        # Between pairs, the even token's place breaks ties, no longer its partner's.
         best = (best + ties[partner] - ties[: best.shape[1]]).masked_fill(~real[:, 0::2], -torch.inf)
         merges = torch.minimum(alive // 2, (alive - counts).clamp(min=0))
         order = best.sort(dim=1, descending=True, stable=True).indices
@@ -108,7 +109,7 @@ def _round(sums: Tensor, alive: Tensor, counts: Tensor, narrower: int) -> tuple[
 
 
 def _merge(sums: Tensor, move: Tensor, narrower: int) -> Tensor:
-    """The sums `(B, narrower, D)` of what moves together; padding, which is zero, may go anywhere."""
+    """The sums `(B, narrower, D)` of groups that move to the same slot; padding is zero and may go anywhere."""
     rows, _, width = sums.shape
     first = torch.arange(rows, device=sums.device).unsqueeze(1) * narrower
     slot = move.clamp(max=narrower - 1) + first

@@ -1,4 +1,4 @@
-"""Tokens spread evenly over the image, whatever it shows."""
+"""Tokens spread evenly over the image, regardless of content."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,14 +17,14 @@ from saccade.tokens import Reduction, VisualContext
 class UniformGrid:
     """Keeps the central tokens of k regions of nearly equal size that tile the grid.
 
-    A lattice where k is a product that fits the grid (24 x 24 tokens to 64: the centres of 3 x 3 blocks), an even
-    spread for any other k. `saccade.reducers.partition` says how the regions are cut.
+    A lattice where k divides the grid evenly (24 x 24 tokens to 64: the centres of 3 x 3 blocks), an even spread for
+    any other k. `saccade.reducers.partition` describes how the regions are cut.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of exactly min(keep, valid tokens) evenly spread tokens a row."""
+        """Index `(B, K)` of exactly min(keep, valid tokens) evenly spread tokens per row."""
         budget = row_budget(context, keep)
         return Reduction(partition(context, budget).center, dense=budget.uniform)

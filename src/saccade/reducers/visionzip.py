@@ -1,4 +1,4 @@
-"""VisionZip (Yang et al., CVPR 2025): salient tokens stay, the rest is merged into a few evenly spread ones."""
+"""VisionZip (Yang et al., CVPR 2025): salient tokens are kept, the rest merged into a few evenly spread ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,23 +23,24 @@ from saccade.tokens import Reduction, VisualContext
 @register_reducer("visionzip")
 @dataclass(frozen=True)
 class VisionZip:
-    """Keeps the most salient tokens and merges each other one into one of a few targets among them.
+    """Keeps the most salient tokens and merges the others into a few evenly spread targets.
 
-    Of k tokens, k - c are *dominant*: those of highest encoder attention (mean over heads; the published sum ranks the
-    same). Of the R others, in raster order, every floor(R / c)-th is a *contextual* target, and each remaining one is
-    assigned to the target whose head-mean key has the highest cosine with its own. A target becomes
+    Of k tokens, k - c are *dominant*: those with the highest encoder attention (mean over heads; the published sum
+    ranks the same). Of the R others, in raster order, every floor(R / c)-th is a *contextual* target, and each
+    remaining token is assigned to the target whose head-mean key has the highest cosine with its own. A target becomes
     x_target + mean of the assigned x: it **adds**, as published, so the norm of a contextual token about doubles.
 
-    Three things differ from the published code: it keeps the class token as a dominant one, which LLaVA's language
-    model has never seen and which has no place in the raster, so all dominant tokens are patches here; it appends the
-    contextual tokens at the end, where here every token stands at its own place in raster order; and it merges before
-    the projector, which `merge="encoder"` does here too.
+    Three things differ from the published code. It keeps the class token as a dominant one; LLaVA's language model has
+    never seen it and it has no place in the raster, so here all dominant tokens are patches. It appends the contextual
+    tokens at the end; here every token stays at its own place in raster order. And it merges before the projector, as
+    `merge="encoder"` does here.
 
     Args:
-        contextual: share of the kept tokens that are contextual, in [0, 1); at least one token is dominant. 10 of 64
+        contextual: share of the kept tokens that are contextual, in [0, 1); at least one token is dominant. 10 of 64,
             as published.
-        merge: "projected" merges the features that the language model would get; "encoder" those before the projector,
-            which then gets the sums, as published, in families that project tokens one by one.
+        merge: "projected" merges the features that the language model would receive; "encoder" merges before the
+            projector, which is then run on the sums, as published. The latter needs a family that projects tokens one
+            by one.
     """
 
     contextual: float = 10 / 64
@@ -52,7 +53,7 @@ class VisionZip:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(C N Dk) a row, C contextual tokens."""
+        """Index `(B, K)` and float32 weight `(B, K, N)`. Time O(C N Dk) per row with C contextual tokens."""
         budget = row_budget(context, keep)
         tokens = context.shape[1]
         contextual = (budget.counts.double() * self.contextual + 0.5).long()
@@ -70,7 +71,7 @@ class VisionZip:
             return Reduction(index, add_own(weight, index), dense=budget.uniform, before_projector=before)
         places = mask_to_index(target, most)
         best = nearest_kept(context.keys, places, context)  # (B, N), which of the targets
-        # A target's place among the kept tokens, all of which are in raster order.
+        # A target's place among the kept tokens, which are in raster order.
         slot = (dominant | target).cumsum(dim=1).gather(1, places.clamp(min=0)).gather(1, best) - 1
         merged = rest & ~target & (contextual > 0).unsqueeze(1)
         slot = slot.clamp(min=0)
@@ -81,7 +82,7 @@ class VisionZip:
 
 
 def evenly_spread(candidates: Tensor, counts: Tensor) -> Tensor:
-    """`counts` long `(B,)` of each row's R candidates `(B, N)`, every floor(R / count)-th from the first: bool."""
+    """Pick `counts` (long `(B,)`) of each row's R candidates `(B, N)`, every floor(R / count)-th: bool `(B, N)`."""
     counts = counts.unsqueeze(1)
     available = candidates.sum(dim=1, keepdim=True)
     stride = (available // counts.clamp(min=1)).clamp(min=1)
