@@ -1,4 +1,4 @@
-"""From a processed batch to its shorter form, for training and for inference: encode, reduce, splice, run."""
+"""Shorten a processed batch, for training and for inference: encode, reduce, splice, run."""
 
 from saccade.pruning.apply import Pruning, apply_pruning
 from saccade.pruning.isolator import ISOLATOR_FILE, ModeIsolator

@@ -1,4 +1,4 @@
-"""`apply_pruning`: a stock model that prunes by itself, in place, until `remove()`."""
+"""`apply_pruning`: patch a stock model in place so that it prunes its inputs, until `remove()`."""
 
 import copy
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ USED_UP = (
     *("image_sizes", "image_sizes_videos", "batch_num_images", "image_grid_thw", "video_grid_thw"),
     *("second_per_grid_ts", "mm_token_type_ids"),
 )
-"""Processor outputs about images and videos that are used up with them."""
+"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 class Pruning:
@@ -31,7 +31,7 @@ class Pruning:
     Args:
         family: the stock model's family.
         config: how visual tokens are reduced.
-        isolator: the rows `(l, D)` that stand before each image, or None.
+        isolator: the rows `(l, D)` to put before each image, or None.
     """
 
     def __init__(self, family: Family, config: PruningConfig, isolator: Tensor | None) -> None:
@@ -45,7 +45,7 @@ class Pruning:
         return self.family.model
 
     def remove(self) -> None:
-        """Make the model what it was. Does nothing the second time."""
+        """Restore the model. Does nothing the second time."""
         if self.model.__dict__.get(HANDLE) is self:
             unpatch(self.model)
             del self.model.__dict__[HANDLE]
@@ -57,14 +57,14 @@ class Pruning:
         self.remove()
 
     def takes(self, given: Mapping[str, Any]) -> bool:
-        """Whether arguments of a call hold images that were not encoded yet."""
+        """Whether the arguments of a call contain images that are not encoded yet."""
         return given.get(ENCODED) is None and self.family.has_images(given)
 
     def shorten(self, given: dict[str, Any], padding_side: str) -> dict[str, Any]:
-        """The arguments of a call with a shorter prompt in the place of the one that they hold.
+        """The arguments of a call with their prompt replaced by a shorter one.
 
         Raises:
-            SaccadeError: where a prompt cannot be shortened.
+            SaccadeError: if the prompt cannot be shortened.
         """
         for name in ("position_ids", "inputs_embeds"):
             if given.get(name) is not None:
@@ -80,23 +80,23 @@ class Pruning:
 
 
 def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = None, **options: Any) -> Pruning:
-    """Let a stock model prune visual tokens by itself, in place: `generate` takes processor outputs as before.
+    """Patch a stock model in place so that it prunes visual tokens: `generate` takes processor outputs as before.
 
-    What `generate` returns starts with the prompt that was given, as with the stock model, so that no caller changes:
+    The output of `generate` starts with the original prompt, as with the stock model, so callers need no change:
     pipelines, lmms-eval's stock models and `transformers serve` prune too. So does a plain `forward` on processor
     outputs; its logits are those of the shorter sequence, padded on the right.
 
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
         config: how tokens are reduced, or the folder of a trained model, which says how it was trained.
-        options: fields of [`PruningConfig`], in place of the config's.
+        options: fields of [`PruningConfig`] that override the config's.
 
     Returns:
-        The handle: `remove()` makes the model what it was; as a context manager it does so at the end of the block.
+        The handle: `remove()` restores the model; used as a context manager, it does so at the end of the block.
 
     Raises:
-        SaccadeError: on an unknown family or option, an isolator of another width, a reducer that the model does not
-            give what it needs, or a model that prunes or skips already.
+        SaccadeError: on an unknown family or option, an isolator of the wrong width, a reducer whose needs the model
+            cannot provide, or a model that already prunes or skips.
     """
     config = pruning_config(config, **options)
     family = get_family(model)
@@ -116,7 +116,7 @@ def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = 
 
 
 def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock forward, on fewer tokens where there are images that were not encoded yet."""
+    """The stock forward, on fewer tokens if there are images that are not encoded yet."""
     pruning: Pruning = model.__dict__[HANDLE]
     kwargs = by_name(model.forward, args, kwargs)
     if not pruning.takes(kwargs):
@@ -129,7 +129,7 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock `generate`, on fewer tokens, with the prompt as it was given in what comes back."""
+    """The stock `generate`, on fewer tokens; its output contains the original prompt."""
     pruning: Pruning = model.__dict__[HANDLE]
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
@@ -163,7 +163,7 @@ def _generate_batch(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _count_from(change: int, model: nn.Module, given: dict[str, Any]) -> None:
-    """Let limits of the whole length mean the new tokens that they would mean for the prompt that was given."""
+    """Adjust limits on the total length, so that they allow as many new tokens as with the original prompt."""
     names = ("max_length", "min_length")
     for name in names:
         if given.get(name) is not None:

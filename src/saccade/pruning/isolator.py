@@ -1,7 +1,7 @@
 """The mode isolator: a learnable soft prompt before each image's kept tokens (DualSpeed, arXiv 2602.03815, Sec. 3).
 
-It lives in a file of its own beside the weights, `mode_isolator.saccade`, and never in `model.safetensors`, so that
-what training saved stays a stock checkpoint.
+It is saved in a separate file next to the weights, `mode_isolator.saccade`, never in `model.safetensors`, so that a
+saved model remains a stock checkpoint.
 """
 
 import math
@@ -20,7 +20,7 @@ class ModeIsolator(nn.Module):
     """A table of `length` rows of width `hidden_size`, initialised U(-1/sqrt(D), 1/sqrt(D)).
 
     Args:
-        length: number of rows before each image, the paper's l (4 by default there).
+        length: number of rows before each image, the paper's l (4 by default in the paper).
         hidden_size: width D of the language model.
     """
 
@@ -39,7 +39,7 @@ class ModeIsolator(nn.Module):
         return self.weight * 1
 
     def idle(self) -> Tensor:
-        """A zero with a gradient for every parameter, for steps without it: engines wait for one."""
+        """A zero that depends on every parameter, for steps without the isolator: engines wait for its gradient."""
         return 0 * self().sum()
 
     def save_pretrained(self, folder: str | Path, metadata: dict | None = None, weight: Tensor | None = None) -> Path:
@@ -47,7 +47,7 @@ class ModeIsolator(nn.Module):
 
         Args:
             metadata: what the isolator was trained with, kept as JSON in the file's header.
-            weight: the gathered table, where this process holds only a shard of it.
+            weight: the gathered table, if this process holds only a shard of it.
         """
         return save_companion(
             folder, ISOLATOR_FILE, {"weight": self.weight if weight is None else weight}, metadata or {}
@@ -55,14 +55,14 @@ class ModeIsolator(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "ModeIsolator":
-        """Read an isolator from its file, or from the folder that holds it.
+        """Read an isolator from its file, or from the folder that contains it.
 
         Raises:
             SaccadeError: if there is none, or it is not a whole safetensors file with a two-dimensional `weight`.
         """
         weight = read_companion(path, ISOLATOR_FILE, "isolator")[1].get("weight")
         if weight is None:
-            raise SaccadeError(f"isolator={str(path)!r} holds no `weight`: name the folder of a run with an isolator")
+            raise SaccadeError(f"isolator={str(path)!r} has no `weight`: give the folder of a run with an isolator")
         if weight.dim() != 2:
             raise SaccadeError(
                 f"isolator={str(path)!r} holds a weight of shape {tuple(weight.shape)}, expected (l, D)"

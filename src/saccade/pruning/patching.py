@@ -1,7 +1,7 @@
-"""Methods of one module replaced in place, and put back.
+"""Replace methods of a module in place, and restore them.
 
-A patched method is bound to its module, and what it shares with others an attribute, so that a deep copy of the model
-is patched as well, and independent.
+A patched method is bound to its module, and shared state is kept in module attributes, so that a deep copy of the
+model is patched too and independent of the original.
 """
 
 import inspect
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 ORIGINALS = "_saccade_originals"
 HANDLE = "_saccade_in_place"
-"""Where a model keeps the handle of what changed it: it prunes or it skips, not both."""
+"""Attribute for the handle of the active patch: a model prunes or skips, not both."""
 
 
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
-    """Put `function`, of the module and the arguments, in the place of the module's own method `name`."""
+    """Replace the module's method `name` by `function`, which receives the module and the arguments."""
     module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
     setattr(module, name, MethodType(function, module))
 
@@ -32,7 +32,7 @@ def unpatch(module: nn.Module) -> None:
 
 
 def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
-    """What the module's method did before it was patched."""
+    """Call the module's method as it was before it was patched."""
     before = module.__dict__[ORIGINALS][method]
     return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
@@ -43,7 +43,7 @@ def like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) ->
     def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
 
-    # Not `functools.wraps`: a deep copy of the model would go on holding this one.
+    # Not `functools.wraps`, whose `__wrapped__` would make a deep copy of the model keep this one alive.
     wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
     signature = inspect.signature(stock)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -55,9 +55,10 @@ def like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) ->
 
 
 def with_given_prompt(sequences: Tensor, given: Tensor, length: int) -> Tensor:
-    """What `generate` returned for a prompt of `length` tokens, `(B', length + n)`, behind the prompt `(B, T)` given.
+    """Replace the prompt of `length` tokens in what `generate` returned, `(B', length + n)`, by the given one
+    `(B, T)`.
 
-    Where there are several sequences for each of the B prompts, they follow one another.
+    If there are several sequences per prompt, they are consecutive.
     """
     several = sequences.shape[0] // given.shape[0]
     return torch.cat((given.repeat_interleave(several, dim=0), sequences[:, length:]), dim=1)

@@ -18,28 +18,28 @@ from saccade.tokens import Places, Spliced, VisualTokens, splice
 Result = TypeVar("Result")
 
 SIZES = ("image_sizes", "image_sizes_videos", "image_grid_thw", "video_grid_thw")
-"""What a processor returns beside pixels, and what a family cannot read them without."""
+"""Processor outputs that a family needs to interpret pixels."""
 WHOLE = "pass all that the processor returned with return_tensors='pt'"
 
 
 class Method(Protocol):
-    """A decision about each visual token of a batch: keep it, merge it, drop it, or let it skip."""
+    """A decision about each visual token of a batch: keep, merge, drop or skip it."""
 
     needs: Needs
-    """What it has to know beyond the features."""
+    """What it needs beyond the features."""
     positions: str
     """"compact" or "original", see [`PruningConfig`]."""
     roles_keyword: str | None
-    """How the language model is handed the role of each token; None where it needs none."""
+    """The keyword by which the language model receives each token's role; None if it does not need roles."""
     trainable_modules: tuple[nn.Module, ...]
-    """Modules of ours that get a gradient from it."""
+    """Saccade's own modules that receive a gradient through it."""
 
     def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
-        """The tokens that now stand for the images; `text`, long `(B,)`, is what each sample has beside them."""
+        """The tokens that now represent the images; `text`, long `(B,)`, is the number of each sample's other tokens."""
         ...
 
     def cost(self, role: Tensor) -> Tensor:
-        """How many tokens' worth of the decoder layers a sequence of these roles `(B, S)` takes: a scalar."""
+        """The cost of the decoder layers on sequences with these roles `(B, S)`, in full tokens: a scalar."""
         ...
 
 
@@ -50,9 +50,9 @@ class ModeInputs:
     Args:
         inputs: what the stock forward takes: ids, mask, positions, per-token extras, `mm_encoder_outputs`.
         labels: long `(B, S)` or None.
-        tokens: scalar, what the sequence costs: one per token, less what tokens skip of the layers.
-        spliced: where each token came from; None where the sequence is the full one.
-        lost: long `(B,)`, how many visual tokens `fit_length` took of each sample's budget; None where all fit.
+        tokens: scalar, the cost of the sequence: one per token, minus the share of the layers that tokens skip.
+        spliced: where each token came from; None if the sequence is the full one.
+        lost: long `(B,)`, how many visual tokens `fit_length` took off each sample's budget; None if all samples fit.
     """
 
     inputs: dict[str, Any]
@@ -72,19 +72,19 @@ def prune(
     labels: Tensor | None = None,
     padding_side: str = "right",
 ) -> Result:
-    """Run a model on the tokens of a batch that a method leaves.
+    """Run a model on a batch whose visual tokens have been reduced by a method.
 
     Args:
-        family: the model's.
-        inputs: processor outputs of the full batch; those of images are only read where `encoded` is None.
-        method: what decides about the visual tokens; None keeps all of them, as the stock model sees them.
-        run: what to do with the shorter batch: a forward pass, a generation, or nothing.
-        encoded: the images' features, where the caller has them, with what the method needs.
+        family: the model's family.
+        inputs: processor outputs of the full batch; those of images are only read if `encoded` is None.
+        method: decides about the visual tokens; None keeps all of them, as the stock model sees them.
+        run: what to do with the shorter batch: a forward pass, a generation, or just return it.
+        encoded: the images' features, if the caller has them, including what the method needs.
         labels: long `(B, L)` or None.
         padding_side: of the shorter batch, "right" or "left".
 
     Raises:
-        SaccadeError: if text and images do not fit together, or the model does not give what the method needs.
+        SaccadeError: if text and images do not match, or the model cannot provide what the method needs.
     """
     with _clear_errors():
         if encoded is None and family.has_images(inputs):
@@ -101,7 +101,7 @@ def prune(
 
 
 def _whole(inputs: Mapping[str, Any], encoded: Encoded | None, labels: Tensor | None) -> ModeInputs:
-    """The batch as it came, its images encoded."""
+    """The unchanged batch, with its images encoded."""
     images = {} if encoded is None else {"mm_encoder_outputs": encoded.outputs}
     return ModeInputs({**inputs, **images}, labels, inputs["attention_mask"].sum())
 
@@ -116,7 +116,7 @@ def _splice(
     labels: Tensor | None,
     padding_side: str,
 ) -> ModeInputs:
-    """The batch with the visual tokens that a method left in the place of its placeholders."""
+    """The batch with its placeholders replaced by the visual tokens that a method kept."""
     from_full = encoded is not None and (method.positions == "original" or family.uses_mrope)
     spliced = splice(
         inputs["input_ids"],
@@ -132,7 +132,7 @@ def _splice(
     given = {
         "input_ids": spliced.input_ids,
         "attention_mask": spliced.attention_mask,
-        # On every axis text counts alike.
+        # Text has the same position on every axis.
         "position_ids": positions.expand(3, -1, -1) if family.uses_mrope and positions.dim() == 2 else positions,
     }
     for name, fill in family.token_inputs.items():
@@ -149,7 +149,7 @@ def _splice(
 
 @contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Say what is wrong with the inputs where families and the splice find it."""
+    """Turn errors that families and the splice raise on bad inputs into clear messages."""
     try:
         yield
     except SaccadeError:

@@ -35,16 +35,16 @@ def prune_inputs(
         inputs: what the model's processor returned with `return_tensors="pt"`, for any number of samples and images.
         config: how tokens are reduced, or the folder of a trained model, which says how it was trained.
         padding_side: "left" for `generate`, "right" for a plain forward.
-        isolator: the mode isolator that stands before each image, its rows `(l, D)`, or the folder or file that it was
-            saved in; that of the config when left out.
-        options: fields of [`PruningConfig`], in place of the config's.
+        isolator: the mode isolator to put before each image, its rows `(l, D)`, or the folder or file that it was
+            saved in; by default that of the config.
+        options: fields of [`PruningConfig`] that override the config's.
 
     Returns:
         `input_ids`, `attention_mask`, `position_ids` and, if there are images, `mm_encoder_outputs`.
 
     Raises:
-        SaccadeError: on an unknown family, reducer or option, a budget out of range, an isolator of another width,
-            placeholders that do not match the images, or inputs that lack something or are pruned already.
+        SaccadeError: on an unknown family, reducer or option, a budget out of range, an isolator of the wrong width,
+            placeholders that do not match the images, or inputs that are incomplete or already pruned.
     """
     config = pruning_config(config, **options)
     family = get_family(model)
@@ -59,7 +59,7 @@ def prune_inputs(
 
 
 def pruning_config(config: PruningConfig | str | Path | None = None, **options: Any) -> PruningConfig:
-    """The config that is meant by one, by the folder of a trained model, or by options alone.
+    """The config given directly, by the folder of a trained model, or by options alone.
 
     Raises:
         SaccadeError: on anything else, or an unknown option.
@@ -79,7 +79,7 @@ def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path |
     """The rows `(l, D)` of an isolator on the model's device, or None.
 
     Raises:
-        SaccadeError: if it is not one, or it was trained for a model of another width.
+        SaccadeError: if it is not an isolator, or was trained for a model of another width.
     """
     if isolator is None:
         return None
@@ -116,8 +116,8 @@ def _check_inputs(family: Family, inputs: Mapping[str, Any], padding_side: str) 
 def _pad_one_left(inputs: dict[str, Any], fills: Mapping[str, int]) -> dict[str, Any]:
     """Add one column of left padding.
 
-    `generate` throws an all-ones mask away, and a forward with neither mask nor cache reads the gaps in the positions
-    as borders between packed sequences.
+    `generate` discards an all-ones mask, and a forward with neither mask nor cache takes gaps in the positions for
+    borders between packed sequences.
     """
     return {
         name: torch.nn.functional.pad(value, (1, 0), value=fills.get(name, 0)) if isinstance(value, Tensor) else value

@@ -1,6 +1,7 @@
 """Keep what a reducer chooses, with the mode isolator before each image: DualSpeed's fast mode, and its inference.
 
-Shapes: R feature rows of N visual tokens, K of them kept at most; P placeholders; T visual tokens of the new batch.
+Shapes: R feature rows of N visual tokens, of which at most K are kept; P placeholders; T visual tokens of the new
+batch.
 """
 
 import torch
@@ -19,7 +20,7 @@ class Pruner:
     Args:
         config: how tokens are reduced. Its `isolator` is not read here.
         isolator: the mode isolator, or its rows `(l, D)`, or None.
-        reducer: the config's, where the caller has one of its own.
+        reducer: replaces the config's reducer if given.
     """
 
     roles_keyword: str | None = None
@@ -89,13 +90,13 @@ def room_of(places: Places, context: VisualContext, text: Tensor, fit_length: in
 
 
 def reduced_features(family: Family, encoded: Encoded, reduction: Reduction) -> Tensor:
-    """The features that `reduction` leaves, `(R, K, D)`; zeros on padding.
+    """The reduced features, `(R, K, D)`; zeros on padding.
 
-    Tokens that are merged before the projector go through it once more. The others keep the features that they have,
-    so that what is not part of the image, such as a newline, never goes through it.
+    Tokens merged before the projector go through it once more. The others keep their features, so that tokens that are
+    not part of the image, such as newlines, never go through it.
 
     Raises:
-        SaccadeError: if the family cannot project tokens one by one, and tokens are merged before the projector.
+        SaccadeError: if tokens are merged before the projector and the family cannot project tokens one by one.
     """
     features = encoded.context.features
     if not reduction.before_projector:
@@ -122,8 +123,8 @@ def with_isolator(
     """`kept` with the rows `isolator` `(l, D)` before the tokens of each image.
 
     Args:
-        spread: whether the rows stand at the image's first l placeholders, as far as its first block has so many, and
-            not all at its very first.
+        spread: whether the rows are placed at the image's first l placeholders, or as many as its first block has,
+            instead of all at the first one.
     """
     length = isolator.shape[0]
     start, rows = _image_starts(places, context)  # (images,)
@@ -131,7 +132,7 @@ def with_isolator(
     last = number[places.block[start]].unsqueeze(1) - 1
     offset = torch.arange(length, device=start.device) if spread else start.new_zeros(length)
     place = (start.unsqueeze(1) + torch.minimum(offset, last)).reshape(-1)
-    # Before the first kept token of the image, and behind those of the one before.
+    # Before the first kept token of the image, and after those of the previous image.
     order = torch.cat((2 * start.repeat_interleave(length), 2 * kept.place + 1)).sort(stable=True).indices
     images = start.shape[0]
     counts = list(kept.counts)
@@ -158,7 +159,7 @@ def _image_starts(places: Places, context: VisualContext) -> tuple[Tensor, list[
         begins[1:] = places.group.diff() != 0
         start = begins.nonzero().squeeze(1)
         return start, places.feature_row[start].tolist()
-    # One read by the host, of a number per row.
+    # A single copy to the host, of one number per row.
     group = context.group.tolist()
     rows = [row for row in range(len(group)) if row == 0 or group[row] != group[row - 1]]
     return torch.tensor(rows, dtype=torch.long, device=places.group.device) * context.shape[1], rows
