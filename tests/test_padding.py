@@ -136,7 +136,7 @@ def test_each_family_pads_or_says_why_not(name):
     if name == "llava":
         check_aspect_ratio(family, "pad")
         return
-    reason = "are squeezed into a square" if name == "gemma3" else "reach the model whole"
+    reason = "are resized to a square" if name == "gemma3" else "reach the model whole"
     with pytest.raises(SaccadeError, match=rf"image_aspect_ratio='pad': images of \w+ {reason}.*; leave it out"):
         check_aspect_ratio(family, "pad")
 

@@ -18,14 +18,14 @@ _FAMILIES: dict[str, type[Family]] = {}
 
 
 def register_family(family: type[Family]) -> type[Family]:
-    """Make a family known for each of its `model_types`. Usable as a class decorator."""
+    """Register a family for each of its `model_types`. Usable as a class decorator."""
     for model_type in family.model_types:
         _FAMILIES[model_type] = family
     return family
 
 
 def list_families() -> list[str]:
-    """The values of `config.model_type` that a family is known for."""
+    """The values of `config.model_type` that have a registered family."""
     return sorted(_FAMILIES)
 
 
@@ -33,7 +33,7 @@ def family_class(config: PreTrainedConfig) -> type[Family]:
     """The family of a model with this config.
 
     Raises:
-        SaccadeError: if none is known; the message names those that are.
+        SaccadeError: if none is registered; the message names the known ones.
     """
     family = _FAMILIES.get(config.model_type)
     if family is None:

@@ -1,4 +1,4 @@
-"""What a model family has to say about itself: one small class per family, on stock transformers classes.
+"""The interface of a model family: one small class per family, on top of stock transformers classes.
 
 Shapes: B samples, L tokens, R feature rows (images, crops, frames) of N visual tokens each, width D.
 """
@@ -29,30 +29,30 @@ from saccade.reducers import FROM_WORDS, PROJECTION, Needs
 
 
 class Family(ABC):
-    """Reads visual features out of a stock model, and hands shortened ones back to it.
+    """Gets visual features from a stock model and passes shortened ones back to it.
 
     Args:
         model: the stock model, without PEFT or parallel wrappers.
 
     Raises:
-        SaccadeError: if its forward takes no encoded features, as before transformers 5.18.
+        SaccadeError: if its forward does not accept encoded features, as before transformers 5.18.
     """
 
     name: str
     model_types: tuple[str, ...]
     """The values of `config.model_type` that this family covers."""
     vision_inputs: tuple[str, ...] = ("pixel_values",)
-    """Processor outputs that `encode` consumes and that a pass over encoded features must not get again."""
+    """Processor outputs that `encode` consumes and that must not be passed again along with encoded features."""
     token_inputs: Mapping[str, int] = {}
-    """Per-token processor outputs to carry over when the batch is spliced, with the value for new tokens."""
+    """Per-token processor outputs to carry over when the batch is spliced, with the fill value for new tokens."""
     projects_tokens: bool = False
-    """Whether the projector takes tokens one by one: a token is what it makes of the token's encoder features alone,
-    and nothing happens to it behind the projector."""
+    """Whether each token depends only on its own encoder features: the projector maps tokens one by one, and nothing
+    mixes them afterwards."""
     unpadded: str | None = "reach the model whole and in their own shape"
-    """Why images are not padded to a square, as the end of a sentence about them; None where they can be."""
+    """Why images are not padded to a square, phrased as the end of a sentence about them; None if they can be."""
     uses_mrope: bool = False
-    """Whether positions have several axes (M-RoPE). They are then always gathered from the full sequence's, whatever
-    `positions` says: counted anew along one axis they would mean something else to the model."""
+    """Whether positions have several axes (M-RoPE). They are then always taken from the full sequence, whatever
+    `positions` says: renumbered along one axis they would mean something else to the model."""
 
     bidirectional_image_attention: bool = False
     """Whether the tokens of an image attend to one another in both directions."""
@@ -65,10 +65,10 @@ class Family(ABC):
     """Whether tokens of the text stand between the crops of an image."""
 
     thumbnail: int | None = None
-    """Which row of an image is a small picture of all of it, next to its crops: 0 for the first, -1 for the last."""
+    """Which row of an image is the thumbnail beside its crops: 0 for the first, -1 for the last, None for none."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        # Without the parameter, a forward that takes any keyword would leave all images out.
+        # Without this parameter, a forward that accepts any keyword would silently ignore all images.
         check_takes(type(model).forward, ("mm_encoder_outputs",))
         self.model = model
 
@@ -89,12 +89,12 @@ class Family(ABC):
 
         Args:
             inputs: processor outputs.
-            needs: what the context has to hold beyond the features; None for nothing.
+            needs: what the context must contain beyond the features; None for nothing.
             labels: long `(B, L)` of a training batch, so that relevance never sees an answer.
-            seed: of the first feature row, for stochastic reducers; the next rows count on from it.
+            seed: seed of the first feature row, for stochastic reducers; later rows get consecutive seeds.
 
         Raises:
-            SaccadeError: if this family cannot give what is needed.
+            SaccadeError: if this family cannot provide what is needed.
         """
         needs = Needs() if needs is None else needs
         block = self._block_for(needs)
@@ -112,7 +112,7 @@ class Family(ABC):
         if entry is not None:
             if not given:
                 raise changed(f"the projector did not call its {type(entry).__name__}")
-            # With their gradient, which a merge before the projector hands on to a tower that trains.
+            # Not detached: a merge before the projector passes the gradient on to a trainable tower.
             values = self.patches_to_tokens([Patches(value, False) for value in given], encoded, inputs)
             known["encoder_features"] = values
         with torch.no_grad(), torch.autocast(encoded.context.features.device.type, enabled=False):
@@ -134,24 +134,24 @@ class Family(ABC):
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
-        """What `encode` does, less collecting what a reducer needs: that is done by hooks around this."""
+        """`encode` without collecting what a reducer needs; hooks around this call do that."""
 
     def check_gives(self, needs: Needs) -> None:
-        """Check that the model gives what is needed, as far as that shows without images.
+        """Check that the model provides what is needed, as far as can be told without images.
 
         Raises:
-            SaccadeError: naming the model, what it does not give, and a way out.
+            SaccadeError: if it does not; the message names the model, what is missing, and a fix.
         """
         self._block_for(needs)
 
     def _block_for(self, needs: Needs) -> AttentionBlock | None:
-        """The block of the vision tower to watch, or None where nothing of it is needed.
+        """The attention block of the vision tower to record, or None if nothing from it is needed.
 
         Raises:
-            SaccadeError: if there is none, or the projector cannot be given single tokens where that is needed.
+            SaccadeError: if there is no such block, or single tokens need to be projected and the projector cannot.
         """
         if PROJECTION in needs.fields and not self.projects_tokens:
-            self.project(torch.empty(0))  # says why it cannot
+            self.project(torch.empty(0))  # raises the error that explains why
         wanted = needs.fields & FROM_ATTENTION
         block = self.attention_block() if wanted else None
         if wanted and block is None:
@@ -168,7 +168,7 @@ class Family(ABC):
         """`mm_encoder_outputs` for shortened features.
 
         Args:
-            features: one `(n_i, D)` tensor a feature row, in placeholder order, isolator rows included.
+            features: one `(n_i, D)` tensor per feature row, in placeholder order, including isolator rows.
             encoded: what the features were shortened from.
             deepstack_features: the same for each entry of `encoded.deepstack_features`.
         """
@@ -178,21 +178,21 @@ class Family(ABC):
         """Positions of the full sequence: long `(B, L)`, or `(P, B, L)` for several position axes."""
 
     def attention_block(self) -> AttentionBlock | None:
-        """The block of the vision tower that saliency and keys are read from: the one that gives the features.
+        """The block of the vision tower that saliency and keys are read from: the one that produces the features.
 
-        None where a family offers neither.
+        None if the family provides neither.
         """
         return None
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
-        """Values of patches, one entry a call of the block, as values `(R, N, C)` of the context's tokens."""
+        """Convert values of patches, one entry per call of the block, to values `(R, N, C)` of visual tokens."""
         return pool_patches(patches, encoded)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...] | None:
-        """What the stock model reads of its tower's output: numbers of hidden states; none for `last_hidden_state`.
+        """Indices of the hidden states of the tower that the stock model reads; empty for `last_hidden_state`.
 
-        None where the tower is not called with one image, crop or frame a row. Its features then cannot be kept.
+        None if the tower is not called with one image, crop or frame per row; its features then cannot be cached.
         """
         return None
 
@@ -208,11 +208,11 @@ class Family(ABC):
 
     @property
     def projector_entry(self) -> nn.Module:
-        """The module whose first argument are the encoder's features as the projector gets them."""
+        """The module whose first argument is the encoder's features as the projector receives them."""
         return self.projector
 
     def project(self, encoder_features: Tensor) -> Tensor:
-        """What the projector makes of the encoder features `(..., Dv)` of tokens: `(..., D)`, differentiable.
+        """Project the encoder features `(..., Dv)` of tokens to `(..., D)`; differentiable.
 
         Raises:
             SaccadeError: if the family's projector does not take tokens one by one.
@@ -248,7 +248,7 @@ class Family(ABC):
         return input_ids == self.placeholder_id
 
     def without_vision(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs less what `encode` consumed."""
+        """The inputs without those that `encode` consumed."""
         return {name: value for name, value in inputs.items() if name not in self.vision_inputs}
 
     def hidden_states(self, **inputs: Any) -> Tensor:
@@ -261,7 +261,7 @@ class Family(ABC):
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Stack rows `(n_i, D)` to `(R, N, D)`, zeros at the end of shorter ones, and bool `(R, N)`, None if none is."""
+    """Pad rows `(n_i, D)` with zeros to `(R, N, D)`, with a validity mask, bool `(R, N)`; None if no row is padded."""
     lengths = [row.shape[0] for row in rows]
     if len(set(lengths)) == 1:
         return torch.stack(tuple(rows)), None
@@ -271,7 +271,7 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def joined_rows(features: Sequence[Tensor]) -> Tensor:
-    """Features `(n_i, D)` as the one tensor `(R, n, D)` that a model wants which cannot take a list.
+    """Features `(n_i, D)` as one tensor `(R, n, D)`, for models that do not accept a list.
 
     Rows of several lengths become `(total, 1, D)`: the model only counts and concatenates, and `generate` can cut it
     between samples, as it does to repeat each sample's images for its beams.
@@ -282,7 +282,7 @@ def joined_rows(features: Sequence[Tensor]) -> Tensor:
 
 
 def run_numbers(placeholder: Tensor) -> Tensor:
-    """For each placeholder of a batch, in order, the number of the unbroken run that it stands in: long `(P,)`."""
+    """For each placeholder of a batch, in order, the index of the unbroken run that it belongs to: long `(P,)`."""
     first = placeholder & ~torch.nn.functional.pad(placeholder[:, :-1], (1, 0))
     return first.reshape(-1).cumsum(dim=0)[placeholder.reshape(-1)] - 1
 

@@ -1,9 +1,9 @@
-"""What a frozen vision tower gives, read from disk where the same pixels went through the same tower before.
+"""Outputs of a frozen vision tower, cached on disk and reused when the same pixels go through the same tower again.
 
-The tower's `forward` is replaced while a step runs, so that all that goes through it is served alike: encoding for
-any mode, stock steps and evaluation. A row (image, crop, frame) is known by a hash of its pixels and of what else the
-tower is told about it, the tower by a hash of its weights. A processor that prepares images otherwise makes other
-pixels, and a tower with other weights has a folder of its own, so neither can be given what is not theirs.
+The tower's `forward` is replaced while a step runs, so that everything that calls it uses the cache: encoding for any
+mode, stock steps and evaluation. A row (image, crop, frame) is identified by a hash of its pixels and of the tower's
+other per-row arguments, the tower by a hash of its weights. A processor that prepares images differently yields other
+pixels, and a tower with other weights has its own folder, so neither ever reads entries of another.
 
 Shapes: R rows of P patches, class token included, width Dv.
 """
@@ -34,19 +34,19 @@ from saccade.reducers import Needs, get_reducer, list_reducers
 LAST = "last_hidden_state"
 TOWER_FILE = "tower.json"
 NOT_SEEN_IN_VALUES = {"return_dict", "output_hidden_states"}
-"""Arguments of a tower that decide about what of the output is returned, not about its values."""
+"""Arguments of a tower that select which outputs are returned and do not affect their values."""
 NOT_OF_THE_TOWER = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 """Fields of a tower's configuration that differ between two copies of the same tower."""
 
 
 @dataclass
 class _Call:
-    """A call of the tower that can be served.
+    """A call of the tower that the cache can answer.
 
     Args:
         pixels: `(R, C, H, W)`.
-        rows: further arguments that have a value a row, `(R, ...)` each.
-        others: those that hold for all rows.
+        rows: further arguments with one value per row, `(R, ...)` each.
+        others: arguments that apply to all rows.
     """
 
     pixels: Tensor
@@ -63,15 +63,15 @@ class _Call:
 
 
 class FeatureCache:
-    """A folder of a frozen tower's outputs, for any number of runs and processes at once.
+    """A folder of a frozen tower's outputs, shared by any number of concurrent runs and processes.
 
     Args:
-        family: of the model whose tower is served.
-        folder: where the features are; a subfolder for each tower.
-        max_bytes: bound of the folder, see [`Store`].
+        family: family of the model whose tower is cached.
+        folder: where the features are stored, with one subfolder per tower.
+        max_bytes: size limit of the folder, see [`Store`].
 
     Raises:
-        SaccadeError: if the tower's outputs cannot be kept, see [`check_cacheable`], or the folder not be written.
+        SaccadeError: if the tower's outputs cannot be cached, see [`check_cacheable`], or the folder is not writable.
     """
 
     def __init__(self, family: Family, folder: str | os.PathLike[str], max_bytes: float) -> None:
@@ -80,21 +80,21 @@ class FeatureCache:
         self.states = family.vision_feature_layers
         self.store = Store(Path(folder), max_bytes)
         self.read_rows = 0
-        """Rows that came from disk so far, or from an equal row of the same call."""
+        """Number of rows read so far from disk, or copied from an equal row of the same call."""
         self.encoded_rows = 0
-        """Rows that the tower encoded so far."""
+        """Number of rows encoded by the tower so far."""
         self._named: tuple[Any, str] | None = None
         check_takes(type(self.tower).forward, ("pixel_values",))
-        self._parameters = list(inspect.signature(type(self.tower).forward).parameters)[1:]  # less `self`
+        self._parameters = list(inspect.signature(type(self.tower).forward).parameters)[1:]  # without `self`
         self._threads = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="features")
         with suppress(OSError):
             self.store.folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.store.folder, os.W_OK | os.X_OK):
-            raise SaccadeError(f"feature_cache={str(folder)!r} is no folder that can be written: give another")
+            raise SaccadeError(f"feature_cache={str(folder)!r} is not a writable folder: give another")
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Serve what goes through the tower inside the block."""
+        """Answer calls of the tower from the cache inside the block."""
         plain = self.tower.forward
         before = self.tower.__dict__.get("forward")
         self.tower.forward = lambda *args, **kwargs: self._forward(plain, args, kwargs)
@@ -108,7 +108,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the tower returns, as far as the stock model reads it."""
+        """The parts of the tower's output that the stock model reads."""
         call = self._call(args, kwargs)
         if call is None:
             return plain(*args, **kwargs)
@@ -131,10 +131,10 @@ class FeatureCache:
         return self._output({name: torch.stack([found[key][name] for key in keys]).to(device) for name in self._names})
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
-        """The arguments of a call, or None if it asks for what is not kept.
+        """The arguments of a call, or None if it asks for outputs that are not cached.
 
         Raises:
-            SaccadeError: if the tower is called otherwise than it was, so that nothing could be served.
+            SaccadeError: if the tower is called in an unknown way, so that the cache would never be used.
         """
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         pixels = given.pop("pixel_values", None)
@@ -142,7 +142,7 @@ class FeatureCache:
             raise changed(f"{type(self.tower).__name__} is called without 'pixel_values' of four axes")
         if len(pixels) == 0 or given.get("output_attentions"):
             return None
-        # Since transformers 5.24 it may be the number of a state, 0 among them.
+        # Since transformers 5.24 this may be the index of a state, including 0.
         states = given.get("output_hidden_states")
         if given.get("return_dict") is False or (self.states and (states is None or states is False)):
             return None
@@ -154,7 +154,7 @@ class FeatureCache:
         return _Call(pixels, rows, others)
 
     def _keys(self, call: _Call) -> list[str]:
-        """The name of each row: of its values, and of all that decides about what the tower makes of them."""
+        """The key of each row: a hash of its values and of everything else that affects the tower's output for it."""
         device = call.pixels.device.type
         autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "none"
         tensors = {name: value.detach().cpu() for name, value in {"pixels": call.pixels, **call.rows}.items()}
@@ -168,11 +168,11 @@ class FeatureCache:
         return list(self._threads.map(key, range(len(call.pixels))))
 
     def shelf(self) -> str:
-        """The subfolder of the tower as it is now: a hash of its configuration and all its weights.
+        """The subfolder of the tower in its current state: a hash of its configuration and all its weights.
 
-        The weights are looked at again when one was written to, as loading a checkpoint does.
+        The hash is recomputed when a weight has been written to, as when a checkpoint is loaded.
         """
-        # Not of buffers: DDP writes to those of all ranks in each step, and to them what they were.
+        # Buffers are left out: DDP rewrites them on every rank in each step, with unchanged values.
         versions = tuple((weight.data_ptr(), weight._version) for weight in self.tower.parameters())
         if self._named is None or self._named[0] != versions:
             name = tower_fingerprint(self.tower, self.states)
@@ -183,13 +183,13 @@ class FeatureCache:
         return self._named[1]
 
     def _keep(self, shelf: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        # What a fault of the machine made must not be read for ever.
+        # The result of a transient hardware fault must not be stored and read forever.
         if all(value.isfinite().all() for value in tensors.values()):
             self.store.write(shelf, key, tensors)
 
     @property
     def _names(self) -> list[str]:
-        """What is kept of a row."""
+        """Names of the tensors stored per row."""
         return [str(state) for state in self.states] or [LAST]
 
     def _used(self, output: Any) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ class FeatureCache:
         return {str(state): output.hidden_states[state] for state in self.states}
 
     def _output(self, tensors: Mapping[str, Tensor]) -> BaseModelOutputWithPooling:
-        """The tower's output as its model reads it: with the hidden states that are used at their places."""
+        """The tower's output as its model reads it, with the used hidden states at their indices."""
         if not self.states:
             return BaseModelOutputWithPooling(last_hidden_state=tensors[LAST])
         states: list[Tensor | None] = [None] * (self.tower.config.num_hidden_layers + 1)
@@ -208,13 +208,13 @@ class FeatureCache:
 
 
 def check_cacheable(family: Family, folder: str) -> None:
-    """Refuse a tower whose outputs are not the same for the same pixels, or do not come row by row.
+    """Check that a tower always gives the same outputs for the same pixels, row by row.
 
     Args:
         folder: the value of `feature_cache`.
 
     Raises:
-        SaccadeError: naming the field, its value, and the fix.
+        SaccadeError: if it does not; the message names the field, its value, and the fix.
     """
     model_type, tower = family.model.config.model_type, family.vision_tower
     if family.vision_feature_layers is None:
@@ -236,15 +236,15 @@ def check_cacheable(family: Family, folder: str) -> None:
 
 
 def check_needs(folder: str, mode: str, needs: Needs) -> None:
-    """Refuse a mode that looks into the tower, which does not run where its features are read.
+    """Check that a mode reads nothing inside the tower, which does not run when its features are cached.
 
     Args:
         folder: the value of `feature_cache`.
-        mode: its name.
-        needs: of its reducer.
+        mode: name of the mode.
+        needs: the needs of its reducer.
 
     Raises:
-        SaccadeError: naming reducers that do not.
+        SaccadeError: if it does; the message lists reducers that do not.
     """
     inside = sorted(needs.fields & FROM_ATTENTION)
     if inside:
@@ -258,7 +258,7 @@ def check_needs(folder: str, mode: str, needs: Needs) -> None:
 def tower_fingerprint(tower: nn.Module, states: tuple[int, ...]) -> str:
     """A hash of a tower: its class, configuration, used states, and names, dtypes, shapes and bytes of its weights.
 
-    The attention implementation and the device are not part of it: what they change is rounding.
+    The attention implementation and the device are not part of it: they only affect rounding.
     """
     found = hashlib.blake2b(digest_size=DIGEST_BYTES)
     about = [type(tower).__name__, _tower_config(tower), sorted(states)]

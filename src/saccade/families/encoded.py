@@ -1,4 +1,4 @@
-"""What families, the attention of the vision tower and the user's words exchange about one encoding of images."""
+"""Types shared by families, vision attention and text relevance: one encoding of a batch's images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,9 @@ class Encoded:
     Args:
         context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
         outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence.
-        deepstack_features: features `(R, N, D)` that enter at further layers of the language model, layer by layer.
-            They are reduced as the context's features are, and are zero on isolator rows.
-        videos: one bool per row, true where it comes from a video; empty where there is none.
+        deepstack_features: features `(R, N, D)` added at deeper layers of the language model, one tensor per layer.
+            They are reduced like the context's features, and are zero on isolator rows.
+        videos: one bool per row, true if it comes from a video; empty if there are no videos.
     """
 
     context: VisualContext
@@ -32,14 +32,14 @@ class AttentionBlock:
     """The attention block of a vision tower that saliency and keys are read from.
 
     Args:
-        attention: the attention module. What its call is given as `position_embeddings` (rotary), `cu_seqlens`
-            (images packed behind one another) and `attention_mask` (padded patches) is taken into account.
-        query: the module whose output is the queries `(..., H * d)`: a projection, or the norm behind it.
-        key: the same for the keys. The module of `query` again where one projection gives queries, keys and values.
+        attention: the attention module. Its arguments `position_embeddings` (rotary), `cu_seqlens` (packed images) and
+            `attention_mask` (padded patches) are taken into account.
+        query: the module whose output is the queries `(..., H * d)`: a projection, or the norm after it.
+        key: the same for the keys. If one projection yields queries, keys and values, the same module as `query`.
         heads: H.
         class_token: whether the first token of each image is a class token.
-        given: arguments that the model hands to each call of `attention`, whatever their value. A call without one of
-            them is an error: what it stands for would be left out of account.
+        given: arguments that the model passes in every call of `attention`. A call without one of them is an error,
+            since its effect would be missed.
     """
 
     attention: nn.Module

@@ -1,22 +1,22 @@
-"""Whether a processor writes as many placeholders for an image as the model makes tokens of it."""
+"""Check that a processor writes as many placeholders per image as the model makes tokens."""
 
 from typing import Any
 
 from saccade.errors import SaccadeError
 
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
-"""Tokens that a tower puts before those of its patches."""
+"""Number of tokens that a tower puts before its patches."""
 
 
 def check_processor(processor: Any, config: Any) -> None:
-    """Refuse settings of a processor that do not fit the vision tower: the first image would fail in the model.
+    """Check a processor's settings against the vision tower; with a mismatch, the first image would fail in the model.
 
     Args:
-        processor: of the model; settings that it has not are those of families that count tokens otherwise.
-        config: the model's.
+        processor: the model's processor. Settings that it lacks belong to families that count tokens differently.
+        config: the model's configuration.
 
     Raises:
-        SaccadeError: naming the setting, its value and the one that fits.
+        SaccadeError: on a mismatch, naming the setting, its value and the one that fits.
     """
     tower = getattr(config, "vision_config", None)
     fitting = {
@@ -26,7 +26,7 @@ def check_processor(processor: Any, config: Any) -> None:
     }
     given = {name: getattr(processor, name, None) for name in fitting}
     if _beside_patches(given) == _beside_patches(fitting) is not None:
-        # Two settings that are off by one each make up for one another.
+        # Two settings that are each off by one compensate for each other.
         fitting = {"patch_size": fitting["patch_size"]}
     for name, expected in fitting.items():
         found = given[name]
@@ -38,6 +38,6 @@ def check_processor(processor: Any, config: Any) -> None:
 
 
 def _beside_patches(settings: dict[str, Any]) -> int | None:
-    """The tokens of an image beyond its patches; None where a setting is not known."""
+    """The tokens of an image beyond its patches; None if a setting is unknown."""
     count, strategy = settings["num_additional_image_tokens"], settings["vision_feature_select_strategy"]
     return None if count is None or strategy is None else count - (strategy == "default")

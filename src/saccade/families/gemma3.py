@@ -16,9 +16,9 @@ from saccade.tokens import VisualContext
 class Gemma3Family(Family):
     """`Gemma3ForConditionalGeneration`.
 
-    `token_type_ids` say which tokens are of an image. The isolator's rows are not: they stand before the image as text
-    would, and are attended to causally. Sliding windows count tokens, not positions, so that in a shortened sequence
-    they reach further back.
+    `token_type_ids` mark the tokens of images. The isolator's rows are not marked: they precede the image like text
+    and are attended to causally. Sliding windows count tokens, not positions, so in a shortened sequence they reach
+    further back.
     """
 
     name = "gemma3"
@@ -26,7 +26,7 @@ class Gemma3Family(Family):
     token_inputs: Mapping[str, int] = {"token_type_ids": 0}
     bidirectional_image_attention = True
     joins_pixels = True
-    unpadded = "are squeezed into a square by a processor that cannot pad, and cuts nothing off"
+    unpadded = "are resized to a square by a processor that cannot pad, and nothing is cut off"
 
     @property
     def placeholder_id(self) -> int:

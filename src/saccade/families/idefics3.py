@@ -16,7 +16,7 @@ from saccade.tokens import VisualContext
 class Idefics3Family(Family):
     """`Idefics3ForConditionalGeneration` and `SmolVLMForConditionalGeneration`.
 
-    A row is a crop or a thumbnail; those of one image are a group. The markers between them stay as they are.
+    A row is a crop or a thumbnail; the rows of one image form a group. The markers between them are kept.
     """
 
     name = "idefics3"
@@ -46,7 +46,7 @@ class Idefics3Family(Family):
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         given = {name: inputs[name] for name in self.vision_inputs if inputs.get(name) is not None}
-        # One (n_i, D) per sample; one (R, N, D) before transformers 5.20, whose forward takes no list.
+        # One (n_i, D) per sample; one (R, N, D) before transformers 5.20, whose forward does not accept a list.
         samples = self.model.get_image_features(**given, return_dict=True).pooler_output
         height, width = (edge // self._side for edge in inputs["pixel_values"].shape[-2:])
         tokens = torch.cat(tuple(samples))
@@ -61,13 +61,14 @@ class Idefics3Family(Family):
 
     @property
     def _side(self) -> int:
-        """Pixels along an edge of what becomes one token."""
+        """Edge length in pixels of the area that becomes one token."""
         return self.model.config.vision_config.patch_size * self.model.config.scale_factor
 
     def _groups(self, input_ids: Tensor, rows: int) -> Tensor | None:
-        """The image of each crop: long `(rows,)`, or None if the placeholders stand in another number of runs.
+        """The image of each crop: long `(rows,)`, or None if the number of placeholder runs differs from `rows`.
 
-        An image ends with its thumbnail, whose marker the config does not name. It is the token before the last run.
+        An image ends with its thumbnail. The config does not name the thumbnail's marker; it is the token before the
+        last run.
         """
         placeholder = self.placeholder(input_ids)
         before = torch.nn.functional.pad(input_ids[:, :-1], (1, 0), value=-1)

@@ -50,9 +50,9 @@ class InternVLFamily(Family):
         return height, width
 
     def _groups(self, input_ids: Tensor, rows: int, tokens: int) -> Tensor | None:
-        """The image of each crop: long `(rows,)`, the unbroken run of placeholders that it stands in.
+        """The image of each crop: long `(rows,)`, the index of its unbroken run of placeholders.
 
-        None, one image per crop, if placeholders and visual tokens differ in number: the splice says so clearly.
+        None (one image per crop) if placeholders and visual tokens differ in number; the splice reports that clearly.
         """
         runs = run_numbers(self.placeholder(input_ids))
         return runs.reshape(rows, tokens)[:, 0] if runs.numel() == rows * tokens else None
@@ -65,7 +65,7 @@ class InternVLFamily(Family):
     def attention_block(self) -> AttentionBlock | None:
         layer = self.model.config.vision_feature_layer
         layers = self.vision_tower.encoder.layer
-        states = len(layers) + 1  # hidden_states[0] is what goes into the first layer
+        states = len(layers) + 1  # hidden_states[0] is the input of the first layer
         attention = layers[max(layer % states - 1, 0)].attention
         # The norms are identities where the model has none.
         return AttentionBlock(attention, attention.q_norm, attention.k_norm, attention.num_heads, class_token=True)

@@ -20,7 +20,7 @@ class LlavaFamily(Family):
     """`LlavaForConditionalGeneration` with a tower that takes images of one size, such as CLIP or SigLIP.
 
     Raises:
-        SaccadeError: for a Pixtral tower, whose images are of many sizes.
+        SaccadeError: for a Pixtral tower, whose images vary in size.
     """
 
     name = "llava"
@@ -49,7 +49,7 @@ class LlavaFamily(Family):
         height, width = inputs["pixel_values"].shape[-2:]
         grid = square_grid(features.shape[0], height // patch, width // patch, features.device)
         if features.shape[1] != (height // patch) * (width // patch):
-            grid = None  # the class token is among the features, so they fill no grid; SigLIP has none
+            grid = None  # the features include the class token, so they do not fill a grid; SigLIP has none
         context = VisualContext(features=features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 

@@ -1,8 +1,8 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a small picture of the whole image and, at its own aspect ratio, one cut into crops.
+"""LLaVA-NeXT and LLaVA-OneVision: a thumbnail of the whole image plus a large picture, in crops, at its aspect ratio.
 
-Both hand the language model an image as `[small][line newline][line newline]...`: the tokens of the small picture,
-then the lines of the large one without its padding, a newline after each. A feature row is one of the two pictures,
-and the two are one group. The newlines are `protected` tokens of the row, see `saccade.reducers.reduce`.
+Both give the language model an image as `[thumbnail][line newline][line newline]...`: the tokens of the thumbnail,
+then the lines of the large picture without its padding, a newline after each. A feature row is one of the two
+pictures, and the two form one group. The newlines are `protected` tokens of the row, see `saccade.reducers.reduce`.
 """
 
 import math
@@ -50,11 +50,11 @@ class LlavaNextFamily(Family):
         return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
-        """Packed as the model packs features, with zeros for newlines."""
+        """Values packed as the model packs features, with zeros for newlines."""
         return tokens_to_rows({"image": self._pack(patches[0], inputs)}, encoded)
 
     def _pack(self, patches: Patches, inputs: Mapping[str, Any]) -> Tensor:
-        """Values of the crops' patches as values `(S, C)` of the tokens of all images, one behind the other."""
+        """Convert values of the crops' patches to values `(S, C)` of the tokens of all images, concatenated."""
         values = patches.values[:, 1:] if patches.class_token else patches.values
         sizes = inputs["image_sizes"]
         config = self.model.config
@@ -87,11 +87,11 @@ class LlavaNextFamily(Family):
         return vision.image_size // vision.patch_size
 
     def _cut(self, inputs: Mapping[str, Any], images: int) -> list[bool]:
-        """Whether each image comes with crops, and not as the small picture only."""
+        """Whether each image has crops besides its thumbnail."""
         return [True] * images
 
     def _image_rows(self, inputs: Mapping[str, Any]) -> tuple[list[FeatureRow], BaseModelOutputWithPooling]:
-        """The rows of all images, and what the model takes for them."""
+        """The rows of all images, and the model's own output for them."""
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
         images = list(self.model.get_image_features(**given, return_dict=True).pooler_output)
@@ -132,7 +132,7 @@ class LlavaNextFamily(Family):
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
-    """`LlavaOnevisionForConditionalGeneration`: images of a sample with several are not cut; a video's row is a frame.
+    """`LlavaOnevisionForConditionalGeneration`: samples with several images use no crops; a row of a video is a frame.
 
     A video is one group; its single newline belongs to the last frame's row.
     """
@@ -141,7 +141,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     model_types = ("llava_onevision",)
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
     vision_inputs = (*image_inputs, "pixel_values_videos", "image_sizes_videos")
-    # Large pictures and frames are resized behind it.
+    # Large pictures and frames are resized after the projector.
     projects_tokens = False
 
     def placeholder(self, input_ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Padding images to a square, done by the processor that is saved with the model."""
+"""Padding images to a square, in the processor that is saved with the model."""
 
 from typing import Any
 
@@ -26,15 +26,15 @@ _STEPS = (
     "image_mean",
     "image_std",
 )
-"""What the stock processor does with a square image, and goes on doing once it is padded to one."""
+"""Settings of the stock processor that are kept: what it does with a square image."""
 _PROBE = 100
 
 
 def check_aspect_ratio(family: type[Family], image_aspect_ratio: str | None) -> None:
-    """Refuse padding where it means nothing.
+    """Check that padding makes sense for a family.
 
     Raises:
-        SaccadeError: for a family whose images are not of one size and cut to it.
+        SaccadeError: if the family does not crop its images to one fixed size.
     """
     if image_aspect_ratio is not None and family.unpadded is not None:
         raise SaccadeError(
@@ -46,12 +46,12 @@ def pad_to_square(processor: ProcessorMixin) -> None:
     """Make a processor pad images to a square with the mean colour before it scales them, in place.
 
     Stock LLaVA checkpoints come with CLIP's or SigLIP's image processor. CLIP's scales the shorter side to the size of
-    the tower and cuts off what the longer one has beyond it, a quarter of a picture of 4:3. In their place comes
-    transformers' own `LlavaImageProcessor` with `do_pad`, as LLaVA-1.5 pads in its second stage: the image in the
-    middle, `int(255 * mean)` around it. It is saved with the processor, and whatever loads that pads too.
+    the tower and crops the longer one, which loses a quarter of a 4:3 picture. It is replaced by transformers' own
+    `LlavaImageProcessor` with `do_pad`, which pads as LLaVA-1.5 does in its second stage: the image in the middle,
+    `int(255 * mean)` around it. It is saved with the processor, so whoever loads that pads too.
 
     Raises:
-        SaccadeError: if the image processor does more to a square image than the one that pads can do.
+        SaccadeError: if the image processor treats square images differently from the one that pads.
     """
     stock = processor.image_processor
     if pads_to_square(processor):
@@ -59,7 +59,7 @@ def pad_to_square(processor: ProcessorMixin) -> None:
     padding = _padding_class(stock)
     options: dict[str, Any] = {"do_center_crop": False, **{name: getattr(stock, name, None) for name in _STEPS}}
     if not options["do_center_crop"]:
-        options |= {"do_center_crop": False, "crop_size": stock.size}  # what counts tokens reads it
+        options |= {"do_center_crop": False, "crop_size": stock.size}  # read by the code that counts tokens
     pads = padding(**options, do_pad=True)
     square = Image.fromarray(np.random.default_rng(0).integers(0, 256, (_PROBE, _PROBE, 3), dtype=np.uint8))
     before, after = (np.asarray(each(square)["pixel_values"][0]) for each in (stock, pads))
@@ -78,7 +78,7 @@ def pads_to_square(processor: ProcessorMixin) -> bool:
 
 
 def padded(image: Image.Image, processor: ProcessorMixin) -> Image.Image:
-    """The square that such a processor makes of an image in RGB, before it is scaled."""
+    """The square that such a processor pads an RGB image to, before scaling."""
     side = max(image.size)
     square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in processor.image_processor.image_mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

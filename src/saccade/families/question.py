@@ -1,8 +1,8 @@
-"""The user's bare words out of a prompt: without the chat template's, and without what asks for a form of answer.
+"""Extract the user's own words from a prompt, without the chat template's words and answer-format instructions.
 
-A template is known by what it writes: a conversation with known words is rendered, and what stands around them in the
-first turn and in the second alike is what marks a user's turn. A system prompt is in one of them only, or differs from
-what the other has there, and answers are not between the marks.
+The template is inferred from its output: a conversation with known words is rendered, and the text that surrounds them
+in both the first and the second turn marks a user's turn. A system prompt appears in only one of them, and answers are
+not between the marks.
 """
 
 import logging
@@ -21,18 +21,18 @@ INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
 )
-"""What LLaVA's prompts add about the form of the answer, which says nothing about the image."""
+"""Instructions about the form of the answer in LLaVA's prompts, which say nothing about the image."""
 ASKED, ANSWERED, ASKED_AGAIN = "FIRST-QUESTION", "FIRST-ANSWER", "SECOND-QUESTION"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Turns the ids of a prompt into the user's words.
+    """Recovers the user's words from the ids of a prompt.
 
     Args:
         tokenizer: the language model's.
-        turn: finds the user's turns in decoded text, the words as its first group; None without a chat template.
-        clutter: what a turn may hold beside the user's words.
+        turn: finds the user's turns in decoded text, with the words as its first group; None without a chat template.
+        clutter: matches what a turn may contain besides the user's words.
     """
 
     tokenizer: Any
@@ -41,14 +41,14 @@ class Reader:
 
     @classmethod
     def of(cls, processor: Any) -> "Reader":
-        """The reader of what a processor, or a tokenizer, makes of conversations."""
+        """The reader for conversations rendered by a processor or a tokenizer."""
         tokenizer = getattr(processor, "tokenizer", processor)
         specials = {*tokenizer.all_special_tokens, *map(str, tokenizer.added_tokens_decoder.values())}
         atoms = [re.escape(token) for token in sorted(filter(None, specials), key=len, reverse=True)]
         unit = re.compile("|".join([*atoms, "."]), re.DOTALL)
 
         def pattern(units: Iterable[str]) -> str:
-            """Finds what stands in a template, as it is after the tokenizer has read and written it."""
+            """Matches template text as it looks after the tokenizer has encoded and decoded it."""
             ids = tokenizer("".join(units).strip(), add_special_tokens=False)["input_ids"]
             return _spaced(tokenizer.decode(ids, skip_special_tokens=False))
 
@@ -66,7 +66,7 @@ class Reader:
         return cls(tokenizer, turn, re.compile("|".join(clutter), re.IGNORECASE))
 
     def questions(self, ids: Sequence[int]) -> list[str]:
-        """The words of each user's turn in a prompt; those of the whole prompt where it is not the template's."""
+        """The words of each user turn in a prompt; those of the whole prompt if it does not follow the template."""
         text = self.tokenizer.decode(list(ids), skip_special_tokens=False)
         turns = self.turn.findall(text) if self.turn is not None else []
         bare = (" ".join(self.clutter.sub(" ", turn).split()) for turn in turns or [text])
@@ -78,7 +78,7 @@ class Reader:
 
 
 def _marks(processor: Any) -> tuple[str, str, str, str, str] | None:
-    """What stands before the first and before the second question, behind a last and a first one, and for an image."""
+    """The text before the first and the second question, after a final and a first question, and for an image."""
 
     def render(*turns: tuple[str, str], image: bool = False, ask: bool = False) -> str:
         parts = [{"type": "image"}] if image else []
@@ -94,7 +94,7 @@ def _marks(processor: Any) -> tuple[str, str, str, str, str] | None:
             alone = render(question, ask=True)
             several = render(question, answer, second)
             pictured = render(question, image=in_parts)
-        except Exception:  # a template may raise whatever it likes on content that it does not take, or be missing
+        except Exception:  # a template may be missing, or raise anything on content that it does not support
             continue
         if ASKED not in alone or not re.search(f"{ASKED}.*{ANSWERED}.*{ASKED_AGAIN}", several, re.DOTALL):
             continue
@@ -106,18 +106,18 @@ def _marks(processor: Any) -> tuple[str, str, str, str, str] | None:
 
 
 def _shared(one: Iterable[str], other: Iterable[str]) -> list[str]:
-    """What both begin with."""
+    """The common prefix of both."""
     return [unit for unit, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
 
 
 def _spaced(text: str) -> str:
-    """A pattern of `text` with any white space, or none, where it has some."""
+    """A pattern for `text` that matches any whitespace, or none, where `text` has some."""
     return r"\s*".join(map(re.escape, text.split()))
 
 
 @lru_cache(maxsize=4)
 def load_reader(folder: str) -> Reader:
-    """The reader of the processor, or the tokenizer, in `folder`.
+    """The reader for the processor, or the tokenizer, in `folder`.
 
     Raises:
         SaccadeError: if there is neither.
@@ -139,11 +139,11 @@ def load_reader(folder: str) -> Reader:
 
 @lru_cache(maxsize=4)
 def models_reader(folder: str) -> Reader | None:
-    """The reader in the folder that a model was loaded from; None, and one warning, where there is none."""
+    """The reader for the folder that a model was loaded from; None, with one warning, if there is none."""
     try:
         if folder:
             return load_reader(folder)
-        why = "the model was loaded from no folder"
+        why = "the model was not loaded from a folder"
     except SaccadeError as error:
         why = str(error)
     logger.warning(

@@ -19,13 +19,13 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 class Qwen2VLFamily(Family):
     """`Qwen2VLForConditionalGeneration` and `Qwen2_5_VLForConditionalGeneration`.
 
-    A feature row is an image or a video. Positions have three axes, time, height and width, and are always those that
-    the tokens have in the full sequence.
+    A feature row is an image or a video. Positions have three axes (time, height, width) and are always those of the
+    full sequence.
     """
 
     name = "qwen2_vl"
     model_types = ("qwen2_vl", "qwen2_5_vl")
-    # The grids stay: a pass over the full sequence computes its positions from them.
+    # The grids are not listed: a pass over the full sequence computes its positions from them.
     vision_inputs = ("pixel_values", "pixel_values_videos")
     joins_pixels = True
     uses_mrope = True
@@ -36,7 +36,7 @@ class Qwen2VLFamily(Family):
 
     @property
     def projector(self) -> nn.Module:
-        """The mergers, which stand inside the vision module here."""
+        """The mergers, which are inside the vision module here."""
         children = self.model.base_model.visual.named_children()
         return nn.ModuleList(child for name, child in children if name in MERGERS)
 
@@ -46,7 +46,7 @@ class Qwen2VLFamily(Family):
 
     @property
     def vision_tower(self) -> nn.Module:
-        """The vision module less the mergers, so that freezing it leaves them trainable."""
+        """The vision module without the mergers, so that freezing it leaves them trainable."""
         children = self.model.base_model.visual.named_children()
         return nn.ModuleList(child for name, child in children if name not in MERGERS)
 
@@ -64,7 +64,7 @@ class Qwen2VLFamily(Family):
         return self._assembled(rows, inputs, outputs)
 
     def _features(self, kind: str, pixels: Tensor, grid: Tensor) -> list[list[Tensor]]:
-        """The tokens `(n, D)` of each image or video, for each layer of the language model that they enter at."""
+        """The tokens `(n, D)` of each image or video, for each layer of the language model at which they are added."""
         output = getattr(self.model, f"get_{kind}_features")(pixels, grid, return_dict=True)
         return [list(output.pooler_output), *map(list, self._deepstack(output))]
 
@@ -93,7 +93,7 @@ class Qwen2VLFamily(Family):
         return AttentionBlock(attention, attention.qkv, attention.qkv, attention.num_heads, False, given)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
-        """The mean of the patches that the merger makes a token of: they follow one another."""
+        """The mean over the patches that the merger combines into one token; they are consecutive."""
         unit = self.model.base_model.visual.spatial_merge_size**2
         tokens = {}
         for (kind, grid), entry in zip(_given_grids(inputs), patches, strict=True):
@@ -102,7 +102,7 @@ class Qwen2VLFamily(Family):
         return tokens_to_rows(tokens, encoded)
 
     def _token_places(self, grid: Tensor) -> Tensor | slice:
-        """Where the tokens stand in the tower's order, which goes by window in Qwen2.5-VL."""
+        """Indices of the tokens in the tower's order, which is by window in Qwen2.5-VL."""
         vision = self.model.config.vision_config
         if not hasattr(vision, "window_size"):
             return slice(None)
@@ -110,7 +110,7 @@ class Qwen2VLFamily(Family):
         return order.to(grid.device).argsort()
 
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Long `(3, B, L)`, those that `inputs` give if they do.
+        """Long `(3, B, L)`; `position_ids` of `inputs` if given.
 
         Raises:
             SaccadeError: if `inputs` lack `mm_token_type_ids`, without which the model cannot compute them.
@@ -128,11 +128,11 @@ class Qwen2VLFamily(Family):
         return positions
 
     def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
-        """The feature rows of an image or a video, `(n, D)` a layer."""
+        """The feature rows of an image or a video, from `(n, D)` per layer."""
         return [FeatureRow(layers[0], grid, number, deepstack_features=layers[1:])]
 
     def _deepstack(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
-        """Features of each image or video that enter at further layers."""
+        """Features of each image or video that are added at deeper layers."""
         return ()
 
     def _wrap(self, layers: Sequence[Sequence[Tensor]]) -> BaseModelOutputWithPooling:
@@ -140,13 +140,13 @@ class Qwen2VLFamily(Family):
 
 
 class Qwen3VLFamily(Qwen2VLFamily):
-    """`Qwen3VLForConditionalGeneration`: features enter at several layers, and a frame of a video is a row."""
+    """`Qwen3VLForConditionalGeneration`: features are added at several layers, and a row of a video is a frame."""
 
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
 
     def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
-        # Time stamps stand between the frames of a video, so that a frame is what is whole.
+        # Timestamps separate the frames of a video, so only the tokens of one frame are contiguous.
         frames = zip(*(layer.chunk(grid[0]) for layer in layers), strict=True)
         return [FeatureRow(frame[0], (1, *grid[1:]), number, deepstack_features=frame[1:]) for frame in frames]
 
@@ -162,5 +162,5 @@ class Qwen3VLFamily(Qwen2VLFamily):
 
 
 def _given_grids(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """The kinds of vision inputs that there are, in the order that they are encoded, and their grids."""
+    """The kinds of vision inputs that are present, in encoding order, with their grids."""
     return [(kind, inputs[f"{kind}_grid_thw"]) for kind, pixels in PIXELS.items() if inputs.get(pixels) is not None]

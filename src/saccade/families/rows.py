@@ -1,4 +1,4 @@
-"""Feature rows of different lengths, of images and of videos, put together in the order of their placeholders."""
+"""Combine feature rows of images and videos, of different lengths, in the order of their placeholders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class FeatureRow:
 
     Args:
         features: `(n, D)`.
-        grid: frames, rows and columns of the tokens that are no newlines.
-        source: number of the image or the video, among its kind, that the row belongs to.
-        newlines: the places of newlines among the n.
-        deepstack_features: `(n, D)` for each further layer of the language model that features enter at.
+        grid: frames, rows and columns of the tokens that are not newlines.
+        source: index of the image or video that the row belongs to, within its kind.
+        newlines: indices of the newlines among the n tokens.
+        deepstack_features: `(n, D)` for each deeper layer of the language model at which features are added.
     """
 
     features: Tensor
@@ -32,7 +32,7 @@ class FeatureRow:
 
 @dataclass(frozen=True)
 class Assembled:
-    """What `Encoded` holds of the rows, see there."""
+    """The parts of `Encoded` that are made from rows, see there."""
 
     context: VisualContext
     deepstack_features: tuple[Tensor, ...]
@@ -40,15 +40,15 @@ class Assembled:
 
 
 def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> Assembled:
-    """Rows in the order of their placeholders, padded, the rows of one image or video as one group.
+    """Order rows by their placeholders and pad them; the rows of one image or video form a group.
 
     Args:
         images: rows of images, in order.
         videos: rows of videos, in order.
-        is_video: bool `(P,)`, for each placeholder of the batch in order whether it is a video's.
+        is_video: bool `(P,)`, whether each placeholder of the batch, in order, belongs to a video.
 
     Raises:
-        ValueError: if the placeholders of images or of videos differ in number from their tokens.
+        ValueError: if the number of image or video placeholders differs from the number of their tokens.
     """
     order = _order(images, videos, is_video)
     queues = {False: iter(images), True: iter(videos)}
@@ -88,8 +88,8 @@ def tokens_to_rows(tokens: Mapping[str, Tensor], encoded: Encoded) -> Tensor:
     """Values of tokens as `(R, N, C)`, zeros on padding.
 
     Args:
-        tokens: `(S, C)` for each kind, those of all its images or videos behind one another.
-        encoded: whose context has R rows of N tokens.
+        tokens: `(S, C)` for each kind, all its images or videos concatenated.
+        encoded: the encoding, whose context has R rows of N tokens.
     """
     videos = encoded.videos or (False,) * encoded.context.shape[0]
     lengths = encoded.context.valid.sum(dim=1).tolist()
@@ -101,9 +101,9 @@ def tokens_to_rows(tokens: Mapping[str, Tensor], encoded: Encoded) -> Tensor:
 
 
 def _order(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> tuple[bool, ...]:
-    """Whether each row is a video's, in the order of the placeholders."""
+    """Whether each row belongs to a video, in the order of the placeholders."""
     if not videos or not images:
-        # The splice checks their number.
+        # With one kind only, the splice checks their number.
         return (bool(videos),) * (len(images) + len(videos))
     kinds = is_video.tolist()
     for name, rows, count in (("image", images, kinds.count(False)), ("video", videos, kinds.count(True))):

@@ -1,7 +1,7 @@
-"""Tensors on disk by key, in a folder that several processes fill at once without locks.
+"""A key-value store of tensors in a folder that several processes may fill at the same time, without locks.
 
-An entry is a file of its own, written aside and renamed, so that it is there whole or not at all. It begins with a
-checksum of the rest: what a crash or a bad disk left is told from what was written, and counts as missing.
+Each entry is a separate file, written under a temporary name and renamed, so that it is either complete or absent. It
+begins with a checksum of the rest: an entry damaged by a crash or a bad disk is detected and counts as missing.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".features"
 SLACK = 64
-"""A process looks at the folder's size again when it has written so-many-th of the bound."""
+"""A process measures the folder again after it has written 1/SLACK of the limit."""
 DIGEST_BYTES = 16
 
 
 def digest(*parts: bytes | memoryview) -> str:
-    """What names content: 32 hexadecimal digits of BLAKE2b over `parts`, one behind the other."""
+    """The name of some content: 32 hexadecimal digits of BLAKE2b over the concatenated `parts`."""
     found = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         found.update(part)
@@ -35,14 +35,14 @@ def digest(*parts: bytes | memoryview) -> str:
 
 
 class Store:
-    """Entries of named tensors, of which no more are added once the folder is full.
+    """Entries of named tensors; no more are added once the folder is full.
 
-    Nothing is dropped to make room: what training reads comes around once an epoch, and dropping the oldest would drop
-    each entry just before it is read.
+    Nothing is evicted to make room: training reads each entry once per epoch, so evicting the oldest would always drop
+    an entry just before it is read.
 
     Args:
-        folder: what the bound is of, with whatever other stores and runs put there.
-        max_bytes: the bound. Each process that writes may go beyond it by a 64th of it and one entry.
+        folder: the folder that the limit applies to, including what other stores and runs put there.
+        max_bytes: the limit. Each writing process may exceed it by 1/64 of it and one entry.
     """
 
     def __init__(self, folder: Path, max_bytes: float) -> None:
@@ -55,11 +55,11 @@ class Store:
         self._lock = threading.Lock()
 
     def path(self, shelf: str, key: str) -> Path:
-        """Where the entry `key` of the subfolder `shelf` is, or would be."""
+        """The path of the entry `key` of the subfolder `shelf`, whether it exists or not."""
         return self.folder / shelf / key[:2] / f"{key}{SUFFIX}"
 
     def read(self, shelf: str, key: str) -> dict[str, Tensor] | None:
-        """The tensors of an entry, on the CPU; None if there is none, or none that is whole."""
+        """The tensors of an entry, on the CPU; None if it is missing or damaged."""
         try:
             content = memoryview(self.path(shelf, key).read_bytes())
         except OSError:
@@ -72,14 +72,14 @@ class Store:
         return None
 
     def write(self, shelf: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add an entry of tensors on the CPU, unless the folder is full. A disk that refuses costs one warning."""
+        """Add an entry of tensors on the CPU, unless the folder is full. A disk error causes one warning."""
         if self.stopped:
             return
         body = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         try:
             if not self._has_room(DIGEST_BYTES + len(body)):
                 return
-            # Not waited for until it is on disk: after a power cut the checksum tells.
+            # Not flushed to disk: after a power cut the checksum reveals damage.
             with atomic_path(self.path(shelf, key), flush=False) as partial, partial.open("wb") as file:
                 file.write(bytes.fromhex(digest(body)))
                 file.write(body)
@@ -92,7 +92,7 @@ class Store:
             if self._counted is None:
                 self._counted = folder_bytes(self.folder)
             elif self._written >= self.max_bytes // SLACK:
-                # What other threads have counted may not lie there yet.
+                # Entries that other threads have counted may not be on disk yet.
                 self._counted = max(folder_bytes(self.folder), self._counted + self._written)
                 self._written = 0
             if self._counted + self._written + size <= self.max_bytes:
@@ -103,7 +103,7 @@ class Store:
 
     def _stop(self, why: str) -> None:
         with self._lock:
-            # Threads that write side by side may all meet the same full disk.
+            # Concurrent threads may all hit the same full disk; only the first warns.
             before, self.stopped = self.stopped, True
         if not before:
             logger.warning(

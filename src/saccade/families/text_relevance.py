@@ -1,10 +1,10 @@
 """How relevant each visual token is to the user's words, from a CLIP text tower or the model's own embeddings.
 
-The user's words are those of the user's turns in the prompt, see `saccade.families.question`. Where no tokenizer is
-known they are all of the prompt's text, less special tokens that the configs know. In training the prompt is what
-stands before an answer: tokens with a label are answers, and a choice of tokens that saw them would leak them; so are
-the trailing tokens behind the last answer left out. If labels cover the whole text, or there is no text at all, no
-words are left and every token is equally relevant.
+The user's words are those of the user's turns in the prompt, see `saccade.families.question`. Without a known
+tokenizer they are the whole text of the prompt, except special tokens that the configs name. In training, the prompt
+is the text before an answer: tokens with a label are answers, and a selection that saw them would leak them. Tokens
+after the last answer are left out too. If labels cover the whole text, or there is no text, no words remain and every
+token is equally relevant.
 
 Shapes: B samples of L tokens; R feature rows of N visual tokens; T turns of the whole batch.
 """
@@ -27,7 +27,7 @@ from saccade.tokens import IGNORE_INDEX, VisualContext
 def user_words(
     input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, no_words: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens are the user's words, and which turn of its sample each token stands in.
+    """Which tokens are the user's words, and which turn of its sample each token belongs to.
 
     Args:
         input_ids: long `(B, L)`.
@@ -45,7 +45,7 @@ def user_words(
     begins = answer & ~torch.nn.functional.pad(answer[:, :-1], (1, 0))
     turn = begins.cumsum(dim=1)
     last = turn[:, -1:]
-    # Behind the last answer nothing is asked. A sample without any answer, cut off before it, is all prompt.
+    # Nothing is asked after the last answer. A sample that was truncated before any answer is all prompt.
     return words & ~answer & ((turn < last) | (last == 0)), turn
 
 
@@ -60,7 +60,7 @@ def special_ids(config: Any) -> list[int]:
 
 
 def row_samples(context: VisualContext, placeholder: Tensor) -> Tensor:
-    """The sample that each feature row belongs to: long `(R,)`; rows stand in the order of their placeholders."""
+    """The sample that each feature row belongs to: long `(R,)`; rows are in the order of their placeholders."""
     sample = torch.arange(placeholder.shape[0], device=placeholder.device).unsqueeze(1).expand_as(placeholder)
     owners = sample[placeholder]
     counts = context.valid.sum(dim=1)
@@ -77,29 +77,30 @@ def relevance(
     placeholder: Tensor,
     needs: Needs,
 ) -> Tensor:
-    """Relevance float32 `(R, N)`, larger for what is more relevant, the mean over the turns of a row's sample.
+    """Relevance float32 `(R, N)`, larger for more relevant tokens, averaged over the turns of the row's sample.
 
     Without a text tower it is **plus** the cosine of a visual token with the input embedding of a word, averaged over
-    the words of a turn. With one it is **minus** the cosine of patch and text in CLIP's joint space, whose sign is
+    the words of a turn. With one, it is **minus** the cosine of patch and text in CLIP's joint space, whose sign is
     inverted for patches (CDPruner; for CLIP only), averaged over the segments of a turn.
 
     Args:
         model: the stock model.
-        context: with `encoder_features`, where there is a text tower.
+        context: the visual tokens; with a text tower, including `encoder_features`.
         inputs: processor outputs.
         labels: long `(B, L)` of a training batch, so that no answer is seen.
         placeholder: bool `(B, L)`.
-        needs: which text tower, and whose tokenizer finds the user's words; without one, that of the model's folder.
+        needs: names the text tower and the tokenizer that finds the user's words; by default the one in the model's
+            folder.
 
     Raises:
-        SaccadeError: if the text tower does not fit the model's vision tower, or a folder lacks what it should hold.
+        SaccadeError: if the text tower does not match the model's vision tower, or something is missing from a folder.
     """
     if needs.text_tower:
         tokenizer = needs.tokenizer or model.name_or_path
         if not tokenizer:
             raise SaccadeError(
-                "text_tower: the words are read with the language model's tokenizer, and this model came from no "
-                "folder; give the tokenizer's folder as the reducer's option 'tokenizer'"
+                "text_tower: the words are read with the language model's tokenizer, but this model was loaded from "
+                "none; give the tokenizer's folder as the reducer's option 'tokenizer'"
             )
         tower = load_text_tower(str(needs.text_tower), str(tokenizer))
         visual = tower.patches(context.encoder_features)
@@ -124,17 +125,17 @@ def word_relevance(
     placeholder: Tensor,
     needs: Needs,
 ) -> tuple[Tensor, Tensor]:
-    """The cosine of each visual token with the input embedding of each of the user's words, of all turns alike.
+    """The cosine of each visual token with the input embedding of each of the user's words, in all turns.
 
     Args:
         model, context, inputs, labels, placeholder: as for `relevance`.
-        needs: whose tokenizer finds the user's words; without one, that of the model's folder.
+        needs: names the tokenizer that finds the user's words; by default the one in the model's folder.
 
     Returns:
-        float32 `(R, N, W)`, zero on padding and behind a row's words, and how many words each row has, long `(R,)`.
+        float32 `(R, N, W)`, zero on padding and after a row's words, and the number of words of each row, long `(R,)`.
 
     Raises:
-        SaccadeError: if the tokenizer's folder lacks what it should hold.
+        SaccadeError: if something is missing from the tokenizer's folder.
     """
     turns = _turns(model, inputs, labels, placeholder, needs.tokenizer)
     words = [[word for turn in sample for word in turn] for sample in turns]
@@ -166,15 +167,15 @@ def _turns(
 
 
 def _behind_the_first(placeholder: Tensor) -> Tensor:
-    """bool `(B, L)`, true on placeholders that follow another: one of an image is enough for its place in the text."""
+    """bool `(B, L)`, true on placeholders that follow another: one per image is enough to mark its place."""
     return placeholder & torch.nn.functional.pad(placeholder[:, :-1], (1, 0))
 
 
 def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor) -> list[list[list[int]]]:
-    """For each sample the ids of what stands before each of its answers, less those of `no_words`."""
+    """For each sample, the ids before each of its answers, without those of `no_words`."""
     ids = inputs["input_ids"]
     words, turn = user_words(ids, inputs["attention_mask"], labels, no_words)
-    # One read by the host, whatever the batch holds.
+    # A single copy to the host, whatever the batch contains.
     rows = torch.stack((ids, words.to(ids.dtype), turn.to(ids.dtype))).tolist()
     prompts: list[list[list[int]]] = []
     for row, mask, turns in zip(*rows, strict=True):
@@ -188,13 +189,13 @@ def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor)
 
 def _embedded(embed: nn.Module, lists: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:
     """The unit embeddings of each list of words: float32 `(n, D)` each."""
-    # One call, whatever the lists hold: where ranks shard the embedding they must call it alike.
+    # One call, whatever the lists contain: if the embedding is sharded, all ranks must call it equally often.
     flat = torch.tensor([word for words in lists for word in words], dtype=torch.long, device=device)
     return torch.nn.functional.normalize(embed(flat).float(), dim=1).split([len(words) for words in lists])
 
 
 def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torch.device) -> Tensor:
-    """For each sample the mean over turns of the mean unit embedding of a turn's words: float32 `(B, D)`."""
+    """For each sample, the mean over turns of the mean unit embedding of a turn's words: float32 `(B, D)`."""
     real = [[turn for turn in sample if turn] for sample in turns]
     vectors = iter(_embedded(embed, [turn for sample in real for turn in sample], device))
     means = [[next(vectors).mean(dim=0) for _ in sample] for sample in real]
@@ -204,12 +205,12 @@ def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torc
 
 @dataclass(frozen=True)
 class TextTower:
-    """A frozen CLIP model, for its text tower and the two projections into the joint space.
+    """A frozen CLIP model, used for its text tower and its two projections into the joint space.
 
     Args:
         model: a `CLIPModel` in evaluation mode.
-        tokenizer: its own tokenizer.
-        reader: finds the user's words in what the language model is given.
+        tokenizer: the CLIP model's tokenizer.
+        reader: finds the user's words in the language model's input.
     """
 
     model: nn.Module
@@ -220,7 +221,7 @@ class TextTower:
         """Patches `(R, N, Dv)` of the vision tower in the joint space: float32 `(R, N, P)`.
 
         Raises:
-            SaccadeError: if the tower's features are missing or have another width than the CLIP model's.
+            SaccadeError: if the tower's features are missing or their width differs from the CLIP model's.
         """
         width = self.model.visual_projection.in_features
         if encoder_features is None or encoder_features.shape[-1] != width:
@@ -234,7 +235,7 @@ class TextTower:
         return self.model.visual_projection(normed)
 
     def texts(self, asked: list[list[str]], like: Tensor) -> Tensor:
-        """For each sample the mean over turns of the mean unit embedding of a turn's segments: float32 `(B, P)`."""
+        """For each sample, the mean over turns of the mean unit embedding of a turn's segments: float32 `(B, P)`."""
         result = torch.zeros(len(asked), like.shape[-1], device=like.device)
         for number, texts in enumerate(asked):
             if texts:
@@ -242,7 +243,7 @@ class TextTower:
         return result
 
     def _embed(self, text: str, device: torch.device) -> Tensor:
-        """The mean unit embedding `(P,)` of a text, in segments as long as the text tower takes."""
+        """The mean unit embedding `(P,)` of a text, split into segments of the text tower's maximum length."""
         tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         room = self.model.config.text_config.max_position_embeddings - 2
@@ -256,10 +257,10 @@ class TextTower:
 
 @lru_cache(maxsize=2)
 def load_text_tower(folder: str, tokenizer: str) -> TextTower:
-    """The CLIP model in `folder`, with its tokenizer, and the reader in the language model's folder `tokenizer`.
+    """The CLIP model and its tokenizer in `folder`, and the reader for the language model's folder `tokenizer`.
 
     Raises:
-        SaccadeError: if one of the folders lacks what it should hold.
+        SaccadeError: if something is missing from one of the folders.
     """
     from transformers import AutoTokenizer, CLIPModel
 

@@ -18,24 +18,20 @@ _lock = threading.Lock()
 
 
 class _Passing:
-    """Layers that hand on what they get until they are put back.
-
-    Args:
-        layers: of a tower.
-    """
+    """Layers of a tower whose forward returns its input unchanged until `put_back`."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         self.layers = layers
         self.users = 0
-        """Threads that run the tower so."""
+        """Number of threads that are running the tower this way."""
         self.count: Counter[int] = Counter()
-        """Calls that were handed on, by thread."""
+        """Number of calls passed through, by thread."""
         self._before = [layer.__dict__.get("forward") for layer in layers]
         for layer in layers:
             layer.forward = self._pass_on
 
     def put_back(self) -> None:
-        """Let the layers run again."""
+        """Restore the layers' own forward."""
         for layer, forward in zip(self.layers, self._before, strict=True):
             if forward is None:
                 del layer.forward
@@ -50,8 +46,7 @@ class _Passing:
 def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
     """The blocks of a CLIP or SigLIP tower up to the one whose output is `hidden_states[feature_layer]`.
 
-    Of several layers that is the last, the one nearest to the language model. None for other towers; empty where the
-    features are those of the embeddings.
+    Of several feature layers, the deepest counts. None for other towers; empty if the features are the embeddings.
     """
     used = used_states(tower, feature_layer)
     return None if used is None else list(tower.encoder.layers)[: max(used)]
@@ -65,24 +60,24 @@ def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, 
         if model_type in KNOWN:
             raise changed(f"{type(tower).__name__} ({model_type}) has no 'encoder.layers'")
         return None
-    states = len(layers) + 1  # hidden_states[n] comes out of layer n - 1, hidden_states[0] out of the embeddings
+    states = len(layers) + 1  # hidden_states[n] is the output of layer n - 1, hidden_states[0] that of the embeddings
     numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     return tuple(dict.fromkeys(number % states for number in numbers))
 
 
 @contextmanager
 def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] | None) -> Iterator[None]:
-    """Let the layers behind the last used one hand on what they get, while the tower runs.
+    """Skip the layers after the last used one while the tower runs.
 
     LLaVA takes the features before CLIP's last layer, and the stock model runs that layer for nothing. The layers stay
-    where they are, so that the numbers of hidden states do not change, nor what engines know of the modules.
+    in the module tree, so neither the indices of hidden states nor what training engines know of the modules change.
 
     Args:
-        tower: of the CLIP or SigLIP kind; others run as they are.
+        tower: a CLIP or SigLIP tower; others run unchanged.
         feature_layer: `vision_feature_layer` of the model's configuration.
 
     Raises:
-        SaccadeError: if the tower's layers run and the unused ones are not passed over.
+        SaccadeError: if the tower's layers run and the unused ones are not skipped.
     """
     used = None if feature_layer is None else used_layers(tower, feature_layer)
     if used is None:
@@ -95,9 +90,9 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
         nonlocal ran
         ran += threading.get_ident() == here
 
-    # Where features come from disk, no layer runs.
+    # If features come from the cache, no layer runs.
     handle = used[0].register_forward_pre_hook(count) if used and unused else None
-    # Several threads may run the tower at once: the first passes the layers over, the last puts them back.
+    # Several threads may run the tower at once: the first skips the layers, the last restores them.
     with _lock:
         passing = tower.__dict__.get(_PASSING)
         if passing is None:

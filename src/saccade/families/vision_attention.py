@@ -1,11 +1,11 @@
-"""What reducers ask of the vision encoder, read off one attention block while the images are encoded anyway.
+"""Saliency and keys for reducers, recorded from one attention block of the vision encoder while images are encoded.
 
-Two forward hooks on the block's query and key projections take what they return; attention itself stays the model's
-own, SDPA or FlashAttention, and no attention matrix of the whole tower is ever asked for. The hooks live for one call,
-take detached tensors and compute nothing during it, so a frozen tower, LoRA on the projections, gradient checkpointing
-(whose second forward runs after they are gone) and autocast make no difference.
+Forward hooks on the block's query and key projections record their outputs. The model's own attention (SDPA or
+FlashAttention) is unchanged, and attention matrices of the tower are never requested. The hooks live for one call,
+store detached tensors and compute nothing during it, so a frozen tower, LoRA on the projections, gradient
+checkpointing (whose second forward runs after the hooks are gone) and autocast make no difference.
 
-Shapes: R images (crops, frames) of P patches, class token included; H heads of width d.
+Shapes: R images (crops, frames) of P patches, including a class token; H heads of width d.
 """
 
 import threading
@@ -23,20 +23,20 @@ from saccade.interfaces import by_name, changed
 FROM_ATTENTION = frozenset({"saliency", "keys"})
 CHUNK_ELEMENTS = 2**25
 READ = ("position_embeddings", "cu_seqlens", "attention_mask")
-"""What is taken into account of what an attention block is given."""
+"""The arguments of an attention block that are taken into account."""
 WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen"})
-"""Further arguments, which queries and keys show already or which change no value."""
+"""Arguments that need no handling: already reflected in queries and keys, or without effect on values."""
 
 
 def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock | None:
     """The block of a CLIP or SigLIP tower whose output is `hidden_states[feature_layer]`; None for other towers.
 
-    Of several layers it is the last, the one nearest to the language model.
+    Of several feature layers, the deepest counts.
     """
     used = used_layers(tower, feature_layer)
     if used is None:
         return None
-    # No block gives the embeddings: the first one reads them.
+    # No block outputs the embeddings, so use the first one, which reads them.
     attention = (used[-1] if used else tower.encoder.layers[0]).self_attn
     has_class = hasattr(tower.embeddings, "class_embedding")
     given = frozenset({"attention_mask"})
@@ -45,10 +45,10 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
 
 @contextmanager
 def watching(block: AttentionBlock | None) -> Iterator[list[Call]]:
-    """Collects the calls of `block` that this thread makes; others may run the tower at the same time.
+    """Record the calls of `block` made by this thread; other threads may run the tower at the same time.
 
     Raises:
-        SaccadeError: if the tower runs without calling the modules of the block, or gives them something unknown.
+        SaccadeError: if the tower runs without calling the modules of the block, or passes them an unknown argument.
     """
     calls: list[Call] = []
     if block is None:
@@ -57,14 +57,14 @@ def watching(block: AttentionBlock | None) -> Iterator[list[Call]]:
 
     here = threading.get_ident()
 
-    # Torch hangs up a hook and says that it takes keywords in two steps, and takes both back in two: another thread's
-    # call in between comes without them.
+    # Torch registers a hook and its `with_kwargs` flag in two steps, and removes them in two: a call from another
+    # thread in between arrives without keywords.
     def start(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
         if threading.get_ident() != here:
             return
         given = by_name(module.forward, args, kwargs or {})
         missing = sorted(block.given - given.keys())
-        # Flags decide about no value of an attention; tensors, and the pairs of them that rotary positions are, do.
+        # Plain flags do not affect attention values; tensors, and tuples of tensors such as rotary positions, may.
         unknown = [name for name in given if name not in (*READ, *WITHOUT_EFFECT) and _holds_tensor(given[name])]
         if missing or unknown:
             what = f"without {missing[0]!r}" if missing else f"with {unknown[0]!r}, which is unknown"
@@ -99,7 +99,7 @@ def _holds_tensor(value: Any) -> bool:
 
 @contextmanager
 def first_arguments(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collects the first argument of each call of `module` that this thread makes."""
+    """Record the first argument of each call of `module` made by this thread."""
     taken: list[Tensor] = []
     here = threading.get_ident()
     if module is None:
@@ -146,7 +146,7 @@ def read_attention(call: Call, block: AttentionBlock, fields: frozenset[str]) ->
 
 
 def class_attention(query: Tensor, keys: Tensor, real: Tensor | None = None) -> Tensor:
-    """Attention that the class token pays to each patch, itself included, averaged over heads: `(R, P)`.
+    """Attention from the class token to each patch, including itself, averaged over heads: `(R, P)`.
 
     Args:
         query: of the class token, `(R, H, d)`.
@@ -162,7 +162,7 @@ def class_attention(query: Tensor, keys: Tensor, real: Tensor | None = None) -> 
 def attention_received(queries: Tensor, keys: Tensor, real: Tensor | None = None) -> Tensor:
     """Attention that each patch receives, averaged over heads and queries: `(R, P)`.
 
-    The attention matrices are computed for a chunk of queries at a time and never stand in memory as a whole.
+    The attention matrices are computed for a chunk of queries at a time and are never in memory as a whole.
 
     Args:
         queries: `(R, H, P, d)`.
@@ -187,7 +187,7 @@ def attention_received(queries: Tensor, keys: Tensor, real: Tensor | None = None
 def _packed_attention(queries: Tensor, keys: Tensor, borders: Tensor) -> Tensor:
     """`attention_received` within each piece of a packed sequence: `(1, S)` from `(1, H, S, d)`."""
     lengths = borders.diff().tolist()
-    if len(set(lengths)) == 1:  # pieces of one length are a batch
+    if len(set(lengths)) == 1:  # pieces of equal length form a batch
         batched = [value.squeeze(0).unflatten(1, (len(lengths), -1)).transpose(0, 1) for value in (queries, keys)]
         return attention_received(*batched).reshape(1, -1)
     pieces = zip(queries.split(lengths, dim=2), keys.split(lengths, dim=2), strict=True)
@@ -195,10 +195,10 @@ def _packed_attention(queries: Tensor, keys: Tensor, borders: Tensor) -> Tensor:
 
 
 def _real_patches(mask: Any, keys: Tensor) -> Tensor | None:
-    """bool `(R, P)` from the attention mask that the block was given, or None where all patches are real."""
+    """bool `(R, P)` from the attention mask passed to the block, or None if all patches are real."""
     if not isinstance(mask, Tensor) or mask.shape[-1] != keys.shape[2]:
         return None
-    if mask.dim() == 4:  # (R, 1, P, P): what the patches attend to; padding is attended to by none
+    if mask.dim() == 4:  # (R, 1, P, P): what each patch attends to; no patch attends to padding
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return allowed.any(dim=(1, 2)).expand(keys.shape[0], -1)
     return mask.bool().expand(keys.shape[0], -1) if mask.dim() == 2 else None
@@ -210,13 +210,13 @@ def _rotate_half(x: Tensor) -> Tensor:
 
 
 def pool_patches(patches: list[Patches], encoded: Encoded) -> Tensor:
-    """Values of patches as values of visual tokens `(R, N, C)`, where each row is one image of the tower.
+    """Convert values of patches to values of visual tokens `(R, N, C)`, where each row is one image of the tower.
 
-    The class token is left out, unless the features have it too. Where a connector merges blocks of m x m patches
-    (pixel shuffle, pooling), a token gets their mean.
+    The class token is left out unless the features include it. Where a connector merges blocks of m x m patches (pixel
+    shuffle, pooling), a token gets their mean.
 
     Raises:
-        ValueError: if the patches of a row do not stand for its tokens in one of these ways.
+        ValueError: if the patches of a row do not correspond to its tokens in one of these ways.
     """
     context = encoded.context
     values = torch.cat([entry.values for entry in patches])
