@@ -101,7 +101,7 @@ def test_hits_are_of_the_window(model, processor, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feature_cache": ""}, "feature_cache='' names no folder"),
+        ({"feature_cache": ""}, "feature_cache='' is not a folder"),
         ({"feature_cache_gib": 0}, "feature_cache_gib=0.0: give a number of GiB above 0"),
         ({"feature_cache_gib": -1.5}, "feature_cache_gib=-1.5"),
         ({"feature_cache_gib": "fifty"}, "feature_cache_gib='fifty' is a str, expected float"),

@@ -400,7 +400,7 @@ def test_packed_rows_that_a_layer_does_not_hand_on_are_an_error(case, layer):
     step.padding_free = True
     with (
         calls_changed(family.language_layers[layer], lambda kwargs: kwargs.pop("packed_rows")),
-        pytest.raises(SaccadeError, match=rf"{VERSION}only \d of \d decoder layers handed 'packed_rows' down"),
+        pytest.raises(SaccadeError, match=rf"{VERSION}only \d of \d decoder layers passed 'packed_rows' on"),
     ):
         step("slow", case.batch, 1.0)
 
@@ -435,7 +435,7 @@ def test_the_methods_that_the_trainer_replaces_are_all_checked():
 
 
 def test_callbacks_that_are_told_of_no_loader_are_an_error():
-    with pytest.raises(SaccadeError, match=rf"{VERSION}callbacks are told nothing of 'train_dataloader'"):
+    with pytest.raises(SaccadeError, match=rf"{VERSION}callbacks are not given 'train_dataloader'"):
         SigtermCheckpoint(SimpleNamespace()).on_train_begin(None, None, None)
 
 

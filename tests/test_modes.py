@@ -107,7 +107,7 @@ def one(**changes):
     [
         ({"modes": "fast"}, "modes='fast': give a list"),
         ({"modes": []}, r"modes=\[\]: give a list"),
-        ({"modes": ["fast"]}, "'fast' is no mapping"),
+        ({"modes": ["fast"]}, "'fast' is not a mapping"),
         ({"modes": [{"name": "fast"}]}, "has no 'probability'"),
         ({"modes": one(reducers="random")}, "unknown field 'reducers': did you mean 'reducer'"),
         ({"modes": one(name="Fast!")}, "name='Fast!'"),
@@ -115,7 +115,7 @@ def one(**changes):
         ({"modes": one(probability="often")}, "probability='often'"),
         ({"modes": one(probability=1.5)}, r"probability=1.5 .* outside \[0, 1\]"),
         ({"modes": one(action="prune")}, "action='prune' .* keep, drop, skip"),
-        ({"modes": one(teacher="slow")}, "teacher='slow' of mode 'fast' is no other mode"),
+        ({"modes": one(teacher="slow")}, "teacher='slow' of mode 'fast' is not another mode"),
         ({"modes": one(isolator="yes")}, "isolator='yes'"),
         ({"modes": one(isolator=True, action="keep")}, "only a mode that drops"),
         ({"modes": one(reducer="best")}, "best"),

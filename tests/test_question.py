@@ -88,7 +88,10 @@ def test_readers_are_found_in_folders(tmp_path, caplog):
             load_reader(str(tmp_path / name))
     question.models_reader.cache_clear()
     with caplog.at_level(logging.WARNING):
-        for folder, why in (("", "not loaded from a folder"), (str(tmp_path / "nothing"), "no tokenizer could be read")):
+        for folder, why in (
+            ("", "not loaded from a folder"),
+            (str(tmp_path / "nothing"), "no tokenizer could be read"),
+        ):
             caplog.clear()
             for _ in range(2):
                 assert models_reader(folder) is None

@@ -331,7 +331,7 @@ def test_the_best_model_is_one_of_the_runs_own(processor, tmp_path):
 
 
 def test_resume_without_a_checkpoint(model, processor, tmp_path):
-    with pytest.raises(SaccadeError, match="holds no whole checkpoint"):
+    with pytest.raises(SaccadeError, match="has no whole checkpoint"):
         make_trainer(model, processor, tmp_path).train(resume_from_checkpoint=True)
 
 

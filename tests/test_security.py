@@ -54,7 +54,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_on_resume(processor, tmp_path, 
     # A stranger's checkpoint brings a manifest that fits, or none.
     (checkpoint / MANIFEST_FILE).unlink()
     trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path / "out", **options)
-    with pytest.raises(SaccadeError, match=r"checkpoint-1.* holds something other than tensors") as error:
+    with pytest.raises(SaccadeError, match=r"checkpoint-1.* contains something other than tensors") as error:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "harm").exists()

@@ -1,4 +1,4 @@
-"""Records that a run had to skip: counted, written down, and too many of them an error."""
+"""Records that a run had to skip: counted, listed in a file, and an error if there are too many."""
 
 import json
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ class BadRecordLog:
     """The distinct bad records of a run, over all of its ranks and epochs.
 
     Args:
-        folder: where `bad_records.jsonl` is written: a line {"record", "kind", "reason"} each.
+        folder: where `bad_records.jsonl` is written, one line {"record", "kind", "reason"} per record.
         limit: how many may be skipped.
     """
 
@@ -29,7 +29,7 @@ class BadRecordLog:
         return len(self.records)
 
     def read(self) -> None:
-        """Take up the list of the run that is gone on with."""
+        """Load the list of the resumed run."""
         if self.path.is_file():
             with reading(f"{self.path} is damaged, remove it"):
                 lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -40,11 +40,11 @@ class BadRecordLog:
             self.records = {entry["record"]: entry for entry in entries}
 
     def unknown(self, found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of `found` that are not in the list yet."""
+        """The entries of `found` that are not in the list yet."""
         return [entry for entry in found if entry["record"] not in self.records]
 
     def add(self, found: Iterable[dict[str, Any]]) -> None:
-        """Take up bad records; the order in which ranks found them does not matter."""
+        """Add bad records; the order in which ranks found them does not matter."""
         for entry in sorted(found, key=lambda entry: entry["record"]):
             self.records.setdefault(entry["record"], entry)
 
@@ -54,10 +54,10 @@ class BadRecordLog:
         write_text_atomically(self.path, "".join(lines))
 
     def check(self) -> None:
-        """Stop the run where there are more than the limit.
+        """Check that the limit is not exceeded.
 
         Raises:
-            SaccadeError: naming the first few.
+            SaccadeError: if it is; the message names the first few.
         """
         if len(self) <= self.limit:
             return

@@ -1,4 +1,4 @@
-"""What can end a run before its time: a signal to stop, a loss that is not a number, a dead data worker."""
+"""What can end a run early: a signal to stop, a non-finite loss, a dead data worker."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ WORKER_GRACE_SECONDS = 30
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after what was trained so far was saved; its text says how to go on."""
+    """Raised after Ctrl-C once a checkpoint is saved; its text says how to resume."""
 
 
 class SigtermCheckpoint(TrainerCallback):
-    """Saves before a run is stopped.
+    """Saves a checkpoint before a run is stopped.
 
-    On SIGTERM, and on the first Ctrl-C, all ranks finish the step that they are in, save a checkpoint and stop;
-    `stopped` is then true.
+    On SIGTERM, and on the first Ctrl-C, all ranks finish the current step, save a checkpoint and stop; `stopped` is
+    then true.
     """
 
     def __init__(self, trainer) -> None:
@@ -42,15 +42,15 @@ class SigtermCheckpoint(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take note of SIGTERM and of the first Ctrl-C while the block runs, in place of ending the process.
+        """Record SIGTERM and the first Ctrl-C while the block runs, instead of ending the process.
 
-        Inside another such block it does nothing. A second Ctrl-C is a `KeyboardInterrupt`, at once.
+        Does nothing inside another such block. A second Ctrl-C raises `KeyboardInterrupt` at once.
         """
         if self._is_listening:
             yield
             return
         self._asked = None
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
         self._is_listening = True
@@ -64,7 +64,7 @@ class SigtermCheckpoint(TrainerCallback):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Finish what the block writes before a signal is obeyed."""
+        """Finish writing in the block before a signal takes effect."""
         outermost = not self._is_listening
         with self.listening():
             yield
@@ -73,11 +73,11 @@ class SigtermCheckpoint(TrainerCallback):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Stop on signals after the step, and say in one line that a data worker died.
+        """Stop on signals after the current step, and report a dead data worker in one line.
 
         Raises:
             SaccadeError: if a process that prepares batches died.
-            Interrupted: after Ctrl-C, when a checkpoint is saved.
+            Interrupted: after Ctrl-C, once a checkpoint is saved.
         """
         self.stopped = False
         try:
@@ -99,20 +99,20 @@ class SigtermCheckpoint(TrainerCallback):
         if number == signal.SIGINT:
             if self._asked == signal.SIGINT:
                 raise KeyboardInterrupt
-            # Not `print`: the signal may have come in the middle of one.
+            # Not `print`, which is not reentrant: the signal may arrive in the middle of one.
             os.write(2, b"\nsaccade: interrupted: saving after this step; Ctrl-C again stops at once\n")
         self._asked = number
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if train_dataloader is None:
-            raise changed("callbacks are told nothing of 'train_dataloader' as training begins")
-        # Accelerate's loaders iterate over the one that they wrap.
+            raise changed("callbacks are not given 'train_dataloader' when training begins")
+        # Accelerate's loaders iterate over the loader that they wrap.
         loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
         if getattr(loader, "num_workers", 0):
             loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The signal may reach one rank only, or several in different steps: they have to agree.
+        # The signal may reach only one rank, or several in different steps, so the ranks have to agree.
         asked = torch.tensor([float(self._asked == number) for number in (signal.SIGTERM, signal.SIGINT)])
         if self.trainer.accelerator.num_processes > 1:
             asked = self.trainer.sum_over_ranks(asked)
@@ -124,7 +124,7 @@ class SigtermCheckpoint(TrainerCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Ends a run whose loss or gradient norm is not finite before the next checkpoint, and keeps the batch."""
+    """Ends a run whose loss or gradient norm is not finite before the next checkpoint, and saves the batch."""
 
     def __init__(self, trainer) -> None:
         self.trainer = trainer
@@ -137,12 +137,12 @@ class NonFiniteGuard(TrainerCallback):
         self._micro_batches.clear()
 
     def see(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Remember a micro-batch until its step is over. Nothing waits for the device here."""
+        """Keep a micro-batch until its step is over, without waiting for the device."""
         self._micro_batches.append((loss.detach(), inputs))
 
     @contextmanager
     def computing(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Say which batch it was where inputs that are no numbers break the computation before there is a loss.
+        """Name the batch if non-finite inputs make the computation fail before there is a loss.
 
         Raises:
             SaccadeError: if the block raises and one of `inputs` is not finite.
@@ -156,12 +156,12 @@ class NonFiniteGuard(TrainerCallback):
             raise SaccadeError(self._complaint(f"{bad} not finite", inputs)) from error
 
     def _not_finite(self, inputs: Mapping[str, Any]) -> str | None:
-        """What of a batch, or of what the model sees in it, holds a value that is no number."""
+        """Which input of a batch, or its visual features, contain a non-finite value; None if all are finite."""
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 return f"{name} is"
         trainer = self.trainer
-        # One rank alone must not run a model whose weights the ranks hold together.
+        # A single rank must not run a model whose weights are sharded over the ranks.
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or not trainer.family.has_images(inputs):
             return None
         with torch.no_grad(), trainer.accelerator.autocast():
@@ -169,7 +169,7 @@ class NonFiniteGuard(TrainerCallback):
         return None if features.isfinite().all() else "the visual features are"
 
     def check(self, grad_norm: Tensor | float | None) -> None:
-        """Look at the losses and the gradient norm of a step, before its optimizer step where the engine allows it.
+        """Check the losses and the gradient norm of a step, before its optimizer step where the engine allows it.
 
         Raises:
             SaccadeError: if one is not finite.
@@ -177,7 +177,7 @@ class NonFiniteGuard(TrainerCallback):
         losses = [float(loss) for loss, _ in self._micro_batches]
         bad = [number for number, loss in enumerate(losses) if not _is_finite(loss)]
         norm = _plain(grad_norm)
-        # Loss scaling in float16 lets gradients overflow, and skips such a step itself.
+        # With float16 loss scaling, gradients may overflow, and such steps are skipped anyway.
         if not bad and (_is_finite(norm) or self.trainer.args.fp16):
             return
         if not bad:
@@ -190,7 +190,7 @@ class NonFiniteGuard(TrainerCallback):
         raise SaccadeError(self._complaint(f"the loss is {losses[number]}", self._micro_batches[number][1], number))
 
     def _complaint(self, what: str, inputs: Mapping[str, Any], number: int | None = None) -> str:
-        """One line about a batch, which is kept; by default the one that comes after those seen."""
+        """One line about a batch, which is saved to disk; by default the one after those seen so far."""
         step, rank = self.trainer.state.global_step, self.trainer.args.process_index
         number = len(self._micro_batches) if number is None else number
         return (
@@ -200,13 +200,13 @@ class NonFiniteGuard(TrainerCallback):
         )
 
     def _name(self, inputs: Mapping[str, Any]) -> str:
-        """The samples by the beginnings of their texts."""
+        """Describe the samples by the beginnings of their texts."""
         texts = self.trainer._tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
         shown = [repr(" ".join(text.split())[:60]) for text in texts[:3]]
         return f"{len(texts)} samples, {', '.join(shown)}{', ...' if len(texts) > 3 else ''}"
 
     def _keep(self, inputs: Mapping[str, Any], step: int, rank: int) -> str:
-        """Write the batch beside the checkpoints; a disk that is full too must not hide what happened."""
+        """Save the batch next to the checkpoints; an additional disk error must not hide what happened."""
         path = Path(self.trainer.args.output_dir) / f"bad-batch-step-{step}-rank-{rank}.pt"
         batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         with suppress(OSError, RuntimeError):
@@ -217,23 +217,23 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def way_on(trainer) -> str:
-    """How a run goes on after it ended early."""
+    """How to resume a run that ended early."""
     newest = newest_checkpoint(trainer.args.output_dir)
     return "no checkpoint was saved yet" if newest is None else f"{newest} is whole, resume from it"
 
 
 @dataclass
 class WorkerStart:
-    """Lets a process that prepares batches outlive a signal to the whole group, so that the step can be finished.
+    """Lets a data worker survive a signal to the whole process group, so that the step can be finished.
 
     Args:
-        then: what the loader wants to run in the worker.
+        then: the loader's own `worker_init_fn`.
     """
 
     then: Callable[[int], None] | None
 
     def __call__(self, worker: int) -> None:
-        # Not for good: it must not outlive a main process that waits for it either.
+        # Only for a while: a main process may be waiting for the worker to end.
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_SECONDS))
         # Ctrl-C in a terminal reaches every process of the group.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -242,9 +242,9 @@ class WorkerStart:
 
 
 def _is_dead_worker(error: Exception) -> bool:
-    """Whether an error says that a data worker died: torch's own, or the pipe that broke over a batch."""
+    """Whether an error means that a data worker died: torch's own error, or a broken pipe while reading a batch."""
     if isinstance(error, RuntimeError):
-        # "Caught RuntimeError in DataLoader worker process 0" is an error of the worker's own, which lives.
+        # "Caught RuntimeError in DataLoader worker process 0" is an error raised in a worker that is still alive.
         return "DataLoader worker (pid" in str(error)
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "dataloader.py" for frame in frames)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and a resume that refuses to go on from something else."""
+"""Checkpoints that are either complete or absent, and resuming only from a checkpoint of the same run."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ PLACE_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "p
 
 
 def adapter_options(model: nn.Module) -> dict[str, Any]:
-    """The options of each of a model's PEFT adapters, as JSON: the same in each process, its sets in order."""
+    """The options of each of a model's PEFT adapters, as JSON values: the same in every process, with sets sorted."""
     return {
         name: {
             field: _through_json(value)
@@ -52,27 +52,27 @@ def _through_json(value: Any) -> Any:
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The checkpoint with the highest step in `output_dir` that no file is missing of or cut short in.
+    """The checkpoint with the highest step in `output_dir` that has no missing or truncated file.
 
-    A glance: checksums are compared by `resolve_resume` only, before training goes on.
+    A quick check: only `resolve_resume` compares checksums, before training continues.
     """
     return next((path for path in checkpoints(output_dir) if find_fault(path) is None), None)
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Every checkpoint in `output_dir`, whole or not, from the highest step down."""
+    """Every checkpoint in `output_dir`, complete or not, from the highest step down."""
     found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder, -1 where there is none."""
+    """The step in the name of a checkpoint's folder, -1 if it is not one."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isascii() and number.isdigit() and checkpoint.is_dir() else -1
 
 
 def find_fault(path: Path, thorough: bool = False) -> str | None:
-    """Why training cannot go on from the checkpoint `path`, naming the file; None where it can.
+    """Why training cannot resume from the checkpoint `path`, naming the file; None if it can.
 
     Args:
         thorough: also compare checksums with those of the manifest, which reads every file once.
@@ -102,10 +102,10 @@ def find_fault(path: Path, thorough: bool = False) -> str | None:
 
 
 def _check_state(state: Any) -> None:
-    """Refuse a trainer's state that is not one.
+    """Check the types in a trainer's state.
 
     Raises:
-        TypeError: if a value is of another type.
+        TypeError: if a value has the wrong type.
     """
     if not isinstance(state, dict):
         raise TypeError("it is not a mapping")
@@ -126,7 +126,7 @@ def _check_state(state: Any) -> None:
 
 
 def _check_run_file(run: Any) -> None:
-    """The same of what the weights were trained with."""
+    """`_check_state` for the file that says what the weights were trained with."""
     if not isinstance(run, dict) or not isinstance(run.get("config", {}), dict):
         raise TypeError("it is not what Saccade writes")
     tokens = run.get("tokens", {})
@@ -135,7 +135,7 @@ def _check_run_file(run: Any) -> None:
 
 
 def _damage_unlisted(path: Path) -> str | None:
-    """What can be told of a checkpoint of a version that wrote no manifest: lengths."""
+    """Damage that can be found without a manifest (earlier versions wrote none): file lengths."""
     for file in chain(path.glob("*.safetensors"), path.glob(f"*{ENDING}")):
         try:
             with safe_open(file, framework="pt"):  # compares the length of the file with its header
@@ -148,10 +148,10 @@ def _damage_unlisted(path: Path) -> str | None:
 
 
 def _missing_part(path: Path) -> str | None:
-    """What a resume needs and stock loading would do without, in silence or with an error of its own."""
+    """A file that resuming needs but whose absence stock loading ignores or reports unclearly."""
     if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return "config.json is missing"
-    # Under FSDP and DeepSpeed the engine keeps what follows in folders of its own.
+    # Under FSDP and DeepSpeed the engine keeps the following in its own folders.
     adapters = (path / "adapter_config.json").is_file()
     patterns = ["adapter_model.*"] if adapters else ["model*.safetensors", "pytorch_model*"]
     if not any(found for pattern in [*patterns, "global_step*"] for found in path.glob(pattern)):
@@ -164,12 +164,12 @@ def _missing_part(path: Path) -> str | None:
 
 
 def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint to go on from: a path as given, the newest whole one for True, None for none.
+    """The checkpoint to resume from: a path as given, the newest complete one for True, None for none.
 
-    True takes checkpoints of the run that `output_dir` belongs to, and no others that lie there.
+    True considers only checkpoints of the run that `output_dir` belongs to.
 
     Raises:
-        SaccadeError: if there is no whole checkpoint where one was asked for, naming what is wrong with each.
+        SaccadeError: if a checkpoint was requested and none is complete; the message says what is wrong with each.
     """
     if resume is None or resume is False:
         return None
@@ -183,7 +183,7 @@ def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | 
                 return path
             faults.append(f"{path}: {fault}")
         raise SaccadeError(
-            f"output_dir={str(output_dir)!r} holds no whole checkpoint of its run to resume from: "
+            f"output_dir={str(output_dir)!r} has no whole checkpoint of its run to resume from: "
             f"{'; '.join(faults) or 'there is none at all'}; name one, or start anew without resuming"
         )
     path = Path(resume)
@@ -197,12 +197,13 @@ def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | 
 
 
 def find_best(best: str | None, *folders: Path) -> Path | None:
-    """The best checkpoint of a run, by its name in the run's own folders, wherever these were when its path was
-    written; None where it is in none of them. What a state says may come from anybody: nothing outside is looked at.
+    """Find the best checkpoint by name in the run's own folders, which may have moved since its path was written.
+
+    The state is untrusted input, so no other folder is looked at. Returns None if no folder has the checkpoint.
 
     Args:
-        best: the path that the state of the run names.
-        folders: of the run. The one that the path leads to is looked at first, then the others as they come.
+        best: the path in the run's state.
+        folders: the run's folders. The one that contains `best` is tried first, then the others in order.
     """
     if best is None:
         return None
@@ -215,10 +216,10 @@ def find_best(best: str | None, *folders: Path) -> Path | None:
 
 
 class BestOfRun(TrainerCallback):
-    """Puts the best checkpoint that `find_best` found in the place of the path that a resumed state names.
+    """Replaces the best checkpoint's path in a resumed state with the one that `find_best` found.
 
-    The stock trainer loads what lies there, forgets it where nothing does, as after a run was moved, and with
-    `save_total_limit=1` removes all other checkpoints at its end.
+    The stock trainer would load whatever is at the saved path. If nothing is there, as after a run was moved, it would
+    forget the best checkpoint, and `save_total_limit=1` would then delete it at the end.
     """
 
     def __init__(self) -> None:
@@ -229,13 +230,13 @@ class BestOfRun(TrainerCallback):
 
 
 def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Check that a run with `config` may go on from `checkpoint`.
+    """Check that a run with `config` may resume from `checkpoint`.
 
     Raises:
-        SaccadeError: naming every option that differs.
+        SaccadeError: if options differ; the message names all of them.
     """
     saved = (read_run_file(checkpoint) or {}).get("config", {})
-    # Through JSON, so that tuples and the like compare as they were written.
+    # Through JSON, so that tuples and the like compare equal to what was read back.
     current = json.loads(to_json(dict(config)))
     differing = [
         difference
@@ -260,13 +261,13 @@ def _differences(name: str, current: Any, saved: Any) -> Iterator[str]:
 
 
 def remove_other_kind(folder: Path, adapters: bool, isolator: bool, prunes: bool, skips: bool) -> None:
-    """Remove what an earlier run of another kind left in `folder`, and what loading would prefer over the new files.
+    """Remove files of an earlier run of another kind from `folder`, which loading would prefer over the new ones.
 
     Args:
         adapters: whether the new model is saved as adapters.
         isolator: whether the new run has an isolator.
-        prunes: whether some mode of it drops tokens.
-        skips: whether some mode of it is Skip-Vision's.
+        prunes: whether one of its modes drops tokens.
+        skips: whether one of its modes is Skip-Vision's.
     """
     if not isolator:
         remove_companion(folder, ISOLATOR_FILE)
@@ -292,14 +293,14 @@ def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
 
 
 def remove_old_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
-    """Remove checkpoints beside `newest`, which was written just now, until `limit` are left.
+    """Remove checkpoints next to `newest`, which was just written, until `limit` are left.
 
-    The order is that of their steps, never of their files' times, which go back when a clock is set. Those of a later
-    step go first: they were passed over when this run went on.
+    They are ordered by step, not by file times, which go backwards when a clock is reset. Those with a later step are
+    removed first: they were not used when this run was resumed.
 
     Args:
-        limit: how many may stay; None or 0 for all. `newest` and `best` stay in any case.
-        best: the best checkpoint so far, wherever the folder was when it was written.
+        limit: how many to keep; None or 0 for all. `newest` and `best` are always kept.
+        best: the best checkpoint so far; only the folder's name matters, since the run may have been moved.
     """
     if not limit or limit < 1:
         return
@@ -313,13 +314,13 @@ def remove_old_checkpoints(newest: Path, limit: int | None, best: str | None) ->
 
 
 def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collection[str]) -> None:
-    """Load a stock checkpoint's weights into the stock model `model`, every key accounted for.
+    """Load a stock checkpoint's weights into the stock model `model`, accounting for every key.
 
-    The weights go through `from_pretrained`, since checkpoints keep the key names that released ones have, which
-    differ from the module tree's; a plain `load_state_dict` would match none of them and say so in a warning only.
+    The weights go through `from_pretrained`, since checkpoints use the key names of released ones, which differ from
+    those of the module tree; a plain `load_state_dict` would match none of them and only warn.
 
     Args:
-        ignored: names of our own parameters, which the checkpoint does not hold.
+        ignored: names of Saccade's own parameters, which the checkpoint does not contain.
 
     Raises:
         SaccadeError: if a key is missing or unexpected.

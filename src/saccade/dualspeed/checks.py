@@ -1,4 +1,4 @@
-"""What a run is refused for before its first step, since it would fail later or silently do something else."""
+"""Checks before the first step, for what would fail later or silently do something else."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,14 +27,14 @@ OPTIMIZER_PACKAGES = (
     (("schedule_free_",), "schedulefree", "schedulefree"),
     (("stable_adamw",), "optimi", "torch-optimi"),
 )
-"""Beginnings of optimizers' names, the module that each of these needs, and the package that it comes from."""
+"""Prefixes of optimizer names, the module that each needs, and the package that provides it."""
 
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
-    """The columns of a dataset's first row: rows that are made when they are read have others than the table behind.
+    """The columns of a dataset's first row, which differ from the table's if rows are converted when they are read.
 
     Raises:
-        SaccadeError: if there is no row, or none of what training needs in it.
+        SaccadeError: if there are no rows, or the first lacks the columns that training needs.
     """
     first = None if train_dataset is None else next(iter(train_dataset), None)
     if first is None:
@@ -54,14 +54,14 @@ def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str
 
 
 def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_func: Any) -> None:
-    """Refuse what only the stock training step would use.
+    """Refuse arguments that only the stock training step would use.
 
     Raises:
-        SaccadeError: on a loss of the user's own, or PEFT adapters that are tokens before the prompt.
+        SaccadeError: on a custom loss function, or PEFT adapters that put virtual tokens before the prompt.
     """
     if compute_loss_func is not None:
         raise SaccadeError(
-            "compute_loss_func is given: fast and slow steps have a loss of their own, and would ignore it; leave it "
+            "compute_loss_func is given: fast and slow steps have their own loss, and would ignore it; leave it "
             "out, or set prune_ratio=0, slow_probability=1 and distill_weight=0 for ordinary training, without "
             "padding_free and slow_micro_batch_size"
         )
@@ -74,12 +74,12 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
 
 
 def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
-    """Refuse weights that mixed precision cannot compute with: many released checkpoints are float16.
+    """Refuse weights that do not work with mixed precision: many released checkpoints are float16.
 
     Raises:
-        SaccadeError: on float16 weights with `bf16`, whose first forward torch would end with an error of its own.
+        SaccadeError: on float16 weights with `bf16`, where the first forward pass would fail inside torch.
     """
-    # TRL takes the rest of a quantized model to float32.
+    # TRL converts the unquantized weights of a quantized model to float32.
     quantized = getattr(model, "is_quantized", False)
     if args.bf16 and not quantized and any(weight.dtype == torch.float16 for weight in model.parameters()):
         raise SaccadeError(
@@ -89,10 +89,10 @@ def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
 
 
 def check_at_hand(args: DualSpeedConfig) -> None:
-    """Refuse options that need a package or a file which is not here, before a model is loaded.
+    """Refuse options whose package or file is missing, before a model is loaded.
 
     Raises:
-        SaccadeError: naming the option, and the package and how to install it, or the file or folder.
+        SaccadeError: naming the option and either the package and how to install it, or the file or folder.
     """
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise needs_package("use_liger_kernel=True", "liger-kernel")
@@ -111,34 +111,34 @@ def check_at_hand(args: DualSpeedConfig) -> None:
         if getattr(args, field) is not None:
             check_writable(getattr(args, field), field, folder=True)
     template = Path(args.chat_template_path or ".")
-    # Without an ending or a root it may be a model of the hub.
+    # A relative path without a suffix may be a model on the hub.
     if not template.exists() and (template.suffix or template.is_absolute()):
         raise SaccadeError(f"chat_template_path={str(template)!r} does not exist: name a Jinja file")
 
 
 @contextmanager
 def as_bad_input() -> Iterator[None]:
-    """Turn what TRL, transformers and the hub refuse into one line of ours.
+    """Turn errors of TRL, transformers and the hub about bad input into one line.
 
     Raises:
-        SaccadeError: for their errors of values, of packages that are missing and of files that cannot be fetched.
+        SaccadeError: for bad values, missing packages and files that cannot be fetched.
     """
     try:
         yield
     except SaccadeError:
         raise
     except (ImportError, ValueError, TypeError, OSError) as error:
-        # A fault of the disk has a number, and is said as one.
+        # Disk errors have an errno, and are reported as such elsewhere.
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise SaccadeError(" ".join(str(error).split())) from error
 
 
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
-    """Refuse a frozen language model that nobody asked for, as stage one and merging adapters leave it behind.
+    """Refuse a language model that is frozen by accident, as after stage one or after adapters were merged.
 
     Raises:
-        SaccadeError: if it is frozen, head included, and `freeze_language_model` is false.
+        SaccadeError: if it is frozen, including its head, and `freeze_language_model` is false.
     """
     parts = (family.language_model, family.model.get_output_embeddings())
     if not args.freeze_language_model and not any(
@@ -152,10 +152,10 @@ def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
 
 
 def check_family_can(family: Family, modes: Sequence[Mode]) -> None:
-    """Refuse a mode whose reducer needs what the family's vision tower does not give.
+    """Refuse a mode whose reducer needs what the family's vision tower does not provide.
 
     Raises:
-        SaccadeError: naming the model, the need and a way out.
+        SaccadeError: naming the model, the need and a fix.
     """
     for mode in modes:
         family.check_gives(mode.needs)

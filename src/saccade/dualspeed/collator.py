@@ -1,4 +1,4 @@
-"""Samples to a padded batch: TRL's collator, with labels of the answers, images opened and everything checked."""
+"""Collate samples into a padded batch: TRL's collator, plus answer labels, image loading and validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,11 +31,11 @@ from saccade.tokens import IGNORE_INDEX
 
 WORDS = ("messages", "prompt", "completion")
 STANDS_IN = "stands_in"
-"""Of a row that takes the place of another, or of none: true where an evaluation must not count it."""
+"""Column that is true on rows that replace others or merely fill up a batch, which an evaluation must not count."""
 OWN_COLUMNS = ("index", "record", "fault", "kind", STANDS_IN)
-"""What `saccade.data.mix` adds to a row, for the messages about it, and what says that a row stands in."""
+"""Columns that `saccade.data.mix` adds to a row, for messages about it, and the mark of replacements."""
 BAD_RECORDS = "bad_records"
-"""The entry of a batch that lists the bad records met while making it; an empty batch has nothing else."""
+"""The entry of a batch that lists the bad records met while making it; the only entry of an empty batch."""
 
 
 @dataclass
@@ -43,35 +43,36 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     """Collates `messages` (or prompt and completion) with `images` into processor outputs with `labels`.
 
     Labels are the answers, each with the token that ends its turn, as `TurnWriter` writes them; without
-    `assistant_only_loss` and `completion_only_loss` the whole text. They never contain image placeholders or padding.
-    Text beyond `max_length` is cut, image tokens never are.
-    Images may be PIL images, paths, or dicts with "bytes" or "path"; `<image>` in a message's text says where one
-    stands, and without any they stand before the first user message.
+    `assistant_only_loss` and `completion_only_loss` they are the whole text. They never contain image placeholders or
+    padding. Text beyond `max_length` is truncated; image tokens never are.
 
-    A record that cannot be used is an error, or, where `max_bad_records` is given, is replaced by the next one of
-    `rows` that can be, and listed in the batch's `bad_records`. Which one replaces it depends on the record alone, so
-    that every run, rank and worker agrees. Rows without a number, as streams have them, are replaced by the next
-    usable one of their batch, or by the last one of the batch before.
+    Images may be PIL images, paths, or dicts with "bytes" or "path". `<image>` in a message's text marks the position
+    of an image; without any tags, images go before the first user message.
+
+    A record that cannot be used is an error or, if `max_bad_records` is given, is replaced by the next usable one of
+    `rows` and listed in the batch's `bad_records`. The replacement depends on the record alone, so that every run,
+    rank and worker agrees. Rows without an index, as in streams, are replaced by the next usable row of their batch,
+    or by the last row of the previous batch.
 
     Args:
-        fit_length: most tokens of a row once its visual tokens are reduced to fit. With it `max_length` is not looked
-            at, no text is cut, and a row is only refused if it cannot fit with one token per image.
-        isolator_length: rows that stand before each image then.
+        fit_length: maximum number of tokens of a row after its visual tokens are reduced to fit. If given, `max_length`
+            is ignored, no text is cut, and a row is only refused if it cannot fit with one token per image.
+        isolator_length: isolator rows before each image, which count towards `fit_length`.
         placeholder_id: token id of a visual token.
-        conversation: "chat" writes rows in the model's chat format, "plain" as image, caption, line break, of which
-            the last two are learned; see `PlainWriter`.
-        stop_ids: token ids at which `generate` stops; the template's and the tokenizer's end token where left out.
+        conversation: "chat" writes rows in the model's chat format, "plain" as image, caption and line break, with
+            labels on the last two; see `PlainWriter`.
+        stop_ids: token ids at which `generate` stops; by default the end tokens of the template and the tokenizer.
         max_image_pixels: size above which an image is refused.
-        max_bad_records: how many bad records a batch may meet before it is given up and comes empty. None makes the
+        max_bad_records: how many bad records a batch may meet before it is given up and returned empty. None makes the
             first one an error.
-        rows: where rows come from, by their `index`.
-        learn_stand_ins: whether what replaces a bad record has labels. In evaluation it would be counted twice.
+        rows: the dataset that rows come from, indexed by their `index`.
+        learn_stand_ins: whether replacements of bad records have labels. In evaluation they would be counted twice.
 
     Raises:
-        RecordError: where `max_bad_records` is None: on a row with a fault, an image that is missing, truncated or no
-            image, `<image>` tags that differ in number from the images, a row without an answer, or that the chat
-            template or the processor refuses, a `max_length` that would cut image tokens or every label of a row, and
-        a `fit_length` that leaves no room for a row's images.
+        RecordError: if `max_bad_records` is None: on a row with a fault; an image that is missing, truncated or not an
+            image; a number of `<image>` tags that differs from the number of images; a row without an answer; a row
+            that the chat template or the processor refuses; a `max_length` that would cut image tokens or every label
+            of a row; and a `fit_length` that leaves no room for a row's images.
     """
 
     placeholder_id: int | None = None
@@ -83,7 +84,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     max_bad_records: int | None = None
     rows: Dataset | None = None
     learn_stand_ins: bool = True
-    # The last sample of the batch before, for a batch of a stream in which nothing is good.
+    # The last sample of the previous batch, for a batch of a stream without any usable row.
     _spare: dict[str, Any] | None = field(default=None, init=False, repr=False)
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             return None
 
     def _learns_part(self, example: dict[str, Any]) -> bool:
-        """Whether only the answers of a row are learned. A text in one piece has none, and is learned whole."""
+        """Whether only the answers of a row get labels. A plain text has no answers, and all of it gets labels."""
         if not any(column in example for column in WORDS):
             return False
         chosen = self.assistant_only_loss if "messages" in example else self.completion_only_loss
@@ -137,7 +138,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         return self._writer.write(example)
 
     def _check_columns(self, example: dict[str, Any]) -> None:
-        """Refuse a row without any of the columns that words are learned from."""
+        """Refuse a row that has none of the text columns."""
         plain = isinstance(example.get(self.dataset_text_field), str)
         if not plain and not any(name in example for name in WORDS):
             raise RecordError(f"this row has only {sorted(example)}: give 'messages', or 'prompt' and 'completion'")
@@ -149,7 +150,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         if self.max_bad_records is None:
             where = record or name
             raise RecordError(f"{where}: {error}" if where else str(error), error.kind) from error
-        # What has no name is told apart by what is wrong with it.
+        # Records without a name are distinguished by what is wrong with them.
         record = record or f"a row without a number ({error})"
         bad[record] = {"record": record, "kind": error.kind, "reason": str(error)}
 
@@ -161,12 +162,12 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         prepared: list[dict[str, Any] | None],
         bad: dict[str, dict[str, Any]],
     ) -> bool:
-        """Replace what is None in `prepared`, in place. False if more records are bad than may be, or none is good.
+        """Replace the None entries of `prepared`, in place. False if there are too many bad records or no usable one.
 
         Args:
-            examples: what each entry of `prepared` was made from; follows it.
-            starts: the number of the row that each entry was first made from.
-            tried: how many other rows stood in for each entry so far; counts on.
+            examples: what each entry of `prepared` was made from; updated in place.
+            starts: index of the row that each entry was first made from.
+            tried: how many other rows were tried for each entry so far; updated in place.
         """
         for row in range(len(examples)):
             while prepared[row] is None:
@@ -188,7 +189,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         return True
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
-        """The batch, and the fault of each row that cannot be used in it."""
+        """The batch, and the errors of rows that cannot be used in it."""
         texts = [row["text"] for row in prepared]
         rows = [{self.dataset_text_field: row["text"].text, "images": row["images"]} for row in prepared]
         stock = replace(self, max_length=None, assistant_only_loss=False, completion_only_loss=False)
@@ -237,7 +238,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         learned = batch["labels"] != IGNORE_INDEX
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         cut = is_image[:, limit:].any(dim=1)
-        # The first token is predicted from nothing.
+        # The first token is never predicted, so a label on it does not count.
         unlearned = learned.any(dim=1) & ~learned[:, 1:limit].any(dim=1)
         for row in (cut | unlearned).nonzero().flatten().tolist():
             if cut[row]:
@@ -255,7 +256,7 @@ _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
 def _check_learnable(example: dict[str, Any]) -> None:
-    """Refuse a row in which there is nothing to learn."""
+    """Refuse a row without any answer to learn."""
     answers = example.get("messages", example.get("completion"))
     if isinstance(answers, list):
         spoken = [message for message in answers if message["role"] == "assistant"]
@@ -278,7 +279,7 @@ def _processor_faults(stock: DualSpeedCollator, rows: list[dict[str, Any]]) -> d
 def prepare_example(
     example: dict[str, Any], max_image_pixels: int = MAX_PIXELS, padded: bool = False
 ) -> dict[str, Any]:
-    """The sample with opened images and structured messages, as TRL's collator takes it.
+    """The sample with opened images and structured messages, as TRL's collator expects it.
 
     Raises:
         RecordError: on a row with a fault, a bad image, or `<image>` tags that do not match the images.
@@ -296,7 +297,7 @@ def prepare_example(
 
 
 def _checked_words(example: dict[str, Any]) -> dict[str, Any]:
-    """Those columns of words that the sample uses, their messages checked."""
+    """The text columns that the sample uses, with their messages validated."""
     given = {column: example[column] for column in WORDS if column in example}
     used = {column: given[column] for column in used_columns(given) if column in given}
     if given and not used:

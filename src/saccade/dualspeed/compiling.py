@@ -1,4 +1,4 @@
-"""`torch_compile`: the decoder layers one by one, since what is around them depends on the data."""
+"""`torch_compile`: compile the decoder layers one by one, since the code around them depends on the data."""
 
 import torch
 
@@ -6,14 +6,14 @@ from saccade.errors import SaccadeError
 from saccade.families import Family
 
 RECOMPILE_LIMIT = 64
-"""Kinds of passes that get compiled code of their own."""
+"""How many kinds of passes get their own compiled code."""
 
 
 def check_compiling(backend: str | None, mode: str | None) -> None:
-    """Check what `torch_compile` is given.
+    """Check the options of `torch_compile`.
 
     Raises:
-        SaccadeError: on a backend or a mode that torch does not know.
+        SaccadeError: on a backend or a mode that is unknown to torch.
     """
     backends = torch._dynamo.list_backends(exclude_tags=())
     if backend is not None and backend not in backends:
@@ -24,15 +24,16 @@ def check_compiling(backend: str | None, mode: str | None) -> None:
 
 
 def compile_layers(family: Family, backend: str | None = None, mode: str | None = None) -> None:
-    """Compile each decoder layer in place, for sequences of any length. Names of weights stay as they are.
+    """Compile each decoder layer in place, for sequences of any length. Names of weights do not change.
 
-    Passes that differ in lengths alone share the compiled code. With and without gradient, in training and evaluation,
-    with and without a mask, of one row and of several, they have code of their own.
+    Passes that differ only in length share compiled code. Passes with and without gradient, in training and
+    evaluation, with and without a mask, of one row and of several are compiled separately.
 
     Args:
         backend, mode: as for `torch.compile`.
     """
-    # Past the limit, torch runs what is new uncompiled, for good; LoRA and an evaluation pass its default of 8.
+    # Beyond the limit, torch permanently runs new variants uncompiled; LoRA plus an evaluation exceed the default of
+    # 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     for layer in family.language_layers:
         layer.compile(backend=backend or "inductor", mode=mode, dynamic=True)

@@ -34,13 +34,13 @@ LEAST = {
     **dict.fromkeys(("num_train_epochs", "dataloader_num_workers", "seed", "data_seed"), 0),
     "neftune_noise_alpha": 0,
 }
-"""The least value of options of transformers, which looks at them once the model is loaded, or never."""
+"""Smallest values of options of transformers, which checks them only after the model is loaded, or never."""
 
-# What a resumed run need not share with the run it goes on from. Every other option must be the same, those that a
-# later version adds included: with another value the loss curve would not continue.
+# Options that may differ between a resumed run and the original one. All others must be the same, including those that
+# a later version adds: with another value the loss curve would not continue.
 FREE_TO_CHANGE = frozenset(
     (
-        # Where files are, what is saved, and what is told of the run.
+        # Where files are, what is saved, and what is reported.
         *("output_dir", "overwrite", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "run_name"),
         *("save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
         *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
@@ -48,21 +48,21 @@ FREE_TO_CHANGE = frozenset(
         *("log_on_each_node", "logging_nan_inf_filter", "include_num_input_tokens_seen", "log_level"),
         *("log_level_replica", "disable_tqdm", "report_to", "project", "trackio_space_id", "trackio_bucket_id"),
         *("trackio_static_space_id", "debug", "skip_memory_metrics", "max_bad_records"),
-        # How an evaluation is done and which checkpoint is the best. When one is done draws random numbers.
+        # How to evaluate, and which checkpoint is best. When to evaluate is not free: evaluation draws random numbers.
         *("per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object"),
         *("eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_packing"),
-        # The same numbers by other ways, up to rounding.
+        # Other ways to compute the same numbers, up to rounding.
         *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
         *("activation_checkpointing_kwargs", "activation_offloading", "torch_compile", "torch_compile_backend"),
         *("torch_compile_mode", "use_liger_kernel", "liger_kernel_config", "use_cache", "torch_empty_cache_steps"),
         *("padding_free", "slow_micro_batch_size", "feature_cache", "feature_cache_gib", "use_cpu"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataset_num_proc"),
-        # The engine is compared by its kind.
+        # Only the kind of engine is compared.
         *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"),
         *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "parallelism_config", "local_rank"),
-        # Compared as what comes of them: the global batch, the length of the run, the model, the processor.
+        # Compared by their effect: the global batch, the length of the run, the model, the processor.
         *("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs"),
         "max_tokens_per_batch",
         *("model_init_kwargs", "trust_remote_code", "chat_template_path", "isolator_path"),
@@ -76,7 +76,7 @@ class DualSpeedConfig(SFTConfig):
     Options of a [`DualSpeedTrainer`]: those of [`~trl.SFTConfig`], and the ones below.
 
     `slow_probability=0, isolator_length=0` trains on pruned tokens only. `prune_ratio=0, slow_probability=1,
-    distill_weight=0` is ordinary supervised fine-tuning, and with `skip_vision` beside it Skip-Vision's.
+    distill_weight=0` is ordinary supervised fine-tuning; with `skip_vision` in addition it is Skip-Vision's.
 
     Args:
         reducer (`str`, *optional*, defaults to `"divprune"`):
@@ -84,65 +84,66 @@ class DualSpeedConfig(SFTConfig):
         reducer_options (`dict`, *optional*):
             Keyword options of the reducer.
         prune_ratio (`float`, *optional*):
-            Share of visual tokens that fast steps drop, in [0, 1). The paper's p. When left out, 0.9, or None where
-            `keep_tokens` is given: one of the two can be.
+            Share of visual tokens that fast steps drop, in [0, 1). The paper's p. Defaults to 0.9, or to None if
+            `keep_tokens` is given; the two exclude each other.
         keep_tokens (`int`, *optional*):
-            Number of visual tokens that fast steps keep, in place of the ratio.
+            Number of visual tokens that fast steps keep, instead of the ratio.
         budget (`str`, *optional*, defaults to `"crop"`):
-            What the ratio or the number is of. `"crop"`: each feature row, as an image, a crop or a frame is; a whole
-            video, where the model has no row a frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of an image, or the
-            frames of a video, compete for its tokens. `"sample"`: all images and videos of a sample do.
+            What the ratio or the number applies to. `"crop"`: each feature row, that is an image, a crop or a frame; a
+            whole video where the model has no row per frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of an image,
+            or the frames of a video, share one budget. `"sample"`: all images and videos of a sample share one.
         adaptive (`bool`, *optional*, defaults to `False`):
-            Share the tokens of a micro-batch out by how varied its images are, with the same total. Ours, not the
-            paper's.
+            Distribute the tokens of a micro-batch by how varied its images are, with the same total. Our addition, not
+            the paper's.
         fit_length (`int`, *optional*):
-            Most tokens of a row in fast steps, text and isolator counted. A row that would be longer keeps as many
-            visual tokens as fit, shared among its images by how varied they are; one that fits is left as it is. Text
-            is never cut: `max_length` is not looked at, and a row that cannot fit with one token per image is a bad
-            record. Ours, not the paper's.
+            Maximum number of tokens of a row in fast steps, including text and isolator. A longer row keeps only as
+            many visual tokens as fit, shared among its images by how varied they are; a row that fits is not changed.
+            Text is never cut: `max_length` is ignored, and a row that cannot fit with one token per image is a bad
+            record. Our addition, not the paper's.
         fit_slow (`bool`, *optional*, defaults to `False`):
-            With `fit_length`: modes on all tokens, and evaluation during training, fit too.
+            With `fit_length`: it also applies to modes on all tokens, and to evaluation during training.
         max_tokens_per_batch (`int`, *optional*):
-            Most tokens that the language model runs on at a time, padding counted, in every mode: each row of a
-            micro-batch gets an equal share of them as its `fit_length`, or the given one where that is less, and
-            `fit_slow` is set.
+            Maximum number of tokens that the language model runs on at a time, including padding, in every mode: each
+            row of a micro-batch gets an equal share of them as its `fit_length`, or the given `fit_length` if that is
+            less, and `fit_slow` is set.
         newlines (`str`, *optional*, defaults to `"keep"`):
-            `"keep"` keeps the newline tokens of anyres images, counted in the budget. `"drop"` drops them in fast
-            steps.
+            `"keep"` keeps the newline tokens of anyres images, which count towards the budget. `"drop"` drops them in
+            fast steps.
         slow_probability (`float`, *optional*, defaults to `0.1`):
-            Share of slow steps, on all tokens, in [0, 1]. The paper's r. A stage in which no parameter of the language
-            model trains is always fast.
+            Share of slow steps, on all tokens, in [0, 1]. The paper's r. A stage that trains no parameter of the
+            language model is always fast.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
         modes (`list` of `dict`, *optional*):
-            More speeds than two: for each mode its `name`, its `probability`, and what differs from the options here
-            of `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`, `prune_ratio`, `keep_tokens`,
-            `isolator` and `teacher`, the mode it learns from. They replace fast and slow. A stage in which no
-            parameter of the language model trains is always in the first.
+            More than two speeds, replacing fast and slow. Each mode has a `name`, a `probability` and, where they
+            differ from the options here, `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`,
+            `prune_ratio`, `keep_tokens`, `isolator` and `teacher`, the mode that it learns from. A stage that trains
+            no parameter of the language model is always in the first mode.
         skip_vision (`dict` or `str`, *optional*):
-            Options of Skip-Vision, as [`SkipVisionConfig`] takes them, or the name of a published budget, which may
-            also be given as the option `preset`. With the options of ordinary fine-tuning the whole run skips;
-            otherwise `skip_mode` says which of its modes does, and the reducer which tokens it retains.
+            Options of [`SkipVisionConfig`], or the name of a published budget, which may also be given as the option
+            `preset`. With the options of ordinary fine-tuning, every step skips; otherwise `skip_mode` says which mode
+            does, and the reducer chooses the retained tokens.
         skip_mode (`str`, *optional*, defaults to `"fast"`):
-            With `skip_vision`: the mode, `"fast"` or `"slow"`, whose not kept tokens skip the feed-forward networks:
-            in place of being dropped in fast steps, of running through them in slow ones.
+            With `skip_vision`: the mode, `"fast"` or `"slow"`, in which tokens that are not retained skip the
+            feed-forward networks, instead of being dropped (fast) or running through them (slow).
         isolator_length (`int`, *optional*, defaults to `4`):
             Rows of the mode isolator before each image in fast steps, the paper's l; 0 switches it off.
         isolator_path (`str`, *optional*):
-            Isolator to start from. When left out, the one beside the model's weights if there is one.
+            Isolator to start from. Defaults to the one next to the model's weights, if there is one.
         distill_weight (`float`, *optional*, defaults to `1.0`):
             Weight of KL(fast || slow) in slow steps, the paper's lambda; 0 switches it off.
         distill_temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of both distributions in the KL, the paper's tau.
         positions (`str`, *optional*, defaults to `"compact"`):
-            `"compact"` renumbers the shortened sequence, as published. `"original"` lets kept tokens keep the position
-            they have in the full sequence.
+            `"compact"` renumbers the shortened sequence, as published. With `"original"`, kept tokens keep the
+            position that they have in the full sequence.
         projector_learning_rate (`float`, *optional*):
-            Learning rate of the projector and the isolator; that of the rest when left out.
+            Learning rate of the projector and the isolator. Defaults to that of the other parameters.
         float32_masters (`bool`, *optional*):
-            Keep float32 copies of weights that train in half precision, and let the optimizer work on those: steps of
-            fine-tuning rates are too small for bfloat16. When left out, true wherever such weights train. FSDP with
-            `bf16` and DeepSpeed have their own. False halves the memory of optimizer states, and loses small steps.
+            Keep float32 copies of weights that are trained in half precision, and let the optimizer update those: at
+            fine-tuning learning rates, updates are too small for bfloat16. Defaults to true whenever such weights are
+            trained. FSDP with `bf16` and DeepSpeed have their own. False halves the memory of optimizer states, but
+            loses small updates.
         freeze_vision_tower (`bool`, *optional*, defaults to `True`):
             Train no parameter of the vision tower.
         freeze_projector (`bool`, *optional*, defaults to `False`):
@@ -150,50 +151,51 @@ class DualSpeedConfig(SFTConfig):
         freeze_language_model (`bool`, *optional*, defaults to `False`):
             Train no parameter of the language model and its head: stage one of the paper.
         assistant_only_loss (`bool`, *optional*):
-            Learn the assistant's words only. When left out, true for datasets with a `messages` column.
+            Compute the loss on the assistant's turns only. Defaults to true for datasets with a `messages` column.
         conversation (`str`, *optional*, defaults to `"chat"`):
-            `"plain"` trains on image, caption and line break, without roles or an instruction, as LLaVA's stage one
-            does: what the user says is left out, and the caption and the line break are learned. `"chat"` trains on
+            `"plain"` trains on image, caption and line break, without roles or an instruction, as in LLaVA's stage
+            one: the user's text is left out, and the loss covers the caption and the line break. `"chat"` trains on
             the model's chat format.
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest full sequence. Text beyond it is cut; a sample of which it would cut image tokens, or every answer,
-            is a bad record. Not looked at with `fit_length`.
+            Longest full sequence. Text beyond it is truncated; a sample that would lose image tokens, or every answer,
+            is a bad record. Ignored with `fit_length`.
         group_by (`str`, *optional*, defaults to `"none"`):
-            `"shortened"` puts samples of similar length after pruning into one batch, `"full"` of similar full length,
-            `"none"` samples as they are drawn.
+            `"shortened"` batches samples of similar length after pruning, `"full"` of similar full length, `"none"` as
+            they are drawn.
         padding_free (`bool`, *optional*, defaults to `False`):
-            Run the rows of a micro-batch behind one another, without padding, each attending to itself alone: by
-            variable-length attention on a GPU in half precision, row by row elsewhere. For `"sdpa"` and
-            `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3. Evaluation keeps its padding.
+            Pack the sequences of a micro-batch into one without padding; attention stays within each sequence. Uses
+            variable-length attention on a GPU in half precision, and one sequence at a time elsewhere. For `"sdpa"`
+            and `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3. Evaluation keeps its
+            padding.
         torch_compile (`bool`, *optional*, defaults to `False`):
             Compile the decoder layers one by one, for sequences of any length. Not for modes that skip, nor under FSDP
             and DeepSpeed.
         slow_micro_batch_size (`int`, *optional*):
-            Samples that the language passes of a mode on all tokens run on at a time. Memory of slow steps falls
-            accordingly, so that a larger `per_device_train_batch_size` fits for the fast ones; images are encoded
-            once, and loss and gradients stay what they are. Not under FSDP and DeepSpeed.
+            Number of samples per language-model pass in modes on all tokens. This reduces the memory of slow steps, so
+            that a larger `per_device_train_batch_size` fits for the fast ones. Images are encoded once, and loss and
+            gradients do not change. Not under FSDP and DeepSpeed.
         max_bad_records (`int`, *optional*, defaults to `0`):
-            How many records that cannot be used are skipped, each replaced by the next good one and listed in
-            `bad_records.jsonl`, before the run stops. 0 stops at the first.
+            How many unusable records to skip before the run stops. Each is replaced by the next usable one and listed
+            in `bad_records.jsonl`. 0 stops at the first.
         max_image_pixels (`int`, *optional*, defaults to `89478485`):
             Width times height above which an image is refused, before it is decoded.
         image_aspect_ratio (`str`, *optional*):
-            `"pad"` makes the model's processor pad images to a square with the mean colour, for training and for
-            whoever loads the saved model; the processor that was given is changed in place. When left out it does
-            what it did. For LLaVA, whose processor otherwise cuts off what an image has beyond a square.
+            `"pad"` makes the model's processor pad images to a square with the mean colour, in training and in the
+            saved model; the given processor is modified in place. By default it is unchanged. For LLaVA, whose
+            processor otherwise crops images to a square.
         feature_cache (`str`, *optional*):
-            Folder in which what the frozen vision tower gives for each image is kept, for later epochs, stages and
-            runs, at once or one after another. Its features are those of the tower; what changes is the time of a
-            step, and the room on disk: 1.2 MB an image for LLaVA-1.5 in bfloat16.
+            Folder to cache the frozen vision tower's features in, for later epochs, stages and runs, concurrent ones
+            included. Features are exactly the tower's; steps get faster, at the cost of disk space: 1.2 MB per image
+            for LLaVA-1.5 in bfloat16.
         feature_cache_gib (`float`, *optional*, defaults to `50.0`):
-            GiB that the folder may take, infinity for no bound. Once it is full nothing more is stored, and nothing is
-            dropped.
+            Maximum size of the folder in GiB, infinity for no limit. Once it is full, nothing more is stored and
+            nothing is evicted.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Remove the checkpoints and the model that an earlier run left in `output_dir`, when training starts anew
-            there. Without it such a folder is refused.
+            Remove the checkpoints and the model that an earlier run left in `output_dir` when a new run starts there.
+            Without it, such a folder is refused.
 
     Raises:
-        SaccadeError: on a value outside its range, naming the option and the fix.
+        SaccadeError: if a value is out of range; the message names the option and the fix.
     """
 
     reducer: str = field(default="divprune", metadata={"help": "Method that chooses the visual tokens of fast steps."})
@@ -205,11 +207,11 @@ class DualSpeedConfig(SFTConfig):
         metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1); by default 0.9, or keep_tokens."},
     )
     keep_tokens: int | None = field(
-        default=None, metadata={"help": "Visual tokens that fast steps keep, in place of prune_ratio."}
+        default=None, metadata={"help": "Visual tokens that fast steps keep, instead of prune_ratio."}
     )
     budget: str = field(default="crop", metadata={"help": "What shares a budget: 'crop', 'image' or 'sample'."})
     adaptive: bool = field(
-        default=False, metadata={"help": "Share a micro-batch's tokens out by how varied its images are."}
+        default=False, metadata={"help": "Distribute a micro-batch's tokens by how varied its images are."}
     )
     fit_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a row in fast steps; visual tokens are dropped until it fits."}
@@ -226,7 +228,7 @@ class DualSpeedConfig(SFTConfig):
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
     modes: list[dict[str, Any]] | None = field(
-        default=None, metadata={"help": "More speeds than two: name, probability, action and more of each mode."}
+        default=None, metadata={"help": "More than two speeds: name, probability, action and more of each mode."}
     )
     skip_vision: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of Skip-Vision, as a dict or as JSON, or a published budget's name."}
@@ -234,13 +236,13 @@ class DualSpeedConfig(SFTConfig):
     skip_mode: str = field(default="fast", metadata={"help": "With skip_vision: the mode that skips, fast or slow."})
     isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
     isolator_path: str | None = field(
-        default=None, metadata={"help": "Isolator to start from; by default the one beside the model's weights."}
+        default=None, metadata={"help": "Isolator to start from; by default the one next to the model's weights."}
     )
     distill_weight: float = field(default=1.0, metadata={"help": "Weight of the KL in slow steps; 0 switches it off."})
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL."})
     positions: str = field(default="compact", metadata={"help": "'compact' (as published) or 'original'."})
     projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of projector and isolator; by default that of the rest."}
+        default=None, metadata={"help": "Learning rate of projector and isolator; by default the general one."}
     )
     float32_masters: bool | None = field(
         default=None,
@@ -252,7 +254,7 @@ class DualSpeedConfig(SFTConfig):
         default=False, metadata={"help": "Train no parameter of the language model: stage one of the paper."}
     )
     assistant_only_loss: bool | None = field(
-        default=None, metadata={"help": "Learn the assistant's words only; by default true for `messages` datasets."}
+        default=None, metadata={"help": "Loss on the assistant's turns only; by default true for `messages` datasets."}
     )
     conversation: str = field(
         default="chat",
@@ -266,17 +268,17 @@ class DualSpeedConfig(SFTConfig):
         default="none", metadata={"help": "Batches of similar length: 'shortened', 'full' or 'none'."}
     )
     slow_micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples at a time in passes on all tokens; by default all of a micro-batch."}
+        default=None, metadata={"help": "Samples per pass in modes on all tokens; by default the whole micro-batch."}
     )
     max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
     max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
     image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "'pad' pads images to a square; by default the processor does as it did."}
+        default=None, metadata={"help": "'pad' pads images to a square; by default the processor is unchanged."}
     )
     feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder to keep the frozen vision tower's features in, and to read them from."}
+        default=None, metadata={"help": "Folder to cache the frozen vision tower's features in."}
     )
-    feature_cache_gib: float = field(default=50.0, metadata={"help": "GiB that the folder may take."})
+    feature_cache_gib: float = field(default=50.0, metadata={"help": "Maximum size of the folder in GiB."})
     overwrite: bool = field(default=False, metadata={"help": "Remove what an earlier run left in output_dir."})
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
@@ -285,7 +287,7 @@ class DualSpeedConfig(SFTConfig):
         # transformers renamed the option and warns about the old name, which TRL's default still sets.
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
-        # Not by the fields' own types: a parser of command lines overwrites those.
+        # Not the fields' own types, which command-line parsers overwrite.
         for name, annotation in DualSpeedConfig.__annotations__.items():
             value = getattr(self, name)
             if not isinstance(value, PathLike) and get_origin(annotation) is not ClassVar:
@@ -310,7 +312,7 @@ class DualSpeedConfig(SFTConfig):
         if self.projector_learning_rate is not None and not self.projector_learning_rate > 0:
             raise SaccadeError(
                 f"projector_learning_rate={self.projector_learning_rate!r}: it must be above 0; "
-                "freeze_projector=true trains the projector not at all"
+                "to not train the projector, set freeze_projector=true"
             )
         if self.freeze_vision_tower and self.freeze_projector and self.freeze_language_model:
             raise SaccadeError(
@@ -324,7 +326,7 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
         if self.packing:
             raise SaccadeError(
-                "packing=True joins texts before their images are encoded: set padding_free=True, which joins the "
+                "packing=True joins texts before their images are encoded: set padding_free=True, which packs the "
                 "rows of a micro-batch after that"
             )
         skips = any(mode.action == "skip" for mode in self.all_modes())
@@ -356,7 +358,7 @@ class DualSpeedConfig(SFTConfig):
             )
 
     def _check_stock_options(self) -> None:
-        """Refuse values of transformers' options that end as an error in the middle of a run, or as another run."""
+        """Refuse values of transformers' options that would fail in the middle of a run, or silently change it."""
         for entry in fields(self):
             check_finite(entry.name, getattr(self, entry.name, None))
         for name, least in LEAST.items():
@@ -382,8 +384,7 @@ class DualSpeedConfig(SFTConfig):
         self._choose_precision()
 
     def _choose_precision(self) -> None:
-        """bfloat16 on a GPU where nothing else is said, as in TRL, and float32 on a CPU, where it refuses its own
-        default."""
+        """Default to bfloat16 on a GPU, as TRL does, and to float32 on a CPU, where TRL rejects its own default."""
         on_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None and on_cpu and not self.fp16:
             self.bf16 = False
@@ -430,12 +431,12 @@ class DualSpeedConfig(SFTConfig):
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
         size = self.slow_micro_batch_size
         if size < 1:
-            raise SaccadeError(f"{name}: give a number of samples from 1 on, or null for all at once")
+            raise SaccadeError(f"{name}: give a number of samples of at least 1, or null for all at once")
         if not any(mode.keeps_all for mode in self.all_modes()):
-            raise SaccadeError(f"{name} is for modes on all tokens, of which there is none here: leave it out")
+            raise SaccadeError(f"{name} is for modes on all tokens, but this run has none: leave it out")
         if self.adaptive:
             raise SaccadeError(
-                f"{name} with adaptive=True, which shares tokens out over a whole micro-batch: drop one"
+                f"{name} with adaptive=True, which distributes tokens over a whole micro-batch: drop one"
             )
         if self.fp16:
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
@@ -449,7 +450,7 @@ class DualSpeedConfig(SFTConfig):
         if self.feature_cache is None:
             return
         if not str(self.feature_cache):
-            raise SaccadeError(f"feature_cache={self.feature_cache!r} names no folder: give one, or leave it out")
+            raise SaccadeError(f"feature_cache={self.feature_cache!r} is not a folder: give one, or leave it out")
         if not self.freeze_vision_tower:
             raise SaccadeError(
                 f"feature_cache={self.feature_cache!r} keeps the features of a frozen tower, and "
@@ -459,15 +460,15 @@ class DualSpeedConfig(SFTConfig):
             check_needs(self.feature_cache, mode.name, mode.needs)
 
     def mode_schedule(self) -> ModeSchedule:
-        """The schedule that this configuration describes, for a stage that trains the language model."""
+        """The configured schedule, for a stage that trains the language model."""
         shares = {mode.name: mode.probability for mode in self.all_modes()}
         return ModeSchedule(self.seed, shares, self.schedule)
 
     def all_modes(self) -> tuple[Mode, ...]:
-        """The modes of the run, the one of stage one first.
+        """The modes of the run; the first is the one that stage one uses.
 
         Raises:
-            SaccadeError: on options that make no list of modes.
+            SaccadeError: if the options do not describe valid modes.
         """
         modes = self._given_modes()
         if not self.fit_slow:
@@ -496,10 +497,10 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def skip_options(self) -> SkipVisionConfig | None:
-        """The options of Skip-Vision, or None where nothing skips.
+        """The options of Skip-Vision, or None if nothing skips.
 
         Raises:
-            SaccadeError: on an unknown option or a value out of its range.
+            SaccadeError: on an unknown option or a value out of range.
         """
         given = self.skip_vision
         if given is None:
@@ -529,7 +530,7 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def takes_stock_steps(self) -> bool:
-        """Whether TRL's own step and loss do it, which are of padded whole rows, all at once."""
+        """Whether TRL's own step and loss suffice, which run on padded full-length rows, all at once."""
         changed = self.padding_free or self.fit_slow
         return self.is_ordinary and not changed and self.slow_micro_batch_size is None
 
@@ -543,7 +544,8 @@ class DualSpeedConfig(SFTConfig):
         return {**{name: _plain(getattr(self, name)) for name in names}, **self._length()}
 
     def _length(self) -> dict[str, float | None]:
-        """How long the run is, where a rate or a share depends on it: at constant ones it may go on for longer."""
+        """The length of the run if the learning rate depends on it; with a constant rate a resumed run may be
+        longer."""
         constant = SchedulerType(self.lr_scheduler_type) in (
             SchedulerType.CONSTANT,
             SchedulerType.CONSTANT_WITH_WARMUP,

@@ -1,4 +1,4 @@
-"""A run and its folder: each run has an id, and no run writes over what another left."""
+"""A run and its folder: each run has an id, and no run overwrites the files of another."""
 
 import json
 import secrets
@@ -19,16 +19,16 @@ from saccade.files import check_entries, check_writable, file_lock, write_json_a
 from saccade.reducers import PRUNING_FILE
 
 RUN_FILE = "dualspeed.json"
-"""What the weights beside it were trained with, and the id of the run."""
+"""How the weights next to this file were trained, and the id of the run."""
 
 OWNER_FILE = "run.json"
-"""In `output_dir`, from the start of training on: the run that the folder belongs to."""
+"""In `output_dir` from the start of training: the run that the folder belongs to."""
 
 LOCK_FILE = ".run.lock"
 PARTIAL_DIR = ".partial-checkpoint"
 EVALUATION_FILE, LOG_FILE = "eval.json", "log.json"
 MEASURED = (EVALUATION_FILE, LOG_FILE)
-"""Files that speak of the weights beside them, and of no others."""
+"""Files that describe the weights next to them and no others."""
 
 _WEIGHTS = (
     "*.safetensors",
@@ -71,12 +71,12 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise SaccadeError(f"{path} is damaged ({error}): restore it, or remove it") from error
     if config.get("keep_tokens") is not None:
-        config["prune_ratio"] = None  # earlier versions wrote a ratio beside the number that replaced it
+        config["prune_ratio"] = None  # earlier versions also wrote the ratio that the number replaced
     return found
 
 
 def find_stranger(checkpoint: Path, output_dir: str | Path) -> str | None:
-    """Why `checkpoint` is not one of the run that `output_dir` belongs to; None where it is, or nothing tells."""
+    """Why `checkpoint` does not belong to the run of `output_dir`; None if it does, or if that is unknown."""
     owner = read_owner(output_dir)
     if owner is None:
         return None
@@ -90,10 +90,10 @@ def find_stranger(checkpoint: Path, output_dir: str | Path) -> str | None:
 
 
 def read_owner(output_dir: str | Path) -> dict[str, Any] | None:
-    """The run that `output_dir` belongs to: `id`, `started`; None where nothing says so.
+    """The run that `output_dir` belongs to: `id`, `started`; None if unknown.
 
     Raises:
-        SaccadeError: if the file that says so is damaged.
+        SaccadeError: if the file is damaged.
     """
     path = Path(output_dir) / OWNER_FILE
     try:
@@ -115,13 +115,13 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def what_is_in(output_dir: str | Path) -> str | None:
-    """What a run left in `output_dir` that another would write over or take for its own, in words; or None.
+    """Describe files in `output_dir` that a new run would overwrite or mistake for its own; None if there are none.
 
-    A run that died before its first checkpoint left nothing of the kind.
+    A run that died before its first checkpoint leaves no such files.
     """
     folder = Path(output_dir)
     saved = [path.name for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    # A final model in the making is marked by the absence of its run file.
+    # The run file is written last, so it marks a complete model.
     if (folder / RUN_FILE).is_file():
         return "a finished run"
     if saved:
@@ -132,28 +132,28 @@ def what_is_in(output_dir: str | Path) -> str | None:
 
 
 def check_unused(output_dir: str | Path) -> None:
-    """Refuse a folder that holds what a run left.
+    """Refuse a folder that contains files of another run.
 
     Raises:
-        SaccadeError: saying what it holds and what to do.
+        SaccadeError: saying what it contains and what to do.
     """
     found = what_is_in(output_dir)
     if found is not None:
         raise SaccadeError(
-            f"output_dir={str(output_dir)!r} holds {found}: name another, go on with its run by --resume auto "
-            "(in Python resume_from_checkpoint=True), or replace it by --overwrite (in Python overwrite=True)"
+            f"output_dir={str(output_dir)!r} holds {found}: name another, resume its run with --resume auto "
+            "(in Python resume_from_checkpoint=True), or replace it with --overwrite (in Python overwrite=True)"
         )
 
 
 def check_not_inside(path: str | Path | None, output_dir: str | Path, name: str) -> None:
-    """Refuse to replace what the new run is to be made from.
+    """Refuse to overwrite what the new run starts from.
 
     Raises:
-        SaccadeError: if `path` is `output_dir` or lies in it.
+        SaccadeError: if `path` is `output_dir` or inside it.
     """
     if path and Path(path).exists() and Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
         raise SaccadeError(
-            f"overwrite=true would remove {name}={str(path)!r}, which lies in output_dir={str(output_dir)!r}: "
+            f"overwrite=true would remove {name}={str(path)!r}, which is inside output_dir={str(output_dir)!r}: "
             "name another output_dir"
         )
 
@@ -162,11 +162,11 @@ def claim(output_dir: str | Path, run_id: str, checkpoint: Path | None, overwrit
     """Make `output_dir` the folder of run `run_id`.
 
     Args:
-        checkpoint: what the run goes on from, None for a new one.
-        overwrite: remove what another run left there.
+        checkpoint: what the run resumes from, None for a new one.
+        overwrite: remove the files of another run.
 
     Raises:
-        SaccadeError: if it is another run's, and not to be overwritten.
+        SaccadeError: if the folder belongs to another run and `overwrite` is false.
     """
     folder = Path(output_dir)
     inside = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
@@ -193,7 +193,7 @@ def remove_run(folder: Path) -> None:
 
 
 def new_id() -> str:
-    """An id for a run."""
+    """A new id for a run."""
     return secrets.token_hex(6)
 
 
@@ -201,7 +201,8 @@ def hold(args: TrainingArguments) -> AbstractContextManager[None]:
     """Keep other processes from starting a run in `output_dir`.
 
     Raises:
-        SaccadeError: if one is at work there, something in it is a link that leads out of it, or it cannot be written.
+        SaccadeError: if another run is active there, something in it is a link that leads outside, or it cannot be
+            written.
     """
     check_writable(args.output_dir, "output_dir", folder=True)
     check_entries(args.output_dir, "output_dir", weights=True)
@@ -212,7 +213,7 @@ def hold(args: TrainingArguments) -> AbstractContextManager[None]:
 
 
 def agreed(args: TrainingArguments, work: Callable[[], Result]) -> Result:
-    """Do `work` on the ranks that write, and return on every rank what it gave on the first.
+    """Do `work` on the ranks that write, and return the first rank's result on every rank.
 
     Raises:
         SaccadeError: on every rank, if it was raised on one.

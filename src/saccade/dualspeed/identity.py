@@ -1,4 +1,4 @@
-"""What a run is trained on and from, in a few numbers: a resumed run must have the same rows and the same model."""
+"""Fingerprints of a run's data and initial model: a resumed run must have the same rows and the same model."""
 
 import hashlib
 import json
@@ -19,17 +19,17 @@ from saccade.files import to_json
 SAMPLED_ROWS = 64
 STREAMED_ROWS = 4
 SAMPLED_VALUES = 64
-# Where a config came from and what wrote it say nothing about the model.
+# Fields about a config's origin, which do not affect the model.
 _PROVENANCE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype"})
 
 
 def identify_rows(dataset: Any) -> dict[str, Any]:
-    """The identity of a training set, found without reading all of it.
+    """The identity of a training set, computed without reading all of it.
 
     Returns:
-        `rows`, their number, and `bytes` of the files or tables behind them, None where there is no telling;
-        `sampled`, how many rows were looked at, from the first to the last at even distances (of a stream the first
-        few); `fingerprint`, a hash of these: of all texts, and of images by their bytes, or by their paths and sizes.
+        `rows`, the number of rows, and `bytes`, the size of the files or tables that they come from, each None if
+        unknown; `sampled`, the number of sampled rows, evenly spaced from first to last (for a stream, the first few);
+        `fingerprint`, a hash of those rows: of all texts, and of images by their bytes, or by their paths and sizes.
     """
     if not isinstance(dataset, Sized):
         rows = list(islice(iter(dataset), STREAMED_ROWS))
@@ -59,7 +59,9 @@ def _bytes_behind(dataset: Any) -> int | None:
 def _row(dataset: Any, place: int) -> Any:
     try:
         row = dataset[place]
-    except Exception as error:  # a row that cannot be read is for training to report; here it is one of a kind
+    except (
+        Exception
+    ) as error:  # unreadable rows are reported by training; here the type of the error stands in for the row
         return type(error).__name__
     return row.to_pylist() if hasattr(row, "to_pylist") else row
 
@@ -67,8 +69,8 @@ def _row(dataset: Any, place: int) -> Any:
 def identify_model(model: nn.Module, config: Any, adapters: bool) -> dict[str, Any]:
     """The identity of the model that a run starts from.
 
-    The values of weights are looked at only under adapters, whose checkpoints do not hold the model that they belong
-    to: a few of each frozen tensor. Other checkpoints hold every weight.
+    Weight values are only sampled with adapters, a few of each frozen tensor, since adapter checkpoints do not contain
+    the base model. Other checkpoints contain every weight.
 
     Returns:
         `config`, a hash of the architecture; `dtype`; `frozen_weights`, a hash or None.
@@ -82,7 +84,7 @@ def identify_model(model: nn.Module, config: Any, adapters: bool) -> dict[str, A
 
 def _frozen(model: nn.Module) -> Iterator[Any]:
     for name, parameter in model.named_parameters():
-        # An engine may hold the values elsewhere.
+        # An engine may keep the values elsewhere.
         if parameter.requires_grad or parameter.is_meta or hasattr(parameter, "ds_id"):
             continue
         flat = parameter.detach().flatten()
@@ -91,7 +93,7 @@ def _frozen(model: nn.Module) -> Iterator[Any]:
 
 
 def identify_processor(processor: Any) -> str:
-    """A hash of what makes tokens and pixels of a row: vocabulary, chat template, options of the image processor."""
+    """A hash of what turns a row into tokens and pixels: vocabulary, chat template, image processor options."""
     parts = processor if isinstance(processor, ProcessorMixin) else None
     tokenizer = getattr(processor, "tokenizer", processor)
     images = getattr(parts, "image_processor", None)
@@ -118,7 +120,7 @@ def _digest(values: Iterable[Any]) -> str:
 
 
 def _feed(found: Any, value: Any) -> None:
-    """Add a value of any kind to a hash, so that the same value gives the same in each process."""
+    """Add a value of any kind to a hash; equal values hash equally in every process."""
     if isinstance(value, Mapping):
         found.update(b"{")
         for key in sorted(value, key=str):
@@ -140,7 +142,7 @@ def _feed(found: Any, value: Any) -> None:
     elif isinstance(value, np.ndarray):
         found.update(f"a{value.shape}{value.dtype}".encode())
         found.update(np.ascontiguousarray(value).tobytes())
-    elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # an image of PIL's
+    elif hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL image
         found.update(f"i{value.size}{value.mode}".encode())
         found.update(value.tobytes())
     else:
@@ -148,7 +150,7 @@ def _feed(found: Any, value: Any) -> None:
 
 
 def _feed_file(found: Any, path: str) -> None:
-    """The size of the file that a row names, such as an image's."""
+    """Add the size of a file that a row names, such as an image."""
     try:
         found.update(str(Path(path).stat().st_size).encode())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""From learned characters to learned tokens, and the check of both before the first step."""
+"""From learned characters to learned tokens, with a check of both before the first step."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _TURNS = ("<image>what is there ?", "a 5 .", "and where ?", "above the 3 .")
 def stop_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids at which the trained model's `generate` stops.
 
-    The Trainer adds the tokenizer's end token to those of the model.
+    The Trainer adds the tokenizer's end token to the model's.
     """
     given = getattr(generation_config, "eos_token_id", None)
     ids = [] if given is None else [given] if isinstance(given, int) else list(given)
@@ -32,21 +32,21 @@ def stop_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTo
 def learned_tokens(batch: Mapping[str, Any], texts: Sequence[TrainingText], processor: ProcessorMixin) -> Tensor:
     """bool `(B, L)`, true on the tokens of the learned parts of each text.
 
-    Images have become many tokens in the batch. A learned part holds none, and ends with a token of its own that no
-    image brings along, so it is found by that token: the same one, counted among its like, as in the text without its
-    images.
+    In the batch, each image has been expanded to many tokens. A learned part contains no image tokens and ends with a
+    token that images do not bring along. The part is located by that token: the k-th occurrence in the text is also
+    the k-th occurrence in the batch.
 
     Args:
         batch: `input_ids` and `attention_mask` `(B, L)` that the processor made of the texts.
-        texts: as written, a placeholder for each image.
+        texts: the texts as written, with one placeholder per image.
 
     Raises:
-        RecordError: if a learned part has other tokens in the batch than in its text, or the tokenizer says of no
-            token where it stands.
+        RecordError: if a learned part has other tokens in the batch than in its text, or the tokenizer does not return
+            offsets.
     """
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
-        raise RecordError(f"{type(tokenizer).__name__} cannot say where its tokens stand: use the fast tokenizer")
+        raise RecordError(f"{type(tokenizer).__name__} does not return offsets of its tokens: use the fast tokenizer")
     encoded = tokenizer(
         [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -70,7 +70,7 @@ def learned_tokens(batch: Mapping[str, Any], texts: Sequence[TrainingText], proc
 def _tokens_of(part: tuple[int, int], text: str, spans: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The first and the last token of a part of a text.
 
-    A token that reaches over the start belongs to it, unless all that it takes of the part is white space.
+    A token that overlaps the start belongs to the part, unless it only contributes whitespace to it.
     """
     start, end = part
     first = bisect_right(spans, start, key=lambda span: span[1])
@@ -81,13 +81,13 @@ def _tokens_of(part: tuple[int, int], text: str, spans: Sequence[tuple[int, int]
 
 
 def check_turns(collator: Any) -> None:
-    """Hold a conversation of two turns to what is promised: learned are the answers, each with its end, and no more.
+    """Check on a conversation of two turns that exactly the answers are learned, each with its end token.
 
     Args:
         collator: a `DualSpeedCollator`.
 
     Raises:
-        SaccadeError: saying what to do, if they are not.
+        SaccadeError: if they are not; the message says what to do.
     """
     chat = [{"role": "assistant" if number % 2 else "user", "content": words} for number, words in enumerate(_TURNS)]
     row = {"messages": chat, "images": [Image.new("RGB", (_SIDE, _SIDE))]}
@@ -103,7 +103,7 @@ def check_turns(collator: Any) -> None:
     answers = [collator.processor.tokenizer(words, add_special_tokens=False)["input_ids"] for words in _TURNS[1::2]]
     if found != ["".join(decode(answer).split()) for answer in answers] or not ends <= set(collator.stop_ids or ends):
         raise SaccadeError(
-            f"of a conversation of two turns {[decode(part) for part in parts]} would be learned, and not its answers "
+            f"of a conversation of two turns {[decode(part) for part in parts]} would be learned, not its answers "
             f"{list(_TURNS[1::2])} with the end of each turn: use a chat template that writes answers as they are, "
             "and a tokenizer that has its end token (chat_template_path takes a template's file)"
         )

@@ -23,13 +23,13 @@ def label_rows(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         hidden_states: `(B, L, D)`.
-        labels: long `(B, L)`, -100 where nothing is to be learned.
+        labels: long `(B, L)`, -100 where there is no label.
 
     Returns:
         `(M, D)` and long `(M,)`: row (b, t) predicts label (b, t + 1).
     """
     wanted = F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
-    # Found once: indexing with the mask would make the host wait for it twice here, and again in the backward pass.
+    # Computed once: boolean indexing would synchronise with the device twice here, and again in the backward pass.
     rows = wanted.flatten().nonzero().squeeze(1)
     return hidden_states.flatten(0, 1).index_select(0, rows), labels.flatten().index_select(0, rows + 1)
 
@@ -63,7 +63,7 @@ def cross_entropy_and_kl_sum(
 
     Args:
         student_rows: `(M, D)` from the full sequence.
-        teacher_rows: `(M, D)` from the shortened one, row by row the same labels.
+        teacher_rows: `(M, D)` from the shortened sequence, with the same label in each row.
     """
 
     def chunk_losses(student: Tensor, teacher: Tensor, chunk_targets: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of: the name, size and checksum of every file, written when all of them are there."""
+"""The contents of a checkpoint: name, size and checksum of every file, written once all files are complete."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _THREADS = 8
 
 
 def write_manifest(folder: Path) -> None:
-    """List every file below `folder` in its `manifest.json`; their bytes are on disk when it is written.
+    """List every file below `folder` in its `manifest.json`, after flushing them to disk.
 
     Raises:
         OSError: if a file cannot be read or written.
@@ -30,7 +30,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """The files that `folder` should have, or None where there is no manifest: a checkpoint of an earlier version.
+    """The files that `folder` should contain, or None without a manifest, as in checkpoints of earlier versions.
 
     Raises:
         ValueError: if it is damaged.
@@ -48,10 +48,10 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def find_damage(folder: Path, files: dict[str, dict[str, Any]], thorough: bool) -> str | None:
-    """The first file that is not as its manifest says, and how it differs; None where all are.
+    """The first file that differs from the manifest, and how; None if all match.
 
     Args:
-        thorough: compare checksums too, which reads every file once. Without it only names and sizes.
+        thorough: also compare checksums, which reads every file once; otherwise only names and sizes.
     """
     for name, file in files.items():
         path = folder / name
@@ -70,7 +70,7 @@ def find_damage(folder: Path, files: dict[str, dict[str, Any]], thorough: bool) 
 def checksums(paths: Iterable[Path], flush: bool = False) -> dict[Path, str]:
     """The CRC-32 of files, several at a time.
 
-    It is the fastest of the standard library's, and meant for damage, not for somebody who forges files.
+    CRC-32 is the fastest checksum of the standard library; it detects damage, not deliberate forgery.
 
     Args:
         flush: wait until each file's bytes are on disk.

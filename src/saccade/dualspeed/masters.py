@@ -1,9 +1,8 @@
-"""Float32 masters of weights that train in half precision, as DeepSpeed's bf16 engine keeps them.
+"""Float32 master copies of weights that are trained in half precision, as in DeepSpeed's bf16 engine.
 
-bfloat16 has eight bits of precision: at the learning rates of fine-tuning, a step changes most weights by less than
-half of the distance to the next value, and is rounded away. The optimizer therefore works on copies in float32, and
-after each step the weights take over their rounded values. The model stays in its own dtype, in every pass, in
-evaluation and on disk.
+bfloat16 has eight bits of precision: at fine-tuning learning rates, a step changes most weights by less than half the
+distance to the next value, and is rounded away. The optimizer therefore works on float32 copies, and after each step
+the weights get their rounded values. The model keeps its own dtype in every pass, in evaluation and on disk.
 """
 
 import logging
@@ -20,41 +19,41 @@ from saccade.errors import SaccadeError
 logger = logging.getLogger(__name__)
 
 MASTERS_FILE = "float32_masters.saccade"
-"""In checkpoints, beside the optimizer's states."""
+"""In checkpoints, next to the optimizer's state."""
 HALF = (torch.bfloat16, torch.float16)
 
 
 def trains_in_half_precision(model: nn.Module) -> bool:
-    """Whether a weight of `model` trains that has less than float32's precision."""
+    """Whether any trainable weight of `model` has less than float32 precision."""
     return any(weight.requires_grad and weight.dtype in HALF for weight in model.parameters())
 
 
 def wants_masters(args: DualSpeedConfig, model: nn.Module, engine: str, mixed_precision: bool = False) -> bool:
-    """Whether the trainer is to keep masters itself.
+    """Whether the trainer has to keep master weights itself.
 
     Args:
-        engine: "ddp" for one process too, "fsdp" or "deepspeed". The last two have their own: FSDP where precision is
-            mixed, since accelerate then shards the weights that train in float32 and gathers them in half precision.
+        engine: "ddp" (also for one process), "fsdp" or "deepspeed". The last two keep their own: FSDP with mixed
+            precision only, where accelerate shards trainable weights in float32 and gathers them in half precision.
         mixed_precision: whether `bf16` or `fp16` is set.
 
     Raises:
-        SaccadeError: if `float32_masters` asks for what the engine cannot do, or will not leave out.
+        SaccadeError: if `float32_masters` requests what the engine cannot do, or disables what it always does.
     """
     given = args.float32_masters
     if engine == "deepspeed" or (engine == "fsdp" and mixed_precision):
         if given is False:
             name = "FSDP with bf16=True" if engine == "fsdp" else "DeepSpeed"
             raise SaccadeError(
-                f"float32_masters=False: {name} keeps float32 weights of its own all the same: leave the option out"
+                f"float32_masters=False: {name} keeps its own float32 weights in any case: leave the option out"
             )
         return False
     if given is False or not trains_in_half_precision(model):
         return False
     why = None
     if engine == "fsdp":
-        why = "FSDP keeps the weights that train in float32 with bf16=True alone: set that"
+        why = "FSDP keeps trainable weights in float32 only with bf16=True: set that"
     elif args.fp16:
-        why = "with fp16=True weights that train must be in float32 themselves: load them so, or use bf16=True"
+        why = "with fp16=True trainable weights must be in float32: load them in float32, or use bf16=True"
     if why is None:
         return True
     if given:
@@ -64,18 +63,18 @@ def wants_masters(args: DualSpeedConfig, model: nn.Module, engine: str, mixed_pr
 
 
 class Float32Masters:
-    """Float32 copies of the half-precision weights of an optimizer, which takes its steps on them.
+    """Float32 copies of an optimizer's half-precision weights, which the optimizer updates instead.
 
-    The copies stand in the optimizer's groups in the place of the weights. Before a step they get the weights'
-    gradients, and the weights none, so that memory for both is never held; after it the weights get their values,
-    rounded. A weight that something else has changed since, as loading does, is taken over.
+    The copies replace the weights in the optimizer's parameter groups. Before a step, the gradients move from the
+    weights to the copies, so that both are never in memory at once; after it, the weights get the copies' rounded
+    values. If something else has changed a weight in between, such as loading, its copy is updated first.
 
     Args:
-        model: whose weights the optimizer steps.
-        optimizer: before its first step.
+        model: the model that the optimizer trains.
+        optimizer: the optimizer, before its first step.
 
     Raises:
-        SaccadeError: if the optimizer does not step all of the weights that train, or has taken steps.
+        SaccadeError: if the optimizer does not cover all trainable half-precision weights, or has already taken steps.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -100,7 +99,7 @@ class Float32Masters:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The masters, float32, by the names that the weights have in the model."""
+        """The float32 masters, by the names of the weights in the model."""
         return {name: master.detach() for name, (_, master) in self._pairs.items()}
 
     def save(self, folder: str | Path) -> None:
@@ -108,13 +107,13 @@ class Float32Masters:
         save_companion(folder, MASTERS_FILE, self.weights, {})
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote. Without the file the masters start from the weights, and it is said.
+        """Read what `save` wrote. Without the file, the masters start from the weights, with a warning.
 
         Raises:
-            SaccadeError: if the file is not whole, or of other weights.
+            SaccadeError: if the file is damaged, or belongs to other weights.
         """
         if find_companion(folder, MASTERS_FILE) is None:
-            logger.warning("%s holds no %s: float32 masters start from the rounded weights", folder, MASTERS_FILE)
+            logger.warning("%s has no %s: float32 masters start from the rounded weights", folder, MASTERS_FILE)
             return
         _, saved = read_companion(folder, MASTERS_FILE, "resume_from_checkpoint")
         if {name: tuple(value.shape) for name, value in saved.items()} != {

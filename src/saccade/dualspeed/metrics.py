@@ -1,4 +1,4 @@
-"""What a run logs about its modes, and the running estimate of its speed-up."""
+"""What a run logs about its modes, and a running estimate of the speed-up."""
 
 import time
 from collections import defaultdict
@@ -16,15 +16,15 @@ SUMS = ("kl", "samples", "samples_cut", "tokens_cut", *TOKENS)
 
 
 class ModeMeter:
-    """Sums over micro-batches and step times, read out at each log.
+    """Sums over micro-batches and step times, read at each log.
 
-    Values stay tensors, and times moments of the device, until then: no step waits for it.
+    Until then values stay tensors, and times stay device events, so that no step waits for the device.
 
     Args:
         modes: names of the run's modes.
-        full: the one that runs the stock model on all tokens, which speed-ups are measured against; None without one.
-        taught: those that learn from a teacher.
-        fits: whether rows are shortened so that they fit, which is then told.
+        full: the mode that runs the stock model on all tokens, the baseline for speed-ups; None if there is none.
+        taught: the modes that learn from a teacher.
+        fits: whether rows are shortened to fit, which is then logged.
     """
 
     def __init__(self, modes: Sequence[str], full: str | None, taught: Sequence[str] = (), fits: bool = False) -> None:
@@ -36,9 +36,9 @@ class ModeMeter:
         self.step_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.teacher_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.tokens: dict[str, float] = dict.fromkeys(TOKENS, 0.0)
-        """Tokens of all ranks so far: of the batches as they came, of the trained passes, of the teacher."""
+        """Tokens of all ranks so far: of the full batches, of the trained passes, of the teacher."""
         self.steps: dict[str, int] = dict.fromkeys(self.modes, 0)
-        """Optimizer steps so far, those before a resume included."""
+        """Optimizer steps so far, including those before a resume."""
         self._window_steps: dict[str, int] = dict.fromkeys(self.modes, 0)
         self._window_started = time.perf_counter()
         self._teacher_in_step: tuple[Span, ...] = ()
@@ -48,7 +48,7 @@ class ModeMeter:
         """Count one micro-batch.
 
         Args:
-            share: what to multiply its losses by, so that they add up to a mean over the global batch.
+            share: factor for its losses that makes them add up to a mean over the global batch.
         """
         window = self.window
         window[f"loss_{mode}"] += output.cross_entropy * share
@@ -72,18 +72,18 @@ class ModeMeter:
         self._teacher_in_step = ()
 
     def token_speedup(self) -> float | None:
-        """The speed-up that the token counts allow: full tokens over those run, a teacher's pass at a third.
+        """The speed-up predicted from token counts: full tokens over processed tokens, a teacher's counted as a third.
 
-        A forward and backward pass over a token costs three times a forward pass over it.
+        A forward and backward pass over a token costs three times as much as a forward pass.
         """
         run = 3 * self.tokens["trained"] + self.tokens["teacher"]
         return 3 * self.tokens["full"] / run if run else None
 
     def time_speedup(self) -> float | None:
-        """The measured speed-up of the steps: a step on all tokens less its teacher against the mean step.
+        """The measured speed-up: the time of a step on all tokens, minus its teacher, over that of the mean step.
 
-        The means leave out the first step of each mode, which pays for start-up. Waiting for batches is not counted.
-        None until every mode that occurred has had two steps, and where no mode runs on all tokens.
+        The means leave out the first step of each mode, which includes start-up costs. Waiting for batches is not
+        counted. None until every mode that occurred has had two steps, and if no mode runs on all tokens.
         """
         counts = {mode: len(seconds) for mode, seconds in self.step_seconds.items() if seconds}
         means = {mode: _mean(self.step_seconds[mode][1:]) for mode in counts}
@@ -93,7 +93,7 @@ class ModeMeter:
         return full * sum(counts.values()) / sum(counts[mode] * means[mode] for mode in counts)
 
     def collect(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """Add the window to the totals, empty it, and return its sums over all ranks.
+        """Add the window to the totals, reset it, and return its sums over all ranks.
 
         Args:
             gather: sums a float64 `(n,)` tensor over ranks; every rank must then call this at the same time.
@@ -112,7 +112,7 @@ class ModeMeter:
         return sums
 
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The metrics of the window, per mode where it occurred, and empty it; `gather` as for `collect`."""
+        """Return the metrics of the window, for modes that occurred, and reset it; `gather` as for `collect`."""
         sums, steps = self.collect(gather), self._window_steps
         self._window_steps = dict.fromkeys(self.modes, 0)
         seconds = time.perf_counter() - self._window_started
@@ -150,7 +150,7 @@ class StepClock(TrainerCallback):
         self.trainer.meter.steps.update(self.trainer.schedule.count(state.global_step))
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # Kept for `on_step_end`, which comes after the global step has moved on.
+        # Kept for `on_step_end`, which is called after the global step has been incremented.
         self._mode = self.trainer.mode_of(state.global_step)
         self.trainer.begin_step()
         self._started = Moment(args.device)
@@ -159,7 +159,7 @@ class StepClock(TrainerCallback):
         self.trainer.meter.end_step(self._mode, Span(self._started, Moment(args.device)))
 
     def on_train_end(self, args, state, control, **kwargs):
-        # What came after the last log belongs to the totals too.
+        # Steps after the last log count towards the totals too.
         self.trainer.meter.collect(self.trainer.sum_over_ranks)
 
 

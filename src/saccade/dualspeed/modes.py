@@ -1,6 +1,6 @@
-"""The modes of a run: what each of them does with the visual tokens, how often, and what it learns from.
+"""The modes of a run: what each does with the visual tokens, how often it occurs, and what it learns from.
 
-The published run has two, fast and slow. `DualSpeedConfig.modes` lists any number of them.
+The published method has two, fast and slow. `DualSpeedConfig.modes` lists any number of them.
 """
 
 import re
@@ -21,18 +21,19 @@ class Mode:
     """One speed of a run.
 
     Args:
-        name: how the log calls it.
+        name: its name in the log.
         probability: its share of steps.
         action: what happens to the visual tokens that the reducer does not keep. "drop" removes them (DualSpeed's fast
-            mode), "skip" lets them skip the feed-forward networks (Skip-Vision); "keep" asks no reducer and keeps all.
-        pruning: how the kept ones are chosen, and how many.
-        isolator: whether the mode isolator stands before each image; in "drop" only, for in "skip" the summary tokens
-            mark the difference.
+            mode), "skip" lets them skip the feed-forward networks (Skip-Vision); "keep" uses no reducer and keeps all
+            tokens.
+        pruning: how the kept tokens are chosen, and how many.
+        isolator: whether the mode isolator is put before each image; only for "drop", since with "skip" the summary
+            tokens mark the mode.
         teacher: the mode that it learns from besides the labels, or None.
         skip_vision: the options of a "skip".
 
     Raises:
-        SaccadeError: on a value outside its range, naming the field and the fix.
+        SaccadeError: if a value is out of range; the message names the field and the fix.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Mode:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise SaccadeError(f"modes: name={self.name!r}: use lower-case letters, digits and _, such as 'fast'")
         if isinstance(self.probability, bool) or not isinstance(self.probability, (int, float)):
-            raise SaccadeError(f"modes: probability={self.probability!r} of mode {self.name!r} is no number")
+            raise SaccadeError(f"modes: probability={self.probability!r} of mode {self.name!r} is not a number")
         if self.action not in ACTIONS:
             raise SaccadeError(
                 f"modes: action={self.action!r} of mode {self.name!r} is unknown: use one of {', '.join(ACTIONS)}"
@@ -62,14 +63,14 @@ class Mode:
 
     @property
     def needs(self) -> Needs:
-        """What an encoding must offer beyond the features for this mode to choose, or to merge, tokens."""
+        """What the encoding must provide beyond the features for this mode to select or merge tokens."""
         if self.action == "keep":
             return Needs()
         return self.pruning.needs if self.action == "drop" else self.skip_vision.needs
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the mode is the stock model on its whole sequence, or on as much of it as fits."""
+        """Whether the mode runs the stock model on the full sequence, or on as much of it as fits."""
         return self.action == "keep" or (self.action == "drop" and self.pruning.prune_ratio == 0 and not self.isolator)
 
 
@@ -82,7 +83,7 @@ def fast_and_slow(
     skip_vision: SkipVisionConfig | None,
     skip_mode: str,
 ) -> tuple[Mode, ...]:
-    """The modes of the fast-slow recipe: the published two or, with `skip_vision`, one of them with a skip in it."""
+    """The modes of fast-slow training: the published two or, with `skip_vision`, one of them with skipping."""
     if not 0 <= slow_probability <= 1:
         raise SaccadeError(
             f"slow_probability={slow_probability!r} is outside [0, 1]: it is the share of steps on all tokens"
@@ -101,13 +102,13 @@ def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisi
     """The modes of a configuration that lists them.
 
     Args:
-        modes: one mapping per mode: `name`, `probability`, and perhaps `action`, `isolator`, `teacher` and options of
-            [`PruningConfig`].
-        base: where what a mapping leaves out comes from.
-        skip_vision: options of the modes that skip; the defaults when None.
+        modes: one mapping per mode: `name`, `probability`, and optionally `action`, `isolator`, `teacher` and options
+            of [`PruningConfig`].
+        base: provides the values that a mapping omits.
+        skip_vision: options of the modes that skip; the defaults if None.
 
     Raises:
-        SaccadeError: on anything that makes no list of modes.
+        SaccadeError: if this is not a valid list of modes.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of mappings, such as {{name: fast, probability: 0.9}}")
@@ -120,14 +121,14 @@ def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisi
         if mode.teacher is not None and (mode.teacher not in names or mode.teacher == mode.name):
             others = ", ".join(name for name in names if name != mode.name) or "none: add another mode"
             raise SaccadeError(
-                f"modes: teacher={mode.teacher!r} of mode {mode.name!r} is no other mode: use one of {others}"
+                f"modes: teacher={mode.teacher!r} of mode {mode.name!r} is not another mode: use one of {others}"
             )
     return made
 
 
 def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | None) -> Mode:
     if not isinstance(values, Mapping):
-        raise SaccadeError(f"modes: {values!r} is no mapping: write name, probability and action of each mode")
+        raise SaccadeError(f"modes: {values!r} is not a mapping: write name, probability and action of each mode")
     options = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
     known = {entry.name for entry in fields(Mode)} - {"pruning", "skip_vision"} | options
     for name in values:
@@ -147,10 +148,10 @@ def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | 
 
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
-    """`options`, with the tokens that a reducer keeps as the retained ones and all others skipped as they are.
+    """`options`, with the tokens that a reducer keeps as retained tokens and all others skipped unmerged.
 
     Raises:
-        SaccadeError: for a budget that is not a share or number of each image, or a bound on the length of samples.
+        SaccadeError: if the budget is not a share or number per image, or if the length of samples is limited.
     """
     if pruning.fit_length is not None:
         raise SaccadeError(

@@ -1,6 +1,6 @@
-"""Batches without padding: the rows behind one another as one, each attending to itself alone.
+"""Batches without padding: sequences packed into one; attention stays within each.
 
-Shapes: B rows, S tokens of the padded batch, T tokens of all rows without padding.
+Shapes: B rows, S tokens in the padded batch, T tokens of all rows without padding.
 """
 
 from collections.abc import Mapping
@@ -21,22 +21,22 @@ from saccade.pruning import ModeInputs
 from saccade.tokens import IGNORE_INDEX
 
 PACKED = "saccade_packed"
-"""Name of the attention that `allow_packing` sets. Without packed rows it is SDPA."""
+"""Name of the attention implementation that `allow_packing` sets. Without packed rows it is SDPA."""
 KEYWORD = "packed_rows"
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-"""Stock implementations that take packed rows by themselves."""
+"""Stock implementations that support packed rows."""
 FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""How they take them."""
+"""The keyword arguments by which they receive them."""
 
 
 @dataclass
 class PackedRows:
-    """Where the rows of a packed batch lie.
+    """The boundaries of the rows of a packed batch.
 
     Args:
-        lengths: tokens of each row.
-        ends: int32 `(B + 1,)`, 0 and the running sum of the lengths.
-        attended: how many calls of `packed_attention` have kept to them.
+        lengths: number of tokens of each row.
+        ends: int32 `(B + 1,)`, 0 followed by the cumulative sum of the lengths.
+        attended: how many calls of `packed_attention` have used them.
     """
 
     lengths: list[int]
@@ -45,10 +45,10 @@ class PackedRows:
 
 
 def allow_packing(family: Family) -> None:
-    """Let the language model take packed rows. Batches with padding, and generation, run as before.
+    """Make the language model accept packed rows. Padded batches and generation run as before.
 
     Raises:
-        SaccadeError: if its attention is not one that can be cut into rows.
+        SaccadeError: if its attention implementation does not support packed rows.
     """
     config = family.language_model.config
     kind = config._attn_implementation
@@ -62,14 +62,14 @@ def allow_packing(family: Family) -> None:
 
 
 def check_packing(family: Family) -> None:
-    """Check that all layers attend causally to their whole row. Weights are not looked at.
+    """Check that all layers use full causal attention. Weights are not needed.
 
     Raises:
-        SaccadeError: if there are layers that do not.
+        SaccadeError: if some layers do not.
     """
     config = family.language_model.config
     types = set(getattr(config, "layer_types", None) or ())
-    # Mistral's kind has no types of layers, and windows all of them.
+    # Models like Mistral have no layer types, and a sliding window in every layer.
     windowed = not types and getattr(config, "sliding_window", None) is not None
     if types - {"full_attention"} or windowed or family.bidirectional_image_attention:
         raise SaccadeError(
@@ -80,9 +80,9 @@ def check_packing(family: Family) -> None:
 
 
 def pack(laid: ModeInputs, family: Family) -> ModeInputs:
-    """The same rows behind one another, without padding: `(1, T)` for `(B, S)`.
+    """Pack the rows into one without padding: `(1, T)` from `(B, S)`.
 
-    Each row keeps its positions, and the first token of a row is no label of the row before it.
+    Each row keeps its positions, and the first token of a row is not a label for the previous row.
     """
     inputs = dict(laid.inputs)
     mask = inputs["attention_mask"].bool()
@@ -106,26 +106,26 @@ def _behind_one_another(values: Tensor, mask: Tensor) -> Tensor:
 
 def _attention_inputs(rows: PackedRows, family: Family, device: torch.device) -> Mapping[str, Any]:
     if family.language_model.config._attn_implementation == PACKED:
-        # A mask of four axes is handed through as it is, so that none of T times T is made.
+        # A four-dimensional mask is passed through unchanged, so that no T x T mask is made.
         return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), KEYWORD: rows}
     longest = max(rows.lengths)
     return {"attention_mask": None, **dict(zip(FLASH_KEYWORDS, (rows.ends, rows.ends, longest, longest), strict=True))}
 
 
 def packed_states(laid: ModeInputs, family: Family) -> Tensor:
-    """Last hidden states `(1, T, D)` of a batch that `pack` made.
+    """Last hidden states `(1, T, D)` of a batch made by `pack`.
 
     Raises:
-        SaccadeError: if a layer attended to something else than its row: `packed_rows` did not reach it.
+        SaccadeError: if `packed_rows` did not reach the attention of every layer.
     """
     states = family.hidden_states(**laid.inputs)
     rows, layers = laid.inputs.get(KEYWORD), len(family.language_layers)
     if rows is not None and rows.attended < layers:
-        raise changed(f"only {rows.attended} of {layers} decoder layers handed {KEYWORD!r} down to their attention")
+        raise changed(f"only {rows.attended} of {layers} decoder layers passed {KEYWORD!r} on to their attention")
     return states
 
 
-# Its loop is over rows, whose number and lengths change from batch to batch.
+# It loops over rows, whose number and lengths change from batch to batch.
 @torch.compiler.disable
 def packed_attention(
     module: nn.Module,
@@ -138,7 +138,7 @@ def packed_attention(
     packed_rows: PackedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each row to itself, or SDPA without `packed_rows`.
+    """Causal attention within each row, or SDPA without `packed_rows`.
 
     Args:
         query: `(1, H, T, Dh)`; key and value `(1, Hk, T, Dh)`, where Hk divides H.
@@ -152,11 +152,11 @@ def packed_attention(
         )
     packed_rows.attended += 1
     if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave float32 behind, where SDPA would cast.
+        # Rotary embeddings return float32, which autocast would cast for SDPA.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        # Torch has it for CUDA alone.
+        # Torch implements variable-length attention for CUDA only.
         from torch.nn.attention.varlen import varlen_attn
 
         tensors = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, Dh)

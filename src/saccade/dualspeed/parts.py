@@ -1,17 +1,17 @@
-"""A micro-batch whose language passes run a few samples at a time, after its images were encoded once.
+"""Run the language passes of a micro-batch a few samples at a time, after encoding its images once.
 
 Shapes: B samples, L tokens, R feature rows of N visual tokens.
 
 A worked example: four samples, three at a time, a scale of 1. The tower encodes the four images once, f = tower(x).
 
-    part 1, samples 0 to 2    leaf = f[0:3], cut off the graph; loss1(leaf).backward() leaves its gradients in the
-                              language model's parameters and in leaf.grad, and frees the part's activations
+    part 1, samples 0 to 2    leaf = f[0:3].detach(); loss1(leaf).backward() accumulates gradients in the language
+                              model's parameters and in leaf.grad, and frees the part's activations
     part 2, sample 3          loss2(f[3:4]) keeps its graph, for the caller's backward pass
-    carried                   c = sum(f[0:3] * leaf.grad), less its own value: zero, with the gradient leaf.grad at f
+    carried                   c = sum(f[0:3] * leaf.grad), minus its own value: zero, with the gradient leaf.grad at f
 
-The caller's `(loss1 + loss2 + c).backward()`, in which loss1 has no graph any more, then runs the language model
-backwards for sample 3 alone, and projector and tower once for all four, with the gradients of both parts: what one
-pass over all four would give.
+The caller's `(loss1 + loss2 + c).backward()`, where loss1 no longer has a graph, then runs the backward pass of the
+language model for sample 3 only, and those of projector and tower once for all four with the gradients of both parts.
+The result is that of one pass over all four.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,12 +26,12 @@ from saccade.families.text_relevance import row_samples
 
 @dataclass(frozen=True)
 class InParts:
-    """How to cut a micro-batch.
+    """How to split a micro-batch.
 
     Args:
-        samples: at most so many at a time.
+        samples: maximum number of samples per part.
         backward: runs the backward pass of a part's loss; the last part's is left to the caller.
-        scale: what the caller multiplies the loss with before its own backward pass.
+        scale: factor that the caller applies to the loss before its own backward pass.
     """
 
     samples: int
@@ -45,7 +45,7 @@ class Part:
 
     Args:
         encoded: their images' features, or None without images.
-        text: their inputs less the images.
+        text: their inputs without the images.
         labels: long `(b, L)`.
     """
 
@@ -56,10 +56,10 @@ class Part:
 
 @dataclass
 class MicroBatches:
-    """A micro-batch cut into parts.
+    """A micro-batch split into parts.
 
-    The features of all parts but the last are cut off the graph of projector and vision tower, which then runs
-    backwards once, with the gradients that the parts have left: see `carried`.
+    The features of all parts but the last are detached from the graph of projector and vision tower. The backward pass
+    of that graph then runs once, with the accumulated gradients of the parts: see `carried`.
     """
 
     family: Family
@@ -84,7 +84,7 @@ class MicroBatches:
             yield Part(encoded, some, self.labels[start:stop]), last
 
     def carried(self, scale: float) -> Tensor | float:
-        """A zero whose gradient is the one that parts have left at their features, divided by `scale`."""
+        """A zero whose gradient is the accumulated gradient at the parts' features, divided by `scale`."""
         total = 0.0
         for features, leaf in self._left:
             if leaf.grad is not None:
@@ -92,7 +92,7 @@ class MicroBatches:
         return total - total.detach() if isinstance(total, Tensor) else total
 
     def _per_token(self) -> dict[str, Tensor]:
-        """Inputs `(..., B, L)`: a part's positions cannot be computed from grids of all images, so they are here."""
+        """Inputs `(..., B, L)`, with positions, since a part's positions cannot be computed from all images' grids."""
         shape = self.text["input_ids"].shape
         text = {name: value for name, value in self.text.items() if isinstance(value, Tensor) and value.shape == shape}
         if self.family.uses_mrope:

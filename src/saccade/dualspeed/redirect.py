@@ -1,4 +1,4 @@
-"""Run a method of ours inside the forward of a wrapped model, so that the hooks of DDP, FSDP2 and ZeRO fire."""
+"""Run another method inside the forward of a wrapped model, so that the hooks of DDP, FSDP2 and ZeRO fire."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,12 +13,12 @@ Result = TypeVar("Result")
 def redirect_forward(
     wrapper: nn.Module, original: nn.Module, method: Callable[..., Result], *args: Any, **kwargs: Any
 ) -> Result:
-    """Call `wrapper(*args, **kwargs)` with `method` in the place of `original.forward`.
+    """Call `wrapper(*args, **kwargs)` with `method` in place of `original.forward`.
 
     Args:
-        wrapper: the model as the engine wrapped it; `original` itself where nothing wraps it.
+        wrapper: the model as the engine wrapped it; `original` itself if it is not wrapped.
         original: the module whose `forward` the wrapper ends up calling.
-        method: what to run there; it may call `original`'s submodules, but not `original` itself.
+        method: what to run instead; it may call `original`'s submodules, but not `original` itself.
 
     Raises:
         SaccadeError: if the wrapper does not end up calling `original.forward`.

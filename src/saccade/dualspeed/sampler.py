@@ -16,13 +16,13 @@ from saccade.dualspeed.collator import STANDS_IN
 class GroupedSampler(Sampler[int]):
     """Shuffles the samples and sorts them by length within groups of up to 50 global batches.
 
-    The order is that of transformers' `LengthGroupedSampler`, but a function of the seed and the epoch alone. The
-    stock one draws from the process's own generator, which differs between ranks and after a resume.
+    The order is that of transformers' `LengthGroupedSampler`, but depends only on the seed and the epoch. The stock
+    sampler draws from the process's own generator, which differs between ranks and after a resume.
 
     Args:
-        lengths: one a sample.
-        batch_size: samples of an optimizer step, over all ranks and micro-batches.
-        seed: of the shuffling.
+        lengths: one length per sample.
+        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        seed: seed of the shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -72,10 +72,10 @@ class WholeBatches(IterableDataset):
 class EpochStart(TrainerCallback):
     """Tells the sampler which epoch begins.
 
-    The stock trainer does too, but after a resume on several ranks what it tells is not the sampler.
+    The stock trainer does so too, but after a resume on several ranks it no longer reaches the sampler.
     """
 
     def on_epoch_begin(self, args, state, control, train_dataloader: Any = None, **kwargs: Any) -> None:
         if hasattr(train_dataloader, "set_epoch"):
-            # The epoch is a sum of fractions, which may stay just below the whole number.
+            # The epoch is a sum of fractions, which may end just below the integer.
             train_dataloader.set_epoch(int((state.epoch or 0) + 1e-6))

@@ -1,4 +1,4 @@
-"""Which mode each optimizer step is in: a pure function of (seed, step), the same on every rank and after a resume."""
+"""The mode of each optimizer step: a pure function of (seed, step), the same on every rank and after a resume."""
 
 import math
 import random
@@ -17,12 +17,12 @@ class ModeSchedule:
 
     Args:
         seed: the run's seed.
-        shares: the share of steps of each mode, which add up to 1. The first mode gets what the others leave.
-        kind: "bernoulli" draws each step on its own, as published. "stratified" gives every block of 20 steps its
-            share of each mode, in random places, so that short runs do not depend on the luck of the draw.
+        shares: the share of steps of each mode; they add up to 1. The first mode gets what the others leave.
+        kind: "bernoulli" draws each step independently, as published. "stratified" gives every block of 20 steps its
+            share of each mode, in random order, so that short runs do not depend on luck.
 
     Raises:
-        SaccadeError: on shares outside [0, 1] or of another sum, or an unknown kind.
+        SaccadeError: if a share is outside [0, 1], they do not add up to 1, or the kind is unknown.
     """
 
     seed: int
@@ -57,21 +57,21 @@ class ModeSchedule:
         return self._block(block).get(place, first)
 
     def count(self, steps: int) -> dict[str, int]:
-        """How many of the first `steps` steps each mode has."""
+        """How many of the first `steps` steps are in each mode."""
         counts = dict.fromkeys(self.shares, 0)
         for step in range(steps):
             counts[self.mode(step)] += 1
         return counts
 
     def _block(self, block: int) -> dict[int, str]:
-        """The places of all modes but the first in a block."""
+        """The positions in a block of all modes but the first."""
         wanted: list[str] = []
         for number, name in enumerate(list(self.shares)[1:]):
-            # Each mode's own offset says where in their blocks its fractions of a step fall.
+            # Each mode's own offset decides in which blocks its fractional steps are rounded up.
             offset = self._random("offset" if number == 0 else f"offset {name}").random()
             before, after = (math.floor(n * _BLOCK * self.shares[name] + offset) for n in (block, block + 1))
             wanted += [name] * (after - before)
-        # Rounding may ask for a step more than a block has where the first mode is rare.
+        # If the first mode is rare, rounding may request one step more than a block has.
         wanted = wanted[:_BLOCK]
         places = self._random(f"block {block}").sample(range(_BLOCK), len(wanted))
         return dict(zip(places, wanted, strict=True))

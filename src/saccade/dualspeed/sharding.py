@@ -19,13 +19,13 @@ class DummyImageCollator:
     """Adds one sample with a blank image and no labels to a batch without images.
 
     FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text
-    would run neither the vision tower nor a teacher, and the others would wait for it forever. The sample that is
-    added goes through every module in every mode, and as no token of it is learned, its gradients are zeros.
+    would run neither the vision tower nor a teacher, and the others would wait for it forever. The added sample goes
+    through every module in every mode and, having no labels, contributes zero gradients.
 
     Args:
         collate: the collator, from rows to a batch with `input_ids` and `labels`.
         placeholder_id: token id of a visual token.
-        processor: of the model.
+        processor: the model's processor.
     """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -34,7 +34,7 @@ class DummyImageCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collate(rows)
-        # A batch of which no record can be used comes empty, and ends the run.
+        # A batch without any usable record is empty, and ends the run.
         if "input_ids" not in batch or (batch["input_ids"] == self.placeholder_id).any():
             return batch
         batch = self.collate([*rows, self._sample(rows)])
@@ -43,7 +43,7 @@ class DummyImageCollator:
         return batch
 
     def _sample(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """A blank image in the form that the rows have; one of them that cannot be used may have none."""
+        """A sample with a blank image in the format of the rows, some of which may be unusable."""
         user, assistant = {"role": "user", "content": "."}, {"role": "assistant", "content": "."}
         images = [Image.new("RGB", (_SIDE, _SIDE))]
         prompts = [row["prompt"] for row in rows if "prompt" in used_columns(row)]
@@ -56,10 +56,10 @@ class DummyImageCollator:
 
 
 def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]:
-    """The classes of a stock model's repeated layers, each of which becomes a unit of FSDP.
+    """The classes of a stock model's repeated layers, each of which becomes an FSDP unit.
 
-    What the model says itself, `_no_split_modules`, names classes that it may not contain, such as those of the text
-    half of a CLIP tower, and accelerate stops at the first of them.
+    The model's own `_no_split_modules` may name classes that it does not contain, such as those of the text half of a
+    CLIP tower, and accelerate fails on the first of them.
 
     Args:
         model: the stock model.
@@ -72,7 +72,7 @@ def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """The whole of a parameter that an engine may have sharded. Every rank must call it."""
+    """The full tensor of a parameter that an engine may have sharded. Every rank must call this."""
     if hasattr(weight, "full_tensor"):
         return weight.full_tensor()
     if hasattr(weight, "ds_id"):

@@ -1,4 +1,4 @@
-"""The model that a run starts from: loaded by its name, and frozen in parts."""
+"""The model that a run starts from: loading it by name, and freezing parts of it."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from saccade.files import check_entries, reading
 
 
 def load_config(model: str, args: DualSpeedConfig) -> Any:
-    """The config of a model by its name.
+    """Load the config of a model by name.
 
     Raises:
         SaccadeError: if it cannot be loaded.
@@ -22,10 +22,10 @@ def load_config(model: str, args: DualSpeedConfig) -> Any:
 
 
 def load_by_name(model: str, args: DualSpeedConfig, quantization: Any) -> PreTrainedModel:
-    """What TRL would load for a name, in float32 unless `model_init_kwargs` says otherwise, with every key checked.
+    """Load a model as TRL would, in float32 unless `model_init_kwargs` says otherwise, and check every key.
 
     Raises:
-        SaccadeError: if weights are missing, left over or of another shape.
+        SaccadeError: if weights are missing, unexpected or have the wrong shape.
     """
     options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     args.model_init_kwargs = None

@@ -1,6 +1,6 @@
 """One DualSpeed micro-batch (arXiv 2602.03815, Sec. 3): fast on kept tokens, slow on all with self-distillation.
 
-Any other mode of the run, too.
+Other modes of a run go through the same code.
 """
 
 import operator
@@ -27,13 +27,13 @@ from saccade.tokens import IGNORE_INDEX
 
 @dataclass
 class StepOutput:
-    """What one micro-batch gives.
+    """The results of one micro-batch.
 
     Args:
         loss: scalar with gradient, (CE + weight * KL) summed over label tokens and divided by the normaliser.
         cross_entropy: its first term, without gradient.
         kl: KL summed over label tokens and divided by the normaliser, without gradient; None without distillation.
-        tokens_full: long scalar, tokens of the batch as it came, padding not counted.
+        tokens_full: long scalar, tokens of the full batch, not counting padding.
         tokens_in: long scalar, tokens that the trained pass ran on.
         tokens_teacher: long scalar, tokens that the teacher ran on; None without one.
         samples: rows of the batch.
@@ -55,7 +55,7 @@ class StepOutput:
 
 @dataclass
 class _Sums:
-    """Sums over the label tokens of a micro-batch, with gradient, and what they took."""
+    """Sums over the label tokens of a micro-batch, with gradient, and the cost of computing them."""
 
     cross_entropy: Tensor
     tokens_in: Tensor
@@ -79,8 +79,8 @@ class ModePlan:
     """What a mode trains on.
 
     Args:
-        method: what decides about the visual tokens; None keeps all.
-        teacher: what the pass that it learns from runs on, or None.
+        method: decides about the visual tokens; None keeps all.
+        teacher: the plan of the pass that the mode learns from, or None.
     """
 
     method: Method | None = None
@@ -88,7 +88,7 @@ class ModePlan:
 
     @property
     def needs(self) -> Needs:
-        """What one encoding has to offer for both passes."""
+        """What the shared encoding has to provide for both passes."""
         asking = [plan.method.needs for plan in (self, self.teacher) if plan is not None and plan.method is not None]
         return reduce(operator.or_, asking, Needs())
 
@@ -99,10 +99,10 @@ class DualSpeedStep:
 
     Args:
         family: the model's family, over the stock model.
-        modes: the modes by name.
+        modes: the plans of the modes, by name.
         distill_weight: weight of the KL term in modes that have a teacher.
         distill_temperature: temperature of both distributions in the KL.
-        padding_free: whether rows run behind one another without padding; see `allow_packing`.
+        padding_free: whether sequences are packed into one without padding; see `allow_packing`.
     """
 
     family: Family
@@ -124,15 +124,15 @@ class DualSpeedStep:
         Args:
             inputs: processor outputs with `labels`; the labels of image placeholders are ignored.
             normaliser: number of label tokens in the global batch.
-            row_seed: seed of the first feature row for stochastic reducers; the next rows count on from it.
-            in_parts: run the language passes a few samples at a time. The gradients of all parts but the last are
-                then in the parameters already.
+            row_seed: seed of the first feature row for stochastic reducers; later rows get consecutive seeds.
+            in_parts: run the language passes a few samples at a time. The gradients of all parts but the last are then
+                already accumulated in the parameters.
         """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
         text = self.family.without_vision(inputs)
-        # Without images the two sequences are the same, and a teacher would have nothing to teach.
+        # Without images both sequences are the same, and there is nothing to distill.
         plan, encoded = ModePlan(), None
         if self.family.has_images(inputs):
             plan = self.modes[mode]
@@ -164,19 +164,19 @@ class DualSpeedStep:
         )
 
     def _own_modules(self) -> list[ModeIsolator | SummaryHead]:
-        """The modules that some mode adds to the model, each once."""
+        """The modules that the modes add to the model, without duplicates."""
         methods = [plan.method for plan in self.modes.values() if plan.method is not None]
         return list({id(module): module for method in methods for module in method.trainable_modules}.values())
 
     def _vision_parameters(self) -> Tensor | float:
-        """The sum of the parameters that train on images only."""
+        """The sum of the trainable parameters that only images use."""
         parameters = (*self.family.projector.parameters(), *self.family.vision_tower.parameters())
         local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
         return sum((p.sum() for p in local), start=0.0)
 
     def _label_rows(self, laid: ModeInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Hidden states `(M, D)` of the rows that predict a label, those labels `(M,)`, what the pass cost, and what
-        `fit_length` cut, as in `StepOutput`."""
+        """Hidden states `(M, D)` of the rows that predict a label, those labels `(M,)`, the cost of the pass, and what
+        `fit_length` removed, as in `StepOutput`."""
         cut = laid.tokens.new_zeros(2)
         if laid.lost is not None:
             cut = torch.stack(((laid.lost > 0).sum(), laid.lost.sum()))
@@ -188,14 +188,14 @@ class DualSpeedStep:
     def _rows(
         self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`_label_rows` of the sequence that a plan leaves of the batch."""
+        """`_label_rows` of the batch shortened according to a plan."""
         return prune(self.family, text, plan.method, self._label_rows, encoded=encoded, labels=labels)
 
     @torch.no_grad()
     def _teacher_rows(
         self, teacher: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states of the teacher's pass, without gradient and without dropout, and what the pass cost."""
+        """Hidden states of the teacher's pass, without gradient or dropout, and the cost of the pass."""
         with evaluating(self.family.model):
             rows, _, tokens, _ = self._rows(teacher, encoded, text, labels)
         return rows, tokens
@@ -214,9 +214,10 @@ class DualSpeedStep:
     def _run_in_parts(
         self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts
     ) -> _Sums:
-        """The sums of all parts, of which the last one's alone have a gradient."""
+        """The sums over all parts; only the last part's have a gradient."""
         total: _Sums | None = None
-        # Its dropout is all that a teacher takes away where there are no images, as beside samples that have some.
+        # Without images a teacher differs only in its lack of dropout; it still runs here, as it would in a batch with
+        # images.
         all_text = ModePlan(None, None if plan.teacher is None else ModePlan())
         for part, last in micro_batches.parts(in_parts.samples):
             sums = self._run(all_text if part.encoded is None else plan, part.encoded, part.text, part.labels)

@@ -1,4 +1,4 @@
-"""Times on the device's own clock, which nothing waits for until they are read."""
+"""Times on the device's own clock; nothing waits for the device until they are read."""
 
 import time
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import torch
 
 
 class Moment:
-    """A moment in the work of a device: on CUDA an event in its stream, elsewhere the time.
+    """A point in the work of a device: on CUDA an event in its stream, elsewhere the wall-clock time.
 
     Args:
-        device: whose work it is.
+        device: the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Moment:
             self._time = time.perf_counter()
 
     def seconds_since(self, before: "Moment") -> float:
-        """Seconds from `before` to this moment; waits for the device to have got here."""
+        """Seconds from `before` to this moment; waits until the device has reached it."""
         if self._event is None:
             return self._time - before._time
         self._event.synchronize()
@@ -33,12 +33,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Span:
-    """From one moment to another. Making one costs nothing; `seconds` waits for the device."""
+    """The time between two moments. Making one costs nothing; `seconds` waits for the device."""
 
     start: Moment
     end: Moment
 
     @property
     def seconds(self) -> float:
-        """Its length."""
+        """The length of the span."""
         return self.end.seconds_since(self.start)

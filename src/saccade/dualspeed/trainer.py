@@ -122,7 +122,7 @@ REPLACED = (
     "save_model",
     "train",
 )
-"""Methods of the stock trainer that ours replace: without one of them ours would never be called."""
+"""Methods of the stock trainer that are overridden here: if one is renamed, the override is never called."""
 check_methods(SFTTrainer, REPLACED, "transformers")
 
 
@@ -186,9 +186,9 @@ class DualSpeedTrainer(SFTTrainer):
     feature_cache: FeatureCache | None = None
     keeps_masters: bool
     masters: Float32Masters | None = None
-    """The float32 masters, once training has begun, where the trainer keeps them itself."""
+    """The float32 masters, once training has begun, if the trainer keeps them itself."""
     _evaluated: Tensor | None = None
-    """Of an evaluation so far, on this rank: the rows' losses in sum, the rows, and the bad records met."""
+    """Sums of the current evaluation on this rank: losses of rows, number of rows, number of bad records."""
     _train_loader: DataLoader | None = None
     _rows_before: tuple[int, int] = (0, 0)
 
@@ -224,9 +224,9 @@ class DualSpeedTrainer(SFTTrainer):
             raise SaccadeError(
                 f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
             )
-        # The collator takes what it needs of a row; the stock trainer would drop columns that rows are made from.
+        # The collator selects columns itself; the stock trainer would drop columns that rows are made from.
         args.remove_unused_columns = False
-        # Batches of a stream that rank 0 makes for all could have no list of their bad records.
+        # With dispatched batches, which rank 0 makes for all ranks, lists of bad records would be lost.
         args.accelerator_config.dispatch_batches = args.accelerator_config.dispatch_batches or False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
@@ -252,8 +252,8 @@ class DualSpeedTrainer(SFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
-        # Some stock classes say that their loss takes no normaliser. This trainer's losses do, for every family: the
-        # labels of the global batch, however it is cut into micro-batches and ranks.
+        # Some stock classes declare that their loss takes no normaliser. This trainer's losses do, for every family:
+        # the number of labels in the global batch, however it is split into micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
         self.family = get_family(self.model)
         check_processor(self.processing_class, self.family.model.config)
@@ -328,10 +328,10 @@ class DualSpeedTrainer(SFTTrainer):
         )
 
     def _speed_up(self) -> None:
-        """Do what the options for speed ask for.
+        """Apply the options for speed.
 
         Raises:
-            SaccadeError: where the model or the engine cannot.
+            SaccadeError: if the model or the engine does not support them.
         """
         args = self.args
         if args.padding_free:
@@ -348,7 +348,7 @@ class DualSpeedTrainer(SFTTrainer):
             compile_layers(self.family, args.torch_compile_backend, args.torch_compile_mode)
 
     def _method(self, mode: Mode) -> Method | None:
-        """What a mode does with the visual tokens; None keeps all."""
+        """How a mode treats the visual tokens; None keeps all."""
         if mode.action == "keep":
             return None
         if mode.action == "skip":
@@ -366,7 +366,7 @@ class DualSpeedTrainer(SFTTrainer):
             return self._evaluation_loss(model, inputs, return_outputs)
         if self.is_ordinary or return_outputs or not self.model.training:
             with warnings.catch_warnings():
-                # TRL announces that it will return no logits one day; until then `predict` and `evaluate` give them.
+                # TRL warns that it will stop returning logits; until then `predict` and `evaluate` return them.
                 warnings.filterwarnings("ignore", "`return_outputs=True`", FutureWarning)
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
@@ -376,7 +376,7 @@ class DualSpeedTrainer(SFTTrainer):
         normaliser = num_items_in_batch
         if normaliser is None:
             normaliser = (inputs["labels"][:, 1:] != -100).sum()
-        # An all-text batch of masked samples has no label at all and contributes a plain zero.
+        # A batch whose samples are all masked has no labels and contributes zero.
         normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
         mode = self.mode_of(self.state.global_step)
         self._micro_batch += 1
@@ -397,11 +397,11 @@ class DualSpeedTrainer(SFTTrainer):
         return self.accelerator.num_processes if self._is_averaged(num_items_in_batch) else 1
 
     def _in_parts(self, mode: str, num_items_in_batch: Tensor | int | None) -> InParts | None:
-        """How a micro-batch in `mode` is cut, or None where it runs at once."""
+        """How to split a micro-batch in `mode`, or None to run it at once."""
         size = self.args.slow_micro_batch_size
         if size is None or not next(one for one in self.modes if one.name == mode).keeps_all:
             return None
-        # What the stock training step does to the loss that it gets.
+        # The stock training step divides the loss by this.
         accumulated = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
         return InParts(size, self._backward_of_part, self._loss_factor(num_items_in_batch) / accumulated)
 
@@ -410,7 +410,7 @@ class DualSpeedTrainer(SFTTrainer):
             self.accelerator.backward(loss)
 
     def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
-        """The mean cross-entropy of a batch in the mode that inference is in: on all tokens where one mode is."""
+        """The mean cross-entropy of a batch in the mode used for inference: the one on all tokens, if there is one."""
         mode = self.meter.full or self.modes[-1].name
         count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
         output = self._run_step(model, mode, inputs, count)
@@ -428,7 +428,7 @@ class DualSpeedTrainer(SFTTrainer):
         """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
 
         def run(batch: dict[str, Any]) -> StepOutput:
-            # The engine's own autocast wraps the forward that is replaced here.
+            # The engine's own autocast wraps the original forward, which is replaced here.
             with self.accelerator.autocast():
                 return self._step(mode, batch, normaliser, row_seed, in_parts)
 
@@ -439,7 +439,7 @@ class DualSpeedTrainer(SFTTrainer):
         self._micro_batch = 0
 
     def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """What turns losses that are means on each rank, or in each micro-batch, into summands of a global mean."""
+        """The factor that turns means per rank, or per micro-batch, into terms of a global mean."""
         parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
         return 1 / (self.accelerator.num_processes * parts)
 
@@ -463,7 +463,7 @@ class DualSpeedTrainer(SFTTrainer):
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.bad_records:
                 logs["bad_records"] = len(self.bad_records)
-            # TRL's own count, which it logs in evaluation too, is of batches before they are shortened.
+            # TRL's own count, which it also logs in evaluation, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         self._add_cache_hits(logs)
         super().log(logs, start_time)
@@ -481,20 +481,21 @@ class DualSpeedTrainer(SFTTrainer):
         return self._train_loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """The stock loader, with a collator that lists bad records and does not count what stands in for them."""
+        """The stock loader, with a collator that lists bad records and does not count their replacements."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
         with self._collating(self._evaluation_collator(rows)):
-            # Under a name the stock loader may be kept from one evaluation to the next.
+            # For a dataset given by name, the stock loader may be reused in the next evaluation.
             return super().get_eval_dataloader(eval_dataset if has_length(rows) else self._in_whole_batches(rows))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """The same for `predict`, where what stands in for a bad record has no labels, only -100."""
+        """The same for `predict`, where replacements of bad records have no labels, only -100."""
         with self._collating(self._evaluation_collator(test_dataset)):
             return super().get_test_dataloader(self._in_whole_batches(test_dataset))
 
     def _in_whole_batches(self, rows: Any) -> Any:
-        """A stream in whole batches of all ranks; any other rows, which accelerate shares out evenly, as they are."""
+        """A stream filled up to whole batches on all ranks; other rows, which accelerate distributes evenly,
+        unchanged."""
         if has_length(rows) or self.accelerator.num_processes == 1:
             return rows
         return WholeBatches(rows, self.args.eval_batch_size * self.accelerator.num_processes)
@@ -508,9 +509,9 @@ class DualSpeedTrainer(SFTTrainer):
             self.data_collator = strict
 
     def end_workers(self) -> None:
-        """End the processes that prepare training batches, which persistent ones would go on waiting for more.
+        """End the data workers of training; persistent ones would otherwise keep waiting for work.
 
-        The garbage collector takes their queues away before it tells them to end, and then waits ten seconds for them.
+        The garbage collector would close their queues before telling them to end, and then wait ten seconds for them.
         """
         base = getattr(self._train_loader, "base_dataloader", self._train_loader)
         if base is not None:
@@ -525,7 +526,7 @@ class DualSpeedTrainer(SFTTrainer):
         return self._lenient(rows, learn_stand_ins=False)
 
     def _lenient(self, rows: Any, **options: Any) -> Any:
-        """The collator with bad records replaced by others of `rows`, or of the batch where these have no numbers."""
+        """The collator with bad records replaced by others of `rows`, or of the batch if rows have no index."""
         outer = self.data_collator
         collate = outer.collate if isinstance(outer, DummyImageCollator) else outer
         if not isinstance(collate, DualSpeedCollator):
@@ -556,7 +557,7 @@ class DualSpeedTrainer(SFTTrainer):
         """The micro-batches of the next optimizer step. Every rank must call it.
 
         Raises:
-            SaccadeError: on all ranks alike, if more records are bad than may be.
+            SaccadeError: on all ranks, if there are too many bad records.
         """
         batches = []
         for batch in islice(epoch_iterator, num_batches):
@@ -571,7 +572,7 @@ class DualSpeedTrainer(SFTTrainer):
         """The stock step. Every rank must call it.
 
         Raises:
-            SaccadeError: on all ranks alike, if more records are bad than may be.
+            SaccadeError: on all ranks, if there are too many bad records.
         """
         found = inputs.pop(BAD_RECORDS, ())
         self._note_bad_records(found, given_up=not inputs)
@@ -586,28 +587,28 @@ class DualSpeedTrainer(SFTTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """The stock loop. Where records were bad, and of a stream, the loss is the mean over the rows that count."""
+        """The stock loop. With bad records, and for streams, the loss is the mean over the rows that count."""
         self._evaluated = None
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._evaluated is not None:
-            # The stock mean is over batches: one of which every row is bad has none to give, and the last of a stream
-            # may be shorter than the others.
+            # The stock loss averages over batches, but a batch without a usable row has none, and the last batch of a
+            # stream may be shorter than the others.
             total, counted, bad = self.sum_over_ranks(self._evaluated).tolist()
             if bad or not has_length(getattr(dataloader, "dataset", None)):
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
         return output
 
     def _ignore_repeated_rows(self, batch: dict[str, Any], size: int) -> None:
-        """Mask the labels of rows that only fill the last batch of a pass up, on several ranks.
+        """With several ranks, mask the labels of rows that merely pad the last batch of an epoch.
 
-        Accelerate repeats rows there so that every rank has a batch of the same size; one process would run a shorter
-        batch, and these rows would count twice. They still go through the model: engines need the same calls on all
-        ranks.
+        Accelerate repeats rows there so that every rank has a batch of the same size; a single process would run a
+        shorter batch, so without the mask these rows would count twice. They still go through the model, since engines
+        need the same calls on all ranks.
 
         Args:
-            size: rows of a whole batch on each rank.
+            size: rows of a full batch on each rank.
         """
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -617,10 +618,10 @@ class DualSpeedTrainer(SFTTrainer):
             batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
 
     def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
-        """Take up what any rank has met, and stop all ranks if it is too much or leaves one without a batch."""
+        """Record the bad records of all ranks, and stop all of them if there are too many or one has no batch."""
         new = self.bad_records.unknown(found)
         if self.accelerator.num_processes > 1:
-            # Two numbers first: the lists themselves are gathered only where there is something to gather.
+            # Two numbers first: the lists are gathered only if they are not all empty.
             count, given_up = self.sum_over_ranks(torch.tensor([len(new), given_up])).tolist()
             new = gather_object(new) if count else []
         if new:
@@ -631,16 +632,16 @@ class DualSpeedTrainer(SFTTrainer):
             self.bad_records.check()
         if given_up:
             raise SaccadeError(
-                f"no record of a batch can be used, nor one to stand in for them: see {self.bad_records.path}"
+                f"no record of a batch can be used, and there is no replacement: see {self.bad_records.path}"
             )
 
     # Features of the frozen tower on disk
 
     def open_feature_cache(self) -> None:
-        """Open the cache that the options name, once it is known what of the model trains.
+        """Open the configured cache, once it is known which parts of the model train.
 
         Raises:
-            SaccadeError: if the run's tower cannot be served, or the folder not be written.
+            SaccadeError: if the tower's features cannot be cached, or the folder is not writable.
         """
         args = self.args
         if args.feature_cache is None:
@@ -651,7 +652,7 @@ class DualSpeedTrainer(SFTTrainer):
         if sharded:
             raise SaccadeError(
                 f"feature_cache={args.feature_cache!r}: FSDP and ZeRO-3 gather the vision tower's weights from all "
-                "ranks, of which some would wait for others that read from disk; use DDP or ZeRO-2, or leave "
+                "ranks, and would wait forever for ranks that read features from disk; use DDP or ZeRO-2, or leave "
                 "feature_cache out"
             )
         self.feature_cache = FeatureCache(self.family, args.feature_cache, args.feature_cache_gib * 2**30)
@@ -663,8 +664,8 @@ class DualSpeedTrainer(SFTTrainer):
         return stack
 
     def _add_cache_hits(self, logs: dict[str, float]) -> None:
-        """The share of rows that came from disk since the last log, beside the loss that is logged."""
-        # `loss`, `eval_loss`, `eval_NAME_loss` of several sets; `train_loss` is of a whole run, at its end.
+        """Log the share of rows read from the cache since the last log, along with the loss."""
+        # `loss`, `eval_loss`, or `eval_NAME_loss` with several sets; `train_loss` covers the whole run, at its end.
         names = (name for name in logs if name == "loss" or (name.endswith("_loss") and name != "train_loss"))
         name = next(names, None)
         if self.feature_cache is not None and name is not None:
@@ -680,13 +681,13 @@ class DualSpeedTrainer(SFTTrainer):
 
     @property
     def engine(self) -> str:
-        """What several processes share: "ddp" for one process too, "fsdp" or "deepspeed"."""
+        """The distributed engine: "ddp" (also for one process), "fsdp" or "deepspeed"."""
         if self.is_fsdp_enabled:
             return "fsdp"
         return "deepspeed" if self.is_deepspeed_enabled else "ddp"
 
     def choose_masters(self) -> None:
-        """Decide who keeps float32 masters, once it is known what trains, and before an engine wraps the model.
+        """Decide who keeps float32 masters, once it is known what trains and before an engine wraps the model.
 
         Raises:
             SaccadeError: as `wants_masters` does.
@@ -700,14 +701,14 @@ class DualSpeedTrainer(SFTTrainer):
         with as_bad_input():
             optimizer = super().create_optimizer(model)
         self._split_groups(optimizer)
-        # A second `train` goes on with the optimizer of the first, which accelerate has wrapped by then.
+        # A second `train` reuses the optimizer of the first, which accelerate has wrapped by then.
         stepped = getattr(optimizer, "optimizer", optimizer)
         if self.keeps_masters and (self.masters is None or self.masters.optimizer is not stepped):
             self.masters = Float32Masters(self.model, stepped)
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give projector and isolator groups of their own where they have a learning rate of their own."""
+        """Move projector and isolator to separate parameter groups if they have their own learning rate."""
         rate = self.args.projector_learning_rate
         if rate is None:
             return
@@ -723,7 +724,7 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:
-            # FSDP shards what trains in float32; its checkpoints keep that in files of their own.
+            # FSDP shards trainable weights in float32; its checkpoints keep those in separate files.
             state_dict = {name: value.to(self._dtypes.get(name, value.dtype)) for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
 
@@ -744,17 +745,17 @@ class DualSpeedTrainer(SFTTrainer):
         """Train, from the start or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in `output_dir` of the run
-                that the folder belongs to.
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete checkpoint of the run that
+                `output_dir` belongs to.
 
-        On SIGTERM it saves a checkpoint and returns; `sigterm.stopped` is then true. On Ctrl-C it does so too, and
-        ends with an `Interrupted`, which is a `KeyboardInterrupt`.
+        On SIGTERM it saves a checkpoint and returns; `sigterm.stopped` is then true. On Ctrl-C it saves one too, and
+        raises `Interrupted`, a `KeyboardInterrupt`.
 
         Raises:
-            SaccadeError: if `output_dir` holds what another run left and `args.overwrite` is not set, or another run
-                is writing there; if there is no whole checkpoint, or it was trained with other options, rows or
+            SaccadeError: if `output_dir` contains files of another run and `args.overwrite` is not set, or another run
+                is writing there; if there is no complete checkpoint, or it was trained with other options, rows or
                 another model; if a loss is not finite, or a process that prepares batches dies.
-            OSError: if a checkpoint cannot be written, a full disk included; the last one stays.
+            OSError: if a checkpoint cannot be written, for example on a full disk; the previous one is kept.
         """
         if self.model is self.family.model:
             check_language_model_trains(self.family, self.args)
@@ -786,7 +787,7 @@ class DualSpeedTrainer(SFTTrainer):
                 )
             self.best.path = best
             if 0 < args.max_steps <= state.global_step:
-                # The stock loop looks at max_steps after a step, and would train one too many.
+                # The stock loop checks max_steps after a step, and would train one step too many.
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
@@ -794,21 +795,21 @@ class DualSpeedTrainer(SFTTrainer):
             with self.sigterm.training():
                 return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         except Exception as error:
-            # By its name: it comes from the module that nothing here imports.
+            # Compared by name, so that `pickle` need not be imported.
             if type(error).__name__ != "UnpicklingError":
                 raise
             raise SaccadeError(
-                f"resume_from_checkpoint={str(checkpoint)!r} holds something other than tensors and plain values, "
+                f"resume_from_checkpoint={str(checkpoint)!r} contains something other than tensors and plain values, "
                 "which could run code: resume from a checkpoint of your own"
             ) from error
         finally:
             self.end_workers()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save model, processor, isolator, and what they were trained with. All ranks must call it.
+        """Save model, processor, isolator, and how they were trained. All ranks must call it.
 
         Raises:
-            OSError: if a file cannot be written, a full disk included.
+            OSError: if a file cannot be written, for example on a full disk.
         """
         with self.sigterm.saving():
             self._save_all(output_dir, _internal_call)
@@ -816,7 +817,8 @@ class DualSpeedTrainer(SFTTrainer):
     def _save_all(self, output_dir: str | None, internal: bool) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self.args.should_save:
-            # While they are written the weights are nobody's, and what was measured on others is theirs no more.
+            # Until the new weights are complete they have no run file, and measurements of the old ones no longer
+            # apply.
             for name in (RUN_FILE, *MEASURED):
                 (folder / name).unlink(missing_ok=True)
         with disk_errors(folder):
@@ -853,7 +855,7 @@ class DualSpeedTrainer(SFTTrainer):
             with disk_errors(run_dir):
                 super()._save_checkpoint(model, trial)
         except BaseException:
-            # What was written so far frees the room that the next attempt needs.
+            # Removing the partial checkpoint frees the space that the next attempt needs.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
@@ -899,10 +901,10 @@ class DualSpeedTrainer(SFTTrainer):
         self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
     def _resume_state(self) -> dict[str, Any]:
-        """What a run that goes on from this one must share with it."""
+        """What a resumed run must have in common with this one."""
         args, engine = self.args, self.engine
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # DeepSpeed writes each rank's shard of the optimizer, which another number of ranks cannot read.
+        # DeepSpeed saves the optimizer as one shard per rank, which another number of ranks cannot read.
         ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
         masters = {"float32_masters": self.keeps_masters}
         state = {**args.resume_state(), **masters, "global_batch_size": batch, "engine": engine, **ranks}
@@ -912,7 +914,7 @@ class DualSpeedTrainer(SFTTrainer):
         """What the run is trained on and from."""
         rows = identify_rows(self.train_dataset)
         if rows["rows"] is None:
-            # Each process and each of its workers reads its own part of a stream.
+            # Each worker of each process reads its own part of a stream.
             rows |= {"readers": self.args.world_size * max(1, self.args.dataloader_num_workers)}
         return {
             "data": rows,
@@ -932,12 +934,12 @@ class DualSpeedTrainer(SFTTrainer):
                 self.skip.load_summary(self.state.best_model_checkpoint)
 
     def _freeze(self) -> None:
-        """Freeze what the options say. PEFT decides for itself what trains, so nothing is done under it."""
+        """Freeze the parts that the options name. With PEFT, which decides itself what trains, do nothing."""
         if self.model is self.family.model:
             freeze_parts(self.family, self.args)
 
     def _stage_schedule(self) -> ModeSchedule:
-        """The configured schedule, or an always fast one if no parameter of the decoder layers trains."""
+        """The configured schedule; always the first mode if no parameter of the decoder layers trains."""
         trains = any(parameter.requires_grad for parameter in self.family.language_layers.parameters())
         if trains or self.args.is_ordinary:
             return self.args.mode_schedule()
@@ -947,18 +949,18 @@ class DualSpeedTrainer(SFTTrainer):
         if self.args.is_ordinary or not any(mode.isolator for mode in self.modes):
             return None
         width = self.family.model.config.get_text_config().hidden_size
-        # In bf16 its entries are too coarse to move at fine-tuning rates; sharding engines want one dtype for all.
+        # In bf16 its entries are too coarse for updates at fine-tuning rates; sharding engines need a uniform dtype.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         isolator = ModeIsolator(
             self.args.isolator_length, width, self.family.model.dtype if sharded else torch.float32
         )
         self.isolator = isolator.to(self.family.model.device)
         source = self.args.isolator_path
-        # An earlier run of this very model left its own.
+        # An earlier training of this model object may have left its isolator.
         held = getattr(self.model, ISOLATOR_NAME, None)
         if source is None and held is not None and held.weight.shape == isolator.weight.shape:
             self._copy_isolator(held)
-            # It may hang on the stock model, with adapters around that since.
+            # It may be attached to the stock model, around which adapters have been wrapped since.
             self.family.model._modules.pop(ISOLATOR_NAME, None)
         elif source is None and self.family.model.config._name_or_path:
             beside = find_companion(self.family.model.config._name_or_path, ISOLATOR_FILE)
@@ -976,7 +978,7 @@ class DualSpeedTrainer(SFTTrainer):
         skipping = [mode.skip_vision for mode in self.modes if mode.action == "skip"]
         if not skipping:
             return None
-        # What text sees, and which layers skip, belongs to the model and is alike in all modes.
+        # What text sees and which layers skip are properties of the model, the same in all modes.
         skip = apply_skip_vision(self.model, skipping[0])
         if skip.summary is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -1002,11 +1004,11 @@ class DualSpeedTrainer(SFTTrainer):
 
 @contextmanager
 def _withheld(args: DualSpeedConfig) -> Iterator[None]:
-    """Hide the options that this trainer acts on itself.
+    """Hide options that this trainer implements itself from TRL.
 
-    TRL refuses `padding_free` for images: its collator would join rows before their images are encoded. Accelerate
-    would compile the whole model, whose forward is redirected. For `assistant_only_loss` TRL wants marks in the chat
-    template, and the collator needs none.
+    TRL refuses `padding_free` with images: its collator would join rows before their images are encoded. Accelerate
+    would compile the whole model, whose forward is redirected. For `assistant_only_loss` TRL requires markers in the
+    chat template, which our collator does not need.
     """
     withheld = {"padding_free": False, "torch_compile": False, "assistant_only_loss": False}
     withheld |= {"torch_compile_backend": None, "torch_compile_mode": None}

@@ -1,4 +1,4 @@
-"""Loading weights with every key accounted for: stock loading fills what is missing with noise, and only warns."""
+"""Strict loading of weights: stock loading initialises missing weights randomly, and only warns."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from saccade.errors import SaccadeError
 from saccade.files import check_entries, reading
 
 ADAPTER_FILE = "adapter_config.json"
-# Tables that are computed, which some released checkpoints hold all the same.
+# Computed buffers, which some released checkpoints contain nevertheless.
 _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 _KINDS = ("missing", "unexpected", "mismatched")
 _SHOWN = 3
@@ -37,18 +37,18 @@ _NAMES = ("fast_tokenizer_files", "gguf_file")
 
 
 def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **options: Any) -> PreTrainedModel:
-    """A stock model from its folder or hub id, all of whose weights come from there.
+    """Load a stock model from its folder or hub id, and check that all weights come from there.
 
     Args:
         factory: the class whose `from_pretrained` loads it.
         options: for `from_pretrained`.
 
     Raises:
-        SaccadeError: naming weights that are missing, left over, or of another shape.
+        SaccadeError: naming weights that are missing, unexpected, or have the wrong shape.
         OSError: if it cannot be read, and whatever else `from_pretrained` raises.
     """
     check_files(place)
-    # Other shapes end as an error that names no key unless they are let through to be named here.
+    # Otherwise mismatched shapes raise an error that names no key; this way they are reported below.
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = factory.from_pretrained(place, **options)
     check_keys(place, {kind: info.get(f"{kind}_keys") or () for kind in _KINDS})
@@ -56,7 +56,7 @@ def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **
 
 
 def check_files(place: str | Path) -> None:
-    """Refuse a model's folder of which a file is damaged, where stock loading ends in an error that names none.
+    """Refuse a model's folder with a damaged file, for which stock loading raises an error that does not name it.
 
     Raises:
         SaccadeError: naming the first such file.
@@ -101,17 +101,17 @@ def check_names(path: Path) -> None:
 
 
 def damaged(place: str | Path, name: str, error: Exception) -> SaccadeError:
-    """The error of a model of which a file, or one of several, cannot be read."""
+    """The error for a model with an unreadable file."""
     reason = " ".join(str(error).split())[:200]
     return SaccadeError(f"model={str(place)!r}: {name} is damaged ({reason}): restore it, or name another model")
 
 
 def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
-    """Refuse weights that are not those of the model.
+    """Refuse weights that do not match the model.
 
     Args:
-        place: where they are from.
-        keys: names by what is the matter with them.
+        place: where they come from.
+        keys: names of weights by kind of problem.
 
     Raises:
         SaccadeError: naming the first few of each kind.
@@ -126,16 +126,16 @@ def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
             problems.append(f"{kind} {', '.join(found[:_SHOWN])}{more}")
     if problems:
         raise SaccadeError(
-            f"model={str(place)!r}: the weights do not fit the config beside them: {'; '.join(problems)}; "
+            f"model={str(place)!r}: the weights do not fit the config next to them: {'; '.join(problems)}; "
             "name another checkpoint, or fetch this one again"
         )
 
 
 def base_of(folder: str | Path) -> str | None:
-    """The model that the adapters in `folder` belong to; None where there are no adapters.
+    """The base model of the adapters in `folder`; None if there are no adapters.
 
     Raises:
-        SaccadeError: if their configuration is damaged, or a link or a pipe stands in the folder.
+        SaccadeError: if their configuration is damaged, or the folder contains a link or a pipe.
     """
     check_entries(folder, "model")
     if not (Path(folder) / ADAPTER_FILE).is_file():
@@ -147,9 +147,9 @@ def base_of(folder: str | Path) -> str | None:
 
 
 def identify_weights(place: str | Path) -> str | None:
-    """What tells the weights in a folder from others: a checksum of every file of them, and of an adapter's base.
+    """A fingerprint of the weights in a folder: a hash over the checksums of all files, and of an adapter's base.
 
-    It reads the files whole. None where `place` is not a folder.
+    It reads every file in full. None if `place` is not a folder.
 
     Raises:
         OSError: if a file cannot be read.
@@ -166,13 +166,13 @@ def identify_weights(place: str | Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of weights in `folder`, and of the learned tensors beside them, in order."""
+    """The weight files in `folder` and the files of learned tensors next to them, sorted."""
     patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", f"*{ENDING}")
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
 def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | None]:
-    """What `saccade eval` measured on the weights in `folder`; or None, and why what lies there is not of them."""
+    """The result of `saccade eval` for the weights in `folder`; or None, and why a result there is not theirs."""
     path = Path(folder) / EVALUATION_FILE
     if not path.is_file():
         return None, None
@@ -192,11 +192,11 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | No
 def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """Merge the adapters in `folder` into the model that they were trained on.
 
-    Where input and output embeddings are one table and adapters change one of them, or both in ways of their own,
-    they become two tables: merged into one they would give other logits.
+    If input and output embeddings are tied and adapters change one of them, or both differently, they are untied:
+    merged into one table they would give other logits.
 
     Raises:
-        SaccadeError: if the adapters' weights are not all there, or there are others among them.
+        SaccadeError: if weights of the adapters are missing or unexpected.
     """
     _untie(model, folder)
     with reading(f"model={str(folder)!r}: its adapters cannot be loaded"):
@@ -215,7 +215,7 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
 
 
 def _untie(model: PreTrainedModel, folder: str | Path) -> None:
-    """Give the output embeddings a table of their own where an adapter changes a tied one."""
+    """Untie the output embeddings if an adapter changes either embedding."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is None or outputs.weight is not inputs.weight:
         return
@@ -226,10 +226,10 @@ def _untie(model: PreTrainedModel, folder: str | Path) -> None:
     outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=outputs.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
-    # What transformers ties again when it saves, and PEFT when it merges.
+    # Otherwise transformers would tie them again on saving, and PEFT on merging.
     model.all_tied_weights_keys = {}
 
 
 def _is_of(key: str, module: str) -> bool:
-    """Whether `key` of an adapter's file belongs to the module called so."""
+    """Whether `key` of an adapter's file belongs to `module`."""
     return f".{module}." in f".{key}" or f".{module.rpartition('.')[2]}." in f".{key}"
