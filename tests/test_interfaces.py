@@ -223,7 +223,9 @@ def test_a_cache_that_does_not_come_back_is_an_error(case, monkeypatch):
     monkeypatch.setattr(type(language), "forward", forward)
     with (
         skipping(case.model, options_for("llava")),
-        pytest.raises(SaccadeError, match=rf"{VERSION}.*was to fill a key-value cache, and its output has none"),
+        pytest.raises(
+            SaccadeError, match=rf"{VERSION}.*should have filled a key-value cache, but its output has none"
+        ),
     ):
         case.model.generate(**case.prompts([1]), **greedy_options(case.model, 3))
 
@@ -249,7 +251,7 @@ def test_a_part_that_a_layer_no_longer_calls_is_an_error(case, part):
             unpatched.__dict__.pop(name)
         parent = layer.get_submodule(part.rpartition(".")[0])
         setattr(parent, part.rpartition(".")[2], unpatched)
-        with pytest.raises(SaccadeError, match=rf"{VERSION}.*did not hand.*{type(module).__name__}, or did not call"):
+        with pytest.raises(SaccadeError, match=rf"{VERSION}.*did not pass.*{type(module).__name__}, or did not call"):
             case.model(**case.prompts([1]))
         setattr(parent, part.rpartition(".")[2], module)
 

@@ -1,4 +1,5 @@
-"""Skip-Vision (arXiv 2503.21817) on stock models: most visual tokens skip the feed-forward networks and the cache."""
+"""Skip-Vision (arXiv 2503.21817) on stock models: most visual tokens skip the feed-forward networks and the KV
+cache."""
 
 from saccade.skip_vision.config import PRESETS, SkipVisionConfig
 from saccade.skip_vision.patch import SkipVision, apply_skip_vision

@@ -1,4 +1,4 @@
-"""The visual tokens of each image as one row, whatever number of crops they come from.
+"""The visual tokens of each image as one row, regardless of the number of crops.
 
 Shapes: G images (blocks of placeholders) of M visual tokens, R feature rows of N; P placeholders.
 """
@@ -20,7 +20,7 @@ class Blocks:
     """The visual tokens of each block, see [`Places`].
 
     Args:
-        token: long `(G, M)`, numbers of the block's tokens among all valid ones of the context; -1 at the end.
+        token: long `(G, M)`, indices of the block's tokens among all valid tokens of the context; -1 at the end.
         feature_row: long `(G, M)`, the context's row that each token belongs to; -1 at the end.
     """
 
@@ -55,7 +55,7 @@ class Blocks:
 
 
 def block_context(encoded: Encoded, blocks: Blocks) -> VisualContext:
-    """The tokens of each block as one row of a context, `(G, M, ...)`, whatever number of crops they come from."""
+    """A context with one row per block, `(G, M, ...)`, regardless of the number of crops."""
     context = encoded.context
     if blocks.token.shape == context.shape[:2] and torch.equal(blocks.valid, context.valid):
         return context
@@ -76,7 +76,7 @@ def block_context(encoded: Encoded, blocks: Blocks) -> VisualContext:
 
 
 def _grids(context: VisualContext, blocks: Blocks) -> list[tuple[int, int, int]]:
-    """Frames, rows and columns of each block: crops of one shape count as frames, others make one line."""
+    """Frames, rows and columns of each block: crops of equal shape count as frames, others form one line."""
     grids = [tuple(grid) for grid in context.grid.tolist()]
     found = []
     for rows in blocks.feature_row.tolist():

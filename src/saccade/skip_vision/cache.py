@@ -1,7 +1,8 @@
-"""Skipped tokens leave the key-value cache once the prompt is read, while positions go on from the full length.
+"""Remove skipped tokens from the key-value cache after the prompt, while positions continue from the full length.
 
-A cache then has two lengths: the rows that it stores, which attention masks are made for, and the tokens that it has
-read, from which `generate` counts. `get_seq_length` answers with the second, except inside the language model.
+A cache then has two lengths: the number of columns that it stores, for which attention masks are made, and the number
+of tokens that it has read, from which `generate` continues. `get_seq_length` returns the second, except inside the
+language model.
 
 Shapes: B samples, C columns stored, H heads of width d.
 """
@@ -24,22 +25,22 @@ from saccade.skip_vision.columns import take_columns
 
 STATE = "_saccade_state"
 CACHE_NAMES = ("cache", "past_key_values")
-"""What forwards and `generate` call the key-value cache: the first since transformers 5.24, the second before it."""
+"""Argument names of the key-value cache: the first since transformers 5.24, the second before."""
 
 
 @dataclass
 class CacheState:
-    """What is known of the columns of a cache.
+    """Information about the columns of a cache.
 
     Args:
         valid: bool `(B, C)`, false on padding.
         skip: bool `(B, C)`, true on skipped tokens that are still stored.
         next_position: long `(B,)`, the position of the next token.
-        gap: columns that were read and are not stored any more.
+        gap: number of columns that were read but are no longer stored.
         has_skip: whether any column may be true in `skip`.
         dense: whether every column is known to be valid.
-        sequence: long `(B, T)`, the laid-out tokens of the conversation so far, once `generate` is done.
-        cut: how many tokens shorter `sequence` is than what the user was given.
+        sequence: long `(B, T)`, the rearranged tokens of the conversation so far, once `generate` is done.
+        cut: how many tokens shorter `sequence` is than what was returned to the user.
         inside: whether the language model is running.
     """
 
@@ -54,7 +55,7 @@ class CacheState:
     inside: bool = False
 
     def crop(self, columns: int) -> None:
-        """Forget the columns that the cache has dropped from its end since, as assisted decoding does."""
+        """Drop columns that the cache has since removed from its end, as assisted decoding does."""
         dropped = self.valid.shape[1] - columns
         if dropped > 0:
             self.valid, self.skip = self.valid[:, :columns], self.skip[:, :columns]
@@ -62,7 +63,7 @@ class CacheState:
 
 
 def cache_of(values: Any) -> Cache | None:
-    """The key-value cache among the arguments of a call by name, or in a model's output, whatever it is called there.
+    """Find the key-value cache among a call's arguments or in a model's output, whatever its name.
 
     Args:
         values: a mapping, such as keyword arguments or a `ModelOutput`, or a tuple of outputs.
@@ -72,10 +73,10 @@ def cache_of(values: Any) -> Cache | None:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """What a forward calls its key-value cache, for handing it one.
+    """The name of a forward's key-value cache argument.
 
     Raises:
-        SaccadeError: if it has none of the names that are known.
+        SaccadeError: if it has none of the known names.
     """
     known = inspect.signature(forward).parameters
     name = next((name for name in CACHE_NAMES if name in known), None)
@@ -85,7 +86,7 @@ def cache_name(forward: Callable[..., Any]) -> str:
 
 
 def state_of(cache: Cache | None) -> CacheState | None:
-    """The state of a cache that a skipping model has filled, or None."""
+    """The state of a cache that was filled by a skipping model, or None."""
     state = getattr(cache, STATE, None)
     if state is None:
         return None
@@ -98,7 +99,7 @@ def state_of(cache: Cache | None) -> CacheState | None:
 
 
 def attach(cache: Cache, state: CacheState) -> None:
-    """Keep `state` with the cache, whose length from now on counts what it has read."""
+    """Attach `state` to the cache, whose `get_seq_length` from now on counts the tokens that it has read."""
     setattr(cache, STATE, state)
     cache.get_seq_length = MethodType(_length, cache)
 
@@ -116,18 +117,18 @@ def _length(cache: Cache, *args: Any, **kwargs: Any) -> int:
 
 
 def stored_length(cache: Cache | None) -> int:
-    """C, the columns that the cache stores."""
+    """C, the number of columns that the cache stores."""
     return 0 if cache is None else type(cache).get_seq_length(cache)
 
 
 def read_length(cache: Cache | None) -> int:
-    """Tokens that the cache has read, those it no longer stores included."""
+    """Number of tokens that the cache has read, including those it no longer stores."""
     return 0 if cache is None else cache.get_seq_length()
 
 
 @contextmanager
 def stored_lengths(state: CacheState | None) -> Iterator[None]:
-    """Let the cache answer with the columns that it stores, for the masks that the language model makes."""
+    """Make `get_seq_length` return the stored length, for the masks that the language model creates."""
     if state is None:
         yield
         return
@@ -139,10 +140,10 @@ def stored_lengths(state: CacheState | None) -> Iterator[None]:
 
 
 def compact(cache: Cache, state: CacheState) -> None:
-    """Take skipped tokens and padding out of every layer; rows that keep fewer are padded on the left."""
+    """Remove skipped tokens and padding from every layer; shorter rows are padded on the left."""
     keep = state.valid & ~state.skip
     width = int(keep.sum(dim=1).max())
-    # Stable: what stays keeps its order, behind what goes.
+    # Stable: kept columns keep their order, after the dropped ones.
     order = keep.long().sort(dim=1, stable=True).indices[:, keep.shape[1] - width :]
     for layer in cache.layers:
         if not layer.is_initialized:
@@ -157,29 +158,29 @@ def compact(cache: Cache, state: CacheState) -> None:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Check that skipped tokens can leave the caches of a language model with this configuration.
+    """Check that skipped tokens can be removed from the caches of a language model with this configuration.
 
     Raises:
-        SaccadeError: if some layer has a cache of another kind, such as a sliding window.
+        SaccadeError: if a layer has another kind of cache, such as a sliding window.
     """
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
     if kinds:
         raise SaccadeError(
             f"drop_kv=True: this language model has layers with a {', '.join(sorted(kinds))}, which count tokens by "
-            "their place and cannot lose any; set drop_kv=False"
+            "position, so none can be removed; set drop_kv=False"
         )
 
 
 def check_cache(cache: Cache) -> None:
-    """Check that skipped tokens can leave this cache.
+    """Check that skipped tokens can be removed from this cache.
 
     Raises:
-        SaccadeError: if it is of another kind than `DynamicCache`, such as a static or a quantized one.
+        SaccadeError: if it is not a `DynamicCache` but, for example, a static or a quantized cache.
     """
     other = [type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer]
     if type(cache) is not DynamicCache or other:
         name = other[0] if other else type(cache).__name__
         raise SaccadeError(
-            f"the key-value cache has a {name}: skipped tokens can only leave a DynamicCache; leave "
+            f"the key-value cache has a {name}: skipped tokens can only be removed from a DynamicCache; leave "
             "cache_implementation out, or set drop_kv=False"
         )

@@ -1,4 +1,4 @@
-"""Columns of `(B, N)` tensors: moved to the front, taken, padded."""
+"""Operations on the columns of `(B, N)` tensors: packing, gathering, padding."""
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -12,7 +12,8 @@ def pack_left(valid: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         values: `(B, N, ...)` each.
 
     Returns:
-        `valid` and the values, `(B, K, ...)` with K the most valid entries of a row. Values of padding are arbitrary.
+        `valid` and the values, `(B, K, ...)` where K is the largest number of valid entries in a row. Values on
+        padding are arbitrary.
     """
     order = valid.long().sort(dim=1, descending=True, stable=True).indices
     width = int(valid.sum(dim=1).max()) if valid.numel() else 0
@@ -26,5 +27,5 @@ def take_columns(values: Tensor, index: Tensor) -> Tensor:
 
 
 def pad_columns(values: Tensor, width: int, fill: int | float = 0) -> Tensor:
-    """`values` `(B, N)` with columns of `fill` behind them up to `width`."""
+    """`values` `(B, N)`, padded on the right with `fill` up to `width` columns."""
     return pad(values, (0, width - values.shape[1]), value=fill)

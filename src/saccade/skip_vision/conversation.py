@@ -1,7 +1,7 @@
-"""`generate` on a skipping model: prompts are laid out, what comes back begins with the prompt as it was given.
+"""`generate` on a skipping model: prompts are rearranged, but the output begins with the original prompt.
 
-A second turn goes on from the cache of the first: the tokens that the cache has read are left out, and only the images
-of the new ones are encoded.
+A second turn continues from the cache of the first: tokens that the cache has already read are left out, and only new
+images are encoded.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from saccade.tokens import Role
 
 
 def new_part(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -> dict[str, Any]:
-    """Of processor outputs for a conversation, those for the tokens that the cache has not read.
+    """The part of a conversation's processor outputs that the cache has not read yet.
 
-    `input_ids` are either the whole conversation, as `generate` returned it and with more behind it, or the new tokens
-    only, with an `attention_mask` that is longer than they are.
+    `input_ids` is either the whole conversation, as returned by `generate` with the new tokens appended, or the new
+    tokens only, with an `attention_mask` that covers the whole conversation.
 
     Raises:
-        SaccadeError: if there are none.
+        SaccadeError: if there are no new tokens.
     """
     ids, mask = given["input_ids"], given.get("attention_mask")
     known = read_length(cache) + (0 if state is None else state.cut)
@@ -35,7 +35,7 @@ def new_part(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -
     if new.shape[1] == 0:
         raise SaccadeError(
             f"input_ids has {ids.shape[1]} tokens, of which the key-value cache has read {known}: pass the whole "
-            "conversation, with the new tokens behind it"
+            "conversation with the new tokens appended"
         )
     per_token = {name: value for name, value in given.items() if _is_per_token(value, ids)}
     part = {name: value[:, -new.shape[1] :] for name, value in per_token.items()}
@@ -48,17 +48,17 @@ def _is_per_token(value: Any, ids: Tensor) -> bool:
 
 
 def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask: Tensor | None) -> dict[str, Any]:
-    """Put what the cache has read before the prepared inputs of a new part.
+    """Prepend what the cache has read to the prepared inputs of a new part.
 
     Args:
-        mask: the user's mask of the whole conversation, for a cache that was filled without images.
+        mask: the user's mask for the whole conversation, for a cache that was filled without images.
     """
     read = read_length(cache)
     ids = prepared["input_ids"]
     batch, length = ids.shape
     if state is not None and state.valid.shape[0] != batch:
         raise SaccadeError(
-            f"the key-value cache holds {state.valid.shape[0]} rows, input_ids {batch}: go on with the rows that it "
+            f"the key-value cache has {state.valid.shape[0]} rows, input_ids {batch}: continue with the rows that it "
             "was made for"
         )
     if state is None:
@@ -85,16 +85,16 @@ def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask
 
 
 def as_given(output: Any, given: Tensor, laid_out: Tensor, cache: Cache | None) -> Any:
-    """What `generate` returned, with the prompt as the user gave it, `(B, T)`, in the place of the laid-out one.
+    """The output of `generate`, with the rearranged prompt replaced by the user's `(B, T)`.
 
-    The cache remembers the laid-out conversation, from which a next turn goes on.
+    The cache stores the rearranged conversation, from which the next turn continues.
     """
     sequences = output.sequences if isinstance(output, ModelOutput) else output
     returned = with_given_prompt(sequences, given, laid_out.shape[1])
     returned_cache = cache_of(output) if isinstance(output, ModelOutput) else None
     cache = cache if returned_cache is None else returned_cache
     state = state_of(cache)
-    # After a beam search the cache holds the beams, not what was returned.
+    # After beam search the cache contains the beams, not the returned sequences.
     if state is not None and state.valid.shape[0] == sequences.shape[0]:
         state.sequence, state.cut = sequences, given.shape[1] - laid_out.shape[1]
     if not isinstance(output, ModelOutput):

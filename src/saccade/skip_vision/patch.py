@@ -1,4 +1,4 @@
-"""`apply_skip_vision`: a stock model that skips, in place, until `remove()`."""
+"""`apply_skip_vision`: patch a stock model in place so that it skips, until `remove()`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -57,21 +57,22 @@ class SkipVision:
         padding_side: str | None = None,
         encoded: Encoded | None = None,
     ) -> dict[str, Any]:
-        """What `forward` and `generate` make of processor outputs before anything else.
+        """Convert processor outputs to the inputs that `forward` and `generate` run on.
 
         Args:
-            inputs: what the processor returned, for any number of samples and images; perhaps with `labels`.
-            labels: long `(B, L)`, or None. Text with a label is what the model learns to write.
-            padding_side: of the result. When left out "left" if every row of `inputs` ends with a token, else "right".
-            encoded: the images' features, where the caller has them; with what the split needs to know.
+            inputs: what the processor returned, for any number of samples and images, optionally with `labels`.
+            labels: long `(B, L)`, or None. Text with a label is what the model is trained to write.
+            padding_side: of the result. Defaults to "left" if every row of `inputs` ends with a real token, else
+                "right".
+            encoded: the images' features, if the caller has them, including what the split needs.
 
         Returns:
             Inputs for `model(...)`, `model.generate(...)` or the model without its head: `input_ids`,
             `attention_mask`, `position_ids`, `mm_encoder_outputs`, `skip_roles` (long `(B, S)`, values of
-            `saccade.tokens.Role`), further inputs that the family has for each token, and `labels` if there were any.
+            `saccade.tokens.Role`), the family's further per-token inputs, and `labels` if given.
 
         Raises:
-            SaccadeError: if text and images do not fit together, or the images do not fit the split.
+            SaccadeError: if text and images do not match, or the images do not suit the split.
         """
         return prepare(self._skipper, self.family, inputs, labels, padding_side, encoded)
 
@@ -79,7 +80,7 @@ class SkipVision:
         """Write the summary head and the options to `folder/skip_vision.saccade`, and return the path.
 
         Args:
-            tensors: the head's gathered tensors by name, where this process holds only shards of them.
+            tensors: the head's gathered tensors by name, if this process holds only shards of them.
 
         Raises:
             OSError: if the file cannot be written.
@@ -89,10 +90,10 @@ class SkipVision:
         return write_summary_file(folder, tensors, asdict(self.config))
 
     def load_summary(self, folder: str | Path) -> None:
-        """Take the summary head's weights from what `save_pretrained` wrote to `folder`; the options stay as they are.
+        """Load the summary head's weights that `save_pretrained` wrote to `folder`; the options do not change.
 
         Raises:
-            SaccadeError: if there is no such file, or it is of another model.
+            SaccadeError: if there is no such file, or it belongs to another model.
         """
         if self.summary is not None:
             self._take_summary(read_summary_file(folder)[1], folder)
@@ -105,7 +106,7 @@ class SkipVision:
         }:
             width = self.model.config.get_text_config().hidden_size
             raise SaccadeError(
-                f"folder={str(folder)!r}: its summary head is not of a model of width {width}: it was trained for "
+                f"folder={str(folder)!r}: its summary head does not fit a model of width {width}: it was trained for "
                 "another model, or without summary tokens"
             )
         with torch.no_grad():
@@ -116,7 +117,7 @@ class SkipVision:
                 parameter.copy_(value)
 
     def remove(self) -> None:
-        """Make the model what it was. Does nothing the second time."""
+        """Restore the model. Does nothing the second time."""
         if self.model.__dict__.get(HANDLE) is not self:
             return
         for module in self._patched:
@@ -145,7 +146,7 @@ class SkipVision:
         patch(model, like(model.generate, _model_generate), "generate")
         self._patched += [language, model]
         if config.summary:
-            # In bfloat16 its entries would be too coarse to move at fine-tuning rates.
+            # In bfloat16 its entries would be too coarse for updates at fine-tuning rates.
             head = SummaryHead(model.config.get_text_config().hidden_size).to(model.device)
             model.add_module(SUMMARY_NAME, head)
             self._ignored_before = model.__dict__.get(KEYS_TO_IGNORE)
@@ -158,21 +159,22 @@ class SkipVision:
 def apply_skip_vision(
     model: nn.Module, config: SkipVisionConfig | str | Path | None = None, **options: Any
 ) -> SkipVision:
-    """Let a stock model skip visual tokens, in place: `forward` and `generate` take processor outputs as before.
+    """Patch a stock model in place so that it skips visual tokens: `forward` and `generate` take processor outputs as
+    before.
 
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
-        config: the options, the published 100/156 when left out; or the folder that `save_pretrained` or a training
-            run wrote: its options, and its summary head.
-        options: fields of [`SkipVisionConfig`], in place of the config's, such as `drop_kv=False`.
+        config: the options, by default the published 100/156; or a folder written by `save_pretrained` or a training
+            run, to use its options and its summary head.
+        options: fields of [`SkipVisionConfig`] that override the config's, such as `drop_kv=False`.
 
     Returns:
-        The handle: `remove()` makes the model what it was, `save_pretrained(folder)` writes the summary head and the
-        options, `prepare(inputs)` gives the inputs that a training step of your own needs.
+        The handle: `remove()` restores the model, `save_pretrained(folder)` writes the summary head and the options,
+            `prepare(inputs)` returns the inputs for a custom training step.
 
     Raises:
-        SaccadeError: if the model cannot skip, or not as the options say; if the folder holds no options, or those of
-            another model.
+        SaccadeError: if the model cannot skip, or does not support the options; if the folder has no options, or those
+            of another model.
     """
     folder = config if isinstance(config, (str, Path)) else None
     tensors: dict[str, Tensor] = {}
@@ -200,7 +202,7 @@ def apply_skip_vision(
 
 
 def _check_model(family: Family, config: SkipVisionConfig) -> None:
-    """Check what is known before the first image."""
+    """Check what can be checked before the first image."""
     count = len(family.language_layers)
     if config.layers is not None and config.layers[1] > count:
         raise SaccadeError(f"layers={config.layers!r}: there are {count} layers, end at {count} or before")
@@ -214,7 +216,7 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
         raise SaccadeError(
             f"text_visibility={config.text_visibility!r} needs a mask that attn_implementation={kind!r} does not "
-            "take: load the model with 'sdpa' or 'eager', or use text_visibility='all'"
+            "support: load the model with 'sdpa' or 'eager', or use text_visibility='all'"
         )
     if config.split == "thumbnail" and family.thumbnail is None:
         raise SaccadeError(
@@ -224,13 +226,13 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
 
 
 def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock forward, with images laid out first."""
+    """The stock forward, after rearranging visual tokens."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.forward, args, kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
         state = state_of(cache_of(kwargs))
         if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
-            # The model would count from what it read last, whatever this cache holds.
+            # The model would continue from its own last call, regardless of this cache.
             new = kwargs["input_ids"]
             positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
             kwargs["position_ids"] = positions.expand(3, -1, -1)
@@ -252,7 +254,7 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock `generate`, with images laid out first."""
+    """The stock `generate`, after rearranging visual tokens."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
@@ -286,7 +288,7 @@ def _sort(skip: SkipVision, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dic
     others = {name: value for name, value in kwargs.items() if name not in inputs}
     for name in ("position_ids", "inputs_embeds"):
         if others.pop(name, None) is not None:
-            raise SaccadeError(f"{name}: images are laid out anew, pass 'input_ids' and leave {name} out")
+            raise SaccadeError(f"{name}: visual tokens are rearranged, pass 'input_ids' and leave {name} out")
     if "input_ids" not in inputs:
         raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
     return inputs, others

@@ -1,4 +1,4 @@
-"""From processor outputs to the inputs of a skipping model: encode, compose, lay out."""
+"""Convert processor outputs to the inputs of a skipping model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ PER_IMAGE = (
     "second_per_grid_ts",
     "mm_token_type_ids",
 )
-"""Processor outputs about images and videos that are used up with them."""
+"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 def processor_outputs(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Modules that run on some rows only: the feed-forward networks, and the queries and outputs of the last attention.
+"""Modules that run on a subset of rows: feed-forward networks, and query and output projections of the last attention.
 
-Which rows those are comes down the stock forward as a keyword argument of each call. Attention takes it out and leaves
-it where the modules behind it in the same layer find it; gradient checkpointing, which replays a layer with the
-keyword arguments it had, so replays it with its own rows, however many forwards came between.
+The subset is passed down the stock forward as a keyword argument of each call. Attention removes it and stores it for
+the later modules of the same layer. Gradient checkpointing replays a layer with its original keyword arguments, and
+therefore with the right rows, even if other forward passes came in between.
 """
 
 import threading
@@ -21,29 +21,29 @@ STATE = "_saccade_rows"
 
 
 class KeptRows:
-    """The rows of a batch that are not skipped, in one call.
+    """The rows of a batch that are not skipped in one call.
 
-    Not a dataclass: engines copy those when they hand them down.
+    Not a dataclass, since engines copy dataclasses when they pass them on.
 
     Args:
-        index: long `(M,)`, their numbers among all `B * L`.
+        index: long `(M,)`, their indices among all `B * L`.
     """
 
     def __init__(self, index: Tensor) -> None:
         self.index = index
         self.reached: set[int] = set()
-        """The ids of the modules that were given these rows."""
+        """The ids of the modules that received these rows."""
 
 
 @dataclass
 class LayerState:
-    """What the modules of one decoder layer share during a call, by thread: several may run the layer at once."""
+    """State shared by the modules of a decoder layer during a call, per thread: several may run the layer at once."""
 
     by_thread: dict[int, KeptRows] = field(default_factory=dict)
 
     @property
     def rows(self) -> KeptRows | None:
-        """What the layer's attention was given in the call that this thread is in."""
+        """The rows that the layer's attention received in this thread's current call."""
         return self.by_thread.get(threading.get_ident())
 
     @rows.setter
@@ -55,7 +55,7 @@ class LayerState:
 
 
 def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Take the rows out of the keyword arguments, for the modules behind this one in the layer."""
+    """Remove the rows from the keyword arguments and store them for the later modules of the layer."""
     rows = module.__dict__[STATE].rows = kwargs.pop(ROWS_KEYWORD, None)
     if rows is not None:
         rows.reached.add(id(module))
@@ -63,13 +63,13 @@ def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def attention_of_unskipped_layer(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Take the rows out of the keyword arguments: no module of this layer wants them."""
+    """Remove the rows from the keyword arguments: no module of this layer uses them."""
     kwargs.pop(ROWS_KEYWORD, None)
     return call_original(module, *args, **kwargs)
 
 
 def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
-    """Run on the kept rows of `x` `(B, L, D)`; the others come out as zeros: `(B, L, D')`."""
+    """Run on the kept rows of `x` `(B, L, D)`; the others become zeros: `(B, L, D')`."""
     rows = module.__dict__[STATE].rows
     if rows is None:
         return call_original(module, x)
@@ -82,30 +82,30 @@ def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_rows_arrived(rows: KeptRows, modules: Iterable[nn.Module]) -> None:
-    """Check after a call that handed rows down that each of the modules was given them and ran on them.
+    """Check after a call that each of the modules received the kept rows.
 
     Raises:
-        SaccadeError: naming a module that was not reached, which has run on all rows instead.
+        SaccadeError: naming a module that did not, and therefore ran on all rows.
     """
     for module in modules:
         if id(module) not in rows.reached:
             raise changed(
-                f"the language model's forward did not hand {ROWS_KEYWORD!r} down to {type(module).__name__}, or did "
+                f"the language model's forward did not pass {ROWS_KEYWORD!r} on to {type(module).__name__}, or did "
                 "not call it: nothing would be skipped"
             )
 
 
 def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
-    """Let the layers numbered `chosen` run their feed-forward networks on kept rows only.
+    """Patch the layers with indices in `chosen` to run their feed-forward networks on kept rows only.
 
-    Skipped rows of the last layer end there: if it is chosen, they get no queries and no output projection either,
-    where attention has projections of the usual names.
+    The output of skipped rows in the last layer is never used: if it is chosen, its query and output projections skip
+    them too, provided that they have the usual names.
 
     Returns:
         Every module that was patched.
 
     Raises:
-        SaccadeError: if a layer is not made of attention and a feed-forward network whose zeros stay zeros.
+        SaccadeError: if a layer does not consist of attention and a feed-forward network after which zeros stay zeros.
     """
     for number, layer in enumerate(layers):
         check_layer(number, layer)
@@ -130,7 +130,7 @@ def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
 
 
 def last_projections(attention: nn.Module) -> list[nn.Module]:
-    """What skipped rows of the last layer can do without: none where queries, keys and values are one projection."""
+    """The projections that skipped rows of the last layer do not need; empty if there is a fused qkv projection."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     if not all(isinstance(getattr(attention, name, None), nn.Module) for name in names):
         return []
@@ -138,10 +138,10 @@ def last_projections(attention: nn.Module) -> list[nn.Module]:
 
 
 def check_layer(number: int, layer: nn.Module) -> None:
-    """Check that skipping is what leaving out the feed-forward network of this layer means.
+    """Check that leaving out this layer's feed-forward network leaves the residual stream unchanged.
 
     Raises:
-        SaccadeError: if the layer is built otherwise.
+        SaccadeError: if the layer has another structure.
     """
     for name in ("self_attn", "mlp"):
         if not isinstance(getattr(layer, name, None), nn.Module):
@@ -153,6 +153,6 @@ def check_layer(number: int, layer: nn.Module) -> None:
     for name, module in layer.named_children():
         if name.startswith("post_feedforward") and getattr(module, "bias", None) is not None:
             raise SaccadeError(
-                f"layer {number} of the language model has a {name!r} with a bias, which makes something of the "
+                f"layer {number} of the language model has a {name!r} with a bias, which changes the "
                 "zeros of skipped rows: Skip-Vision needs an RMSNorm there"
             )

@@ -1,4 +1,4 @@
-"""What stands for each image in the sequence: [retained][s1][skipped][s2] (arXiv 2503.21817, Fig. 2).
+"""The layout of each image in the sequence: [retained][s1][skipped][s2] (arXiv 2503.21817, Fig. 2).
 
 Shapes: G images (blocks of placeholders) of M visual tokens, which become E rows of width D.
 """
@@ -20,10 +20,10 @@ from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
 
 
 class Skipper:
-    """Lets the merged tokens of each image skip the feed-forward networks, between the retained and the summaries.
+    """Makes the merged tokens of each image skip the feed-forward networks, next to retained and summary tokens.
 
     Args:
-        family: the model's; Skip-Vision is applied to the model.
+        family: family of the model that Skip-Vision is applied to.
         config: which tokens are retained and which skipped.
         head: makes the summary tokens, or None.
     """
@@ -39,10 +39,11 @@ class Skipper:
         self.share = skipped_share(family, config)
 
     def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
-        """Split, merge and summarise the tokens of each image. A summary stands at the last token of its group.
+        """Split, merge and summarise the tokens of each image. A summary takes the place of its group's last token.
 
         Raises:
-            SaccadeError: if the images do not fit the split, or more tokens are left than `merge="none"` may skip.
+            SaccadeError: if the images do not suit the split, or `merge="none"` leaves more tokens than may be
+                skipped.
         """
         blocks = Blocks.of(places)
         context = block_context(encoded, blocks)
@@ -59,19 +60,19 @@ class Skipper:
             torch.cat([part[2][number] for part in parts], dim=1)[there] for number in range(len(layers))
         )
         place = blocks.token.gather(1, tokens)[there]
-        # The rows of a block are handed over with its first crop, in whose place they all stand.
+        # All tokens of a block count towards its first crop, since they are placed there.
         first = blocks.feature_row[:, :1].expand_as(roles)[there]
         counts = torch.bincount(first, minlength=encoded.context.shape[0]).tolist()
         return VisualTokens(place, roles[there], features, counts, tuple(deepstack_features))
 
     def cost(self, role: Tensor) -> Tensor:
-        """A skipped token counts for the share of the layers that it runs through."""
+        """A skipped token counts as the share of the layers' weights that it runs through."""
         return (role != Role.PADDING).sum() - (1 - self.share) * (role == Role.SKIPPED).sum()
 
     def _group(
         self, group: Reduction, pooled: Tensor, role: Role, layers: list[Tensor]
     ) -> list[tuple[Tensor, Tensor, list[Tensor]]]:
-        """The tokens of a group, and its summary of those that are `pooled`.
+        """The tokens of a group, and the summary of those that are `pooled`.
 
         Returns:
             Roles `(G, K)`, tokens of the block `(G, K)`, and features `(G, K, D)` layer by layer, for each of the two.
@@ -107,10 +108,10 @@ def skipped_share(family: Family, config: SkipVisionConfig) -> float:
 
 
 def merge_rest(config: SkipVisionConfig, context: VisualContext, split: Split) -> Reduction:
-    """Merge the tokens `split.rest` of each image to the skipped ones, in the order that they are to stand in.
+    """Merge the tokens `split.rest` of each image into the skipped ones, in their final order.
 
     Raises:
-        SaccadeError: if more tokens are left than `merge="none"` may skip.
+        SaccadeError: if `merge="none"` leaves more tokens than may be skipped.
     """
     rest = split.rest
     left = rest.sum(dim=1).tolist()
@@ -118,15 +119,15 @@ def merge_rest(config: SkipVisionConfig, context: VisualContext, split: Split) -
     budgets = [min(budget, count) for budget, count in zip(budgets, left, strict=True)]
     device = rest.device
     if budgets == left or not any(budgets):
-        # As many as there are: they stay as they are, in raster order.
+        # The budget is the number of tokens: they stay unmerged, in raster order.
         counts = torch.tensor(budgets, dtype=torch.long, device=device).unsqueeze(1)
         width = max(budgets, default=0)
         return Reduction(mask_to_index(rest & (counts > 0), width))
     if config.merge == "none":
         number = next(number for number in range(len(left)) if budgets[number] < left[number])
         raise SaccadeError(
-            f"skipped={config.skipped!r}: merge='none' leaves {left[number]} tokens of an image beside the retained "
-            f"ones, and {budgets[number]} may be skipped; leave skipped out, or merge by 'redundancy'"
+            f"skipped={config.skipped!r}: merge='none' leaves {left[number]} tokens of an image besides the retained "
+            f"ones, but {budgets[number]} may be skipped; leave skipped out, or merge by 'redundancy'"
         )
     offered = context.replace(valid=rest, protected=None)
     keep = torch.tensor([max(1, budget) for budget in budgets], device=device)
@@ -155,7 +156,7 @@ def _reorder(reduction: Reduction, order: Tensor) -> Reduction:
 
 
 def _apply(reduction: Reduction, x: Tensor) -> Tensor:
-    """`reduction.apply(x)`, weighted sums in float32."""
+    """`reduction.apply(x)`, with weighted sums in float32."""
     if reduction.weight is None:
         return reduction.apply(x)
     with torch.autocast(x.device.type, enabled=False):

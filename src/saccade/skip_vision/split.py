@@ -1,4 +1,4 @@
-"""Which visual tokens of each image are retained, and which are left to be skipped.
+"""Which visual tokens of each image are retained, and which remain to be skipped.
 
 Shapes: G images (blocks of placeholders) of M visual tokens, R feature rows of N.
 """
@@ -23,10 +23,10 @@ class Split:
     """The two groups of each image.
 
     Args:
-        retained: the tokens that are retained, or pooled to be.
-        pooled: bool `(G, K)`, those of them that the first summary token is made of.
-        rest: bool `(G, M)`, the tokens left to be skipped.
-        base: for each image, the number of tokens that a share of skipped ones is a share of.
+        retained: the retained tokens, selected or pooled.
+        pooled: bool `(G, K)`, which of them the first summary token is computed from.
+        rest: bool `(G, M)`, the tokens that remain to be skipped.
+        base: for each image, the number of tokens that a share of skipped tokens refers to.
     """
 
     retained: Reduction
@@ -41,7 +41,7 @@ def split_tokens(
     """Split the tokens of each block of `context`, see `block_context`.
 
     Raises:
-        SaccadeError: if the images have no thumbnail or no grid where the split needs one.
+        SaccadeError: if the split needs a thumbnail or a grid that the images do not have.
     """
     if config.split == "thumbnail":
         return _by_thumbnail(family, encoded, blocks, context)
@@ -57,13 +57,13 @@ def split_tokens(
     index = config.split_reducer()(offered, keep).index
     chosen = torch.zeros(image.shape[0], image.shape[1] + 1, dtype=torch.bool, device=image.device)
     chosen = chosen.scatter(1, torch.where(index >= 0, index, image.shape[1]), True)[:, :-1]
-    # A budget for all of an image takes its newlines too, which reducers never see.
+    # A budget that covers the whole image includes its newlines, which reducers never see.
     whole = torch.tensor([budget >= size for budget, size in zip(budgets, sizes, strict=True)], device=image.device)
     return _chosen(context, chosen | (context.valid & whole.unsqueeze(1)), sizes)
 
 
 def _chosen(context: VisualContext, chosen: Tensor, base: list[int]) -> Split:
-    """The split that retains the tokens `chosen`, bool `(G, M)`, as they are."""
+    """The split that retains the tokens `chosen`, bool `(G, M)`, unchanged."""
     counts = chosen.sum(dim=1)
     width = int(counts.max()) if counts.numel() else 0
     uniform = bool((counts == width).all())
@@ -91,7 +91,7 @@ def _by_scale(config: SkipVisionConfig, context: VisualContext) -> Split:
     for (frames, height, width), cells in zip(grids, image.sum(dim=1).tolist(), strict=True):
         if frames != 1 or height * width != cells or (height == 1 and width > config.scales[0]):
             raise SaccadeError(
-                f"split='scale' needs one picture an image, and here are {frames} of {height} x {width} tokens: "
+                f"split='scale' needs one picture per image, but here are {frames} of {height} x {width} tokens: "
                 "use split='thumbnail' for crops, or the name of a reducer"
             )
     pyramids = {grid: _pyramid(grid[1], grid[2], config.scales) for grid in set(grids)}
@@ -112,9 +112,10 @@ def _by_scale(config: SkipVisionConfig, context: VisualContext) -> Split:
 
 
 def _pyramid(height: int, width: int, windows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales of a grid: pooling weight `(K, h * w)`, the cell in the middle of each window, whether it is the finest.
+    """Scales of a grid: pooling weights `(K, h * w)`, the central cell of each window, whether its scale is the
+    finest.
 
-    Windows of side w cut a line of n cells into ceil(n / w) pieces, of w cells where that divides n.
+    Windows of side w split n cells into ceil(n / w) pieces, of w cells each if w divides n.
     """
     weights, centers, finest = [], [], []
     for window in windows:

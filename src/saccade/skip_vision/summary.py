@@ -1,4 +1,4 @@
-"""The summary head: a tiny attention pooling that makes one token of a group of tokens (arXiv 2503.21817, Sec. 4)."""
+"""The summary head: a tiny attention pooling of a group of tokens into one (arXiv 2503.21817, Sec. 4)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ class SummaryHead(nn.Module):
     """Pools a group of tokens x to s = sum_i w_i x_i with w = softmax_i(W LN(x_i)).
 
     One head serves both groups of every image. The raw tokens are pooled, not the normalised ones. The published
-    linear layer has a bias, which the softmax takes out again; it is left out here.
+    linear layer has a bias, which cancels out in the softmax; it is left out here.
 
     Args:
         hidden_size: width D of the language model.
@@ -32,17 +32,17 @@ class SummaryHead(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        """The weights w of tokens `x` `(G, N, D)` of which `valid` `(G, N)` are pooled: float32 `(G, N)`."""
+        """The weights w for pooling the `valid` `(G, N)` tokens of `x` `(G, N, D)`: float32 `(G, N)`."""
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.norm.weight.float(), self.norm.bias.float()
             score = layer_norm(x.float(), self.norm.normalized_shape, weight, bias, self.norm.eps)
             score = linear(score, self.score.weight.float()).squeeze(2)  # (G, N)
-            # A group without tokens has no weights, rather than NaN.
+            # A group without tokens gets weights of zero rather than NaN.
             score = score.masked_fill(~valid, torch.finfo(score.dtype).min)
             return score.softmax(dim=1) * valid
 
     def idle(self) -> Tensor:
-        """A zero with a gradient for every parameter, for batches without images: engines wait for one."""
+        """A zero that depends on every parameter, for batches without images: engines wait for its gradient."""
         return sum(parameter.sum() for parameter in self.parameters()) * 0
 
 
@@ -56,7 +56,7 @@ def write_summary_file(folder: str | Path, tensors: Mapping[str, Tensor], metada
     """Write `skip_vision.saccade` into `folder`, whole or not at all.
 
     Args:
-        tensors: the head's, empty without one.
+        tensors: the head's tensors; empty without a head.
         metadata: the configuration, kept as JSON in the file's header.
     """
     return save_companion(folder, SUMMARY_FILE, tensors, metadata)
@@ -66,6 +66,6 @@ def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     """The configuration and the tensors that `write_summary_file` wrote.
 
     Raises:
-        SaccadeError: if there is no such file, or it is not a whole one.
+        SaccadeError: if there is no such file, or it is damaged.
     """
     return read_companion(folder, SUMMARY_FILE, "folder")
