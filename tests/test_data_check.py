@@ -129,7 +129,7 @@ def test_text_that_the_model_takes_for_an_image(tmp_path):
     collator = DualSpeedCollator(processor, placeholder_id=counter.placeholder_id)
     rows = load_rows(ModelOptions(dataset=str(tmp_path / "data.json")))
     collator([rows[0]])
-    with pytest.raises(RecordError, match=r"data.json, row 2: .* stands in a text"):
+    with pytest.raises(RecordError, match=r"data.json, row 2: .* is in a text"):
         collator([rows[1]])
 
 
@@ -181,7 +181,7 @@ def test_a_recipe_is_checked_with_all_of_its_sources(tmp_path):
     [
         (["none.json"], "none.json' does not exist"),
         (["data.json", "--format", "csv"], "format='csv'"),
-        (["data.json", "--image-folder", "/nowhere"], "image_folder='/nowhere' is no folder"),
+        (["data.json", "--image-folder", "/nowhere"], "image_folder='/nowhere' is not a folder"),
         (["data.json", "--jobs", "0"], "jobs=0"),
         (["data.json", "--model", "/nowhere"], "model='/nowhere'"),
         (["data.json", "--prune-ratio", "1"], "prune_ratio=1.0"),

@@ -77,7 +77,7 @@ def test_overrides_are_typed():
         (["--model", "/nowhere"], "model='/nowhere'"),
         (["--model", "tiny", "--max_length", "64"], "max_length=64 cuts image tokens"),
         (["--packing", "true"], "[Pp]acking"),
-        (["--dataset", "/tmp"], "no folder that save_to_disk wrote"),
+        (["--dataset", "/tmp"], "not a folder written by save_to_disk"),
         (["--dataset_rows", "0"], "dataset_rows=0"),
         (["--lora", "true", "--freeze_language_model", "true"], "set one to false"),
         *(([f"--{name}", str(least - 1)], f"{name}={least - 1}.*: give {least}") for name, least in LEAST.items()),

@@ -97,7 +97,7 @@ def test_a_list_in_one_line_of_json_lines_is_bad(tmp_path):
         ("empty.json", "", "has no rows"),
         ("blank.jsonl", " \n\n", "has no rows"),
         ("list.json", "[]", "has no rows"),
-        ("dict.json", '{\n"a": 1}', "holds a dict"),
+        ("dict.json", '{\n"a": 1}', "is a single object"),
     ],
 )
 def test_files_without_rows(tmp_path, name, content, message):

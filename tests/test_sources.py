@@ -183,7 +183,7 @@ def test_the_wrong_image_folder_shows_at_once(tmp_path):
             load_rows(
                 ModelOptions(dataset=str(path), image_folder=str(tmp_path / "other"), dataset_streaming=streaming)
             )
-    with pytest.raises(SaccadeError, match="image_folder='/nowhere' is no folder"):
+    with pytest.raises(SaccadeError, match="image_folder='/nowhere' is not a folder"):
         load_rows(ModelOptions(dataset=str(path), image_folder="/nowhere"))
 
 
@@ -234,7 +234,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("name", ["none.png", "sub", "", "a\0b"])
     def test_what_is_not_there(self, folders, name):
-        with pytest.raises(RecordError, match=r"does not exist in|is no path"):
+        with pytest.raises(RecordError, match=r"does not exist in|is not a path"):
             ImageFolders(folders).find(name)
 
 
@@ -351,7 +351,7 @@ def test_a_table_that_is_rewritten_while_it_is_read(tmp_path):
 
 def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "text.txt").write_text("a")
-    with pytest.raises(SaccadeError, match="no folder that save_to_disk wrote, and has no Parquet"):
+    with pytest.raises(SaccadeError, match="not a folder written by save_to_disk, and has no Parquet"):
         load_rows(ModelOptions(dataset=str(tmp_path)))
     with pytest.raises(FileNotFoundError):
         load_from_disk(str(tmp_path))

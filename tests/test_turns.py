@@ -146,7 +146,7 @@ def test_plain_texts_get_their_end(build):
     row = {"prompt": "USER: <image>\nWhere? ASSISTANT:", "completion": " on the mat.", "images": images((32, 32))}
     batch = collator([row, row | {"completion": " 12"}])
     assert [learned(collator, labels) for labels in batch["labels"]] == [["on the mat.</s>"], ["12</s>"]]
-    with pytest.raises(RecordError, match=r"'</s>' stands in an answer.*remove it"):
+    with pytest.raises(RecordError, match=r"'</s>' is in an answer.*remove it"):
         collator([row | {"completion": " on the mat.</s>"}])
     with pytest.raises(RecordError, match="differ in kind"):
         collator([row | {"completion": talk("a", "b")[1:]}])
@@ -213,8 +213,8 @@ HASHES = VICUNA.replace("content['text'] + ' '", "content['text'] + ' ###'")
         (shipped("qwen3_5_think_training"), "writes '</think>.* where the answer 'a 5 .' should begin"),
         (shipped("qwen3_training"), "where the answer 'a 5 .' should begin"),
         (NO_PROMPT, "writes 'assistant: a 5 .*' where the answer 'a 5 .' should begin"),
-        (HASHES, "after an answer the chat template writes '###.*', and generate stops only at '</s>': add the token"),
-        (STOCK["internvl"].template, r"'<\|im_end\|>.*', and generate stops only at '</s>': add the token"),
+        (HASHES, "after an answer the chat template writes '###.*', but generate stops only at '</s>': add the token"),
+        (STOCK["internvl"].template, r"'<\|im_end\|>.*', but generate stops only at '</s>': add the token"),
         (VICUNA.replace("content['text'] + ' '", "content['text'].upper() + ' '"), "where the answer 'a 5 .' should"),
         (None, "the processor has no chat template"),
     ],

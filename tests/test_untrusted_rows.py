@@ -114,7 +114,7 @@ def test_a_bad_row_is_a_bad_record_and_opens_nothing(folder, name):
 
 def test_options_of_a_template_are_read_from_a_dataset_of_the_users_own_alone(folder):
     row = {"messages": chat("how many ?"), "chat_template_kwargs": {"enable_thinking": True}}
-    with pytest.raises(RecordError, match="'chat_template_kwargs', which is read from a dataset of your own alone"):
+    with pytest.raises(RecordError, match="'chat_template_kwargs', which is only read from datasets passed in Python"):
         convert(row)
     assert prepare_example(row)["chat_template_kwargs"] == {"enable_thinking": True}
 

@@ -1,4 +1,4 @@
-"""The embedded task: scenes of real handwritten digits, with questions about them, generated from a seed."""
+"""Training data: records and datasets, and the embedded task of questions about scenes of handwritten digits."""
 
 from saccade.data.digits import SPLITS, digit_samples, split_indices
 from saccade.data.questions import KINDS

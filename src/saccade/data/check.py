@@ -1,4 +1,4 @@
-"""Reading every row and every image of a dataset before a training run does: what is there, and what is bad."""
+"""Read every row and every image of a dataset before a training run does, and report what is bad."""
 
 import os
 import signal
@@ -21,10 +21,10 @@ from saccade.images import MAX_PIXELS, open_image
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _CHUNK = 64
-_WAITING = 4  # chunks a process that are handed out ahead
+_WAITING = 4  # chunks per process that are submitted ahead
 
 Chunk = tuple[int, int, int]
-"""A source's number, and its first row and the row after the last one of a part of it."""
+"""A part of a source: the index of the source, the first row, and the row after the last one."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Findings:
     visual: int = 0
 
     def add(self, other: "Findings") -> None:
-        """Take up what was found in other rows."""
+        """Add what was found in other rows."""
         for name in ("checked", "images", "text_only", "turns", "visual"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ignored.update(other.ignored)
@@ -67,19 +67,19 @@ def check_sources(
         sources: what to read.
         counter: counts tokens; None for a report without lengths.
         max_pixels: size above which an image is bad.
-        jobs: processes that read side by side; fewer where there is too little to read.
-        max_length: longest full sequence that training keeps whole.
-        padded: whether training pads images to a square, whose size counts then.
+        jobs: number of processes that read in parallel; fewer are used if there is little to read.
+        max_length: longest full sequence that training does not truncate.
+        padded: whether training pads images to a square, whose size then counts.
         start: called with the number of rows before the first is read.
         progress: called with the number of rows just read.
 
     Returns:
-        `complete`, false after an interruption, which ends the check early; `records`, all there are; `checked`;
-        `images`, `text_only` and `turns` (answers) of the good ones; `bad`, their number; `bad_by_kind`;
-        `ignored`, fields that nothing is read from, with the number of rows that have something there;
-        `bad_records`, a list of {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None
-        without a counter, else the number of `visual` tokens, the percentiles of the lengths `full` and `shortened`,
-        and the number of rows that are `longer` than `max_length`; `seconds`; `jobs`.
+        `complete`, false after an interruption, which ends the check early; `records`, the number of rows; `checked`;
+        `images`, `text_only` and `turns` (answers) of the good rows; `bad`, the number of bad rows; `bad_by_kind`;
+        `ignored`, fields that are not read, with the number of rows that have them; `bad_records`, a list of
+        {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None without a counter, else the
+        number of `visual` tokens, the percentiles of the lengths `full` and `shortened`, and the number of rows that
+        are `longer` than `max_length`; `seconds`; `jobs`.
 
     Raises:
         SaccadeError: if `jobs` is below 1, or a process dies.
@@ -126,7 +126,7 @@ def check_sources(
 
 @dataclass
 class _Reader:
-    """Reads a chunk of rows; a process has its own."""
+    """Reads a chunk of rows; each process has its own."""
 
     sources: list[Source]
     counter: TokenCounter | None
@@ -172,7 +172,7 @@ _reader: _Reader | None = None
 def _start_process(reader: _Reader) -> None:
     global _reader
     _reader = reader
-    # An interruption reaches every process of the terminal; the first one alone decides what becomes of it.
+    # Ctrl-C reaches every process of the terminal; only the main process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -189,7 +189,7 @@ def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
 
 
 def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findings]:
-    """What is found in each chunk, in the order in which they are done."""
+    """The findings of each chunk, in order of completion."""
     if jobs == 1:
         yield from map(reader.read, chunks)
         return
@@ -226,7 +226,7 @@ def _token_report(found: Findings, counter: TokenCounter, max_length: int | None
 
 
 def _percentiles(lengths: list[int]) -> dict[str, float]:
-    """The mean, and lengths that so many per cent of the rows do not exceed."""
+    """The mean and the percentiles of lengths."""
     if not lengths:
         return {}
     values = np.percentile(np.array(lengths), PERCENTILES, method="higher").tolist()

@@ -1,4 +1,4 @@
-"""Records to chat messages with images: LLaVA conversations, `messages`, `prompt` and `completion`."""
+"""Convert records to chat messages with images: LLaVA conversations, `messages`, `prompt` and `completion`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,23 +15,23 @@ Message = dict[str, Any]
 
 
 def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
-    """A record as chat messages and what it names as images. The same record always gives the same result.
+    """Convert a record to chat messages and a list of its images. The same record always gives the same result.
 
     Args:
-        record: with `conversations` and perhaps `image` (LLaVA), or with `messages`, or `prompt` and `completion`, and
-            perhaps `images`.
-        form: "llava", "chat", or "auto" to tell by the record's fields.
+        record: with `conversations` and optionally `image` (LLaVA), or with `messages`, or `prompt` and `completion`,
+            and optionally `images`.
+        form: "llava", "chat", or "auto" to infer it from the record's fields.
 
     Returns:
         `messages`, or `prompt` and `completion`: lists of {"role", "content"}; and `images`, a list.
 
     Raises:
-        RecordError: if it is none of these, or cannot be trained on.
+        RecordError: if the record has none of these forms, or cannot be trained on.
     """
     check_row_fields(record)
     if is_given(record.get("chat_template_kwargs")):
         raise RecordError(
-            "a row has the field 'chat_template_kwargs', which is read from a dataset of your own alone: remove it",
+            "a row has the field 'chat_template_kwargs', which is only read from datasets passed in Python: remove it",
             "field",
         )
     if form == "llava" or (form == "auto" and "conversations" in record):
@@ -56,7 +56,7 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
 
 
 def _llava_messages(turns: Any) -> list[Message]:
-    """Messages of LLaVA's `conversations`. What the model says before anybody asked is left out, as LLaVA does."""
+    """Messages of LLaVA's `conversations`. Answers before the first question are left out, as in LLaVA."""
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise RecordError("this has no 'conversations' list: LLaVA's rows need one")
     messages = []
@@ -81,17 +81,17 @@ def _chat_messages(messages: Any, name: str) -> list[Message]:
     for message in messages:
         whole = checked_message(message)
         if whole.get("tool_calls"):
-            # No field of their own is learned: such an answer would teach its end token alone.
+            # Tool calls get no labels, so such an answer would only teach its end token.
             raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
         checked.append({name: whole[name] for name in ("role", "content")})
     return checked
 
 
 def checked_message(message: Any) -> Message:
-    """The message, its parts without the empty fields that `datasets` adds to make all parts of a column alike.
+    """The message, without the empty fields that `datasets` adds to parts to give a column uniform parts.
 
     Raises:
-        RecordError: if it is none.
+        RecordError: if it is not a message.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise RecordError(f"each message needs a 'role' and a 'content', found {str(message)[:80]}")
@@ -105,10 +105,10 @@ def checked_message(message: Any) -> Message:
 
 
 def with_system_prompt(messages: list[Message], prompt: str | None) -> list[Message]:
-    """The messages after a system message of a row's own system prompt.
+    """Prepend a row's own system prompt to its messages.
 
     Raises:
-        RecordError: if they begin with another one.
+        RecordError: if they begin with a different one.
     """
     if prompt is None:
         return messages
@@ -120,7 +120,7 @@ def with_system_prompt(messages: list[Message], prompt: str | None) -> list[Mess
 
 
 def used_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Which columns hold a row's words. A table that was joined of several has others beside them."""
+    """Which columns contain a row's text. A table joined from several may have other columns too."""
     if row.get("messages") is not None or row.get("prompt") is None:
         return ("messages",)
     return ("prompt", "completion")
@@ -134,9 +134,10 @@ def _content(content: str | list) -> str | list:
 
 
 def _part(part: Any) -> dict[str, Any]:
-    """A part without the empty fields that it has because another part of its column has them.
+    """A part without the empty fields that it only has because other parts of its column have them.
 
-    Whatever else a part holds, a processor may open: a path, a URL, bytes. So nothing else gets through.
+    A processor might open whatever else a part contains, such as a path, a URL or bytes, so nothing else is let
+    through.
     """
     if not isinstance(part, Mapping):
         raise RecordError(f"a content is a text or a list of parts with a 'type', found {str(part)[:80]}")
@@ -147,7 +148,7 @@ def _part(part: Any) -> dict[str, Any]:
     allowed = {"type", "text"} if kind == "text" else {"type"}
     others = sorted(str(name) for name in part if name not in allowed)
     if others:
-        fix = "images stand in the row's 'images', by path or as bytes" if kind == "image" else "remove it"
+        fix = "give images in the row's 'images', by path or as bytes" if kind == "image" else "remove it"
         raise RecordError(f"a part of type {kind!r} has the field {others[0]!r}: {fix}", "content_part")
     if kind == "text":
         text = part.get("text")
@@ -158,10 +159,10 @@ def _part(part: Any) -> dict[str, Any]:
 
 
 def images_of(record: Mapping[str, Any]) -> list[Any]:
-    """What a record names as `images`, or as its one `image`.
+    """A record's `images`, or its single `image`, as a list.
 
     Raises:
-        RecordError: if both name some.
+        RecordError: if it has both.
     """
     given = [name for name in ("images", "image") if is_given(record.get(name))]
     if len(given) > 1:
@@ -180,11 +181,11 @@ def _check_answers(messages: list[Message]) -> None:
         if not text_of(answer).strip():
             raise RecordError("an answer is empty: write one, or remove the row", "empty_answer")
         if image_count(answer):
-            raise RecordError(f"{IMAGE_TAG} stands in an answer: move it to a question", "placeholder_count")
+            raise RecordError(f"{IMAGE_TAG} is in an answer: move it to a question", "placeholder_count")
 
 
 def text_of(message: Message) -> str:
-    """The words of a message, placeholders among them."""
+    """The text of a message, including placeholders."""
     content = message["content"]
     return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
 
@@ -196,10 +197,10 @@ def image_count(message: Message) -> int:
 
 
 def place_images(messages: list[Message], count: int) -> list[Message]:
-    """Turn `<image>` tags in the messages' text into image parts; messages without any come back as they were.
+    """Turn `<image>` tags in the messages' text into image parts; messages without any are returned unchanged.
 
     Raises:
-        RecordError: if there are tags, or structured image parts, and they differ in number from the images.
+        RecordError: if there are tags or image parts, and their number differs from that of the images.
     """
     structured = any(isinstance(message.get("content"), list) for message in messages)
     tags = sum(image_count(message) for message in messages)
@@ -218,9 +219,9 @@ def place_images(messages: list[Message], count: int) -> list[Message]:
 
 
 def as_parts(message: Message) -> Message:
-    """The message with its text as a list of parts, an image part for each `<image>` tag.
+    """The message with its text as a list of parts, with an image part for each `<image>` tag.
 
-    Line breaks beside a tag go: where a line ends, the model's chat template knows.
+    Line breaks next to a tag are removed, since the model's chat template adds its own.
     """
     content = message.get("content")
     if isinstance(content, str):

@@ -34,10 +34,10 @@ def split_indices(split: str) -> tuple[tuple[int, ...], ...]:
         split: "train", "validation" or "test".
 
     Returns:
-        Ten tuples of sample indices, one a digit class.
+        Ten tuples of sample indices, one per digit class.
 
     Raises:
-        SaccadeError: `split` is none of the three.
+        SaccadeError: if `split` is none of the three.
     """
     if split not in SPLITS:
         raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")

@@ -1,7 +1,7 @@
-"""Fields of a record beyond its words and images: which change what is learned, and which are left aside.
+"""Fields of a record beyond its text and images: which change what is learned, and which are ignored.
 
-A field that changes what is learned is honoured or refused. Any other one, an id say, is left aside, and the check of
-a dataset counts it.
+A field that changes what is learned is honoured or refused. Any other field, such as an id, is ignored, and the check
+of a dataset counts it.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from saccade.errors import RecordError
 
 ROW_FIELDS = ("conversations", "messages", "prompt", "completion", "images", "image", "system", "system_prompt")
-"""What a row's fields are read from."""
+"""The fields of a row that are read."""
 MESSAGE_FIELDS = ("role", "content", "from", "value")
 
 REFUSED_IN_ROWS = {
@@ -25,7 +25,7 @@ REFUSED_IN_ROWS = {
         ("chosen", "rejected"), "preferences are not trained on: give 'messages', or 'prompt' and 'completion'"
     ),
 }
-"""Fields of a row that change what it teaches and are not read, with what to do about them."""
+"""Fields of a row that would change what it teaches but are not supported, with what to do about them."""
 REFUSED_IN_MESSAGES = {
     "function_call": "is not learned: write the call into the content, or remove the row",
     **dict.fromkeys(
@@ -38,20 +38,20 @@ REFUSED_IN_MESSAGES = {
     ),
     "prefix": "is not read: remove the field",
 }
-"""The same of a message or a turn."""
+"""The same for fields of a message or a turn."""
 WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable", "loss_mask", "mask")
-"""Fields of a row or a message that say whether, or how much, it is learned."""
+"""Fields that say whether, or how strongly, a row or a message is learned."""
 
 _IMAGE_NAME = re.compile(r"(data:image/.*)|(\S.*\.(jpe?g|png|webp|gif|bmp|tiff?))", re.IGNORECASE | re.DOTALL)
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field says something. Tables fill the rows that lack a field with None, or with what is empty."""
+    """Whether a field has a value. Tables fill missing fields with None or with something empty."""
     return value is not None and not (isinstance(value, (str, bytes, list, tuple, Mapping)) and len(value) == 0)
 
 
 def check_row_fields(record: Mapping[str, Any]) -> None:
-    """Refuse a row with a field that changes what it teaches and is not read.
+    """Refuse a row with an unsupported field that would change what it teaches.
 
     Raises:
         RecordError: naming the field and what to do.
@@ -83,21 +83,21 @@ def check_message_fields(message: Mapping[str, Any]) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """Refuse half a character, which no tokenizer and no file takes.
+    """Refuse unpaired surrogates, which can be neither tokenized nor written to a file.
 
     Raises:
-        RecordError: on a surrogate without its partner.
+        RecordError: if the text contains one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RecordError(
-            f"{name} holds {text[error.start]!a}, half a character: write the whole one, or remove it", "malformed"
+            f"{name} contains {text[error.start]!a}, half a character: write the whole one, or remove it", "malformed"
         ) from error
 
 
 def system_prompt(record: Mapping[str, Any]) -> str | None:
-    """The system prompt that a row has in a field of its own.
+    """The system prompt that a row has in a separate field, or None.
 
     Raises:
         RecordError: if it is not a text.
@@ -113,7 +113,7 @@ def system_prompt(record: Mapping[str, Any]) -> str | None:
 
 
 def fields_left_aside(record: Mapping[str, Any]) -> Iterator[str]:
-    """Names of a row's fields that nothing is read from, and of its messages' as `messages.name`, each once a row."""
+    """Names of a row's ignored fields, and of its messages' as `messages.name`, each once per row."""
     names = {name for name, value in record.items() if name not in ROW_FIELDS and is_given(value)}
     for column in ("conversations", "messages", "prompt", "completion"):
         messages = record.get(column)
@@ -126,7 +126,7 @@ def fields_left_aside(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_weight(name: str, value: Any) -> None:
-    """Whole and equal weights are what training does anyhow."""
+    """Refuse weights other than 1, which are not supported."""
     if name not in WEIGHTS:
         return
     values = value if isinstance(value, (list, tuple)) else [value]
@@ -143,7 +143,7 @@ def _entries(value: Any) -> list[Any]:
 
 
 def _looks_like_an_image(value: Any) -> bool:
-    """A file's name or data as images have it, stored bytes, or an image itself."""
+    """Whether a value is an image's file name or data URI, stored bytes, or an image object."""
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), (bytes, bytearray)) or _looks_like_an_image(value.get("path"))
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Image paths of data files, kept inside the folders that the user named."""
+"""Image paths of data files, confined to the folders that the user named."""
 
 import os
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from saccade.errors import RecordError, SaccadeError
 
 
 class ImageFolders:
-    """Finds images in folders, and lets no path out of them: a data file may come from a stranger.
+    """Finds images in folders and rejects paths that leave them, since a data file may be untrusted.
 
     Args:
-        folders: looked through in this order.
-        allow_outside: take paths that leave the folders through `..`, an absolute path or a symbolic link.
+        folders: the folders to search, in this order.
+        allow_outside: accept paths that leave the folders through `..`, an absolute path or a symbolic link.
 
     Raises:
         SaccadeError: if a folder does not exist.
@@ -21,7 +21,7 @@ class ImageFolders:
     def __init__(self, folders: Sequence[str | Path], allow_outside: bool = False) -> None:
         for folder in folders:
             if not Path(folder).is_dir():
-                raise SaccadeError(f"image_folder={str(folder)!r} is no folder: correct the path")
+                raise SaccadeError(f"image_folder={str(folder)!r} is not a folder: correct the path")
         self.folders = [str(folder) for folder in folders]
         self.allow_outside = allow_outside
         self._roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
@@ -30,7 +30,7 @@ class ImageFolders:
         """The path of the image that a record calls `name`.
 
         Raises:
-            RecordError: if it is in none of the folders, or outside of them.
+            RecordError: if it is in none of the folders, or outside them.
         """
         left = False
         try:
@@ -41,7 +41,7 @@ class ImageFolders:
                 elif os.path.isfile(path):
                     return path
         except ValueError as error:  # a null byte in the name
-            raise RecordError(f"image {name!r} is no path: {error}") from error
+            raise RecordError(f"image {name!r} is not a path: {error}") from error
         where = ", ".join(self.folders) or "image_folder, which is empty"
         if left:
             raise RecordError(

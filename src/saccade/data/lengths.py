@@ -1,4 +1,4 @@
-"""How many tokens a row has, full and after pruning, without running a model."""
+"""The number of tokens of a row, in full and after pruning, without running a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +18,7 @@ from saccade.reducers import PruningConfig, no_room
 Size = tuple[int, int]
 """Width and height."""
 
-# Unlike enough that a processor which gives all of them the same tokens gives them to any size.
+# So different that a processor giving all of them the same number of tokens can be assumed to do so for any size.
 _PROBES: tuple[Size, ...] = ((640, 480), (224, 224), (1500, 500), (300, 1100))
 _CALIBRATION_ROWS = 256
 
@@ -27,12 +27,12 @@ class TokenCounter:
     """Counts the tokens of rows as the processor would make them.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
         placeholder_id: token id of a visual token.
-        budget: the visual tokens that fast steps keep.
-        isolator_length: tokens that fast steps put before each image.
-        stop_ids: token ids at which `generate` stops, as the collator takes them.
-        conversation: "chat" or "plain", as rows are trained on.
+        budget: how many visual tokens fast steps keep.
+        isolator_length: number of tokens that fast steps put before each image.
+        stop_ids: token ids at which `generate` stops, as for the collator.
+        conversation: "chat" or "plain", as in training.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class TokenCounter:
         self._bare = len(self._ids(self._one_image))
         measured = [self._measure(size) for size in _PROBES]
         self.fixed = measured[0] if len(set(measured)) == 1 else None
-        """(tokens that an image adds, visual tokens among them) where images of all sizes have the same."""
+        """(tokens that an image adds, visual tokens among them) if they are the same for all sizes, else None."""
         self._computes = not self.fixed and all(
             self._compute(size) == tokens for size, tokens in zip(_PROBES, measured, strict=True)
         )
 
     def image_tokens(self, size: Size) -> tuple[int, int]:
-        """Tokens that an image of this size adds to its text, and how many of all its tokens are visual.
+        """Number of tokens that an image of this size adds to the text, and its number of visual tokens.
 
         Raises:
-            RecordError: if the processor takes no image of this size.
+            RecordError: if the processor rejects images of this size.
         """
         if self.fixed:
             return self.fixed
@@ -77,7 +77,7 @@ class TokenCounter:
         return self._tokens[size]
 
     def text_tokens(self, row: Mapping[str, Any]) -> int:
-        """Tokens of a row's text in the model's chat format, each image counted as the one token that it starts as.
+        """Number of tokens of a row's text in the model's chat format, counting each image as a single token.
 
         Raises:
             RecordError: if training cannot use the text.
@@ -85,7 +85,7 @@ class TokenCounter:
         return len(self._ids(self._writer.write(row).text))
 
     def text_and_learned(self, row: Mapping[str, Any]) -> tuple[int, int]:
-        """`text_tokens`, and how many of these are learned: answers and their ends.
+        """`text_tokens`, and how many of these have labels: answers and their end tokens.
 
         Raises:
             RecordError: if training cannot use the text.
@@ -133,13 +133,13 @@ class TokenCounter:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _measure(self, size: Size) -> tuple[int, int]:
-        """What the processor itself makes of a blank image."""
+        """`image_tokens`, measured by processing a blank image."""
         inputs = self.processor(images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False)
         ids = list(inputs["input_ids"][0])
         return len(ids) - self._bare, ids.count(self.placeholder_id)
 
     def _compute(self, size: Size) -> tuple[int, int] | None:
-        """The same by the processor's own arithmetic, as servers use it; it knows of no marker tokens."""
+        """`image_tokens` by the processor's own formula, as used by servers, which ignores marker tokens."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None:
             return None
@@ -148,12 +148,12 @@ class TokenCounter:
 
 
 def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
-    """Roughly how many tokens each row has: its text by what a character and a message cost, and its images.
+    """Estimate the number of tokens of each row: its text by a cost per character and per message, plus its images.
 
-    The costs are fitted to the exact counts of a few hundred rows. Rows that cannot be used count as one token.
-    Image files are opened, for their headers, only where the number of visual tokens depends on the size of an image.
+    The costs are fitted to the exact counts of a few hundred rows. Unusable rows count as one token. Image files are
+    opened, for their headers, only if the number of visual tokens depends on the size of an image.
     """
-    texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros where a row cannot be used
+    texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros for unusable rows
     images: list[int] = []
     sample: list[tuple[int, Mapping[str, Any]]] = []
     stride = 1
@@ -164,7 +164,7 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
         if number % stride == 0 and any(text):
             sample.append((number, row_text(row)))
             if len(sample) == 2 * _CALIBRATION_ROWS:
-                # Evenly spread over the rows, however many there are.
+                # Keep the sample evenly spread over all rows.
                 sample, stride = sample[::2], 2 * stride
     measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
     exact: dict[int, int] = {}
@@ -179,17 +179,17 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
 
 
 def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> None:
-    """Refuse text that the model would take for another image, or for the end of a turn or another speaker.
+    """Refuse text that the model would take for another image, the end of a turn or another speaker.
 
-    Plain texts write their placeholders and control tokens themselves.
+    Plain texts contain their own placeholders and control tokens, and are not checked.
 
     Raises:
-        RecordError: if the model's own placeholder, or a special token of its tokenizer, stands in a message.
+        RecordError: if a message contains the model's own placeholder or a special token of its tokenizer.
     """
     tokenizer = processor.tokenizer
     places = {tokenizer.convert_ids_to_tokens(placeholder_id)}
     places |= {getattr(processor, name, None) for name in ("image_token", "video_token")}
-    # `<image>` is how records name an image, and counted already.
+    # `<image>` marks images in records, and is counted elsewhere.
     places -= {None, IMAGE_TAG}
     control = _special_tokens(tokenizer) - places - {IMAGE_TAG}
     for message in _messages(row):
@@ -197,21 +197,20 @@ def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> 
         for word in sorted(places):
             if word in text:
                 raise RecordError(
-                    f"{word!r} stands in a text, where the model would look for an image or a video: remove it",
+                    f"{word!r} is in a text, where the model would look for an image or a video: remove it",
                     "placeholder_count",
                 )
         for word in sorted(control):
             if word in text:
                 raise RecordError(
-                    f"{word!r} stands in a text, and is a control token of the model: write it otherwise, or remove "
-                    "the row",
+                    f"{word!r} is in a text, and is a control token of the model: rephrase it, or remove the row",
                     "control_token",
                 )
 
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any) -> frozenset[str]:
-    """What a tokenizer makes one token of wherever it stands, and a model takes for more than its letters."""
+    """The special tokens of a tokenizer, which it recognises anywhere in a text."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     return frozenset(filter(None, (*tokenizer.all_special_tokens, *added)))
 
@@ -223,7 +222,7 @@ def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
-    """Characters and messages of a row's text, and tokens that its images add to it."""
+    """Numbers of characters and messages of a row's text, and of tokens that its images add."""
     if row.get("fault"):
         return (0, 0, 0), 0
     try:
@@ -242,5 +241,5 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _plain_texts(row: Mapping[str, Any]) -> list[str]:
-    """A prompt and a completion that are no conversation."""
+    """A prompt and a completion that are plain texts."""
     return [row[name] for name in used_columns(row) if isinstance(row.get(name), str)]

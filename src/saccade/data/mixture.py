@@ -1,4 +1,4 @@
-"""One dataset out of one source or several: concatenated or drawn by weight, in memory or streamed."""
+"""One dataset from one or more sources: concatenated or sampled by weight, in memory or streamed."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,13 +43,13 @@ class SourceOptions:
     """One source of a mixture.
 
     Args:
-        path: a `.json`, `.jsonl` or `.parquet` file, a folder with Parquet files or that `save_to_disk` wrote, or a
+        path: a `.json`, `.jsonl` or `.parquet` file, a folder with Parquet files or written by `save_to_disk`, or a
             hub id.
         format: "llava" for rows with `conversations`, "chat" for rows with `messages`, or "auto".
-        weight: how often its rows are drawn, beside those of the other sources.
-        rows: take the first so many rows; all when left out.
-        image_folder: folder, or several, that image paths start from; that of the data file when left out.
-        split: split to read, where there are several.
+        weight: how often its rows are drawn, relative to the other sources.
+        rows: use only this many rows from the start; all by default.
+        image_folder: folder, or several, that image paths are relative to; by default that of the data file.
+        split: the split to read, if there are several.
     """
 
     path: str
@@ -70,7 +70,7 @@ class SourceOptions:
             raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
 
     def folders(self, allow_outside: bool) -> ImageFolders:
-        """Where its images are.
+        """The folders of its images.
 
         Raises:
             SaccadeError: if a folder does not exist.
@@ -83,7 +83,7 @@ class SourceOptions:
         return ImageFolders(names, allow_outside)
 
     def open(self, allow_outside: bool = False) -> Source:
-        """Its rows.
+        """Open its rows.
 
         Raises:
             SaccadeError: if there are none to read.
@@ -101,7 +101,7 @@ def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions
 
     Args:
         values: paths, or mappings with the fields of `SourceOptions`.
-        defaults: fields for sources that leave them out.
+        defaults: default values of fields.
 
     Raises:
         SaccadeError: on an unknown field, a bad value, an empty list, or weights that only some sources have.
@@ -119,7 +119,7 @@ def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions
     if not sources:
         raise SaccadeError("dataset=[] is empty: give at least one source")
     if len({source.weight is None for source in sources}) > 1:
-        raise SaccadeError("dataset gives some sources a weight and others none: give one to all of them, or to none")
+        raise SaccadeError("dataset gives only some sources a weight: give one to all of them, or to none")
     return sources
 
 
@@ -131,18 +131,18 @@ def mix(
 ) -> Dataset:
     """The rows of all sources as one dataset, read and converted when they are used.
 
-    The table behind it holds three numbers a row. Without weights the sources follow one another; with them each row
-    is drawn from a source with the probability that its weight gives it, until every row of every source has been
-    drawn once: rows of a source that ends sooner come again.
+    The underlying table stores three numbers per row. Without weights the sources are concatenated. With weights, each
+    row is drawn from a source with probability proportional to its weight, until every row of every source has been
+    drawn once; shorter sources repeat.
 
     Args:
         sources: what to mix.
-        weights: one a source.
-        rows: use the first so many of each; None for all.
-        seed: of the draws.
+        weights: one per source.
+        rows: how many rows to use from the start of each; None for all.
+        seed: seed of the draws.
 
     Raises:
-        SaccadeError: if sources differ in their columns.
+        SaccadeError: if sources have different columns.
     """
     limits = [None] * len(sources) if rows is None else list(rows)
     tables = []
@@ -165,15 +165,15 @@ def stream(
     shards: int = 1,
     rows: int | None = None,
 ) -> IterableDataset:
-    """The rows of all sources as they come, of which only those in use are in memory.
+    """A stream of the rows of all sources; only those in use are in memory.
 
     Args:
         options: the sources.
         allow_outside: as for `ImageFolders`.
-        seed: of the draws and of the shuffling.
-        shuffle_buffer: draw each row out of so many that were read; 0 keeps the order.
-        shards: parts to read side by side: one a process and data-loader worker.
-        rows: stop after so many.
+        seed: seed of the draws and of the shuffling.
+        shuffle_buffer: size of the buffer that rows are shuffled in; 0 keeps the order.
+        shards: number of parts to read in parallel: one per process and data-loader worker.
+        rows: stop after this many rows.
     """
     streams = []
     columns: tuple[str, ...] | None = None
@@ -211,7 +211,7 @@ def _generate(
 
 
 def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:
-    """The columns of the first row of a stream that can be used."""
+    """The columns of the first usable row of a stream."""
     first = None
     for row in islice(packed, PROBED):
         if row["fault"] is None:
@@ -223,7 +223,7 @@ def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:
 
 
 def _pack(row: Row) -> Row:
-    """The row in columns of one type for all sources: its messages as JSON."""
+    """The row in columns that have the same types for all sources, with its messages as JSON."""
     extras = ("images", "record", "fault", "kind")
     images = [{"bytes": None, "path": image} if isinstance(image, str) else image for image in row["images"]]
     packed = {name: row[name] for name in extras} | {"images": images}
@@ -231,7 +231,7 @@ def _pack(row: Row) -> Row:
         return {**packed, "row": json.dumps({name: row[name] for name in row if name not in extras})}
     except (TypeError, ValueError) as error:
         columns = tuple(name for name in row if name not in extras)
-        fault = RecordError(f"its messages hold something other than text: {error}")
+        fault = RecordError(f"its messages contain something other than text: {error}")
         return _pack(faulty_row(columns, row["record"], fault))
 
 

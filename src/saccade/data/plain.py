@@ -1,4 +1,4 @@
-"""Rows as LLaVA's stage one has them: image, caption, line break; no roles, no instruction, no end of a turn."""
+"""Rows as in LLaVA's stage one: image, caption, line break; no roles, no instruction, no end-of-turn token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ _WORD = "zq"
 
 
 def check_conversation(conversation: str) -> None:
-    """Refuse an unknown way to write rows.
+    """Check the `conversation` option.
 
     Raises:
-        SaccadeError: naming those that are known.
+        SaccadeError: if it is unknown; the message lists the known values.
     """
     if conversation not in CONVERSATIONS:
         raise SaccadeError(f"conversation={conversation!r} is unknown: use one of {', '.join(CONVERSATIONS)}")
@@ -27,7 +27,7 @@ def check_conversation(conversation: str) -> None:
 def row_writer(
     processor: Any, conversation: str = "chat", stop_ids: tuple[int, ...] = (), chat_template: str | None = None
 ) -> "TurnWriter | PlainWriter":
-    """What writes rows as the text to train on: as chats, or plainly; see `TurnWriter` and `PlainWriter`.
+    """The writer of rows as training text, as chat or plain; see `TurnWriter` and `PlainWriter`.
 
     Raises:
         SaccadeError: on an unknown `conversation`.
@@ -38,12 +38,12 @@ def row_writer(
 
 @dataclass(frozen=True)
 class PlainWriter:
-    """Writes rows of one image, or several, and one answer, which is the caption. What the user says is left out.
+    """Writes rows with one or more images and one answer, the caption. The user's text is left out.
 
-    Learned are the caption and the line break.
+    The caption and the line break are learned.
 
     Args:
-        processor: of the model.
+        processor: the model's processor.
     """
 
     processor: Any
@@ -56,12 +56,12 @@ class PlainWriter:
         """
         columns = [row.get(name) or [] for name in used_columns(row)]
         if any(isinstance(column, str) for column in columns):
-            raise RecordError("conversation='plain' needs messages, and this is plain text already: use 'chat'")
+            raise RecordError("conversation='plain' needs messages, but this is plain text already: use 'chat'")
         answers = [message for column in columns for message in column if message["role"] == "assistant"]
         images = len(images_of(row))
         if len(answers) != 1 or not images:
             raise RecordError(
-                f"conversation='plain' takes rows of images and one answer, the caption, and this has {images} "
+                f"conversation='plain' takes rows of images and one answer, the caption, but this has {images} "
                 f"image(s) and {len(answers)} answers: remove it, or use conversation='chat'"
             )
         before = self._start + self._image * images
@@ -74,7 +74,7 @@ class PlainWriter:
 
     @cached_property
     def _image(self) -> str:
-        """What the chat template prints for an image, without the white space around it."""
+        """What the chat template prints for an image, without surrounding whitespace."""
         text = {"type": "text", "text": _WORD}
         without, shown = (
             apply_chat_template(self.processor, [{"role": "user", "content": content}], tokenize=False)

@@ -14,7 +14,7 @@ Digits = Sequence[PlacedDigit]
 
 
 def place_words(digit: PlacedDigit) -> str:
-    """Where a digit stands, in two words."""
+    """The position of a digit, in two words."""
     return f"{ROW_WORDS[digit.row]} {COLUMN_WORDS[digit.column]}"
 
 
@@ -114,7 +114,7 @@ SINGLE_KINDS: dict[str, Callable[[Digits, random.Random], Turn | None]] = {
     "count_of": _count_of,
     "where": _where,
 }
-"""Kinds asked about one image in one turn; each gives None where the scene has no clear answer."""
+"""Kinds asked about one image in one turn; each returns None if the scene has no clear answer."""
 
 KINDS = ("caption", *SINGLE_KINDS, "multi_turn", "two_images", "text_only")
 """Every value of the `kind` column."""

@@ -1,4 +1,4 @@
-"""Records of a JSON list or of JSON lines, found once and read one at a time, so that a large file costs little."""
+"""Records of a JSON list or of JSON lines, indexed once and read one at a time, so that large files cost little."""
 
 import itertools
 import json
@@ -18,14 +18,14 @@ _SPACE = b" \t\r\n"
 _QUOTE = ord('"')
 
 Span = tuple[int, int, int]
-"""First byte, the byte after the last, and the number of a record: its line, or its place in the list, from 1."""
+"""First byte and byte after the last of a record, and its number: its line, or its place in the list, from 1."""
 
 
 class RecordFile:
     """The records of a `.json` list or of JSON lines, parsed when they are read.
 
-    The file is mapped into memory, which all processes of a machine share, and only where each record lies is kept:
-    24 bytes a record.
+    The file is memory-mapped, which all processes of a machine share, and only the location of each record is stored:
+    24 bytes per record.
 
     Args:
         path: the file. One that starts with a bracket is a list, one that starts with a brace is JSON lines.
@@ -56,15 +56,15 @@ class RecordFile:
         return self._stamps.nbytes
 
     def name(self, index: int) -> str:
-        """Where record `index`, counted from 0, stands in the file."""
+        """The location of record `index`, counted from 0, in the file."""
         return place(self.path, self.is_list, self._numbers[index])
 
     def read(self, index: int) -> dict[str, Any]:
         """Record `index`, counted from 0.
 
         Raises:
-            RecordError: if it is no JSON object.
-            SaccadeError: if the file was changed since it was opened.
+            RecordError: if it is not a JSON object.
+            SaccadeError: if the file has changed since it was opened.
         """
         self._stamps.check()
         return parse(self._bytes[self._starts[index] : self._ends[index]])
@@ -76,15 +76,15 @@ class RecordFile:
         return self._mapped
 
     def __getstate__(self) -> dict[str, Any]:
-        # A map belongs to its process; a worker that is not forked makes its own.
+        # A memory map cannot be pickled; a spawned worker makes its own.
         return {**self.__dict__, "_mapped": None}
 
 
 def stream_records(path: str | Path, shard: int = 0, num_shards: int = 1) -> Iterator[tuple[str, bytes]]:
-    """Place and bytes of every `num_shards`-th record from number `shard` on, without an index of the file.
+    """Location and bytes of every `num_shards`-th record starting at `shard`, without indexing the file.
 
     Raises:
-        SaccadeError: as `RecordFile` does, and if the file is changed in the meantime.
+        SaccadeError: as for `RecordFile`, and if the file changes in the meantime.
     """
     path = Path(path)
     stamps = FileStamps([path])
@@ -92,7 +92,7 @@ def stream_records(path: str | Path, shard: int = 0, num_shards: int = 1) -> Ite
     content = _map(path)
     spans = _spans(content, is_list)
     for count in itertools.count():
-        stamps.check()  # before the map is looked at: what a file no longer has kills who reads it
+        stamps.check()  # before reading the map: accessing a truncated part kills the process
         span = next(spans, None)
         if span is None:
             return
@@ -102,7 +102,7 @@ def stream_records(path: str | Path, shard: int = 0, num_shards: int = 1) -> Ite
 
 
 def place(path: Path, is_list: bool, number: int) -> str:
-    """How messages call a record."""
+    """The name of a record in messages."""
     return f"{path}, {'row' if is_list else 'line'} {number}"
 
 
@@ -110,7 +110,7 @@ def parse(content: bytes) -> dict[str, Any]:
     """The JSON object in `content`.
 
     Raises:
-        RecordError: if it is none.
+        RecordError: if it is not one.
     """
     try:
         record = json.loads(content)
@@ -134,11 +134,11 @@ def _is_list(path: Path) -> bool:
     if not head:
         raise SaccadeError(f"dataset={str(path)!r} has no rows")
     if path.suffix == ".json" and head[:1] == b"{":
-        # Many a file of JSON lines is called .json. One object over several lines is something else.
+        # JSON lines are often called .json. A single object over several lines is something else.
         try:
             json.loads(head.partition(b"\n")[0])
         except ValueError as error:
-            raise SaccadeError(f"{path} holds a dict, expected a list of rows, or one row a line") from error
+            raise SaccadeError(f"{path} is a single object, expected a list of rows, or one row per line") from error
         return False
     return path.suffix != ".jsonl" and head[:1] == b"["
 
@@ -160,12 +160,12 @@ def _spans_of_lines(content: mmap.mmap) -> Iterator[Span]:
 
 
 def _spans_of_list(content: mmap.mmap) -> Iterator[Span]:
-    """Spans of a list's elements. What is no object, or is cut off at the end, is a span that does not parse."""
+    """Spans of a list's elements. Elements that are not objects, or are truncated, give spans that do not parse."""
     depth, start, end, number = 0, 0, content.find(b"[") + 1, 0
     for token in _TOKEN.finditer(content, end):
         first = content[token.start()]
         if first == _QUOTE:
-            if token.end() - token.start() == 1:  # without its partner: the file ends inside a string
+            if token.end() - token.start() == 1:  # unterminated: the file ends inside a string
                 break
         elif first in b"{[":
             if depth == 0:
@@ -174,7 +174,7 @@ def _spans_of_list(content: mmap.mmap) -> Iterator[Span]:
         elif depth > 1:
             depth -= 1
         else:
-            # Between two objects stands a comma; whatever else does is an element of another kind.
+            # Anything between two objects other than a comma is an element of another type.
             if content[end : start if depth else token.start()].strip(_SPACE + b","):
                 number += 1
                 yield end, start if depth else token.start(), number

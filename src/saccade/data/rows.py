@@ -1,4 +1,4 @@
-"""Digit scenes as a `datasets.Dataset` with the columns TRL takes; images are drawn when a row is read."""
+"""Digit scenes as a `datasets.Dataset` with the columns that TRL expects; images are drawn when a row is read."""
 
 import json
 import os
@@ -42,25 +42,26 @@ def digit_scenes(
 ) -> Dataset:
     """Scenes of handwritten digits with captions or questions.
 
-    Row i depends on the other arguments and i alone: a longer dataset starts with the shorter one.
-    Digit samples, and so scenes, are disjoint between the splits.
+    Row i depends only on i and the other arguments: a longer dataset starts with the shorter one. Digit samples, and
+    so scenes, are disjoint between the splits.
 
     Args:
         stage: "pretrain" for captions, "sft" for questions.
         split: "train", "validation" or "test".
-        num_rows: rows to make; they are drawn when read, so many cost little.
-        seed: which stream of scenes.
-        grid: patches of 8 px a side, or (rows, cols); 12 is a 96 x 96 px image.
+        num_rows: number of rows; they are drawn when read, so many rows cost little.
+        seed: selects the sequence of scenes.
+        grid: patches of 8 px per side, or (rows, cols); 12 gives a 96 x 96 px image.
         kinds: for "sft", only these of `KINDS`, in equal shares; None for all in their usual shares.
-        turns: for "sft", questions asked about one image, in one conversation, as LLaVA's training data has it; the
-            last one is of the row's `kind`. Scenes that fit fewer questions get fewer.
+        turns: for "sft", the number of questions about one image in one conversation, as in LLaVA's training data; the
+            last one is of the row's `kind`. Scenes that allow fewer questions get fewer.
 
     Returns:
         Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
         plain strings without placeholders), `kind`, `answer` (the last assistant turn), `num_digits` (of all images).
 
     Raises:
-        SaccadeError: unknown `stage`, `split` or kind, a negative `num_rows`, `turns` below 1, or a `grid` too small.
+        SaccadeError: on an unknown `stage`, `split` or kind, a negative `num_rows`, `turns` below 1, or a too small
+            `grid`.
     """
     if stage not in STAGES:
         raise SaccadeError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
@@ -83,13 +84,13 @@ def digit_scenes(
 
 
 def scene_specs(dataset: Dataset) -> list[list[tuple[int, ...]]]:
-    """The specs each row's images are drawn from, for `render_scene` and `patch_labels`."""
+    """The specs that each row's images are drawn from, for `render_scene` and `patch_labels`."""
     rows = dataset.select_columns("images").with_format(None)["images"]
     return [[tuple(spec) for spec in specs] for specs in rows]
 
 
 def write_jsonl(dataset: Dataset, folder: str | os.PathLike) -> Path:
-    """Write a dataset as PNG files and `data.jsonl`, one row {"messages", "images": [relative paths]} a line.
+    """Write a dataset as PNG files and `data.jsonl`, one row {"messages", "images": [relative paths]} per line.
 
     Returns:
         The path of `data.jsonl`, written last, so that it never names a missing image.

@@ -1,8 +1,8 @@
-"""One digit scene: what is on it, how it is drawn, and what each of its patches shows.
+"""Digit scenes: their content, how they are drawn, and what each patch shows.
 
-A scene is a canvas of `rows` x `cols` patches of 8 px, seen as three by three places. Each place holds at most one
-digit; some of the others hold a distractor. A spec is the short tuple of ints a scene is drawn from:
-`(render_seed, rows, cols, sample, x, y, size, sample, x, y, size, ...)`, four ints a digit, in pixels.
+A scene is a canvas of `rows` x `cols` patches of 8 px, divided into three by three places. Each place holds at most
+one digit; some of the others hold a distractor. A spec is the short tuple of ints that a scene is drawn from:
+`(render_seed, rows, cols, sample, x, y, size, sample, x, y, size, ...)`, four ints per digit, in pixels.
 """
 
 import random
@@ -20,17 +20,17 @@ PLACES = 3
 SMALLEST_GRID = 9
 DISTRACTOR, BACKGROUND, AMBIGUOUS = 10, 11, -1
 
-# Two patches a side, set on the patch grid: at any offset, telling digits apart takes a tower far more training.
+# Two patches per side, aligned with the patch grid: at arbitrary offsets a tower needs far more training.
 _DIGIT_PATCHES = 2
 _DIGIT_PIXELS = (15, 16)
 _MAX_ROTATION = 10.0
-# A patch is called by its content from this share of ink on; between the two it is left ambiguous.
+# A patch with more ink than the first share is labelled by its content; between the two shares it is ambiguous.
 _INK_CLEAR, _INK_NONE = 0.12, 0.02
 
 
 @dataclass(frozen=True)
 class PlacedDigit:
-    """A digit and the place it stands in: `row` 0 (top) to 2 (bottom), `column` 0 (left) to 2 (right)."""
+    """A digit and its place: `row` 0 (top) to 2 (bottom), `column` 0 (left) to 2 (right)."""
 
     value: int
     row: int
@@ -41,7 +41,7 @@ def check_grid(grid: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of patches from a side or a pair.
 
     Raises:
-        SaccadeError: a side is no int, or under nine patches, where a place could not hold a digit.
+        SaccadeError: if a side is not an int, or less than nine patches, too few for a digit per place.
     """
     sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
     if len(sides) != 2 or any(not isinstance(side, int) or side < SMALLEST_GRID for side in sides):
@@ -60,7 +60,7 @@ def sample_scene(
     pools = split_indices(split)
     cells = sorted(rng.sample(range(PLACES * PLACES), num_digits))
     values = [rng.randrange(10) for _ in cells]
-    # Repeated digits make counting one class worth asking.
+    # Without repeated digits, questions that count one class would be trivial.
     if num_digits > 1 and rng.random() < 0.35:
         first, second = rng.sample(range(num_digits), 2)
         values[first] = values[second]
@@ -96,7 +96,7 @@ def patch_labels(spec: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """What every patch of a scene shows.
 
     Returns:
-        content: int64 (rows, cols): 0 to 9 a digit, 10 a distractor, 11 background, -1 where too little ink decides.
+        content: int64 (rows, cols): 0 to 9 for a digit, 10 a distractor, 11 background, -1 if there is too little ink.
         owner: int64 (rows, cols): which digit of the spec (reading order) the ink belongs to, -1 for none.
     """
     rows, cols = spec[1], spec[2]
@@ -121,12 +121,12 @@ def _position(rng: random.Random, patches: int, place: int, size: int) -> int:
 
 
 def _place_edges(patches: int, place: int) -> tuple[int, int]:
-    """First pixel of a place and the first one after it; whole patches, so that a patch lies in one place."""
+    """First pixel of a place and the first one after it; whole patches, so that each patch is in one place."""
     return patches * place // PLACES * PATCH_SIZE, patches * (place + 1) // PLACES * PATCH_SIZE
 
 
 def _stamps(spec: Sequence[int]) -> Iterator[tuple[Image.Image, int, int, int]]:
-    """Ink masks in drawing order: (mask, x, y, number of the digit or -1). Distractors come first, in free places."""
+    """Ink masks in drawing order: (mask, x, y, index of the digit or -1). Distractors come first, in free places."""
     rng = random.Random(spec[0])
     rows, cols = spec[1], spec[2]
     images, _ = digit_samples()
@@ -160,7 +160,7 @@ def _distractor(rng: random.Random) -> Image.Image:
     draw = ImageDraw.Draw(small)
     shape = rng.randrange(3)
     if shape == 0:
-        # Bars lie flat: an upright one would be a handwritten one.
+        # Bars are horizontal: a vertical one would look like a handwritten 1.
         draw.line((0, rng.randint(1, 6), 7, rng.randint(1, 6)), fill=255, width=rng.randint(1, 2))
     elif shape == 1:
         x, y = rng.randint(0, 2), rng.randint(0, 2)

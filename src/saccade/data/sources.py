@@ -1,4 +1,4 @@
-"""Where rows come from: a JSON file, or whatever `datasets` reads. Rows are read and converted one at a time."""
+"""Sources of rows: a JSON file, or anything that `datasets` reads. Rows are read and converted one at a time."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,24 +13,24 @@ from saccade.data.stamps import FileStamps
 from saccade.errors import RecordError, SaccadeError
 
 PROBED = 100
-"""Rows that are tried for one that can be used. If none can, the options are wrong rather than the rows."""
+"""How many rows to try to find a usable one. If none is usable, the options are wrong rather than the rows."""
 
 Row = dict[str, Any]
-"""`messages`, or `prompt` and `completion`; `images`; `record`, its place in its file; and `fault` with `kind`, why it
-cannot be used, both None where it can."""
+"""`messages`, or `prompt` and `completion`; `images`; `record`, its location in the file; and `fault` with `kind`, why
+it is unusable, both None if it is usable."""
 
 
 class Source(Protocol):
-    """Rows that are read by number."""
+    """Rows that are read by index."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Where row `index`, counted from 0, stands."""
+        """The location of row `index`, counted from 0."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file or the table behind the rows."""
+        """Size in bytes of the file or table that the rows are in."""
 
     def record(self, index: int) -> Row:
         """The fields of row `index` as they are stored. Raises a `RecordError` if there are none to read."""
@@ -48,7 +48,7 @@ class JsonSource:
     Args:
         path: the file.
         form: as for `convert`.
-        folders: where its images are.
+        folders: the folders of its images.
 
     Raises:
         SaccadeError: if there are no rows to read.
@@ -79,17 +79,18 @@ class JsonSource:
 
 
 class TableSource:
-    """Rows of a `datasets.Dataset`, images left as the bytes or the path that they are stored as.
+    """Rows of a `datasets.Dataset`, with images left as the stored bytes or path.
 
     Args:
-        dataset: with the fields that `convert` takes.
-        path: how messages call it.
+        dataset: a dataset with the fields that `convert` expects.
+        path: its name in messages.
         form: as for `convert`.
-        folders: where images that are stored as paths are; None takes images as they come, for embedded data.
+        folders: the folders of images that are stored as paths; None leaves images unchanged, for embedded data.
     """
 
     def __init__(self, dataset: Dataset, path: str, form: str = "auto", folders: ImageFolders | None = None) -> None:
-        # As Arrow, nothing is decoded: `datasets` would open whatever path a row names, and fail on the first bad one.
+        # In Arrow format nothing is decoded; otherwise `datasets` would open any path that a row names, and fail on
+        # the first bad image.
         self.dataset = dataset if folders is None else dataset.with_format("arrow")
         self.path, self.form, self.folders = path, form, folders
         self._stamps = FileStamps([file["filename"] for file in dataset.cache_files], every_seconds=1.0)
@@ -117,16 +118,15 @@ class TableSource:
 
 
 class Rows:
-    """A `datasets` transform: from the numbers of sources and rows to the rows themselves.
+    """A `datasets` transform from indices of sources and rows to the rows themselves.
 
-    A row that cannot be used comes with its `fault` and with empty messages: what becomes of it is for the reader to
-    say.
+    An unusable row has a `fault` and empty messages; the reader decides what to do with it.
 
     Args:
-        sources: what the numbers stand for.
+        sources: the sources that the indices refer to.
 
     Raises:
-        SaccadeError: if no row can be read, or sources differ in their columns.
+        SaccadeError: if no row can be read, or sources have different columns.
     """
 
     def __init__(self, sources: list[Source]) -> None:
@@ -134,7 +134,7 @@ class Rows:
         kinds = [_columns(source) for source in sources]
         if len(set(kinds)) > 1:
             raise SaccadeError(
-                f"dataset mixes sources with {' and '.join(map(repr, sorted(set(kinds))))}: train apart"
+                f"dataset mixes sources with {' and '.join(map(repr, sorted(set(kinds))))}: train them separately"
             )
         self.columns = kinds[0]
 
@@ -143,7 +143,7 @@ class Rows:
         return {**{name: [row[name] for row in rows] for name in rows[0]}, "index": list(batch["index"])}
 
     def read(self, source: int, index: int) -> Row:
-        """Row `index` of a source, or its fault."""
+        """Row `index` of a source, or a row with its fault."""
         origin = self.sources[source]
         try:
             row = origin.read(index)
@@ -153,13 +153,13 @@ class Rows:
         return {**row, "record": origin.name(index), "fault": None, "kind": None}
 
     def __deepcopy__(self, memo: dict) -> "Rows":
-        # Nothing in here changes, and `datasets` copies a transform whenever rows or columns are selected.
+        # It is immutable, and `datasets` copies transforms whenever rows or columns are selected.
         return self
 
 
 def faulty_row(columns: tuple[str, ...], record: str, error: RecordError) -> Row:
-    """What stands for a row that cannot be used."""
-    # Of the shape that a row has: trainers look at the first one to learn what they are given.
+    """The placeholder for an unusable row."""
+    # Has the columns of a usable row, since trainers inspect the first row to determine the format.
     roles = ["user" if name == "prompt" else "assistant" for name in columns]
     empty: Row = {name: [{"role": role, "content": ""}] for name, role in zip(columns, roles, strict=True)}
     return {**empty, "images": [], "record": record, "fault": str(error), "kind": error.kind}
@@ -169,7 +169,7 @@ def found(row: Row, folders: ImageFolders) -> Row:
     """The row with the paths of its images looked up.
 
     Raises:
-        RecordError: if one is missing or outside of the folders.
+        RecordError: if one is missing or outside the folders.
     """
     return {**row, "images": [_found(image, folders) for image in row["images"]]}
 
@@ -187,7 +187,7 @@ def _found(image: Any, folders: ImageFolders) -> Any:
 
 
 def _columns(source: Source) -> tuple[str, ...]:
-    """The columns of the first row that can be used."""
+    """The columns of the first usable row."""
     faults = []
     for index in range(min(len(source), PROBED)):
         try:
@@ -208,7 +208,7 @@ def _check_columns(row: Row, columns: tuple[str, ...]) -> None:
 
 
 def open_table(path: str, split: str) -> Dataset:
-    """A dataset that `datasets` reads, without its images being decoded: Parquet, a folder, or a hub id.
+    """Open a dataset with `datasets`, without decoding images: Parquet, a folder, or a hub id.
 
     Raises:
         SaccadeError: if it cannot be read.
@@ -219,10 +219,10 @@ def open_table(path: str, split: str) -> Dataset:
             dataset = load_from_disk(path)
         except OSError as error:
             raise SaccadeError(
-                f"dataset={path!r} is no folder that save_to_disk wrote, and has no Parquet files: name a "
+                f"dataset={path!r} is not a folder written by save_to_disk, and has no Parquet files: name a "
                 "JSON file in it, if there is one"
             ) from error
-        except IndexError as error:  # all that `datasets` says of a table without rows
+        except IndexError as error:  # raised by `datasets` for a table without rows
             raise SaccadeError(f"dataset={path!r} has no rows") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
@@ -235,10 +235,10 @@ def open_table(path: str, split: str) -> Dataset:
 def stream_source(
     path: str, form: str, split: str, folders: ImageFolders, columns: tuple[str, ...] | None, shard: int, shards: int
 ) -> Iterator[Row]:
-    """Every `shards`-th row of a source, in order, without reading or indexing the whole first.
+    """Every `shards`-th row of a source, in order, without first reading or indexing all of it.
 
     Args:
-        columns: what rows must have, or None for whatever the first one has.
+        columns: the columns that rows must have; None for those of the first row.
     """
     for record, raw in _stream(path, split, shard, shards):
         try:
@@ -273,7 +273,7 @@ def _stream(path: str, split: str, shard: int, shards: int) -> Iterator[tuple[st
 
 
 def is_json(path: str) -> bool:
-    """Whether a file's name says that it holds a JSON list or JSON lines."""
+    """Whether a file has the suffix of a JSON list or JSON lines."""
     return Path(path).suffix in (".json", ".jsonl")
 
 
@@ -284,7 +284,7 @@ def _has_parquet(folder: Path) -> bool:
 def _load(path: str, split: str, streaming: bool) -> Any:
     try:
         if Path(path).suffix == ".parquet":
-            # A file has no splits of its own; `datasets` calls its rows "train".
+            # A single file has no splits; `datasets` calls its rows "train".
             return load_dataset("parquet", data_files=path, split="train", streaming=streaming)
         return load_dataset(path, split=split, streaming=streaming)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Whether files that are read for hours are still those that were opened."""
+"""Detect changes of files that are read for hours."""
 
 import time
 from collections.abc import Iterable
@@ -10,14 +10,14 @@ _Stamp = tuple[int, int, int, int]
 
 
 class FileStamps:
-    """Sizes and times of files as they were opened.
+    """Sizes and times of files when they were opened.
 
-    Rows are found by their place in a mapped file: after it is rewritten a place holds some other row, or the end of a
-    file that became shorter, which kills the process that looks.
+    Rows are located by their offset in a memory-mapped file. If the file is rewritten, an offset points to another
+    row, or beyond the end of a shorter file, and reading there kills the process.
 
     Args:
         paths: the files.
-        every_seconds: look again after so long; 0 looks each time.
+        every_seconds: minimum time between two checks; 0 checks every time.
     """
 
     def __init__(self, paths: Iterable[str | Path], every_seconds: float = 0.0) -> None:
@@ -27,14 +27,14 @@ class FileStamps:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files when they were opened."""
+        """Total size in bytes when the files were opened."""
         return sum(stamp[0] for stamp in self.stamps.values() if stamp is not None)
 
     def check(self) -> None:
-        """Look whether the files are as they were.
+        """Check that the files have not changed.
 
         Raises:
-            SaccadeError: naming one that is not.
+            SaccadeError: if one has; the message names it.
         """
         if self.every_seconds:
             now = time.monotonic()
@@ -44,8 +44,8 @@ class FileStamps:
         for path, stamp in self.stamps.items():
             if _stamp(path) != stamp:
                 raise SaccadeError(
-                    f"{path} was changed while it was being read: put it back or start anew, and leave data files "
-                    "alone until the run has ended"
+                    f"{path} was changed while it was being read: restore it or start again, and do not touch "
+                    "data files until the run has ended"
                 )
 
 

@@ -1,4 +1,4 @@
-"""The text that a row trains on, and which of it is learned: each answer, with the token that ends its turn."""
+"""The training text of a row, and which parts of it are learned: each answer, with its end-of-turn token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,11 @@ _FIX = "use a chat template that writes answers right after its generation promp
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What a row trains on, before its images become tokens.
+    """The training text of a row, before its images become tokens.
 
     Args:
-        text: in the model's chat format.
-        learned: where each learned answer starts and ends in it, in characters. The end includes the token that ends
-            the turn.
+        text: the text in the model's chat format.
+        learned: start and end of each learned answer in it, in characters, including the end-of-turn token.
     """
 
     text: str
@@ -39,16 +38,16 @@ class TurnWriter:
     """Writes rows as the text that `generate` sees: each answer follows the generation prompt of the model's own chat
     template, and ends with the token at which `generate` stops.
 
-    An answer and what follows it is the difference between the conversation up to the answer, with the generation
-    prompt, and the conversation with the answer. Marks of `{% generation %}` are not needed. Where the template puts
-    no end token after an answer (LLaVA-1.5, LLaVA-1.6 with Vicuna), it is put there, in place of the space before the
-    next turn.
+    An answer and what follows it is located as the difference between the conversation up to the answer, with the
+    generation prompt, and the conversation including the answer, so `{% generation %}` markers are not needed. If the
+    template has no end token after an answer (LLaVA-1.5, LLaVA-1.6 with Vicuna), one is inserted, replacing the space
+    before the next turn.
 
     Args:
-        processor: of the model.
-        stop_ids: token ids at which `generate` stops. Without any, the template's own end token, or else the
-            tokenizer's, is taken to be one.
-        chat_template: in place of the processor's.
+        processor: the model's processor.
+        stop_ids: token ids at which `generate` stops. If empty, the template's own end token, or else the tokenizer's,
+            is assumed to be one.
+        chat_template: replaces the processor's.
     """
 
     processor: Any
@@ -58,11 +57,11 @@ class TurnWriter:
     def write(self, row: Mapping[str, Any]) -> TrainingText:
         """The text of a row with `messages`, or with `prompt` and `completion` as messages or as plain text.
 
-        Answers lose the white space around them, which tokenizers would join to the prompt or to the end token.
+        Surrounding whitespace is stripped from answers, since tokenizers would join it to the prompt or the end token.
 
         Raises:
-            RecordError: if an answer would be learned with more or less than its words and its end, or the chat
-                template refuses the row.
+            RecordError: if the learned part would not be exactly an answer and its end token, or if the chat template
+                rejects the row.
         """
         columns = {name: row.get(name) for name in used_columns(row)}
         if "messages" in columns:
@@ -91,14 +90,14 @@ class TurnWriter:
             answer, rest = self._answer(messages[number], asked, answered)
             learned.append((len(text), len(text + answer)))
             text += answer
-            # What follows the end may depend on whether a turn does.
+            # The text after the end token may depend on whether another turn follows.
             seen = answered[: len(answered) - len(rest)]
         return TrainingText(text + _rest(whole, seen), tuple(learned))
 
     def _render(
         self, asking: list[list[Message]], plain: list[list[Message]], options: Mapping[str, Any]
     ) -> list[str]:
-        """The conversations as text, the first ones with the generation prompt."""
+        """Render conversations as text, those of `asking` with the generation prompt."""
         texts = []
         for conversations, prompt in ((asking, True), (plain, False)):
             if conversations:
@@ -113,7 +112,7 @@ class TurnWriter:
         return texts
 
     def _answer(self, message: Message, asked: str, answered: str) -> tuple[str, str]:
-        """An answer with its end, and what the template writes after them."""
+        """An answer with its end token, and what the template writes after it."""
         written = _after(asked, answered)
         position = 0
         for part in message["content"]:
@@ -138,7 +137,7 @@ class TurnWriter:
             return written[:position] + self._own_end, tail.lstrip(" ")
         if token not in self._ends:
             raise RecordError(
-                f"after an answer the chat template writes {tail[start : start + 40]!r}, and generate stops only at "
+                f"after an answer the chat template writes {tail[start : start + 40]!r}, but generate stops only at "
                 f"{', '.join(map(repr, self._ends)) or 'nothing'}: add the token that ends a turn to eos_token_id of "
                 "the model's generation_config, or give the processor a chat template that ends turns with one of "
                 "these"
@@ -151,14 +150,14 @@ class TurnWriter:
         for token in ends:
             if token in words:
                 raise RecordError(
-                    f"{token!r} stands in an answer, and generate would stop there: remove it; training adds the end "
-                    "itself",
+                    f"{token!r} is in an answer, and generate would stop there: remove it; training adds the end "
+                    "token itself",
                     "end_token",
                 )
 
     @cached_property
     def _added(self) -> dict[str, bool]:
-        """The tokens that are found before a text is cut up, and whether they are special."""
+        """The tokenizer's added tokens, and whether they are special."""
         return {token.content: token.special for token in self.processor.tokenizer.added_tokens_decoder.values()}
 
     @cached_property
@@ -171,22 +170,22 @@ class TurnWriter:
 
     @cached_property
     def _own_end(self) -> str:
-        """The token that ends a turn where the template does not say."""
+        """The token that ends a turn if the template has none."""
         own = self.processor.tokenizer.eos_token
         if self.stop_ids and own not in self._ends:
             own = next(iter(self._ends), None)
         if own is None:
-            raise RecordError("the tokenizer has no eos_token, so that no answer can end: set one")
+            raise RecordError("the tokenizer has no eos_token, so no answer can end: set one")
         return own
 
 
 def is_plain_text(row: Mapping[str, Any]) -> bool:
-    """Whether a row's words are in the model's chat format already, or in none."""
+    """Whether a row is plain text, already in the model's chat format or in none."""
     return not row.get("fault") and not any(isinstance(row.get(name), list) for name in used_columns(row))
 
 
 def with_places(messages: Sequence[Message], images: int) -> list[Message]:
-    """The messages as parts, with a part for each image: before the first question where no tag says otherwise."""
+    """The messages as parts, with a part per image: before the first question unless tags say otherwise."""
     placed = [as_parts(checked_message(message)) for message in messages]
     missing = images - sum(map(image_count, placed))
     for number, message in enumerate(placed):
@@ -197,9 +196,9 @@ def with_places(messages: Sequence[Message], images: int) -> list[Message]:
 
 
 def _stripped(answer: Message) -> Message:
-    """An answer without the white space around it."""
+    """An answer without surrounding whitespace."""
     if image_count(answer):
-        raise RecordError(f"{IMAGE_TAG} stands in an answer: move it to a question", "placeholder_count")
+        raise RecordError(f"{IMAGE_TAG} is in an answer: move it to a question", "placeholder_count")
     content = [dict(part) for part in answer["content"]]
     for place, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if content and isinstance(content[place].get("text"), str):
@@ -212,25 +211,25 @@ def _rest(text: str, seen: str) -> str:
         change = seen[_common(text, seen) :]
         raise RecordError(
             f"the chat template no longer writes {change[:40]!r} once other turns follow: use one that writes a turn "
-            "the same way wherever it stands (chat_template_path takes a file), or rows of one answer each"
+            "the same way in every position (chat_template_path takes a file), or rows with one answer each"
         )
     return text[len(seen) :]
 
 
 def _after(asked: str, answered: str) -> str:
-    """What follows the generation prompt. White space at its end may differ (LLaVA-OneVision's has less)."""
+    """What follows the generation prompt. Whitespace at its end may differ (LLaVA-OneVision's has less)."""
     if answered.startswith(asked):
         return answered[len(asked) :]
     common = _common(asked, answered)
     if asked[common:].strip():
         raise RecordError(
-            f"the chat template asks for an answer with {asked[common:][:40]!r}, and writes "
-            f"{answered[common:][:40]!r} where the answer is there: {_FIX}"
+            f"the chat template asks for an answer with {asked[common:][:40]!r}, but writes "
+            f"{answered[common:][:40]!r} once the answer is given: {_FIX}"
         )
     return answered[common:].lstrip()
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """The length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (first, second) in pairs if first != second), min(len(one), len(other)))
