@@ -256,8 +256,8 @@ def good(tmp_path_factory):
         ({"vision-tower": "{p}/language"}, "is not a CLIP or SigLIP vision tower"),
         ({"vision-tower": "{p}/nowhere"}, "vision_tower='{p}/nowhere' is not a folder"),
         ({"vision-tower": "{p}/empty"}, "vision_tower='{p}/empty' cannot be loaded"),
-        ({"vision-tower": "{p}/other_size"}, "gives pictures of 32 x 32 pixels, and the tower takes 64 x 64"),
-        ({"vision-tower": "{p}/no_patch"}, "image_size=32 holds no patch of patch_size=40"),
+        ({"vision-tower": "{p}/other_size"}, "gives pictures of 32 x 32 pixels, but the tower takes 64 x 64"),
+        ({"vision-tower": "{p}/no_patch"}, "image_size=32 does not fit a patch of patch_size=40"),
         ({"language-model": "{p}/t5"}, "is an encoder-decoder (model_type='t5')"),
         ({"language-model": "{p}/tower"}, "has model_type='clip_vision_model': name a causal language model"),
         ({"language-model": "{p}/nowhere"}, "language_model='{p}/nowhere' is not a folder"),
@@ -289,7 +289,7 @@ def test_weights_that_miss_a_key_are_refused(tmp_path):
     weights = load_file(tmp_path / "language" / "model.safetensors")
     weights.pop(next(name for name in weights if "q_proj" in name))
     save_file(weights, tmp_path / "language" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SaccadeError, match=r"its weights are not whole.*q_proj"):
+    with pytest.raises(SaccadeError, match=r"its weights are incomplete.*q_proj"):
         assemble_model(tmp_path / "tower", tmp_path / "language", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["language", "tower"]
 

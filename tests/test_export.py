@@ -92,8 +92,8 @@ def test_the_command_line_and_a_dtype(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["nowhere"], "model='nowhere' is no folder"),
-        (["{empty}"], "holds no config.json"),
+        (["nowhere"], "model='nowhere' is not a folder"),
+        (["{empty}"], "has no config.json"),
         (["{run}", "--output", "{taken}"], "exists: name a folder"),
         (["{run}", "--dtype", "int3"], "dtype='int3' is unknown"),
         (["{run}", "--max-shard-size", "big"], "max_shard_size='big'"),

@@ -121,7 +121,7 @@ def test_what_trl_and_the_hub_refuse_is_one_line(model, processor, tmp_path):
 def test_a_model_that_cannot_be_fetched_is_one_line(capfd):
     assert main(["train", "tiny-digits/sft", "--model", "someone/nothing", *HERE]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert "model='someone/nothing' is no folder here, and cannot be loaded from the hub" in line
+    assert "model='someone/nothing' is not a local folder, and cannot be loaded from the hub" in line
 
 
 @pytest.fixture

@@ -334,7 +334,10 @@ def test_the_published_speedup_stands_beside_the_counted_one(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dry-run", "--model", "someone/unknown"], "model='someone/unknown' is no folder .* put its config.json"),
+        (
+            ["--dry-run", "--model", "someone/unknown"],
+            "model='someone/unknown' is not a folder .* put its config.json",
+        ),
         (["--dry-run", "--max_length", "500"], "max_length=500 cuts image tokens"),
         (["--dry-run", "--devices", "0"], "devices=0"),
         (["--dry-run", "--shards", "3"], "shards=3"),

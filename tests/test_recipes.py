@@ -270,5 +270,5 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
     assert all(weight.requires_grad for weight in second.family.language_model.parameters())
-    with pytest.raises(SaccadeError, match="holds LoRA adapters"):
+    with pytest.raises(SaccadeError, match="contains LoRA adapters"):
         train_recipe(make_recipe({**again, "output_dir": str(tmp_path / "three"), "lora": True}))

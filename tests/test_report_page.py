@@ -282,7 +282,10 @@ class TestSweep:
         shutil.copytree(sweep, folder, ignore=shutil.ignore_patterns("report"))
         for path in folder.glob("runs/*/result.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "/gone"}))
-        assert "No picture: model='/gone' is no folder here" in read(write_report(folder, make=study_page).parent).text
+        assert (
+            "No picture: model='/gone' is not a local folder"
+            in read(write_report(folder, make=study_page).parent).text
+        )
 
 
 class TestBadInput:

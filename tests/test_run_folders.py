@@ -167,7 +167,7 @@ def test_the_command_line_refuses_and_overwrites(tmp_path, capsys):
     # Nothing was saved to go on from, and a finished run is not silently trained anew.
     assert main([*command, "--resume", "auto"]) == 2
     assert main([*command, "--resume", "auto", "--overwrite"]) == 2
-    assert "goes on from what overwrite=true removes" in capsys.readouterr().err
+    assert "needs what overwrite=true removes" in capsys.readouterr().err
     assert main([*command, "--model", str(tmp_path), "--overwrite"]) == 2
     assert f"overwrite=true would remove model={str(tmp_path)!r}" in capsys.readouterr().err
     assert read_run_file(tmp_path)["run_id"] == first

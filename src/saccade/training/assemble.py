@@ -1,4 +1,4 @@
-"""A LLaVA of a vision tower and a language model that were trained apart: where both papers start."""
+"""Assemble a LLaVA from a separately trained vision tower and language model, the starting point of both papers."""
 
 import tempfile
 from collections.abc import Iterator
@@ -43,24 +43,23 @@ IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),)}
-"""For each kind of crops, what an image may be resized to, in crops (down, across)."""
+"""For each kind of crops, the sizes that an image may be resized to, in crops (down, across)."""
 
 
 @dataclass(frozen=True)
 class AssembleOptions:
-    """How the parts are put together.
+    """How to assemble the parts.
 
     Args:
-        gguf_file: name of a GGUF file in the language model's folder or on its hub page, to read it from.
-        crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops of the image in about
-            its own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops (LLaVA-HD, see
-            docs/recipes.md).
-        chat_template: "own" adapts the language model's, or takes LLaVA's v1 where it has none; "v1"; or a file.
-        system_prompt: for conversations that have none; what the template says when left out.
-        feature_layer: hidden state of the tower that the projector reads.
-        pad_vocabulary: where the embeddings must grow, they get a number of rows that this divides.
+        gguf_file: name of a GGUF file in the language model's folder or hub repository to read it from.
+        crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops at about the image's
+            own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops (LLaVA-HD, see docs/recipes.md).
+        chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
+        system_prompt: for conversations without one; by default that of the template.
+        feature_layer: index of the tower's hidden state that the projector reads.
+        pad_vocabulary: if the embeddings must grow, their number of rows is rounded up to a multiple of this.
         dtype: of the weights: "auto" (the language model's), "float32", "bfloat16" or "float16".
-        seed: of the projector.
+        seed: seed of the projector's weights.
         max_shard_size: size above which the weights are split into several files.
     """
 
@@ -80,24 +79,24 @@ def assemble_model(
 ) -> dict[str, Any]:
     """Write a stock LLaVA: a trained tower, a trained language model, and a new projector between them.
 
-    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, with torch's own initial weights. The
-    tokenizer gets an image token; rows that the embeddings grow by are the mean of the others, and tied embeddings
-    stay tied. The weights are held in memory once. The folder gets its name when it is whole.
+    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, with torch's default initialisation.
+    The tokenizer gets an image token; new embedding rows are the mean of the others, and tied embeddings stay tied.
+    Only one copy of the weights is in memory. The folder appears under its name only once it is complete.
 
     Args:
         vision_tower: folder or hub id of a CLIP or SigLIP model or vision tower, or of a LLaVA with such a tower;
             "tiny" for the tower of the embedded model.
         language_model: folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
-        output: folder to make; it must not exist, or be empty.
-        options: how; see `AssembleOptions`.
+        output: folder to create; it must not exist, or be empty.
+        options: see `AssembleOptions`.
 
     Returns:
         `output`, `architecture`, `parameters`, `projector_parameters`, `visual_tokens` (of one picture or crop),
         `vocabulary`, `image_token_id`, `chat_template` ("own", "v1", or the file), `eos_token_ids`, `dtype`.
 
     Raises:
-        SaccadeError: if a part is none of these, or one does not fit, before weights are read.
-        OSError: if the folder cannot be written; nothing is left behind then.
+        SaccadeError: if a part is of another kind or does not fit; raised before weights are read.
+        OSError: if the folder cannot be written; nothing is left behind.
     """
     options, output = options or AssembleOptions(), Path(output)
     _check_options(options)
@@ -129,7 +128,7 @@ def assemble_model(
 
 @dataclass(frozen=True)
 class _Tower:
-    """A vision tower that was looked up: where it is, its configuration, and how it wants its images."""
+    """A vision tower: its location, its configuration, and its image processor."""
 
     place: str
     config: PreTrainedConfig
@@ -138,7 +137,7 @@ class _Tower:
 
     @classmethod
     def find(cls, place: str, options: AssembleOptions) -> "_Tower":
-        """Look a tower up without reading its weights."""
+        """Find a tower without reading its weights."""
         whole = _config(place, "vision_tower")
         config = getattr(whole, "vision_config", whole)
         if getattr(config, "model_type", None) not in TOWERS:
@@ -161,14 +160,14 @@ class _Tower:
         size, patch, layers = self.config.image_size, self.config.patch_size, self.config.num_hidden_layers
         if not 0 < patch <= size:
             raise SaccadeError(
-                f"vision_tower={self.place!r}: image_size={size} holds no patch of patch_size={patch}: mend its "
+                f"vision_tower={self.place!r}: image_size={size} does not fit a patch of patch_size={patch}: fix its "
                 "config.json"
             )
         given = _picture_size(self.images)
         if given != (size, size):
             raise SaccadeError(
                 f"vision_tower={self.place!r}: its image processor gives pictures of {given[0]} x {given[1]} pixels, "
-                f"and the tower takes {size} x {size}: mend its preprocessor_config.json"
+                f"but the tower takes {size} x {size}: fix its preprocessor_config.json"
             )
         if not -layers <= options.feature_layer <= layers:
             raise SaccadeError(
@@ -186,7 +185,7 @@ class _Tower:
 
     @property
     def strategy(self) -> str:
-        """Which of the tower's tokens the projector reads, in LLaVA's words: all but the class token, or all."""
+        """Which of the tower's tokens the projector reads, in LLaVA's terms: all but the class token, or all."""
         return "default" if self.class_token else "full"
 
     @property
@@ -198,7 +197,7 @@ class _Tower:
         return [[down * self.config.image_size, across * self.config.image_size] for down, across in CROPS[crops]]
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The tower with its weights. What pools SigLIP's tokens to one vector is left out."""
+        """The tower with its weights, without SigLIP's pooling head."""
         if not self.class_token:
             self.config.vision_use_head = False
         if self.from_llava:
@@ -210,7 +209,7 @@ class _Tower:
         return tower
 
     def processor(self, tokenizer: PreTrainedTokenizerBase, template: str, options: AssembleOptions) -> ProcessorMixin:
-        """What makes the model's inputs."""
+        """The processor of the assembled model."""
         kind, images = LlavaProcessor, self.images
         if options.crops != "none":
             kind, size = LlavaNextProcessor, self.config.image_size
@@ -281,7 +280,7 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
 
 
 def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
-    """The language model's tokenizer with an image token, and with one for padding if it had none."""
+    """The language model's tokenizer with an image token, and a padding token if it had none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **_gguf(gguf_file))
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -289,7 +288,7 @@ def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
         raise SaccadeError(f"language_model={place!r} has no tokenizer that loads: {line}") from error
     if not tokenizer.is_fast:
         raise SaccadeError(
-            f"language_model={place!r} has a {type(tokenizer).__name__}, which cannot tell where answers lie: it "
+            f"language_model={place!r} has a {type(tokenizer).__name__}, which cannot locate answers: it "
             "needs a tokenizer.json"
         )
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
@@ -308,7 +307,7 @@ def _language_model(place: str, options: AssembleOptions) -> PreTrainedModel:
         line = " ".join(str(error).split())[:300]
         raise SaccadeError(f"language_model={place!r} cannot be loaded: {line}") from error
     _check_whole(place, "language_model", info)
-    # What a GGUF file held in few bits is read as whole numbers, and the trainer refuses a model that says otherwise.
+    # GGUF weights are dequantized on loading, but the config still says quantized, which the trainer would refuse.
     if hasattr(model.config, "quantization_config"):
         if options.gguf_file is None:
             raise SaccadeError(f"language_model={place!r} is quantized: name the model in full precision")
@@ -317,16 +316,16 @@ def _language_model(place: str, options: AssembleOptions) -> PreTrainedModel:
 
 
 def _check_whole(place: str, field: str, info: dict[str, Any]) -> None:
-    """Stock loading fills missing weights with noise and warns; here that is an error."""
+    """Stock loading only warns about missing weights and initialises them randomly; here they are an error."""
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise SaccadeError(
-            f"{field}={place!r}: its weights are not whole, {missing[:3]} is missing or has another shape"
+            f"{field}={place!r}: its weights are incomplete, {missing[:3]} is missing or has another shape"
         )
 
 
 def _grow_embeddings(model: PreTrainedModel, tokens: int, multiple: int) -> None:
-    """Room for every token. The embeddings of some models have more rows than tokens already, and never shrink."""
+    """Grow the embeddings to fit every token. If they already have more rows than tokens, they stay as they are."""
     before = model.get_input_embeddings().weight.shape[0]
     if tokens <= before:
         return
@@ -337,7 +336,7 @@ def _grow_embeddings(model: PreTrainedModel, tokens: int, multiple: int) -> None
 
 
 def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: int) -> GenerationConfig:
-    """Where answers end: at the template's token, or at one that the language model ended at. Nothing else is kept."""
+    """Generation settings with the end tokens of the template and the language model only; all else is dropped."""
     before = model.generation_config
     ids = [end]
     for value in (None if before is None else before.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
@@ -356,8 +355,8 @@ def _join(
     tokenizer: PreTrainedTokenizerBase,
     options: AssembleOptions,
 ) -> PreTrainedModel:
-    """The stock model around parts that are taken over, not copied. Sets torch's seed."""
-    # Where the parts lay is nobody's business.
+    """The stock model built around the given parts, without copying them. Sets torch's seed."""
+    # Do not publish the local paths of the parts.
     language.config._name_or_path = tower.config._name_or_path = ""
     shared = {
         "vision_config": tower.config,
@@ -392,25 +391,25 @@ def _join(
 
 
 def _save(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_shard_size: str) -> None:
-    """Write aside, see that the stock classes find every key, and rename."""
+    """Write to a temporary folder, check that the stock classes find every key, and rename it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
         folder = Path(temporary) / "model"
         use_released_names(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-        # On the meta device: names and shapes are compared, and the weights not read a second time.
+        # On the meta device, names and shapes are compared without reading the weights again.
         _, info = AutoModelForImageTextToText.from_pretrained(folder, device_map="meta", output_loading_info=True)
         problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
         if problems:
-            raise SaccadeError(f"output={str(output)!r}: what was written does not load as it is: {problems}")
+            raise SaccadeError(f"output={str(output)!r}: the written model does not load unchanged: {problems}")
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
 
 
 def _picture_size(images: Any) -> tuple[int, int]:
-    """Height and width of what an image processor gives."""
+    """Height and width of an image processor's output."""
     size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     if getattr(size, "height", None) is None:
         size = {name: getattr(size, "shortest_edge", None) for name in ("height", "width")}
@@ -420,7 +419,7 @@ def _picture_size(images: Any) -> tuple[int, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' report of the keys that a part leaves unused, such as CLIP's text model."""
+    """Suppress transformers' report of unused keys, such as those of CLIP's text model."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it was trained with and what was measured, nothing else."""
+"""The model card of an exported model: how it was trained and what was measured, nothing else."""
 
 import json
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ MEASURED = {
     "kl": "KL(fast || slow), last log",
     "steps_fast": "fast steps",
     "steps_slow": "slow steps",
-    "length_full": "tokens a sample, before pruning",
-    "length_in": "tokens a sample, trained on",
-    "tokens_per_second": "tokens a second, counted before pruning, last log",
-    "speedup_tokens": "speed-up that token counts allow",
+    "length_full": "tokens per sample, before pruning",
+    "length_in": "tokens per sample, trained on",
+    "tokens_per_second": "tokens per second, counted before pruning, last log",
+    "speedup_tokens": "speed-up predicted from token counts",
     "speedup": "speed-up of the steps, running estimate",
     "train_runtime": "training time, seconds",
     "eval_loss": "evaluation loss, last",
 }
 IDENTITY = {"adapters", "data", "model", "processor"}
-# Where and how often something was written says nothing about the model.
+# Options about output and logging, which do not affect the model.
 HOUSEKEEPING = {
     "overwrite",
     "output_dir",
@@ -52,8 +52,8 @@ def model_card(
     """The card's Markdown, with the front matter that the hub reads.
 
     Args:
-        source: folder of the run; `dualspeed.json`, and `log.json` of the same run or `trainer_state.json` in it are
-            used where they are there.
+        source: folder of the run, whose `dualspeed.json` and `log.json` (of the same run) or `trainer_state.json` are
+            used if present.
         facts: `parameters`, `dtype`, `architecture`, `base_model`.
         evaluation: what `saccade eval` measured on these weights.
     """
@@ -78,7 +78,7 @@ def model_card(
 
 
 def _front_matter(base: str | None, license_name: str | None) -> str:
-    # The hub follows the name, and a folder of this machine leads nowhere.
+    # The hub links to this name, so a local folder would be a dead link.
     named = base if base and base != "tiny" and not Path(base).exists() else None
     data = ModelCardData(
         library_name="transformers",
@@ -92,7 +92,7 @@ def _front_matter(base: str | None, license_name: str | None) -> str:
 
 def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, Any], source: Path) -> str:
     words = f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['dtype']}"
-    # A path of this machine says nothing elsewhere but for its last part.
+    # Of a local path, only the last part means anything elsewhere.
     words += f", trained from `{Path(base).name if Path(base).exists() else base}`" if base else ""
     step = f" It is the model after step {run['global_step']}." if "global_step" in run else ""
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
@@ -107,7 +107,7 @@ def _usage(architecture: str, pruned: bool) -> str:
         else ""
     )
     return (
-        "## Use\n\nA plain transformers checkpoint; nothing of Saccade is needed.\n\n```python\n"
+        "## Use\n\nA plain transformers checkpoint; Saccade is not needed.\n\n```python\n"
         f"from transformers import AutoProcessor, {architecture}\n\n"
         'folder = "."  # where this file is\n'
         f"model = {architecture}.from_pretrained(folder)\n"
@@ -116,8 +116,8 @@ def _usage(architecture: str, pruned: bool) -> str:
 
 
 def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
-    """A table of settings: of those that a resumed run must share the ones that are DualSpeed's own or not as TRL has
-    them, then the rest of the recipe as written."""
+    """A table of settings: first those that a resumed run must share, if they are DualSpeed's own or differ from TRL's
+    defaults, then the rest of the recipe as written."""
     stock = {entry.name: entry.default for entry in fields(SFTConfig)}
     config = {name: value for name, value in config.items() if name not in stock or _is_set(value, stock[name])}
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
@@ -160,7 +160,7 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    table = markdown_table(["inference", "accuracy", "samples", "tokens a prompt"], rows)
+    table = markdown_table(["inference", "accuracy", "samples", "tokens per prompt"], rows)
     title = f"## Evaluation\n\n`saccade eval` on the {result.get('split', 'test')} split of the digit scenes.\n\n"
     return f"{title}{table}{_where(result.get('environment', {}))}"
 
@@ -183,7 +183,7 @@ def _value(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of the run, or nothing where it is missing or cut short: a card is not worth failing over."""
+    """A JSON file of the run, or an empty mapping if it is missing or damaged: a card is not worth failing for."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

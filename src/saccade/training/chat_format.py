@@ -1,8 +1,8 @@
-"""The chat template of an assembled model: that of its language model, with images, and with its answers marked.
+"""The chat template of an assembled model: its language model's, extended by images and markers around answers.
 
-A template is a program, and cannot be edited by rule. So it is asked: it renders conversations of known words, and
-what stands between these words are the pieces of the format. The template is then written anew out of the pieces, and
-must render what the language model's own did.
+A template is a program and cannot be edited mechanically. Instead it is probed: it renders conversations of known
+words, and the text between these words gives the pieces of the format. A new template is then written from the pieces,
+and must render the same as the language model's own.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template that was tried.
+    """A template that has been checked.
 
     Args:
         text: the Jinja template.
@@ -49,17 +49,17 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands between the words of a conversation.
+    """The text between the words of a conversation.
 
     Args:
         opening: before the first question of a conversation without a system message.
-        system: before and after a system message, up to the first question; None where the format has none.
-        asked: between a question and its answer, as `generate` is given it.
-        answered: white space at the start of an answer, which `generate` has to write.
-        end: the token that ends an answer, with white space before it where the format has some.
-        between: from there to the next question.
+        system: before and after a system message, up to the first question; None if the format has no system message.
+        asked: between a question and its answer, as given to `generate`.
+        answered: whitespace at the start of an answer, which `generate` has to write.
+        end: the token that ends an answer, with any whitespace that the format puts before it.
+        between: between that token and the next question.
         closing: what follows the last answer.
-        strips: whether white space around what is said is left out.
+        strips: whether whitespace around messages is stripped.
     """
 
     opening: str
@@ -72,26 +72,26 @@ class ChatFormat:
     strips: bool = False
 
     def with_system(self, text: str) -> "ChatFormat":
-        """The format with a system message in conversations that have none of their own.
+        """The format with a default system message for conversations without one.
 
         Raises:
             SaccadeError: if the format has no system message.
         """
         if self.system is None:
             raise SaccadeError(
-                f"system_prompt={text!r}: the language model's chat template takes no system message; leave it out, "
+                f"system_prompt={text!r}: the language model's chat template has no system message; leave it out, "
                 "or give chat_template='v1'"
             )
         return replace(self, opening=text.join(self.system))
 
     def template(self, image_token: str, answered_inside: bool = True) -> str:
-        """A Jinja template that prints `image_token` for image parts and marks answers, with the tokens that end them.
+        """A Jinja template that prints `image_token` for image parts and marks answers, including their end tokens.
 
-        A message's only image is printed first, whatever stands before it, as LLaVA does; several keep their places.
-        A line break follows each image.
+        A message's only image is printed first, whatever precedes it, as in LLaVA; several images keep their places. A
+        line break follows each image.
 
         Args:
-            answered_inside: whether the white space at the start of an answer is inside of the mark.
+            answered_inside: whether the whitespace at the start of an answer is inside the marker.
         """
         strip = " | trim" if self.strips else ""
         image = _literal(f"{image_token}\n")
@@ -130,14 +130,14 @@ class ChatFormat:
 
 
 def v1_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """LLaVA's format v1, for language models that come without a chat template, such as Vicuna.
+    """LLaVA's format v1, for language models without a chat template, such as Vicuna.
 
     Raises:
-        SaccadeError: if the tokenizer has no token that ends a text.
+        SaccadeError: if the tokenizer has no end token.
     """
     if tokenizer.eos_token is None:
         raise SaccadeError(
-            f"language_model: its {type(tokenizer).__name__} has no eos_token, without which no answer ends: set one"
+            f"language_model: its {type(tokenizer).__name__} has no eos_token, so no answer could end: set one"
         )
     start = start_token(tokenizer)
     bare = ChatFormat(
@@ -156,7 +156,7 @@ def own_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     """The format of a tokenizer's own chat template.
 
     Raises:
-        SaccadeError: if the template cannot be written anew out of pieces.
+        SaccadeError: if the template cannot be rewritten from pieces.
     """
 
     def render(*words: str, system: str | None = None, prompt: bool = False) -> str:
@@ -167,17 +167,17 @@ def own_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
         opening, middle, tail = _between(render(question, answer), question, answer)
         asked = _between(render(question, prompt=True), question)[1]
         second = _between(render(question, answer, QUESTIONS[1], ANSWERS[1]), question, answer, QUESTIONS[1])
-        # The words come padded, to see whether the template strips them.
+        # Padded words show whether the template strips them.
         strips = f" {question} " not in render(f" {question} ", answer)
     except ValueError as error:
         raise _refusal(" ".join(str(error).split())[:200]) from error
     if not middle.startswith(asked) or (middle[len(asked) :] and not middle[len(asked) :].isspace()):
-        raise _refusal(f"it begins an answer with {middle!r}, and asks for one with {asked!r}")
+        raise _refusal(f"it begins an answer with {middle!r}, but asks for one with {asked!r}")
     end = _end_of_turn(tokenizer, tail)
     if not second[2].startswith(end):
-        raise _refusal(f"it ends the last answer with {tail!r}, and an earlier one with {second[2]!r}")
+        raise _refusal(f"it ends the last answer with {tail!r}, but an earlier one with {second[2]!r}")
     try:
-        # Asked for an answer, since Mistral tells the system message to the last question only.
+        # Rendered with the generation prompt, since Mistral puts the system message before the last question only.
         told = _between(render(question, system=SYSTEM, prompt=True), SYSTEM, question)
         system = (told[0], told[1])
     except ValueError:
@@ -202,13 +202,13 @@ def make_template(
     """The chat template of an assembled model.
 
     Args:
-        tokenizer: of the language model, with the image token.
-        kind: "own" adapts the tokenizer's template, or gives v1 where it has none; "v1"; or a file's path.
+        tokenizer: the language model's tokenizer, including the image token.
+        kind: "own" adapts the tokenizer's template, or uses v1 if it has none; "v1"; or a file's path.
         image_token: what is printed for an image.
-        system_prompt: for conversations that have none.
+        system_prompt: for conversations without one.
 
     Raises:
-        SaccadeError: if there is no such template, or what it marks is not the answers and the tokens that end them.
+        SaccadeError: if there is no such template, or it does not mark exactly the answers and their end tokens.
     """
     if kind not in ("own", "v1"):
         if system_prompt is not None:
@@ -219,7 +219,7 @@ def make_template(
     if system_prompt is not None:
         found = found.with_system(system_prompt)
     wanted = [_ids(tokenizer, answer + found.end) for answer in _LABELLED[1::2]]
-    # Tokenizers that leave white space out of the places of their words find no token at a mark that starts with it.
+    # If a tokenizer excludes whitespace from token offsets, no token is found at a marker that starts with whitespace.
     for inside in (True, False):
         template = found.template(image_token, inside)
         learned = _learned(tokenizer, template)
@@ -248,7 +248,7 @@ def _from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> ChatTemplate:
 
 
 def _learned(tokenizer: PreTrainedTokenizerBase, template: str) -> list[list[int]]:
-    """The runs of tokens that a template marks in a conversation of two turns."""
+    """The runs of tokens that a template marks as answers in a conversation of two turns."""
     try:
         encoded = apply_chat_template(
             tokenizer,
@@ -288,18 +288,18 @@ def _render(
 
 
 def _between(text: str, *words: str) -> list[str]:
-    """What stands before, between and behind words that a text has once each, in this order."""
+    """The text before, between and after the given words, each of which must occur exactly once, in this order."""
     pieces = []
     for word in words:
         before, found, text = text.partition(word)
         if not found or word in text:
-            raise ValueError(f"{word!r} should come out once")
+            raise ValueError(f"{word!r} should be rendered once")
         pieces.append(before)
     return [*pieces, text]
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
-    """The token at the start of what follows an answer, with white space before it."""
+    """The token at the start of what follows an answer, including whitespace before it."""
     space = tail[: len(tail) - len(tail.lstrip())]
     specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials |= {tokenizer.eos_token} - {None}
@@ -310,10 +310,10 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, found: ChatFormat) -> None:
-    """The written template must render what the tokenizer's own does.
+    """Check that the new template renders the same as the tokenizer's own.
 
-    Two things may differ, since what was said must not change when the conversation goes on: Qwen3 leaves the empty
-    thought out of earlier answers, and Mistral moves the system message to the last question.
+    Two differences are allowed, since earlier text must not change when the conversation continues: Qwen3 omits the
+    empty thought from earlier answers, and Mistral moves the system message to the last question.
     """
     words = (QUESTIONS[0], ANSWERS[0], QUESTIONS[1], ANSWERS[1])
     cases = [(words[:1], None, True), (words[:2], None, False), (words[:3], None, True), (words, None, False)]
@@ -327,7 +327,7 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, found: ChatFormat) -> None:
         if system is not None and system not in own:
             continue
         if own.replace(_EMPTY_THOUGHT, "") != new.replace(_EMPTY_THOUGHT, ""):
-            raise _refusal(f"it renders {own!r} where its pieces give {new!r}")
+            raise _refusal(f"it renders {own!r} but its pieces give {new!r}")
 
 
 def _refusal(reason: str) -> SaccadeError:
@@ -338,5 +338,5 @@ def _refusal(reason: str) -> SaccadeError:
 
 
 def _literal(text: str) -> str:
-    """A Jinja expression that prints `text` as it is, or nothing."""
+    """A Jinja expression that prints `text` verbatim; empty for an empty text."""
     return f"{{{{ {text!r} }}}}" if text else ""

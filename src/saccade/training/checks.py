@@ -1,4 +1,4 @@
-"""`saccade data check`: the sources of a file or of a recipe, read as training would read them."""
+"""`saccade data check`: read the sources of a file or a recipe as training would."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from saccade.training.recipe import Recipe, load_recipe, make_recipe, put_over
 from saccade.training.sources import dataset_sources, load_processor, open_source
 
 ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
-"""Options of training that a machine may not have, and a check does not need."""
+"""Training options that a machine may not support, and that a check does not need."""
 
 
 class FirstRows:
@@ -50,20 +50,20 @@ def check_data(
     start: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Read every row and every image that a data file, or a recipe, would train on.
+    """Read every row and every image that training on a data file, or a recipe, would use.
 
     Args:
         path: a data file, a folder, a hub id, or a recipe's YAML.
-        given: fields of a recipe, over those of the YAML. With a `model`, tokens are counted.
-        jobs: processes that read side by side.
+        given: fields of a recipe that override those of the YAML. With a `model`, tokens are counted.
+        jobs: number of processes that read in parallel.
         start: called with the number of rows before the first is read.
         progress: called with the number of rows just read.
 
     Returns:
-        What `saccade.data.check.check_sources` returns, and `sources`, the path and the number of rows of each.
+        The result of `saccade.data.check.check_sources`, plus `sources`, the path and the number of rows of each.
 
     Raises:
-        SaccadeError: on bad input, or a chat template of which answers and their ends cannot be learned.
+        SaccadeError: on bad input, or a chat template from which answers and their end tokens cannot be learned.
     """
     recipe = _recipe(path, dict(given or {}))
     options, args = recipe.options, recipe.trainer
@@ -86,7 +86,7 @@ def check_data(
 
 
 def check_chat_here(recipe: Recipe) -> bool:
-    """Check the chat template of a recipe's model, without the network. False if its processor is not at hand.
+    """Check the chat template of a recipe's model offline. False if its processor is not available locally.
 
     Raises:
         SaccadeError: as `check_chat`.
@@ -100,10 +100,10 @@ def check_chat_here(recipe: Recipe) -> bool:
 
 
 def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, stops: tuple[int, ...]) -> None:
-    """Give the processor the recipe's own chat template, if it has one, and check what would be learned of an answer.
+    """Set the recipe's own chat template, if it has one, and check which part of an answer would be learned.
 
     Raises:
-        SaccadeError: if that is not an answer and its end.
+        SaccadeError: if that is not exactly the answer and its end token.
     """
     use_own_template(recipe, processor)
     if recipe.trainer.conversation == "chat":
@@ -111,7 +111,7 @@ def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, s
 
 
 def use_own_template(recipe: Recipe, processor: ProcessorMixin) -> None:
-    """Give the processor the recipe's own chat template, if it has one in a file."""
+    """Set the processor's chat template to the recipe's own, if that is a file."""
     path = recipe.trainer.chat_template_path
     if path is not None and Path(path).is_file():
         processor.chat_template = Path(path).read_text()

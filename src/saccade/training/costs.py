@@ -1,4 +1,4 @@
-"""What samples cost in each mode: rows, operations, and memory for the backward pass."""
+"""The cost of samples in each mode: tokens, operations, and memory for the backward pass."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,19 +27,19 @@ from saccade.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class ModeCost:
-    """What one sample costs in one mode.
+    """The cost of one sample in one mode.
 
     Args:
-        name: of the mode.
+        name: name of the mode.
         probability: its share of steps.
-        rows: visual rows of an image in the trained pass.
-        isolator: rows of the isolator beside them.
-        length: rows of the whole sequence, the mean over samples.
-        cut: the share of samples that keep fewer visual rows than these, so that they fit.
-        flops: of the trained pass and the teacher's, tower and projector with them, the mean over samples.
-        language_flops: of these, the language model's.
-        samples: of a micro-batch that run at a time.
-        activations: bytes that the backward pass needs of the longest sample.
+        rows: visual tokens of an image in the trained pass.
+        isolator: additional isolator rows.
+        length: length of the whole sequence, averaged over samples.
+        cut: the share of samples that keep fewer visual tokens than `rows` in order to fit.
+        flops: operations of the trained and the teacher's pass, including tower and projector, averaged over samples.
+        language_flops: the language model's share of these.
+        samples: how many samples of a micro-batch run at a time.
+        activations: bytes that the backward pass needs for the longest sample.
     """
 
     name: str
@@ -56,8 +56,7 @@ class ModeCost:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One sample in one mode: rows of its sequence, whether it was cut to fit, operations, bytes for the backward
-    pass."""
+    """One sample in one mode: sequence length, whether it was cut to fit, operations, bytes for the backward pass."""
 
     length: int
     cut: bool
@@ -67,7 +66,7 @@ class _Sample:
 
 
 class Costs:
-    """Counts of one recipe on one model."""
+    """Computes the costs of one recipe on one model."""
 
     def __init__(
         self,
@@ -88,7 +87,7 @@ class Costs:
         self.adapters_attention = sum(count for _, count in adapters) - self.adapters_feed_forward
 
     def parameters(self) -> dict[str, int]:
-        """Weights of the stock model, those that train, and those of adapters."""
+        """Numbers of parameters of the stock model, of trainable ones, and of adapters."""
         every = dict(self.model.named_parameters())
         adapters = sum(p.numel() for name, p in every.items() if "lora_" in name)
         copies = sum(p.numel() for name, p in every.items() if "modules_to_save" in name)
@@ -97,7 +96,7 @@ class Costs:
         return {"total": total - adapters - copies, "trainable": trained, "adapters": adapters}
 
     def own_parameters(self) -> int:
-        """Weights of isolator and summary head, in float32."""
+        """Number of parameters of isolator and summary head, which are in float32."""
         args, width = self.recipe.trainer, self.text.width
         if args.is_ordinary:
             return 0
@@ -107,7 +106,7 @@ class Costs:
         return isolator + head
 
     def modes(self) -> list[ModeCost]:
-        """Each mode of the run, with the teacher it learns from; a stage that trains no decoder layer has one."""
+        """Each mode of the run with its teacher; a stage that trains no decoder layer has a single mode."""
         args = self.recipe.trainer
         if args.is_ordinary:
             fitting = args.all_modes()[-1] if args.fit_slow else Mode("all_tokens", 1.0, "keep")
@@ -120,7 +119,7 @@ class Costs:
         return [self.of(mode, named[mode.teacher] if mode.teacher and learns else None) for mode in modes]
 
     def rows(self, mode: Mode) -> tuple[VisualRows, int]:
-        """Visual rows of a mode, and rows of the isolator."""
+        """Visual tokens of a mode, and isolator rows."""
         tokens = self.shape.visual_tokens
         if mode.action == "skip":
             crop = tokens
@@ -133,7 +132,7 @@ class Costs:
         return VisualRows(self._kept(mode.pruning)), isolator
 
     def _kept(self, pruning: PruningConfig) -> int:
-        """Tokens that are kept of the image: of its small and its large picture apart, or of both together."""
+        """Number of tokens kept of the image, with one budget for its thumbnail and its large picture or one each."""
         if pruning.prune_ratio == 0:
             return self.shape.visual_tokens
         newlines, tokens = self.shape.newlines, self.shape.visual_tokens
@@ -150,7 +149,7 @@ class Costs:
         return kept
 
     def of(self, mode: Mode, teacher: Mode | None = None) -> ModeCost:
-        """The mean sample in one mode."""
+        """The cost of the mean sample in one mode."""
         rows, isolator = self.rows(mode)
         found = [(self._sample(sample, mode, teacher), count) for sample, count in self.lengths.items()]
         total = sum(count for _, count in found)
@@ -168,7 +167,7 @@ class Costs:
         )
 
     def _sample(self, sample: SampleLength, mode: Mode, teacher: Mode | None) -> _Sample:
-        """One sample; without images it is the same in all modes, and has no teacher."""
+        """The cost of one sample; without images it is the same in all modes, and there is no teacher."""
         rows, isolator, cut = self._sample_rows(sample, mode)
         language = self._language(sample, rows, isolator)
         if teacher is not None and sample.images:
@@ -178,7 +177,7 @@ class Costs:
         return _Sample(length, cut, self.vision * sample.images, language, activations)
 
     def _sample_rows(self, sample: SampleLength, mode: Mode) -> tuple[VisualRows, int, bool]:
-        """Visual and isolator rows of a sample in a mode, and whether it has fewer visual ones so that it fits."""
+        """Visual and isolator rows of a sample in a mode, and whether visual ones were dropped to make it fit."""
         rows, isolator = self.rows(mode)
         rows, isolator = _times(rows, sample.images), isolator * sample.images
         bound = mode.pruning.fit_length if mode.action == "drop" else None
@@ -188,12 +187,12 @@ class Costs:
         return VisualRows(min(rows.retained, room)), isolator, room < rows.retained
 
     def _forward(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
-        # Forward and backward are three times the forward where all weights train.
+        # If all weights train, forward plus backward costs three times the forward.
         stock = training_flops(self.text, rows, sample.text + isolator, sample.learned) // 3
         return stock + self._adapter_flops(sample, rows, isolator)
 
     def _language(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
-        """Forward and backward, and the forward that gradient checkpointing repeats in every layer."""
+        """Forward and backward, plus the forward that gradient checkpointing repeats in every layer."""
         full = self.trains_language and not self.recipe.options.lora
         trained = "language" if full else "projector"
         flops = training_flops(self.text, rows, sample.text + isolator, sample.learned, trained)
@@ -208,7 +207,7 @@ class Costs:
         return 2 * (full * every + rows.skipped * self.adapters_attention)
 
     def _vision(self) -> int:
-        """Tower and projector on the full image, once a step; three times as much where they train."""
+        """Tower and projector on the full image, once per step; three times as much if they train."""
         if not self.shape.crops:
             return 0
         tower = tower_flops(self.config, self.shape.crops, self.shape.grid)
@@ -218,15 +217,15 @@ class Costs:
         return towers * tower + projectors * projector
 
     def memory(self, modes: Sequence[ModeCost], shards: int, own: int) -> dict[str, float]:
-        """Bytes a device, estimated: what the framework itself holds, fragments and buffers are left out.
+        """Estimated bytes per device, without the framework's own memory, fragmentation and buffers.
 
-        Weights in half precision that train have masters in float32, and optimizer states in float32 then: 2 bytes of
-        weight, 2 of gradient, 4 and 8. FSDP and DeepSpeed come to the same sum.
+        Trainable half-precision weights have float32 masters and optimizer states: 2 bytes for the weight, 2 for the
+        gradient, 4 for the master and 8 for the states. FSDP and DeepSpeed arrive at the same sum.
 
         Args:
-            modes: of the run, of which the hungriest counts.
-            shards: devices that share weights, gradients and optimizer states.
-            own: parameters of isolator and summary head.
+            modes: the modes of the run; the one that needs most memory counts.
+            shards: number of devices that share weights, gradients and optimizer states.
+            own: number of parameters of isolator and summary head.
         """
         four_bit = {id(w) for w in self._quantized()} if self.recipe.options.load_in_4bit else set()
         weights = sum(p.numel() * (NF4_BYTES if id(p) in four_bit else p.itemsize) for p in self.model.parameters())
@@ -241,7 +240,7 @@ class Costs:
             "gradients": gradients / shards,
             "masters": 4 * with_masters / shards,
             "optimizer": states / shards,
-            # The optimizer steps on gradients in float32, in the room that the activations have left.
+            # The optimizer needs float32 gradients, in the memory that the activations have freed.
             "activations": max(2 * with_masters / shards, *(mode.samples * mode.activations for mode in modes)),
         }
         return {**found, "total": sum(found.values())}
@@ -250,11 +249,11 @@ class Costs:
         return [p for p in quantized_weights(self.family.model) if not p.requires_grad]
 
     def _activations(self, sample: SampleLength, length: int, skipped: int) -> float:
-        """Bytes that the backward pass needs of one sample.
+        """Bytes that the backward pass needs for one sample.
 
-        Of a layer: norms and residuals 8 d, queries and attended values 3 q, keys and values 4 k, and 4 f in the
-        feed-forward network. With checkpointing one layer has these, and each its input. Logits stand three times in
-        float32: themselves, their softmax, their gradient.
+        Per layer: norms and residuals 8 d, queries and attended values 3 q, keys and values 4 k, and 4 f in the
+        feed-forward network. With checkpointing, only one layer at a time has these, and every layer keeps its input.
+        Logits are stored three times in float32: the logits, their softmax, their gradient.
         """
         args, text = self.recipe.trainer, self.text
         size = 2 if args.bf16 or args.fp16 else next(self.model.parameters()).itemsize
@@ -268,5 +267,5 @@ class Costs:
 
 
 def _times(rows: VisualRows, images: int) -> VisualRows:
-    """The rows of so many images."""
+    """The rows of several images."""
     return VisualRows(images * rows.retained, images * rows.summary, images * rows.skipped)

@@ -1,4 +1,4 @@
-"""A trained folder to a plain Hugging Face checkpoint: adapters merged, keys checked, a model card beside it."""
+"""Export a trained folder to a plain Hugging Face checkpoint: merge adapters, check keys, write a model card."""
 
 import re
 import shutil
@@ -30,26 +30,27 @@ def export_model(
     max_shard_size: str = "5GB",
     license_name: str | None = None,
 ) -> dict[str, Any]:
-    """Write what a run left in `source` as a checkpoint that stock transformers loads.
+    """Write the model in `source` as a checkpoint that stock transformers loads.
 
-    Adapters are merged into the model that they were trained on. The mode isolator and the run's settings come along
-    as files of their own, which stock loading does not look at and pruned inference uses. The written weights are read
-    back through the stock classes, and every key and value is compared, before the folder gets its name.
+    Adapters are merged into their base model. The mode isolator and the run's settings are copied as separate files,
+    which stock loading ignores and pruned inference uses. The written weights are read back through the stock classes,
+    and every key and value is compared, before the folder is renamed to its final name.
 
     Args:
         source: `output_dir` of a run, or one of its checkpoints.
-        output: folder to make; it must not exist, or be empty.
+        output: folder to create; it must not exist, or be empty.
         dtype: "auto" keeps that of the trained weights; "float32", "bfloat16" or "float16".
         max_shard_size: size above which the weights are split into several files.
-        license_name: licence for the model card; left out when unknown.
+        license_name: licence for the model card; omitted if unknown.
 
     Returns:
-        `output`, `source`, `base_model` (None where nothing was merged), `parameters`, `dtype`, `bytes`, `files`,
-        `notes` (what was left out, and why).
+        `output`, `source`, `base_model` (None if nothing was merged), `parameters`, `dtype`, `bytes`, `files`, `notes`
+        (what was left out, and why).
 
     Raises:
-        SaccadeError: if `source` is no trained model, `output` is taken, or what was written does not load as it is.
-        OSError: if it cannot be written; nothing is left behind then.
+        SaccadeError: if `source` is not a trained model, `output` is taken, or the written model does not load
+            unchanged.
+        OSError: if it cannot be written; nothing is left behind.
     """
     source, output = Path(source), Path(output)
     _check_paths(source, output)
@@ -66,7 +67,8 @@ def export_model(
         for name, path in _companions(source).items():
             shutil.copy2(path, folder / name)
         if evaluation is not None:
-            # Merged or in another dtype they are other bytes; of the accuracy it stays said what it was measured on.
+            # Merging or another dtype changes the bytes; the evaluation still records the weights that it was measured
+            # on.
             evaluation = {**evaluation, "exported_weights": identify_weights(folder)}
             write_json_atomically(folder / EVALUATION_FILE, evaluation)
         facts = {
@@ -75,7 +77,7 @@ def export_model(
             "architecture": type(model).__name__,
             "base_model": base,
         }
-        with reading(f"model={str(source)!r}: what its files say of the run cannot be read"):
+        with reading(f"model={str(source)!r}: its files about the run cannot be read"):
             card = model_card(output.name, source, facts, license_name, evaluation)
         write_text_atomically(folder / "README.md", card)
         if output.is_dir():
@@ -98,7 +100,7 @@ def check_loads(folder: Path, model: PreTrainedModel) -> None:
     """Read `folder` through the stock classes and compare it with `model`.
 
     Raises:
-        SaccadeError: naming the keys that are missing, unexpected or of another value.
+        SaccadeError: naming the keys that are missing, unexpected or have other values.
     """
     loaded = load_whole(folder, dtype=model.dtype)
     written, kept = loaded.state_dict(), model.state_dict()
@@ -119,27 +121,29 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _check_paths(source: Path, output: Path) -> None:
     if not source.is_dir():
-        raise SaccadeError(f"model={str(source)!r} is no folder: name the output_dir of a run, or a checkpoint in it")
+        raise SaccadeError(
+            f"model={str(source)!r} is not a folder: name the output_dir of a run, or a checkpoint in it"
+        )
     if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SaccadeError(
-            f"model={str(source)!r} holds no config.json and no adapter_config.json: name the output_dir of a run "
-            "that has ended, or a checkpoint in it"
+            f"model={str(source)!r} has no config.json and no adapter_config.json: name the output_dir of a finished "
+            "run, or a checkpoint in it"
         )
     check_new_folder(output, "output")
 
 
 def check_shard_size(text: str) -> None:
-    """Refuse what is not a size in bytes.
+    """Check a size in bytes such as "5GB".
 
     Raises:
-        SaccadeError: naming it.
+        SaccadeError: if it is not one.
     """
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
-        raise SaccadeError(f"max_shard_size={text!r} is no size: write a number and KB, MB, GB or TB, such as 5GB")
+        raise SaccadeError(f"max_shard_size={text!r} is not a size: write a number and KB, MB, GB or TB, such as 5GB")
 
 
 def _companions(source: Path) -> dict[str, Path]:
-    """Files of ours that go with the weights, by the names that they get: learned tables and settings."""
+    """Saccade's own files to copy along with the weights, by target name: learned tensors and settings."""
     found = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
     found |= {name: source / name for name in (PRUNING_FILE, RUN_FILE) if (source / name).is_file()}
     return {name: path for name, path in found.items() if path is not None}

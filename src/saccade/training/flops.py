@@ -1,9 +1,9 @@
 """Floating-point operations of training in closed form.
 
-One multiplication and one addition are two operations. Matrix products and convolutions are counted, the rest, a few
-per mille of a real model, is not; neither is choosing and merging tokens. `attention="full"` counts scores between
-all pairs of rows, as `torch.utils.flop_counter` does; "causal" those that a causal kernel has to compute. Only shapes
-are read, so a count takes no time and no memory.
+A multiplication and an addition are two operations. Only matrix products and convolutions are counted; the rest, well
+below one percent in a real model, is not, nor is selecting and merging tokens. `attention="full"` counts scores
+between all pairs of tokens, like `torch.utils.flop_counter`; "causal" counts those that a causal kernel has to
+compute. Only shapes are read, so counting needs neither time nor memory.
 
 Letters: d width, q width of all queries, k width of all keys, f width of the feed-forward network, L rows.
 """
@@ -26,12 +26,12 @@ class VisualRows:
     """What an image becomes in the language model.
 
     Args:
-        retained: rows that pass every layer as text does: all tokens, or those a reducer keeps.
-        summary: summary rows, which do so too.
-        skipped: rows that skip the feed-forward networks, and leave the cache after the prompt.
+        retained: tokens that go through every layer like text: all tokens, or those that a reducer keeps.
+        summary: summary tokens, which also go through every layer.
+        skipped: tokens that skip the feed-forward networks and leave the cache after the prompt.
 
     Raises:
-        SaccadeError: on a negative number of rows.
+        SaccadeError: on a negative count.
     """
 
     retained: int
@@ -45,27 +45,27 @@ class VisualRows:
 
     @property
     def total(self) -> int:
-        """Rows that the prompt has for the image."""
+        """Number of tokens of the image in the prompt."""
         return self.retained + self.summary + self.skipped
 
     @property
     def kept(self) -> int:
-        """Rows that the cache has for the image once the prompt is read."""
+        """Number of tokens of the image in the cache after the prompt."""
         return self.retained + self.summary
 
 
 def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
-    """The rows that Skip-Vision makes of one image.
+    """The tokens that Skip-Vision makes of one image.
 
     Args:
-        tokens: visual tokens of the image; under `split="thumbnail"` of one crop.
+        tokens: visual tokens of the image; with `split="thumbnail"`, of one crop.
 
     Raises:
-        SaccadeError: if the tokens form no square, where the split is by scale, or if their number cannot be told.
+        SaccadeError: if the split is by scale and the tokens do not form a square, or their number is unknown.
     """
     if config.split == "thumbnail":
         if config.skipped is None:
-            raise SaccadeError("skipped=None: the crops beside a thumbnail differ in number, give a number of tokens")
+            raise SaccadeError("skipped=None: the number of crops next to a thumbnail varies, give a number of tokens")
         retained, rest = tokens, None
     elif config.split == "scale":
         side = math.isqrt(tokens)
@@ -84,7 +84,7 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
 
 @dataclass(frozen=True)
 class TextShape:
-    """What the cost of a decoder depends on."""
+    """The dimensions that the cost of a decoder depends on."""
 
     layers: int
     width: int
@@ -119,18 +119,18 @@ class TextShape:
 
     @property
     def skipped_share(self) -> float:
-        """The products with weights of a skipped row, as a share of those of any other."""
+        """The cost of weight products for a skipped token, as a share of that for any other token."""
         return self.attention_row / (self.attention_row + self.feed_forward_row)
 
 
 def linear_flops(text: TextShape, rows: VisualRows, text_tokens: int = 0) -> int:
-    """Products with the layers' weights in a prompt, as if the last layer were like the others."""
+    """Products with the layers' weights for a prompt, treating the last layer like the others."""
     full = text_tokens + rows.kept
     return 2 * text.layers * ((full + rows.skipped) * text.attention_row + full * text.feed_forward_row)
 
 
 def score_flops(text: TextShape, length: int, attention: str = "full") -> int:
-    """Scores and weighted sums of all layers over `length` rows.
+    """Attention scores and weighted sums of all layers over `length` tokens.
 
     Raises:
         SaccadeError: if `attention` is unknown.
@@ -156,8 +156,8 @@ def training_flops(
 ) -> int:
     """Forward and backward of the language model on one sample with one image.
 
-    Every product y = W x costs as much again for the gradient of x, and once more for that of W where W is trained;
-    scores and weighted sums twice as much again. Gradient checkpointing would add one forward.
+    Every product y = W x costs the same again for the gradient of x, and once more for that of W if W is trained; the
+    backward pass of scores and weighted sums costs twice their forward. Gradient checkpointing would add one forward.
 
     Args:
         label_rows: rows whose logits are computed.
@@ -178,7 +178,7 @@ def training_flops(
 def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
     """The vision tower on crops of `grid` patches (rows, columns): CLIP, SigLIP, Qwen3-VL, Qwen2.5-VL with windows.
 
-    Every layer is counted, also one whose output is not used: stock models run it.
+    Every layer is counted, even if its output is not used, since stock models run it.
     """
     vision = config.vision_config
     width, patches = vision.hidden_size, grid[0] * grid[1]
@@ -199,7 +199,7 @@ def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> 
 
 
 def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
-    """The projector: LLaVA's two layers for each patch, or Qwen's mergers of the patches of a square."""
+    """The projector: LLaVA's two layers per patch, or Qwen's mergers of square blocks of patches."""
     vision, width = config.vision_config, config.get_text_config().hidden_size
     patches = crops * grid[0] * grid[1]
     if hasattr(vision, "out_hidden_size") and hasattr(vision, "spatial_merge_size"):
@@ -210,7 +210,7 @@ def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int])
 
 
 def _window_pairs(vision: PreTrainedConfig, grid: tuple[int, int]) -> int:
-    """Pairs of patches in one window; windows at the right and the lower edge may be smaller."""
+    """Pairs of patches within windows; windows at the right and the bottom edge may be smaller."""
     side = vision.window_size // vision.patch_size
     sizes = [[min(side, extent - start) for start in range(0, extent, side)] for extent in grid]
     return sum((height * width) ** 2 for height in sizes[0] for width in sizes[1])

@@ -1,4 +1,4 @@
-"""How long the texts of published data mixtures are, where the data itself is not at hand."""
+"""Text lengths of published data mixtures, for when the data itself is not available."""
 
 import random
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ class Source:
     """One part of a data mixture.
 
     Args:
-        name: of the dataset.
-        samples: how many thousands of samples it gives to the mixture.
-        turns: questions and answers in a sample.
-        question: tokens of a question, its role markers included.
-        answer: tokens of an answer, its end included.
-        images: of a sample.
+        name: name of the dataset.
+        samples: thousands of samples that it contributes to the mixture.
+        turns: pairs of question and answer per sample.
+        question: tokens per question, including role markers.
+        answer: tokens per answer, including the end token.
+        images: images per sample.
     """
 
     name: str
@@ -43,17 +43,17 @@ LLAVA_665K: tuple[Source, ...] = (
 2310.03744), Table 7. Turns and tokens are estimates from the formats of the tasks, not counts of the data."""
 
 SHAREGPT = Source("ShareGPT", 40, 3, 60, 220, images=0)
-"""The part of the same mixture without images, which no pruning shortens. The number of samples is from the same
-table; turns and tokens are an estimate."""
+"""The part of the same mixture without images, which pruning does not shorten. The number of samples is from the same
+table; turns and tokens are estimates."""
 
 SYSTEM_PROMPT = 35
-"""Tokens of the system prompt that each sample of the mixture begins with in the released scripts, an estimate."""
+"""Tokens of the system prompt at the start of each sample in the released scripts; an estimate."""
 
 LLAVA_558K: tuple[Source, ...] = (Source("LLaVA-Pretrain captions", 558, 1, 6, 18),)
 """Captions of stage one. The number of samples is published; the tokens are an estimate."""
 
 SPREAD = 0.35
-"""Lengths of a source are log-normal around its typical ones, with this standard deviation of the logarithm."""
+"""Lengths of a source are log-normal around the typical length, with this standard deviation of the logarithm."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TextLength:
 
 
 def draw_lengths(sources: Sequence[Source], count: int, seed: int) -> list[TextLength]:
-    """Texts of `count` samples of a mixture, the same for the same seed."""
+    """Text lengths of `count` samples of a mixture, reproducible by the seed."""
     draw = random.Random(f"saccade lengths {seed}")
 
     def around(typical: int) -> int:

@@ -1,4 +1,4 @@
-"""How long the samples of a recipe are: its own data where that is at hand, else a shipped table of estimates."""
+"""Lengths of a recipe's samples: from its own data if available, else from a shipped table of estimates."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +16,9 @@ from saccade.training.recipe import ModelOptions, Recipe
 from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, load_processor, open_source
 
 SAMPLES, DIGIT_SAMPLES = 256, 64
-"""Samples that stand for all of them; digit scenes are alike, so that fewer do."""
+"""Number of samples that represent all of them; digit scenes are alike, so fewer suffice."""
 CHARACTERS, FORMAT = 4, 8
-"""Where no tokenizer is at hand: characters of a token, and tokens of chat format around a message. A guess."""
+"""Without a tokenizer: characters per token, and tokens of chat format per message. Rough guesses."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class SampleLength:
     """One sample.
 
     Args:
-        text: tokens of its text.
-        learned: of these, how many are learned.
-        images: how many it has.
+        text: number of text tokens.
+        learned: how many of them have labels.
+        images: number of images.
     """
 
     text: int
@@ -36,19 +36,19 @@ class SampleLength:
     images: int = 1
 
     def cut(self, limit: int | None, visual: int) -> "SampleLength":
-        """The sample at a `max_length` of `limit`, with `visual` tokens an image."""
+        """The sample truncated to a `max_length` of `limit`, with `visual` tokens per image."""
         room = self.text if limit is None else max(1, min(self.text, limit - self.images * visual))
         return SampleLength(room, max(1, min(self.learned, room)), self.images)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Samples that stand for an epoch.
+    """Samples that represent an epoch.
 
     Args:
-        samples: some of them.
-        records: how many the epoch has.
-        source: where both are from, for people.
+        samples: a subset of its samples.
+        records: number of samples in the epoch.
+        source: where both come from, in words.
     """
 
     samples: tuple[SampleLength, ...]
@@ -67,13 +67,14 @@ class Lengths:
 def recipe_lengths(recipe: Recipe, model: str, samples: int = SAMPLES) -> Lengths:
     """The lengths of a recipe's samples.
 
-    They are counted on rows of its own data, evenly spread, if that can be read here without the network.
-    Otherwise they come from a shipped table: captions where the language model is frozen, as in stage one, else the
-    instruction mixture of LLaVA-1.5.
+    They are counted on evenly spaced rows of its own data, if that can be read here offline. Otherwise they come from
+    a shipped table: captions if the language model is frozen, as in stage one, else the instruction mixture of
+    LLaVA-1.5.
 
     Args:
-        model: whose tokenizer counts, "tiny", a folder or a hub id; without it characters are counted.
-        samples: rows of its own data to count.
+        model: the model whose tokenizer counts: "tiny", a folder or a hub id. If it is unavailable, characters are
+            counted.
+        samples: number of rows of its own data to count.
     """
     options = replace(recipe.options, model=model)
     try:
@@ -102,14 +103,14 @@ def _instructions() -> Lengths:
 
 
 def _table(sources: Sequence[Source], name: str, prompt: int = 0) -> Lengths:
-    # More than of real rows: they cost nothing, and long texts are rare.
+    # More samples than of real rows: they cost nothing, and long texts are rare.
     drawn = draw_lengths(sources, 8 * SAMPLES, seed=0)
     samples = tuple(SampleLength(text.tokens + prompt, text.learned, text.images) for text in drawn)
     return Lengths(samples, round(1000 * sum(source.samples for source in sources)), name)
 
 
 def _counter(recipe: Recipe, options: ModelOptions) -> TokenCounter | None:
-    """What counts the tokens of the recipe's rows, or None where the network would be needed for its processor."""
+    """The token counter for the recipe's rows, or None if its processor is not available offline."""
     args = recipe.trainer
     try:
         processor, placeholder, stops = load_processor(options, args.trust_remote_code, local_files_only=True)
@@ -129,7 +130,7 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
     opened, sizes = [], []
     for source in dataset_sources(options):
         if source.path == DIGITS:
-            # The first rows of a long dataset are those of a short one, which is made sooner.
+            # A short dataset has the same first rows as a long one, and is faster to make.
             size = source.rows or options.dataset_rows or DIGIT_ROWS
             rows = open_source(replace(source, rows=min(size, DIGIT_SAMPLES)), options)
         else:
@@ -149,15 +150,15 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
         raise SaccadeError(f"none of the rows of {opened[0][0].path} that were tried can be used")
     records = sum(sizes)
     if weights[0] is not None:
-        # Until every row has been drawn, so that shorter sources come again.
+        # Rows are drawn until each has been drawn once, so shorter sources repeat.
         records = round(max(size * sum(shares) / share for size, share in zip(sizes, shares, strict=True)))
     records = records if options.dataset_rows is None else min(records, options.dataset_rows)
-    how = "its tokenizer" if counter is not None else f"{CHARACTERS} characters a token, no tokenizer being at hand"
+    how = "its tokenizer" if counter is not None else f"{CHARACTERS} characters per token, without a tokenizer"
     return Lengths(tuple(samples), records, f"{len(samples)} rows of the recipe's own data, counted by {how}")
 
 
 def _count(read: Callable[[int], dict[str, Any]], index: int, counter: TokenCounter | None) -> Iterator[SampleLength]:
-    """Row `index`, or nothing if it cannot be used."""
+    """The length of row `index`, or nothing if it is unusable."""
     try:
         row = row_text(read(index))
         text, learned = _by_characters(row) if counter is None else counter.text_and_learned(row)
@@ -167,7 +168,7 @@ def _count(read: Callable[[int], dict[str, Any]], index: int, counter: TokenCoun
 
 
 def _by_characters(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Roughly the tokens of a row's text, and those learned."""
+    """Estimated numbers of tokens of a row's text, and of those with labels."""
     columns = [row[name] for name in used_columns(row)]
     messages = [checked_message(m) for column in columns if not isinstance(column, str) for m in column]
     plain = [column for column in columns if isinstance(column, str)]

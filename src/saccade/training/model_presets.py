@@ -1,4 +1,4 @@
-"""Real model shapes as stock configurations, built in code: nothing is downloaded."""
+"""Stock configurations of real models, built in code without downloads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,18 +56,18 @@ GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's shape, and the image it is counted for.
+    """A model's shape, and the image size that it is counted for.
 
     Args:
-        name: how it is called on the command line.
+        name: its name on the command line.
         description: one line.
         config: makes the stock configuration.
-        crops: crops of the image that the vision tower sees.
+        crops: number of crops of the image that the vision tower sees.
         grid: patches (rows, columns) of one crop.
-        visual_tokens: rows that the language model receives for the image.
-        hub_ids: checkpoints on the hub that have this shape.
-        newlines: of the visual tokens, those that end a line of an image in crops.
-        folders: what the shipped recipes call a model of this shape that `saccade assemble` wrote.
+        visual_tokens: number of tokens that the language model receives for the image.
+        hub_ids: checkpoints on the hub with this shape.
+        newlines: how many of the visual tokens are newlines of an image in crops.
+        folders: folders in which the shipped recipes expect a model of this shape written by `saccade assemble`.
     """
 
     name: str
@@ -226,7 +226,7 @@ SHAPES: dict[str, Shape] = {
             ("llava-hf/llava-1.5-13b-hf",),
             folders=("out/llava-1.5-13b/start",),
         ),
-        # 576 of the thumbnail, and 48 rows of 48 tokens and a newline.
+        # 576 tokens of the thumbnail, and 48 lines of 48 tokens and a newline.
         Shape(
             "llava-next-7b",
             "CLIP-L/14, Vicuna-7B, 672 x 672 pixels, 5 crops",
@@ -270,11 +270,11 @@ SHAPES: dict[str, Shape] = {
         ),
     )
 }
-"""The shapes that a recipe is planned for, by name."""
+"""The shapes that recipes can be planned for, by name."""
 
 
 def shape_of(name: str, config: PreTrainedConfig) -> Shape:
-    """The shape of a model by its configuration, with an image of 672 x 672 pixels where the size is not fixed.
+    """The shape of a model by its configuration, with an image of 672 x 672 pixels if the size is not fixed.
 
     Raises:
         SaccadeError: if images of the model's type cannot be counted yet.
@@ -284,7 +284,7 @@ def shape_of(name: str, config: PreTrainedConfig) -> Shape:
         side = vision.image_size // vision.patch_size
         tokens, grid, crops, newlines = side * side, (side, side), 1, 0
     elif config.model_type == "llava_next":
-        # A thumbnail and 2 x 2 crops, with a newline behind each line of the latter.
+        # A thumbnail and 2 x 2 crops, with a newline after each line of the crops.
         side = vision.image_size // vision.patch_size
         tokens, grid, crops, newlines = 5 * side * side + 2 * side, (side, side), 5, 2 * side
     elif config.model_type in ("qwen2_5_vl", "qwen3_vl"):

@@ -1,6 +1,6 @@
-"""What a recipe would take, counted before anything is loaded: weights, tokens, operations, memory.
+"""Estimate what training a recipe takes, before anything is loaded: weights, tokens, operations, memory.
 
-The model is built on the meta device, so neither its weights nor an accelerator need be there.
+The model is built on the meta device, so neither its weights nor an accelerator are needed.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ PUBLISHED = {
     "llava-next-7b": {"both stages": 4.0},
 }
 """Speed-ups in seconds on one L40 with DivPrune, p = 0.9, r = 0.1 and LoRA (DualSpeed, arXiv 2602.03815). That of
-LLaVA-1.5's stage two is not published: it is what the other two leave, an estimate."""
+LLaVA-1.5's stage two is not published but an estimate derived from the other two."""
 
 
 def plan_recipe(
@@ -48,25 +48,25 @@ def plan_recipe(
     devices: int = 8,
     shards: int = 1,
 ) -> dict[str, Any]:
-    """Count what training a recipe would take, and the stage before it, where that is a recipe in the same folder.
+    """Estimate what training a recipe takes, and the stage before it if that is a recipe in the same folder.
 
     Args:
-        path: of the recipe, or its name.
-        overrides: fields, as `load_recipe` takes them.
-        text_tokens: of a sample with one image; when left out, samples are as `recipe_lengths` finds them.
-        label_rows: of these, how many are learned; half when left out.
-        devices: that train side by side.
-        shards: devices that share weights, gradients and optimizer states (FSDP, ZeRO-3); 1 where each has all.
+        path: path or name of the recipe.
+        overrides: fields, as for `load_recipe`.
+        text_tokens: text tokens of a sample with one image; by default, samples are as found by `recipe_lengths`.
+        label_rows: how many of these have labels; by default half.
+        devices: number of devices that train in parallel.
+        shards: number of devices that share weights, gradients and optimizer states (FSDP, ZeRO-3); 1 if each has all.
 
     Returns:
-        `model`, `parameters`, `visual_tokens`, `modes`, `expected`, `memory` in bytes a device, `batch`, `lengths`,
-        `schedule`: each stage with its samples and its speed-up, and that of all of them; `published`: speed-ups of
-        the paper, in seconds, where the recipe has its setting; `chat_checked`: false where the model's processor is
-        not at hand.
+        `model`, `parameters`, `visual_tokens`, `modes`, `expected`, `memory` in bytes per device, `batch`, `lengths`,
+        `schedule`: each stage with its samples and its speed-up, and the overall speed-up; `published`: the paper's
+            speed-ups in time, if the recipe has the paper's settings; `chat_checked`: false if the model's processor
+            is not available.
 
     Raises:
-        SaccadeError: on bad input, a model whose configuration is not at hand, or a chat template of which answers and
-            their ends cannot be learned.
+        SaccadeError: on bad input, a model whose configuration is not available, or a chat template from which answers
+            and their end tokens cannot be learned.
     """
     given = _given_lengths(text_tokens, label_rows)
     for name, value in (("devices", devices), ("shards", shards)):
@@ -74,9 +74,9 @@ def plan_recipe(
             raise SaccadeError(f"{name}={value!r}: give 1 or more")
     if devices % shards:
         raise SaccadeError(f"shards={shards!r}: give a number that divides the {devices} devices")
-    # The plan is the same on a machine without a GPU.
+    # Planning must also work on a machine without a GPU.
     recipe = load_recipe(path, [*overrides, *ANYWHERE])
-    # A template that puts no image into a question would fail where rows are counted.
+    # A template that does not render images in questions would fail later, when tokens are counted.
     chat_checked = check_chat_here(recipe)
     plan, stage = _plan_stage(recipe, path, given, devices, shards)
     stages = [stage]
@@ -176,11 +176,11 @@ def _plan_stage(
 
 
 def published_speedups(recipe: Recipe, shape: str, stages: int) -> dict[str, float]:
-    """What the paper reports for a recipe of its setting, by stage; nothing for another one.
+    """The paper's speed-ups by stage for a recipe with the paper's settings; empty for others.
 
     Args:
         shape: name of the model's shape.
-        stages: that are counted.
+        stages: number of stages that are planned.
     """
     options, args = recipe.options, recipe.trainer
     setting = (args.pruning, args.slow_probability, args.modes, args.skip_vision)
@@ -193,7 +193,7 @@ def published_speedups(recipe: Recipe, shape: str, stages: int) -> dict[str, flo
 
 
 def earlier_stage(recipe: Recipe, path: str | Path) -> Path | None:
-    """The recipe in the folder of `path` whose `output_dir` the recipe's model is, where that is not there yet."""
+    """The recipe in the folder of `path` whose `output_dir` is this recipe's model; None if there is none."""
     model = recipe.options.model
     for beside in sorted(find_recipe(path).parent.glob("*.yaml")):
         earlier = read_recipe(beside)
@@ -204,15 +204,15 @@ def earlier_stage(recipe: Recipe, path: str | Path) -> Path | None:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    """A recipe's fields, less the one that is the sweep's."""
+    """A recipe's fields, without the one that only sweeps read."""
     return {name: value for name, value in read_recipe(path).items() if name != "pretrain"}
 
 
 def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfig, str]:
-    """Shape and configuration of a recipe's model, without the network, and the model's name or folder.
+    """Shape and configuration of a recipe's model, found offline, and the model's name or folder.
 
     Raises:
-        SaccadeError: if the model is no known one, no folder, nothing that another recipe beside this one writes, and
+        SaccadeError: if the model is unknown, not a folder, not the output of another recipe in the same folder, and
             not in the hub's cache.
     """
     model = recipe.options.model
@@ -238,15 +238,15 @@ def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfi
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(name for shape in SHAPES.values() for name in shape.hub_ids)
         raise SaccadeError(
-            f"model={model!r} is no folder with a readable config.json, not in the hub's cache, and none of {known}: "
-            "put its config.json into a folder and give that"
+            f"model={model!r} is not a folder with a readable config.json, not in the hub's cache, and none of "
+            f"{known}: put its config.json into a folder and give that"
         ) from error
     family_class(config)
     return shape_of(model, config), config, model
 
 
 def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
-    """The model without weights, with adapters and frozen parts as training has them."""
+    """The model without weights, with adapters and frozen parts as in training."""
     options, args = recipe.options, recipe.trainer
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(options.dtype, config))
@@ -259,7 +259,7 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
 
 
 def _as_prepared(model: PreTrainedModel) -> None:
-    """The dtypes that `peft.prepare_model_for_kbit_training` leaves: float32 for all that is not in four bits."""
+    """Apply the dtypes of `peft.prepare_model_for_kbit_training`: float32 for all that is not in four bits."""
     quantized = {id(weight) for weight in quantized_weights(model)}
     for parameter in model.parameters():
         if id(parameter) not in quantized:
@@ -267,11 +267,11 @@ def _as_prepared(model: PreTrainedModel) -> None:
 
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that `load_model` would load in, where the configuration tells; else float32."""
+    """The dtype that `load_model` would load in, if the configuration says so; else float32."""
     if name not in DTYPES:
         raise SaccadeError(f"dtype={name!r} is unknown: use one of {', '.join(DTYPES)}")
     found = config.dtype if name == "auto" else getattr(torch, name)
-    # Half precision overflows in training, so that `auto` loads it as float32.
+    # float16 overflows in training, so `auto` loads it as float32.
     return torch.float32 if name == "auto" and found in (None, torch.float16) else found
 
 

@@ -1,4 +1,4 @@
-"""QLoRA (arXiv 2305.14314): the decoder's weights in four bits, under adapters that train."""
+"""QLoRA (arXiv 2305.14314): the decoder's weights in four bits, under trainable adapters."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,14 +11,14 @@ from saccade.errors import SaccadeError, needs_package
 from saccade.families import get_family
 
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-"""Bytes a weight: four bits, an 8-bit scale for 64 of them, and a 32-bit one for 256 of these (QLoRA, Sec. 3)."""
+"""Bytes per weight: four bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales (QLoRA, Sec. 3)."""
 
 
 def check_quantization(model: str) -> None:
-    """Whether a model can be loaded in four bits here.
+    """Check that a model can be loaded in four bits here.
 
     Raises:
-        SaccadeError: on the embedded model, or without bitsandbytes.
+        SaccadeError: for the embedded model, or without bitsandbytes.
     """
     if model == "tiny":
         raise SaccadeError("load_in_4bit=true: the embedded model 'tiny' is too small for it, set it to false")
@@ -29,11 +29,11 @@ def check_quantization(model: str) -> None:
 def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[str, Any]:
     """Keyword options of `BitsAndBytesConfig` for a model, which may be on the meta device.
 
-    Linear layers of the decoder are quantized; vision tower, projector and head stay as they are.
+    Linear layers of the decoder are quantized; vision tower, projector and head are not.
 
     Args:
-        model: for the names of its modules.
-        dtype: to compute in; "auto" is bfloat16.
+        model: provides the names of modules.
+        dtype: dtype of computations; "auto" is bfloat16.
     """
     return {
         "load_in_4bit": True,
@@ -45,7 +45,7 @@ def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[st
 
 
 def quantization_config(model: PreTrainedModel, dtype: str = "auto") -> BitsAndBytesConfig:
-    """`quantization_options` as transformers takes them; bitsandbytes must be there."""
+    """`quantization_options` as a transformers config; bitsandbytes must be installed."""
     return BitsAndBytesConfig(**quantization_options(model, dtype))
 
 
@@ -56,7 +56,7 @@ def quantized_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def _not_quantized(model: PreTrainedModel) -> list[str]:
-    """First names of the modules outside the decoder that have linear layers, such as model.vision_tower."""
+    """Two-part names of the modules outside the decoder that have linear layers, such as model.vision_tower."""
     inside = {id(weight) for weight in quantized_weights(model)}
     names = {
         ".".join(name.split(".")[:2])

@@ -16,34 +16,36 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 @dataclass
 class ModelOptions:
-    """What to train and on what.
+    """The model to train and the data to train on.
 
     Args:
         model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
         dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
         dataset: "digits" for the embedded scenes; a JSON, JSON-lines or Parquet file; a folder with Parquet files or
-            that `save_to_disk` wrote; a hub id; or a list of these and of mappings with `path` and perhaps `format`,
-            `weight`, `rows`, `image_folder`, `split`.
-        dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to tell by the
-            rows.
-        dataset_streaming: read rows as they come, for what fits neither memory nor disk.
-        dataset_shuffle_buffer: for a stream: draw each row out of so many that were read; 0 keeps the order.
+            written by `save_to_disk`; a hub id; or a list of these and of mappings with `path` and optionally
+            `format`, `weight`, `rows`, `image_folder`, `split`.
+        dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to infer it from
+            the rows.
+        dataset_streaming: stream the rows, for data that fits neither in memory nor on disk.
+        dataset_shuffle_buffer: for a stream: size of the shuffle buffer; 0 keeps the order.
         dataset_split: split to train on.
         dataset_stage: for "digits": "pretrain" (captions) or "sft" (questions).
-        dataset_rows: for "digits": rows to make; for others the first so many, all when left out.
-        dataset_seed: for "digits": which stream of scenes; for others: of the draws of a mixture and of a stream.
-        dataset_grid: for "digits": patches a side.
+        dataset_rows: for "digits": number of rows to make; for others, how many rows to use from the start, by default
+            all.
+        dataset_seed: for "digits": selects the sequence of scenes; for others: seed of sampling a mixture and of
+            shuffling a stream.
+        dataset_grid: for "digits": patches per side.
         dataset_turns: for "digits": questions about each image.
-        image_folder: folder, or several, that image paths start from; that of the data file when left out.
-        allow_outside_images: take image paths that lead out of these folders.
+        image_folder: folder, or several, that image paths are relative to; by default that of the data file.
+        allow_outside_images: accept image paths that lead outside these folders.
         lora: train low-rank adapters of the language model, and the projector in full.
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters.
         lora_dropout: dropout before the adapters.
-        load_in_4bit: keep the decoder's weights in four bits (QLoRA: NF4, quantized twice) under the adapters; needs
-            `lora` and bitsandbytes.
-        resume: "auto" goes on from the newest whole checkpoint in `output_dir` of the run that the folder belongs to,
-            if there is one; a path names one.
+        load_in_4bit: keep the decoder's weights in four bits (QLoRA: NF4, double quantization) under the adapters;
+            needs `lora` and bitsandbytes.
+        resume: "auto" resumes from the newest complete checkpoint of the run that `output_dir` belongs to, if there is
+            one; a path names a checkpoint.
     """
 
     model: str = "tiny"
@@ -95,22 +97,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_recipe(path)
     if "pretrain" in values:
         raise SaccadeError(
-            f"recipe {path} names pretrain={values['pretrain']!r}: `saccade sweep` trains both stages, here train one "
-            "after the other without this field"
+            f"recipe {path} names pretrain={values['pretrain']!r}: `saccade sweep` trains both stages; here, remove "
+            "this field and train one stage after the other"
         )
     return make_recipe(put_over(values, parse_overrides(overrides)), source=str(find_recipe(path)))
 
 
 def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe with others in their place: a number of tokens also takes that of a ratio, and a ratio
-    that of a number."""
+    """The fields of a recipe, overridden by others. A number of tokens also replaces a ratio, and a ratio a number of
+    tokens."""
     budgets = ("prune_ratio", "keep_tokens")
     replaced = budgets if any(given.get(name) is not None for name in budgets) else ()
     return {**{name: value for name, value in values.items() if name not in replaced}, **given}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe file as they are written, among them `pretrain`, the recipe to run before it.
+    """The fields of a recipe file as written, including `pretrain`, the recipe to run before it.
 
     Raises:
         SaccadeError: on a missing or malformed file.
@@ -172,14 +174,14 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """`--field value` and `--field=value` pairs as a mapping; values are read as YAML.
 
     Raises:
-        SaccadeError: on a word that is no field, or a field without a value.
+        SaccadeError: on a word that is not a field, or a field without a value.
     """
     values: dict[str, Any] = {}
     words = list(overrides)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise SaccadeError(f"{word!r} is no field: overrides are written --field value")
+            raise SaccadeError(f"{word!r} is not a field: overrides are written --field value")
         name, equals, text = word[2:].partition("=")
         if not equals:
             if not words:

@@ -1,4 +1,4 @@
-"""Train what a recipe describes, from its first check to the saved model."""
+"""Train a recipe, from the first checks to the saved model."""
 
 from contextlib import ExitStack
 from datetime import date
@@ -35,11 +35,11 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
 
     Raises:
         SaccadeError: on bad input, before training starts.
-        OSError: if a file cannot be written, a full disk included.
+        OSError: if a file cannot be written, for example on a full disk.
     """
     args = recipe.trainer
     with ExitStack() as held:
-        # From before anything is written until the model is saved.
+        # Locked from before anything is written until the model is saved.
         agreed(args, lambda: held.enter_context(hold(args)))
         resume = agreed(args, lambda: find_resume(recipe))
         with disk_errors(args.output_dir):
@@ -61,7 +61,7 @@ def _train_and_save(
     if args.isolator_path is None and args.isolator_length and beside is not None:
         args.isolator_path = str(beside)
     if options.lora and not model.config._name_or_path:
-        # Adapters name the model that they belong to, and this one was not read from a folder.
+        # Adapters refer to their base model by path, and this one was not loaded from a folder.
         base = Path(args.output_dir) / "base"
         if args.should_save:
             model.save_pretrained(base)
@@ -75,13 +75,13 @@ def _train_and_save(
         callbacks=callbacks,
     )
     check_engine(trainer.accelerator)
-    # A bad first batch, such as a max_length below the image tokens, shows before the first step.
+    # So that a bad first batch, such as a max_length below the image tokens, shows before the first step.
     check_first_rows(trainer)
-    # A signal while the model is being saved is noted and changes nothing: the run ends a moment later anyway.
+    # A signal while the model is being saved has no effect: the run is about to end anyway.
     with trainer.sigterm.listening():
         trainer.train(resume_from_checkpoint=resume)
         if trainer.sigterm.stopped:
-            # The checkpoint is what the next run goes on from, and a final model would look as if training had ended.
+            # The next run resumes from the checkpoint; saving a final model would make training look finished.
             return trainer
         trainer.save_model(args.output_dir)
         if args.should_save:
@@ -100,7 +100,7 @@ def check_first_rows(trainer: DualSpeedTrainer) -> None:
     """Make a batch of the first two rows.
 
     Raises:
-        SaccadeError: if it cannot be made, or more of its records are bad than may be.
+        SaccadeError: if it cannot be made, or has too many bad records.
     """
     batch = trainer.training_collator()(list(islice(trainer.train_dataset, 2)))
     found = BadRecordLog(trainer.args.output_dir, trainer.args.max_bad_records)
@@ -111,7 +111,7 @@ def check_first_rows(trainer: DualSpeedTrainer) -> None:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse what would end a run later, before anything is loaded.
+    """Check, before anything is loaded, for what would make a run fail later.
 
     Raises:
         SaccadeError: as `check_lora` and `check_at_hand` do.
@@ -121,11 +121,11 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_lora(recipe: Recipe) -> None:
-    """Refuse adapters where they would not be what they say.
+    """Check the options of adapters.
 
     Raises:
-        SaccadeError: with a frozen language model, on a model that is adapters itself, or on a rank, scale or dropout
-            out of range.
+        SaccadeError: with a frozen language model, on a model that consists of adapters itself, or if rank, scale or
+            dropout are out of range.
     """
     options = recipe.options
     if options.load_in_4bit and not options.lora:
@@ -143,13 +143,13 @@ def check_lora(recipe: Recipe) -> None:
         raise SaccadeError(f"lora_dropout={options.lora_dropout} is outside [0, 1)")
     if (Path(options.model) / "adapter_config.json").is_file():
         raise SaccadeError(
-            f"model={options.model!r} holds LoRA adapters, and new ones would name their base without them: "
+            f"model={options.model!r} contains LoRA adapters, and new ones would refer to a base without them: "
             "set lora to false, or merge them into a model first"
         )
 
 
 def lora_config(model, recipe: Recipe) -> LoraConfig:
-    """Adapters on every linear layer of the decoder, the projector in full, as the published recipe has it."""
+    """Adapters on every linear layer of the decoder and a fully trained projector, as in the published recipe."""
     options = recipe.options
     family = get_family(model)
     names = {id(module): name for name, module in family.model.named_modules()}
@@ -165,7 +165,7 @@ def lora_config(model, recipe: Recipe) -> LoraConfig:
 
 
 def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:
-    """What PEFT knows the projector by. It saves no list of modules, only what is in it."""
+    """The projector's names for PEFT, which cannot save a module list, only the modules in it."""
     if not isinstance(projector, nn.ModuleList):
         return [names[id(projector)].rpartition(".")[2]]
     return [
@@ -180,16 +180,14 @@ def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:
 
 
 def find_resume(recipe: Recipe) -> str | bool | None:
-    """What `DualSpeedTrainer.train` takes.
+    """The `resume_from_checkpoint` argument of `DualSpeedTrainer.train`.
 
     Raises:
-        SaccadeError: if there is no such checkpoint, or what lies in `output_dir` would be written over.
+        SaccadeError: if there is no such checkpoint, or files in `output_dir` would be overwritten.
     """
     options, args = recipe.options, recipe.trainer
     if options.resume is not None and args.overwrite:
-        raise SaccadeError(
-            f"resume={options.resume!r} goes on from what overwrite=true removes: leave one of them out"
-        )
+        raise SaccadeError(f"resume={options.resume!r} needs what overwrite=true removes: leave one of them out")
     if options.resume not in (None, "auto"):
         if not Path(options.resume).is_dir():
             raise SaccadeError(

@@ -1,4 +1,4 @@
-"""Where a recipe's rows and weights come from: the embedded ones, files, folders, or the hub."""
+"""Load a recipe's rows and weights: embedded ones, files, folders, or the hub."""
 
 import logging
 from contextlib import suppress
@@ -37,14 +37,14 @@ DIGIT_ROWS = 50_000
 
 
 def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model and its processor; LoRA adapters are merged into the model that they were trained on.
+    """Load the model and its processor; LoRA adapters are merged into their base model.
 
     Args:
-        options: of the recipe.
+        options: the recipe's options.
         trust_remote_code: run Python code that comes with a checkpoint.
 
     Raises:
-        SaccadeError: if they cannot be loaded, or weights are missing, left over or of another shape.
+        SaccadeError: if they cannot be loaded, or weights are missing, unexpected or have the wrong shape.
     """
     if options.dtype not in DTYPES:
         raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
@@ -66,7 +66,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         model = load_whole(options.model if base is None else base, **loading)
         if base is not None:
             model = merge_adapters(model, options.model)
-            if not options.load_in_4bit:  # merging leaves every weight frozen, and the next run is to train them
+            if not options.load_in_4bit:  # merging leaves every weight frozen, but the next run should train them
                 model.requires_grad_(True)
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
@@ -79,11 +79,11 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
 def load_processor(
     options: ModelOptions, trust_remote_code: bool = False, local_files_only: bool = False
 ) -> tuple[ProcessorMixin, int, tuple[int, ...]]:
-    """The processor of a model, the token id of its visual tokens, and those at which its `generate` stops, without
-    the weights.
+    """A model's processor, the token id of its visual tokens, and those at which its `generate` stops, without loading
+    weights.
 
     Args:
-        options: of the recipe.
+        options: the recipe's options.
         trust_remote_code: run Python code that comes with a checkpoint.
         local_files_only: do not ask the hub.
 
@@ -103,13 +103,13 @@ def load_processor(
         try:
             generation_config = GenerationConfig.from_pretrained(base, local_files_only=local_files_only)
         except OSError:
-            # As the model makes it where there is none.
+            # What the model itself does if there is no such file.
             generation_config = GenerationConfig.from_model_config(config)
         return processor, config.image_token_id, stop_ids(generation_config, processor.tokenizer)
 
 
 def _processor(model: str, **loading: Any) -> ProcessorMixin:
-    """The processor of a model, whose files are read by several packages with errors of no common type.
+    """The processor of a model; its files are read by several packages, whose errors have no common type.
 
     Raises:
         SaccadeError: if it cannot be loaded.
@@ -125,17 +125,17 @@ def _processor(model: str, **loading: Any) -> ProcessorMixin:
 
 
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
-    """The family of a model, before its weights are read.
+    """The family of a model, without reading its weights.
 
     Raises:
-        SaccadeError: if there is none, or no config to tell it from.
+        SaccadeError: if it has no known family or no readable config.
     """
     check_files(model)
     base = base_of(model)
     if base is not None:
         model = base
         check_files(model)
-    where = "cannot be loaded" if Path(model).is_dir() else "is no folder here, and cannot be loaded from the hub"
+    where = "cannot be loaded" if Path(model).is_dir() else "is not a local folder, and cannot be loaded from the hub"
     with reading(f"model={model!r} {where}"):
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
@@ -144,11 +144,11 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
 
 
 def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
-    """The sources that a recipe's `dataset` names. Paths of images, split and format are those of the recipe where a
-    source has none of its own.
+    """The sources that a recipe's `dataset` names. The recipe's image folder, split and format are the defaults of
+    each source.
 
     Raises:
-        SaccadeError: on a source that is not described as it must be.
+        SaccadeError: if a source is not described correctly.
     """
     if options.dataset_rows is not None and options.dataset_rows < 1:
         raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
@@ -162,14 +162,14 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
 def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDataset:
     """The rows to train on, with `messages` (or `prompt` and `completion`) and `images`.
 
-    Rows are read and converted when they are used; one that cannot be used comes with its `fault`.
+    Rows are read and converted when they are used; an unusable row has a `fault`.
 
     Args:
-        options: of the recipe.
-        shards: for a stream: parts to read side by side, one a process and data-loader worker.
+        options: the recipe's options.
+        shards: for a stream: number of parts to read in parallel, one per process and data-loader worker.
 
     Raises:
-        SaccadeError: if they cannot be read, or none of the first ones can be used.
+        SaccadeError: if they cannot be read, or none of the first rows is usable.
     """
     if options.dataset_shuffle_buffer < 0:
         raise SaccadeError(f"dataset_shuffle_buffer={options.dataset_shuffle_buffer}: give 0 for none, or a number")
@@ -199,19 +199,19 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
 
 
 def _warn_without_images(sources: list[Source]) -> None:
-    """Say so where the first rows of all sources are text: a column of another name is the usual cause."""
+    """Warn if the first rows of all sources have no images, usually because their column has another name."""
     for source in sources:
         for index in range(min(len(source), PROBED)):
             with suppress(RecordError):
                 if source.read(index)["images"]:
                     return
     logger.warning(
-        "the first rows of the dataset have no image: there is nothing to prune; images stand in 'images' or 'image'"
+        "the first rows of the dataset have no image: there is nothing to prune; images belong in 'images' or 'image'"
     )
 
 
 def open_source(source: SourceOptions, options: ModelOptions) -> Source:
-    """The rows of one source, by number.
+    """Open the rows of one source.
 
     Raises:
         SaccadeError: if there are none to read.
