@@ -137,7 +137,7 @@ def test_the_command_exits_0_on_sigterm(tmp_path):
         process.kill()
         process.wait()
     checkpoint = newest_checkpoint(tmp_path)
-    assert f"stopped by SIGTERM, saved {checkpoint}; --resume auto goes on from it" in rest
+    assert f"stopped by SIGTERM, saved {checkpoint}; --resume auto continues from it" in rest
     # Only the checkpoint: a final model would look as if training had ended.
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -181,7 +181,7 @@ def test_digit_scenes_compare_inference_by_inference(tmp_path: Path, capsys: pyt
 def test_results_of_two_ways_to_run_a_model_are_not_mixed(tmp_path: Path) -> None:
     write_results(tmp_path, {"gqa": {"exact_match": 0.5}}, "inference=full", "gqa")
     write_results(tmp_path, {"pope": {"pope_f1_score": 0.5}}, "inference=pruned", "pope")
-    with pytest.raises(SaccadeError, match="two ways to run a model"):
+    with pytest.raises(SaccadeError, match="a model run in two ways"):
         read_scores(tmp_path)
 
 
@@ -190,16 +190,16 @@ def test_results_of_two_ways_to_run_a_model_are_not_mixed(tmp_path: Path) -> Non
     [
         (["compare", "a"], "compare takes two folders of results, the baseline's first, and was given 1"),
         (["compare", "nowhere", "b"], "folder='nowhere' does not exist"),
-        (["compare", "a", "empty"], "folder='empty' holds no scores"),
+        (["compare", "a", "empty"], "folder='empty' has no scores"),
         (["compare", "a", "b"], "no benchmark is in both"),
         (["compare", "a", "a", "--suite", "skip-vision"], "no benchmark of suite skip-vision is in both"),
         (["compare", "a", "a", "--suite", "nine"], "suite='nine' is unknown: use one of dualspeed, skip-vision"),
-        (["compare", "a", "a", "--split", "test"], "--split is not of compare"),
+        (["compare", "a", "a", "--split", "test"], "--split is not for compare"),
         (["compare", "a", "broken"], "is not readable JSON"),
         (["compare", "a", "other.json"], "file='other.json' has no results"),
         (["compare", "a", "lacking"], "pope has no number for pope_f1_score, only for pope_accuracy"),
         (["tiny", "a"], "argument 'a': give one model"),
-        (["tiny", "--suite", "dualspeed"], "--suite is of compare: benchmarks run through `python -m lmms_eval"),
+        (["tiny", "--suite", "dualspeed"], "--suite is for compare only: benchmarks run through `python -m lmms_eval"),
         (["tiny", "--num-samples", "0"], "num_samples=0: give at least 1"),
     ],
 )

@@ -176,7 +176,7 @@ def test_the_check_lists_what_it_left_aside(folder, capsys, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ignored"] == {"id": 3, "metadata": 1, "source": 1, "conversations.lang": 1}
     printed = " ".join(capsys.readouterr().out.split())
-    assert "fields that nothing is read from: id (3 rows)" in printed
+    assert "ignored fields: id (3 rows)" in printed
 
 
 def test_a_dataset_without_images_is_told(folder, capsys, tmp_path, caplog):

@@ -1,1 +1,1 @@
-"""The command line: one file a verb, each of which calls one function of the library."""
+"""The command line: one file per verb, each of which calls one function of the library."""

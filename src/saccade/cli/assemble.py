@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to make; it must not exist")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
     parser.add_argument(
         "--gguf-file", default=None, metavar="NAME", help="read the language model from this GGUF file"
     )
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-template",
         default="own",
         metavar="WHICH",
-        help="own (the language model's, v1 where it has none), v1, or a file (default: %(default)s)",
+        help="own (the language model's, or v1 if it has none), v1, or a file (default: %(default)s)",
     )
-    parser.add_argument("--system-prompt", default=None, metavar="TEXT", help="for conversations that have none")
+    parser.add_argument("--system-prompt", default=None, metavar="TEXT", help="for conversations without one")
     parser.add_argument(
         "--feature-layer", type=int, default=-2, help="hidden state that the projector reads (default: %(default)s)"
     )
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=64,
         metavar="N",
-        help="embeddings that grow get a multiple of N rows (default: %(default)s)",
+        help="if the embeddings grow, round their rows up to a multiple of N (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         help="auto (the language model's), float32, bfloat16 or float16 (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the projector (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
     parser.add_argument(
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )

@@ -1,4 +1,4 @@
-"""`saccade data check`: read a dataset whole before a training run does."""
+"""`saccade data check`: read a whole dataset before a training run does."""
 
 import argparse
 from contextlib import ExitStack
@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
     parser.add_argument("--format", metavar="NAME", help="llava, chat or auto (default: auto)")
     parser.add_argument("--image-folder", metavar="A,B", help="where images are (default: the data file's folder)")
-    parser.add_argument("--split", metavar="NAME", help="split, where there are several (default: train)")
+    parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
     parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
     parser.add_argument(
-        "--allow-outside-images", action="store_true", help="take image paths that lead out of the image folders"
+        "--allow-outside-images", action="store_true", help="accept image paths that lead outside the image folders"
     )
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--isolator-length", type=int, metavar="L", help="tokens before each image (default: 4)")
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
     parser.add_argument("--fit-length", type=int, metavar="N", help="drop visual tokens of rows until they fit this")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
     )
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as shown:
 
         def start(total: int) -> None:
-            # Not before, so that of bad input nothing is shown but the line that names it.
+            # Only now, so that bad input shows nothing but the line that names it.
             bar.update(task, total=total)
             shown.enter_context(bar)
 
@@ -102,8 +102,8 @@ def _show(report: dict[str, Any]) -> None:
     if tokens and tokens["full"]:
         rows = [[name, *tokens[name].values()] for name in ("full", "shortened")]
         kept, ratio = tokens["keep_tokens"], tokens["prune_ratio"]
-        budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens an image"
-        print_table(f"tokens a row, {budget}", ["length", *tokens["full"]], rows)
+        budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens per image"
+        print_table(f"tokens per row, {budget}", ["length", *tokens["full"]], rows)
         if tokens["cut"]:
             print(
                 f"{tokens['cut']} rows do not fit under fit_length={tokens['fit_length']}: each has "
@@ -111,11 +111,11 @@ def _show(report: dict[str, Any]) -> None:
             )
         if tokens["longer"]:
             print(
-                f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training cuts their text"
+                f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training truncates them"
             )
     if report["ignored"]:
         named = ", ".join(f"{name} ({count} rows)" for name, count in report["ignored"].items())
-        print(f"fields that nothing is read from: {named}")
+        print(f"ignored fields: {named}")
     if report["checked"] and not report["images"]:
         print("no row has an image: there is nothing to prune")
     for entry in report["bad_records"][:SHOWN]:

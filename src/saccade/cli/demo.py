@@ -5,7 +5,7 @@ import argparse
 EXAMPLES = """
 saccade demo                                  about ten minutes on two cores
 saccade demo --output out/demo --full         three seeds, and the parts of the method one by one
-saccade demo --steps 60 --scenes 100          a glance, far too short to learn the task
+saccade demo --steps 60 --scenes 100          a quick look, far too short to learn the task
 """
 
 
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="three seeds, longer runs, and the ablation")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds (default: 1, or 3 with --full)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of fine-tuning, for a shorter or longer run")
+    parser.add_argument("--steps", type=int, metavar="N", help="fine-tuning steps, for a shorter or longer run")
     parser.add_argument("--scenes", type=int, metavar="N", help="scenes of the test split to evaluate on")
 
 

@@ -1,4 +1,4 @@
-"""`saccade eval`: a trained model on all visual tokens and on a few; two folders of results compared."""
+"""`saccade eval`: evaluate a trained model on all visual tokens and on a few; compare two result folders."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ saccade eval out/sft                                      all tokens, pruned, an
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer vispruner --keep-tokens 16 16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
-saccade eval out/skip_vision --inference full,skip        with Skip-Vision as it was trained, and without
+saccade eval out/skip_vision --inference full,skip        with Skip-Vision as trained, and without
 saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
 
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
@@ -38,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
     parser.add_argument(
-        "--reducer-options", type=json.loads, default=None, metavar="JSON", help="of the reducer (default: as trained)"
+        "--reducer-options",
+        type=json.loads,
+        default=None,
+        metavar="JSON",
+        help="options of the reducer (default: as trained)",
     )
     parser.add_argument(
         "--prune-ratio", type=float, default=None, help="share of visual tokens to drop (default: as trained)"
     )
-    parser.add_argument("--keep-tokens", type=int, default=None, metavar="K", help="tokens to keep, not a ratio")
+    parser.add_argument(
+        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, instead of a ratio"
+    )
     parser.add_argument(
         "--budget", default=None, help="what shares a budget: crop, image or sample (default: as trained)"
     )
@@ -51,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adaptive",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="share each batch's tokens out by how varied its images are (default: as trained)",
+        help="distribute each batch's tokens by how varied its images are (default: as trained)",
     )
     parser.add_argument(
         "--fit-length", type=int, default=None, metavar="N", help="longest pruned prompt (default: as trained)"
@@ -60,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--newlines", default=None, help="keep or drop newlines of anyres images (default: as trained)"
     )
     parser.add_argument("--positions", default=None, help="compact or original (default: as trained)")
-    parser.add_argument("--split", default=None, help="of scenes: train, validation or test (default: test)")
+    parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes to evaluate on (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=None, help="prompts at a time (default: 100)")
     parser.add_argument("--suite", default=None, help="with compare: benchmarks of a paper, dualspeed or skip-vision")
@@ -98,7 +104,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_model
 
-    _refuse(args, ("suite",), "is of compare: benchmarks run through `python -m lmms_eval --model saccade`")
+    _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
     split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
     batch_size = 100 if args.batch_size is None else args.batch_size
     for name, value in (("num_samples", args.num_samples), ("batch_size", batch_size)):
@@ -128,7 +134,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
 
     names = ("inference", *PRUNING, *DIGITS_ONLY, "batch_size")
-    _refuse(args, names, "is not of compare: leave it out")
+    _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(
             f"compare takes two folders of results, the baseline's first, and was given {len(args.folders)}"
@@ -157,13 +163,13 @@ def _plan(args: argparse.Namespace) -> list[Any]:
 def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
     """Refuse flags that would have no effect."""
     for name in names:
-        # Not by equality: 0 is a value that somebody gave.
+        # Not by equality, since 0 == False but is a given value.
         if getattr(args, name) is not None and getattr(args, name) is not False:
             raise SaccadeError(f"--{name.replace('_', '-')} {why}")
 
 
 def _beside(model: str, name: str) -> str:
-    """A path in the model's folder; in the current one where the model is no folder."""
+    """A path in the model's folder, or in the current one if the model is not a folder."""
     from pathlib import Path
 
     return str(Path(model) / name) if Path(model).is_dir() else name

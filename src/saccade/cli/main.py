@@ -1,9 +1,8 @@
-"""`saccade VERB`: finds the verb's module, parses its arguments, and turns the user's errors into one line.
+"""`saccade VERB`: find the verb's module, parse its arguments, and turn the user's errors into one line.
 
-A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`
-the flags that it did not declare arrive in `args.overrides` as they were typed; otherwise they are an error. A verb
-that writes has `outputs(args)`, each path that it will write and whether it is a folder: they are tried out before it
-runs.
+A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`,
+undeclared flags are passed in `args.overrides` as they were typed; otherwise they are an error. A verb that writes has
+`outputs(args)`: each path that it will write and whether it is a folder. These are tried out before the verb runs.
 """
 
 import argparse
@@ -22,8 +21,8 @@ from saccade.files import check_writable
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
-    "assemble": ("saccade.cli.assemble", "put a LLaVA together from a vision tower and a language model"),
-    "data": ("saccade.cli.data", "read a dataset whole and report every bad record"),
+    "assemble": ("saccade.cli.assemble", "assemble a LLaVA from a vision tower and a language model"),
+    "data": ("saccade.cli.data", "read a whole dataset and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe and seeds"),
     "eval": ("saccade.cli.evaluate", "accuracy of a model on all of its visual tokens and on a few"),
@@ -50,10 +49,10 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises on bad input, so that every error takes the same way out."""
+    """A parser that raises on bad input, so that all errors are handled in one place."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint, with the command that shows the usage.
+        """Raise an error with the message and the command that shows the usage.
 
         Raises:
             SaccadeError: always.
@@ -62,27 +61,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status, as `guarded` gives it."""
+    """Run the command line and return its exit status, see `guarded`."""
     if argv is None:
         _quieten()
     return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Exit status of a command, with the user's errors as one line each.
+    """Run a command, print the user's errors as one line, and return the exit status.
 
-    0 is success; 1 a full disk, a place that cannot be written or a closed pipe; 2 bad input; 130 an interruption. Any
-    other exception is a bug of ours and leaves with its traceback.
+    0 is success; 1 a full disk, an unwritable path or a closed pipe; 2 bad input; 130 an interruption. Any other
+    exception is a bug in Saccade and keeps its traceback.
 
     Args:
-        work: the command; it returns its exit status.
+        work: the command, which returns its exit status.
     """
     try:
         status = work()
-        # A closed pipe or a full disk shows when the buffer is written, which Python leaves until after this function.
+        # Python would only flush after this function returns, too late to handle a closed pipe or a full disk.
         sys.stdout.flush()
         return status
-    except SystemExit as stop:  # how argparse ends after --help and --version
+    except SystemExit as stop:  # raised by argparse after --help and --version
         return stop.code if isinstance(stop.code, int) else OK
     except SaccadeError as error:
         return _complain(f"error: {error}", BAD_INPUT)
@@ -90,24 +89,25 @@ def guarded(work: Callable[[], int]) -> int:
         said = f": {interruption}" if str(interruption) else ""
         return _complain(f"interrupted{said}", INTERRUPTED)
     except BrokenPipeError:
-        # The reader, `head` say, has seen enough. Python would complain once more when it closes the output itself.
+        # The reader, such as `head`, has closed the pipe. Python would complain again when it closes the output
+        # itself.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
-        # A rename has two names, and the second is the one that the user gave.
+        # A rename has two paths; the second is the one that the user gave.
         place = error.filename2 or error.filename
         where = f" ({place})" if place else ""
         return _complain(f"error: {DISK_FAULTS[error.errno]}{where}", FAILED)
 
 
 def _quieten() -> None:
-    """Keep what dependencies tell their developers, and their bars of loading, off the user's terminal.
+    """Hide dependencies' developer warnings and loading bars from the user's terminal.
 
-    The bar of training is the trainer's own and stays. `python -W` or PYTHONWARNINGS show the warnings again.
+    The trainer's own progress bar stays. `python -W` or PYTHONWARNINGS show the warnings again.
     """
-    # Read when these packages are imported, which is after this.
+    # These are read when the packages are imported, which happens later.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     if not sys.warnoptions:
@@ -135,7 +135,7 @@ def _run(verb: str, argv: list[str]) -> int:
         description=_sentence(VERBS[verb][1]),
         epilog=f"examples:\n{_indent(module.EXAMPLES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An abbreviation would swallow an override whose name happens to start like a flag of the verb.
+        # An override whose name is a prefix of one of the verb's flags would otherwise be taken for that flag.
         allow_abbrev=False,
     )
     module.add_arguments(parser)

@@ -1,4 +1,4 @@
-"""`saccade reducers`: which token reducers there are, what they need and which options they take."""
+"""`saccade reducers`: list the token reducers, what they need and which options they take."""
 
 import argparse
 import inspect
@@ -28,7 +28,7 @@ def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
 
 def run(args: argparse.Namespace) -> int:
     """Print the reducers as a table or as JSON."""
-    # Here and not above: it imports torch, which `saccade reducers --help` need not wait for.
+    # Imported here because it imports torch, which `saccade reducers --help` should not wait for.
     from saccade.reducers import list_reducers
 
     entries = [describe(name) for name in list_reducers()]
@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What there is to say of a reducer, ready for JSON.
+    """A description of a reducer, ready for JSON.
 
-    Keys: `name`; `kind`, "select" or "merge", None where it cannot be tried out; `needs`; `options`, each
-    with its default, None where it has none; `description`, the first sentence of its class.
+    Keys: `name`; `kind`, "select" or "merge", None if it cannot be determined; `needs`; `options`, each with its
+    default or None; `description`, the first sentence of its class.
 
     Raises:
         SaccadeError: if no reducer has this name.
@@ -74,7 +74,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _kind(reducer: Any) -> str | None:
-    """Whether a reducer merges, seen from what it returns for a made-up image of 4 x 4 tokens."""
+    """Whether a reducer merges, determined by running it on a synthetic image of 4 x 4 tokens."""
     import torch
 
     from saccade.tokens import VisualContext

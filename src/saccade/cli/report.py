@@ -1,4 +1,4 @@
-"""`saccade report`: one page of a run, a sweep or a demo, to read on a phone and to pass on."""
+"""`saccade report`: one page about a run, a sweep or a demo, easy to read on a phone and to share."""
 
 import argparse
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", metavar="DIR", help="folder for report.html, its pictures and report.json (default: FOLDER/report)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the report that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
 
 def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:

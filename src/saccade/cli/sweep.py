@@ -19,10 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=A,B,C",
-        help="values of a field, every combination is run; pretrain.FIELD and sft.FIELD name one stage",
+        help="values of a field; every combination is run; pretrain.FIELD and sft.FIELD apply to one stage",
     )
     parser.add_argument(
-        "--pretrain", metavar="RECIPE", help="recipe that is run before (default: the one that the recipe names)"
+        "--pretrain", metavar="RECIPE", help="recipe to run first (default: the one that the recipe names)"
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default: the recipe's)")
     add_run_arguments(parser)
@@ -30,21 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how the runs of a plan are made."""
+    """Add the flags that control how the runs of a plan are made."""
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="LABEL=A,B",
-        help="make these runs of the plan only, such as seed=0 or reducer=random,divprune",
+        help="make only these runs of the plan, such as seed=0 or reducer=random,divprune",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads a run (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads per run (default: %(default)s)")
     parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="digit scenes to evaluate on")
     parser.add_argument("--split", default="test", help="split of those scenes (default: %(default)s)")
-    parser.add_argument(
-        "--any-commit", action="store_true", help="take runs of other commits and versions as they are"
-    )
+    parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is done so far")
 
 
@@ -78,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Refuse counts below 1.
+    """Check that counts are at least 1.
 
     Raises:
-        SaccadeError: naming the first of them.
+        SaccadeError: naming the first that is not.
     """
     from saccade.errors import SaccadeError
 
@@ -92,7 +90,7 @@ def check_counts(args: argparse.Namespace) -> None:
 
 
 def plan_recipe(args: argparse.Namespace):
-    """The plan of a grid over a recipe, and over the one that comes before it if there is one."""
+    """The plan of a grid over a recipe, and over the recipe before it if there is one."""
     from saccade.sweeps.grid import parse_grid, place, plan_grid
     from saccade.sweeps.plan import make_plan
     from saccade.training.recipe import parse_overrides, read_recipe

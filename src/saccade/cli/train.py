@@ -11,8 +11,8 @@ PASS_UNKNOWN = True
 EXAMPLES = """
 saccade train tiny-digits/pretrain                      a shipped recipe, on the embedded model and scenes
 saccade train tiny-digits/sft --prune_ratio 0.8         any field can be overridden
-saccade train my.yaml --resume auto                     goes on from the newest whole checkpoint
-saccade train my.yaml --overwrite                       anew, in the place of what an earlier run left in output_dir
+saccade train my.yaml --resume auto                     resumes from the newest whole checkpoint
+saccade train my.yaml --overwrite                       starts again, removing what an earlier run left in output_dir
 saccade train my.yaml --dataset data.jsonl --lora true  your own rows: {"messages": [...], "images": [...]}
 saccade train my.yaml --launch fsdp2 --processes 8      sharded over eight GPUs
 saccade train my.yaml --launch zero2 --processes 16 --machines 2 --machine-rank 0 --main-address 10.0.0.1:29500
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launch", default=None, metavar="NAME", help="ddp, fsdp2, zero2, zero3, or the path of an accelerate config"
     )
     parser.add_argument(
-        "--processes", type=int, default=None, help="processes on all machines (default: the config's, or one a GPU)"
+        "--processes", type=int, default=None, help="processes on all machines (default: the config's, or one per GPU)"
     )
     parser.add_argument("--machines", type=int, default=None, help="number of machines (default: 1)")
     parser.add_argument("--machine-rank", type=int, default=None, help="number of this machine, from 0 (default: 0)")
@@ -38,25 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="true",
         choices=("true", "false"),
-        help="remove what an earlier run left in output_dir, and start anew",
+        help="remove what an earlier run left in output_dir, and start again",
     )
     parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
-    parser.add_argument("--dry-run", action="store_true", help="count weights, tokens, operations and memory, and end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="count weights, tokens, operations and memory, then stop"
+    )
     parser.add_argument("--output", metavar="FILE", help="with --dry-run: also write JSON to FILE")
     parser.add_argument(
         "--text-tokens",
         type=int,
         metavar="N",
-        help="with --dry-run: of a sample, with one image (default: those of the recipe's own rows, or of a shipped "
-        "table of captions or instructions)",
+        help="with --dry-run: text tokens of a sample with one image (default: those of the recipe's rows, or of a "
+        "shipped table of captions or instructions)",
     )
     parser.add_argument(
         "--label-rows",
         type=int,
         metavar="N",
-        help="with --text-tokens: of these, how many are learned (default: half)",
+        help="with --text-tokens: how many of these have labels (default: half)",
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: GPUs side by side (default: 8)")
+    parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: number of GPUs (default: 8)")
     parser.add_argument(
         "--shards",
         type=int,
@@ -96,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
     trainer = train_recipe(recipe)
     if recipe.trainer.should_save and trainer.sigterm.stopped:
         checkpoint = f"{recipe.trainer.output_dir}/checkpoint-{trainer.state.global_step}"
-        print(f"stopped by SIGTERM, saved {checkpoint}; --resume auto goes on from it")
+        print(f"stopped by SIGTERM, saved {checkpoint}; --resume auto continues from it")
     elif recipe.trainer.should_save:
         isolator = "" if trainer.isolator is None else "isolator, "
         print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
-    # A rank that leaves while another still saves can abort the run after its end.
+    # If a rank exits while another is still saving, the run may be aborted.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
@@ -112,12 +114,12 @@ def _launch(args: argparse.Namespace) -> int:
 
     if "LOCAL_RANK" in os.environ:
         raise SaccadeError(
-            f"launch={args.launch!r} inside a process of another launcher: leave --launch out, or start it plainly"
+            f"launch={args.launch!r} inside a process of another launcher: leave out --launch, or that launcher"
         )
     plan = make_plan(args.launch, args.processes, args.machines or 1, args.machine_rank or 0, args.main_address)
     command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
-    # Once, so that a mistake is one line and not one a process; not here, since the options look at the GPU and would
-    # hold memory of it from then on.
+    # Check once, so that a mistake is reported in one line rather than one per process. In a subprocess, since parsing
+    # the options initialises the GPU and would keep memory allocated.
     status = subprocess.run([*command, "--check", *args.overrides]).returncode
     return status or run_processes(plan, [*command, *args.overrides])
 
@@ -154,8 +156,8 @@ def _print(plan: dict[str, Any]) -> None:
         ["parameters", f"{parameters['total']:,}"],
         ["trainable", f"{parameters['trainable']:,}, of these adapters {parameters['adapters']:,}"],
         ["isolator and summary head", f"{parameters['own']:,}"],
-        ["visual tokens of an image", plan["visual_tokens"]],
-        ["rows an image, expected", f"{expected['visual_rows']:.1f}"],
+        ["visual tokens per image", plan["visual_tokens"]],
+        ["visual tokens per image, expected", f"{expected['visual_rows']:.1f}"],
         ["sequence length, expected", f"{expected['length']:.1f} of {plan['baseline']['length']:.1f}"],
         ["speed-up of a step, in operations", f"{expected['speedup']:.2f}x"],
         ["speed-up of the language model", f"{expected['speedup_language']:.2f}x"],
@@ -164,12 +166,14 @@ def _print(plan: dict[str, Any]) -> None:
             f"{batch['global']} = {batch['per_device']} x {batch['accumulation']} steps x {batch['devices']} devices",
         ],
         [
-            "learned of a turn",
-            "the answer and its end, checked" if plan["chat_checked"] else "not checked, the processor is not here",
+            "learned in a turn",
+            "the answer and its end, checked"
+            if plan["chat_checked"]
+            else "not checked, the processor is not available",
         ],
     ]
     print_table(f"dry run of {plan['recipe']}", ["", "value"], rows)
-    columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP a sample"]
+    columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP per sample"]
     keys = ("name", "probability", "kept", "skipped", "summary", "isolator", "length")
     cut = {mode["name"]: mode["cut"] for mode in plan["modes"] if mode["cut"]}
     modes = [*plan["modes"], {**plan["baseline"], "name": "(all tokens)", "probability": None}]
@@ -186,7 +190,7 @@ def _print(plan: dict[str, Any]) -> None:
     ]
     if len(rows) > 1:
         rows.append(["both stages", "", None, f"{plan['schedule']['speedup']:.2f}x"])
-    print_table("schedule", ["stage", "samples", "text tokens of a sample", "speed-up, in operations"], rows)
+    print_table("schedule", ["stage", "samples", "text tokens per sample", "speed-up, in operations"], rows)
     if published:
         names = {"stage two": "stage two, an estimate from the other two"}
         print(
@@ -195,10 +199,10 @@ def _print(plan: dict[str, Any]) -> None:
         )
     print()
     sizes = [[name, f"{value / 2**30:.3f}"] for name, value in plan["memory"].items()]
-    print_table("memory, GiB", ["a device, estimated", "GiB"], sizes)
+    print_table("memory, GiB", ["per device, estimated", "GiB"], sizes)
     text, learned, images = (lengths[name] for name in ("text_tokens", "label_rows", "images"))
     print(
         f"\nA sample has {text:.0f} tokens of text, {learned:.0f} of them learned, and {images:.2f} images: "
-        f"{lengths['source']}. Operations are counted, without padding, and not timed; memory is an estimate, of the "
+        f"{lengths['source']}. Operations are counted, without padding, not timed; memory is an estimate for the "
         "longest samples."
     )

@@ -1,4 +1,4 @@
-"""`saccade view`: an image with the patches that each reducer keeps and merges."""
+"""`saccade view`: draw the patches of an image that each reducer keeps and merges."""
 
 import argparse
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prune-ratio", type=float, default=None, metavar="P", help="share of tokens to drop (default: 0.9)"
     )
     parser.add_argument(
-        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, in place of the ratio"
+        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, instead of a ratio"
     )
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         default="Describe the image.",
         metavar="TEXT",
-        help="the user's words, which cdpruner reads (default: %(default)r)",
+        help="the user's words, which cdpruner uses (default: %(default)r)",
     )
     parser.add_argument(
-        "--output", default="view.png", metavar="FILE", help="PNG; JSON is written beside it (default: %(default)s)"
+        "--output", default="view.png", metavar="FILE", help="PNG; JSON is written next to it (default: %(default)s)"
     )
 
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
-    # Before anything is loaded, so that a slip costs no wait.
+    # Before anything is loaded, so that mistakes show at once.
     pruning = PruningConfig(names[0], prune_ratio=args.prune_ratio, keep_tokens=args.keep_tokens)
     for name in names:
         pruning.replace(reducer=name)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     rows, columns = report["grid"]
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
-        note = f", {merged} tokens flow into them" if "merged_into" in panel else ""
+        note = f", {merged} tokens merged into them" if "merged_into" in panel else ""
         print(f"{panel['reducer']}: {len(panel['kept'])} of {rows * columns} tokens{note}")
     print(f"written to {args.output}")
     return 0

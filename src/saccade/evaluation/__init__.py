@@ -1,4 +1,4 @@
-"""How good a trained model is, with all visual tokens and with a fraction of them."""
+"""Evaluate a trained model, with all visual tokens and with a fraction of them."""
 
 from saccade.evaluation.digits import (
     INFERENCES,

@@ -1,4 +1,4 @@
-"""The scores of two result folders side by side, and the mean share of the baseline's."""
+"""Compare the scores of two result folders: each as a share of the baseline's, and the mean share."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,20 +12,21 @@ from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
 def compare_results(baseline: str | Path, model: str | Path, suite: str | None = None) -> dict[str, Any]:
     """Every score of a model as a share of the baseline's, and the mean of the shares.
 
-    DualSpeed's summary is the mean over benchmarks of score / baseline score, MME's among them. Skip-Vision prints the
-    mean of the scores without MME; its share of the baseline's is given too. A mean over a part of a suite says so.
+    DualSpeed's summary is the mean over benchmarks of score / baseline score, including MME. Skip-Vision reports the
+    mean of the scores without MME; its share of the baseline's is returned too. A mean over only part of a suite is
+    marked.
 
     Args:
-        baseline: result folder or file of the model that is the measure.
+        baseline: result folder or file of the baseline model.
         model: that of the model to compare with it.
-        suite: name of a suite, whose benchmarks are then the rows. When left out, the rows are the tasks that one of
-            the two has, and the suite is the one that all of them belong to, if just one is.
+        suite: name of a suite, whose benchmarks are then the rows. By default the rows are the tasks that either of
+            the two has, and the suite is the only one that contains all of them, if there is one.
 
     Returns:
-        `rows` (`benchmark`, `task`, `baseline`, `model`, `share` as a share of 1; None where there is no value),
-        `mean_share`, `shares` (number of them in the mean), `benchmarks` (number that there should be), `average`
-        (None, or `baseline`, `model`, `share`, `scores`, `of`), `prompt_length` (None, or `baseline`, `model`,
-        `share`), `suite`, `notes` and the two sources.
+        `rows` (`benchmark`, `task`, `baseline`, `model`, `share` as a fraction; None for missing values),
+        `mean_share`, `shares` (how many are in the mean), `benchmarks` (how many there should be), `average` (None, or
+        `baseline`, `model`, `share`, `scores`, `of`), `prompt_length` (None, or `baseline`, `model`, `share`),
+        `suite`, `notes` and the two sources.
 
     Raises:
         SaccadeError: if a folder has no scores, the suite is unknown, or the two have no benchmark in common.
@@ -59,7 +60,7 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:
-    """The columns and the cells of the table of what `compare_results` returned."""
+    """The columns and cells of a table of what `compare_results` returned."""
     rows: list[list[str | None]] = [
         [row["benchmark"], _number(row["baseline"]), _number(row["model"]), _percent(row["share"])]
         for row in comparison["rows"]
@@ -77,7 +78,7 @@ def comparison_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list
 
 
 def _suite_of(tasks: Sequence[str]) -> Suite | None:
-    """The suite that tasks belong to, if it is one and only one."""
+    """The only suite that contains all tasks; None if there is none, or more than one."""
     fitting = [suite for suite in SUITES.values() if tasks and set(tasks) <= set(suite.tasks)]
     return fitting[0] if len(fitting) == 1 else None
 
@@ -89,13 +90,13 @@ def _row(task: str, baseline: Scores, model: Scores) -> dict[str, Any]:
         "task": task,
         "baseline": first,
         "model": second,
-        # Of a baseline of nothing there is no share.
+        # A share of a baseline of zero is undefined.
         "share": second / first if first and second is not None else None,
     }
 
 
 def _average(suite: Suite, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The means of the scores that both have, of those that the suite averages."""
+    """The means over the scores that both have, among those that the suite averages."""
     averaged = [benchmark.task for benchmark in suite.benchmarks if benchmark.in_average]
     counted = [row for row in rows if row["task"] in averaged]
     pairs = [(row["baseline"], row["model"]) for row in counted if None not in (row["baseline"], row["model"])]
@@ -105,7 +106,7 @@ def _average(suite: Suite, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _prompt_length(tasks: Sequence[str], baseline: Scores, model: Scores) -> dict[str, float] | None:
-    """The mean over tasks of the mean prompt length, where both folders know it."""
+    """The mean over tasks of the mean prompt length; None unless both folders have it."""
     pairs = [(baseline.prompt_lengths.get(task), model.prompt_lengths.get(task)) for task in tasks]
     if any(None in pair for pair in pairs):
         return None
@@ -114,7 +115,7 @@ def _prompt_length(tasks: Sequence[str], baseline: Scores, model: Scores) -> dic
 
 
 def _notes(rows: Sequence[dict[str, Any]], baseline: Scores, model: Scores) -> list[str]:
-    """What makes a row less than a comparison."""
+    """Reasons why rows are not proper comparisons."""
     notes = []
     for row in rows:
         task = row["task"]
@@ -125,12 +126,12 @@ def _notes(rows: Sequence[dict[str, Any]], baseline: Scores, model: Scores) -> l
         if None not in counts and counts[0] != counts[1]:
             notes.append(f"{row['benchmark']}: {counts[0]} documents against {counts[1]}, not the same benchmark")
         if row["baseline"] == 0:
-            notes.append(f"{row['benchmark']}: the baseline's score is 0, of which there is no share")
+            notes.append(f"{row['benchmark']}: the baseline's score is 0, so there is no share")
     return notes
 
 
 def _name(task: str) -> str:
-    """As the papers write it."""
+    """The benchmark's name in the papers."""
     return BENCHMARKS[task].name if task in BENCHMARKS else task
 
 
@@ -139,7 +140,7 @@ def _partly(label: str, count: int, total: int) -> str:
 
 
 def _number(value: float | None) -> str | None:
-    """One decimal, or three of what looks like a share of 1."""
+    """One decimal, or three for what looks like a fraction."""
     return None if value is None else f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
 
 

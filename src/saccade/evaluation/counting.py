@@ -1,4 +1,4 @@
-"""Floating-point operations that work really runs, on a CPU too."""
+"""Count the floating-point operations that are actually executed, on a CPU too."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ def _attention_backward(grad, query, key, value, *args, out_shape=None, **kwargs
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-# torch counts attention on GPUs, and not the kernel that the CPU has for it.
+# torch counts attention on GPUs, but not the CPU's attention kernel.
 CPU_KERNELS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -24,9 +24,9 @@ CPU_KERNELS = {
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention that `work` runs, two a multiply-add.
+    """Floating-point operations of matrix products, convolutions and attention that `work` runs, two per multiply-add.
 
-    Attention counts every pair of a query and a key, masked or not, as torch does.
+    For attention, every pair of query and key counts, masked or not, as in torch.
     """
     with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
         work()

@@ -37,13 +37,13 @@ class Inference:
 
     Args:
         name: "full", "pruned", "pruned_isolator" with the trained mode isolator before each image, or "skip" with
-            Skip-Vision as it was trained.
-        pruning: how tokens are reduced, for the pruned ones; its isolator counts for "pruned_isolator" alone. A batch
-            whose tokens are shared out (`adaptive`) is one of `batch_size` scenes.
-        skip_vision: the folder that `skip_vision.saccade` is in, for "skip".
+            Skip-Vision as trained.
+        pruning: how tokens are reduced, for the pruned ones; its isolator is only used by "pruned_isolator". With
+            `adaptive`, tokens are distributed over batches of `batch_size` scenes.
+        skip_vision: the folder that contains `skip_vision.saccade`, for "skip".
 
     Raises:
-        SaccadeError: on an unknown name, a missing isolator, a missing folder, or a budget that is none.
+        SaccadeError: on an unknown name, or a missing isolator or folder.
     """
 
     name: str = "full"
@@ -60,7 +60,7 @@ class Inference:
 
     @classmethod
     def of_run(cls, name: str, folder: Path | str | None, **options: Any) -> "Inference":
-        """The inference `name` of the model that a run wrote to `folder`, with options of [`PruningConfig`]."""
+        """Inference `name` for the model that a run wrote to `folder`, with options of [`PruningConfig`]."""
         isolator = folder if name == "pruned_isolator" else None
         return cls(name, PruningConfig(**options, isolator=isolator), folder if name == "skip" else None)
 
@@ -71,7 +71,7 @@ class Inference:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[Callable[[Mapping[str, Any]], dict[str, Any]]]:
-        """Make a model run so for a while, and give the function that prepares processed batches for `generate`."""
+        """Apply the inference to a model within the block, and yield the function that prepares its batches."""
         if self.name == "skip":
             skip = apply_skip_vision(model, self.skip_vision)
             try:
@@ -88,13 +88,13 @@ class Inference:
 
 
 def plan_inferences(model: str | Path, names: list[str] | None = None, **options: Any) -> list[Inference]:
-    """The inferences to run on a trained model: what is left out is as it was trained.
+    """The inferences to run on a trained model; options default to those of training.
 
     Args:
-        model: the folder that training wrote, or anything else, which then has no trained settings and no isolator.
-        names: of `INFERENCES`; all that the folder allows when left out.
-        options: fields of [`PruningConfig`]; None leaves one as it was trained. A ratio replaces a number of tokens
-            that the model was trained with, and the other way round.
+        model: the folder that training wrote, or any other model, which then has no trained settings and no isolator.
+        names: members of `INFERENCES`; by default all that the folder supports.
+        options: fields of [`PruningConfig`]; None means as trained. A ratio replaces a trained number of tokens, and
+            vice versa.
 
     Raises:
         SaccadeError: on a bad option, before any model is loaded.
@@ -102,8 +102,8 @@ def plan_inferences(model: str | Path, names: list[str] | None = None, **options
     folder = Path(model)
     given = {name: value for name, value in options.items() if value is not None}
     check_entries(folder, "model")
-    # What a file of the folder says may be of any type.
-    with reading(f"model={str(model)!r}: the options that it was trained with do not fit"):
+    # Values in the folder's files may have any type.
+    with reading(f"model={str(model)!r}: the options that it was trained with are not valid"):
         pruning = trained_pruning(folder).replace(**given, isolator=None)
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
     there = {name for name, file in files.items() if find_companion(folder, file) is not None}
@@ -117,15 +117,15 @@ def plan_inferences(model: str | Path, names: list[str] | None = None, **options
 
 
 def trained_pruning(folder: str | Path) -> PruningConfig:
-    """How the model in a folder was trained to be pruned; the defaults where it was not, or nothing is known.
+    """The pruning config that the model in a folder was trained with; the defaults if there is none.
 
     Raises:
-        SaccadeError: if the folder's own word about it is damaged.
+        SaccadeError: if the file that says so is damaged.
     """
     folder = Path(folder)
     if (folder / PRUNING_FILE).is_file():
         return PruningConfig.from_pretrained(folder)
-    # Earlier versions wrote it among the run's other options.
+    # Earlier versions stored it among the run's other options.
     trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
     names = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
     # A model trained on all tokens was trained at ratio 0, which would prune nothing.
@@ -145,8 +145,8 @@ def evaluate_digits(
         dataset: rows of `digit_scenes("sft", ...)`.
 
     Returns:
-        `accuracy` and `accuracy_by_kind`, as shares of 1; `samples`; `mean_prompt_length` in tokens as the language
-        model sees it; `prefill_flops`, what the first batch takes a sample from its pixels to its first token;
+        `accuracy` and `accuracy_by_kind`, as fractions; `samples`; `mean_prompt_length`, in tokens that the language
+        model sees; `prefill_flops`, operations per sample of the first batch from pixels to the first token;
         `inference` and its settings.
 
     Raises:
@@ -164,10 +164,10 @@ def evaluate_inferences(
     batch_size: int = 100,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """What `evaluate_digits` returns, for each of several ways to run a model; every batch is prepared once for all.
+    """`evaluate_digits` for several inferences; every batch is processed only once.
 
     Args:
-        on_batch: called with the number of batches done and in all, a batch being done once for each way.
+        on_batch: called with the number of batches done and the total; each batch counts once per inference.
 
     Raises:
         SaccadeError: if the dataset is empty.
@@ -179,7 +179,7 @@ def evaluate_inferences(
     prompt_tokens = [0] * len(inferences)
     flops: dict[int, float] = {}
     done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
-    # One token more than the longest answer, for the end of the turn.
+    # The end-of-turn token needs one token more than the longest answer.
     answers = dataset.select_columns("answer")["answer"]
     longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     for rows in _batches(dataset, batch_size):
@@ -204,7 +204,7 @@ def evaluate_inferences(
 
 
 def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any]], batch: Mapping[str, Any]) -> None:
-    """Encode the images of a batch and write the first token."""
+    """Encode the images of a batch and generate the first token."""
     model.generate(**prepare(batch), max_new_tokens=1, do_sample=False)
 
 
@@ -239,12 +239,12 @@ def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> An
 
 
 def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
-    """Processor outputs of a batch of conversations that wait for an answer, left-padded.
+    """Processor outputs of a batch of conversations that await an answer, left-padded.
 
-    Images, in the parts of messages, are anything that `open_image` takes.
+    Images in the parts of messages are anything that `open_image` accepts.
 
     Raises:
-        RecordError: if one of them cannot be used, or the processor has no chat template, or one that does not fit it.
+        RecordError: if an image cannot be used, or if the processor has no chat template, or an unsuitable one.
     """
     pads = pads_to_square(processor)
     opened = [[_with_open_images(message, pads) for message in conversation] for conversation in conversations]
@@ -260,7 +260,7 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
 
 
 def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
-    """The message with its images as training shows them."""
+    """The message with its images opened as in training."""
     if isinstance(message["content"], str):
         return message
     parts = [
@@ -271,7 +271,7 @@ def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
 
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
-    """Lists of rows: those with the same number of images together, so that padding stays short."""
+    """Lists of rows, ordered by number of images to keep padding short."""
     images = [len(specs) for specs in dataset.select_columns("images").with_format(None)["images"]]
     order = sorted(range(len(images)), key=images.__getitem__)
     for start in range(0, len(order), size):

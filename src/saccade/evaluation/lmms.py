@@ -19,10 +19,10 @@ from saccade.reducers import PruningConfig
 from saccade.training import ModelOptions, load_model
 
 PLAN_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")
-"""Options of pruning, all of which `--model_args` takes; those of the reducer as JSON."""
+"""Options of pruning, all of which `--model_args` accepts; `reducer_options` as JSON."""
 
 LONGEST_ANSWER = 1024
-"""Tokens, where a task names no limit."""
+"""Maximum new tokens if a task has no limit."""
 
 
 class SaccadeModel(lmms):
@@ -32,14 +32,14 @@ class SaccadeModel(lmms):
         pretrained: folder that training wrote, hub id of a stock checkpoint, or "tiny".
         inference: "full", "pruned", "pruned_isolator" or "skip".
         batch_size: documents at a time.
-        device: of the model; that of the process when left out.
-        max_batch_size: lmms-eval names it; it is not used.
+        device: of the model; by default that of the process.
+        max_batch_size: passed by lmms-eval; not used.
         dtype: dtype to load the weights in.
         trust_remote_code: run Python code that comes with a checkpoint.
-        options: of `PLAN_OPTIONS`; what is left out is as the model was trained.
+        options: members of `PLAN_OPTIONS`; by default as trained.
 
     Raises:
-        SaccadeError: on an option that is unknown or out of range, or a model that cannot be loaded so.
+        SaccadeError: on an option that is unknown or out of range, or a model that cannot be loaded with these.
     """
 
     is_simple = False
@@ -65,7 +65,7 @@ class SaccadeModel(lmms):
         self._model, self.processor = load_model(ModelOptions(model=pretrained, dtype=dtype), trust_remote_code)
         if not getattr(self.processor, "chat_template", None):
             raise SaccadeError("pretrained: the model's processor has no chat template; add chat_template.jinja to it")
-        # lmms-eval gathers through it where there are several processes.
+        # lmms-eval uses it to gather results of several processes.
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
@@ -78,7 +78,7 @@ class SaccadeModel(lmms):
         Raises:
             SaccadeError: if a document has a video or a sound.
         """
-        # What generates differently cannot share a batch.
+        # Requests with different generation options cannot share a batch.
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[2])].append(number)
@@ -95,7 +95,7 @@ class SaccadeModel(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Not offered: pruned models are scored by what they write.
+        """Not supported: pruned models are scored by what they generate.
 
         Raises:
             SaccadeError: always.
@@ -103,7 +103,7 @@ class SaccadeModel(lmms):
         self._refuse(requests, "log-likelihoods")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
-        """Not offered.
+        """Not supported.
 
         Raises:
             SaccadeError: always.
@@ -113,11 +113,11 @@ class SaccadeModel(lmms):
     def _refuse(self, requests: Sequence[Instance], what: str) -> NoReturn:
         task = requests[0].task_name if requests else "?"
         raise SaccadeError(
-            f"task={task!r} asks for {what}, which saccade has not: use one of output_type generate_until"
+            f"task={task!r} asks for {what}, which saccade does not support: use one with output_type generate_until"
         )
 
     def _messages(self, args: tuple) -> list[dict[str, Any]]:
-        """The conversation of one document, as chat templates take it."""
+        """The conversation of one document, as chat templates expect it."""
         _, doc_to_messages, _, document, task, split = args
         chat = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][document]))
         _, videos, sounds = chat.extract_media()
@@ -126,7 +126,7 @@ class SaccadeModel(lmms):
         return chat.to_hf_messages()
 
     def _answer(self, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> list[GenerationResult]:
-        """Generate for a prepared batch, and cut the prompt off as the language model saw it."""
+        """Generate for a prepared batch, and cut off the prompt that the language model saw."""
         outputs = self._model.generate(**inputs, **generation_options(options))
         tokenizer = self.processor.tokenizer
         new = outputs[:, inputs["input_ids"].shape[1] :]
@@ -140,7 +140,7 @@ class SaccadeModel(lmms):
 
 
 def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` as `generate` takes them; greedy unless the task asks for sampling."""
+    """Convert a task's `generation_kwargs` to options of `generate`; greedy unless the task asks for sampling."""
     temperature = options.get("temperature") or 0.0
     chosen: dict[str, Any] = {
         "max_new_tokens": options.get("max_new_tokens", LONGEST_ANSWER),
@@ -155,7 +155,7 @@ def generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cut_at(text: str, until: str | Sequence[str] | None) -> str:
-    """`text` up to the first of the strings that end an answer, without the spaces around it."""
+    """`text` up to the first of the strings that end an answer, without surrounding spaces."""
     for stop in [until] if isinstance(until, str) else until or ():
         if stop:
             text = text.partition(stop)[0]
@@ -170,7 +170,7 @@ def _batch_size(given: int | str | None) -> int:
 
 
 def _parsed(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with those of the reducer read, where lmms-eval hands them on as a string."""
+    """The options, with those of the reducer parsed if lmms-eval passes them as a string."""
     given = options.get("reducer_options")
     if not isinstance(given, str):
         return dict(options)

@@ -1,4 +1,4 @@
-"""What the entry point `lmms_eval.models` gives lmms-eval: where the model `saccade` is."""
+"""The entry point `lmms_eval.models`, which tells lmms-eval where the model `saccade` is."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Scores out of the files that evaluations leave: lmms-eval's results, and those of `saccade eval` on digit scenes."""
+"""Read scores from the result files of evaluations: lmms-eval's, and those of `saccade eval` on digit scenes."""
 
 import json
 import math
@@ -18,14 +18,14 @@ DIGITS = "digits/"
 
 @dataclass
 class Scores:
-    """What one folder says of one model.
+    """The scores of one model in one folder.
 
     Args:
         source: the folder, or the file.
-        values: score by task, in the unit that papers print.
+        values: score by task, in the unit used in papers.
         settings: how the model was run, as lmms-eval's `model_args`; None for digit scenes.
-        documents: by task, how many documents were answered, where the file says so.
-        prompt_lengths: by task, the mean number of tokens that the language model read, where the file says so.
+        documents: number of answered documents by task, if known.
+        prompt_lengths: mean number of tokens read by the language model by task, if known.
     """
 
     source: str
@@ -49,11 +49,11 @@ class _Result:
 def read_scores(path: str | Path) -> Scores:
     """The scores in a result folder, or in one of its files.
 
-    Of several results of one task the newest counts.
+    If a task has several results, the newest counts.
 
     Args:
         path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
-            depth. Of digit scenes, each inference is a task: "digits/full".
+            depth. For digit scenes, each inference is a task, such as "digits/full".
 
     Raises:
         SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
@@ -63,7 +63,7 @@ def read_scores(path: str | Path) -> Scores:
         files = [place]
     elif place.is_dir():
         found = {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
-        # Of one time they are told apart by name, which lmms-eval begins with the date.
+        # Files of equal time are ordered by name, which in lmms-eval begins with the date.
         files = sorted(found, key=lambda file: (file.stat().st_mtime, file.name))
     else:
         raise SaccadeError(f"folder={str(path)!r} does not exist: give what an evaluation wrote")
@@ -77,7 +77,7 @@ def read_scores(path: str | Path) -> Scores:
                     raise SaccadeError(f"folder={str(path)!r} has {origin[task]} and {file}: name the folder of one")
             elif scores.settings not in (None, result.settings):
                 raise SaccadeError(
-                    f"folder={str(path)!r} has results of two ways to run a model, {scores.settings!r} and "
+                    f"folder={str(path)!r} has results of a model run in two ways, {scores.settings!r} and "
                     f"{result.settings!r} in {file}: name the folder of one"
                 )
             else:
@@ -90,13 +90,13 @@ def read_scores(path: str | Path) -> Scores:
                     kept[task] = value
     if not scores.values:
         raise SaccadeError(
-            f"folder={str(path)!r} holds no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}"
+            f"folder={str(path)!r} has no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}"
         )
     return scores
 
 
 def _read(file: Path, must: bool) -> Iterator[_Result]:
-    """Every result in a file; none from a JSON of another kind, unless there must be some."""
+    """Every result in a file. JSON files of another kind have none, which is an error if `must` is true."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,17 +127,18 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
 
 
 def _check_is_of_its_weights(file: Path) -> None:
-    """Refuse an evaluation that lies beside a model and is not of it."""
+    """Refuse an evaluation next to a model that it does not belong to."""
     if file.name == DIGIT_FILE and weight_files(file.parent):
         _, fault = read_evaluation(file.parent)
         if fault is not None:
-            raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those beside it")
+            raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those next to it")
 
 
 def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str, Any], file: Path) -> float | None:
-    """The score that stands for a task; None where it has none, as a group of tasks may.
+    """The score that represents a task; None if it has none, as for some groups of tasks.
 
-    Of a benchmark of a suite it is the suite's metric; of another task the first number of which more is better.
+    For a benchmark of a suite it is the suite's metric; for any other task, the first number that is better when
+    higher.
 
     Raises:
         SaccadeError: if a benchmark of a suite lacks its metric.

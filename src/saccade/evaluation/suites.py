@@ -1,4 +1,4 @@
-"""The papers' benchmarks: lmms-eval's task, the metric that the papers print, and the unit that they print it in."""
+"""The papers' benchmarks: lmms-eval's task, and the metric and unit that the papers report."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class Benchmark:
     """One column of a paper's table.
 
     Args:
-        name: as the papers write it.
+        name: its name in the papers.
         task: lmms-eval's task.
-        metric: the entry of the task's results.
-        scale: what the entry is multiplied by: the papers print percent, lmms-eval shares of 1 in most tasks.
+        metric: the entry in the task's results.
+        scale: factor for the entry: the papers report percent, lmms-eval mostly fractions.
         in_average: whether it is part of the suite's average of scores.
     """
 
@@ -31,7 +31,7 @@ class Suite:
     Args:
         name: as on the command line.
         benchmarks: in the paper's order.
-        average: whether the paper prints an average of the scores themselves, of those that are `in_average`.
+        average: whether the paper reports an average of the scores that are `in_average`.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Suite:
         return [benchmark.task for benchmark in self.benchmarks]
 
 
-# "static" reads letters by rule. Of the usual task, which asks a judge where it finds none, there is a Chinese one.
+# "static" extracts letters by rule. The usual task, which asks a judge if it finds none, exists in Chinese only.
 _TEXTVQA = Benchmark("TextVQA", "textvqa_val", "exact_match")
 _MME = Benchmark("MME", "mme", "mme_perception_score", scale=1.0, in_average=False)
 _MMBENCH = Benchmark("MMBench", "mmbench_en_dev_static", "gpt_eval_score", scale=1.0)
@@ -82,7 +82,7 @@ SUITES: dict[str, Suite] = {
         ),
     )
 }
-"""By name. Skip-Vision's average leaves MME out, whose scores are sums and not percent."""
+"""The suites by name. Skip-Vision's average leaves out MME, whose scores are sums, not percent."""
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.task: benchmark for suite in SUITES.values() for benchmark in suite.benchmarks
@@ -91,7 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def get_suite(name: str) -> Suite:
-    """The suite `name`.
+    """The suite called `name`.
 
     Raises:
         SaccadeError: if there is none.
