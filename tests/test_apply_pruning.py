@@ -159,5 +159,5 @@ def test_what_cannot_be_is_said_in_one_line():
     skip.remove()
     with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
         apply_pruning(case.model, ratio=0.5)
-    with pytest.raises(SaccadeError, match=r"holds no pruning_config\.json"):
+    with pytest.raises(SaccadeError, match=r"has no pruning_config\.json"):
         apply_pruning(case.model, "nowhere")

@@ -95,7 +95,7 @@ def chat(question, answer="2"):
         ("llava", {"messages": chat("a <image>", " ")}, "there is no answer to learn"),
         ("llava", {"images": "/nowhere.png"}, "image '/nowhere.png' does not exist"),
         ("qwen2_5_vl", {"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
-        ("qwen2_5_vl", {"messages": chat("a <|video_pad|> <image>")}, r"'<\|video_pad\|>' stands in a text"),
+        ("qwen2_5_vl", {"messages": chat("a <|video_pad|> <image>")}, r"'<\|video_pad\|>' is in a text"),
     ],
 )
 def test_bad_rows_of_a_plain_dataset(name, change, message, monkeypatch):

@@ -138,7 +138,7 @@ def test_images_as_paths_bytes_and_grey_images(tmp_path):
     [
         ("missing.png", None, "missing.png' does not exist"),
         ("empty.png", b"", "empty.png' is empty, 0 bytes"),
-        ("text.png", b"hello", "text.png' is not an image of a format that is read"),
+        ("text.png", b"hello", "text.png' is not an image in a supported format"),
         ("cut.png", png()[:900], "cut.png' cannot be decoded"),
     ],
 )

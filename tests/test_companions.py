@@ -140,7 +140,7 @@ def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
 
 def test_a_file_that_is_cut_short(trained, tmp_path):
     for name, load in ((ISOLATOR_FILE, ModeIsolator.from_pretrained), (SUMMARY_FILE, read_summary_file)):
-        with pytest.raises(SaccadeError, match=f"holds no {name}"):
+        with pytest.raises(SaccadeError, match=f"has no {name}"):
             load(tmp_path)
         (tmp_path / name).write_bytes((trained / "out" / name).read_bytes()[:-3])
         with pytest.raises(SaccadeError, match=f"{name} is not a whole safetensors file"):

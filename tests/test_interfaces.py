@@ -236,7 +236,7 @@ def test_rows_that_a_layer_does_not_hand_on_are_an_error(case, layer):
     with (
         skipping(case.model, options_for("llava")),
         calls_changed(layers[layer], lambda kwargs: kwargs.pop("skip_rows")),
-        pytest.raises(SaccadeError, match=rf"{VERSION}.*did not hand 'skip_rows' down to"),
+        pytest.raises(SaccadeError, match=rf"{VERSION}.*did not pass 'skip_rows' on to"),
     ):
         case.model(**case.prompts([1]))
 

@@ -202,7 +202,7 @@ def test_what_a_checkpoint_holds(tmp_path, caplog):
     with pytest.raises(SaccadeError, match=f"{MASTERS_FILE} is of other weights"):
         Float32Masters(small, torch.optim.SGD(small.parameters(), lr=1.0)).load(tmp_path)
     again.load(tmp_path / "nothing")
-    assert f"holds no {MASTERS_FILE}" in caplog.text
+    assert f"has no {MASTERS_FILE}" in caplog.text
 
 
 def test_an_optimizer_that_does_not_step_all_of_them_is_refused():

@@ -177,7 +177,7 @@ def test_under_peft(model, prompts):
         ({"prune_ratio": float("nan")}, "prune_ratio"),
         ({"reducer": "divprun"}, "divprune"),
         ({"positions": "shifted"}, "compact, original"),
-        ({"isolator": "/nowhere"}, "holds no mode_isolator"),
+        ({"isolator": "/nowhere"}, "has no mode_isolator"),
         ({"isolator": torch.zeros(4, 7)}, "width 7"),
         ({"isolator": torch.zeros(7)}, "isolator is a Tensor and not rows"),
         ({"padding_side": "middle"}, "padding_side='middle' is unknown"),

@@ -50,7 +50,7 @@ class TestStockTemplates:
 
     def test_with_a_system_prompt(self, tokenizer, name):
         if name == "llava_next_mistral":
-            pytest.skip("its template takes no system prompt")
+            pytest.skip("its template has no system message")
         messages = [text("system", SYSTEM), text("user", FIRST, image=True)]
         if name == "gemma3":  # writes it into the first turn
             assert self.read(tokenizer, messages) == [f"{SYSTEM} {FIRST}"]

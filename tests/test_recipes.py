@@ -68,7 +68,7 @@ def test_overrides_are_typed():
         (["--max_steps", "many"], "max_steps='many'"),
         (["--lora", "3"], "lora=3 is a int, expected bool"),
         (["--seed"], "--seed has no value"),
-        (["seed", "3"], "'seed' is no field"),
+        (["seed", "3"], "'seed' is not a field"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
         (["--resume", "/nowhere"], "resume='/nowhere' is not a folder"),
         (["--dataset", "/nowhere.jsonl"], "nowhere.jsonl' does not exist"),

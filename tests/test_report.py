@@ -153,7 +153,7 @@ class TestKeptTokens:
         ("panels", "message"),
         [
             ([], "panels="),
-            ([("x", torch.tensor([4]), None)], "panel 'x': index holds 4, but the grid has 4 tokens"),
+            ([("x", torch.tensor([4]), None)], "panel 'x': index contains 4, but the grid has 4 tokens"),
             ([("x", torch.tensor([[0]]), None)], r"panel 'x': index has shape \(1, 1\)"),
             ([("x", torch.tensor([0]), torch.ones(1, 5))], r"weight has shape \(1, 5\), expected \(1, 4\)"),
         ],

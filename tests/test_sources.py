@@ -267,7 +267,7 @@ class TestImages:
         """PostScript under the name of a photo, which Pillow would hand to Ghostscript."""
         Pillow.new("RGB", (8, 8)).save(tmp_path / "a.eps")
         photo = (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-        with pytest.raises(RecordError, match="is not an image of a format that is read: replace it") as error:
+        with pytest.raises(RecordError, match="is not an image in a supported format: replace it") as error:
             open_image(photo)
         assert error.value.kind == "not_an_image"
 

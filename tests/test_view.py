@@ -108,7 +108,7 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
     cut.write_bytes(photo.read_bytes()[:2000])
     for arguments, words in (
         ([str(tmp_path / "none.png")], "does not exist"),
-        ([str(text)], "is not an image of a format that is read: replace it"),
+        ([str(text)], "is not an image in a supported format: replace it"),
         ([str(cut)], "cannot be decoded"),
         ([str(tmp_path)], "is not a file"),
         ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is not known"),

@@ -1,7 +1,8 @@
-"""Learned tensors that lie beside a model's weights and are no part of them: the mode isolator, the summary head.
+"""Learned tensors that are stored next to a model's weights but are not part of them: mode isolator, summary head.
 
-The files are in the safetensors format and end in `.saccade`. Engines take every `*.safetensors`, `*.bin` or `*.pt`
-of a folder without an index for weights of the model, and refuse the folder over a name that they do not know.
+The files are in the safetensors format and end in `.saccade`. In a folder without an index, inference engines take
+every `*.safetensors`, `*.bin` or `*.pt` file for weights of the model, and refuse the folder if they do not know a
+name in it.
 """
 
 import json
@@ -18,20 +19,20 @@ from saccade.files import atomic_path, reading
 
 ENDING = ".saccade"
 _ENDING_BEFORE = ".safetensors"
-"""Of the files that earlier versions wrote, which are read as well."""
+"""The suffix used by earlier versions, whose files are still read."""
 
 
 def find_companion(folder: str | Path, name: str) -> Path | None:
-    """The file called `name` in `folder`, or the one that earlier versions wrote in its place; None without either."""
+    """The file called `name` in `folder`, or its counterpart of earlier versions; None if there is neither."""
     path = Path(folder) / name
     return next((found for found in (path, _before(path)) if found.is_file()), None)
 
 
 def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
-    """Write `tensors` to `folder/name`, whole or not at all, and remove what earlier versions wrote in its place.
+    """Write `tensors` to `folder/name`, whole or not at all, and remove its counterpart of earlier versions.
 
     Args:
-        config: what they were trained with, kept as JSON in the file's header.
+        config: how they were trained, stored as JSON in the file's header.
 
     Raises:
         OSError: if the file cannot be written.
@@ -48,15 +49,15 @@ def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, 
     """The `config` and the tensors that `save_companion` wrote.
 
     Args:
-        place: the folder that holds `name`, or a file.
-        field: what the user calls `place`, for errors.
+        place: the folder that contains `name`, or a file.
+        field: the user's name for `place`, for errors.
 
     Raises:
-        SaccadeError: if there is no such file, or it is not a whole one in the safetensors format.
+        SaccadeError: if there is no such file, or it is not a complete safetensors file.
     """
     path = Path(place) if Path(place).is_file() else find_companion(place, name)
     if path is None:
-        raise SaccadeError(f"{field}={str(place)!r} holds no {name}: name a folder or file that a training run wrote")
+        raise SaccadeError(f"{field}={str(place)!r} has no {name}: give a folder or file written by a training run")
     with (
         reading(f"{field}={str(place)!r}: {path.name} is not a whole safetensors file"),
         safe_open(path, framework="pt") as file,
@@ -68,7 +69,7 @@ def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, 
 
 
 def remove_companion(folder: str | Path, name: str) -> None:
-    """Remove `folder/name` and what earlier versions wrote in its place, where they are there."""
+    """Remove `folder/name` and its counterpart of earlier versions, if they exist."""
     path = Path(folder) / name
     path.unlink(missing_ok=True)
     _before(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user can fix this"."""
+"""Exceptions for problems that the user can fix."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -12,17 +12,17 @@ class SaccadeError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        # A data-loader worker hands its errors on with the whole traceback as the message.
+        # A data-loader worker passes on its errors with the whole traceback as the message.
         if message.startswith("Caught ") and "in DataLoader worker" in message.partition("\n")[0]:
             message = message.rpartition("Error: ")[2].strip()
         super().__init__(message)
 
 
 class RecordError(SaccadeError):
-    """One record of a data file that cannot be trained on.
+    """A record of a data file cannot be trained on.
 
     Args:
-        message: one line, without the record's place in the file.
+        message: one line, without the record's location in the file.
         kind: what is wrong with it, one of `KINDS`.
     """
 
@@ -69,22 +69,22 @@ EXTRAS = {
     "trackio": "track",
     "vllm": "vllm",
 }
-"""The optional packages that an extra of ours installs, as `pip install "saccade[EXTRA]"` names it."""
+"""Optional packages and the extra that installs them, as in `pip install "saccade[EXTRA]"`."""
 
 _MODULES = {"sklearn": "scikit-learn"}
-"""Packages whose module has another name."""
+"""Packages whose import name differs from their name in pip."""
 
 
 class MissingPackageError(SaccadeError, ImportError):
-    """An optional package that is not installed, so that a name or a verb cannot be used."""
+    """A name or a command needs an optional package that is not installed."""
 
 
 def needs_package(what: str, package: str) -> MissingPackageError:
-    """The error where something needs a package that is not installed.
+    """The error for something that needs a package that is not installed.
 
     Args:
-        what: an option and its value, a name of ours or a verb.
-        package: by the name that pip knows it by.
+        what: an option and its value, a name of this package or a command.
+        package: the package's name in pip.
     """
     wanted = f"saccade[{EXTRAS[package]}]" if package in EXTRAS else package
     return MissingPackageError(f'{what} needs {package}, which is not installed: pip install "{wanted}"')
@@ -92,13 +92,13 @@ def needs_package(what: str, package: str) -> MissingPackageError:
 
 @contextmanager
 def needing_extras(what: str) -> Iterator[None]:
-    """Say which extra to install where the block imports an optional package that is not there.
+    """Name the extra to install if the block imports an optional package that is not installed.
 
     Args:
-        what: a name of ours or a verb.
+        what: a name of this package or a command.
 
     Raises:
-        MissingPackageError: in the place of the ModuleNotFoundError of a package of `EXTRAS`.
+        MissingPackageError: instead of the ModuleNotFoundError, for a package in `EXTRAS`.
     """
     try:
         yield
@@ -127,6 +127,6 @@ def check_options(given: Iterable[str], known: Iterable[str], of: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The hint behind an unknown name: the known one that looks like it, or else `otherwise`."""
+    """The hint for an unknown name: the most similar known one, or else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one never looks whole."""
+"""Write files so that an incomplete one never looks complete."""
 
 import errno
 import fcntl
@@ -22,31 +22,31 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _TENSORS = (".safetensors", ".bin", ".saccade", ".pt", ".pth")
 _PROBE_BYTES = 1 << 20
 _held: set[Path] = set()
-"""Locks of this process, which the system would grant it a second time."""
+"""Locks held by this process, which the system would grant to it a second time."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to `path` when the block ends well and removed when it does not.
+    """A temporary path next to `path`, renamed to `path` if the block succeeds and removed if it does not.
 
-    The parent folders are made. The temporary name keeps the suffix, from which writers such as PIL and matplotlib
-    guess the format, and starts with a dot. A file that was at `path` stays as it was until the rename.
+    Parent folders are created. The temporary name starts with a dot and keeps the suffix, from which writers such as
+    PIL and matplotlib infer the format. An existing file at `path` is untouched until the rename.
 
     Args:
-        flush: wait until the bytes are on disk before the rename. Without it a power cut may leave a file that is not
-            whole: for content with a checksum, which can be made again.
+        flush: wait until the bytes are on disk before the rename. Without it, a power cut may leave an incomplete
+            file; meant for content with a checksum that can be made again.
 
     Raises:
         FileNotFoundError: if the block ends without having written the temporary file.
         IsADirectoryError: before the block runs, if `path` is a folder.
-        OSError: if the folder cannot be made or the file cannot be written.
+        OSError: if the folder cannot be created or the file cannot be written.
     """
     target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Not `mkstemp`: it makes the file itself, readable by its owner only, and the rename would keep that mode. The
-    # stem is cut short since a name that just fits the file system would not fit with the random part.
+    # Not `mkstemp`, which creates the file readable by its owner only, and the rename would keep that mode. The stem
+    # is truncated, since a name near the file system's limit would be too long with the random part.
     temporary = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(6)}{target.suffix}")
     try:
         yield temporary
@@ -60,21 +60,21 @@ def atomic_path(path: str | os.PathLike[str], flush: bool = True) -> Iterator[Pa
 
 
 def check_writable(path: str | os.PathLike[str], field: str, folder: bool = False) -> None:
-    """Refuse a place that nothing can be written to, before the work whose result is meant for it.
+    """Check that a path can be written, before the work whose result goes there.
 
-    It is tried out with a file or a folder that is removed at once; what is missing of the path is not made.
+    The check creates a temporary file or folder and removes it at once. Missing parent folders are not created.
 
     Args:
-        field: what the user calls the path.
-        folder: whether it is to be a folder, and not a file.
+        field: the path's name for the user.
+        folder: whether the path is for a folder; otherwise for a file.
 
     Raises:
-        SaccadeError: naming the field.
+        SaccadeError: if it cannot be written; the message names the field.
     """
     target, parent = Path(path), Path(path) if folder else Path(path).parent
     try:
         with suppress(FileNotFoundError):
-            os.lstat(target)  # refuses a name that is too long, which what is written aside does not have
+            os.lstat(target)  # raises if the name is too long; the probe's name is not
             if not (target.is_dir() if folder else target.is_file()):
                 what = "folder" if folder else "file"
                 raise SaccadeError(f"{field}={str(path)!r} exists and is not a {what}: give another path")
@@ -94,10 +94,10 @@ def check_writable(path: str | os.PathLike[str], field: str, folder: bool = Fals
 
 
 def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
-    """Refuse a place for a new folder that is taken, which an empty folder is not, or that cannot be written to.
+    """Check that a path for a new folder does not exist or is an empty folder, and that it can be written.
 
     Raises:
-        SaccadeError: naming the field that gave the path.
+        SaccadeError: if it is taken; the message names the field.
     """
     check_writable(path, field, folder=True)
     path = Path(path)
@@ -119,8 +119,8 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
 def write_json_atomically(path: str | os.PathLike[str], obj: Any) -> Path:
     """Write `obj` as indented JSON to `path`, whole or not at all, and return the path.
 
-    Paths become strings, sets sorted lists, and scalars of numpy and torch plain numbers. NaN and infinity become
-    null, since JSON has neither and strict readers refuse the whole file over one.
+    Paths become strings, sets sorted lists, and numpy and torch scalars plain numbers. NaN and infinity become null,
+    since JSON has neither and strict readers would reject the whole file.
 
     Raises:
         TypeError: if something in `obj` has no JSON form.
@@ -139,7 +139,7 @@ def to_json(obj: Any) -> str:
 
 
 def _plain(obj: Any) -> Any:
-    """`obj` in dicts, lists, strings, finite numbers, booleans and None."""
+    """`obj` converted to dicts, lists, strings, finite numbers, booleans and None."""
     if isinstance(obj, float):
         return float(obj) if math.isfinite(obj) else None
     if obj is None or isinstance(obj, (str, bool, int)):
@@ -158,7 +158,7 @@ def _plain(obj: Any) -> Any:
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Wait until the bytes of `path` are on disk: a rename may otherwise survive a power cut that they do not."""
+    """Wait until the bytes of `path` are on disk; otherwise the rename may survive a power cut without them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -168,18 +168,18 @@ def _flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> Iterator[None]:
-    """Hold the file `path`, which is made with its folders, until the block or the process ends, in whatever way.
+    """Lock the file `path`, creating it and its folders if needed, until the block or the process ends.
 
-    The lock is the system's, of the process and not of its children: nothing is left to clean up after a kill -9.
-    Where the file system has no locks, one warning is logged and the block runs without.
+    It is a lock of the operating system, owned by the process and not by its children, so nothing needs cleaning up
+    after a kill -9. If the file system has no locks, one warning is logged and the block runs without.
 
     Args:
-        taken: what to say where another holds it.
-        again: go on where this very process holds it already.
+        taken: the error message if the lock is held.
+        again: allow this if the same process already holds the lock.
 
     Raises:
-        SaccadeError: if another process holds it, or this one and not `again`.
-        OSError: if the file cannot be made.
+        SaccadeError: if another process holds the lock, or this one does and `again` is false.
+        OSError: if the file cannot be created.
     """
     place = Path(path).absolute()
     if place in _held:
@@ -189,7 +189,7 @@ def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> 
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     if place.exists() and not place.is_file():
-        raise SaccadeError(f"{place} is not a file: remove it")  # a pipe would be waited for
+        raise SaccadeError(f"{place} is not a file: remove it")  # opening a pipe would block
     with place.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -205,14 +205,14 @@ def file_lock(path: str | os.PathLike[str], taken: str, again: bool = False) -> 
 
 
 def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = False) -> None:
-    """Refuse a folder in which a file is a link that leads out of it, or a pipe: the text behind a link would go where
-    the folder's goes, what is written under its name would go out of the folder, and a pipe would be waited for.
+    """Refuse a folder that contains a link leading outside, or a pipe. Reading such a link would disclose foreign
+    files along with the folder's, writing to it would write outside the folder, and opening a pipe would block.
 
-    The hub's cache is made of such links, into a folder `blobs` of its own: they count as inside.
+    The hub's cache consists of such links into its own folder `blobs`; they count as inside.
 
     Args:
-        field: what the user calls the folder.
-        weights: also refuse files of weights that are links, and look into the checkpoints inside: the folder is
+        field: the user's name for the folder.
+        weights: also refuse weight files that are links, and check the checkpoints inside; for folders that are
             written to.
 
     Raises:
@@ -237,46 +237,46 @@ def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = Fa
         if target is None or not any(target.is_relative_to(root) for root in inside):
             raise SaccadeError(
                 f"{field}={str(folder)!r}: {path.relative_to(place)} is a link that leads out of the folder: "
-                "replace it by what it leads to, or move it elsewhere"
+                "replace it with its target, or move it elsewhere"
             )
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Say in one line whatever goes wrong while files that somebody else may have written are read.
+    """Report any error while reading possibly foreign files in one line.
 
-    Readers raise what they run into in damaged files: besides OSError and ValueError for instance KeyError, TypeError,
-    AttributeError, RecursionError and errors of their own.
+    Readers raise all sorts of errors on damaged files: besides OSError and ValueError, for instance KeyError,
+    TypeError, AttributeError, RecursionError and their own types.
 
     Args:
-        what: what is read, and what is the matter with it if that fails: "model='out' cannot be loaded".
+        what: what is read, phrased as the error: "model='out' cannot be loaded".
 
     Raises:
-        SaccadeError: in the place of any error but itself, a full disk, and one that says that a file may hold code.
+        SaccadeError: in place of any error except itself, a full disk, and the error for files that may contain code.
     """
     try:
         yield
     except SaccadeError:
         raise
     except Exception as error:
-        # By its name: it comes from the module that nothing here imports.
+        # Compared by name, so that `pickle` need not be imported.
         if type(error).__name__ == "UnpicklingError" or getattr(error, "errno", None) in _FULL:
             raise
         line = " ".join(str(error).split())[:600]
-        # Of these the text alone says little: a key, or what an object lacks.
+        # For other types the text alone says little, such as just a key.
         kind = "" if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: "
         raise SaccadeError(f"{what}: {kind}{line}") from error
 
 
 @contextmanager
 def disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise what writers in other languages say of a full disk or a used up quota as the `OSError` that it is.
+    """Convert native writers' exceptions about a full disk or an exhausted quota to `OSError`.
 
     Args:
         folder: where the block writes.
 
     Raises:
-        OSError: with the number of the fault, in place of the writer's own exception.
+        OSError: with the errno of the fault, in place of the writer's own exception.
     """
     try:
         yield
@@ -290,7 +290,7 @@ def disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _disk_fault(error: Exception, folder: Path) -> int | None:
-    # The crates behind safetensors and tokenizers name the number; torch's writer only says that it could not write.
+    # The crates behind safetensors and tokenizers report the errno; torch's writer only says that writing failed.
     named = re.search(r"\(os error (\d+)\)", str(error))
     if named:
         return int(named[1])

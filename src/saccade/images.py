@@ -1,4 +1,4 @@
-"""The one place where image files are opened: decoded whole, limited in size, turned upright, in RGB with 8 bits."""
+"""The only place where image files are opened: fully decoded, limited in size, turned upright, in 8-bit RGB."""
 
 import io
 import os
@@ -14,16 +14,16 @@ from PIL import Image, UnidentifiedImageError
 from saccade.errors import RecordError
 
 MAX_PIXELS = 89_478_485
-"""Pixels beyond which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
+"""Number of pixels above which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
 LARGEST_MAX_PIXELS = 2 * MAX_PIXELS
-"""Pixels beyond which Pillow refuses, so that no limit can be higher."""
+"""Number of pixels above which Pillow itself refuses, so no limit can be higher."""
 MAX_ASPECT_RATIO = 200
-"""Longer side over shorter side beyond which an image is refused, as Qwen's processors refuse it.
+"""Ratio of the longer to the shorter side above which an image is refused, as in Qwen's processors.
 
-Processors that scale the shorter side to a fixed number of pixels would make the longer one as many times longer: an
-image of 30,000 x 1 pixels, 167 bytes as a PNG, would have 10,080,000 x 336 of them."""
+Processors that scale the shorter side to a fixed size enlarge the longer one by the same factor: an image of 30,000 x
+1 pixels, 167 bytes as a PNG, would become 10,080,000 x 336 pixels."""
 DARKEST_PEAK = 1 / 16
-"""Share of full scale that the lightest value of a 16-bit or float image must reach, unless all values are 0."""
+"""Fraction of full scale that the brightest value of a 16-bit or float image must reach, unless all are 0."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -35,46 +35,46 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""The transposition that makes an image upright, by EXIF orientation."""
 _ORIENTATION_HOLDERS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-"""Where Pillow finds an orientation; must not outlive the turn, or the next reader would turn again."""
+"""Where Pillow finds an orientation; removed after turning, or the next reader would turn the image again."""
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO"),
     *("PCX", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
-"""What is opened, by Pillow's names, whatever the name of the file says. Of its other formats some hand their content
-to Ghostscript, to the reader of any other format, or to a decompressor without a limit."""
+"""The formats that are opened, by Pillow's names, regardless of the file name. Some of Pillow's other formats pass
+their content to Ghostscript, to the reader of any other format, or to a decompressor without a limit."""
 
 
 def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -> Image.Image:
-    """A decoded image in RGB, with 8 bits per channel, upright as its EXIF data says: what training shows the model.
+    """A decoded 8-bit RGB image, turned upright according to its EXIF data: what the model sees in training.
 
-    - Cameras store many photos lying on their side with a note on how to turn them. Whoever wrote a question about one
-      saw it upright, so it is turned here. EXIF data that is damaged is read as far as it can be.
-    - What is transparent shows a white background, as in the image processors of recent transformers.
-    - Values of 16-bit integers (and of 32-bit ones, which hold 16 bits in some formats) are scaled from [0, 65535],
-      floats from [0, 1] if none is above 1, from [0, 255] otherwise. An image whose values do not fit is refused, and
-      so is one that is not all black and yet stays below a sixteenth of the scale: it was meant for another one.
-    - Of an animation or a file of several pages it is the first, of a PIL image the frame that it is at.
-    - Colours are converted as Pillow does it without colour profiles.
+    - Cameras store many photos sideways with a note on how to turn them. Whoever wrote a question about a photo saw it
+      upright, so it is turned here. Damaged EXIF data is read as far as possible.
+    - Transparent areas get a white background, as in the image processors of recent transformers.
+    - 16-bit integers (and 32-bit ones, which hold 16 bits in some formats) are scaled from [0, 65535], floats from [0,
+      1] if no value is above 1, from [0, 255] otherwise. An image with values out of range is refused, as is one that
+      is not all black but stays below a sixteenth of the scale, since it was meant for another scale.
+    - Of an animation or a file with several pages, the first is used; of a PIL image, the current frame.
+    - Colours are converted as by Pillow, without colour profiles.
 
-    An image that this function returned comes back unchanged.
+    An image returned by this function passes through unchanged.
 
     Args:
-        image: a path, a dict with "bytes" or "path", or a PIL image, which is not changed.
+        image: a path, a dict with "bytes" or "path", or a PIL image, which is not modified.
         max_pixels: width times height above which an image is refused before it is decoded.
-        padded: whether the processor will pad it to a square, which then must not have more pixels either.
+        padded: whether the processor will pad it to a square, to which the limit then applies too.
 
     Raises:
-        RecordError: if it is missing, empty, damaged, too large, too narrow, of values on no known scale, or not an
-            image. It is a `SaccadeError`.
+        RecordError: if it is missing, empty, damaged, too large, too narrow, has values on an unknown scale, or is not
+            an image. It is a `SaccadeError`.
     """
     name = image_name(image)
     with _told(image, name, "truncated_image", "cannot be decoded ({}): replace it"):
         opened = _open(image, name)
         _check_size(opened.size, max_pixels, name, padded)
         opened.load()
-        # Some files say one size in front and hold an image of another.
+        # Some files declare one size and contain an image of another.
         _check_size(opened.size, max_pixels, name, padded)
         turn = _TURNS.get(_orientation(opened))
         pixels = _rgb(opened, name)
@@ -86,7 +86,7 @@ def open_image(image: Any, max_pixels: int = MAX_PIXELS, padded: bool = False) -
 
 
 def image_size(image: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an image once upright, from its header alone where it is a file.
+    """Width and height of an image when upright, read from the header only if it is a file.
 
     Raises:
         RecordError: if there is no header to read, or the image is too large or too narrow.
@@ -96,13 +96,13 @@ def image_size(image: Any, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
         opened = _open(image, name)
         _check_size(opened.size, max_pixels, name)
         width, height = opened.size
-        # Pillow turns TIFF files itself, and gives their size as it is after that.
+        # Pillow turns TIFF files itself and reports the size after turning.
         turned = not hasattr(opened, "tag_v2") and _orientation(opened) >= 5
         return (height, width) if turned else (width, height)
 
 
 def image_name(image: Any) -> str:
-    """How messages call an image."""
+    """The name of an image in messages."""
     if isinstance(image, dict):
         return f"image {str(image.get('path') or 'without a path')!r}"
     return f"image {str(image)!r}" if isinstance(image, (str, os.PathLike)) else "image"
@@ -110,20 +110,21 @@ def image_name(image: Any) -> str:
 
 @contextmanager
 def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
-    """Make a record error of whatever goes wrong while an image is read.
+    """Convert any error while an image is read to a record error.
 
-    Decoders raise what they run into on damaged data: besides OSError for instance struct.error, KeyError, IndexError,
-    OverflowError and MemoryError.
+    Decoders raise all sorts of errors on damaged data: besides OSError, for instance struct.error, KeyError,
+    IndexError, OverflowError and MemoryError.
 
     Args:
-        image: as it was given.
-        name: what messages call it.
-        otherwise: kind of the errors that have no kind of their own.
-        what: what these say of the image, with a place for the error.
+        image: the image as given.
+        name: its name in messages.
+        otherwise: kind of errors without a specific kind.
+        what: the message for these, with a placeholder for the error.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of sizes, which are checked here, and of damaged EXIF data, which is read as far as it goes.
+            # Pillow warns about sizes, which are checked here, and damaged EXIF data, which is read as far as
+            # possible.
             warnings.simplefilter("ignore")
             yield
     except RecordError:
@@ -132,10 +133,10 @@ def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
         message = f"{name} does not exist: correct the path, or remove the sample"
         raise RecordError(message, "missing_image") from error
     except UnidentifiedImageError as error:
-        kind, fault = "not_an_image", "is not an image of a format that is read"
+        kind, fault = "not_an_image", "is not an image in a supported format"
         if _is_empty(image):
             kind, fault = "zero_byte_image", "is empty, 0 bytes"
-        raise RecordError(f"{name} {fault}: replace it by a JPEG or a PNG", kind) from error
+        raise RecordError(f"{name} {fault}: replace it with a JPEG or a PNG", kind) from error
     except Image.DecompressionBombError as error:
         raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
     except Exception as error:
@@ -153,19 +154,19 @@ def _open(image: Any, name: str) -> Image.Image:
         image = image["path"]
     if isinstance(image, (str, os.PathLike)):
         if os.path.exists(image) and not os.path.isfile(image):
-            # A pipe would be waited for, and a device may have no end.
-            raise RecordError(f"{name} is not a file: replace it by a JPEG or a PNG", "not_an_image")
+            # Opening a pipe would block, and a device may have no end.
+            raise RecordError(f"{name} is not a file: replace it with a JPEG or a PNG", "not_an_image")
         return Image.open(image, formats=_formats())
     if not isinstance(image, Image.Image):
         raise RecordError(f"image is a {type(image).__name__}: give a PIL image, a path, or a dict with 'bytes'")
     if image.format is not None and image.format not in FORMATS:
-        raise RecordError(f"{name} is {image.format}: replace it by a JPEG or a PNG", "not_an_image")
+        raise RecordError(f"{name} is {image.format}: replace it with a JPEG or a PNG", "not_an_image")
     return image
 
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
+    """Members of `FORMATS` that the installed Pillow can read."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -190,7 +191,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str, padded: bool 
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, from 1 to 8; 1, upright, where none can be read."""
+    """The EXIF orientation, from 1 to 8; 1 (upright) if it cannot be read."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
         return value if value in _TURNS else 1
@@ -210,15 +211,15 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _scaled(image: Image.Image, name: str) -> Image.Image:
-    """A grey image of 16-bit, 32-bit or float values in 8 bits."""
+    """Convert a grey image of 16-bit, 32-bit or float values to 8 bits."""
     floats = image.mode == "F"
     values = np.asarray(image if floats else image.convert("I"), dtype=np.float64)
     low, high = values.min(), values.max()
     full = (1 if high <= 1 else 255) if floats else 65535
-    # Neither comparison holds where a value is not a number.
+    # Both comparisons are false if a value is NaN.
     if not (low >= 0 and high <= full) or 0 < high < DARKEST_PEAK * full:
         raise RecordError(
-            f"{name} has values from {low:g} to {high:g} in mode {image.mode!r}, which are on no scale known here: "
+            f"{name} has values from {low:g} to {high:g} in mode {image.mode!r}, which fit no known scale: "
             "save it with 8 bits per channel",
             "value_range",
         )

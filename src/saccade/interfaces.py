@@ -1,7 +1,7 @@
-"""What hooks and patches rely on in other packages, and the error where an installed version does not have it.
+"""Checks of what hooks and patches rely on in other packages, and the error if an installed version lacks it.
 
-A hook that looks for an argument by name and does nothing without it fails silently on the next release that renames
-it. Each hook therefore checks what it relies on, when it is put in place or when it is called, and raises `changed`.
+A hook that looks for an argument by name and does nothing without it would fail silently once a release renames the
+argument. Each hook therefore checks what it relies on, when it is installed or called, and raises `changed`.
 """
 
 import inspect
@@ -20,7 +20,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "accelerate": ("1.12", "1.15"),
     "datasets": ("4.7", "5.2"),
 }
-"""The oldest and the newest minor release of each package that the tests run on."""
+"""The oldest and newest minor release of each package that the tests run with."""
 
 
 def installed(package: str) -> str | None:
@@ -32,7 +32,7 @@ def installed(package: str) -> str | None:
 
 
 def known_range(package: str) -> str:
-    """The tested releases of a package in words: `5.19 to 5.24`, or `1.16` where it is one."""
+    """The tested releases of a package in words: `5.19 to 5.24`, or `1.16` if there is only one."""
     oldest, newest = TESTED[package]
     return oldest if oldest == newest else f"{oldest} to {newest}"
 
@@ -40,12 +40,12 @@ def known_range(package: str) -> str:
 def is_tested(package: str, found: str) -> bool:
     """Whether version `found` belongs to the tested minor releases of a package."""
     oldest, newest = (tuple(map(int, end.split("."))) for end in TESTED[package])
-    numbers = re.match(r"(\d+)\.(\d+)", found)  # of "2.13.0+cpu" and "5.24rc1" too
+    numbers = re.match(r"(\d+)\.(\d+)", found)  # also matches "2.13.0+cpu" and "5.24rc1"
     return numbers is not None and oldest <= tuple(map(int, numbers.groups())) <= newest
 
 
 def changed(what: str, package: str = "transformers") -> SaccadeError:
-    """The error of a hook or patch that does not find what it relies on.
+    """The error for a hook or patch that does not find what it relies on.
 
     Args:
         what: what is missing, and where.
@@ -61,7 +61,7 @@ def check_takes(function: Callable[..., Any], names: Iterable[str], package: str
     """Check that a function has these parameters by name.
 
     Raises:
-        SaccadeError: naming those it lacks, and the version of the package.
+        SaccadeError: naming the missing ones and the version of the package.
     """
     missing = [name for name in names if name not in inspect.signature(function).parameters]
     if missing:
@@ -69,10 +69,10 @@ def check_takes(function: Callable[..., Any], names: Iterable[str], package: str
 
 
 def check_methods(owner: type, names: Iterable[str], package: str) -> None:
-    """Check that a class still has the methods that a subclass of ours replaces, and so is called by.
+    """Check that a class still has the methods that Saccade's subclass overrides.
 
     Raises:
-        SaccadeError: naming those it lacks, and the version of the package.
+        SaccadeError: naming the missing ones and the version of the package.
     """
     missing = [name for name in names if not callable(getattr(owner, name, None))]
     if missing:
@@ -80,5 +80,5 @@ def check_methods(owner: type, names: Iterable[str], package: str) -> None:
 
 
 def by_name(method: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a bound method by name."""
+    """All arguments of a call of a bound method, by name."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}

@@ -1,4 +1,4 @@
-"""Values of options, checked against the types that their dataclass gives them."""
+"""Check values of options against the types in their dataclass."""
 
 import math
 import types
@@ -9,18 +9,18 @@ from typing import Any, Union, get_args, get_origin
 from saccade.errors import SaccadeError
 
 BOUNDS = frozenset({"feature_cache_gib"})
-"""Options of which infinity means no bound."""
+"""Options for which infinity means no limit."""
 
 
 def coerce(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type where YAML reads it otherwise, such as 1e-3, which YAML takes for a string.
+    """Convert `value` to the field's type if YAML reads it as another, such as 1e-3, which YAML takes for a string.
 
     Args:
-        name: of the field, for the message.
-        annotation: the field's type; one that is not made of plain types takes any value.
+        name: name of the field, for the message.
+        annotation: the field's type; one that does not consist of plain types accepts any value.
 
     Raises:
-        SaccadeError: if it is of another type, or no finite number.
+        SaccadeError: if it has another type, or is not finite.
     """
     check_finite(name, value)
     allowed = _types(annotation)
@@ -52,8 +52,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Refuse NaN and infinity, which pass most comparisons or poison all that they are multiplied with, in lists and
-    mappings of options too.
+    """Refuse NaN and infinity, also inside lists and mappings: they pass most comparisons and poison whatever they are
+    multiplied with.
 
     Raises:
         SaccadeError: naming the field.
@@ -69,7 +69,7 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def _types(annotation: Any) -> set[type]:
-    """The plain types of an annotation; empty if it is not made of plain types."""
+    """The plain types of an annotation; empty if it does not consist of plain types."""
     if get_origin(annotation) in (Union, types.UnionType):
         members = [_types(member) for member in get_args(annotation) if member is not type(None)]
         return set().union(*members) if all(members) else set()

@@ -494,8 +494,7 @@ class DualSpeedTrainer(SFTTrainer):
             return super().get_test_dataloader(self._in_whole_batches(test_dataset))
 
     def _in_whole_batches(self, rows: Any) -> Any:
-        """A stream filled up to whole batches on all ranks; other rows, which accelerate distributes evenly,
-        unchanged."""
+        """A stream, filled up to whole batches on all ranks; other rows, which accelerate splits evenly, unchanged."""
         if has_length(rows) or self.accelerator.num_processes == 1:
             return rows
         return WholeBatches(rows, self.args.eval_batch_size * self.accelerator.num_processes)
