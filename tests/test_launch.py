@@ -117,7 +117,7 @@ def test_zero_without_deepspeed(monkeypatch):
 
 
 def test_more_processes_than_gpus(gpus):
-    with pytest.raises(SaccadeError, match="9 a machine, and this one has 8 GPUs"):
+    with pytest.raises(SaccadeError, match="9 per machine, but this one has 8 GPUs"):
         make_plan("ddp", 9)
 
 
@@ -130,9 +130,9 @@ class Accelerator:
 @pytest.mark.parametrize(
     ("environment", "engine", "processes", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "MULTI_CPU", 1, "FSDP was asked for and accelerate runs MULTI_CPU"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "NO", 1, "DEEPSPEED was asked for and accelerate runs NO"),
-        ({"WORLD_SIZE": "2"}, "NO", 1, "2 processes were started and accelerate joined 1"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "MULTI_CPU", 1, "FSDP was requested but accelerate runs MULTI_CPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "NO", 1, "DEEPSPEED was requested but accelerate runs NO"),
+        ({"WORLD_SIZE": "2"}, "NO", 1, "2 processes were started but accelerate joined 1"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "FSDP", 2, None),
         ({}, "NO", 1, None),
     ],

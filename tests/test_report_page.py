@@ -198,7 +198,7 @@ class TestRun:
         (tmp_path / "checkpoint-6").mkdir()
         (tmp_path / "checkpoint-6" / "trainer_state.json").write_text('{"log_history": [')
         text = read(write_report(tmp_path).parent).text
-        assert "This page shows checkpoint-4: there is no log of a run that has ended." in text
+        assert "This page shows checkpoint-4: there is no log of a finished run." in text
         assert "steps 4 " in text
         assert "No pictures: a checkpoint does not name its data." in text
         assert "Neither machine nor versions of this run were recorded." in text
@@ -215,7 +215,7 @@ class TestRun:
         assert "prune_ratio 0.9, modes fast, half." in text
         assert "Not evaluated on the digit scenes." in text
         steps = [entry["step"] for entry in log["log_history"][3:5]]
-        assert f"The loss was no finite number at step {steps[0]}, {steps[1]}." in text
+        assert f"The loss was not finite at step {steps[0]}, {steps[1]}." in text
         assert "No pictures: the run is not on the digit scenes." in text
 
     def test_an_evaluation_of_other_weights_is_not_shown(self, run, tmp_path) -> None:
@@ -296,17 +296,17 @@ class TestBadInput:
         assert "does not exist: give the folder of a run" in error
 
     def test_folders_without_a_run(self, sweep, tmp_path) -> None:
-        with pytest.raises(SaccadeError, match=r"holds no run: there is neither log.json nor a whole checkpoint"):
+        with pytest.raises(SaccadeError, match=r"contains no run: there is neither log.json nor a whole checkpoint"):
             write_report(tmp_path)
         (tmp_path / "a.txt").touch()
         with pytest.raises(SaccadeError, match=r"a.txt' is a file: give the folder"):
             write_report(tmp_path / "a.txt")
-        with pytest.raises(SaccadeError, match=f"holds several sweeps: give one of them, {sweep.name}"):
+        with pytest.raises(SaccadeError, match=f"contains several sweeps: give one of them, {sweep.name}"):
             write_report(sweep.parent, tmp_path / "out")
         with pytest.raises(SaccadeError, match=r"is one run of a sweep: give the sweep, or its model /"):
             write_report(next(sweep.glob("runs/*/result.json")).parent)
         shutil.copytree(sweep / "runs", tmp_path / "demo" / "runs")
-        with pytest.raises(SaccadeError, match="holds a demo that has not ended"):
+        with pytest.raises(SaccadeError, match="contains an unfinished demo"):
             write_report(tmp_path / "demo")
         assert not (tmp_path / "out").exists()
 
@@ -316,7 +316,7 @@ class TestBadInput:
             ("log.json", '{"log_history": [{"st', r"log.json is half-written or damaged"),
             ("log.json", "{}", r"log.json is not what Saccade writes, it lacks log_history"),
             ("log.json", '{"log_history": 3}', r"is not a list of entries"),
-            ("log.json", '{"log_history": []}', r"holds no loss: train with logging_steps below max_steps"),
+            ("log.json", '{"log_history": []}', r"has no loss: train with logging_steps below max_steps"),
             ("eval.json", '{"results": [', r"eval.json is half-written or damaged"),
             ("dualspeed.json", "[]", r"dualspeed.json is not what Saccade writes, it lacks config"),
         ],
@@ -336,11 +336,11 @@ class TestBadInput:
         with pytest.raises(SaccadeError, match=r"result.json is half-written or damaged"):
             write_report(folder, overwrite=True)
         shutil.rmtree(folder / "runs")
-        with pytest.raises(SaccadeError, match="holds a sweep of which no run is done"):
+        with pytest.raises(SaccadeError, match="contains a sweep with no finished run"):
             write_report(folder, overwrite=True)
 
     def test_outputs_that_cannot_be(self, run, tmp_path) -> None:
-        with pytest.raises(SaccadeError, match="holds a report: give another --output, or --overwrite"):
+        with pytest.raises(SaccadeError, match="contains a report: give another --output, or --overwrite"):
             write_report(run)
         (tmp_path / "file").touch()
         with pytest.raises(SaccadeError, match=r"cannot be written \(.+\): give another --output"):

@@ -165,7 +165,7 @@ def test_notes_are_kept(studies) -> None:
         (["parts", "--steps", "0"], "steps=0"),
         (["parts", "--only", "method=nope"], "--only method=nope: no run has it"),
         (["over_time", "--steps", "9"], "over_time saves 10 checkpoints"),
-        (["parts", "--table"], "holds no sweep"),
+        (["parts", "--table"], "has no sweep"),
         (["--write-docs", "docs"], "holds no study with a finished run"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         (["tiny-digits/sft", "--seeds", "0"], "seeds=0"),
         (["tiny-digits/sft", "--jobs", "0"], "jobs=0"),
         (["tiny-digits/sft", "--grid", "seed=0,1", "--only", "seed=9"], "--only seed=9: no run has it"),
-        (["--table"], "holds no sweep"),
+        (["--table"], "has no sweep"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, capsys) -> None:

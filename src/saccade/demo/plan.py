@@ -1,4 +1,4 @@
-"""What the demo trains: the variants, over seeds."""
+"""The runs of the demo: variants and seeds."""
 
 from saccade.sweeps import METHODS, DigitSettings, RunSpec, digit_run
 
@@ -6,7 +6,7 @@ MAIN_METHODS = ("all_tokens", "prune_only", "dualspeed")
 
 
 def plan_runs(settings: DigitSettings, seeds: int, full: bool) -> list[RunSpec]:
-    """The runs of a demo, seed by seed, so that an interrupted one holds whole comparisons.
+    """The runs of a demo, seed by seed, so that an interrupted one contains complete comparisons.
 
     Args:
         seeds: number of seeds.

@@ -1,4 +1,4 @@
-"""The demo from start to report: each run in a process of its own, as many at a time as asked for."""
+"""The demo from start to report: each run in a separate process, several at a time if requested."""
 
 import sys
 from dataclasses import asdict, replace
@@ -24,15 +24,15 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train, evaluate, print the table, and write `report.json` and the pictures into `output`.
 
-    Runs that `output` already holds with the same settings, commit and versions are taken as they are, so an
-    interrupted demo goes on where it stopped.
+    Existing runs in `output` with the same settings, commit and versions are reused, so an interrupted demo continues
+    where it stopped.
 
     Args:
         full: three seeds by default, and the parts of the method added one by one.
-        seeds: number of seeds; 1, or 3 with `full`, when left out.
-        settings: the shared numbers; those of the quick or the full demo when left out.
-        jobs: runs at a time. One leaves a second core to the process that prepares batches; with more, the runs slow
-            one another down, all alike.
+        seeds: number of seeds; by default 1, or 3 with `full`.
+        settings: the shared settings; by default those of the quick or the full demo.
+        jobs: runs at a time. One leaves a second core to the process that prepares batches; with more, all runs slow
+            each other down equally.
 
     Returns:
         The report.

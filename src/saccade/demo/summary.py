@@ -1,4 +1,4 @@
-"""From the results of the demo's runs to its table, its JSON and its pictures."""
+"""Turn the results of the demo's runs into its table, its JSON and its pictures."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ COLUMNS = (
 def write_report(
     results: list[dict[str, Any]], output: Path, settings: dict[str, Any], command: str, jobs: int
 ) -> dict[str, Any]:
-    """Collect the runs into `report.json`, and return what it holds."""
+    """Collect the runs into `report.json`, and return its content."""
     labels = [result["spec"]["labels"] for result in results]
     baselines = {
         label["seed"]: result for label, result in zip(labels, results, strict=True) if label["method"] == "all_tokens"

@@ -1,4 +1,4 @@
-"""From a preset or an accelerate config to the environment of each process."""
+"""Turn a preset or an accelerate config into the environment of each process."""
 
 import importlib.util
 import os
@@ -24,10 +24,10 @@ class LaunchPlan:
         config: the accelerate config.
         processes: processes on all machines.
         machines: number of machines.
-        machine_rank: number of this one, from 0.
+        machine_rank: index of this machine, from 0.
         address: host of machine 0.
         port: port on which process 0 listens.
-        environment: what accelerate wants every process to see.
+        environment: the variables that accelerate sets for every process.
     """
 
     config: Path
@@ -44,7 +44,7 @@ class LaunchPlan:
         return self.processes // self.machines
 
     def environment_of(self, local_rank: int) -> dict[str, str]:
-        """The whole environment of one process of this machine."""
+        """The complete environment of one process on this machine."""
         return {
             **self.environment,
             "RANK": str(self.machine_rank * self.local_processes + local_rank),
@@ -67,13 +67,13 @@ def make_plan(
 
     Args:
         launch: "ddp", "fsdp2", "zero2", "zero3", or the path of an accelerate config.
-        processes: processes on all machines; by default what the config says, or one a GPU.
+        processes: processes on all machines; by default what the config says, or one per GPU.
         machines: number of machines.
-        machine_rank: number of this one, from 0.
-        main_address: "host:port" of machine 0, needed for several machines.
+        machine_rank: index of this machine, from 0.
+        main_address: "host:port" of machine 0, required for several machines.
 
     Raises:
-        SaccadeError: on an unknown name, a config that accelerate does not take, or numbers that do not fit.
+        SaccadeError: on an unknown name, a config that accelerate does not accept, or inconsistent numbers.
     """
     path = _find(launch)
     config = _read(path)
@@ -93,7 +93,7 @@ def make_plan(
     if processes % machines:
         raise SaccadeError(f"processes={processes} on machines={machines}: give a multiple, processes counts them all")
     if gpus and processes // machines > gpus:
-        raise SaccadeError(f"processes={processes}: {processes // machines} a machine, and this one has {gpus} GPUs")
+        raise SaccadeError(f"processes={processes}: {processes // machines} per machine, but this one has {gpus} GPUs")
     _check_can_shard(launch, engine, gpus)
     address, port = _address(main_address, machines)
     flags = {
@@ -134,8 +134,8 @@ def _check_can_shard(launch: str, engine: str, gpus: int) -> None:
     on_cpu = engine == "DEEPSPEED" and os.environ.get("DS_ACCELERATOR") == "cpu"
     if engine in ("FSDP", "DEEPSPEED") and not gpus and not on_cpu:
         raise SaccadeError(
-            f"launch={launch!r} shards over GPUs and none was found; accelerate would run plain data parallelism "
-            "without a word: give --launch ddp"
+            f"launch={launch!r} shards over GPUs and none was found; accelerate would silently run plain data "
+            "parallelism: give --launch ddp"
         )
 
 
@@ -177,5 +177,5 @@ def _environment(launch: str, path: Path, flags: dict[str, Any]) -> dict[str, st
         return prepare_deepspeed_cmd_env(args)[1]
     except (ValueError, TypeError, KeyError, AttributeError, SystemExit) as error:
         raise SaccadeError(
-            f"launch={launch!r} is no config that accelerate takes: {' '.join(str(error).split())}"
+            f"launch={launch!r} is not a config that accelerate accepts: {' '.join(str(error).split())}"
         ) from error

@@ -1,4 +1,4 @@
-"""Starts the processes of one machine, and ends together with them."""
+"""Start the processes of one machine, and end together with them."""
 
 import ctypes
 import os
@@ -17,14 +17,14 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: float = 15.0) -> int:
-    """Run `command` once a process of this machine, wait for all, and return the exit status of the run.
+    """Run `command` once per process of this machine, wait for all, and return the exit status of the run.
 
-    SIGTERM and Ctrl-C are handed on to every process, so that all of them save and stop. If one fails, the others get
-    `patience_seconds` to end by themselves, since they may be waiting for it forever, and are then killed. If this
-    process dies, in whatever way, so do they.
+    SIGTERM and Ctrl-C are passed on to every process, so that all of them save and stop. If one fails, the others get
+    `patience_seconds` to end by themselves and are then killed, since they may be waiting for it forever. If this
+    process dies in any way, so do they.
 
     Returns:
-        0 if all ended well, otherwise the status of the process that failed first; 1 if a signal killed it.
+        0 if all succeeded, otherwise the status of the process that failed first; 1 if a signal killed it.
     """
     started: list[subprocess.Popen] = []
 
@@ -36,7 +36,7 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for local_rank in range(plan.local_processes):
-            # In groups of their own, so that Ctrl-C in a terminal reaches each of them once, from here.
+            # In separate process groups, so that Ctrl-C in a terminal reaches each of them exactly once, from here.
             started.append(
                 subprocess.Popen(
                     command,
@@ -53,10 +53,10 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
         rank = plan.machine_rank * plan.local_processes + failed
         if status < 0:
             name = signal.Signals(-status).name
-            hint = ", often for want of memory" if -status == signal.SIGKILL else ""
+            hint = ", often because memory ran out" if -status == signal.SIGKILL else ""
             print(
-                f"saccade: error: rank {rank} was killed by {name}{hint}; --resume auto goes on from the newest whole "
-                "checkpoint",
+                f"saccade: error: rank {rank} was killed by {name}{hint}; --resume auto continues from the newest "
+                "whole checkpoint",
                 file=sys.stderr,
             )
             return 1
@@ -71,16 +71,16 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
 
 
 def _end_with(launcher: int) -> None:
-    """In a new process, before its program starts: have the system kill it when the launcher dies."""
+    """Called in a new process before its program starts: make the system kill it when the launcher dies."""
     if _libc is None:
         return
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before that was said
+    if os.getppid() != launcher:  # the launcher died before `prctl`
         os._exit(1)
 
 
 def _wait(processes: list[subprocess.Popen], until: float | None, all_of_them: bool = False) -> int | None:
-    """Wait for all to end, or until one failed unless `all_of_them`; the number of one that failed, or None."""
+    """Wait until all end, or until one fails unless `all_of_them`; return the index of one that failed, or None."""
     while True:
         states = [process.poll() for process in processes]
         failed = next((number for number, state in enumerate(states) if state), None)

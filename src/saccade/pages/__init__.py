@@ -1,4 +1,4 @@
-"""`saccade report`: one page of a run, a sweep or a demo, and its pictures."""
+"""`saccade report`: one page about a run, a sweep or a demo, with pictures."""
 
 from saccade.pages.write import write_report
 

@@ -1,4 +1,4 @@
-"""The page of many runs: a sweep or a demo."""
+"""The page about many runs: a sweep or a demo."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ Result = Mapping[str, Any]
 Groups = dict[str, list[Result]]
 MOST_CURVES = 12
 SYMBOLS = {"prune_ratio": "p", "slow_probability": "r", "isolator_length": "l"}
-"""What the papers call options, for names that have to be short."""
+"""The papers' symbols for options, for short names."""
 LONGEST_TABLE = 24
 
 
 def sweep_page(folder: Path, workshop: Path) -> Page:
-    """The page of what is done of a sweep.
+    """The page about the finished runs of a sweep.
 
     Raises:
         SaccadeError: if no run is done, or a file is half-written.
@@ -43,10 +43,10 @@ def sweep_page(folder: Path, workshop: Path) -> Page:
 
 
 def begin_sweep(folder: Path, workshop: Path, words: Mapping[str, str] = LABELS) -> tuple[Page, Standing]:
-    """A page with the summary of a sweep, and what is done of it.
+    """A page with the summary of a sweep, and its state.
 
     Args:
-        words: what values of labels are called.
+        words: names of label values.
 
     Raises:
         SaccadeError: if no run is done, or a file is half-written.
@@ -56,7 +56,7 @@ def begin_sweep(folder: Path, workshop: Path, words: Mapping[str, str] = LABELS)
     standing = Standing(plan, folder, words)
     results = list(standing.results.values())
     if not results:
-        raise SaccadeError(f"folder={str(folder)!r} holds a sweep of which no run is done: wait for the first")
+        raise SaccadeError(f"folder={str(folder)!r} contains a sweep with no finished run: wait for the first")
     page = Page(workshop, plan.title or folder.resolve().name, "sweep", folder)
     page.lead = f"{standing.progress}."
     _add_summary(page, results, f"{len(results)} of {len(plan.runs)}", standing.baseline())
@@ -70,9 +70,9 @@ def begin_sweep(folder: Path, workshop: Path, words: Mapping[str, str] = LABELS)
 
 
 def add_table(page: Page, standing: Standing) -> None:
-    """Add the table over seeds, folded where it is long."""
+    """Add the table over seeds, folded if it is long."""
     columns, cells = standing.table()
-    table = html_table(columns, cells, "Means over seeds, the least and the greatest in brackets")
+    table = html_table(columns, cells, "Means over seeds, with minimum and maximum in brackets")
     page.add("Results", table if len(cells) <= LONGEST_TABLE else fold(f"All {len(cells)} rows as a table", table))
 
 
@@ -88,13 +88,13 @@ def demo_page(folder: Path, workshop: Path) -> Page:
     """The page of a demo.
 
     Raises:
-        SaccadeError: if a file is half-written, or no run is there.
+        SaccadeError: if a file is half-written, or there is no run.
     """
     check_whole(folder)
     report = read_json(folder / DEMO_FILE, "summary", "settings", "environment")
     results = [read_json(path, "spec", "stages") for path in sorted(folder.glob(f"{RUNS}/*/{RESULT_FILE}"))]
     if not results:
-        raise SaccadeError(f"folder={str(folder)!r} holds a demo without a run: make it again with `saccade demo`")
+        raise SaccadeError(f"folder={str(folder)!r} contains a demo without a run: make it again with `saccade demo`")
     page = Page(workshop, "The demo", "demo", folder)
     page.lead = finding(report)
     order = {(entry["method"], entry["positions"]): number for number, entry in enumerate(report["summary"])}
@@ -102,18 +102,20 @@ def demo_page(folder: Path, workshop: Path) -> Page:
     baseline = next((entry for entry in report["summary"] if entry["method"] == "all_tokens"), {})
     _add_summary(page, results, str(len(results)), baseline.get("accuracy_full"))
     page.add("Summary", command("Made with", report.get("command", "saccade demo")))
-    page.add("Results", html_table(COLUMNS, table_rows(report), "Means over seeds, least and greatest in brackets"))
+    page.add(
+        "Results", html_table(COLUMNS, table_rows(report), "Means over seeds, with minimum and maximum in brackets")
+    )
     page.record["summary"] = report["summary"]
-    page.add("Settings", settings_table(report["settings"], "Settings that all runs share"))
+    page.add("Settings", settings_table(report["settings"], "Settings shared by all runs"))
     add_runs(page, results)
     return page
 
 
 def group_results(results: Sequence[Result], words: Mapping[str, str] = LABELS) -> Groups:
-    """The results by what their labels say beside the seed, in words: only labels that differ are named.
+    """Group the results by their labels without the seed, in words; only labels that differ are named.
 
     Args:
-        words: what values of labels are called.
+        words: names of label values.
     """
     labels = [{name: value for name, value in one["spec"]["labels"].items() if name != "seed"} for one in results]
     names = list(dict.fromkeys(name for entry in labels for name in entry))
@@ -126,7 +128,7 @@ def group_results(results: Sequence[Result], words: Mapping[str, str] = LABELS) 
 
 
 def has_own_training(result: Result) -> bool:
-    """Whether a run is more than many ways to run a model that another run trained."""
+    """Whether a run has its own training, rather than several evaluations of a model trained by another run."""
     names = [entry["inference"] for entry in result["evaluations"]]
     return len(names) == len(set(names))
 
@@ -150,7 +152,7 @@ def _add_summary(page: Page, results: Sequence[Result], done: str, baseline: Map
 
 
 def _all_seconds(results: Sequence[Result]) -> float:
-    """Seconds of training, a stage that several runs share counted once."""
+    """Seconds of training, counting stages shared by several runs once."""
     seconds = {}
     for one in results:
         names = RunSpec.from_json(one["spec"]).stage_ids
@@ -174,7 +176,7 @@ def _add_losses(page: Page, groups: Groups) -> None:
 
 
 def _mean_curve(results: Sequence[Result]) -> list[tuple[int, float]]:
-    """The loss of the last stage, the mean of the seeds at the steps that all of them log."""
+    """The loss of the last stage, averaged over seeds at the steps that all of them log."""
     curves = [dict(curve(list(one["stages"].values())[-1]["log_history"], "loss")) for one in results]
     return [(step, fmean(one[step] for one in curves)) for step in curves[0] if all(step in one for one in curves)]
 
@@ -195,10 +197,10 @@ def _add_stages(page: Page, results: Sequence[Result]) -> None:
 
 
 def check_whole(folder: Path) -> None:
-    """Read every file that a sweep or a demo writes.
+    """Check every file that a sweep or a demo writes.
 
     Raises:
-        SaccadeError: naming the first that is half-written.
+        SaccadeError: naming the first half-written file.
     """
     for path in (folder / PLAN_FILE, *sorted(folder.glob(f"{RUNS}/*/*.json"))):
         if path.is_file():

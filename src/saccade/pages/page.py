@@ -1,4 +1,4 @@
-"""A page while it is made: its sections, the pictures drawn for it, and the same as plain values."""
+"""A page under construction: its sections, its pictures, and its content as plain values."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ class Page:
     """One report.
 
     Args:
-        workshop: the folder that its pictures are drawn in.
-        title: of the page.
+        workshop: the folder in which its pictures are drawn.
+        title: title of the page.
         kind: what it is about: "run", "sweep" or "demo".
-        source: the folder that it shows.
+        source: the folder that it describes.
     """
 
     def __init__(self, workshop: Path, title: str, kind: str, source: Path) -> None:
@@ -34,7 +34,7 @@ class Page:
         self.record: dict[str, Any] = {"title": title, "kind": kind, "folder": str(source.resolve())}
 
     def add(self, heading: str, *blocks: Markup) -> None:
-        """Add blocks of HTML under a heading, after those that it has."""
+        """Append blocks of HTML under a heading."""
         self.sections.setdefault(heading, []).extend(blocks)
 
     def draw(
@@ -52,7 +52,7 @@ class Page:
         return self.show(file, alt, caption, wide)
 
     def show(self, file: str, alt: str, caption: str, wide: bool = False) -> Markup:
-        """A picture that is there, as a block."""
+        """An existing picture, as a block."""
         self.pictures.append({"file": file, "alt": alt, "caption": caption})
         return picture(self.workshop / file, alt, caption, wide)
 
@@ -65,9 +65,9 @@ class Page:
         """Add where the runs took place.
 
         Args:
-            found: what `environment` returned in each run; empty where nothing recorded it.
+            found: what `environment` returned in each run; empty if it was not recorded.
             days: when the runs ended.
-            caption: of the table.
+            caption: caption of the table.
         """
         heading = "Environment"
         if not found:
@@ -87,10 +87,10 @@ class Page:
         self.record["finished"] = list(dict.fromkeys(days))
 
     def write(self, output: Path) -> Path:
-        """Write the page and, beside it, its pictures and the same as JSON, and return the page's path.
+        """Write the page, its pictures and its content as JSON to `output`, and return the page's path.
 
         Args:
-            output: a folder on the file system of the workshop.
+            output: a folder on the same file system as the workshop.
 
         Raises:
             OSError: if a file cannot be written.
@@ -98,7 +98,7 @@ class Page:
         here = environment()
         version, commit = here["packages"]["saccade"] or "", (here["commit"] or "")[:8]
         footer = f"Made on {date.today().isoformat()} by saccade {version}{f' at {commit}' if commit else ''} from "
-        footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} lie beside this page."
+        footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} are next to this page."
         text = page(self.title, self.lead, self.sections, footer)
         for entry in self.pictures:
             os.replace(self.workshop / entry["file"], output / entry["file"])

@@ -1,4 +1,4 @@
-"""The page of one run."""
+"""The page about one run."""
 
 import shlex
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ Log = Sequence[dict[str, Any]]
 
 
 def run_page(folder: Path, workshop: Path) -> Page:
-    """The page of a run that `saccade train` made, or that it is making.
+    """The page about a finished or unfinished run of `saccade train`.
 
     Raises:
         SaccadeError: if a file of the run is half-written, or its log is empty.
     """
     record = read_run(folder)
     if not curve(record.log_history, "loss"):
-        raise SaccadeError(f"the log of {record.model} holds no loss: train with logging_steps below max_steps")
+        raise SaccadeError(f"the log of {record.model} has no loss: train with logging_steps below max_steps")
     page = Page(workshop, folder.resolve().name, "run", folder)
     page.lead = _lead(record)
     parts = time_parts(record.log_history)
@@ -85,18 +85,18 @@ def _add_summary(page: Page, record: RunRecord, parts: dict[str, float] | None) 
     page.add("Summary", tiles(values))
     page.record["summary"] = {name: value for name, value in values.items() if value is not None}
     if record.checkpoint:
-        page.add("Summary", warning(f"This page shows {record.checkpoint}: there is no log of a run that has ended."))
+        page.add("Summary", warning(f"This page shows {record.checkpoint}: there is no log of a finished run."))
     bad = not_finite(log)
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        page.add("Summary", warning(f"The loss was no finite number at step {', '.join(map(str, bad[:5]))}{more}."))
+        page.add("Summary", warning(f"The loss was not finite at step {', '.join(map(str, bad[:5]))}{more}."))
 
 
 def _add_accuracy(page: Page, record: RunRecord) -> None:
     if record.left_out is not None:
         page.add("Accuracy", warning(f"{record.left_out}, and is not shown."))
     if record.evaluation is None:
-        words = "Not evaluated on the digit scenes. This does it; then make the report again:"
+        words = "Not evaluated on the digit scenes. To do so, run this, then make the report again:"
         page.add("Accuracy", command(words, f"saccade eval {shlex.quote(str(record.model))}"))
         return
     results = record.evaluation["results"]
@@ -107,7 +107,7 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
         for kind in kinds
     ]
     rows.insert(0, ["all", *(_percent(result["accuracy"]) for result in results)])
-    rows.append(["mean tokens of a prompt", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
+    rows.append(["mean tokens per prompt", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
     split, samples = record.evaluation.get("split", "?"), results[0]["samples"]
     caption = f"Share of right answers to {samples} questions of the {split} split, by kind"
     page.add("Accuracy", html_table(columns, rows, caption))
@@ -128,23 +128,23 @@ def _add_curves(page: Page, log: Log) -> None:
     panels = (
         (
             "kl.png", {"KL": "kl"}, "KL(teacher || mode)",
-            "How far the answers of steps with a teacher are from its own: in DualSpeed, slow ones from fast.", True,
+            "How far the output of steps with a teacher is from the teacher's: in DualSpeed, slow from fast.", True,
         ),
         (
-            "lengths.png", {"before pruning": "length_full", "after it": "length_in"}, "tokens a sample",
-            "Tokens a sample before and after pruning, means over the steps since the log before.", False,
+            "lengths.png", {"before pruning": "length_full", "after it": "length_in"}, "tokens per sample",
+            "Tokens per sample before and after pruning, averaged over the steps since the previous log.", False,
         ),
         (
             "step_seconds.png", {part_of(mode): f"step_seconds_{mode}" for mode in modes},
-            "seconds a step", "The time of a step of each mode, without waiting for its batch.", False,
+            "seconds per step", "The time of a step of each mode, without waiting for its batch.", False,
         ),
         (
-            "speed.png", {"tokens": "tokens_per_second"}, "tokens a second",
-            "Tokens a second by the clock, counted before pruning: what pruning gains shows as speed.", False,
+            "speed.png", {"tokens": "tokens_per_second"}, "tokens per second",
+            "Tokens per second of wall-clock time, counted before pruning, so that pruning shows as speed.", False,
         ),
         (
-            "speedup.png", {"measured": "speedup", "as tokens allow": "speedup_tokens"}, "speed-up of steps",
-            "A slow step less its teacher over the mean step so far, and what token counts allow.", False,
+            "speedup.png", {"measured": "speedup", "predicted": "speedup_tokens"}, "speed-up of steps",
+            "A slow step, minus its teacher, over the mean step so far; and the prediction from token counts.", False,
         ),
     )  # fmt: skip
     drawn = [loss]
@@ -154,7 +154,7 @@ def _add_curves(page: Page, log: Log) -> None:
         if found:
             alt = f"{ylabel[0].upper()}{ylabel[1:]} over the steps: {_ends(found)}."
             arguments = (found, "optimizer step", ylabel)
-            # What is drawn by mode has the colours of the modes.
+            # Curves by mode have the colours of the modes.
             shown = colors if found.keys() <= colors.keys() else None
             drawn.append(page.draw(file, alt, caption, plot_values, *arguments, smooth=smooth, colors=shown))
     page.add(heading, gallery(drawn, large=True))
@@ -178,7 +178,7 @@ def _add_time(page: Page, parts: dict[str, float] | None, with_teacher: bool) ->
         ),
     )
     if with_teacher:
-        page.add(heading, paragraph("The log does not tell the time of teachers from that of their steps."))
+        page.add(heading, paragraph("The log does not separate the time of teachers from that of their steps."))
     page.record["seconds"] = parts
 
 
@@ -206,7 +206,7 @@ def _option_text(value: Any) -> str:
 
 
 def _ends(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Where curves begin and end, in words."""
+    """The values at which curves begin and end, in words."""
     tenth = {name: max(1, len(values) // 10) for name, values in curves.items()}
     return "; ".join(
         f"{(name + ' ') if name else ''}from {fmean(y for _, y in values[: tenth[name]]):.3g} to "

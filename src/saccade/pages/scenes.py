@@ -1,4 +1,4 @@
-"""Scenes of the test split with the visual tokens that a run keeps, and what its model answers."""
+"""Scenes of the test split with the visual tokens that a run keeps and its model's answers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +17,16 @@ from saccade.training import ModelOptions, load_model
 
 HEADING = "Kept tokens"
 KINDS = ("read", "count", "max", "where")
-LONGEST_ANSWER = 12  # tokens, more than any answer of these kinds takes
+LONGEST_ANSWER = 12  # tokens, more than any answer of these kinds needs
 
 
 def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
     """Draw one scene of each of `KINDS` with what the run's reducer keeps, and add the model's answers.
 
     Args:
-        model_folder: with the weights. Without them, or where the reducer's choice has no picture, the page says so.
-        grid: patches a side of the scenes.
+        model_folder: folder with the weights. If they are missing, or the reducer's choice cannot be drawn, the page
+            says so.
+        grid: patches per side of the scenes.
     """
     try:
         (pruned,) = plan_inferences(model_folder, ["pruned"])
@@ -55,8 +56,10 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
         page.add(HEADING, paragraph(f"No pictures: {error}"))
         return
     intro = f"Scenes of the test split. {pruned.pruning.reducer} keeps {len(kept)} of {height * width} visual tokens: "
-    intro += "what it keeps is clear and outlined, what it drops is dark. "
-    page.add(HEADING, paragraph(intro + "Answers are greedy, on all tokens and on those."), gallery(pictures))
+    intro += "kept patches are clear and outlined, dropped ones dark. "
+    page.add(
+        HEADING, paragraph(intro + "Answers are greedy, from all tokens and from the kept ones."), gallery(pictures)
+    )
 
 
 @torch.no_grad()
@@ -69,7 +72,7 @@ def _answers(model: Any, processor: Any, rows: list[dict[str, Any]], inference: 
 
 
 def where_kept(kept: Sequence[int], width: int, height: int) -> str:
-    """How many patches of each quarter of a picture stay, in words."""
+    """How many patches of each quarter of a picture are kept, in words."""
     names = {(False, False): "top left", (False, True): "top right", (True, False): "bottom left"}
     counts = dict.fromkeys([*names.values(), "bottom right"], 0)
     for token in kept:

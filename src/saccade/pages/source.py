@@ -1,4 +1,4 @@
-"""What a folder holds, read with one clear line where it cannot be."""
+"""Read the contents of a folder, with a clear one-line error if that fails."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ STATE_FILE, DEMO_FILE = "trainer_state.json", "report.json"
 
 @dataclass
 class RunRecord:
-    """What the folder of a run says of it.
+    """What the folder of a run says about it.
 
     Args:
         model: the folder with the weights.
         log_history: the trainer's log.
-        recipe: the fields as given; empty where only a checkpoint tells of the run.
-        config: the options that a resumed run has to share.
-        tokens: of the batches as they came, trained on, and read by the teacher, in all.
-        environment: where it took place, None where it was not recorded.
-        finished: the day, None where it was not recorded.
-        evaluation: what `saccade eval` measured on the digit scenes with these weights, None if it did not.
-        left_out: why an evaluation that lies in the folder is not of these weights, None where there is none.
-        checkpoint: name of the checkpoint that was read instead of a whole run's log.
+        recipe: the fields as given; empty if there is only a checkpoint.
+        config: the options that a resumed run must share.
+        tokens: total tokens of the full batches, of the trained passes, and of the teacher.
+        environment: where it took place; None if not recorded.
+        finished: the date; None if not recorded.
+        evaluation: the result of `saccade eval` on the digit scenes with these weights, or None.
+        left_out: why an evaluation in the folder does not belong to these weights, or None.
+        checkpoint: name of the checkpoint that was read because there is no log of a finished run.
     """
 
     model: Path
@@ -48,10 +48,10 @@ class RunRecord:
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder holds: "run", "sweep" or "demo".
+    """What a folder contains: "run", "sweep" or "demo".
 
     Raises:
-        SaccadeError: if it is missing or holds none of them.
+        SaccadeError: if it is missing or contains none of them.
     """
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
@@ -62,20 +62,20 @@ def kind_of(folder: Path) -> str:
     if (folder / RUNS).is_dir():
         if (folder / DEMO_FILE).is_file():
             return "demo"
-        raise SaccadeError(f"folder={str(folder)!r} holds a demo that has not ended: the same command goes on with it")
+        raise SaccadeError(f"folder={str(folder)!r} contains an unfinished demo: the same command continues it")
     if (folder / LOG_FILE).is_file() or (folder / STATE_FILE).is_file() or newest_checkpoint(folder):
         return "run"
     inside = sorted(path.parent.name for path in folder.glob(f"*/{PLAN_FILE}"))
     if inside:
-        raise SaccadeError(f"folder={str(folder)!r} holds several sweeps: give one of them, {', '.join(inside)}")
+        raise SaccadeError(f"folder={str(folder)!r} contains several sweeps: give one of them, {', '.join(inside)}")
     result = folder / RESULT_FILE
     if result.is_file() and "model" in read_json(result):
         raise SaccadeError(
             f"folder={str(folder)!r} is one run of a sweep: give the sweep, or its model {read_json(result)['model']}"
         )
     raise SaccadeError(
-        f"folder={str(folder)!r} holds no run: there is neither {LOG_FILE} nor a whole checkpoint ({STATE_FILE} and "
-        f"{RUN_FILE}), nor {PLAN_FILE} of a sweep"
+        f"folder={str(folder)!r} contains no run: there is neither {LOG_FILE} nor a whole checkpoint "
+        f"({STATE_FILE} and {RUN_FILE}), nor {PLAN_FILE} of a sweep"
     )
 
 
@@ -83,7 +83,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """The mapping in a file.
 
     Raises:
-        SaccadeError: if it is half-written, is no mapping, or lacks one of the keys.
+        SaccadeError: if it is half-written, is not a mapping, or lacks one of the keys.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The record of a run: of its log, or as long as it has none of its newest whole checkpoint.
+    """The record of a run, read from its log, or from its newest complete checkpoint as long as there is no log.
 
     Raises:
         SaccadeError: if a file in it is half-written.

@@ -1,4 +1,4 @@
-"""From a folder to its report: what it holds, where the report goes, and the page itself."""
+"""Write the report of a folder: determine its kind, the output folder, and make the page."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -22,17 +22,17 @@ def write_report(
     overwrite: bool = False,
     make: Callable[[Path, Path], Page] | None = None,
 ) -> Path:
-    """Write the page of a run, a sweep or a demo, its pictures and the same as JSON, and return the page's path.
+    """Write the page about a run, a sweep or a demo, with pictures and JSON, and return the page's path.
 
     Args:
-        folder: what `saccade train`, `saccade sweep` or `saccade demo` wrote.
-        output: the folder to write to; `report` inside `folder` when left out.
-        overwrite: whether a report that is there is replaced.
-        make: makes the page, of the folder and of one to draw in; by what the folder holds when left out.
+        folder: a folder written by `saccade train`, `saccade sweep` or `saccade demo`.
+        output: the folder to write to; by default `report` inside `folder`.
+        overwrite: whether to replace an existing report.
+        make: makes the page, given the folder and one to draw in; by default chosen by what the folder contains.
 
     Raises:
-        SaccadeError: if `folder` holds nothing to report or something half-written, or `output` holds a report or
-            other files, or cannot be written.
+        SaccadeError: if `folder` contains nothing to report or something half-written, or `output` contains a report
+            or other files, or cannot be written.
     """
     make = make or MAKERS[kind_of(folder)]
     output = folder / "report" if output is None else output
@@ -49,21 +49,21 @@ def write_report(
 def _check_output(output: Path, overwrite: bool) -> set[str]:
     """The names of the pictures of the report that is replaced."""
     if (output / PAGE_FILE).exists() and not overwrite:
-        raise SaccadeError(f"output={str(output)!r} holds a report: give another --output, or --overwrite")
+        raise SaccadeError(f"output={str(output)!r} contains a report: give another --output, or --overwrite")
     if not (output / PAGE_FILE).exists():
         if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
             raise SaccadeError(f"output={str(output)!r} is a folder with other files: give a new one")
         return set()
     if not (output / RECORD_FILE).is_file():
         return set()
-    # Only names in this folder, whatever the record holds.
+    # Only names inside this folder, whatever the record says.
     pictures = read_json(output / RECORD_FILE).get("pictures", [])
     return {Path(entry["file"]).name for entry in pictures if str(entry.get("file", "")).endswith(".png")}
 
 
 @contextmanager
 def _workshop(output: Path) -> Iterator[Path]:
-    """A folder inside `output` to draw in, so that a report which cannot be finished leaves nothing behind."""
+    """A folder inside `output` to draw in, so that a report that fails leaves nothing behind."""
     is_new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -76,5 +76,5 @@ def _workshop(output: Path) -> Iterator[Path]:
             yield Path(workshop.name)
     finally:
         if is_new:
-            with suppress(OSError):  # not empty: the report is there
+            with suppress(OSError):  # not empty: the report was written
                 output.rmdir()

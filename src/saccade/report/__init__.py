@@ -1,1 +1,1 @@
-"""What a run looks like to a person: tables, plots, pictures of the kept tokens, and where it ran."""
+"""Present runs to people: tables, plots, pictures of the kept tokens, and the environment."""

@@ -1,4 +1,4 @@
-"""Where a run took place: versions, machine, and what is known to go wrong with them."""
+"""The environment of a run: versions, machine, and known problems with them."""
 
 import importlib.util
 import os
@@ -15,12 +15,12 @@ PACKAGES = ("saccade", *TESTED)
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and warnings, ready for JSON, so that every result can say where it came from.
+    """Versions, machine and warnings, ready for JSON, so that every result can record where it came from.
 
-    Keys: `python`, `platform`, `packages` (name to version, None where it is not installed), `commit` (None outside a
-    checkout; ends in "+" when tracked files differ from it), `cpu`, `cores` that this process may use, `memory_gib`
-    that it may use, `gpus` (name and `memory_gib` each), `cuda` (the CUDA version of the torch build), `threads` of
-    torch, `mm_encoder_outputs` (whether transformers takes features that were encoded before), `warnings`.
+    Keys: `python`, `platform`, `packages` (name to version, None if not installed), `commit` (None outside a checkout;
+    ends in "+" if tracked files differ from it), `cpu`, `cores` and `memory_gib` that this process may use, `gpus`
+    (name and `memory_gib` each), `cuda` (the CUDA version of the torch build), `threads` of torch,
+    `mm_encoder_outputs` (whether transformers accepts encoded features), `warnings`.
     """
     torch = _import_torch()
     found: dict[str, Any] = {
@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of a name and a text, for people, from what `environment` returned, now or in an older record."""
+    """Pairs of name and readable text from what `environment` returned, now or in an older record."""
     packages = {name: version or "not installed" for name, version in found.get("packages", {}).items()}
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", []))
     saccade = packages.pop("saccade", "-")
@@ -61,15 +61,15 @@ def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _import_torch() -> Any:
     try:
         return import_module("torch")
-    except Exception:  # a broken torch is a finding of this report, not its end
+    except Exception:  # a broken torch must be reported, not end the report
         return None
 
 
 def _commit() -> str | None:
-    """The commit of Saccade's own checkout, "+" added when tracked files differ from it."""
+    """The commit of Saccade's own checkout, with "+" if tracked files differ from it."""
     package = Path(__file__).resolve().parent.parent
     top = _git(package, "rev-parse", "--show-toplevel")
-    # A package in site-packages may lie inside somebody else's checkout, whose commit says nothing about Saccade.
+    # A package in site-packages may be inside another project's checkout, whose commit says nothing about Saccade.
     if top is None or Path(top).resolve() / "src" / "saccade" != package:
         return None
     head = _git(package, "rev-parse", "HEAD")
@@ -97,7 +97,7 @@ def cpu_model() -> str:
 
 
 def _memory_gib() -> float | None:
-    """Memory of the machine, or of the container where that is less."""
+    """Memory of the machine, or of the container if that is less."""
     sizes = []
     with suppress(AttributeError, OSError, ValueError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -127,7 +127,7 @@ def _torchvision_fault() -> str | None:
         return None
     try:
         import_module("torchvision")
-    except Exception as error:  # missing CUDA libraries show as OSError, RuntimeError or ImportError
+    except Exception as error:  # missing CUDA libraries raise OSError, RuntimeError or ImportError
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
@@ -157,5 +157,5 @@ def _warnings(found: dict[str, Any]) -> list[str]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container or a batch job are fewer than the machine has."""
+    """Number of cores that this process may use, possibly fewer than the machine has in a container or batch job."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

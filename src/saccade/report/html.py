@@ -1,6 +1,6 @@
-"""A page for people: one HTML file with its pictures inside, for phones too, light and dark, without a network.
+"""A self-contained HTML page with embedded pictures, for phones too, light and dark, usable offline.
 
-The markup is in templates/, which escape whatever they are given; only what the functions here return is taken as
+The markup is in templates/, which escape whatever they are given; only what the functions here return is treated as
 HTML.
 """
 
@@ -23,9 +23,9 @@ def page(title: str, lead: str, sections: Mapping[str, Sequence[Markup]], footer
     """The whole document.
 
     Args:
-        title: plain text, of the window and of the page.
+        title: plain text, the title of window and page.
         lead: plain text under the title.
-        sections: heading (plain text) to blocks, as the functions below make them. Empty ones are left out.
+        sections: heading (plain text) to blocks made by the functions below. Empty ones are left out.
         footer: plain text.
     """
     shown = [(_anchor(heading), heading, blocks) for heading, blocks in sections.items() if blocks]
@@ -38,7 +38,7 @@ def paragraph(words: str) -> Markup:
 
 
 def command(words: str, shell: str) -> Markup:
-    """A paragraph of plain text and a command under it, in a box that scrolls sideways."""
+    """A paragraph of plain text followed by a command in a box that scrolls sideways."""
     return BLOCKS.command(words, shell)
 
 
@@ -48,22 +48,22 @@ def warning(words: str) -> Markup:
 
 
 def tiles(values: Mapping[str, Any]) -> Markup:
-    """The few numbers to see first, each with its name; None is left out."""
+    """The most important numbers with their names; None values are left out."""
     return BLOCKS.tiles(values)
 
 
 def fold(summary: str, *blocks: Markup) -> Markup:
-    """Blocks behind a line of plain text that opens them."""
+    """Blocks that are hidden until a line of plain text is clicked."""
     return BLOCKS.fold(summary, blocks)
 
 
 def picture(path: Path, alt: str, caption: str = "", wide: bool = False) -> Markup:
-    """A PNG, inside the page.
+    """A PNG embedded in the page.
 
     Args:
-        alt: what it shows, for readers who do not see it.
+        alt: description for readers who cannot see it.
         caption: plain text under it.
-        wide: whether it keeps a width at which its text is readable and scrolls sideways in its own box.
+        wide: whether it keeps a readable width and scrolls sideways in its own box.
     """
     with Image.open(path) as image:
         size = image.size
@@ -76,7 +76,7 @@ def gallery(pictures: Sequence[Markup], large: bool = False) -> Markup:
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, wrap: bool = False) -> Markup:
-    """A table in a box of its own that scrolls sideways. Columns of numbers are aligned to the right.
+    """A table in a box that scrolls sideways. Columns of numbers are right-aligned.
 
     Args:
         caption: what the table shows.

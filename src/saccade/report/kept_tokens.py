@@ -1,4 +1,4 @@
-"""Pictures of which visual tokens a reducer keeps, and of what flows into the ones that it merges."""
+"""Pictures of which visual tokens a reducer keeps, and what it merges into them."""
 
 import math
 import os
@@ -16,9 +16,9 @@ Panel = tuple[str, Tensor, Tensor | None]
 
 GAP, TITLE_HEIGHT, PANELS_A_ROW = 16, 30, 4
 PAPER, INK, OUTLINE = (255, 255, 255), (40, 40, 40), (255, 214, 10)
-DARKENED = 0.28  # the share of its brightness that a dropped patch keeps: still to be guessed, never mistaken
+DARKENED = 0.28  # brightness of a dropped patch: still recognisable, but clearly dropped
 TINT = 0.45  # how much of a merged region's colour covers the image
-# Okabe and Ito's colours without black, which a dropped patch already has.
+# Okabe and Ito's colours without black, which would look like dropped patches.
 REGION_COLORS = [
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 ]  # fmt: skip
@@ -33,22 +33,23 @@ def draw_kept_tokens(
     patch_labels: Mapping[int, str] | None = None,
     panel_width: int = 336,
 ) -> None:
-    """Draw `image` once a panel, kept patches clear and outlined, dropped ones dark, side by side in one PNG.
+    """Draw `image` once per panel, with kept patches clear and outlined and dropped ones dark, side by side in one
+    PNG.
 
-    For a merge, every patch takes the colour of the output token that it weighs most in, neighbouring regions have
-    different colours, and the outlined patch of a region is the token that the others flow into.
+    For a merge, every patch has the colour of the output token in which it has the largest weight, neighbouring
+    regions have different colours, and the outlined patch of a region is the token that the others are merged into.
 
     Args:
-        image: the picture that the tokens were made from.
-        panels: each a title, the long `(K,)` index of one row of a `Reduction` (entries of -1 are padding), and its
-            `(K, N)` weight or None.
+        image: the picture that the tokens come from.
+        panels: each a title, the index of one row of a `Reduction`, long `(K,)` with -1 for padding, and its weight
+            `(K, N)` or None.
         grid: rows and columns of tokens.
         path: the file to write.
-        patch_labels: short texts to write on patches, by token number.
-        panel_width: pixels a panel, rounded so that each patch is a whole number of them.
+        patch_labels: short texts to write on patches, by token index.
+        panel_width: pixels per panel, rounded so that each patch has a whole number of pixels.
 
     Raises:
-        SaccadeError: if there are no panels, or an index or a weight does not fit the grid.
+        SaccadeError: if there are no panels, or an index or a weight does not match the grid.
     """
     if not panels:
         raise SaccadeError("panels=[] is empty: give at least one (title, index, weight)")
@@ -77,12 +78,12 @@ def _checked_index(title: str, index: Tensor, tokens: int) -> list[int]:
         raise SaccadeError(f"panel {title!r}: index has shape {tuple(index.shape)}, give one row of it, (K,)")
     kept = [token for token in index.tolist() if token >= 0]
     if kept and max(kept) >= tokens:
-        raise SaccadeError(f"panel {title!r}: index holds {max(kept)}, but the grid has {tokens} tokens")
+        raise SaccadeError(f"panel {title!r}: index contains {max(kept)}, but the grid has {tokens} tokens")
     return kept
 
 
 def _regions(title: str, index: Tensor, weight: Tensor | None, tokens: int) -> list[int] | None:
-    """For a merge, the kept token that each token flows into, -1 where it flows into none."""
+    """For a merge, the kept token that each token is merged into, -1 if none."""
     if weight is None:
         return None
     if tuple(weight.shape) != (len(index), tokens):
@@ -133,7 +134,7 @@ def _box(token: int, columns: int, side: int) -> tuple[int, int, int, int]:
 
 
 def _region_colors(regions: Sequence[int], grid: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
-    """A colour a region, such that no region has the colour of one beside it while the colours last."""
+    """A colour per region, different from neighbouring regions as far as there are enough colours."""
     neighbours: dict[int, set[int]] = {region: set() for region in dict.fromkeys(regions) if region >= 0}
     for one, other in _adjacent(grid):
         first, second = regions[one], regions[other]
@@ -174,7 +175,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _shorten(title: str, width: int) -> str:
-    """`title`, cut with an ellipsis where it is wider than its panel."""
+    """`title`, truncated with an ellipsis if it is wider than its panel."""
     font = _font(17)
     if font.getlength(title) <= width:
         return title

@@ -1,4 +1,4 @@
-"""The plots of a comparison: what the training time bought, and how the loss went in each mode."""
+"""Plots of a comparison: accuracy over training time, and the loss in each mode."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from saccade.files import atomic_path
 from saccade.report.training_log import curve, modes_of, part_of
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness; the shapes repeat what it says.
+# Okabe and Ito's palette, distinguishable with all common kinds of colour blindness; shapes encode the same.
 STYLES: dict[str, tuple[str, str, str]] = {
     "all_tokens": ("#000000", "s", "all tokens"),
     "prune_only": ("#D55E00", "^", "pruning only"),
@@ -21,20 +21,20 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 OTHER_STYLES = [("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
 MODE_STYLES = {"fast": ("#0072B2", "fast steps (pruned)"), "slow": ("#D55E00", "slow steps (all tokens)")}
 INK, FAINT = "#333333", "#8A8A8A"
-# 8 by 4.75 inches at 150 dots: text of 10 points stays readable when a page shows the picture 800 pixels wide.
+# 8 by 4.75 inches at 150 dpi: 10-point text stays readable when a page shows the picture 800 pixels wide.
 SIZE, DPI = (8.0, 4.75), 150
 
 
 def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the accuracy on full inference over the training time, one point a method, as PNG.
+    """Draw the accuracy on full inference over the training time, one point per method, as PNG.
 
-    Runs that differ in their seed only become one point at their mean, with whiskers from the least to the greatest.
-    An arrow leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
+    Runs that differ only in their seed become one point at their mean, with whiskers from minimum to maximum. An arrow
+    leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
 
     Args:
         runs: each with `method`, `positions` ("original", "compact" or None), `seed`, `accuracy_full` and
-            `accuracy_pruned` in [0, 1] (`accuracy_pruned` may be None), `train_seconds`, `speedup` (None where it is
-            the baseline) and `label`.
+            `accuracy_pruned` in [0, 1] (`accuracy_pruned` may be None), `train_seconds`, `speedup` (None for the
+            baseline) and `label`.
         path: the file to write.
 
     Raises:
@@ -61,13 +61,13 @@ def plot_loss_by_mode(
     """Draw the training loss of the steps of each mode over the steps, as PNG, each with a running mean.
 
     Args:
-        log_history: the trainer's log. Entries with `step` and `loss_MODE` are drawn by mode; without
-            any such entry, `loss` is drawn as one curve.
+        log_history: the trainer's log. Entries with `step` and `loss_MODE` are drawn by mode; if there are none,
+            `loss` is drawn as one curve.
         path: the file to write.
         size: inches across and down.
 
     Raises:
-        ValueError: if no entry holds a loss.
+        ValueError: if no entry has a loss.
     """
     styles = mode_styles(modes_of(log_history))
     curves = {mode: curve(log_history, f"loss_{mode}") for mode in styles}
@@ -75,7 +75,7 @@ def plot_loss_by_mode(
     if not drawn:
         whole = curve(log_history, "loss")
         if not whole:
-            raise ValueError("the log holds no loss to draw")
+            raise ValueError("the log has no loss to draw")
         drawn = {"all": (INK, "all steps", whole)}
     figure, (axes,) = styled_figure(1, size)
     for color, label, points in drawn.values():
@@ -96,8 +96,8 @@ def mode_styles(modes: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with panels side by side, in the style of all plots here."""
-    # `Figure` by itself, not pyplot: no window system is looked for, and the user's own figures are left alone.
+    """A figure of `size` inches with panels side by side, in the common style of all plots."""
+    # `Figure` directly, not pyplot, which would look for a window system and affect the user's own figures.
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     drawn = list(figure.subplots(1, panels, squeeze=False)[0])
     for axes in drawn:
@@ -118,7 +118,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def _group(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs with the seeds taken together, each number as (mean, least, greatest), accuracies in per cent."""
+    """Group the runs over seeds, each number as (mean, minimum, maximum), accuracies in percent."""
     together: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
         together.setdefault((run["method"], run["positions"], run["label"]), []).append(run)
@@ -158,7 +158,7 @@ def _draw_point(axes: Axes, group: dict[str, Any], style: tuple[str, str]) -> No
         elinewidth=1.2, alpha=0.45, zorder=2,
     )  # fmt: skip
     if group["pruned"] is not None:
-        # A short dash at the arrow's end shows the value where the two are so near that no arrow can be seen.
+        # A short dash marks the arrow's end, in case the two values are too close to see an arrow.
         arrow = {"arrowstyle": "-|>", "color": color, "alpha": 0.6, "shrinkA": 5, "shrinkB": 0, "linewidth": 1.2}
         axes.annotate("", xy=(x, group["pruned"]), xytext=(x, y), arrowprops=arrow, zorder=2)
         axes.plot(x, group["pruned"], marker="_", color=color, markersize=11, markeredgewidth=1.6, zorder=3)
@@ -170,7 +170,7 @@ def _draw_point(axes: Axes, group: dict[str, Any], style: tuple[str, str]) -> No
 
 
 def _limits(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
-    """From zero seconds, so that lengths compare as times do."""
+    """Start the time axis at zero, so that distances are proportional to times."""
     heights = [value for group in groups for value in (*group["full"], group["pruned"]) if value is not None]
     low, high = min(heights), max(heights)
     margin = max(2.0, 0.12 * (high - low))
@@ -185,6 +185,6 @@ def _label(group: dict[str, Any]) -> str:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window of about a tenth of the curve, cut short at its ends."""
+    """The mean over a centred window of about a tenth of the curve, truncated at its ends."""
     half = max(1, len(values) // 20)
     return [fmean(values[max(0, number - half) : number + half + 1]) for number in range(len(values))]

@@ -1,4 +1,4 @@
-"""The plots of a run's page: values by mode, and where the time went."""
+"""Plots for a run's page: values by mode, and where the time went."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ UNKNOWN_WAY = "#7A5195"
 LINES = ("-", "--", ":", "-.")
 BAR_HEIGHT, LONGEST_NAME = 0.42, 44
 SMALL = (5.0, 3.4)
-"""Inches of the plots of one run: their text stays readable where a phone shows them 320 pixels wide."""
+"""Size in inches of the plots of one run: text stays readable when a phone shows them 320 pixels wide."""
 
 
 def way_name(inference: str) -> str:
@@ -47,10 +47,10 @@ def plot_values(
     """Draw curves in one panel, as PNG.
 
     Args:
-        curves: by name, (x, y) each; more than seven differ by their dashes too.
-        smooth: draw running means, with the values themselves faint behind them where there is one curve.
-        size: inches across and down, without the rows of the legend.
-        colors: of the curves by name, those of `COLORS` in order when left out.
+        curves: points (x, y) by name; more than seven curves also differ in their dashes.
+        smooth: draw running means, with the values themselves faint in the background if there is only one curve.
+        size: width and height in inches, without the legend.
+        colors: colours of the curves by name; by default those of `COLORS` in order.
 
     Raises:
         ValueError: if there is no point to draw.
@@ -80,10 +80,10 @@ def plot_values(
 
 
 def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw where the time of each run went, one bar each, as PNG.
+    """Draw where the time of each run went, one bar per run, as PNG.
 
     Args:
-        bars: by the name of a run, the seconds of each part, as `time_parts` gives them.
+        bars: for each run by name, the seconds of each part as returned by `time_parts`.
 
     Raises:
         ValueError: if there are no bars.
@@ -92,7 +92,7 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
         raise ValueError("there are no bars to draw")
     colors = _part_colors(bars)
     parts = list(colors)
-    # A single bar needs no room for its name, and its legend none beside itself.
+    # A single bar needs no space for its name, and its legend fits in one column.
     width, columns = (SMALL[0], 1) if len(bars) == 1 else (8.0, 2)
     rows = -(-len(parts) // columns)
     figure, (axes,) = styled_figure(1, (width, 1.1 + BAR_HEIGHT * len(bars) + 0.22 * rows))
@@ -118,7 +118,7 @@ def plot_time_parts(bars: Mapping[str, Mapping[str, float]], path: str | os.Path
 
 
 def _part_colors(bars: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """The parts that occur with their colours: modes in order, and what is no mode at the end."""
+    """The parts that occur, with their colours: modes in order, other parts at the end."""
     found = dict.fromkeys(part for bar in bars.values() for part in bar)
     others = iter(OTHER_STYLES * len(found))
     modes = [part for part in (*PART_COLORS, *found) if part in found and part not in REST_COLORS]
@@ -127,6 +127,6 @@ def _part_colors(bars: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
 
 
 def short_name(name: str, longest: int = LONGEST_NAME) -> str:
-    """A name that fits, without what matplotlib would read as mathematics."""
+    """A name that fits, without characters that matplotlib would read as mathematics."""
     shown = name if len(name) <= longest else name[: longest - 3] + "..."
     return shown.replace("$", r"\$")

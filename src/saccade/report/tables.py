@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Off a terminal there is no width to fit, and a table squeezed into 80 columns is no use to `grep`.
+# Without a terminal there is no width to fit, and a table squeezed into 80 columns is useless for `grep`.
 WIDTH_OFF_TERMINAL = 160
 
 
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], file: IO[str] | None = None
 ) -> None:
-    """Print a table to `file`, the standard output when left out. Columns of numbers are aligned to the right.
+    """Print a table to `file`, by default the standard output. Columns of numbers are right-aligned.
 
     No word breaks: on a terminal too narrow for the longest word of each column, every row is a block of lines
     "column  value" instead.
@@ -60,7 +60,7 @@ def print_table(
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A GitHub table, ending in a newline. Columns of numbers are aligned to the right.
+    """A GitHub table, ending in a newline. Columns of numbers are right-aligned.
 
     Raises:
         ValueError: if a row does not have one cell per column.
@@ -96,7 +96,7 @@ def _text(value: Any) -> str:
 
 
 def is_numeric(values: Sequence[Any]) -> bool:
-    """Whether a column holds nothing but numbers, as numbers or as text such as "12.5 %" and "1.9x"."""
+    """Whether a column contains only numbers, as numbers or as text such as "12.5 %" and "1.9x"."""
     known = [value for value in values if value is not None]
     return bool(known) and all(_looks_numeric(value) for value in known)
 

@@ -1,4 +1,4 @@
-"""What a trainer's log says of a run: its curves, and where its time went."""
+"""What a trainer's log says about a run: its curves, and where its time went."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ OTHER = "waiting for batches, saving, start-up"
 
 
 def modes_of(log_history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the modes that the log has losses of, in order."""
+    """The names of the modes that the log has losses for, in order."""
     keys = dict.fromkeys(key for entry in log_history for key in entry)
     return [key.removeprefix("loss_") for key in keys if key.startswith("loss_")]
 
 
 def part_of(mode: str) -> str:
-    """What `time_parts` calls the steps of a mode."""
+    """The name of a mode's steps in `time_parts`."""
     return f"{mode.replace('_', ' ')} steps"
 
 
 def curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of each entry that holds a finite number under `key`."""
+    """(step, value) of each entry with a finite number under `key`."""
     return [(entry["step"], entry[key]) for entry in log_history if "step" in entry and _is_finite(entry.get(key))]
 
 
@@ -32,21 +32,21 @@ def last(log_history: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def not_finite(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The steps whose logged loss was NaN or infinite, which JSON files hold as null."""
+    """The steps whose logged loss was NaN or infinite, which JSON files store as null."""
     return [
         entry["step"] for entry in log_history if "step" in entry and "loss" in entry and not _is_finite(entry["loss"])
     ]
 
 
 def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
-    """Where the time went, in seconds, up to the last log; None where the log has no times of steps.
+    """Where the time went, in seconds, up to the last log; None if the log has no step times.
 
-    The time between two logs follows from what they count: samples = trained tokens / `length_in`, and seconds =
-    samples x `length_full` / `tokens_per_second`. So it is known of unfinished and of resumed runs too.
+    The time between two logs is derived from their counts: samples = trained tokens / `length_in`, and seconds =
+    samples x `length_full` / `tokens_per_second`. So it is also known for unfinished and resumed runs.
 
     Returns:
-        Seconds of the steps of each mode, without their teacher's pass where the log tells it from them; `TEACHER`;
-        `EVALUATION`; and `OTHER`, what none of them took. Parts that took none are left out.
+        Seconds of the steps of each mode, without their teacher's pass if the log separates it; `TEACHER`;
+        `EVALUATION`; and `OTHER`, the rest. Parts of zero length are left out.
     """
     modes = modes_of(log_history)
     seconds = dict.fromkeys([*map(part_of, modes), TEACHER, EVALUATION, OTHER], 0.0)
@@ -72,7 +72,7 @@ def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | N
 
 
 def hides_teacher(log_history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether steps learned from a teacher whose time the log does not tell from theirs, as older logs do not."""
+    """Whether steps had a teacher whose time the log does not separate from theirs, as in older logs."""
     keys = {key for entry in log_history for key in entry}
     return "kl" in keys and not any(key.startswith("teacher_seconds_") for key in keys)
 

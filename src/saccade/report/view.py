@@ -1,4 +1,4 @@
-"""One image, and what several reducers keep and merge of it."""
+"""Draw what several reducers keep and merge of one image."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -29,33 +29,33 @@ def view_reducers(
     path: str | os.PathLike[str],
     pruning: PruningConfig | None = None,
 ) -> dict[str, Any]:
-    """Draw what each reducer keeps of an image, side by side, and write what is drawn as JSON beside it.
+    """Draw what each reducer keeps of an image, side by side, and write the same as JSON next to it.
 
-    The picture is the part of the image that the model sees. Of models that cut an image into crops, it is the small
-    picture of the whole.
+    The picture is the part of the image that the model sees; for models that split images into crops, the thumbnail.
 
     Args:
-        model: of a known family.
+        model: a model of a known family.
         processor: its processor.
         image: any size.
         reducers: names, one panel each.
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
-        pruning: how many tokens to keep, and the options of its own reducer.
+        pruning: how many tokens to keep, and options for its own reducer.
 
     Returns:
-        What the JSON holds: `prune_ratio`, `keep_tokens`, `prompt`, `grid` (rows, columns), and for each reducer its
-        `kept` tokens and, if it merges, `merged_into`, for each token the kept one that it weighs most in, -1 if none.
+        The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `grid` (rows, columns), and for each reducer
+            its `kept` tokens and, if it merges, `merged_into`, the kept token in which each token has the largest
+            weight, -1 if none.
 
     Raises:
-        SaccadeError: on an unknown reducer, a ratio outside [0, 1) or beside a number of tokens, or a model that a
-            reducer does not fit.
+        SaccadeError: on an unknown reducer, a ratio outside [0, 1) or together with a number of tokens, or a model
+            that a reducer does not support.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise SaccadeError(f"output={str(path)!r}: the picture is a PNG, give a name that ends with .png")
     base = PruningConfig() if pruning is None else pruning
-    # Options are of one reducer; the others have their own defaults.
+    # Options apply to one reducer; the others use their defaults.
     chosen = {name: base.replace(reducer=name) for name in reducers}
     family = get_family(model)
     inputs = process_image(processor, image, prompt)
@@ -65,7 +65,9 @@ def view_reducers(
         frames, *shape = context.grid[0].tolist()
         tokens = int(context.valid[0].sum())
         if frames * shape[0] * shape[1] != tokens or frames != 1:
-            raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens per image form no grid")
+            raise SaccadeError(
+                f"model_type={model.config.model_type!r}: its {tokens} tokens per image do not form a grid"
+            )
         grid = (shape[0], shape[1])
         reduction = reduce(context.select_rows(slice(1)), config)
         index = reduction.index[0]
@@ -115,7 +117,7 @@ def process_image(processor: ProcessorMixin, image: Image.Image, prompt: str) ->
 
 
 def _seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
-    """The image padded as the processor pads it, or without what the processor cuts off its longer edges."""
+    """The image padded as by the processor, or without what the processor crops from its longer edges."""
     if pads_to_square(processor):
         return padded(image, processor)
     if not getattr(processor.image_processor, "do_center_crop", False):

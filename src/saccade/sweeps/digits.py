@@ -1,4 +1,4 @@
-"""The numbers and the methods that runs on the digit scenes share, in the demo and in studies."""
+"""Settings and methods shared by runs on the digit scenes, in the demo and in studies."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "slow_steps_isolator": {"distill_weight": 0.0},
     "dualspeed": {},
 }
-"""The options in which each method differs from DualSpeed. The order is that of the paper's Table 3, part by part."""
+"""The options in which each method differs from DualSpeed, in the order of the paper's Table 3."""
 
 LABELS = {
     "all_tokens": "all tokens",
@@ -27,12 +27,12 @@ LABELS = {
 
 @dataclass(frozen=True)
 class DigitSettings:
-    """The numbers that the runs of a demo or of a study share.
+    """Settings shared by the runs of a demo or a study.
 
     Args:
-        pretrain_steps: steps of stage one, captions, projector only.
-        sft_steps: steps of stage two, questions, projector and language model.
-        batch_size: rows a step.
+        pretrain_steps: steps of stage one: captions, projector only.
+        sft_steps: steps of stage two: questions, projector and language model.
+        batch_size: rows per step.
         pretrain_learning_rate: peak rate of stage one.
         learning_rate: peak rate of stage two.
         turns: questions about each scene in stage two.
@@ -42,7 +42,7 @@ class DigitSettings:
         reducer: method that chooses the tokens.
         test_scenes: scenes that every model is evaluated on.
         split: split of those scenes; settings are tuned on "validation".
-        threads: threads a run computes with; one more process prepares its batches.
+        threads: compute threads per run; one more process prepares its batches.
     """
 
     pretrain_steps: int
@@ -79,18 +79,18 @@ def digit_run(
     inferences: tuple[dict[str, Any], ...] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> RunSpec:
-    """Both stages on the digit scenes, and the evaluation.
+    """A run of both stages on the digit scenes, and the evaluation.
 
     Args:
-        name: the run's folder.
-        labels: what tells it from the others; `seed` is added.
-        method: a key of `METHODS`, or the fields in which a method of another name differs from DualSpeed.
-        seed: of weights, data order and modes.
+        name: name of the run's folder.
+        labels: what distinguishes it from the others; `seed` is added.
+        method: a key of `METHODS`, or the fields in which another method differs from DualSpeed.
+        seed: seed of weights, data order and modes.
         options: fields of the recipe that differ in this run, in both stages.
-        pretrain_method: the method of stage one where it is another.
-        inferences: ways to run the trained model; all tokens, pruned as in training, and with its isolator if it has
-            one, when left out.
-        extra: what a worker of one's own reads.
+        pretrain_method: the method of stage one, if different.
+        inferences: ways to run the trained model; by default all tokens, pruned as in training, and with its isolator
+            if it has one.
+        extra: values read by a custom worker.
 
     Raises:
         SaccadeError: on an unknown method.

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The figures of a run with one evaluation of each kind, None where it has none.
+    """The figures of a run with one evaluation of each kind; None for those that are missing.
 
     Args:
         baseline: the result of all-token training with the same seed, for the share of its accuracy and the speed-up.
@@ -35,7 +35,7 @@ def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
             if "prefill_flops" in entry
         },
         "speedup": train_seconds(baseline) / train_seconds(result) if baseline else None,
-        # Within the run: a slow step less its teacher, over the mean step of stage two.
+        # Within the run: the time of a slow step, minus its teacher, over that of the mean step of stage two.
         "speedup_steps": None if ordinary else last["step_speedup"],
         # A forward and backward pass over a token costs three times the teacher's forward pass over it.
         "speedup_tokens": 3 * tokens["full"] / (3 * tokens["trained"] + tokens.get("teacher", 0.0)),
@@ -49,19 +49,19 @@ def _accuracy(result: Mapping[str, Any]) -> float:
 
 
 def train_seconds(result: Mapping[str, Any]) -> float:
-    """Seconds of training, of all stages, whether this run or another that shares them trained them."""
+    """Seconds of training of all stages, including those that another run trained and shares."""
     return sum(stage["seconds"] for stage in result["stages"].values())
 
 
 def train_cpu_seconds(result: Mapping[str, Any]) -> float | None:
-    """CPU time of the training process, of all stages: waiting for the processor does not count. None if unknown."""
+    """CPU time of the training process for all stages, excluding time spent waiting for a CPU. None if unknown."""
     seconds = [stage.get("cpu_seconds") for stage in result["stages"].values()]
     return None if None in seconds else sum(seconds)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry for each combination of `keys`, in the order of its first row: the keys, `seeds`, and the spread of
-    every number as a mapping of "mean", "min" and "max".
+    """One entry per combination of `keys`, in order of first occurrence: the keys, `seeds`, and for every number a
+    mapping with "mean", "min" and "max".
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -82,17 +82,17 @@ def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[di
 
 
 def mean_and_range(numbers: Sequence[float]) -> dict[str, float]:
-    """The spread of numbers, of which there is one at least."""
+    """Mean, minimum and maximum of at least one number."""
     return {"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}
 
 
 def percent(value: Mapping[str, float] | None) -> str:
-    """A spread of shares of 1 as text."""
+    """A spread of fractions as text in percent."""
     return spread(value and {name: 100 * share for name, share in value.items()}, "{:.1f} %")
 
 
 def spread(value: Mapping[str, float] | None, form: str) -> str:
-    """The mean, and the least and the greatest behind it where they differ as text."""
+    """The mean, followed by minimum and maximum if they differ as text."""
     if value is None:
         return "-"
     number = form.partition("}")[0] + "}"

@@ -1,4 +1,4 @@
-"""From a recipe and `field=a,b,c` to the runs of a sweep, and from `label=a,b` to some of them."""
+"""Expand a recipe and `field=a,b,c` to the runs of a sweep, and select some of them by `label=a,b`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,11 +29,11 @@ BOTH_STAGES = (
     "use_cpu",
     "bf16",
 )
-"""The fields that go to the pretraining stage too, unless they are given to one stage by name."""
+"""Fields that also apply to the pretraining stage, unless they are given for a named stage."""
 
 
 def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any]]:
-    """`field=a,b,c` for each field; values are read as YAML.
+    """Parse one `field=a,b,c` per field; values are read as YAML.
 
     Raises:
         SaccadeError: on a text without values, a field given twice, or a value given twice.
@@ -65,22 +65,22 @@ def plan_grid(
     split: str = "test",
     threads: int = 1,
 ) -> list[RunSpec]:
-    """The product of a grid, times seeds, seed by seed, so that an interrupted sweep holds whole comparisons.
+    """The product of a grid and seeds, seed by seed, so that an interrupted sweep contains complete comparisons.
 
-    A field of `BOTH_STAGES` goes to both stages, another to the recipe only; `pretrain.field` and `sft.field` go to
-    the stage that they name.
+    A field of `BOTH_STAGES` applies to both stages, any other to the recipe only; `pretrain.field` and `sft.field`
+    apply to the named stage.
 
     Args:
         recipe: the fields of the recipe.
-        pretrain: those of the recipe that comes before it, None for none.
+        pretrain: those of the recipe that runs before it, or None.
         grid: values by field.
-        seeds: number of seeds, from 0 on; the recipe's own seed when left out.
-        scenes: scenes to evaluate on where the recipe trains on "digits".
+        seeds: number of seeds, starting at 0; by default the recipe's own seed.
+        scenes: number of scenes to evaluate on if the recipe trains on "digits".
         split: their split.
-        threads: threads a run computes with.
+        threads: compute threads per run.
 
     Raises:
-        SaccadeError: on a number below 1, a grid over seeds beside `seeds`, or a stage that there is not.
+        SaccadeError: on a number below 1, a grid over seeds together with `seeds`, or a stage that does not exist.
     """
     for name, value in (("seeds", seeds), ("scenes", scenes), ("threads", threads)):
         if value is not None and value < 1:
@@ -113,7 +113,7 @@ def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
     """Set fields, `field` or `stage.field`, in the stages that they belong to, as `put_over` does.
 
     Raises:
-        SaccadeError: on a stage that there is not.
+        SaccadeError: on a stage that does not exist.
     """
     given: dict[str, dict[str, Any]] = {key: {} for key in stages}
     for name, value in fields.items():
@@ -128,7 +128,7 @@ def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
 
 
 def choose(specs: Sequence[RunSpec], only: Mapping[str, Sequence[Any]]) -> list[RunSpec]:
-    """The runs whose labels have one of the values of `only`; a run without a label passes it.
+    """The runs whose labels have one of the values of `only`; labels that a run lacks are ignored.
 
     Raises:
         SaccadeError: on a label or a value that no run has.

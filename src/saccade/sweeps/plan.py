@@ -1,4 +1,4 @@
-"""The plan of a sweep, which its folder keeps, and the checks of every value in it before anything long starts."""
+"""The plan of a sweep, stored in its folder, and checks of all its values before anything long starts."""
 
 import json
 import shlex
@@ -23,14 +23,14 @@ PLAN_FILE = "sweep.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What `sweep.json` holds: every run of a sweep, and where they came from.
+    """The content of `sweep.json`: every run of a sweep, and where they came from.
 
     Args:
-        title: above the table.
-        runs: in their order.
-        command: what was typed.
-        started: the day.
-        about: what whoever made the plan wants to read again.
+        title: title of the table.
+        runs: the runs, in order.
+        command: the command line.
+        started: the date.
+        about: further values for the caller's own use.
     """
 
     title: str
@@ -46,14 +46,14 @@ class Plan:
 
     @classmethod
     def read(cls, output: Path) -> "Plan":
-        """What `write` wrote.
+        """Read what `write` wrote.
 
         Raises:
-            SaccadeError: if the folder holds no sweep.
+            SaccadeError: if the folder contains no sweep.
         """
         path = output / PLAN_FILE
         if not path.is_file():
-            raise SaccadeError(f"output={str(output)!r} holds no sweep: there is no {PLAN_FILE} in it")
+            raise SaccadeError(f"output={str(output)!r} has no sweep: there is no {PLAN_FILE} in it")
         values = json.loads(path.read_text())
         return cls(**{**values, "runs": tuple(RunSpec.from_json(run) for run in values["runs"])})
 
@@ -61,7 +61,7 @@ class Plan:
 def make_plan(
     title: str, runs: Sequence[RunSpec], command: Sequence[str] = ("saccade",), about: dict[str, Any] | None = None
 ) -> Plan:
-    """A plan of today with the command of this process.
+    """A plan with today's date and the command line of this process.
 
     Args:
         command: the program, before the arguments of this process.
@@ -70,10 +70,10 @@ def make_plan(
 
 
 def check_runs(specs: Sequence[RunSpec]) -> None:
-    """Read every recipe, look up every model, row and reducer.
+    """Check every recipe, model, dataset and reducer.
 
     Raises:
-        SaccadeError: on the first value that cannot be, with the run that has it.
+        SaccadeError: on the first invalid value, naming its run.
     """
     seen: set[str] = set()
     for spec in specs:
@@ -94,7 +94,7 @@ def _check_stage(source: str, values: Mapping[str, Any], is_first: bool, seen: s
     if is_first and options.model != "tiny" and f"model {options.model}" not in seen:
         check_family(options.model)
         seen.add(f"model {options.model}")
-    # One row of made-up scenes, every row of a file: what is wrong with them shows in either.
+    # One row of generated scenes, or every row of a file, is enough to show what is wrong.
     rows = 1 if options.dataset == "digits" and options.dataset_rows else options.dataset_rows
     data = {name: value for name, value in asdict(options).items() if name.startswith(("dataset", "image_folder"))}
     data |= {"dataset_rows": rows, "dataset_seed": 0}

@@ -1,4 +1,4 @@
-"""Runs specs in processes of their own, several at a time, each stage once, and shows how far they are."""
+"""Run specs in separate processes, several at a time and each stage once, and show their progress."""
 
 import json
 import os
@@ -36,29 +36,29 @@ ERROR_FILE = "error.json"
 
 @dataclass
 class Outcome:
-    """What became of the runs.
+    """The outcome of the runs.
 
     Args:
-        results: what `result.json` holds, by run name, in the order of the specs.
-        failures: one line each for the runs that failed, by run name.
+        results: the content of `result.json` by run name, in the order of the specs.
+        failures: one line per failed run, by run name.
     """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def raise_failures(self) -> None:
-        """End with the failures, if there are any.
+        """Raise an error if there are failures.
 
         Raises:
-            SaccadeError: with the first of them and their number.
+            SaccadeError: with the first failure and the number of others.
         """
         if self.failures:
             first, *others = self.failures.values()
             more = f"; {len(others)} more failed: {', '.join(list(self.failures)[1:])}" if others else ""
-            raise SaccadeError(f"{first}{more}; the same command goes on with what is missing")
+            raise SaccadeError(f"{first}{more}; the same command continues with what is missing")
 
     def tell_failures(self) -> int:
-        """Print the failures, and return the exit status that they make."""
+        """Print the failures, and return the resulting exit status."""
         for failure in self.failures.values():
             print(f"saccade: {failure}", file=sys.stderr)
         if self.failures:
@@ -75,20 +75,21 @@ def run_specs(
     console: Console | None = None,
     worker: str = "saccade.sweeps.worker",
 ) -> Outcome:
-    """Run what `output` does not hold yet, in order, and return every result.
+    """Make the runs that are missing in `output`, in order, and return all results.
 
-    A run that is there with the same spec, commit and package versions is taken as it is, and so is a stage. An
-    interrupted run starts again at the stage where it was; a run that fails does not stop the others.
+    An existing run with the same spec, commit and package versions is reused, and so is a stage. An interrupted run
+    starts again at the stage that was interrupted; a failing run does not stop the others.
 
     Args:
-        output: holds the folder `runs`, with one folder a run.
-        stages: the folder of stages, which several sweeps may share; `stages` inside `output` when left out.
+        output: contains the folder `runs`, with one folder per run.
+        stages: the folder of stages, which several sweeps may share; by default `stages` inside `output`.
         jobs: runs at a time.
-        any_commit: take runs and stages of any commit and version as they are.
+        any_commit: reuse runs and stages of any commit and version.
         worker: the module that makes one run, given the run's folder and the folder of stages.
 
     Raises:
-        SaccadeError: on a number of jobs below 1, runs of one name, or another sweep at work in the same folder.
+        SaccadeError: on a number of jobs below 1, several runs with one name, or another sweep running in the same
+            folder.
     """
     if jobs < 1:
         raise SaccadeError(f"jobs={jobs}: give at least 1")
@@ -108,7 +109,7 @@ def run_specs(
 
 
 def read_result(output: Path, spec: RunSpec) -> dict[str, Any] | None:
-    """What a run's `result.json` holds if it is there and of this very spec, of whatever commit; else None."""
+    """The content of a run's `result.json` if it exists and has exactly this spec, from any commit; else None."""
     path = output / RUNS / spec.name / RESULT_FILE
     if not path.is_file():
         return None
@@ -123,7 +124,7 @@ def read_failure(output: Path, spec: RunSpec) -> str | None:
 
 
 def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a run made in one environment stands for a run in the other: the same commit and package versions."""
+    """Whether two environments have the same commit and package versions, so that runs can be reused."""
     return all(before.get(name) == now.get(name) for name in ("commit", "packages"))
 
 
@@ -138,7 +139,7 @@ class _Runner:
         self.outcome = Outcome()
         self.processes: set[subprocess.Popen] = set()
         self.busy: set[str] = set()
-        """Stages that a process trains now."""
+        """Stages that are being trained."""
         self.changed = threading.Condition()
 
     def run(self, specs: list[RunSpec], jobs: int) -> Outcome:
@@ -184,11 +185,11 @@ class _Runner:
         if others:
             self.progress.console.print(
                 f"{len(others)} runs are of another commit or other versions, and are made again: "
-                "any_commit takes them as they are"
+                "any_commit reuses them"
             )
 
     def _work(self) -> None:
-        """What each of the threads does: the first run that can start, then the next, until there is none left."""
+        """Body of each thread: make the first run that can start, then the next, until none are left."""
         while (taken := self._take()) is not None:
             spec, missing = taken
             try:
@@ -199,7 +200,7 @@ class _Runner:
                     self.changed.notify_all()
 
     def _take(self) -> tuple[RunSpec, set[str]] | None:
-        """The first pending run none of whose missing stages another run is training, and those stages."""
+        """The first pending run whose missing stages are not being trained by another run, and those stages."""
         with self.changed:
             while self.pending:
                 for spec in self.pending:
@@ -233,22 +234,22 @@ class _Runner:
         self.progress.console.print(f"{spec.name}: {_describe(result, missing)}")
 
     def _clear(self, stage: str) -> None:
-        """Remove an unfinished stage of other code; one of this code may go on from its checkpoints."""
+        """Remove an unfinished stage made by other code; one made by this code may resume from its checkpoints."""
         path = self.stages / stage / SPEC_FILE
         finished = (self.stages / stage / RESULT_FILE).is_file()
         if finished or not path.is_file() or not self._fits(json.loads(path.read_text())):
             shutil.rmtree(self.stages / stage, ignore_errors=True)
 
     def _run(self, spec: RunSpec, folder: Path, task: TaskID) -> str | None:
-        """Run one spec in a process of its own; None, or one line on why it failed."""
+        """Run one spec in a separate process; return None, or one line on why it failed."""
         log = folder / LOG_FILE
         variables = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
-        # A worker is found where this process finds it, whatever the folder.
+        # The worker must be importable from the same places as here, whatever the folder.
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 [sys.executable, "-m", self.worker, str(folder), str(self.stages)],
-                # Never written to: it closes when this process ends in whatever way, which ends the run.
+                # Never written to: it closes however this process ends, which ends the run.
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

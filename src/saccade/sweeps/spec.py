@@ -1,4 +1,4 @@
-"""One run of a sweep as plain values: its stages, its evaluation, and the names that tell it from the others."""
+"""One run of a sweep as plain values: its stages, its evaluation, and the labels that distinguish it."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from saccade.files import to_json
 
 STAGES = ("pretrain", "sft")
 IDLE_WHILE_FAST = ("slow_probability", "schedule", "distill_weight", "distill_temperature")
-"""What changes nothing in a stage that is always fast, as it is while no parameter of the language model trains."""
+"""Fields without effect in a stage that is always fast, because no parameter of the language model trains."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Evaluation:
     """The digit scenes that a trained model is evaluated on, and the ways in which it is run.
 
     Args:
-        inferences: the fields of `saccade.evaluation.Inference` each, without the isolator, which is the run's own.
+        inferences: fields of `saccade.evaluation.Inference`, without the isolator, which is the run's own.
         split: "train", "validation" or "test".
         scenes: number of scenes.
     """
@@ -34,13 +34,13 @@ class RunSpec:
     """One run: one or two stages of training, and an evaluation.
 
     Args:
-        name: its folder's name, distinct within a sweep.
-        labels: what distinguishes it, for tables; `seed` among them.
-        stages: the fields of a recipe each, one stage or two. `output_dir`, and the `model` of a second stage, are
-            left out: they follow from where the sweep keeps its stages.
+        name: its folder's name, unique within a sweep.
+        labels: what distinguishes it in tables, including `seed`.
+        stages: one or two stages, each the fields of a recipe without `output_dir` and without the `model` of a second
+            stage, which follow from where the sweep keeps its stages.
         evaluation: None for none.
-        threads: threads it computes with; one more process prepares its batches.
-        extra: what a worker of one's own reads. Stages before the last do not depend on it.
+        threads: compute threads; one more process prepares its batches.
+        extra: values read by a custom worker. Stages before the last do not depend on it.
     """
 
     name: str
@@ -50,11 +50,11 @@ class RunSpec:
     threads: int = 1
     extra: dict[str, Any] = field(default_factory=dict)
     stage_ids: tuple[str, ...] = field(init=False, compare=False)
-    """Folder names of the stages, by content: runs whose stages have the same fields, and come after the same stages,
-    share them."""
+    """Folder names of the stages, derived from their content: runs share stages that have the same fields and follow
+    the same earlier stages."""
 
     def __post_init__(self) -> None:
-        # Through JSON, so that a spec compares with one that was read from a file.
+        # Through JSON, so that a spec equals one that was read from a file.
         stages = tuple(json.loads(to_json(canonical_stage(stage))) for stage in self.stages)
         object.__setattr__(self, "stages", stages)
         names = stage_names(stages)
@@ -65,7 +65,7 @@ class RunSpec:
         object.__setattr__(self, "stage_ids", ids)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, from which `from_json` makes the spec again."""
+        """Plain values, from which `from_json` restores the spec."""
         values = asdict(self)
         del values["stage_ids"]
         return json.loads(to_json(values))
@@ -79,10 +79,10 @@ class RunSpec:
         return cls(**{**values, "stages": tuple(values["stages"]), "evaluation": evaluation})
 
     def recipes(self, folder: Path) -> list[dict[str, Any]]:
-        """The stages as whole recipes, with everything under `folder`."""
+        """The stages as complete recipes, with everything under `folder`."""
         recipes, model = [], {}
         for values, name in zip(self.stages, self.stage_ids, strict=True):
-            # An interrupted stage goes on from its newest checkpoint, if its recipe writes any.
+            # An interrupted stage resumes from its newest checkpoint, if its recipe writes any.
             resume = {"resume": "auto"} if str(values.get("save_strategy", "steps")) not in ("no", "False") else {}
             recipes.append({**resume, **values, **model, "output_dir": str(folder / name)})
             model = {"model": str(folder / name)}
@@ -90,7 +90,7 @@ class RunSpec:
 
 
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """All tokens, pruned as a recipe with these fields trains, and with the isolator or the skips that it trains."""
+    """Inferences for a recipe: on all tokens, pruned as in training, and with the isolator or skipping it trains."""
     keep = values.get("keep_tokens")
     others = ("reducer_options", "budget", "adaptive", "fit_length", "newlines")
     common = {
@@ -112,12 +112,12 @@ def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]
 
 
 def stage_names(stages: Sequence[Any]) -> tuple[str, ...]:
-    """What the stages of a run are called: a single one is fine-tuning."""
+    """The names of a run's stages; a single stage is fine-tuning."""
     return STAGES[-len(stages) :]
 
 
 def canonical_stage(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that matter to a stage, so that stages which would train the same model are one stage."""
+    """The fields that affect a stage, so that stages that would train the same model are shared."""
     always_fast = values.get("freeze_language_model") and values.get("prune_ratio") != 0
     idle = {"output_dir", *(IDLE_WHILE_FAST if always_fast else ())}
     return {name: values[name] for name in sorted(values) if name not in idle}

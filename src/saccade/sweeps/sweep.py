@@ -1,4 +1,4 @@
-"""A sweep from its first check to its table."""
+"""Run a sweep, from the first checks to the table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,12 +29,12 @@ def run_sweep(
 
     Args:
         output: the sweep's folder.
-        stages: folder of stages that several sweeps share; inside `output` when left out.
-        only: labels and the values to make now; the plan stays whole.
+        stages: folder of stages that several sweeps share; by default inside `output`.
+        only: labels and their values to make now; the plan still contains all runs.
         jobs: runs at a time.
-        any_commit: take runs and stages of any commit and version as they are.
+        any_commit: reuse runs and stages of any commit and version.
         worker: the module that makes one run.
-        words: what values of labels are called in the table.
+        words: names of label values in the table.
 
     Raises:
         SaccadeError: on bad values, or a folder with finished runs of another sweep, before any run starts.
@@ -50,10 +50,10 @@ def run_sweep(
 
 
 def check_folder(plan: Plan, output: Path) -> None:
-    """Refuse a folder with finished runs that a plan has not: its table would lose them. A plan may grow.
+    """Refuse a folder with finished runs that the plan does not contain: its table would lose them. A plan may grow.
 
     Raises:
-        SaccadeError: with the first such run and their number.
+        SaccadeError: naming the first such run and their number.
     """
     if not (output / PLAN_FILE).is_file():
         return
@@ -66,6 +66,6 @@ def check_folder(plan: Plan, output: Path) -> None:
     ]
     if lost:
         raise SaccadeError(
-            f"output={str(output)!r} holds {len(lost)} finished runs of another sweep ({before.command}), "
+            f"output={str(output)!r} contains {len(lost)} finished runs of another sweep ({before.command}), "
             f"such as {lost[0]}: give another output, or --only for a part of that sweep"
         )

@@ -1,4 +1,4 @@
-"""What is done of a sweep so far: its rows, its table on the terminal, in Markdown and in JSON."""
+"""The state of a sweep so far: its rows, and its table on the terminal, in Markdown and in JSON."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,18 +30,18 @@ FIGURES = {
     "speedup_steps": ("speed-up of steps", "{:.2f}x"),
     "speedup_tokens": ("tokens allow", "{:.2f}x"),
 }
-"""Headings, and the form of what is not a share of 1."""
+"""Headings, and the format of figures that are not fractions."""
 EVALUATED = ("prune_ratio", "positions")
-"""The labels that a run evaluated in many ways has in each of its rows."""
+"""Labels that distinguish the rows of a run that was evaluated in several ways."""
 
 
 class Standing:
-    """What is done of a plan, read from the folders of its runs. Any commit counts, another spec does not.
+    """The finished runs of a plan, read from their folders. Runs of any commit count, but only with the same spec.
 
     Args:
         plan: every run of the sweep.
         output: the sweep's folder.
-        words: what values of labels are called.
+        words: names of label values.
     """
 
     def __init__(self, plan: Plan, output: Path, words: Mapping[str, str] = LABELS) -> None:
@@ -56,7 +56,7 @@ class Standing:
         self.keys = list(dict.fromkeys(name for row in self.rows for name in row if name in labels - {"seed"}))
 
     def _rows(self) -> list[dict[str, Any]]:
-        """One row for each run, and for a run evaluated in many ways one for each of them: labels and figures."""
+        """One row of labels and figures per run, or per evaluation if a run was evaluated in several ways."""
         done = [spec for spec in self.plan.runs if spec.name in self.results]
         baselines = {spec.labels["seed"]: self.results[spec.name] for spec in done if is_baseline(spec)}
         rows = []
@@ -68,7 +68,7 @@ class Standing:
                 rows.append({**spec.labels, **figures, "is_baseline": is_baseline(spec)})
                 continue
             for entry in result["evaluations"]:
-                # Its training is that of the baseline, which has a row of its own.
+                # Its training is that of the baseline, which has its own row.
                 way = {name: entry[name] for name in (*EVALUATED, "mean_prompt_length")}
                 rows.append({**spec.labels, **way, f"accuracy_{entry['inference']}": entry["accuracy"]})
         return rows
@@ -80,15 +80,15 @@ class Standing:
         return line + (f", {len(self.failed)} failed: {', '.join(self.failed)}" if self.failed else "")
 
     def baseline(self, figure: str = "accuracy_full") -> Mapping[str, float] | None:
-        """The spread of a figure of training and answering on all tokens, None as long as no such run is done."""
+        """The spread of a figure for training and inference on all tokens; None until such a run is done."""
         entries = summarise([row for row in self.rows if row.get("is_baseline")], ())
         return entries[0].get(figure) if entries else None
 
     def summary(self, where: Sequence[tuple[str, Any]] = ()) -> list[dict[str, Any]]:
-        """An entry for each combination of labels over its seeds, amounts in order.
+        """An entry per combination of labels over its seeds, sorted by amounts.
 
         Args:
-            where: labels that a run must have.
+            where: labels and values that a run must have.
         """
         rows = [row for row in self.rows if all(row.get(name) == value for name, value in where)]
         ranks = {key: list(dict.fromkeys(row.get(key) for row in rows)) for key in self.keys}
@@ -103,7 +103,7 @@ class Standing:
         return sorted(summarise(rows, self.keys), key=order)
 
     def table(self, where: Sequence[tuple[str, Any]] = ()) -> tuple[list[str], list[list[Any]]]:
-        """Columns and cells of `summary`, without columns that are empty or that `where` holds fixed."""
+        """Columns and cells of `summary`, without columns that are empty or fixed by `where`."""
         entries = self.summary(where)
         fixed = dict(where)
         keys = [key for key in self.keys if key not in fixed and any(entry[key] is not None for entry in entries)]
@@ -122,7 +122,7 @@ class Standing:
         return columns, cells
 
     def word(self, value: Any) -> str | None:
-        """A label's value as tables and pictures write it."""
+        """A label's value as shown in tables and pictures."""
         return self.words.get(value, value) if isinstance(value, str | None) else str(value)
 
     def show(self, console: Console) -> None:
@@ -155,7 +155,7 @@ class Standing:
 
 
 def is_baseline(spec: RunSpec) -> bool:
-    """Whether a run trains on all tokens in every stage, and answers from all of them."""
+    """Whether a run trains on all tokens in every stage and is evaluated on all of them."""
     ways = [fields["name"] for fields in spec.evaluation.inferences] if spec.evaluation else []
     ordinary = all(
         values.get("prune_ratio", 0.9) == 0 and values.get("skip_vision") is None and not values.get("modes")

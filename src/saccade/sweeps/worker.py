@@ -1,8 +1,8 @@
-"""One run of a sweep in a process of its own: `python -m saccade.sweeps.worker FOLDER STAGES`.
+"""One run of a sweep in a separate process: `python -m saccade.sweeps.worker FOLDER STAGES`.
 
-Reads the spec in FOLDER, trains the stages that STAGES does not hold yet, evaluates, and writes `result.json` last.
-Prints a line `progress STAGE DONE TOTAL` for each bit of progress. Ends when its standard input does, so that it never
-outlives the sweep that started it.
+Reads the spec in FOLDER, trains the stages that are missing in STAGES, evaluates, and writes `result.json` last.
+Prints a line `progress STAGE DONE TOTAL` at each step. Ends when its standard input closes, so that it never outlives
+the sweep that started it.
 """
 
 import json
@@ -87,7 +87,7 @@ def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | 
     """Train what is missing of a run, evaluate, and return the result.
 
     Args:
-        stages: the folder that holds the stages of all runs.
+        stages: the folder of the stages of all runs.
         train: trains a stage, as `train_stage` does.
 
     Raises:
@@ -99,7 +99,7 @@ def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | 
         if not (folder / RESULT_FILE).is_file():
             write_json_atomically(folder / RESULT_FILE, (train or train_stage)(name, values, recipe))
         results[name] = json.loads((folder / RESULT_FILE).read_text())
-        # The record of a stage is the stage's own; the run keeps what tables and plots read.
+        # These are in the stage's own record; the run keeps only what tables and plots read.
         for key in ("values", "environment"):
             results[name].pop(key, None)
     return {
@@ -115,13 +115,13 @@ def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | 
 def train_stage(
     stage: str, values: dict[str, Any], recipe: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()
 ) -> dict[str, Any]:
-    """Train a stage, and return what its `result.json` holds.
+    """Train a stage, and return the content of its `result.json`.
 
     Args:
         stage: its name.
         values: its fields, for the record.
         recipe: the whole recipe.
-        callbacks: of the trainer, beside those that print progress and take the time.
+        callbacks: callbacks of the trainer, besides those that print progress and measure the time.
 
     Raises:
         SaccadeError: if SIGTERM ended it.
@@ -174,14 +174,14 @@ def evaluate_model(
     number: int,
     on_batch: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Evaluate the model in a folder on the digit scenes that its recipe is about.
+    """Evaluate the model in a folder on the digit scenes of its recipe.
 
     Args:
-        split: of the scenes.
-        number: of scenes.
+        split: split of the scenes.
+        number: number of scenes.
         on_batch: called with the number of batches done and their total.
     """
-    # From its folder, trained just now or long ago: what is evaluated is what was saved.
+    # Loaded from its folder even if just trained, so that what was saved is evaluated.
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
         model.to("cuda")
@@ -190,7 +190,7 @@ def evaluate_model(
 
 
 def tell(stage: str, done: int, total: int) -> None:
-    """A line of progress, for the sweep that started this process."""
+    """Print a line of progress, for the sweep that started this process."""
     print(f"progress {stage} {done} {total}", flush=True)
 
 

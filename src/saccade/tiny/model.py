@@ -30,7 +30,7 @@ def build_tiny_processor(grid: int = CHECKPOINT_GRID) -> LlavaProcessor:
     """The processor of a tiny LLaVA that sees `grid` x `grid` patches of 8 px; any image is resized to that square.
 
     Raises:
-        SaccadeError: `grid` is no positive int.
+        SaccadeError: if `grid` is not a positive int.
     """
     side = _check_grid(grid) * PATCH_SIZE
     image_processor = CLIPImageProcessorPil(
@@ -57,11 +57,11 @@ def build_tiny_llava(
 
     Args:
         processor: from `build_tiny_processor`; its tokenizer gives the vocabulary and the special ids.
-        grid: patches a side the tower sees; the language model receives `grid ** 2` visual tokens an image.
-        seed: of the weights; the global random state is left as it was.
+        grid: patches per side that the tower sees; the language model receives `grid ** 2` visual tokens per image.
+        seed: seed of the weights; the global random state is not changed.
 
     Raises:
-        SaccadeError: `grid` is no positive int.
+        SaccadeError: if `grid` is not a positive int.
     """
     _check_grid(grid)
     tokenizer = processor.tokenizer
@@ -106,7 +106,7 @@ def build_tiny_llava(
 
 
 def tiny_checkpoint() -> Path:
-    """The folder with the pretrained tiny LLaVA that ships in the package; `from_pretrained` takes it."""
+    """The folder of the pretrained tiny LLaVA shipped in the package, for `from_pretrained`."""
     return Path(__file__).parent / "checkpoint"
 
 
@@ -116,11 +116,12 @@ def load_tiny(
     """The shipped tiny LLaVA: tower and language model pretrained, projector random.
 
     Args:
-        grid: patches a side; other than 12, the tower's position embeddings are interpolated, which costs it accuracy.
-        dtype: of the weights.
+        grid: patches per side; for values other than 12, the tower's position embeddings are interpolated, which costs
+            accuracy.
+        dtype: dtype of the weights.
 
     Raises:
-        SaccadeError: `grid` is no positive int.
+        SaccadeError: if `grid` is not a positive int.
     """
     _check_grid(grid)
     folder = tiny_checkpoint()
@@ -137,9 +138,9 @@ def load_tiny(
 
 
 def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | os.PathLike) -> Path:
-    """Write model (float16) and processor as one Hugging Face folder, aside first, then renamed into place.
+    """Write model (float16) and processor as one Hugging Face folder, under a temporary name that is then renamed.
 
-    The model itself is left as it is. Returns the folder.
+    The model itself is not changed. Returns the folder.
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -155,7 +156,7 @@ def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
 
 def _check_grid(grid: int) -> int:
     if not isinstance(grid, int) or grid < 1:
-        raise SaccadeError(f"grid is {grid!r}: give a positive int, the number of patches a side")
+        raise SaccadeError(f"grid is {grid!r}: give a positive int, the number of patches per side")
     return grid
 
 

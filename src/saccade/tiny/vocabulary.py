@@ -1,4 +1,4 @@
-"""Words of the embedded task's language and the tokenizer that splits text into them."""
+"""The words of the embedded task's language, and the tokenizer that splits text into them."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,8 +26,8 @@ PATCH_WORDS = tuple(content + place for content in CONTENTS for place in PLACE_C
 
 WORDS = (*SPECIAL, *NUMBERS, *ROW_WORDS, *COLUMN_WORDS, *SENTENCE_WORDS, *PATCH_WORDS)
 
-# The generation block marks what `assistant_only_loss` trains on: the answer and its end of turn. It may not begin
-# with a space: its first character has to belong to a token for transformers to find the block.
+# The generation block marks what `assistant_only_loss` trains on: the answer and its end-of-turn token. It must not
+# begin with a space, since transformers only finds the block if its first character belongs to a token.
 CHAT_TEMPLATE = (
     "{{ '<s>' }}"
     "{% for message in messages %}"
