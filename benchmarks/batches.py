@@ -1,4 +1,4 @@
-"""Batches for benchmarks: random pixels and words, with the shapes of a model and the lengths of a data mixture."""
+"""Benchmark batches: random pixels and words, with a model's shapes and a data mixture's text lengths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from saccade.tokens import IGNORE_INDEX
 from saccade.training.length_table import TextLength
 
 QWEN_PATCHES = 48
-"""Patches along an edge of a Qwen-VL image: a picture of 672 x 672 px, 576 visual tokens after merging."""
+"""Patches along each edge of a Qwen-VL image: 672 x 672 px, 576 visual tokens after merging."""
 
 
 def image_inputs(family: Family, images: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int]:
     """Processor outputs of random images, and the number of visual tokens of each.
 
     Raises:
-        SaccadeError: for a family whose images it does not know how to make.
+        SaccadeError: for a model family without benchmark images.
     """
     config = family.model.config
     vision = config.vision_config
@@ -44,10 +44,10 @@ def make_batch(family: Family, texts: Sequence[TextLength], seed: int) -> dict[s
     """A padded training batch with one image before each text, on the model's device and in its dtype.
 
     Args:
-        texts: one a sample.
+        texts: text lengths, one per sample.
 
     Returns:
-        What a processor and a collator give: `input_ids`, `attention_mask`, `labels`, and the image inputs.
+        What a processor and a collator produce: `input_ids`, `attention_mask`, `labels`, and the image inputs.
     """
     generator = torch.Generator().manual_seed(seed)
     model = family.model
@@ -83,7 +83,7 @@ def make_batch(family: Family, texts: Sequence[TextLength], seed: int) -> dict[s
 
 
 def label_count(batch: Mapping[str, Any]) -> int:
-    """Label tokens of a batch that some row predicts."""
+    """Number of label tokens that count in the shifted loss."""
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 

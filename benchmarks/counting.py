@@ -1,4 +1,4 @@
-"""Tensor operations, and bytes kept for the backward pass: counted and not timed."""
+"""Counts (not timings) of tensor operations and of bytes kept for the backward pass."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OperationCount(TorchDispatchMode):
-    """Counts the tensor operations that compute something: views are free, each other one is at least a kernel."""
+    """Counts tensor operations other than views: each of them launches at least one kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class OperationCount(TorchDispatchMode):
 
 @dataclass
 class SavedBytes:
-    """Bytes of distinct memory that autograd keeps for the backward pass, parameters left out.
+    """Bytes of distinct memory that autograd keeps for the backward pass, without parameters.
 
     Args:
-        now: what it keeps now.
-        peak: the most that it kept at once.
+        now: bytes currently kept.
+        peak: maximum so far.
     """
 
     now: int = 0
@@ -37,17 +37,17 @@ class SavedBytes:
 
 @contextmanager
 def count_saved_bytes(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
-    """Count while forward passes run, and backward passes that free what was kept.
+    """Count the bytes saved by forward passes and freed by backward passes in this context.
 
     Args:
-        parameters: tensors that are there in any case, and that do not count.
+        parameters: tensors to leave out of the count, since they are in memory anyway.
     """
     always = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved = SavedBytes()
     uses: Counter[int] = Counter()
 
     class Kept:
-        """A saved tensor, which counts until autograd lets go of it."""
+        """A saved tensor, counted until autograd releases it."""
 
         def __init__(self, tensor: Tensor) -> None:
             self.tensor = tensor

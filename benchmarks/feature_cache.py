@@ -1,11 +1,11 @@
-"""What reading a frozen tower's features from disk brings, beside running the tower.
+"""Time saved by reading a frozen tower's features from disk instead of running the tower.
 
     python -m benchmarks.feature_cache [--shape tiny] [--batch-size 8] [--device cpu] [--folder DIR] [--ledger FILE]
 
-A fast step of stage two (p = 0.9, DivPrune) and the encoding in it, three ways that take turns on the same batches:
-without a cache, in the first epoch (nothing is found, all is stored), and in a later one (all is found). The files
-were written a moment before and are read from the system's memory, so a slow disk shows only where `--folder` is on it
-and the features do not fit into memory.
+Times a fast step of stage two (p = 0.9, DivPrune) and the image encoding within it, on the same batches in
+alternation: without a cache, in a first epoch (every feature is computed and stored), and in a later epoch (every
+feature is read). The files have just been written, so they are read from the page cache: to measure a slow disk, put
+`--folder` on it and use more features than fit into memory.
 """
 
 import argparse
@@ -41,10 +41,10 @@ UNBOUNDED = 2**50
 
 
 def checked(arguments: argparse.Namespace) -> TrainBench:
-    """The options that `python -m benchmarks.train` has too.
+    """The options shared with `python -m benchmarks.train`, checked.
 
     Raises:
-        SaccadeError: on a value out of its range.
+        SaccadeError: on a value out of range.
     """
     if arguments.batches < 1:
         raise SaccadeError(f"batches={arguments.batches}: give at least 1")
@@ -53,11 +53,11 @@ def checked(arguments: argparse.Namespace) -> TrainBench:
 
 
 class Bench:
-    """The model, its batches and a folder for features.
+    """The model, its batches and a folder for cached features.
 
     Args:
-        arguments: the command line.
-        folder: for the features; what is in its subfolders is deleted.
+        arguments: parsed command line.
+        folder: where features are cached; its subfolders are deleted.
     """
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
@@ -91,7 +91,7 @@ class Bench:
         return nullcontext() if way == NONE else self.caches[way].serving()
 
     def seconds(self, way: str, metric: str, batch: dict[str, Any]) -> float:
-        """Of one encoding, or of one step."""
+        """Duration of one encoding or one step, depending on `metric`."""
         if way == FIRST:
             for path in (self.folder / FIRST).rglob(f"*{SUFFIX}"):
                 path.unlink()
@@ -106,17 +106,17 @@ class Bench:
         return seconds_on(self.device) - started
 
     def row_bytes(self) -> float:
-        """What an image, or a crop of one, takes on disk."""
+        """Bytes on disk of one image or one crop."""
         return statistics.mean(path.stat().st_size for path in (self.folder / LATER).rglob(f"*{SUFFIX}"))
 
     def image_bytes(self) -> float:
-        """What a sample's image takes, its crops together."""
+        """Bytes on disk of one sample's image, including all of its crops."""
         files = len(list((self.folder / LATER).rglob(f"*{SUFFIX}")))
         return self.row_bytes() * files / sum(len(batch["input_ids"]) for batch in self.batches)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> tuple[Bench, dict[tuple[str, str], list[float]]]:
-    """Seconds by way and metric, all taking turns in an order that rotates."""
+    """Seconds by variant and metric; the variants alternate in a rotating order."""
     bench = Bench(arguments, folder)
     found: dict[tuple[str, str], list[float]] = {(way, metric): [] for metric in METRICS for way in WAYS}
     turn = 0
@@ -133,15 +133,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", help="model shape, as for `python -m benchmarks.train`")
     parser.add_argument("--layers", type=int, help="language layers to keep")
-    parser.add_argument("--width", type=int, help="of the language model")
+    parser.add_argument("--width", type=int, help="width of the language model")
     parser.add_argument("--tower-layers", type=int, help="layers of the vision tower to keep")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5, help="turns over the batches")
+    parser.add_argument("--repeats", type=int, default=5, help="passes over the batches")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, help="where the features go meanwhile; a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="folder for cached features (default: a temporary one)")
     parser.add_argument("--ledger", type=Path, help="CSV file to append to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -166,8 +166,8 @@ def main() -> None:
         table.add_row(metric, *(f"{value:.4g}" for value in middle), *(f"{x / middle[0]:.3g}" for x in middle[1:]))
     console.print(table)
     console.print(
-        f"{row_bytes / 1e6:.3g} MB on disk a row, {image_bytes / 1e6:.3g} MB an image; the tower's fingerprint took "
-        f"{bench.fingerprint_seconds:.2g} s, once a run"
+        f"{row_bytes / 1e6:.3g} MB on disk per crop, {image_bytes / 1e6:.3g} MB per image; the tower's fingerprint "
+        f"took {bench.fingerprint_seconds:.2g} s, once per run"
     )
     if arguments.ledger is not None:
         rooms = ("dualspeed", "families", "reducers", "tokens")

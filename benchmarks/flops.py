@@ -1,4 +1,4 @@
-"""Operations and cache bytes of real model shapes, counted in closed form and, if asked, timed.
+"""FLOPs and cache bytes of real model shapes in closed form, with optional timings (`--measure`).
 
 python -m benchmarks.flops
 python -m benchmarks.flops --shape llama3-8b --visual-tokens 2880 --budget full,576+576,288 --attention causal
@@ -39,16 +39,16 @@ from saccade.training.model_presets import Shape
 
 
 def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
-    """The rows of a budget as it is written on the command line.
+    """Rows of the budget that a command-line value describes.
 
     Args:
-        name: "full"; a number of kept tokens; the name of a preset, whose shares are taken of the image's tokens; or
-            numbers of rows, retained+skipped, as they are, with a summary of each.
-        shape: tells whether there is a thumbnail.
-        tokens: of the image.
+        name: "full"; a number of kept tokens; the name of a preset, whose shares are applied to the image's tokens; or
+            absolute numbers of rows, retained+skipped, each with its summary rows.
+        shape: model shape, which determines whether there is a thumbnail.
+        tokens: visual tokens of the image.
 
     Raises:
-        SaccadeError: if it is none of these, or keeps more tokens than there are.
+        SaccadeError: on any other value, or if more tokens would be kept than there are.
     """
     if name == "full":
         return VisualRows(tokens)
@@ -71,7 +71,7 @@ def parse_budget(name: str, shape: Shape, tokens: int) -> VisualRows:
 
 
 def prefill_flops(text: TextShape, rows: VisualRows, text_tokens: int, attention: str = "full") -> int:
-    """Reading a prompt of one image, up to the logits of its last row.
+    """FLOPs of reading a prompt with one image, up to the logits of its last row.
 
     In the last layer skipped rows need keys and values only; scores are still computed.
     """
@@ -82,13 +82,13 @@ def prefill_flops(text: TextShape, rows: VisualRows, text_tokens: int, attention
 
 
 def decode_flops(text: TextShape, cached: int) -> int:
-    """Writing one token behind `cached` rows."""
+    """FLOPs of generating one token after `cached` rows."""
     row = text.attention_row + text.feed_forward_row + 2 * (cached + 1) * text.query_width
     return 2 * text.layers * row + head_flops(text, 1)
 
 
 def cache_bytes(text: TextShape, rows: int, bytes_a_value: int = 2) -> int:
-    """Keys and values of `rows` rows in all layers; two bytes a value are bfloat16."""
+    """Size of the keys and values of `rows` rows in all layers; the default of two bytes per value is bfloat16."""
     return 2 * text.layers * text.key_width * rows * bytes_a_value
 
 
@@ -101,17 +101,17 @@ def count(
     attention: str = "full",
     bytes_a_value: int = 2,
 ) -> dict[str, Any]:
-    """Everything that one sample with one image costs.
+    """Cost of one sample with one image.
 
     Args:
-        shape: for the image; without crops there is no tower.
-        config: of the model, perhaps cut down.
-        text_tokens: of the prompt, and of the sample in training.
-        label_rows: of these, how many are learned in training.
+        shape: shape of the image; without crops, the tower costs nothing.
+        config: configuration of the model, possibly cut down.
+        text_tokens: text tokens of the prompt, and of the training sample.
+        label_rows: how many of these text tokens are labels in training.
 
     Returns:
-        `tower`, `projector`, `prefill`, `decode_step` and `training` in operations; `cache_bytes_prompt` as the prompt
-        is read and `cache_bytes` once skipped rows have left; and the `rows` of each kind.
+        `tower`, `projector`, `prefill`, `decode_step` and `training` in FLOPs; `cache_bytes_prompt` while the prompt
+        is read and `cache_bytes` once skipped rows are dropped; and the number of `rows` of each kind.
 
     Raises:
         SaccadeError: on a negative number of rows, or an unknown `attention`.
@@ -146,16 +146,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--budget",
         metavar="A,B",
-        help="full, a number of kept tokens, a preset such as 100/156 as shares of the image's tokens, or rows "
-        "as they are, such as 100+156 (default: full, a tenth, and every preset that fits)",
+        help="full, a number of kept tokens, a preset such as 100/156 scaled to the image's tokens, or absolute "
+        "numbers of rows such as 100+156 (default: full, a tenth, and every preset that fits)",
     )
-    parser.add_argument("--visual-tokens", type=int, metavar="N", help="tokens of the image (default: the shape's)")
+    parser.add_argument("--visual-tokens", type=int, metavar="N", help="tokens per image (default: the shape's)")
     parser.add_argument("--text-tokens", type=int, default=60, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--label-rows", type=int, default=20, metavar="N", help="in training (default: %(default)s)")
-    parser.add_argument("--layers", type=int, metavar="N", help="language layers to keep (default: all)")
-    parser.add_argument("--width", type=int, metavar="D", help="of the language model (default: the shape's)")
     parser.add_argument(
-        "--attention", default="full", metavar="KIND", help="count all pairs (full) or a causal kernel's (causal)"
+        "--label-rows", type=int, default=20, metavar="N", help="labels in training (default: %(default)s)"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="language layers to keep (default: all)")
+    parser.add_argument("--width", type=int, metavar="D", help="language model's width (default: the shape's)")
+    parser.add_argument(
+        "--attention",
+        default="full",
+        metavar="KIND",
+        help="count all query-key pairs (full) or only the causal ones (causal)",
     )
     parser.add_argument("--measure", action="store_true", help="also time full against skipping, on random weights")
     parser.add_argument("--device", default="cpu", help="for --measure (default: %(default)s)")
@@ -167,9 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.visual_tokens is not None and args.visual_tokens < 1:
         raise SaccadeError(f"visual_tokens={args.visual_tokens!r}: give 1 or more")
     if len(names) > 1 and (args.measure or args.layers or args.width):
-        raise SaccadeError(f"shape={args.shape!r}: --measure, --layers and --width need one shape, name it")
+        raise SaccadeError(f"shape={args.shape!r}: --measure, --layers and --width need one shape, give --shape")
     if args.output.suffix != ".json":
-        raise SaccadeError(f"output={str(args.output)!r}: give a name that ends with .json")
+        raise SaccadeError(f"output={str(args.output)!r}: give a name that ends in .json")
     presets = _check_measure(args) if args.measure else []
     results = []
     for name in names:
@@ -195,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _budgets(shape: Shape, tokens: int, text: str | None) -> list[tuple[str, VisualRows]]:
-    """The rows of each budget asked for, or of those that fit."""
+    """Names and rows of the requested budgets; by default, of all that fit."""
     names = ["full", str(max(1, round(tokens / 10))), "100/156", "64/156", "256/320"]
     names += ["576/576"] if shape.crops > 1 else []
     if text is not None:
@@ -204,7 +209,7 @@ def _budgets(shape: Shape, tokens: int, text: str | None) -> list[tuple[str, Vis
 
 
 def _table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    columns = ["budget", "rows", "tower, projector", "prefill", "% of full", "a token", "training", "% of full "]
+    columns = ["budget", "rows", "tower, projector", "prefill", "% of full", "per token", "training", "% of full "]
     columns += ["cache MiB", "% of full  "]
     rows, full = [], result["full"]
     for name, found in result["budgets"].items():
@@ -219,7 +224,7 @@ def _table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
 
 
 def _check_measure(args: argparse.Namespace) -> list[str]:
-    """The presets among the budgets, once all that the measurement needs is found in order."""
+    """The presets among the budgets, after checking every argument that `--measure` needs."""
     wanted = [part.strip() for part in (args.budget or "100/156,64/156,256/320").split(",")]
     presets = [part for part in wanted if part in PRESETS and part != "576/576"]
     if not presets:
@@ -235,7 +240,7 @@ def _check_measure(args: argparse.Namespace) -> list[str]:
 
 
 def _measure(args: argparse.Namespace, name: str, presets: list[str]) -> list[dict[str, Any]]:
-    """Median times of full prompts and of each preset, turn by turn."""
+    """Median times of full prompts and of each preset, measured in alternation."""
     model = generation_model(name, args.layers, args.width, getattr(torch, args.dtype), args.device)
     results, rows = [], []
     for preset in presets:

@@ -1,4 +1,4 @@
-"""Prefill, a decoding step and cache bytes, with all visual tokens and with skipped ones.
+"""Prefill time, decoding time and cache size, with all visual tokens and with skipping.
 
 python -m benchmarks.generate
 python -m benchmarks.generate --shape llama3-8b --device cuda --dtype bfloat16 --images 1,4
@@ -32,12 +32,12 @@ class GenerateBench:
 
     Args:
         shape: name of a model shape.
-        layers, width: how far to cut its language model.
-        preset: budget of retained and skipped tokens.
-        images: images in the prompt, one measurement each.
-        text_tokens, new_tokens: tokens of the prompt's text, and of the answer.
-        repeats: timed turns of each.
-        device, dtype, threads: where and how.
+        layers, width: size to cut its language model to.
+        preset: Skip-Vision preset with the budgets of retained and skipped tokens.
+        images: numbers of images per prompt, one measurement for each.
+        text_tokens, new_tokens: text tokens of the prompt, and tokens of the answer.
+        repeats: timed repeats of each variant.
+        device, dtype, threads: where and how to run.
 
     Raises:
         SaccadeError: on a value out of range.
@@ -69,7 +69,7 @@ class GenerateBench:
 def bench_generate(
     bench: GenerateBench, ledger: Path | None, on_rows: Callable[[Sequence[Mapping[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """Measure each number of images, append to the ledger, and return all rows.
+    """Measure each number of images, append the results to the ledger, and return all ledger rows.
 
     Args:
         on_rows: called with the rows of each number of images.
@@ -103,7 +103,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _ledger_rows(bench: GenerateBench, found: Mapping[str, Generation], images: int) -> list[dict[str, Any]]:
-    """One row per provider and metric; ratios are to the full prompt, below one is less."""
+    """One row per provider and metric; ratios are relative to the full prompt, so below one means cheaper."""
     cut = "".join(f" {name}={getattr(bench, name)}" for name in ("layers", "width") if getattr(bench, name))
     shared = origin("generate", torch.device(bench.device), bench.dtype, bench.repeats, ROOMS)
     rows = []
@@ -121,7 +121,7 @@ def _ledger_rows(bench: GenerateBench, found: Mapping[str, Generation], images: 
 
 
 def _values(result: Generation, metric: str) -> tuple[list[float], str]:
-    """What was measured, in its unit."""
+    """Values of one metric, and their unit."""
     if metric.startswith("cache"):
         return [getattr(result, metric)], "bytes"
     return [1000 * seconds for seconds in getattr(result, metric)], "ms"
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser("benchmarks.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
-    parser.add_argument("--preset", default="100/156", help="of Skip-Vision (default: %(default)s)")
-    parser.add_argument("--images", default="1,4,16", metavar="A,B", help="in the prompt (default: %(default)s)")
+    parser.add_argument("--preset", default="100/156", help="Skip-Vision preset (default: %(default)s)")
+    parser.add_argument("--images", default="1,4,16", metavar="A,B", help="images per prompt (default: %(default)s)")
     parser.add_argument("--text-tokens", type=int, default=60, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="(default: %(default)s)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Prefill, decoding and cache of a model that skips, measured apart and beside the same model without."""
+"""Prefill time, decoding time and cache size of a model with and without token skipping, each measured separately."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,15 +24,15 @@ FULL, SKIP = "full", "skip"
 
 @dataclass
 class Generation:
-    """What generating from one kind of prompt took.
+    """Measurements of generating from one kind of prompt.
 
     Args:
-        prompt_rows: rows of the prompt, by kind.
-        prefill: seconds of each repeat from encoded images to the first token.
-        decode: seconds a token, of each repeat.
-        layout: seconds of each repeat to split, merge and lay out encoded images; empty for full prompts.
-        cache_peak: bytes of keys and values as the last layer has read the prompt.
-        cache: bytes of keys and values afterwards.
+        prompt_rows: number of prompt rows, by kind.
+        prefill: seconds from encoded images to the first token, per repeat.
+        decode: seconds per generated token, per repeat.
+        layout: seconds to split, merge and lay out the encoded images, per repeat; empty for full prompts.
+        cache_peak: bytes of keys and values when the last layer has read the prompt.
+        cache: bytes of keys and values once skipped rows are dropped.
     """
 
     prompt_rows: dict[str, int]
@@ -50,10 +50,10 @@ def generation_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """A LLaVA of this shape with random weights. A language model alone gets a small tower of 24 x 24 patches.
+    """A LLaVA of this shape with random weights. A pure language model gets a small tower of 24 x 24 patches.
 
     Raises:
-        SaccadeError: if the shape is none of `MEASURED`, or cannot be cut so.
+        SaccadeError: if the shape is not in `MEASURED`, or cannot be cut to this size.
     """
     get_shape(name)
     if name not in MEASURED:
@@ -86,21 +86,21 @@ def measure_generation(
     new_tokens: int = 16,
     repeats: int = 5,
 ) -> dict[str, Generation]:
-    """Time a prompt with all tokens and with skips, turn by turn, after one turn each to warm up.
+    """Time a prompt with all tokens and with skipping, in alternation, after one warm-up run each.
 
-    Images are encoded once, outside all times. Turns alternate, so that other load falls on both alike.
+    Images are encoded once, outside the timed section. The two alternate so that other load affects both equally.
 
     Args:
-        model: a LLaVA, not skipping.
-        images: in the prompt.
-        new_tokens: written in each turn.
-        repeats: turns of each.
+        model: a LLaVA without skipping.
+        images: images in the prompt.
+        new_tokens: tokens generated per repeat.
+        repeats: timed repeats of each variant.
 
     Returns:
-        `full` and `skip`.
+        Measurements by name: `full` and `skip`.
 
     Raises:
-        SaccadeError: on a count below 1, or a model that cannot skip so.
+        SaccadeError: on a count below 1, or a model that does not support skipping.
     """
     counts = {"images": images, "text_tokens": text_tokens, "new_tokens": new_tokens, "repeats": repeats}
     for name, value in counts.items():
@@ -143,7 +143,7 @@ def cache_size(cache: Any) -> int:
 
 
 def _turn(model: PreTrainedModel, prepared: dict[str, Any], new_tokens: int, result: Generation, warm: bool) -> None:
-    """Read the prompt and write tokens; the turn that warms up looks at the cache, the others at the clock."""
+    """Read the prompt and generate tokens: the warm-up run records cache sizes, the others record times."""
     handle = None
     if warm:
 
@@ -181,7 +181,7 @@ def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]
 
 
 def _prompt(model: PreTrainedModel, images: int, text_tokens: int) -> dict[str, Tensor]:
-    """Ids `(1, L)` with all images first, and pixels, both at random."""
+    """Random token ids `(1, L)` with all images first, and random pixels."""
     config = model.config
     vision = config.vision_config
     placeholder = config.image_token_id

@@ -1,4 +1,7 @@
-"""What a large LLaVA file costs a training process: `python -m benchmarks.large_file --records 200000`."""
+"""Time and memory that a large LLaVA file costs a training process.
+
+python -m benchmarks.large_file --records 200000
+"""
 
 import argparse
 import json
@@ -34,13 +37,13 @@ WORDS = [
 
 
 def memory() -> float:
-    """MiB of this process that it shares with no file."""
+    """Anonymous memory of this process in MiB: pages backed by no file."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def write_file(path: Path, records: int, seed: int) -> None:
-    """Conversations of one to nine turns of 12 and 25 words, as long as those of LLaVA's mix are on average."""
+    """Conversations of one to nine turns of 12 and 25 words, which matches the average length of LLaVA's mix."""
     draw = random.Random(seed)
     with path.open("w") as file:
         for number in range(records):

@@ -1,4 +1,4 @@
-"""The ledger: a CSV file of everything that was measured, which is only appended to."""
+"""The ledger: an append-only CSV file of all measurements."""
 
 import csv
 import os
@@ -23,10 +23,10 @@ COLUMNS = (
 
 
 def origin(benchmark: str, device: torch.device, dtype: str, repeats: int, rooms: Sequence[str]) -> dict[str, Any]:
-    """The columns that all rows of one run share: what ran, where and when.
+    """The columns that all rows of one run share: what ran, on which machine and when.
 
     Args:
-        rooms: folders of the library whose uncommitted changes would change the figures, as those of this folder do.
+        rooms: subpackages whose uncommitted changes could affect the results; `benchmarks` is always checked.
     """
     words = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     return {
@@ -45,7 +45,7 @@ def origin(benchmark: str, device: torch.device, dtype: str, repeats: int, rooms
 
 
 def figures(values: Sequence[float], baseline: Sequence[float] | None = None, digits: int = 5) -> dict[str, str]:
-    """Percentiles of what was measured, and its median over the baseline's: below one is less."""
+    """Percentiles of the measured values, and the ratio of their median to the baseline's: below one is better."""
     low, middle, high = percentiles(values)
     ratio = f"{middle / statistics.median(baseline):.4g}" if baseline else ""
     return {
@@ -55,7 +55,7 @@ def figures(values: Sequence[float], baseline: Sequence[float] | None = None, di
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, the 50th and the 80th."""
+    """The 20th, 50th and 80th percentiles."""
     if len(values) == 1:
         return (values[0],) * 3
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -63,7 +63,7 @@ def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def check_ledger(path: Path) -> None:
-    """Refuse a file that is no ledger, before anything is measured.
+    """Reject a file that is not a ledger, before anything is measured.
 
     Raises:
         SaccadeError: if the first line is not the header that `append_rows` writes.
@@ -76,7 +76,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add rows to the ledger, with a header if it is new.
 
     Raises:
-        SaccadeError: as `check_ledger` raises.
+        SaccadeError: like `check_ledger`.
     """
     check_ledger(path)
     new = not path.exists()
@@ -88,7 +88,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def commit(*rooms: str) -> str:
-    """The commit that ran, with a mark if the files of these rooms, or those that measure, differ from it."""
+    """The current commit, marked if files of these subpackages or of `benchmarks` have uncommitted changes."""
     root = Path(__file__).resolve().parents[1]
     run = ["git", "-C", str(root)]
     try:

@@ -1,8 +1,8 @@
-"""Every reducer image by image, as its formula reads: what the batched forms are measured against.
+"""Every reducer as a direct per-image implementation of its formula: the baseline for the batched versions.
 
-Each takes one image as a context of one row and the number k to keep, and returns the tokens kept, long `(k,)` in
-ascending order, and for a merge its weight `(k, N)`. Plain implementations: in float32, vectorised within the image,
-without padding, budgets of rows or the care for ties that the library takes.
+Each takes one image, as a context of one row, and the number k of tokens to keep. It returns the kept tokens, long
+`(k,)` in ascending order, and for a merging reducer its weights `(k, N)`. The implementations are plain: float32,
+vectorised within the image, without padding, per-row budgets or the library's careful tie-breaking.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.tokens import VisualContext
 
-"""Pixels a side that one token stands for."""
+"""Edge length in pixels of the square that one token covers."""
 Choice = tuple[Tensor, Tensor | None]
 
 
@@ -35,20 +35,20 @@ def none(image: VisualContext, keep: int) -> Choice:
 
 
 def random(image: VisualContext, keep: int) -> Choice:
-    """A permutation seeded by a checksum of the features, so that an image always gives the same one."""
+    """A permutation seeded by a checksum of the features, so it is deterministic per image."""
     seed = zlib.crc32(image.features.contiguous().view(torch.uint8).cpu().numpy())
     drawn = torch.rand(image.shape[1], generator=torch.Generator().manual_seed(seed))
     return drawn.topk(keep).indices.sort().values.to(image.features.device), None
 
 
 def seeded_random(image: VisualContext, keep: int) -> Choice:
-    """A permutation seeded by a number that the caller has."""
+    """A permutation with the seed that the caller provides."""
     drawn = torch.rand(image.shape[1], generator=torch.Generator().manual_seed(int(image.seed)))
     return drawn.topk(keep).indices.sort().values.to(image.features.device), None
 
 
 def regions(height: int, width: int, keep: int) -> list[list[int]]:
-    """Tokens of each of `keep` regions: bands of rows, each cut into pieces along a path up and down its columns."""
+    """Tokens of each of `keep` regions: bands of rows, each cut into pieces along a path up and down the columns."""
 
     def cost(bands: int) -> tuple[int, int]:
         lattice = keep % bands == 0 and height % bands == 0 and width % max(1, keep // bands) == 0
@@ -70,7 +70,7 @@ def regions(height: int, width: int, keep: int) -> list[list[int]]:
 
 
 def central(tokens: list[int], width: int) -> int:
-    """The token nearest the centroid of `tokens`, the first of equals."""
+    """The token nearest to the centroid of `tokens`; ties go to the first."""
     count = len(tokens)
     y, x = sum(token // width for token in tokens), sum(token % width for token in tokens)
     return min(tokens, key=lambda t: ((count * (t // width) - y) ** 2 + (count * (t % width) - x) ** 2, t))
@@ -83,7 +83,7 @@ def uniform(image: VisualContext, keep: int) -> Choice:
 
 
 def avgpool(image: VisualContext, keep: int) -> Choice:
-    """The mean of each region, in the order of their central tokens."""
+    """The mean of each region, ordered by central token."""
     _, height, width = image.grid[0].tolist()
     found = sorted(regions(height, width, keep), key=lambda tokens: central(tokens, width))
     weight = torch.zeros(keep, image.shape[1])
@@ -122,12 +122,12 @@ def greedy_map(kernel: Tensor, keep: int) -> list[int]:
 
 
 def dpp(image: VisualContext, keep: int) -> Choice:
-    """Greedy maximum of det S over the kept tokens; the diagonal of S is one, so that all tie for the first place."""
+    """Greedy maximization of det S over the kept tokens; the diagonal of S is one, so all tie for the first pick."""
     return ascending(greedy_map(cosine(image.features[0]).fill_diagonal_(1), keep), image), None
 
 
 def cdpruner(image: VisualContext, keep: int) -> Choice:
-    """The same of diag(q) S diag(q), with q the relevance scaled to [0, 1]."""
+    """Like `dpp`, with diag(q) S diag(q), where q is the relevance scaled to [0, 1]."""
     relevance = image.relevance[0].float()
     quality = (relevance - relevance.min()) / (relevance.max() - relevance.min())
     kernel = quality.unsqueeze(0) * cosine(image.features[0]) * quality.unsqueeze(1)
@@ -140,7 +140,7 @@ def fastervlm(image: VisualContext, keep: int) -> Choice:
 
 
 def vispruner(image: VisualContext, keep: int) -> Choice:
-    """Half by saliency; of the rest, in order, the eight likest at odd places are dropped again and again."""
+    """Half by saliency; from the rest, repeatedly drop the eight odd-position tokens most similar to an even one."""
     order = image.saliency[0].argsort(descending=True)
     important, rest = order[: keep // 2], order[keep // 2 :]
     similarity = cosine(image.encoder_features[0])
@@ -204,7 +204,7 @@ def mmtok(image: VisualContext, keep: int) -> Choice:
 
 
 def visionzip(image: VisualContext, keep: int) -> Choice:
-    """The most salient tokens; of the rest, evenly spread targets, each plus the mean of the tokens most like it."""
+    """The most salient tokens, plus evenly spaced targets among the rest, each with the mean of its nearest tokens."""
     keys, tokens = image.keys[0], image.shape[1]
     contextual = int(keep * 10 / 64 + 0.5)
     dominant = image.saliency[0].topk(keep - contextual).indices
@@ -224,7 +224,7 @@ def visionzip(image: VisualContext, keep: int) -> Choice:
 
 
 def prumerge(image: VisualContext, keep: int) -> Choice:
-    """The most salient tokens, each plus its 32 nearest by key times saliency; one token for all that was pruned."""
+    """The most salient tokens, each plus its 32 nearest by key, saliency-weighted; one more for the pruned tokens."""
     keys, saliency, tokens = image.keys[0], image.saliency[0], image.shape[1]
     order = saliency.argsort(descending=True)
     kept, pruned = order[: keep - 1], order[keep - 1 :]
@@ -241,7 +241,7 @@ def prumerge(image: VisualContext, keep: int) -> Choice:
 
 
 def tome(image: VisualContext, keep: int) -> Choice:
-    """Rounds in which up to half of the tokens, those at even places, join the likest ones at odd places."""
+    """Rounds that merge up to half of the tokens, those at even positions, into the most similar ones at odd ones."""
     features = image.features[0].float()
     member = torch.eye(len(features), device=features.device)
     place = torch.arange(len(features), device=features.device)
@@ -258,7 +258,7 @@ def tome(image: VisualContext, keep: int) -> Choice:
 
 
 def redundancy(image: VisualContext, keep: int) -> Choice:
-    """The tokens least like all others, each averaged with those that are most like it."""
+    """The tokens least similar to all others, each averaged with the tokens most similar to it."""
     similarity = cosine(image.features[0])
     sums = similarity.sum(dim=1) - similarity.diagonal()
     index = sums.topk(keep, largest=False).indices.sort().values

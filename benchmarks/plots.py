@@ -1,4 +1,4 @@
-"""Pictures of a training benchmark: speed-ups beside what FLOPs allow, and where a step's time goes."""
+"""Plots of a training benchmark: speed-ups compared to the FLOP bound, and where a step's time goes."""
 
 import os
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
 Speedup = tuple[float, float, float, float]
-"""Median, 20th and 80th percentile, and what FLOPs allow."""
-ROW, HEAD = 0.36, 1.3  # inches of a bar, and of what is above and below all bars
+"""Median, 20th and 80th percentile, and the speed-up that FLOPs allow."""
+ROW, HEAD = 0.36, 1.3  # Inches per bar, and for the title and axis together.
 
 
 def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.PathLike[str]) -> None:
-    """Draw the speed-up of each way to train, by stage, with a mark where FLOPs would have it, as PNG."""
+    """Draw each variant's speed-up by stage as PNG, with a mark at the speed-up that FLOPs allow."""
     most = max(len(found) for found in stages.values())
     figure, drawn = styled_figure(len(stages), (5.6 * len(stages), HEAD + ROW * most))
     for axes, (stage, found) in zip(drawn, stages.items(), strict=True):
@@ -39,7 +39,7 @@ def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.Pa
 
 
 def plot_parts(variants: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw the shares of a step's time as stacked bars, one a way to train, as PNG."""
+    """Draw the shares of a step's time as PNG, one stacked bar per variant."""
     names = list(variants)[::-1]
     parts = list(next(iter(variants.values())))
     figure, (axes,) = styled_figure(1, (9.0, HEAD + ROW * len(names)))

@@ -1,8 +1,8 @@
-"""The procedure of the released DualSpeed code, written from its description, as the peer of a benchmark.
+"""The procedure of the released DualSpeed code, reimplemented from its description as a benchmark baseline.
 
-It prunes image by image in the model's dtype, encodes the images anew in each pass, computes logits of the whole
-vocabulary for every row and keeps all hidden states, finds label positions token by token, and reads the losses at
-each step. Nothing in Saccade uses it.
+It prunes image by image in the model's dtype, re-encodes the images in each pass, computes full-vocabulary logits for
+every row, keeps all hidden states, finds label positions token by token, and transfers the losses to the host at each
+step. Nothing in Saccade uses it.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from saccade.tokens import IGNORE_INDEX
 
 
 def divprune_image(features: Tensor, keep: int) -> Tensor:
-    """Greedy max-min selection for one image `(N, D)`, in its own dtype: sorted long `(keep,)`."""
+    """Greedy max-min selection for one image `(N, D)` in its dtype: sorted token indices, long `(keep,)`."""
     unit = features / features.norm(dim=1, keepdim=True)
     distance = 1 - unit @ unit.T
     chosen: list[Tensor] = []
@@ -32,12 +32,12 @@ def divprune_image(features: Tensor, keep: int) -> Tensor:
 
 
 class ReleasedProcedure(nn.Module):
-    """Fast and slow steps as the released code takes them.
+    """Fast and slow steps as in the released code.
 
     Args:
         model: a stock model with one-dimensional positions, PEFT-wrapped or not.
-        prune_ratio: share of visual tokens dropped; the number kept is rounded down, as there.
-        isolator_length: rows before each image.
+        prune_ratio: share of visual tokens dropped; the number kept is rounded down, as in the released code.
+        isolator_length: mode-isolator rows before each image.
     """
 
     def __init__(self, model: nn.Module, prune_ratio: float = 0.9, isolator_length: int = 4) -> None:
@@ -59,7 +59,8 @@ class ReleasedProcedure(nn.Module):
         return loss
 
     def slow(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The loss of a slow micro-batch: cross-entropy, and KL from the fast sequence of the same weights."""
+        """The loss of a slow micro-batch: cross-entropy plus KL divergence from the fast sequence with the same
+        weights."""
         with torch.no_grad():
             teacher, teacher_labels = self._pass(inputs, prune=True, hidden=True)
         student, labels = self._pass(inputs, prune=False, hidden=True)
@@ -73,9 +74,9 @@ class ReleasedProcedure(nn.Module):
         return cross_entropy + kl
 
     def _pass(self, inputs: Mapping[str, Any], prune: bool, hidden: bool = False) -> tuple[Tensor, Tensor]:
-        """Encode, splice sample by sample, run the language model: logits of every row, and their labels."""
+        """Encode, splice sample by sample, and run the language model: logits of every row, and their labels."""
         family = self.family
-        # Not `encode`, which stops the tower at the layer that is used: the released code runs all of them.
+        # `encode` would stop the tower at the last layer that is used; the released code runs all of them.
         features = family._encode(inputs).context.features
         if prune:
             keep = max(1, int((1 - self.prune_ratio) * features.shape[1]))
@@ -88,12 +89,12 @@ class ReleasedProcedure(nn.Module):
         output = family.language_model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, output_hidden_states=hidden
         )
-        # Held by the output as there, though nothing reads them.
+        # The released code keeps them alive too, although nothing reads them.
         self._held = output.hidden_states
         return family.model.get_output_embeddings()(output.last_hidden_state).float(), padded
 
     def _splice(self, inputs: Mapping[str, Any], features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Embeddings and labels of each sample, its images' features in the place of their placeholders."""
+        """Embeddings and labels of each sample, with placeholder tokens replaced by image features."""
         embedding = self.family.model.get_input_embeddings()
         images = iter(features)
         per_image = len(features) // max(1, len(inputs["input_ids"]))
@@ -113,13 +114,13 @@ class ReleasedProcedure(nn.Module):
 
 
 def shifted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The stock causal loss over every row: a scalar mean over label tokens."""
+    """The stock causal language-modelling loss: the mean over label tokens."""
     flat = logits[:, :-1].contiguous().view(-1, logits.shape[-1])
     return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORE_INDEX)
 
 
 def rows_of_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits `(M, V)` that predict a label, their places found by looking at every token."""
+    """Logits `(M, V)` that predict a label, whose positions are found by a loop over tokens."""
     rows = []
     for row, targets in zip(logits, labels, strict=True):
         places = [place - 1 for place, target in enumerate(targets) if place and target != IGNORE_INDEX]

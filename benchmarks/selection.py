@@ -1,12 +1,12 @@
-"""Time and tensor operations of every reducer, beside a per-image loop.
+"""Time and tensor operations of every reducer, compared to a per-image loop.
 
     python -m benchmarks.selection [--quick] [--only NAMES] [--threads 1] [--repeats 7] [--device cuda] [--ledger FILE]
 
-Each provider runs once to warm up, then all take turns until each has run `--repeats` times, so that other load on the
-machine falls on all alike; what takes less than a fifth of a second runs once untimed before each timing. Beside the
-time that passed stands the processor's, which other load hardly stretches. Operations of the batched forms are counted
-on the meta device: those that a GPU is given. Each (shape, provider, metric) becomes one row of the ledger, which is
-only appended to.
+Each provider runs once to warm up; then all alternate until each has run `--repeats` times, so other load on the
+machine affects all equally. A provider that takes less than a fifth of a second runs once untimed before each timing.
+Both wall-clock and CPU time are reported; other load hardly affects the latter. Operations of the batched versions are
+counted on the meta device, which gives those that a GPU would run. Each (shape, provider, metric) becomes one row of
+the append-only ledger.
 """
 
 import argparse
@@ -42,20 +42,20 @@ LEDGER = Path(__file__).with_name("ledger.csv")
 
 
 def full_grid(tokens: int) -> tuple[int, int]:
-    """Rows and columns of N tokens, as nearly square as their number allows."""
+    """Rows and columns of the most nearly square full grid of N tokens."""
     rows = next(rows for rows in range(math.isqrt(tokens), 0, -1) if tokens % rows == 0)
     return rows, tokens // rows
 
 
 def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device) -> VisualContext:
-    """B rows of N random tokens, with everything that a reducer may need; without values on the meta device."""
+    """B rows of N random tokens, with every input that a reducer may need; the meta device holds no values."""
     rows, tokens, _ = shape
     generator = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)
 
-    # A shared direction, since the tokens of one image resemble each other.
+    # The shared direction makes the tokens of one image resemble each other, as real ones do.
     features = (draw(rows, tokens, width) + draw(rows, 1, width)).to(device, dtype)
     return VisualContext(
         features,
@@ -69,7 +69,7 @@ def make_context(shape: tuple[int, int, int], width: int, dtype: torch.dtype, de
 
 
 def providers() -> dict[str, Reducer]:
-    """What is timed, by name: every reducer, and the options that change what one costs."""
+    """The timed reducers by name, including options that change a reducer's cost."""
     return {name: get_reducer(name) for name in list_reducers()} | {
         **{f"{name}, float64": get_reducer(name, precision="float64") for name in ("cdpruner", "divprune", "dpp")},
         SEEDED: get_reducer("random"),
@@ -77,18 +77,18 @@ def providers() -> dict[str, Reducer]:
 
 
 def seed_rows(name: str, context: VisualContext) -> VisualContext:
-    """`context`, with seeds if the provider takes some."""
+    """`context`, with seeds if the provider needs them."""
     seeds = torch.arange(context.shape[0], device=context.features.device)
     return context.replace(seed=seeds) if name == SEEDED else context
 
 
 def reduce_batch(name: str, reducer: Reducer, context: VisualContext, keep: int) -> Reduction:
-    """The batched form."""
+    """Reduce all images at once."""
     return reducer(seed_rows(name, context), keep)
 
 
 def loop_over_images(name: str, context: VisualContext, keep: int) -> Reduction:
-    """The same image by image, by the formula in `loops.py`."""
+    """Reduce image by image with the implementation in `loops.py`."""
     context = seed_rows(name, context)
     images = [context.select_rows(slice(row, row + 1)) for row in range(context.shape[0])]
     formula = LOOPS.get(name) or LOOPS[name.partition(",")[0]]
@@ -98,7 +98,7 @@ def loop_over_images(name: str, context: VisualContext, keep: int) -> Reduction:
 
 
 def rows_equal(batched: Reduction, looped: Reduction) -> int:
-    """In how many rows both keep the same tokens, and merge them by the same weights."""
+    """Number of rows in which both keep the same tokens and merge them with the same weights."""
     same = (batched.index == looped.index).all(dim=1)
     if batched.weight is not None:
         same &= (batched.weight - looped.weight).abs().amax(dim=(1, 2)) < 1e-4
@@ -113,9 +113,9 @@ def measure(
     device: torch.device,
     repeats: int,
 ) -> dict:
-    """By provider: milliseconds of each repeat and operations, batched and in a loop, and in how many rows they agree.
+    """By provider: milliseconds per repeat and operation counts, batched and in a loop, and how many rows agree.
 
-    `random` and its loop draw other numbers, so nothing is said about their rows.
+    `random` and its loop draw different numbers, so their rows are not compared.
     """
     keep, meta = shape[2], torch.device("meta")
     context = make_context(shape, width, dtype, device)
@@ -131,7 +131,7 @@ def measure(
         begun = time.perf_counter()
         reduction = calls[name]()
         synchronize(device)
-        # Or a short one, timed after others, would pay for fetching what its loop then finds in the cache.
+        # A short one, timed right after others, would otherwise pay for the cache misses that its loop is spared.
         warm[name] = warm[name + LOOP] = time.perf_counter() - begun < SHORT_SECONDS
         with OperationCount() as looped:
             loop = calls[name + LOOP]()
@@ -157,7 +157,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.Namespace) -> list[dict]:
-    """One row per provider and metric; the ratio is to the provider's loop over images, below one is less."""
+    """One row per provider and metric; ratios are relative to the loop over images, so below one means cheaper."""
     device = torch.device(arguments.device)
     shared = origin("selection", device, arguments.dtype, arguments.repeats, ("reducers", "tokens"))
     shared["shape"] = f"B={shape[0]} N={shape[1]} k={shape[2]} D={arguments.width}"
@@ -173,7 +173,7 @@ def ledger_rows(shape: tuple[int, int, int], results: dict, arguments: argparse.
 def show(console: Console, rows: list[dict], results: dict) -> None:
     first = rows[0]
     title = f"{first['shape']}  {first['device']}, {first['threads']} thread(s), load {first['load']}"
-    table = Table(title=title, caption="x loop: of the loop over images; equal: rows in which both chose the same")
+    table = Table(title=title, caption="x loop: relative to the loop over images; equal: rows with the same tokens")
     for column in ("provider", "ms p50", "x loop", "cpu ms p50", "x loop ", "ops", " x loop", "equal"):
         table.add_column(column, justify="left" if column == "provider" else "right", no_wrap=True)
     for start in range(0, len(rows), len(METRICS)):
@@ -191,15 +191,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         SaccadeError: on an unknown provider, or a file that is not a ledger, before anything is measured.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, nothing kept unless --ledger is given")
-    parser.add_argument("--only", default="", help="names of providers, with semicolons between; all by default")
+    parser.add_argument("--quick", action="store_true", help="small shapes, nothing saved unless --ledger is given")
+    parser.add_argument("--only", default="", help="names of providers, separated by semicolons (default: all)")
     parser.add_argument("--width", type=int, default=1024, help="feature width D")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--ledger", type=Path, help=f"CSV file to append to; {LEDGER.name} beside this script by default"
+        "--ledger", type=Path, help=f"CSV file to append to (default: {LEDGER.name} next to this script)"
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = providers()
     names = [name.strip() for name in arguments.only.split(";") if name.strip()] or list(known)
     if unknown := [name for name in names if name not in known]:
-        raise SaccadeError(f"--only {unknown[0]!r}: choose of {'; '.join(known)}")
+        raise SaccadeError(f"--only {unknown[0]!r}: choose from {'; '.join(known)}")
     chosen = {name: known[name] for name in names}
     console = Console(width=None if sys.stdout.isatty() else 120)
     for shape in QUICK_SHAPES if arguments.quick else SHAPES:

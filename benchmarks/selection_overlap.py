@@ -1,12 +1,12 @@
-"""How much of what the released DualSpeed code keeps `divprune` keeps too: bfloat16 cosines beside float32 ones.
+"""Overlap of the tokens kept by the released DualSpeed code and by `divprune`: bfloat16 and float32 cosines.
 
     python -m benchmarks.selection_overlap [--images 20] [--ratio 0.9] [--json FILE]
 
-The released code computes cosines in the dtype of the features, and bfloat16 has eight bits: just below 1 cosines
-differ in steps of 1/256, so that many distances tie that are not equal. Both choose among the same bfloat16 features,
-and both keep the same number of tokens, rounded down as there. The features are drawn at LLaVA-1.5's shape, without
-and with a direction that all tokens of an image share, or those of the embedded task's trained tower, behind a random
-projector.
+The released code computes cosines in the dtype of the features. bfloat16 has eight bits of precision: just below 1,
+cosines are multiples of 1/256, so many unequal distances tie. Both implementations choose among the same bfloat16
+features and keep the same number of tokens, rounded down as in the released code. The features are either random, at
+LLaVA-1.5's shape, with and without a direction shared by all tokens of an image, or come from the embedded task's
+trained tower, followed by a random projector.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from saccade.tokens import VisualContext
 
 TOKENS, WIDTH = 576, 4096
 SHARED = (0.0, 1.0, 3.0)
-"""Lengths of the shared direction, in those of a token's own part: pairs have cosines around 0, 0.5 and 0.9."""
+"""Lengths of the shared direction relative to a token's own part: pairs have cosines around 0, 0.5 and 0.9."""
 
 
 def drawn(images: int, shared: float) -> Iterator[Tensor]:
-    """Features `(N, D)` of tokens whose own parts are independent."""
+    """Random features `(N, D)`: independent tokens plus a shared direction."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(images):
         own = torch.randn(TOKENS, WIDTH, generator=generator)
@@ -39,7 +39,7 @@ def drawn(images: int, shared: float) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def trained(images: int) -> Iterator[Tensor]:
-    """What the tiny LLaVA makes of digit scenes, with its tower trained and its projector not."""
+    """Features of digit scenes from the tiny LLaVA, with a trained tower and a random projector."""
     model, processor = load_tiny()
     family = get_family(model.eval())
     for row in digit_scenes("sft", "test", images, kinds=["read"]):
@@ -48,7 +48,7 @@ def trained(images: int) -> Iterator[Tensor]:
 
 
 def overlaps(features: Iterator[Tensor], ratio: float) -> list[float]:
-    """For each image the share of the released selection that is in ours."""
+    """Share of the released code's selection that is also in ours, per image."""
     found = []
     for image in features:
         image = image.bfloat16()
@@ -61,16 +61,16 @@ def overlaps(features: Iterator[Tensor], ratio: float) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=20, help="of each kind (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=20, help="images per kind of features (default: %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.9, help="share of tokens dropped (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the shares of every image here")
+    parser.add_argument("--json", type=Path, help="file to write every image's share to")
     arguments = parser.parse_args()
     kinds = {f"drawn, shared direction {shared:g}": drawn(arguments.images, shared) for shared in SHARED}
     kinds["trained tower, digit scenes"] = trained(arguments.images)
     results = {kind: overlaps(features, arguments.ratio) for kind, features in kinds.items()}
     for kind, shares in results.items():
         mean = sum(shares) / len(shares)
-        print(f"{kind}: {mean:.0%} in common ({min(shares):.0%} to {max(shares):.0%} by image)")
+        print(f"{kind}: {mean:.0%} in common ({min(shares):.0%} to {max(shares):.0%} per image)")
     if arguments.json:
         write_json_atomically(arguments.json, {"ratio": arguments.ratio, "overlap": results})
 

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, cut down as far as a machine needs."""
+"""Models of real shapes with random weights, optionally cut down to fit a smaller machine."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def _llama3() -> PreTrainedConfig:
 
 SHAPES: dict[str, Shape] = {
     **PRESETS,
-    "llama3-8b": Shape("llama3-8b", "Llama-3-8B alone, beside 576 visual tokens", _llama3, 0, (0, 0), 576),
+    "llama3-8b": Shape("llama3-8b", "Llama-3-8B alone, with 576 visual tokens", _llama3, 0, (0, 0), 576),
 }
 """The known shapes by name."""
 
@@ -39,15 +39,15 @@ def get_shape(name: str) -> Shape:
 
 
 def shape_config(name: str, layers: int | None = None, width: int | None = None) -> PreTrainedConfig:
-    """The stock configuration of a shape, its language model cut down if asked.
+    """The stock configuration of a shape, with its language model optionally cut down.
 
     Args:
-        layers: language layers to keep; all when left out.
-        width: of the language model, a multiple of a head's width; heads, their groups and the feed-forward network
-            shrink in proportion.
+        layers: language layers to keep (default: all).
+        width: width of the language model, a multiple of the head width; the numbers of heads and key-value heads and
+            the feed-forward network shrink in proportion.
 
     Raises:
-        SaccadeError: on an unknown shape, or a cut that it does not allow.
+        SaccadeError: on an unknown shape, or a size that it cannot be cut to.
     """
     config = get_shape(name).config()
     text = config.get_text_config()
@@ -55,7 +55,7 @@ def shape_config(name: str, layers: int | None = None, width: int | None = None)
         if not isinstance(layers, int) or not 1 <= layers <= text.num_hidden_layers:
             raise SaccadeError(f"layers={layers!r}: {name} has {text.num_hidden_layers}, keep from 1 to all of them")
         text.num_hidden_layers = layers
-        # Some configurations list a kind for each layer.
+        # Some configurations list a type for each layer.
         if getattr(text, "layer_types", None) is not None:
             text.layer_types = text.layer_types[:layers]
     if width is not None:
@@ -73,13 +73,13 @@ def build_shape(
     seed: int = 0,
     tower_layers: int | None = None,
 ) -> PreTrainedModel:
-    """A stock model of this shape with random weights, in evaluation mode; on `device="meta"` without any.
+    """A stock model of this shape with random weights, in evaluation mode; `device="meta"` allocates none.
 
     Args:
-        tower_layers: layers of the vision tower to keep; all when left out.
+        tower_layers: layers of the vision tower to keep (default: all).
 
     Raises:
-        SaccadeError: as `shape_config` raises, and on a cut of the tower that it does not allow.
+        SaccadeError: like `shape_config`, and on a tower size that it cannot be cut to.
     """
     config = shape_config(name, layers, width)
     if tower_layers is not None:
@@ -91,15 +91,15 @@ def build_shape(
 
 
 def check_place(device: str, dtype: str, dtypes: Sequence[str]) -> None:
-    """Check where and in what a shape is to run, before it is built.
+    """Check device and dtype before a model is built.
 
     Raises:
-        SaccadeError: on a dtype that is none of `dtypes`, or a device that is not there.
+        SaccadeError: on a dtype not in `dtypes`, or an unavailable device.
     """
     if dtype not in dtypes:
         raise SaccadeError(f"dtype={dtype!r} is not known: choose one of {', '.join(dtypes)}")
     if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
-        raise SaccadeError(f"device={device!r} is not at hand: choose cpu, or cuda where there is a GPU")
+        raise SaccadeError(f"device={device!r} is not available: choose cpu, or cuda on a machine with a GPU")
 
 
 def _cut_tower(name: str, config: PreTrainedConfig, layers: int) -> None:
@@ -112,7 +112,7 @@ def _cut_tower(name: str, config: PreTrainedConfig, layers: int) -> None:
 
 
 def _narrow(name: str, config: PreTrainedConfig, text: PreTrainedConfig, width: int) -> None:
-    """Keep the share `width` / D of heads, groups of keys and feed-forward columns."""
+    """Keep the share `width` / D of heads, key-value heads and feed-forward columns."""
     heads, groups, whole = text.num_attention_heads, text.num_key_value_heads, text.hidden_size
     head = whole // heads
     per_group = heads // groups

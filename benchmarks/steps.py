@@ -1,4 +1,4 @@
-"""Times of training steps, every variant in one run: interleaved, warmed up, with what was counted beside them."""
+"""Times of training steps: all variants interleaved in one run, after a warm-up, with FLOP and memory counts."""
 
 import statistics
 import time
@@ -42,9 +42,9 @@ class Stage:
 
     Args:
         name: "pretrain" or "sft".
-        sources: lengths of its texts.
-        samples: thousands of samples of the published data, its weight in the whole schedule.
-        batch_size: rows a step.
+        sources: length distributions of its texts.
+        samples: size of the published data in thousands of samples: the stage's weight in the whole schedule.
+        batch_size: rows per step.
         language: whether the language model trains; the projector always does.
     """
 
@@ -57,18 +57,18 @@ class Stage:
 
 @dataclass
 class Timing:
-    """What a variant took.
+    """Measurements of one variant.
 
     Args:
         stage: name of the stage.
-        variant: name.
-        seconds: of each timed step; of a mix, the shares of its parts' medians in the same repeat.
-        ratios: for each repeat, the stock step's seconds over this one's.
-        tokens: of the batch as it came, for each repeat.
-        flops: of one step on the first batch, forward and backward.
-        saved_bytes: kept for the backward pass of that step.
+        variant: name of the variant.
+        seconds: duration of each timed step; for a mix, its parts' durations in each repeat, weighted by their shares.
+        ratios: the stock step's duration divided by this one's, per repeat.
+        tokens: tokens of the unpruned batch, per repeat.
+        flops: FLOPs of one step on the first batch, forward and backward.
+        saved_bytes: bytes kept for the backward pass of that step.
         peak_bytes: peak memory of the device during a step; None on the CPU.
-        parts: share of a step's time in each part; empty for a mix.
+        parts: each part's share of a step's time; empty for a mix.
     """
 
     stage: str
@@ -82,12 +82,12 @@ class Timing:
     parts: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The fields as plain values."""
         return asdict(self)
 
 
 def seconds_on(device: torch.device) -> float:
-    """Seconds on a clock that waits for the device."""
+    """Clock reading in seconds, after synchronizing with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -100,12 +100,12 @@ def measure_stage(
     repeats: int = 10,
     warm_up: int = 2,
 ) -> list[Timing]:
-    """Time every variant of a stage on the same batches, taking turns, in an order that rotates.
+    """Time every variant of a stage on the same batches, alternating in a rotating order.
 
     Args:
-        model: a stock model, PEFT-wrapped or not, on its device; it is left with the parameters that the stage trains.
-        repeats: timed steps of each variant, each on a batch of its own.
-        warm_up: steps of each before the first timed one.
+        model: a stock model, PEFT-wrapped or not, on its device. Afterwards its trainable parameters are the stage's.
+        repeats: timed steps per variant, each on a different batch.
+        warm_up: untimed steps per variant before the first timed one.
     """
     family = get_family(model)
     train_stage(model, family, stage)
@@ -141,7 +141,8 @@ def measure_stage(
 
 
 def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
-    """Set which parameters train, as the recipes do: adapters or all of the language model, and the projector."""
+    """Freeze or unfreeze parameters as the recipes do: the projector trains, and the language model or its
+    adapters."""
     adapters = model is not family.model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name if adapters else True)
@@ -157,10 +158,10 @@ def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
 
 
 def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, Timing]]) -> dict[str, float]:
-    """The speed-up of both stages together, against the stock trainer in both, by method.
+    """Each method's speed-up over both stages together, relative to the stock trainer in both.
 
     Args:
-        timings: by stage and variant.
+        timings: measurements by stage and variant.
     """
     methods = {
         "pruning only": ("pruning only", "pruning only"),
@@ -210,7 +211,7 @@ def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Opt
 def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer: torch.optim.Optimizer) -> None:
     """FLOPs and saved bytes of one step."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    # Inside compiled code nothing is seen; it does the same operations.
+    # The counters do not see inside compiled code; eager mode runs the same operations.
     with torch.compiler.set_stance("force_eager"), variant.active() as loss:
         timing.flops = count_flops(lambda: loss(batch).backward())
         optimizer.zero_grad(set_to_none=True)
@@ -220,7 +221,7 @@ def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer
 
 
 def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
-    """What a run of several kinds of steps takes, by their shares."""
+    """Measurements of a run that mixes several kinds of steps, from those of its parts."""
     parts = [(timings[name], share) for name, share in mix.parts.items()]
     first = parts[0][0]
     mixed = Timing(first.stage, mix.name, tokens=first.tokens)
@@ -228,7 +229,7 @@ def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
         sum(share * timing.seconds[number] for timing, share in parts) for number in range(len(first.seconds))
     ]
     mixed.flops = sum(share * timing.flops for timing, share in parts)
-    # A run needs what its hungriest step needs.
+    # A run needs as much memory as its most demanding step.
     mixed.saved_bytes = max(timing.saved_bytes for timing, _ in parts)
     peaks = [timing.peak_bytes for timing, _ in parts if timing.peak_bytes is not None]
     mixed.peak_bytes = max(peaks) if peaks else None
@@ -238,7 +239,7 @@ def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
 def _parts(
     variant: Variant, family: Family, batches: Sequence[Mapping[str, Any]], optimizer: torch.optim.Optimizer
 ) -> dict[str, float]:
-    """Where a step's time goes, as shares; measured apart, since looking costs time on a GPU."""
+    """Where a step's time goes, as shares; measured separately, since synchronizing slows a GPU down."""
     totals = dict.fromkeys(PARTS, 0.0)
     for batch in batches:
         device = batch["input_ids"].device
@@ -262,12 +263,12 @@ def _parts(
 
 @contextmanager
 def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds inside the tower, the projector, reducers, and the language model while the forward pass runs.
+    """Seconds spent inside the tower, the projector, reducers, and the language model during the forward pass.
 
-    The backward passes of parts of a batch are run inside it.
+    This includes the backward passes that some variants run within it, one per part of a batch.
 
     Raises:
-        SaccadeError: if one of the modules was never called as a module, so that its time shows elsewhere.
+        SaccadeError: if a module's time was attributed elsewhere because it was never called as a module.
     """
     spent = dict.fromkeys((*PARTS[:4], "backward"), 0.0)
     handles = []
@@ -301,7 +302,7 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
                 return function(*args, **kwargs)
             finally:
                 depth -= 1
-                # A reducer may ask another one.
+                # A reducer may call another one; only the outer call counts.
                 spent[part] += 0 if depth else seconds_on(device) - started
 
         return call
@@ -319,6 +320,6 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
 
 
 def token_rate(timing: Timing) -> float:
-    """Tokens of the batches as they came, a second: the median over the steps."""
+    """Throughput in tokens of the unpruned batch per second: the median over the steps."""
     rates = [tokens / seconds for tokens, seconds in zip(timing.tokens, timing.seconds, strict=True)]
     return statistics.median(rates)

@@ -1,4 +1,4 @@
-"""Times of training steps: a model of a shape, both stages of a recipe, every way to train, and what FLOPs allow.
+"""Times of training steps: one model shape, both stages of a recipe, every variant, and the speed-up FLOPs allow.
 
 python -m benchmarks.train                                          the tiny model on this machine
 python -m benchmarks.train --shape llava-1.5-7b --layers 2 --width 512 --tower-layers 2 --batch-size 4
@@ -33,7 +33,7 @@ from saccade.report.tables import print_table
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, Source
 
 DIGITS = (Source("digit scenes", 1, 4, 10, 3),)
-"""Questions about the embedded digit scenes, four a scene."""
+"""Questions about the embedded digit scenes, four per scene."""
 DIGIT_CAPTIONS = (Source("captions of digit scenes", 1, 1, 4, 20),)
 
 ROOMS = ("dualspeed", "skip_vision", "pruning", "families", "reducers", "tokens")
@@ -46,14 +46,14 @@ class TrainBench:
 
     Args:
         shape: name of a model shape.
-        layers, width, tower_layers: how far to cut it.
-        batch_size: rows a step, in both stages.
-        repeats, warm_up: timed steps of each variant and stage, and those before.
-        prune_ratio, slow_probability, reducer, skip: what the methods are set to.
-        lora: train adapters of the language model, as the published recipe does.
+        layers, width, tower_layers: size to cut the model to.
+        batch_size: rows per step, in both stages.
+        repeats, warm_up: timed steps per variant and stage, and untimed ones before them.
+        prune_ratio, slow_probability, reducer, skip: settings of the methods.
+        lora: train LoRA adapters of the language model, as the published recipe does.
         gradient_checkpointing: recompute activations in the backward pass.
-        compile: measure compiled decoder layers too, which takes minutes to compile.
-        device, dtype, threads: where and how.
+        compile: measure compiled decoder layers too; compiling takes minutes.
+        device, dtype, threads: where and how to run.
     """
 
     shape: str = "tiny"
@@ -84,14 +84,14 @@ class TrainBench:
         if not 0 < self.slow_probability < 1:
             raise SaccadeError(f"slow_probability={self.slow_probability!r}: give a share between 0 and 1")
         if not get_shape(self.shape).crops:
-            raise SaccadeError(f"shape={self.shape!r} has no vision tower to train beside: choose another")
+            raise SaccadeError(f"shape={self.shape!r} has no vision tower: choose another shape")
 
     @property
     def settings(self) -> Settings:
-        """What the methods are set to.
+        """Settings of the methods.
 
         Raises:
-            SaccadeError: on a value out of its range.
+            SaccadeError: on a value out of range.
         """
         return Settings(
             self.prune_ratio, self.slow_probability, reducer=self.reducer, skip=self.skip, compiled=self.compile
@@ -99,7 +99,7 @@ class TrainBench:
 
     @property
     def stages(self) -> list[Stage]:
-        """Captions with the projector alone, then questions with the language model."""
+        """Captions with only the projector trainable, then questions with the language model trainable too."""
         captions, questions = (DIGIT_CAPTIONS, DIGITS) if self.shape == "tiny" else (LLAVA_558K, LLAVA_665K)
         return [
             Stage("pretrain", captions, 558, self.batch_size, language=False),
@@ -110,7 +110,7 @@ class TrainBench:
 def bench_train(
     bench: TrainBench, output: Path, ledger: Path | None, progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """Measure, write `bench_train.json` and the pictures into `output`, append to the ledger, and return the result.
+    """Measure, write `bench_train.json` and the plots into `output`, append to the ledger, and return the result.
 
     Raises:
         SaccadeError: on bad input, before a model is built.
@@ -146,7 +146,7 @@ def bench_train(
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Columns and cells for each stage, and of the whole schedule."""
+    """Columns and cells of the tables, one per stage and one for the whole schedule."""
     found = {}
     for stage, entries in result["timings"].items():
         timings = [Timing(**entry) for entry in entries]
@@ -206,7 +206,7 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _speedups(found: Mapping[str, Timing]) -> dict[str, tuple[float, float, float, float]]:
-    """The median speed-up, its 20th and 80th percentile, and what FLOPs allow, by variant."""
+    """By variant: the median speed-up, its 20th and 80th percentile, and the speed-up that FLOPs allow."""
     stock = found[STOCK]
     speedups = {}
     for name, timing in found.items():
@@ -246,19 +246,19 @@ def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]])
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that timing training and timing generation have in common."""
+    """Add the flags that the training and generation benchmarks share."""
     parser.add_argument("--shape", default="tiny", help="as `python -m benchmarks.flops` lists (default: %(default)s)")
     parser.add_argument("--layers", type=int, metavar="N", help="language layers to keep")
-    parser.add_argument("--width", type=int, metavar="D", help="of the language model")
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed turns (default: %(default)s)")
+    parser.add_argument("--width", type=int, metavar="D", help="width of the language model")
+    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="timed repeats (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
-    parser.add_argument("--ledger", type=Path, metavar="FILE", help="CSV file to append every figure to")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: %(default)s)")
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help="CSV file to append all measurements to")
 
 
 def options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Those of the flags that are fields of a dataclass."""
+    """The flags that are fields of the dataclass `cls`."""
     return {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
 
 
@@ -271,12 +271,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
     parser.add_argument("--tower-layers", type=int, metavar="N", help="layers of the vision tower to keep")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows per step (default: %(default)s)")
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="untimed steps (default: %(default)s)")
     parser.add_argument("--prune-ratio", type=float, default=0.9, help="p (default: %(default)s)")
     parser.add_argument("--slow-probability", type=float, default=0.1, help="r (default: %(default)s)")
-    parser.add_argument("--reducer", default="divprune", help="what chooses tokens (default: %(default)s)")
-    parser.add_argument("--skip", default="100/156", metavar="PRESET", help="of Skip-Vision (default: %(default)s)")
+    parser.add_argument("--reducer", default="divprune", help="reducer that selects tokens (default: %(default)s)")
+    parser.add_argument(
+        "--skip", default="100/156", metavar="PRESET", help="Skip-Vision preset (default: %(default)s)"
+    )
     parser.add_argument("--lora", action="store_true", help="train adapters of the language model in stage two")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations")
     parser.add_argument("--compile", action="store_true", help="measure compiled decoder layers too")

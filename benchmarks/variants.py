@@ -1,4 +1,4 @@
-"""What a training benchmark compares: ways to compute the loss of the same micro-batch."""
+"""The variants that a training benchmark compares: ways to compute the loss of the same micro-batch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -30,13 +30,13 @@ IN_PARTS = "DualSpeed, slow in parts"
 COMPILED = "DualSpeed, compiled"
 BOTH = "DualSpeed, no padding, compiled"
 PARTS = 4
-"""Into how many parts the micro-batch of a slow step is cut."""
+"""Number of parts that the micro-batch of a slow step is split into."""
 WITHOUT_CHECKPOINTING = {
     name: False
     for name in ("gradient_checkpointing", "activation_checkpointing")
     if name in SFTConfig.__dataclass_fields__
 }
-"""For a stock configuration: the option by its first name, and by the one that newer transformers have too."""
+"""Option of a stock configuration under its original name and under the one that newer transformers use too."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Variant:
     """One way to train.
 
     Args:
-        name: as tables call it.
-        active: makes the model ready, gives the loss of a micro-batch, and undoes it.
+        name: its name in tables.
+        active: context that prepares the model, yields the loss of a micro-batch, and restores the model.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Mix:
     """A run whose steps alternate between two variants, computed from their times.
 
     Args:
-        name: as tables call it.
-        parts: variants by name, with their shares of steps.
+        name: its name in tables.
+        parts: shares of steps, by name of variant.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Mix:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the methods are set to.
+    """Settings of the methods.
 
     Args:
-        prune_ratio: p.
-        slow_probability: r.
-        isolator_length: l.
-        reducer: method that chooses the kept tokens.
-        skip: a published budget of Skip-Vision.
+        prune_ratio: share p of visual tokens dropped in fast steps.
+        slow_probability: probability r of a slow step.
+        isolator_length: length l of the mode isolator.
+        reducer: method that selects the kept tokens.
+        skip: name of a Skip-Vision preset.
         compiled: measure compiled layers too.
     """
 
@@ -87,10 +87,10 @@ class Settings:
 
 
 def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) -> tuple[list[Variant], list[Mix]]:
-    """The variants of a stage, the stock one first, and the runs made of them.
+    """The variants of a stage, the stock one first, and the runs that mix them.
 
     Args:
-        model: a stock model, PEFT-wrapped or not, whose parameters already train or not as in the stage.
+        model: a stock model, PEFT-wrapped or not, whose trainable parameters are the stage's.
         slow: whether the stage has slow steps; stage one has none.
     """
     family = get_family(model)
@@ -189,13 +189,13 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
 
 @contextmanager
 def plain(loss: Loss) -> Iterator[Loss]:
-    """A loss that needs nothing done to the model."""
+    """A loss that needs no change to the model."""
     yield loss
 
 
 @contextmanager
 def packing(family: Family, wanted: bool) -> Iterator[None]:
-    """Let the model take rows without padding, for a while."""
+    """Let the model take sequences packed without padding, inside this context."""
     config = family.language_model.config
     before = config._attn_implementation
     if wanted:
@@ -208,7 +208,7 @@ def packing(family: Family, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def compiling(family: Family, wanted: bool) -> Iterator[None]:
-    """Let the decoder layers run compiled, for a while; what was compiled once is found again."""
+    """Run the decoder layers compiled inside this context; earlier compilations are reused."""
     if wanted:
         compile_layers(family)
     try:
@@ -220,7 +220,7 @@ def compiling(family: Family, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def stock(model: PreTrainedModel, compiled: bool = False) -> Iterator[Loss]:
-    """The loss that TRL's trainer computes for a vision-language model, its logged metrics included."""
+    """The loss that TRL's trainer computes for a vision-language model, including its logged metrics."""
     device = get_family(model).model.device
     args = SFTConfig(
         output_dir="unused",

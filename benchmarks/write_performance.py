@@ -1,9 +1,9 @@
-"""Put results of `python -m benchmarks.train` into docs/performance.md, with their pictures.
+"""Insert results of `python -m benchmarks.train` and their plots into docs/performance.md.
 
     python -m benchmarks.write_performance tiny=out/bench llava=out/bench-llava
 
-Each NAME=FOLDER fills what stands between `<!-- bench: NAME -->` and `<!-- end -->` on the page. The text around is
-written by people.
+Each NAME=FOLDER replaces the section between `<!-- bench: NAME -->` and `<!-- end -->` of the page. The surrounding
+text is written by hand.
 """
 
 import json
@@ -21,7 +21,7 @@ PAGE = DOCS / "performance.md"
 
 
 def section(name: str, folder: Path) -> str:
-    """Tables, pictures, and where the figures come from."""
+    """Tables, plots, and the command, commit and machine that produced them."""
     result = json.loads((folder / RESULT_FILE).read_text())
     parts = []
     for title, (columns, cells) in tables(result).items():
@@ -46,7 +46,7 @@ def main() -> None:
         name, _, folder = argument.partition("=")
         marked = re.compile(rf"(<!-- bench: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(page):
-            raise SystemExit(f"{PAGE} has no place for {name!r}: add <!-- bench: {name} --> and <!-- end -->")
+            raise SystemExit(f"{PAGE} has no section {name!r}: add <!-- bench: {name} --> and <!-- end -->")
         text = section(name, Path(folder))
         page = marked.sub(lambda match, text=text: match[1] + text + match[2], page)
     write_text_atomically(PAGE, page)
