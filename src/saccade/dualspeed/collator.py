@@ -55,8 +55,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     or by the last row of the previous batch.
 
     Args:
-        fit_length: maximum number of tokens of a row after its visual tokens are reduced to fit. If given, `max_length`
-            is ignored, no text is cut, and a row is only refused if it cannot fit with one token per image.
+        fit_length: maximum number of tokens of a row after its visual tokens are reduced to fit. If given,
+            `max_length` is ignored, no text is cut, and a row is only refused if it cannot fit with one token per
+            image.
         isolator_length: isolator rows before each image, which count towards `fit_length`.
         placeholder_id: token id of a visual token.
         conversation: "chat" writes rows in the model's chat format, "plain" as image, caption and line break, with

@@ -35,7 +35,7 @@ class Method(Protocol):
     """Saccade's own modules that receive a gradient through it."""
 
     def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
-        """The tokens that now represent the images; `text`, long `(B,)`, is the number of each sample's other tokens."""
+        """The tokens that now represent the images; `text`, long `(B,)`, counts each sample's other tokens."""
         ...
 
     def cost(self, role: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ class PruningConfig:
             Redistribute the budgets of a batch's units to where tokens vary most, see [`adaptive_counts`]. A sample's
             tokens then depend on the other samples of its batch.
         fit_length (`int`, *optional*):
-            Maximum number of tokens of a sample, including its text and the isolator's rows. A longer sample keeps only
-            as many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; a sample that
-            fits is reduced as usual. Text is never cut.
+            Maximum number of tokens of a sample, including its text and the isolator's rows. A longer sample keeps
+            only as many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; a
+            sample that fits is reduced as usual. Text is never cut.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget; `"drop"` drops them.
         positions (`str`, *optional*, defaults to `"compact"`):

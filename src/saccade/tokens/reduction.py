@@ -18,7 +18,7 @@ class Reduction:
         before_projector: whether the weights apply to the encoder's features and the projector is run on the weighted
             sums, see `saccade.pruning.reduced_features`. If the projector is not linear, the result differs from
             merging after it.
-        lost: long `(B,)`, how many tokens fewer than its budget each row keeps so that its sample fits; for an image of
+        lost: long `(B,)`, how many tokens fewer than its budget each row keeps so that its sample fits; for a unit of
             several rows, the count is on its first row. None if every sample fits.
     """
 
