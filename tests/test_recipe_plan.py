@@ -230,7 +230,7 @@ def test_lengths_come_from_the_recipes_own_rows(tmp_path):
     assert plan["schedule"]["stages"][-1]["samples"] == 6 * load_recipe("tiny-digits/sft").trainer.num_train_epochs
     by_characters = recipe_lengths(recipe, str(tmp_path))
     assert by_characters.samples[0].learned == len(answer) // 4 + 1
-    assert "no tokenizer" in by_characters.source
+    assert "without a tokenizer" in by_characters.source
 
 
 def test_captions_and_conversations_have_lengths_of_their_own():
