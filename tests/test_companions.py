@@ -92,7 +92,7 @@ def test_a_folder_says_how_its_model_skips(model, tmp_path):
     again.remove()
     with pytest.raises(SaccadeError, match="'drop_kw' is not an option of Skip-Vision: did you mean 'drop_kv'"):
         apply_skip_vision(model, tmp_path, drop_kw=False)
-    with pytest.raises(SaccadeError, match=f"holds no {SUMMARY_FILE}"):
+    with pytest.raises(SaccadeError, match=f"has no {SUMMARY_FILE}"):
         apply_skip_vision(model, tmp_path / "nothing")
 
 
