@@ -1,0 +1,410 @@
+"""The tasks of the testbed smol: samples repeat, splits are disjoint, and answers are those that the pictures give.
+
+The oracles read pictures anew: the text that was drawn, the colours and heights of pixels, the shapes of digits.
+Documents and charts use the fonts that matplotlib brings along, so that they run without the testbed's own packages.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from experiments.smol import fonts
+from experiments.smol.fonts import FONTS, Font
+from experiments.smol.tasks import TASKS, charts, documents, easy_vqa
+from experiments.smol.tasks.base import PATCH, SPLITS, split_of
+from saccade.data.digits import digit_samples, split_indices
+from saccade.data.questions import COLUMN_WORDS, ROW_WORDS
+from saccade.errors import SaccadeError
+
+HERE = {
+    "train": (Font("DejaVu Sans", "matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf"),),
+    "validation": (Font("DejaVu Serif", "matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf"),),
+    "test": (Font("STIX", "matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf"),),
+}
+OWN = dict(FONTS)
+RGB = {
+    **{"black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128)},
+    **{"green": (0, 128, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0)},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_these_fonts() -> Iterator[None]:
+    FONTS.update(HERE)
+    yield
+    FONTS.update(OWN)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes(tmp_path_factory) -> Iterator[None]:
+    """A small data set in the form of easy-VQA, of which nothing else here is read."""
+    folder = tmp_path_factory.mktemp("easy_vqa")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60), ("test", 20)):
+        (folder / "data" / part / "images").mkdir(parents=True)
+        asked = []
+        for index in range(count):
+            shape, colour = easy_vqa.SHAPES[index % 3], str(rng.choice(easy_vqa.COLOURS))
+            ground = tuple(int(level) for level in rng.integers(225, 256, 3))
+            image = Image.new("RGB", (64, 64), ground)
+            draw, (x, y) = ImageDraw.Draw(image), rng.integers(0, 40, 2).tolist()
+            if shape == "rectangle":
+                draw.rectangle((x, y, x + 20, y + 14), RGB[colour])
+            elif shape == "circle":
+                draw.ellipse((x, y, x + 20, y + 20), RGB[colour])
+            else:
+                draw.polygon([(x, y + 20), (x + 20, y + 20), (x + 10, y)], RGB[colour])
+            image.save(folder / "data" / part / "images" / f"{index}.png")
+            asked += [
+                ("what shape is present?", shape, index),
+                (f"what is the color of the {shape}?", colour, index),
+                ("is there a red shape?", "yes" if colour == "red" else "no", index),
+                ("does the image not contain a circle?", "no" if shape == "circle" else "yes", index),
+            ]
+        (folder / "data" / part / "questions.json").write_text(json.dumps(asked))
+    found = importlib.util.find_spec
+    spec = SimpleNamespace(submodule_search_locations=[str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fonts, "find_spec", lambda name: spec if name == "easy_vqa" else found(name))
+        easy_vqa._questions.cache_clear()
+        yield
+    easy_vqa._questions.cache_clear()
+
+
+def samples(name: str, split: str, count: int, grid: int = 12):
+    return [TASKS[name].sample(split, number, grid=grid) for number in range(count)]
+
+
+def fingerprint(image: Image.Image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", TASKS)
+class TestEveryTask:
+    def test_a_sample_repeats_and_others_differ(self, name: str) -> None:
+        task = TASKS[name]
+        first, again = (task.sample("train", 3, seed=1) for _ in range(2))
+        assert fingerprint(first.image) == fingerprint(again.image)
+        assert (first.regions, first.questions) == (again.regions, again.questions)
+        others = [task.sample("train", 4, seed=1), task.sample("train", 3, seed=2), task.sample("test", 3, seed=1)]
+        assert fingerprint(first.image) not in {fingerprint(sample.image) for sample in others}
+
+    @pytest.mark.parametrize("grid", [12, 24])
+    def test_samples_are_what_they_say(self, name: str, grid: int) -> None:
+        task, kinds = TASKS[name], set()
+        for split in SPLITS:
+            for sample in samples(name, split, 15, grid):
+                assert sample.image.size == (grid * PATCH, grid * PATCH)
+                assert sample.image.mode == "RGB"
+                assert sample.regions
+                assert sample.questions
+                assert sample.caption
+                for region in sample.regions:
+                    left, top, right, bottom = region.box
+                    assert 0 <= left < right <= grid * PATCH
+                    assert 0 <= top < bottom <= grid * PATCH
+                    assert set(region.text.split()) <= set(task.words)
+                for question in sample.questions:
+                    assert question.answer
+                    kinds.add(question.kind)
+        assert kinds == set(task.kinds)
+
+    def test_splits_share_no_picture(self, name: str) -> None:
+        seen = {split: {fingerprint(one.image) for one in samples(name, split, 40)} for split in SPLITS}
+        assert len(set.union(*seen.values())) == sum(len(found) for found in seen.values())
+
+    @pytest.mark.parametrize(("split", "grid"), [("dev", 12), ("train", 13)])
+    def test_bad_input_is_told(self, name: str, split: str, grid: int) -> None:
+        with pytest.raises(SaccadeError, match=r"split='dev' is unknown|grid=13 is unknown"):
+            TASKS[name].sample(split, 0, grid=grid)
+
+
+def test_hashes_share_names_out_as_they_say() -> None:
+    found = [split_of(f"name {number}") for number in range(4000)]
+    for split, share in zip(SPLITS, (0.70, 0.15, 0.15), strict=True):
+        assert abs(found.count(split) / 4000 - share) < 0.03
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(SaccadeError, match="no_such_font is not installed: pip install --no-deps -r experiments"):
+        fonts.load_font(Font("None", "no_such_font", "x.ttf"), 12)
+
+
+class TestFonts:
+    def test_splits_share_no_family(self) -> None:
+        fonts_of_all = [font for split in SPLITS for font in OWN[split]]
+        assert len({font.family for font in fonts_of_all}) == len({font.file for font in fonts_of_all}) == 8
+
+    @pytest.mark.parametrize("font", [font for split in SPLITS for font in OWN[split]], ids=lambda font: font.family)
+    def test_fonts_are_in_their_packages(self, font: Font) -> None:
+        pytest.importorskip(font.package)
+        assert font.family.split()[0] in fonts.load_font(font, 12).getname()[0]
+
+    def test_splits_draw_with_fonts_of_their_own(self, monkeypatch) -> None:
+        used = []
+        real = ImageDraw.ImageDraw.text
+        monkeypatch.setattr(
+            ImageDraw.ImageDraw, "text", lambda *args, **kw: (used.append(kw["font"].path), real(*args, **kw))
+        )
+        for split in SPLITS:
+            used.clear()
+            samples("documents", split, 3)
+            samples("charts", split, 3)
+            assert {str(path) for path in used} == {str(font.path) for font in HERE[split]}
+
+
+class TestDigits:
+    def test_splits_share_no_digit(self) -> None:
+        pools = [{index for indices in split_indices(split) for index in indices} for split in SPLITS]
+        assert len(set.union(*pools)) == sum(map(len, pools)) == len(digit_samples()[1])
+
+    def test_answers_follow_from_what_is_there(self) -> None:
+        images, classes = digit_samples()
+        right = total = 0
+        for sample in samples("digits", "test", 60):
+            placed = [region.text.split() for region in sample.regions]
+            values = [int(words[0]) for words in placed]
+            pixels = np.asarray(sample.image, dtype=float)
+            pool = [index for indices in split_indices("test") for index in indices]
+            for region, value in zip(sample.regions, values, strict=True):
+                left, top, right_edge, bottom = region.box
+                x, y = (left + right_edge) / 2, (top + bottom) / 2
+                third = sample.image.width / 3
+                row, column = ROW_WORDS[int(y // third)], COLUMN_WORDS[int(x // third)]
+                assert region.text == f"{value} {row} {column}"
+                right += classes[_nearest(pixels[top:bottom, left:right_edge], images[pool], pool)] == value
+                total += 1
+            self._check(sample.questions, values, [" ".join(words[1:]) for words in placed])
+        # The nearest of the split's own digits, without turning it, is mostly one of the same class.
+        assert right / total > 0.8
+
+    @staticmethod
+    def _check(questions, values: list[int], places: list[str]) -> None:
+        columns = [["left", "center", "right"].index(place.split()[1]) for place in places]
+        rows = [["top", "middle", "bottom"].index(place.split()[0]) for place in places]
+        for question in questions:
+            asked = [int(word) for word in re.findall(r"\d", question.text)]
+            assert question.answer == _digit_answer(question, asked, values, rows, columns, places), question
+
+
+def _digit_answer(question, asked, values, rows, columns, places) -> str:
+    if question.kind == "relation":
+        first, second = (rows[values.index(value)] for value in asked)
+        return "yes" if (first < second) == ("above" in question.text) else "no"
+    answers = {
+        "count": lambda: len(values),
+        "has": lambda: "yes" if asked[0] in values else "no",
+        "leftmost": lambda: values[columns.index(min(columns))],
+        "rightmost": lambda: values[columns.index(max(columns))],
+        "max": lambda: max(values),
+        "min": lambda: min(values),
+        "sum": lambda: sum(values),
+        "read": lambda: " ".join(map(str, values)),
+        "count_of": lambda: values.count(asked[0]),
+        "where": lambda: places[values.index(asked[0])],
+    }
+    return str(answers[question.kind]())
+
+
+def _nearest(crop: np.ndarray, templates: np.ndarray, pool: list[int]) -> int:
+    """The digit that a crop is most like, by correlation of the ink."""
+    ink = crop - np.median(crop, axis=(0, 1))
+    small = np.asarray(Image.fromarray(np.abs(ink).mean(-1).astype(np.uint8)).resize((8, 8), Image.Resampling.BOX))
+    flat = templates.reshape(len(templates), -1).astype(float)
+    flat, seen = flat - flat.mean(1, keepdims=True), small.ravel() - small.mean()
+    return pool[int(np.argmax(flat @ seen / np.linalg.norm(flat, axis=1)))]
+
+
+class TestEasyVQA:
+    def test_validation_is_taken_out_of_train_and_test_is_its_own(self) -> None:
+        train, validation, test = (easy_vqa.image_numbers(split) for split in SPLITS)
+        assert not set(train) & set(validation)
+        assert len(train) == 54
+        assert len(validation) == 6
+        assert test == tuple(range(20))
+
+    @pytest.mark.parametrize("split", SPLITS)
+    def test_answers_are_what_the_pixels_show(self, split: str) -> None:
+        check_shapes(samples("easy_vqa", split, 30))
+
+    def test_so_they_are_in_the_real_data_set(self, monkeypatch) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(fonts, "find_spec", importlib.util.find_spec)
+        easy_vqa._questions.cache_clear()
+        try:
+            pytest.importorskip("easy_vqa")
+            numbers = [easy_vqa.image_numbers(split) for split in SPLITS]
+            assert [len(found) for found in numbers] == [3600, 400, 1000]
+            for split in SPLITS:
+                check_shapes(samples("easy_vqa", split, 100))
+        finally:
+            easy_vqa._questions.cache_clear()
+
+
+def check_shapes(found) -> None:
+    for sample in found:
+        (region,) = sample.regions
+        pixels = np.asarray(sample.image, dtype=int)
+        # The ground is lighter than every shape.
+        shown = np.abs(pixels - pixels.reshape(-1, 3)[pixels.sum(-1).argmax()]).max(-1) > 60
+        rows, columns = shown.nonzero()
+        box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        assert np.abs(np.subtract(region.box, box)).max() <= 6
+        core = np.median(pixels[shown], axis=0)
+        colour = min(RGB, key=lambda name, core=core: np.abs(core - RGB[name]).sum())
+        share = shown.sum() / np.subtract(box[2:], box[:2]).prod()
+        shape = "triangle" if share < 0.7 else "circle" if share < 0.92 else "rectangle"
+        assert set(region.text.split()) <= {colour, shape}
+        for question in sample.questions:
+            words = set(re.findall(r"\w+", question.text))
+            expected = {"shape": shape, "colour": colour}.get(question.kind)
+            if expected is None:
+                there = bool(words & {shape, colour})
+                expected = "yes" if there != bool(words & {"no", "not"}) else "no"
+            assert question.answer == expected, (question, colour, shape)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[tuple[float, float, str]]:
+    """Every text that is drawn, with its place: (top, left, text)."""
+    found: list[tuple[float, float, str]] = []
+    real = ImageDraw.ImageDraw.text
+
+    def text(self, place, words, *args, **options):
+        found.append((place[1], place[0], words))
+        return real(self, place, words, *args, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return found
+
+
+class TestDocuments:
+    @pytest.mark.parametrize("grid", [12, 24])
+    def test_answers_are_what_the_page_says(self, drawn, grid: int) -> None:
+        for number in range(40):
+            drawn.clear()
+            sample = TASKS["documents"].sample(SPLITS[number % 3], number, grid=grid)
+            texts = [text for _, _, text in sorted(drawn)]
+            fields = dict(text.split(": ") for text in texts if re.fullmatch(r"(City|Month|Name): \w+", text))
+            rows: dict[float, list[str]] = {}
+            for top, _, text in sorted(drawn):
+                rows.setdefault(top, []).append(text)
+            table = {row[0]: row[1] for row in rows.values() if len(row) == 2}
+            for question in sample.questions:
+                assert question.answer == _document_answer(question, texts, fields, table), (question, texts)
+
+    def test_regions_frame_their_ink(self, drawn) -> None:
+        sample = TASKS["documents"].sample("train", 1)
+        pixels = np.asarray(sample.image, dtype=int)
+        for left, top, right, bottom in (region.box for region in sample.regions):
+            ink = np.abs(pixels[top:bottom, left:right] - pixels[-1, -1]).max(-1) > 60
+            assert ink[:, :8].any()
+            assert ink[:, -8:].any()
+
+    def test_splits_share_no_running_text(self) -> None:
+        found = [set(documents.running_text(split)) for split in SPLITS]
+        assert all(len(texts) >= 5 for texts in found)
+        assert not any(
+            one & other for one, other in ((found[0], found[1]), (found[0], found[2]), (found[1], found[2]))
+        )
+
+
+def _document_answer(question, texts, fields, table) -> str:
+    name = re.findall(r"\w+", question.text)[-1]
+    if question.kind == "says":
+        words = {word.strip(".,;:()").lower() for text in texts for word in text.split()}
+        return "yes" if name.lower() in words else "no"
+    answers = {
+        "heading": lambda: texts[0],
+        "field": lambda: fields[name.capitalize()],
+        "number": lambda: table[name],
+        "count": lambda: str(len(table)),
+    }
+    return answers[question.kind]()
+
+
+class TestCharts:
+    @pytest.mark.parametrize("grid", [12, 24])
+    def test_answers_are_what_the_chart_shows(self, drawn, grid: int) -> None:
+        kinds = set()
+        for number in range(60):
+            drawn.clear()
+            sample = TASKS["charts"].sample(SPLITS[number % 3], number, grid=grid)
+            pixels = np.asarray(sample.image, dtype=int)
+            values = [one for one in drawn if one[2].isdigit()]
+            read = self._read_bars(pixels, drawn, values, grid) if values else self._read_lines(pixels, drawn)
+            for question in sample.questions:
+                kinds.add(question.kind)
+                assert question.answer == _chart_answer(question, read), (question, read)
+        assert kinds == set(TASKS["charts"].kinds)
+
+    @staticmethod
+    def _read_bars(pixels, drawn, values, grid: int) -> dict[str, dict]:
+        read = {}
+        names = [one for one in drawn if not one[2].isdigit()]
+        values, names = (sorted(texts, key=lambda one: one[1]) for texts in (values, names))
+        for (_, x, value), (name_top, name_x, name) in zip(values, names, strict=True):
+            column = pixels[: int(name_top) - 2, round(x) + 3]
+            colours = [_colour(pixel) for pixel in column]
+            height = sum(colour is not None for colour in colours[-(grid - 2) * PATCH :])
+            assert abs(x - name_x) < 3 * PATCH
+            unit = (grid - 3) // 9 * PATCH
+            assert round(height / unit) == int(value)
+            read[name] = {"value": int(value), "colour": colours[-PATCH // 2]}
+        return read
+
+    @staticmethod
+    def _read_lines(pixels, drawn) -> dict[str, dict]:
+        read = {}
+        for _, x, name in drawn:
+            colour = _colour(pixels[8, round(x) - 12])
+            below = pixels[PATCH:]
+            of_line = np.abs(below - pixels[8, round(x) - 12]).max(-1) < 8
+            rows, columns = of_line.nonzero()
+            first, last = (rows[np.abs(columns - edge) <= 2].mean() for edge in (columns.min() + 2, columns.max() - 2))
+            change = first - last
+            read[name] = {"colour": colour, "trend": "flat" if abs(change) < 12 else "up" if change > 0 else "down"}
+        return read
+
+    def test_splits_share_no_series(self, monkeypatch) -> None:
+        used: dict[str, set] = {split: set() for split in SPLITS}
+        real = charts.draw_series
+
+        def watched(rng, split, make):
+            series = real(rng, split, make)
+            used[split].add(series)
+            return series
+
+        monkeypatch.setattr(charts, "draw_series", watched)
+        for split in SPLITS:
+            samples("charts", split, 150)
+        assert all(len(series) > 50 for series in used.values())
+        assert (
+            not used["train"] & used["validation"] | used["train"] & used["test"] | used["validation"] & used["test"]
+        )
+
+
+def _chart_answer(question, read) -> str:
+    named = [read[name] for name in re.findall(r"[A-Z]\w+", question.text) if name in read]
+    answers = {
+        "value": lambda: str(named[0]["value"]),
+        "largest": lambda: max(read, key=lambda name: read[name]["value"]),
+        "smaller": lambda: "yes" if named[0]["value"] < named[1]["value"] else "no",
+        "colour": lambda: named[0]["colour"],
+        "legend": lambda: named[0]["colour"],
+        "trend": lambda: named[0]["trend"],
+    }
+    return answers[question.kind]()
+
+
+def _colour(pixel) -> str | None:
+    """The name of the colour of a bar or a line, None for paper and for what is written."""
+    name = min(charts.COLOURS, key=lambda name: np.abs(pixel - np.array(charts.COLOURS[name])).max())
+    return name if np.abs(pixel - np.array(charts.COLOURS[name])).max() <= 12 else None
