@@ -1,4 +1,4 @@
-"""A whole run as a user makes it, at tiny size, with a kill -9 in the middle: every command is a real process.
+"""A complete run as a user would make it, at tiny size, with a kill -9 in the middle; every command is a real process.
 
     python -m experiments.story OUT [--steps 40] [--pretrain-steps 20] [--scenes 200] [--processes 2] [--docs FILE]
 
@@ -36,18 +36,18 @@ print(type(model).__name__, sum(parameter.numel() for parameter in model.paramet
 
 
 class Story:
-    """Runs commands in one folder and keeps what they took."""
+    """Runs commands in a folder and records how long they took."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.steps: list[dict[str, Any]] = []
 
     def saccade(self, title: str, *words: Any) -> str:
-        """One command of ours, which has to end well. Returns what it printed."""
+        """Run one `saccade` command, which must succeed, and return its output."""
         return self.run(title, [sys.executable, "-m", "saccade.cli.main", *map(str, words)])
 
     def run(self, title: str, command: list[str], shown: str | None = None) -> str:
-        """One command, which has to end well. Returns what it printed."""
+        """Run one command, which must succeed, and return its output."""
         started = time.perf_counter()
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True)
         self._note(title, shown or self._shown(command), started, f"exit {done.returncode}")
@@ -56,7 +56,7 @@ class Story:
         return done.stdout
 
     def kill_once_there_is(self, title: str, checkpoint: Path, *words: Any) -> None:
-        """Start a command in a process group of its own, and kill -9 all of it once a checkpoint is there."""
+        """Start a command in a separate process group, and kill -9 all its processes once a checkpoint exists."""
         command = [sys.executable, "-m", "saccade.cli.main", *map(str, words)]
         started = time.perf_counter()
         log = self.folder / "killed.log"
@@ -127,7 +127,7 @@ def write_llava_json(folder: Path, stage: str, rows: int, turns: int = 1) -> Pat
 
 
 def tell(folder: Path, steps: int, pretrain_steps: int, scenes: int, processes: int) -> dict[str, Any]:
-    """The whole story. Returns what `story.json` holds."""
+    """Run all steps, and return the content of `story.json`."""
     story = Story(folder)
     batch = 8
     write_llava_json(folder, "pretrain", pretrain_steps * batch)

@@ -155,7 +155,7 @@ def test_no_room():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"fit_length": 0}, "fit_length=0: give a whole number"),
+        ({"fit_length": 0}, "fit_length=0: expected an integer"),
         ({"fit_length": 12.0}, "fit_length=12.0"),
         ({"fit_length": True}, "fit_length=True"),
         ({"fit_length": 100, "reducer": "none"}, "reducer='none', which drops no token"),

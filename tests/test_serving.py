@@ -122,7 +122,7 @@ def test_weights_of_the_tower_that_are_missing(tmp_path):
     weights = load_file(path)
     del weights[next(name for name in weights if "multi_modal_projector.linear_2.weight" in name)]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(SaccadeError, match=r"holds no 'model.multi_modal_projector.linear_2.weight', and 1 missing"):
+    with pytest.raises(SaccadeError, match=r"lacks 1 of .*, such as 'model.multi_modal_projector.linear_2.weight'"):
         tower_family(tmp_path, torch.float32, "cpu")
 
 
@@ -133,7 +133,7 @@ def test_weights_of_the_tower_that_are_missing(tmp_path):
         ("llava", PruningConfig(fit_length=100), False, "fit_length=100 cannot be served: an engine reduces each"),
         ("llava", PruningConfig(budget="sample"), False, "budget='sample' cannot be served"),
         ("idefics3", PruningConfig(budget="image"), False, "budget='image' cannot be served for idefics3"),
-        ("llava", PruningConfig(reducer="cdpruner"), False, "these serve: .*divprune.*visionzip"),
+        ("llava", PruningConfig(reducer="cdpruner"), False, "use one of .*divprune.*visionzip"),
         ("llava", PruningConfig(reducer="mmtok"), False, "reads the question"),
         ("gemma3", PruningConfig(), True, "isolator: cannot be served for gemma3"),
     ],
@@ -170,7 +170,7 @@ def test_the_folders_setting_and_others_in_its_place(tmp_path):
     assert folder_pruning(tmp_path, {"prune_ratio": 0.5}) == trained.replace(prune_ratio=0.5)
     with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
         folder_pruning(tmp_path, {"ratio": 0.5})
-    with pytest.raises(SaccadeError, match="saccade='half' of --hf-overrides: give options"):
+    with pytest.raises(SaccadeError, match="saccade='half' in --hf-overrides: give a mapping"):
         folder_pruning(tmp_path, "half")
 
 
@@ -237,7 +237,7 @@ def test_requests_that_cannot_be_prepared(tmp_path):
     with pytest.raises(SaccadeError, match="positions='original': vLLM counts the positions of a prepared request"):
         vllm_request(model, processor, picture(), prompt, positions="original")
     qwen, processor = saved("qwen3_vl", tmp_path / "qwen")
-    with pytest.raises(SaccadeError, match="model_type='qwen3_vl': vLLM takes rows of features in any number for"):
+    with pytest.raises(SaccadeError, match="model_type='qwen3_vl': vLLM accepts any number of feature rows for"):
         vllm_request(qwen, processor, picture(), prompt)
 
 
@@ -272,12 +272,12 @@ def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monke
     (tmp_path / "whole" / "config.json").write_text("{}")
     for words, line in {
         ("nowhere",): "model='nowhere' is not a folder",
-        (str(tmp_path / "adapters"),): "holds no whole model: it holds adapters: `saccade export",
+        (str(tmp_path / "adapters"),): "is not a complete model: it has adapters only: `saccade export",
         (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",
         (str(tmp_path / "whole"), "--all-tokens", "--keep-tokens", "8"): "--all-tokens and --keep-tokens: leave one",
         (str(tmp_path / "whole"), "--engine", "vllm"): "needs vllm, which is not installed: pip install",
         (str(tmp_path / "whole"), "--engine", "sglang"): "engine='sglang' is unknown: use one of vllm, transformers",
-        (str(tmp_path / "whole"),): "saccade serve needs vllm, or the server of transformers: pip install",
+        (str(tmp_path / "whole"),): "saccade serve needs vLLM or the server of transformers: pip install",
     }.items():
         assert main(["serve", *words]) == 2
         assert line in capsys.readouterr().err

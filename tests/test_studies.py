@@ -166,7 +166,7 @@ def test_notes_are_kept(studies) -> None:
         (["parts", "--only", "method=nope"], "--only method=nope: no run has it"),
         (["over_time", "--steps", "9"], "over_time saves 10 checkpoints"),
         (["parts", "--table"], "has no sweep"),
-        (["--write-docs", "docs"], "holds no study with a finished run"),
+        (["--write-docs", "docs"], "has no study with a finished run"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, capsys) -> None:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="ffn|skip-error")
     ffn = verbs.add_parser("ffn", help="||FFN(u)|| / ||u|| of visual, summary and text rows", allow_abbrev=False)
     _model_arguments(ffn, preset="256/320", output="ffn.png")
-    error = verbs.add_parser("skip-error", help="what skipping changes, beside a bound", allow_abbrev=False)
+    error = verbs.add_parser("skip-error", help="what skipping changes, compared to a bound", allow_abbrev=False)
     _model_arguments(error, preset="100/156", output="skip_error.png")
     args = parser.parse_args(argv)
     return {"ffn": _ffn, "skip-error": _skip_error}[args.what](args)
@@ -62,7 +62,7 @@ def _amount(text: str) -> int | float:
 
 
 def _setting(args: argparse.Namespace) -> tuple[Any, ...]:
-    """Model, processor, samples and options; slips cost no wait."""
+    """Model, processor, samples and options; arguments are checked before anything is loaded."""
     check_output(args.output)
     if args.count < 1:
         raise SaccadeError(f"count={args.count!r}: give 1 scene or more")
@@ -104,7 +104,7 @@ def _skip_error(args: argparse.Namespace) -> int:
     ]
     columns = ["layer", "skipped", "text", "summary", "skipped, relative", "text, relative"]
     columns += ["||FFN||", "gain", "bound", "||FFN|| by weights", "mass on skipped", "without their keys"]
-    print_table("largest change of a row behind each layer, and attention of text", columns, rows)
+    print_table("largest change of a row after each layer, and attention of text", columns, rows)
     logits = report["logits"]
     print(
         f"logits of text: largest change {logits['max_change']:.3g} (rms {logits['rms_change']:.3g} of "

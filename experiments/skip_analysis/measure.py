@@ -1,4 +1,4 @@
-"""What skipping feed-forward networks changes in a model, measured layer by layer beside a bound.
+"""What skipping feed-forward networks changes in a model, measured layer by layer and compared to a bound.
 
 The stock model reads a laid-out prompt twice, with all feed-forward networks and without those of skipped rows.
 docs/skip-vision-analysis.md derives the bound and the error of dropping keys and values.
@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[Role, ...]] = {
     "summary": (Role.SUMMARY,),
     "text": (Role.TEXT, Role.ANSWER),
 }
-"""Names of the kinds of rows that are told apart."""
+"""The kinds of rows that are distinguished."""
 
 TINY = 1e-30
 
@@ -44,14 +44,14 @@ def ffn_ratio(model: nn.Module, prepared: Mapping[str, Any]) -> list[dict[str, T
     """How much each feed-forward network adds to each row: ||F(u)|| / ||u||, u the row after attention (Fig. 1).
 
     Args:
-        model: a stock model, not skipping.
-        prepared: what `SkipVision.prepare` gave; all rows pass all networks here.
+        model: a stock model that does not skip.
+        prepared: the output of `SkipVision.prepare`; here all rows pass all networks.
 
     Returns:
-        For each layer and group, the ratio of every row of the group, float32 `(M,)`.
+        Per layer and group, the ratio of every row of the group, float32 `(M,)`.
 
     Raises:
-        SaccadeError: if the layers are not made as Skip-Vision needs them.
+        SaccadeError: if the layers do not have the structure that Skip-Vision needs.
     """
     family, inputs, roles = _sort(model, prepared)
     run = _Run(family, None)
@@ -68,27 +68,27 @@ def ffn_ratio(model: nn.Module, prepared: Mapping[str, Any]) -> list[dict[str, T
 def skip_error(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
     """What leaving out the feed-forward networks of skipped rows changes, measured and bounded.
 
-    Norms are Euclidean over a row's channels; maxima are over all rows but padding. x are the rows of the whole run, y
-    those of the skipping run and G a whole layer. With E_l = max ||y_l - x_l||, the injections e_l = max ||F_l(u)||
-    over skipped rows of the skipping run, and the gains g_l = max ||G_l(y_l) - G_l(x_l)|| / E_l:
+    Norms are Euclidean over a row's channels; maxima are over all rows except padding. x are the rows of the full run,
+    y those of the skipping run, and G is a full layer. With E_l = max ||y_l - x_l||, the injections
+    e_l = max ||F_l(u)|| over skipped rows of the skipping run, and the gains g_l = max ||G_l(y_l) - G_l(x_l)|| / E_l:
 
         E_{l+1} <= g_l E_l + e_l,   hence   E_n <= sum_l e_l prod_{k>l} g_k
 
     Args:
-        model: a stock model with attention of its own kind "eager", "sdpa" or another; maps are read with "eager".
-        prepared: what `SkipVision.prepare` gave.
+        model: a stock model with any attention implementation; attention maps are read with "eager".
+        prepared: the output of `SkipVision.prepare`.
 
     Returns:
-        `layers`, each with `deviation` (a group's largest change behind the layer, None where it has no rows) and
-        `deviation_all`, E; `relative` (the norm of a group's changes, as a share of that of its rows); `injection` e;
-        `gain` g; `bound`; `spectral` (the bound on e from weights alone, None where the network is of another form);
-        `attention_mass` and `attention_mass_max` (what text behind an image puts on skipped rows, mean and largest
-        over rows and heads); `kv_drop` (the change of that text's attention without skipped keys and values, as a
-        share of its norm). And `logits`, over text rows: `max_change`, `rms_change`, `rms`, `kl` (mean, of the whole
-        run from the other), `same_choice` (share).
+        `layers`, each with `deviation` (a group's largest change after the layer, None for a group without rows) and
+        `deviation_all`, E; `relative` (the norm of a group's changes as a share of the norm of its rows); `injection`
+        e; `gain` g; `bound`; `spectral` (the bound on e from weights alone, None for other kinds of networks);
+        `attention_mass` and `attention_mass_max` (attention of text after an image to skipped rows, mean and maximum
+        over rows and heads); `kv_drop` (the change of that text's attention output without skipped keys and values, as
+        a share of its norm). And `logits`, over text rows: `max_change`, `rms_change`, `rms`, `kl` (mean of KL(full ||
+        skipping)), `same_choice` (share).
 
     Raises:
-        SaccadeError: if no row is skipped, or the layers are not made as Skip-Vision needs them.
+        SaccadeError: if no row is skipped, or the layers do not have the structure that Skip-Vision needs.
     """
     family, inputs, roles = _sort(model, prepared)
     skipped, text = rows_of(roles, "skipped"), rows_of(roles, "text")
@@ -108,7 +108,7 @@ def skip_error(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
     for number, layer in enumerate(family.language_layers):
         change = part.after[number] - whole.after[number]  # (B, L, D)
         injected = part.added[number].norm(dim=-1)[skipped].max().item()
-        # The whole layer on the rows of the skipping run: what was left out of it comes back.
+        # The full layer on the rows of the skipping run: what was left out is added back.
         moved = change + part.added[number] * skipped.unsqueeze(-1)
         size = before.norm(dim=-1)[valid].max().item()
         gain = moved.norm(dim=-1)[valid].max().item() / size if size else 0.0
@@ -130,29 +130,29 @@ def skip_error(model: nn.Module, prepared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kv_drop_error(weights: Tensor, values: Tensor, skipped: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact change of attention outputs when skipped keys and values are dropped, and the mass on them.
+    """The exact change of attention outputs when skipped keys and values are dropped, and their attention mass.
 
-    With a the mass on skipped columns, o_S the mean of their values by weight and o_keep that of the others,
-    o_full - o_keep = a (o_S - o_keep), as softmax over fewer columns is the old one over them, rescaled.
+    With a the mass on skipped columns, o_S the weighted mean of their values and o_keep that of the others,
+    o_full - o_keep = a (o_S - o_keep), since softmax over fewer columns equals the old one on them, rescaled.
 
     Args:
-        weights: attention `(B, H, Q, L)`, each row sums to one.
-        values: `(B, H or fewer, L, D)`; heads that share values lie side by side.
+        weights: attention `(B, H, Q, L)`; each row sums to one.
+        values: `(B, H or fewer, L, D)`; heads that share values are adjacent.
         skipped: bool `(B, L)`.
 
     Returns:
-        o_full - o_keep `(B, H, Q, D)` and a `(B, H, Q)`. A row that sees skipped columns only has no o_keep: NaN.
+        o_full - o_keep `(B, H, Q, D)`, NaN for a row that attends to skipped columns only; and a `(B, H, Q)`.
     """
     values = values.repeat_interleave(weights.shape[1] // values.shape[1], dim=1)
     on_skipped = weights * skipped[:, None, None, :]
     on_kept = weights * ~skipped[:, None, None, :]
     mass, rest = on_skipped.sum(dim=-1, keepdim=True), on_kept.sum(dim=-1, keepdim=True)
-    # a o_S rather than o_S, which no row without such columns has.
+    # a o_S rather than o_S, which is undefined for rows without such columns.
     return on_skipped @ values - mass * (on_kept @ values) / rest, mass.squeeze(-1)
 
 
 def spectral_bound(layer: nn.Module) -> float | None:
-    """A bound on ||F(u)|| for every row u, from the weights of a decoder layer alone; None for another network.
+    """A bound on ||F(u)|| for every row u, from a decoder layer's weights alone; None for other kinds of networks.
 
     ||N(u)|| <= sqrt(D) max|gamma| for RMSNorm and |silu(t)| <= |t| give ||F(u)|| <= ||W_down|| ||W_gate|| ||W_up|| D
     max|gamma|^2, in spectral norms: the product of two vectors entry by entry is no longer than that of their norms.
@@ -187,7 +187,7 @@ class _Run:
     def __enter__(self) -> "_Run":
         for number, layer in enumerate(self.layers):
             check_layer(number, layer)
-            # Where there is a norm behind the network, as in Gemma, what it gives is what is added.
+            # If the network is followed by a norm, as in Gemma, the norm's output is what is added.
             last = getattr(layer, "post_feedforward_layernorm", None) or layer.mlp
             names = ("pre_feedforward_layernorm", "post_attention_layernorm")
             first = next((found for name in names if (found := getattr(layer, name, None)) is not None), None)
@@ -218,7 +218,7 @@ class _Run:
 
 @contextmanager
 def _eager(family: Family) -> Iterator[None]:
-    """Attention that gives its maps."""
+    """Use the attention implementation that returns its maps."""
     language: PreTrainedModel = family.language_model
     kind = language.config._attn_implementation
     language.set_attn_implementation("eager")
@@ -246,7 +246,7 @@ def _relative(change: Tensor, whole: Tensor, rows: Tensor) -> float | None:
 
 
 def _attention(weights: Tensor, values: Tensor, skipped: Tensor, behind: Tensor) -> dict[str, float | None]:
-    """What the rows `behind` put on skipped ones; nothing where a layer's window stores fewer columns."""
+    """Attention of the rows `behind` to skipped ones; empty if a layer's window stores fewer columns."""
     if not bool(behind.any()) or values.shape[2] != skipped.shape[1]:
         return dict.fromkeys(("attention_mass", "attention_mass_max", "kv_drop"))
     error, mass = kv_drop_error(weights.float(), values.float(), skipped)
@@ -260,7 +260,7 @@ def _attention(weights: Tensor, values: Tensor, skipped: Tensor, behind: Tensor)
 
 
 def _logits(whole: Tensor, part: Tensor) -> dict[str, float]:
-    """Logits `(M, V)` of text rows, with all networks and with fewer."""
+    """Compare logits `(M, V)` of text rows with all networks and with some skipped."""
     change = part - whole
     log_whole, log_part = whole.log_softmax(dim=-1), part.log_softmax(dim=-1)
     return {

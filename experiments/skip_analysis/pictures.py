@@ -26,7 +26,7 @@ COLORS = {"text": "#000000", "visual": "#D55E00", "retained": "#E69F00", "skippe
 MARKERS = {"text": "s", "visual": "o", "retained": "^", "skipped": "o", "summary": "D"}
 QUANTILES = (0.2, 0.5, 0.8)
 Sample = tuple[Image.Image, str]
-"""An image, and the user's words about it."""
+"""An image, and the user's prompt about it."""
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -51,7 +51,7 @@ def analyze_ffn(
     """Draw what feed-forward networks add to visual, summary and text rows, and write it as JSON beside the picture.
 
     Args:
-        model: of a known family; all of its networks run.
+        model: a model of a known family; all of its networks run.
         processor: its processor.
         samples: one image each, with a prompt.
         config: how images are laid out.
@@ -59,8 +59,8 @@ def analyze_ffn(
         seed: of the summary head, which has not been trained.
 
     Returns:
-        What the JSON holds: where it comes from, and `layers`, for each layer and group `mean`, `p20`, `p50`, `p80` of
-        ||F(u)|| / ||u|| and the number of `rows`; None for a group without rows.
+        The content of the JSON: its origin, and `layers`, with `mean`, `p20`, `p50`, `p80` of ||F(u)|| / ||u|| and
+        the number of `rows` per layer and group; None for a group without rows.
 
     Raises:
         SaccadeError: if the model or the images do not fit the options.
@@ -97,10 +97,10 @@ def analyze_skip_error(
     path: str | os.PathLike[str],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Draw what skipping changes in each layer, beside its bound, and write it as JSON beside the picture.
+    """Draw what skipping changes in each layer together with its bound, and write both as JSON beside the picture.
 
     Args:
-        model: of a known family, not skipping.
+        model: a model of a known family that does not skip.
         processor: its processor.
         samples: one image each, with a prompt.
         config: how images are laid out; its `layers` must be all.
@@ -108,8 +108,8 @@ def analyze_skip_error(
         seed: of the summary head, which has not been trained.
 
     Returns:
-        What the JSON holds: where it comes from; `layers` and `logits` as `skip_error` has them, over the samples the
-        means of what `MEANS` names and the maxima of all else; and `samples`, what each one gave.
+        The content of the JSON: its origin; `layers` and `logits` as returned by `skip_error`, as means over samples
+        for the names in `MEANS` and as maxima for all others; and `samples`, the values of each sample.
 
     Raises:
         SaccadeError: if the model or the images do not fit the options, or nothing is skipped.
@@ -124,7 +124,7 @@ def analyze_skip_error(
     numbers = range(len(layers))
     for group in ("skipped", "text", "summary"):
         values = [layer["deviation"][group] for layer in layers]
-        # Where nothing has changed yet, a logarithm has no place for it.
+        # A change of zero cannot be drawn on a logarithmic axis.
         drawn = [(number, value) for number, value in zip(numbers, values, strict=True) if value]
         if drawn:
             left.plot(*zip(*drawn, strict=True), color=COLORS[group], marker=MARKERS[group], label=f"{group} rows")
@@ -154,15 +154,15 @@ def analyze_skip_error(
 def _prepare(
     model: PreTrainedModel, processor: ProcessorMixin, samples: Sequence[Sample], config: SkipVisionConfig, seed: int
 ) -> list[dict[str, Any]]:
-    """Each sample laid out; the model is left as it was."""
+    """Each sample laid out for skipping; the model is left unchanged."""
     if not samples:
-        raise SaccadeError("images: there are none, give at least one")
+        raise SaccadeError("images: none given, give at least one")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         skip = apply_skip_vision(model, config)
     try:
         with torch.no_grad():
-            # A prompt at a time: none has padding, which would have to be left out everywhere.
+            # One prompt at a time, so that there is no padding, which would have to be excluded everywhere.
             return [skip.prepare(_inputs(model, processor, sample)) for sample in samples]
     finally:
         skip.remove()
@@ -197,7 +197,7 @@ MEANS = ("relative", "attention_mass", "kv_drop", "kl", "same_choice", "rms_chan
 
 
 def _together(values: Sequence[Any], name: str = "") -> Any:
-    """Reports of the same form as one: means of what `MEANS` names, and of others the greatest."""
+    """Combine reports of the same form: means for the names in `MEANS`, maxima for all others."""
     first = values[0]
     if isinstance(first, dict):
         inner = (lambda key: name) if name in MEANS else (lambda key: key)

@@ -2,7 +2,7 @@
 
 python -m experiments.studies parts --jobs 2 --output out/studies
 python -m experiments.studies reducers --only prune_ratio=0.9 --only seed=0 --output out/studies
-python -m experiments.studies parts --output out/studies --table        what is done so far
+python -m experiments.studies parts --output out/studies --table        the finished runs so far
 python -m experiments.studies --output out/studies --write-docs docs    the page of all studies in a folder
 python -m experiments.studies --page out/studies/parts                  the page of one study, or of any sweep
 """
@@ -31,7 +31,7 @@ from saccade.sweeps.table import Standing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a study, or show what is done of it.
+    """Run a study, or show its finished runs.
 
     Raises:
         SaccadeError: on bad input, before anything runs.

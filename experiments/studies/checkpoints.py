@@ -1,4 +1,4 @@
-"""Checkpoints over a run's last stage: when they are saved, at what training time, and how good they are."""
+"""Checkpoints during a run's last stage: when they are saved, at which training time, and their accuracy."""
 
 import shutil
 from collections.abc import Callable
@@ -15,25 +15,25 @@ Clock = Callable[[], tuple[float, float]]
 
 
 def checkpoint_steps(total: int, count: int) -> list[int]:
-    """`count` steps spread evenly over `total`, in order, the last of which is the last."""
+    """`count` steps spread evenly over `total`, in order, the last being `total` itself."""
     return [-(-number * total // count) for number in range(1, count + 1)]
 
 
 class CheckpointSaver(TrainerCallback):
-    """Has the trainer save at evenly spread steps, and keeps the time that saving takes out of that of training.
+    """Make the trainer save at evenly spread steps, and exclude the time of saving from that of training.
 
     Args:
         count: number of checkpoints.
-        clock: gives CPU seconds and seconds.
+        clock: returns CPU seconds and wall-clock seconds.
     """
 
     def __init__(self, count: int, clock: Clock = process_clock) -> None:
         self.count = count
         self._clock = clock
         self.saved: list[dict[str, Any]] = []
-        """For each checkpoint its `step`, and the `cpu_seconds` and `seconds` of training up to it without saving."""
+        """Per checkpoint, its `step`, and the `cpu_seconds` and `seconds` of training up to it, without saving."""
         self.saving = np.zeros(2)
-        """CPU seconds and seconds that went into saving."""
+        """CPU seconds and wall-clock seconds spent on saving."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._started = self._now()
@@ -59,14 +59,14 @@ def evaluate_checkpoints(
     evaluate: Callable[[Path, int], dict[str, Any]],
     keep: Callable[[], None],
 ) -> None:
-    """Add to each of `saved` what its evaluation found, and remove the checkpoint once that is kept.
+    """Add the evaluation's result to each entry of `saved`, and remove the checkpoint once the result is stored.
 
-    Checkpoints that have been evaluated before are passed over, so that an interrupted evaluation goes on.
+    Checkpoints that were evaluated before are skipped, so that an interrupted evaluation can be resumed.
 
     Args:
-        folder: the stage's, which holds the checkpoints.
-        evaluate: from a checkpoint's folder and its number to what is found.
-        keep: writes `saved` to where it lasts.
+        folder: the stage's folder, which contains the checkpoints.
+        evaluate: takes a checkpoint's folder and number, and returns its results.
+        keep: stores `saved` on disk.
     """
     for number, entry in enumerate(saved):
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{entry['step']}"

@@ -1,4 +1,4 @@
-"""Curves over one setting with a spread at each point, and over time: how a study looks at a glance."""
+"""Pictures of studies: curves over one setting with a spread at each point, and curves over time."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
 # With the colours, no two of the first twenty-eight curves look alike.
-LINES = ("-", "-.", ":")  # one for each time the palette is used
+LINES = ("-", "-.", ":")  # one for each repetition of the palette
 MARKERS = ("o", "^", "D", "v", "P", "X", "s")
 PANEL_SIZE, LEGEND_ROW, LEGEND_COLUMNS = (5.4, 4.2), 0.28, 3
-SIDESTEP = 0.3  # of the distance between two ticks, over which the curves of a panel spread, lest whiskers cover
+SIDESTEP = 0.3  # share of the distance between ticks over which curves are spread, so that whiskers do not overlap
 Spread = Mapping[str, float]
 
 
@@ -22,13 +22,13 @@ class CurvePanel:
     """One panel.
 
     Args:
-        title: above it.
+        title: text above the panel.
         xlabel: what varies.
         ylabel: what is measured.
-        ticks: the values that it takes, as text, in order; they are drawn at equal distances.
-        curves: by name, the spread ("mean", "min", "max", shares of 1) at each tick, None where there is none.
-        reference: the name and the mean of a dashed line across the panel.
-        joined: whether a line joins the points: ticks that are kinds of things, not amounts, are not joined.
+        ticks: the values of what varies, as text, in order; they are drawn at equal distances.
+        curves: by name, the spread ("mean", "min", "max", as fractions) at each tick, or None if it is missing.
+        reference: name and mean of a dashed line across the panel.
+        joined: whether a line joins the points; it should not if the ticks are categories.
     """
 
     title: str
@@ -42,13 +42,13 @@ class CurvePanel:
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """What runs that differ in their seed only reach over time.
+    """The accuracy over time of runs that differ only in their seed.
 
     Args:
-        name: in the legend.
-        color: of its lines.
-        marker: of its points.
-        runs: for each run the seconds and the accuracy, a share of 1, at each checkpoint.
+        name: name in the legend.
+        color: color of the lines.
+        marker: marker of the points.
+        runs: per run, the seconds and the accuracy (a fraction) at each checkpoint.
     """
 
     name: str
@@ -58,7 +58,7 @@ class TimeCurve:
 
     @property
     def mean(self) -> list[tuple[float, float]]:
-        """The mean seconds and the mean accuracy at each checkpoint."""
+        """Mean seconds and mean accuracy at each checkpoint."""
         return [
             (fmean(seconds for seconds, _ in points), fmean(share for _, share in points))
             for points in zip(*self.runs, strict=True)
@@ -72,10 +72,10 @@ def plot_time_curves(
     ylabel: str,
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Draw accuracy over time as PNG: the mean of each curve's runs, and the runs themselves thin and faint.
+    """Draw accuracy over time as a PNG: the mean of each curve's runs, and single runs as thin, faint lines.
 
     Args:
-        reference: the name and the share of a dashed line across the picture.
+        reference: name and accuracy of a dashed line across the picture.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -97,7 +97,7 @@ def plot_time_curves(
         )  # fmt: skip
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    # From zero, so that lengths compare as times do.
+    # From zero, so that lengths are proportional to times.
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     figure.legend(
@@ -108,7 +108,7 @@ def plot_time_curves(
 
 
 def plot_panels(panels: Sequence[CurvePanel], path: str | os.PathLike[str]) -> None:
-    """Draw panels side by side as PNG, curves of one name alike in all of them.
+    """Draw panels side by side as a PNG; curves of the same name look the same in all panels.
 
     Raises:
         ValueError: if there is nothing to draw.

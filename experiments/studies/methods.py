@@ -1,4 +1,4 @@
-"""The methods that the studies compare beside those of the demo, and what tables call them."""
+"""The methods that the studies compare in addition to those of the demo, and their names in tables."""
 
 from typing import Any
 
@@ -43,4 +43,4 @@ WORDS = {
     "sft": "in fine-tuning",
     "both": "in both",
 }
-"""What values of labels are called in tables and pictures."""
+"""Names of label values in tables and pictures."""

@@ -1,4 +1,4 @@
-"""Accuracy over training time at the checkpoints of runs: the curves of each method, and how soon it gets where."""
+"""Accuracy over training time at the checkpoints of runs: curves per method, and times to reach an accuracy."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from saccade.sweeps.table import Standing
 
 BASELINE = "all_tokens"
 REACHED = (0.5, 0.75, 0.9, 1.0)
-"""Shares of the accuracy that all-token training ends with."""
+"""Shares of the final accuracy of all-token training."""
 Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
 
 
 def checkpointed_runs(standing: Standing) -> Runs:
-    """The checkpoints of what is done, by method and by seed, the baseline first."""
+    """The checkpoints of finished runs, by method and by seed, the baseline first."""
     runs: dict[str, dict[int, Sequence[Mapping[str, Any]]]] = {}
     for result in standing.results.values():
         if "checkpoints" in result:
@@ -29,7 +29,7 @@ def checkpointed_runs(standing: Standing) -> Runs:
 
 
 def time_curves(runs: Runs) -> list[TimeCurve]:
-    """The curve of each method over the CPU time of stage two."""
+    """Each method's curve over the CPU time of stage two."""
     styles = method_styles(list(runs))
     return [
         TimeCurve(WORDS[method], *styles[method], [_points(checkpoints) for checkpoints in seeds.values()])
@@ -38,7 +38,7 @@ def time_curves(runs: Runs) -> list[TimeCurve]:
 
 
 def draw_over_time(runs: Runs, path: str | os.PathLike[str]) -> None:
-    """Draw the curves as PNG, with a line at what all-token training ends with if any of it is done.
+    """Draw the curves as a PNG, with a line at the final accuracy of all-token training if a run of it has finished.
 
     Raises:
         ValueError: if there are no runs.
@@ -49,9 +49,9 @@ def draw_over_time(runs: Runs, path: str | os.PathLike[str]) -> None:
 
 
 def seconds_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
-    """When a curve first reaches an accuracy, on straight lines between its points; None if it never does.
+    """The time at which a curve first reaches an accuracy, interpolated linearly; None if it never does.
 
-    Before the first point nothing is known: what it has reached already counts with its time.
+    Nothing is known before the first point: an accuracy that it has already reached counts as reached at its time.
 
     Args:
         points: (seconds, accuracy), in order.
@@ -66,10 +66,10 @@ def seconds_to(points: Sequence[tuple[float, float]], accuracy: float) -> float 
 
 
 def checkpoint_table(runs: Runs, seeds: int) -> str:
-    """Accuracy and training time at each checkpoint, two columns for each method.
+    """Accuracy and training time at each checkpoint, two columns per method.
 
     Args:
-        seeds: how many are planned; fewer are said.
+        seeds: number of planned seeds; the table says so if fewer have finished.
     """
     columns = ["step"]
     first = next(iter(next(iter(runs.values())).values()))
@@ -84,13 +84,13 @@ def checkpoint_table(runs: Runs, seeds: int) -> str:
 
 
 def reach_table(runs: Runs, seeds: int) -> str | None:
-    """When each method reaches shares of what all-token training of the same seed ends with, and how much sooner.
+    """When each method reaches shares of the final accuracy of all-token training, and how much sooner, per seed.
 
     Args:
-        seeds: how many are planned; fewer are said.
+        seeds: number of planned seeds; the table says so if fewer have finished.
 
     Returns:
-        None as long as no seed of all-token training is done.
+        None until a seed of all-token training has finished.
     """
     baseline = {seed: _points(checkpoints) for seed, checkpoints in runs.get(BASELINE, {}).items()}
     if not baseline:
@@ -110,7 +110,7 @@ def reach_table(runs: Runs, seeds: int) -> str | None:
                 continue
             text = spread(mean_and_range(list(times.values())), "{:.1f} s")
             if method != BASELINE:
-                # Of means, over the same seeds: one seed's ratio of two short times can be anything.
+                # A ratio of means over the same seeds, since a single seed's ratio of two short times is unreliable.
                 slower = mean(seconds_to(baseline[seed], goals[seed]) for seed in times)
                 text += f", {slower / mean(times.values()):.2f}x"
             if len(times) < len(curves):

@@ -1,4 +1,4 @@
-"""The page of a study or a sweep with what its runs cost: the study's pictures, trade-off, time, kept tokens."""
+"""The page of a study or a sweep with the costs of its runs: pictures, trade-off, training time, kept tokens."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,14 +28,14 @@ from saccade.training import ModelOptions, load_model
 COSTS = {"flops": "the operations up to an answer's first token", "tokens": "the tokens of a mean prompt"}
 LONGEST_TABLE = 24
 COMPARED = ("uniform", "random")
-"""Plain reducers to see a single one beside."""
+"""Plain reducers that a single one is compared to."""
 
 
 def study_page(folder: Path, workshop: Path) -> Page:
-    """The page of what is done of a study or a sweep.
+    """The page of the finished runs of a study or a sweep.
 
     Raises:
-        SaccadeError: if no run is done, or a file is half-written.
+        SaccadeError: if no run has finished, or a file is incomplete.
     """
     page, standing = begin_sweep(folder, workshop, WORDS)
     _add_pictures(page, standing)
@@ -51,7 +51,7 @@ def study_page(folder: Path, workshop: Path) -> Page:
 
 
 def _add_pictures(page: Page, standing: Standing) -> None:
-    """What the study is drawn as."""
+    """Add the study's pictures."""
     study = STUDIES.get((standing.plan.about or {}).get("study"))
     if study is None:
         return
@@ -137,10 +137,10 @@ def _add_compared_scene(
     prune_ratio: float | None,
     keep_tokens: int | None = None,
 ) -> None:
-    """Draw one scene as each of several reducers keeps it, with the features of one model.
+    """Draw the tokens of one scene that each of several reducers keeps, with the features of one model.
 
     Args:
-        model_folder: with the weights. Without them, the page says so.
+        model_folder: folder with the weights; if they are missing, the page says so.
         keep_tokens: number of tokens to keep, in place of the ratio.
     """
     file = "kept_tokens.png"
@@ -178,7 +178,7 @@ def _add_kept(page: Page, results: Sequence[Result], folder: Path) -> None:
     if not names:
         page.add("Kept tokens", paragraph("No pictures: no run prunes."))
         return
-    # A fixed number of tokens, in place of a ratio, is drawn as one.
+    # If runs keep a fixed number of tokens instead of a ratio, so does the picture.
     keep = next((entry["keep_tokens"] for entry in entries if entry.get("keep_tokens")), None)
     ratio = None if keep else next((entry["prune_ratio"] for entry in entries if entry.get("prune_ratio")), 0.9)
     reducers = names if len(names) > 1 else list(dict.fromkeys([*names, *COMPARED]))
@@ -186,7 +186,7 @@ def _add_kept(page: Page, results: Sequence[Result], folder: Path) -> None:
 
 
 def _model_folder(result: Result, folder: Path) -> Path:
-    """Where a run's model is: where it was written, or in the folder of stages that moved along."""
+    """The folder of a run's model: where it was written, or in the folder of stages if that was moved."""
     recorded = Path(result["model"])
     places = (recorded, folder / STAGES / recorded.name, folder.parent / STAGES / recorded.name)
     return next((place for place in places if place.is_dir()), recorded)

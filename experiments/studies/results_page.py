@@ -1,4 +1,4 @@
-"""The page of all studies that a folder holds: tables, pictures, what the paper reports, and what people say of it."""
+"""The page of all studies in a folder: tables, pictures, what the paper reports, and notes written by hand."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -44,10 +44,10 @@ the mean step. *Tokens allow* is the speed-up that token counts allow.
 def write_docs(output: Path, folder: Path) -> Path:
     """Write `results.md` and its pictures into `folder`, from all studies in `output`, and return the page's path.
 
-    A page that is there keeps its notes, and the sections of studies that `output` does not hold are left out.
+    An existing page keeps its notes; sections of studies that `output` does not contain are left out.
 
     Raises:
-        SaccadeError: if `output` holds no study with a finished run.
+        SaccadeError: if `output` contains no study with a finished run.
     """
     page = folder / PAGE
     notes = read_notes(page.read_text(encoding="utf-8")) if page.is_file() else {}
@@ -73,26 +73,26 @@ def write_docs(output: Path, folder: Path) -> Path:
             sections.append(_section(name, study, standing, shown, text, points, runs))
     if not sections:
         raise SaccadeError(
-            f"output={str(output)!r} holds no study with a finished run: run `python -m experiments.studies NAME`"
+            f"output={str(output)!r} has no study with a finished run: run `python -m experiments.studies NAME`"
         )
     lost = [name for name, text in notes.items() if text != NO_NOTES]
     if lost:
         raise SaccadeError(
-            f"{page} has notes on {', '.join(lost)}, which output={str(output)!r} does not hold: "
+            f"{page} has notes on {', '.join(lost)}, which output={str(output)!r} does not contain: "
             "give the folder that does, or move the notes away"
         )
     return write_text_atomically(page, "\n".join([INTRODUCTION, *sections]))
 
 
 def read_notes(text: str) -> dict[str, str]:
-    """What stands between the marks of notes, by study."""
+    """The text between the marks of notes, by study."""
     return {
         name: note.strip() for name, note in re.findall(r"<!-- notes: (\w+) -->(.*?)<!-- end -->", text, re.DOTALL)
     }
 
 
 def trade_off_points(standing: Standing, study: Study) -> list[dict[str, Any]]:
-    """The points of a study's picture of accuracy over training time; none if it has none or nothing is done."""
+    """The points of a study's picture of accuracy over training time; empty without a picture or finished runs."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for method, ways in study.ways:
         for result in standing.results.values():
@@ -103,7 +103,7 @@ def trade_off_points(standing: Standing, study: Study) -> list[dict[str, Any]]:
 
 
 def trade_off_table(points: Sequence[Mapping[str, Any]]) -> str:
-    """The points as a table, ratios against the first."""
+    """The points as a table, with ratios to the first."""
     first = points[0]
     columns = [
         "training",
@@ -130,7 +130,7 @@ def trade_off_table(points: Sequence[Mapping[str, Any]]) -> str:
 
 
 def curve_panel(standing: Standing, panel: Panel) -> CurvePanel:
-    """What a panel draws of what is done."""
+    """A panel's curves from the finished runs."""
     entries = [entry for entry in standing.summary(panel.where) if entry[panel.x] is not None]
     ticks = list(dict.fromkeys(entry[panel.x] for entry in entries))
     amounts = all(isinstance(tick, (int, float)) for tick in ticks)
@@ -166,7 +166,7 @@ def _series(standing: Standing, panel: Panel, entry: Mapping[str, Any]) -> str:
 
 
 def pivot_table(standing: Standing, panel: Panel) -> str | None:
-    """A panel as a table: a row for each curve, a column for each value of `x`; None if nothing of it is done."""
+    """A panel as a table: one row per curve, one column per value of `x`; None without finished runs."""
     entries = [entry for entry in standing.summary(panel.where) if entry[panel.x] is not None]
     ticks = sorted({entry[panel.x] for entry in entries})
     planned = len({spec.labels["seed"] for spec in standing.plan.runs})
@@ -219,7 +219,7 @@ def _section(
 
 
 def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
-    """The tables of checkpoints over training time, and what they count."""
+    """The tables of checkpoints over training time, with explanations of what is counted."""
     seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
     scenes = next(iter(standing.results.values()))["spec"]["extra"]["scenes"]
     parts = [
@@ -241,7 +241,7 @@ def over_time_parts(standing: Standing, runs: Runs) -> list[str]:
 
 
 def origin(standing: Standing) -> str:
-    """Where the figures come from: settings, runs, command, dates, commits, machine and versions."""
+    """The origin of the figures: settings, runs, command, dates, commits, machines and versions."""
     plan, results = standing.plan, list(standing.results.values())
     settings = plan.about["settings"]
     seeds = sorted({result["spec"]["labels"]["seed"] for result in results})

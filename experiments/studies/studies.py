@@ -1,4 +1,4 @@
-"""The paper's studies on the digit scenes, as lists of runs in the order in which they are worth having."""
+"""The paper's studies on the digit scenes, as lists of runs, the most valuable first."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,30 +11,30 @@ from saccade.sweeps import DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import Plan, make_plan
 
 RATIOS = (0.9, 0.5, 0.7, 0.8, 0.95)
-"""p of the reducers study, the published setting first."""
+"""Ratios p of the study of reducers, the published setting first."""
 CORE = ("divprune", "random", "avgpool")
-"""The published reducer and the two plain ones that every other has to beat."""
+"""The published reducer, and the two plain ones that every other should beat."""
 POSITIONS = ("compact", "original")
 CHECKPOINTS = 10
-"""Of stage two, as in the paper's Figure 4."""
+"""Number of checkpoints of stage two, as in the paper's Figure 4."""
 CHECKPOINT_SCENES = 300
-"""Scenes that a checkpoint is evaluated on: there are many of them, and one curve is read as a whole."""
+"""Scenes that a checkpoint is evaluated on. Fewer than for a final model, since a curve has many checkpoints."""
 
 Planner = Callable[[DigitSettings, int], Iterator[RunSpec]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture, and one table, of a study: a figure of the runs over `x`, one line for each of `series`.
+    """One picture and one table of a study: a figure of the runs over `x`, with one line per value of `series`.
 
     Args:
-        title: above the picture.
-        where: labels that a run must have to be in it.
+        title: text above the picture.
+        where: labels that a run must have to be included.
         x: label along the axis.
-        series: labels that tell the lines apart.
-        figure: a key of `run_figures`, a share of 1.
-        y: what the figure is, for the axis.
-        drawn: whether it is in the picture; its table is there in any case.
+        series: labels that distinguish the lines.
+        figure: a key of `run_figures`, a fraction.
+        y: name of the figure on the axis.
+        drawn: whether it is part of the picture; its table is always written.
     """
 
     title: str
@@ -52,14 +52,14 @@ class Study:
 
     Args:
         title: heading.
-        varies: one or two sentences on what varies and what does not.
+        varies: one or two sentences on what varies and what is fixed.
         paper: what the paper reports, with the table's name; Markdown.
-        planner: makes the runs from settings and number of seeds, in their order.
+        planner: makes the runs, in order, from settings and the number of seeds.
         panels: the pictures.
-        pivot: whether each panel is a table too, series by `x`, before the one of all figures.
+        pivot: whether each panel is also written as a table, series by `x`, before the table of all figures.
         detail: labels that a run must have to be in the table of all figures.
-        ways: for a picture of accuracy over training time, the methods, and the inferences of each that are drawn.
-        over_time: whether the picture and the tables are of checkpoints over the training time of stage two.
+        ways: for a picture of accuracy over training time, the methods, and which inferences of each are drawn.
+        over_time: whether the picture and the tables show checkpoints over the training time of stage two.
     """
 
     title: str
@@ -73,10 +73,10 @@ class Study:
     over_time: bool = False
 
     def plan(self, settings: DigitSettings, seeds: int) -> list[RunSpec]:
-        """The runs in the order in which they are made: an interrupted study holds whole comparisons.
+        """The runs in the order of execution, so that an interrupted study contains complete comparisons.
 
         Raises:
-            SaccadeError: on a number of seeds below 1.
+            SaccadeError: if the number of seeds is below 1.
         """
         if seeds < 1:
             raise SaccadeError(f"seeds={seeds}: give at least 1")
@@ -116,9 +116,9 @@ def _all_tokens(settings: DigitSettings, seed: int, labels: dict[str, Any] | Non
 
 
 def _reducers(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
-    """p = 0.9 of every reducer seed by seed, then the other ratios and positions of the core, then the rest."""
+    """Every reducer at p = 0.9, seed by seed, then other ratios and positions of the core, then everything else."""
     names = [name for name in list_reducers() if name != "none"]
-    # A fixed order with the core in front, so that a reducer which joins later moves no other.
+    # A fixed order with the core first, so that a new reducer does not change the place of another.
     names.sort(key=lambda name: (CORE.index(name) if name in CORE else len(CORE), name))
     core = [name for name in names if name in CORE]
     done: set[str] = set()
@@ -150,7 +150,7 @@ def _plugin(settings: DigitSettings, name: str, ratio: float, positions: str, se
 
 
 def _inference_only(settings: DigitSettings, name: str, seed: int) -> RunSpec:
-    """A model trained on all tokens, run with one reducer at every ratio: no training beyond the one of its seed."""
+    """A model trained on all tokens, run with one reducer at every ratio; only one training per seed is needed."""
     ways = tuple(
         {"name": "pruned", "reducer": name, "prune_ratio": ratio, "positions": positions}
         for positions in POSITIONS
@@ -171,7 +171,7 @@ def _prune_ratio(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
 
 
 def _varied(field: str, values: tuple[Any, ...]) -> Planner:
-    """DualSpeed with one option varied, beside all tokens."""
+    """DualSpeed with one option varied, and all-token training."""
 
     def plan(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
         for seed in range(seeds):
@@ -222,7 +222,7 @@ def _over_time(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
     extra = {
         "checkpoints": CHECKPOINTS,
         "scenes": min(CHECKPOINT_SCENES, settings.test_scenes),
-        # Evaluated checkpoints are removed, so a stage serves one evaluation of them only.
+        # Evaluated checkpoints are removed, so a stage can only be used for one evaluation of them.
         "split": settings.split,
     }
     for seed in range(seeds):

@@ -1,4 +1,4 @@
-"""What accuracy costs in training time and in inference: the points of a comparison, and their picture."""
+"""The trade-off of accuracy, training time and inference cost: the points of a comparison, and their picture."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from saccade.sweeps.figures import train_seconds
 
 NAMED_POINTS = 8
 SMALLEST, LARGEST = 30.0, 400.0  # areas of circles, in points squared
-# In shares of the axes, as matplotlib knows the extent of a text only after it has drawn it.
+# As fractions of the axes, since matplotlib only knows the extent of a text after drawing it.
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 LABEL_GAP = 0.019
 
@@ -23,7 +23,7 @@ def trade_off(
     groups: Mapping[str, Sequence[Mapping[str, Any]]],
     seconds_of: Callable[[Mapping[str, Any]], float] = train_seconds,
 ) -> list[dict[str, Any]]:
-    """A point for each group of results and each way to run its models, as `plot_trade_off` takes it."""
+    """One point per group of results and way to run its models, in the form that `plot_trade_off` takes."""
     points = []
     for name, results in groups.items():
         seconds = mean(seconds_of(one) for one in results)
@@ -51,15 +51,16 @@ def trade_off(
 def plot_trade_off(
     points: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], xlabel: str = "training time (s)"
 ) -> None:
-    """Draw accuracy over training time as PNG; the area of a circle is what inference costs.
+    """Draw accuracy over training time as a PNG; the area of a circle is the cost of inference.
 
-    A line joins the ways to run one training. Few trainings are named, many are numbered in the order of `points`.
+    A line joins the ways to run one training. Few trainings are labelled by name, many by number in the order of
+    `points`.
 
     Args:
-        points: each with `training` (a name), `inference` (of `WAYS`), `accuracy` in [0, 1] with its least and
-            greatest as `accuracy_low` and `accuracy_high`, `seconds` of training, `tokens` of a mean prompt,
-            and `flops` from the pixels to the first token or None. Circles are of FLOPs where all points have
-            them, else of tokens.
+        points: each with `training` (a name), `inference` (one of `WAYS`), `accuracy` in [0, 1] with its minimum and
+            maximum as `accuracy_low` and `accuracy_high`, `seconds` of training, `tokens` of a mean prompt, and
+            `flops` from the pixels to the first token, or None. Circles show FLOPs if all points have them, otherwise
+            tokens.
 
     Raises:
         ValueError: if there are no points.
@@ -74,9 +75,9 @@ def plot_trade_off(
     for training in trainings:
         members = [point for point in points if point["training"] == training]
         heights = [100 * point["accuracy"] for point in members]
-        # One training took one time: its ways stand above one another.
+        # All ways of one training have the same training time, so they are above one another.
         axes.plot([point["seconds"] for point in members], heights, color=FAINT, linewidth=0.8, alpha=0.6, zorder=2)
-    # The larger first, so that none hides another.
+    # Larger circles first, so that none hides another.
     for point in sorted(points, key=lambda point: -point[cost]):
         color = WAYS.get(point["inference"], (UNKNOWN_WAY,))[0]
         low, high = (100 * abs(point[f"accuracy_{end}"] - point["accuracy"]) for end in ("low", "high"))
@@ -97,7 +98,7 @@ def plot_trade_off(
 
 
 def cost_of(points: Sequence[Mapping[str, Any]]) -> str:
-    """The key of what the circles of `plot_trade_off` show: "flops" or "tokens"."""
+    """The quantity that the circles of `plot_trade_off` show: "flops" or "tokens"."""
     return "flops" if all(point.get("flops") for point in points) else "tokens"
 
 
@@ -110,7 +111,7 @@ def _set_limits(axes, points: Sequence[Mapping[str, Any]]) -> None:
     high = 100 * max(point["accuracy_high"] for point in points)
     margin = max(2.5, 0.1 * (high - low))
     axes.set_ylim(low - margin if low > margin else -margin / 2, high + margin)
-    # From zero seconds, so that lengths compare as times do.
+    # From zero seconds, so that lengths are proportional to times.
     axes.set_xlim(0, 1.25 * max(point["seconds"] for point in points) or 1)
 
 
@@ -151,7 +152,7 @@ def _legend(figure, points: Sequence[Mapping[str, Any]], cost: str) -> None:
         text = f"{size:.0f} tokens" if cost == "tokens" else f"{size / 1e6:,.0f} MFLOPs"
         width = _area(size, max(costs)) ** 0.5
         sizes.append(Line2D([], [], color=FAINT, alpha=0.5, markersize=width, label=text, **plain))
-    # Legends fill columns first: the ways get the upper row, the sizes the lower one.
+    # Legends are filled column by column: the ways go to the upper row, the sizes to the lower one.
     blank = Line2D([], [], linestyle="none", label=" ")
     pairs = list(zip_longest(handles, sizes, fillvalue=blank))
     figure.legend(
@@ -162,7 +163,7 @@ def _legend(figure, points: Sequence[Mapping[str, Any]], cost: str) -> None:
 
 
 def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
-    """The nearest free place of a label beside (x, y), and its side: 1 right, -1 left. In shares of the axes."""
+    """The nearest free place for a label beside (x, y), and its side: 1 right, -1 left. In fractions of the axes."""
     candidates = []
     for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
         for side in (1, -1):

@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own, with checkpoints where the study has some."""
+"""One run of a study in a separate process, with checkpoints if the study has any."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from saccade.sweeps.worker import RESULT_FILE, evaluate_model, main, run_one, te
 
 
 def run_study(spec: RunSpec, stages: Path) -> dict[str, Any]:
-    """Train what is missing of a run, evaluate its checkpoints on all tokens, and return the result.
+    """Train the missing stages of a run, evaluate its checkpoints on all tokens, and return the result.
 
     Raises:
         SaccadeError: if SIGTERM ended the training of a stage.

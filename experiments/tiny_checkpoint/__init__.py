@@ -1,1 +1,1 @@
-"""How the tiny LLaVA that the package embeds was pretrained."""
+"""Pretraining of the tiny LLaVA that is embedded in the package."""

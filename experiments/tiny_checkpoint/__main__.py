@@ -1,8 +1,8 @@
 """Pretrain the tiny LLaVA's tower and language model: `python -m experiments.tiny_checkpoint --output DIR`.
 
 The tower learns from scenes of the train digits, the language model from text alone, and the projector between them
-stays random, as a vision-language model starts out. Writes the model folder and, beside it, `<folder>.json` with the
-held-out scores of both.
+stays random, as when a vision-language model is assembled. Writes the model folder and, next to it, `<folder>.json`
+with the held-out scores of both.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Pretraining of the tiny language model on text worlds: scenes told patch by patch in words, then questions.
+"""Pretraining of the tiny language model on text worlds: scenes described patch by patch in words, then questions.
 
-A world is the text a perfect eye would read off a scene: one word a patch, such as `7b2` for a piece of a seven in the
-middle of the scene, in raster order, several words for one digit, others for distractors and background. Fine-tuning
-then only has to put visual tokens where these words stood.
+A world describes a scene as a perfect eye would see it: one word per patch in raster order, such as `7b2` for a piece
+of a seven in the middle of the scene, with several words per digit, and others for distractors and background.
+Fine-tuning then only has to replace these words by visual tokens.
 """
 
 import random
@@ -18,7 +18,7 @@ from saccade.data.rows import MAX_DIGITS
 from saccade.data.scenes import PLACES, PlacedDigit
 from saccade.tiny.vocabulary import ASSISTANT, CONTENTS, END, PATCH_WORDS, PLACE_CODES, START, USER
 
-# Far fewer words than a scene has patches: that a full canvas is longer is left for fine-tuning to learn.
+# Far fewer words than a scene has patches; fine-tuning has to learn that a full canvas is longer.
 LONGEST_WORLD = 40
 TURNS = 5
 IGNORED = -100
@@ -40,7 +40,7 @@ def text_world(rng: random.Random, num_digits: int) -> tuple[list[str], tuple[Pl
     def show(cell: int, content: str, times: int) -> None:
         row, column = divmod(cell, PLACES)
         for _ in range(times):
-            # Four patches a side of a place: where in raster order this one is met.
+            # A place has four patches per side: the index of this one in raster order.
             order = (4 * row + rng.randrange(4)) * 4 * PLACES + 4 * column + rng.randrange(4)
             patches.append((order, content + PLACE_CODES[cell]))
 
@@ -69,7 +69,7 @@ def conversation(rng: random.Random, kind: str | None = None) -> Conversation:
         turn = "which image has more digits ?", "first" if first > second else "second"
         return " ".join(worlds), [("two_images", turn)]
     while True:
-        # Sums are asked of few digits; the other kinds gain from more.
+        # Questions about sums need few digits; the other kinds benefit from more.
         number = rng.randint(1, 2) if kind == "sum" or rng.random() < 0.15 else rng.randint(1, MAX_DIGITS)
         words, digits = text_world(rng, number)
         if kind is None:
@@ -151,7 +151,7 @@ def train_text(
 def score_text(
     model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, each: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """Share of held-out answers with every token right (teacher-forced), by kind and over all kinds alike ("all")."""
+    """Share of held-out answers with every token right (teacher-forced), by kind and for all kinds ("all")."""
     rng = random.Random(f"held-out text/{seed}")
     scores = {}
     for kind in (*SINGLE_KINDS, "caption", "two_images", "text_only"):
@@ -165,7 +165,7 @@ def score_text(
 
 @torch.no_grad()
 def factor_embeddings(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
-    """Set each patch word's embedding to content + place, so that a projector finds one simple map to all of them."""
+    """Set each patch word's embedding to content + place, so that a simple projector can map to all of them."""
     table = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(seed)
     parts = torch.randn(len(CONTENTS) + len(PLACE_CODES), table.shape[1], generator=generator) * 0.02

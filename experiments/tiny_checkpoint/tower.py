@@ -12,7 +12,7 @@ from transformers import CLIPVisionModel, LlavaProcessor
 from saccade.data.scenes import AMBIGUOUS, BACKGROUND, DISTRACTOR, patch_labels, render_scene, sample_scene
 
 NUM_CONTENTS = 12
-# CLS tells none, one, two or more of a digit.
+# The CLS token distinguishes none, one, and two or more of a digit.
 COUNT_LEVELS = 3
 GRID = (12, 12)
 # The layer LLaVA reads, and the one whose attention from CLS pruning methods read.
@@ -41,7 +41,7 @@ def tower_batch(
 
 
 class TowerHeads(nn.Module):
-    """Linear read-outs used while pretraining and then thrown away."""
+    """Linear read-outs that are only used during pretraining."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TowerHeads(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy of patch contents at `READ_LAYER` plus that of the CLS counts there and at the end."""
         patches = self.content(hidden_states[READ_LAYER][:, 1:])
-        # Background is most of a scene and soon learned.
+        # Most of a scene is background, which is learned quickly.
         weight = torch.ones(NUM_CONTENTS, device=patches.device)
         weight[BACKGROUND] = 0.2
         total = cross_entropy(patches.flatten(0, 1), content.flatten(), weight, ignore_index=AMBIGUOUS)
@@ -74,7 +74,7 @@ def train_tower(
     batch_size: int = 32,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Train `tower` in place on train scenes of up to nine digits, so that few canvases teach much."""
+    """Train `tower` in place on train scenes of up to nine digits, so that each canvas teaches much."""
     rng = random.Random(f"tower/{seed}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -104,10 +104,10 @@ def probe_tower(
     """Linear read-outs of the features LLaVA receives: fitted on scenes of train digits, scored on validation ones.
 
     Returns:
-        digit_accuracy: share of digit patches given the right class by least squares on the 12 contents.
-        distractor_accuracy: the same of distractor patches.
+        digit_accuracy: share of digit patches classified correctly by least squares on the 12 contents.
+        distractor_accuracy: the same for distractor patches.
         position_r2: share of the variance of patch row and column that a linear map explains, the lower of the two.
-        cls_presence: share of (scene, digit) pairs told apart present from absent by the CLS token of the last layer.
+        cls_presence: share of (scene, digit) pairs that the last layer's CLS token classifies as present or absent.
     """
     rng = random.Random(f"probe/{seed}")
     parts = []
@@ -136,10 +136,10 @@ def probe_tower(
 
 @torch.no_grad()
 def _place_positions(tower: CLIPVisionModel) -> None:
-    """Start the position table as sines and cosines of row and column, as strong as the patches' own content.
+    """Initialise the position table with sines and cosines of row and column, as strong as the patches' content.
 
-    CLIP's small random table leaves patches without a sense of their neighbours for thousands of steps, and a digit is
-    read from several patches joined.
+    With CLIP's small random table, patches do not recognise their neighbours for thousands of steps, and a digit
+    spans several patches.
     """
     table = next(weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight"))
     bands = table.shape[1] // 4

@@ -91,7 +91,7 @@ class PruningConfig:
         if self.fit_length is not None:
             if not isinstance(self.fit_length, int) or isinstance(self.fit_length, bool) or self.fit_length < 1:
                 raise SaccadeError(
-                    f"fit_length={self.fit_length!r}: give a whole number of tokens from 1 on, or leave it out"
+                    f"fit_length={self.fit_length!r}: expected an integer of at least 1; omit it for no maximum"
                 )
             if self.reducer == "none":
                 raise SaccadeError(

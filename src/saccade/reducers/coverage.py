@@ -1,10 +1,10 @@
-"""Greedy maximum coverage: the tokens that together stand best for rows of things, as SCOPE and MMTok choose.
+"""Greedy maximum coverage, as used by SCOPE and MMTok: the tokens that together best represent a set of rows.
 
-With C_ir how well token i covers row r and m_r the best cover of r so far, zero at first, each step adds the token of
-the largest q_i * sum_r max(0, C_ir - m_r), for a quality q. The sum is sum_r max(C_ir, m_r) - sum_r m_r, so that with
-max(C, m) kept up to date in the place of C a step reads it twice and writes it once, and no intermediate is as large.
+C_ir says how well token i covers row r, and m_r, initially zero, is the best cover of r so far. Each step adds the
+token with the largest q_i * sum_r max(0, C_ir - m_r), for a quality q. The sum is sum_r max(C_ir, m_r) - sum_r m_r, so
+with max(C, m) stored in place of C, a step reads it twice and writes it once, without an intermediate of that size.
 
-Shapes: B rows of N tokens of which K are kept; R rows to cover for each of the B.
+Shapes: B samples of N tokens, of which K are kept; R rows to cover for each of the B.
 """
 
 import torch
@@ -19,21 +19,20 @@ float64 covers of at most 1 are off by some 1e-12."""
 
 
 def greedy_cover(cover: Tensor, context: VisualContext, budget: Budget, quality: Tensor | None = None) -> Reduction:
-    """The greedy choice of `budget.counts` tokens; of tokens that tie, the first in raster order.
+    """The greedy choice of `budget.counts` tokens; ties go to the first in raster order.
 
-    When no token is left that covers anything better, the rest are the best by quality, then the first in raster
-    order.
+    If no remaining token improves the cover, the rest are chosen by quality, then by raster order.
 
     Args:
-        cover: float64 `(B, N, R)`, C, at most 1; zero on padding. Negative values cover nothing. It is overwritten.
+        cover: float64 `(B, N, R)`, C, at most 1, zero on padding. Negative values cover nothing. Overwritten.
         quality: float64 `(B, N)` in [0, 1], or None for 1 everywhere.
 
-    Time O(K N R) a row.
+    Time O(K N R) per sample.
     """
     _, tokens, covered = cover.shape
     leftover = leftover_scores(context, quality).to(cover.device)
     quality = None if quality is None else quality.to(cover.device)
-    # What is kept, and padding, gains nothing: minus infinity, whatever rounding says.
+    # Kept tokens and padding must not be chosen, whatever rounding says: their gain is minus infinity.
     open_to = torch.zeros_like(leftover, dtype=cover.dtype).masked_fill_(leftover == -torch.inf, -torch.inf)
     chosen: list[Tensor] = []
     best = cover.new_zeros(cover.shape[0], 1, covered)
@@ -44,7 +43,7 @@ def greedy_cover(cover: Tensor, context: VisualContext, budget: Budget, quality:
         nearly = gain - COVER_TIE
         score, nearly = (gain, nearly) if quality is None else (gain * quality, nearly * quality)
         first = (score >= nearly.amax(dim=1, keepdim=True)) & (score > 0)
-        # `argmax` gives the first of equal maxima; what covers more ranks above what does not.
+        # `argmax` returns the first of equal maxima; tokens with a gain rank above tokens without.
         newest = leftover.masked_fill(first, 1).argmax(dim=1, keepdim=True)
         chosen.append(newest)
         best = cover.gather(1, newest.unsqueeze(2).expand(-1, -1, covered))

@@ -1,4 +1,4 @@
-"""Rows that always fit: a sample whose visual tokens do not fit beside its text keeps as many as do. Our own idea.
+"""Make samples fit: a sample whose visual tokens exceed the room left by its text keeps as many as fit. Our own idea.
 
 Shapes: B feature rows (or units that share a budget) of N tokens.
 """
@@ -17,11 +17,11 @@ from saccade.tokens import VisualContext
 
 
 def no_room(text: int, images: int, isolator_length: int, fit_length: int) -> str | None:
-    """Why a sample cannot fit, however few visual tokens it keeps, and what to do; None where it can.
+    """Why a sample cannot fit, however few visual tokens it keeps, and what to do; None if it can.
 
     Args:
-        text: its tokens that stand for no image.
-        images: how many images and videos it has. Each keeps at least one token, behind its isolator rows.
+        text: the number of its tokens that are not visual.
+        images: the number of its images and videos. Each keeps at least one token, preceded by its isolator rows.
     """
     least = text + images * (isolator_length + 1)
     if least <= fit_length:
@@ -36,12 +36,12 @@ def no_room(text: int, images: int, isolator_length: int, fit_length: int) -> st
 
 @dataclass(frozen=True)
 class Fit:
-    """What is left of each row so that all samples fit.
+    """What each row keeps so that all samples fit.
 
     Args:
-        keep: tokens of the image that each row keeps.
-        newlines: whether a row keeps its protected tokens.
-        lost: how many tokens fewer than its budget a row keeps, its protected ones counted.
+        keep: number of image tokens that each row keeps.
+        newlines: whether each row keeps its protected tokens.
+        lost: how many tokens fewer than its budget each row keeps, including its protected ones.
     """
 
     keep: list[int]
@@ -51,18 +51,18 @@ class Fit:
 
 @torch.no_grad()
 def fit_counts(context: VisualContext, keep: int | Tensor, room: Tensor, keeps_newlines: bool = True) -> Fit | None:
-    """`keep` tokens of each row, fewer in samples that have room for fewer; None where all samples have room.
+    """`keep` tokens of each row, or fewer in samples with less room; None if all samples have room.
 
-    A sample that has too many gives each of its rows a share of its room in proportion to `keep * token_need`, from
-    one token to `keep`. Newlines stay as long as each row can have a token beside them, and make way for it otherwise.
-    Where even one token per row is too much, each image's neediest row comes first, then the second of each. What a
-    row keeps depends on its own sample alone.
+    A sample with too many tokens gives each of its rows a share of its room in proportion to `keep * token_need`, from
+    one token to `keep`. Newlines are kept if each row can keep a token besides them, and dropped otherwise. If even
+    one token per row is too many, each image's neediest row is served first, then the second of each. What a row keeps
+    depends on its own sample only.
 
     Args:
         context: says which sample each row belongs to.
-        keep: tokens of the image that each row's budget leaves, as `keep_counts` gives them.
-        room: long `(B,)`, visual tokens that the sample of each row can have altogether, from 1 on.
-        keeps_newlines: whether protected tokens are kept beside them.
+        keep: image tokens within each row's budget, as returned by `keep_counts`.
+        room: long `(B,)`, at least 1, the number of visual tokens that fit into the sample of each row.
+        keeps_newlines: whether protected tokens are kept too.
 
     Raises:
         SaccadeError: if the context does not say which sample each row belongs to.
@@ -107,7 +107,7 @@ def fit_counts(context: VisualContext, keep: int | Tensor, room: Tensor, keeps_n
 
 
 def _one_each(total: int, weights: Sequence[float], limits: Sequence[int], groups: Sequence[int]) -> list[int]:
-    """One token for each of `total` rows: the neediest of every image, then the second of each, and so on."""
+    """One token for each of `total` rows: first every image's neediest row, then the second of each, and so on."""
     order = sorted((row for row in range(len(limits)) if limits[row]), key=lambda row: (-weights[row], row))
     seen: dict[int, int] = defaultdict(int)
     ranked = []

@@ -30,28 +30,28 @@ ROUNDING = 1e-9
 @register_reducer("holov")
 @dataclass(frozen=True)
 class HoloV:
-    """Keeps the most salient tokens of each of 16 runs of the image, each of which gets a share of the budget.
+    """Divides the image into 16 runs of tokens, gives each a share of the budget, and keeps its most salient tokens.
 
-    The N tokens in raster order are cut into P runs of N / P consecutive ones, the first N mod P one longer. In a run
-    of n tokens, with S the cosine similarities of the features, but zero on the diagonal, and a the saliency,
+    The N tokens in raster order are cut into P runs of N / P consecutive tokens; the first N mod P runs have one more.
+    In a run of n tokens, with S the cosine similarities of the features, zero on the diagonal, and a the saliency,
 
         mu_i = sum_j S_ij / (n - 1)      v_i = sum_j (S_ij - mu_i)^2 / (n - 1)
         s_i = 1000 a_i + alpha c v_i     c = mean|1000 a| / (mean|v| + 1e-6), over the run
 
-    where the zeros of the diagonal are among the terms of v, as in the published code. v is 0 in a run of one token. A
-    run has the weight w_p = mean s / the sum of the runs' mean s, and of K tokens it gets floor(K w_p); what is left
-    goes one each to the runs of the largest w. Within a run the tokens of the largest **a** stay, the first in raster
-    order of equals. As c is the run's own, the mean of alpha c v is almost alpha times that of 1000 a: it is the
-    attention that decides how the budget is shared, but for runs of near duplicates, whose v is as small as 1e-6.
+    where v includes the zeros of the diagonal, as in the published code, and is 0 in a run of one token. A run has the
+    weight w_p = mean s / the sum of the runs' mean s, and gets floor(K w_p) of K tokens; the remaining tokens go to
+    the runs with the largest w, one each. Within a run, the tokens with the largest **a** are kept; ties go to the
+    first in raster order. Since c is computed per run, the mean of alpha c v is almost alpha times that of 1000 a, so
+    attention decides how the budget is shared, except in runs of near duplicates, whose v is as small as 1e-6.
 
-    A run cannot keep more than it has, where the published code pads with copies. Here what it gets too much is shared
-    out in the same way among the runs that have room, as often as needed.
+    A run cannot keep more tokens than it has. The published code pads with copies; here the excess is shared out in
+    the same way among the runs that have room, repeatedly if necessary.
 
     Args:
-        alpha: weight of the variance v, from 0 on; 0.09 as published.
-        runs: P, from 1 on; 16 as published.
-        windows: "runs" as published, or "square", which is ours: the runs follow a path through bands of rows, up and
-            down their columns, that makes each run as nearly square as the grid allows (6 x 6 of 24 x 24 tokens).
+        alpha: weight of the variance v, at least 0; 0.09 as published.
+        runs: P, at least 1; 16 as published.
+        windows: "runs" as published, or "square", our own variant: the runs follow a path through bands of rows, up
+            and down their columns, that makes each run as nearly square as the grid allows (6 x 6 of 24 x 24 tokens).
     """
 
     alpha: float = 0.09
@@ -62,7 +62,7 @@ class HoloV:
     def __post_init__(self) -> None:
         check_number("holov", "alpha", self.alpha, "[0, inf)")
         if not isinstance(self.runs, int) or isinstance(self.runs, bool) or self.runs < 1:
-            raise SaccadeError(f"reducer 'holov': runs={self.runs!r}: give a whole number from 1 on")
+            raise SaccadeError(f"reducer 'holov': runs={self.runs!r}: expected an integer of at least 1")
         if self.windows not in WINDOWS:
             raise SaccadeError(
                 f"reducer 'holov': windows={self.windows!r} is unknown: use one of {', '.join(WINDOWS)}"
@@ -70,7 +70,7 @@ class HoloV:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 D / P) a row, memory O(N D)."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D / P) per row, memory O(N D)."""
         budget = row_budget(context, keep)
         rows, tokens, _ = context.shape
         if budget.width == 0 or rows == 0:
@@ -81,7 +81,7 @@ class HoloV:
         share = score / score.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         counts = share_budget(budget.counts, share, sizes)
 
-        # The places of all tokens by saliency, and of each run's own the first few.
+        # The rank of every token by saliency, then the best few of each run.
         order = best_first(context.saliency.float(), context, tokens)
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(tokens, device=order.device).expand_as(order))
         rank = rank.gather(1, members.clamp(max=tokens - 1).flatten(1)).view_as(members).masked_fill(~real, tokens)
@@ -93,7 +93,7 @@ class HoloV:
         return Reduction(mask_to_index(mask, budget.width), dense=budget.uniform)
 
     def _members(self, context: VisualContext, budget: Budget) -> tuple[Tensor, Tensor]:
-        """The tokens of each run, long `(B, P, n)`, N behind them, and how many they are, long `(B, P)`.
+        """The tokens of each run, long `(B, P, n)`, padded with N, and their numbers, long `(B, P)`.
 
         n is the length of the longest run that N tokens can have.
         """
@@ -121,7 +121,7 @@ class HoloV:
         others = (size - 1).clamp(min=1)
         at = members.clamp(max=tokens - 1).flatten(1)
         features = context.features.gather(1, at.unsqueeze(2).expand(-1, -1, width))
-        # Where all runs are equally long, none of them is padded, and that shows without a look at the device.
+        # If all runs are equally long, none is padded, and the host knows this without reading from the device.
         whole = context.dense and tokens % self.runs == 0
         run_shape = (rows * self.runs, members.shape[2])
         runs = VisualContext(features.view(*run_shape, width), valid=None if whole else real.view(run_shape))
@@ -141,22 +141,22 @@ class HoloV:
 
 
 def share_budget(counts: Tensor, share: Tensor, room: Tensor) -> Tensor:
-    """How many of `counts` each run gets: long `(B, P)`, at most its `room`, together `counts`.
+    """How many of `counts` each run gets: long `(B, P)`, at most its `room`, adding up to `counts`.
 
-    Each gets its share, rounded down, and those of the largest shares one of what is left each. What a run has no room
-    for is shared out in the same way among the others.
+    Each gets its share, rounded down; the remainder goes to the runs with the largest shares, one each. What a run has
+    no room for is shared out in the same way among the others.
 
     Args:
         counts: long `(B,)`, at most the sum of `room`.
-        share: float64 `(B, P)`, from 0 on.
+        share: float64 `(B, P)`, at least 0.
         room: long `(B, P)`.
     """
     runs = share.shape[1]
-    # The first of equals before the others; sums of shares are off by far less.
+    # Ties go to the first; sums of shares are off by far less.
     order = (share - TIE * torch.arange(runs, device=share.device)).sort(dim=1, descending=True, stable=True).indices
     share, room = share.gather(1, order), room.gather(1, order)
     given, left = torch.zeros_like(room), counts.unsqueeze(1)
-    # In each round at least one more run is full, or nothing is left.
+    # Each round fills at least one more run, or leaves nothing to share.
     for _ in range(runs):
         opened = given < room
         part = share.masked_fill(~opened, 0)

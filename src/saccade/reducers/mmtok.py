@@ -18,22 +18,22 @@ from saccade.tokens import Reduction, VisualContext
 class MMTok:
     """Keeps tokens that cover the user's words and the image: greedy max of sum_r max(0, C_ri - best_r).
 
-    The rows r of C are the m words t and the N tokens j of the image, and best_r, zero at first, is the largest C_ri
-    of the kept tokens i. Over the tokens i of the image,
+    The rows r of C are the m words t and the N image tokens j, and best_r, initially zero, is the largest C_ri of the
+    kept tokens i. Over the image tokens i,
 
         C_ti = softmax_i(cos(text_t, x_i) / text_temperature) / m
         C_ji = vision_weight * softmax_i(cos(v_j, v_i) / vision_temperature) / N
 
-    with x what the language model would get and v the vision tower's features before the projector (where a connector
-    merges patches, their mean). The words are the tokens of the user's bare questions, of all turns alike, as the
-    language model's input embeddings; answers, roles and what the chat template adds are left out, as for `cdpruner`.
-    Without any word, the image alone is covered. Gains within 2^-34 tie, and the first in raster order is taken, also
-    where no token that is left covers anything better.
+    where x are the features that the language model would receive and v those of the vision tower before the projector
+    (averaged over the patches that a connector merges). The words are the input embeddings of the tokens of the user's
+    questions, in all turns; answers, roles and what the chat template adds are left out, as for `cdpruner`. If there
+    are no words, only the image is covered. Gains within 2^-34 tie; ties go to the first in raster order, also if no
+    remaining token improves the cover.
 
     Args:
-        vision_weight: weight of the image's rows, from 0 on; 0.5 as published.
-        text_temperature: of the softmax of a word, above 0.
-        vision_temperature: of the softmax of a token, above 0.
+        vision_weight: weight of the image's rows, at least 0; 0.5 as published.
+        text_temperature: temperature of a word's softmax, above 0.
+        vision_temperature: temperature of an image token's softmax, above 0.
         tokenizer: folder of the language model's tokenizer and chat template, as for `cdpruner`.
     """
 
@@ -50,7 +50,7 @@ class MMTok:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 Dv + K N (N + m)) a row, memory O(N (N + m))."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 Dv + K N (N + m)) per row, memory O(N (N + m))."""
         words, tokens = context.word_relevance.shape[2], context.shape[1]
         return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * (tokens + words))
 
@@ -71,15 +71,15 @@ class MMTok:
         else:
             words = context.words.to(device).view(-1, 1, 1)
             text = torch.where(torch.arange(text.shape[2], device=device) < words, text / words.clamp(min=1), 0)
-        # In units of the largest sum that there can be, so that no cover is above 1 whatever the weight.
+        # Scaled by the largest possible sum, so that no cover exceeds 1 whatever the weight.
         return greedy_cover(torch.cat((text, image), dim=2) / (1 + self.vision_weight), context, budget)
 
 
 def _shares(similarity: Tensor, temperature: float, context: VisualContext) -> Tensor:
-    """Softmax of `similarity` `(B, N, R)` over the valid tokens, for each of R: 0 on padding."""
+    """Softmax of `similarity` `(B, N, R)` over the valid tokens, for each of the R; 0 on padding."""
     scaled = similarity / temperature
     if context.dense:
         return scaled.softmax(dim=1)
     padding = ~context.valid.to(scaled.device).unsqueeze(2)
-    # Finite, so that a row without any valid token is no number divided by zero.
+    # Finite, so that a row without valid tokens does not become NaN.
     return scaled.masked_fill_(padding, torch.finfo(scaled.dtype).min).softmax(dim=1).masked_fill_(padding, 0)

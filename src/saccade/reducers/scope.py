@@ -18,15 +18,15 @@ from saccade.tokens import Reduction, VisualContext
 class Scope:
     """Keeps salient tokens that cover the others: greedy max of a_i^alpha * sum_j max(0, S_ij - m_j).
 
-    S are the cosine similarities of the features, a is the saliency, and m_j, zero at first, is the highest similarity
-    of token j to any kept one. The sum is over the tokens that are not kept yet, token i among them; a negative
-    similarity covers nothing. Gains within 2^-34 tie, and the first in raster order is taken. Where no token that is
-    left covers anything better (all of them are duplicates of kept ones, or are paid no attention), the rest are the
-    most salient: the paper does not say.
+    S are the cosine similarities of the features, a is the saliency, and m_j, initially zero, is the highest
+    similarity of token j to any kept one. The sum is over the tokens that are not kept yet, including token i; a
+    negative similarity covers nothing. Gains within 2^-34 tie; ties go to the first in raster order. If no remaining
+    token improves the cover (all duplicate kept ones, or have no saliency), the most salient are kept, a case that the
+    paper does not specify.
 
     Args:
-        alpha: weight of the saliency, from 0 on; 1 as published for LLaVA. With 0 this is plain facility location, and
-            no saliency is needed.
+        alpha: exponent of the saliency, at least 0; 1 as published for LLaVA. With 0 this is plain facility location,
+            and no saliency is needed.
     """
 
     alpha: float = 1.0
@@ -39,7 +39,7 @@ class Scope:
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:
-        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K N^2) a row, memory O(N^2)."""
+        """Index `(B, K)` of the selected tokens. Time O(N^2 D + K N^2) per row, memory O(N^2)."""
         return by_rows(self._reduce, context, row_budget(context, keep), elements=context.shape[1] ** 2)
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
@@ -49,7 +49,7 @@ class Scope:
         return greedy_cover(cosine_similarity(context.features, context), context, budget, quality)
 
     def _quality(self, context: VisualContext) -> Tensor:
-        """a^alpha over its largest value of the row, which changes no choice: float64 `(B, N)`, 0 on padding."""
+        """a^alpha divided by the row's maximum, which changes no choice: float64 `(B, N)`, 0 on padding."""
         salient = context.saliency.double().nan_to_num(nan=0.0, posinf=0.0).clamp(min=0)
         if not context.dense:
             salient = salient.masked_fill(~context.valid, 0)

@@ -1,4 +1,4 @@
-"""A trained folder in an engine: vLLM's plug-in, requests prepared for an engine without it, starting a server."""
+"""Serving a trained folder: a vLLM plug-in, requests for engines without it, and starting a server."""
 
 from saccade.serving.requests import PreparedRequest, vllm_request
 

@@ -1,4 +1,4 @@
-"""Requests for an engine without the plug-in: images go there as the features of the tokens that are kept."""
+"""Requests for an engine without the plug-in, which carry the features of the kept tokens instead of images."""
 
 import base64
 import io
@@ -19,16 +19,16 @@ from saccade.reducers import PruningConfig
 from saccade.serving.shorten import check_serves, visual_rows
 
 TAKES_ROWS = ("llava", "llava_next", "llava_onevision", "internvl")
-"""Values of `config.model_type` whose engines put as many placeholders into a prompt as there are rows."""
+"""Values of `config.model_type` for which engines write one placeholder per row of features."""
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A prompt, and its images as rows of features; isolator rows come first where there are any.
+    """A prompt, and its images as rows of features, preceded by the isolator rows if there are any.
 
     Args:
-        prompt_token_ids: the prompt's tokens, with one placeholder for each image.
-        rows: `(k, D)` for each image, on the CPU.
+        prompt_token_ids: the prompt's tokens, with one placeholder per image.
+        rows: `(k, D)` per image, on the CPU.
         placeholder_id: the token that stands for a row.
     """
 
@@ -38,13 +38,13 @@ class PreparedRequest:
 
     @property
     def offline(self) -> dict[str, Any]:
-        """What `vllm.LLM.generate` takes. The engine is made with `enable_mm_embeds=True`."""
+        """The request as `vllm.LLM.generate` takes it, for an engine created with `enable_mm_embeds=True`."""
         data = {"multi_modal_data": {"image": list(self.rows)}} if self.rows else {}
         return {"prompt_token_ids": self.prompt_token_ids, **data}
 
     @property
     def parts(self) -> list[dict[str, str]]:
-        """Content parts of a chat message, for each image one, to go before the text.
+        """Content parts of a chat message, one per image, to be put before the text.
 
         The server is started with `--enable-mm-embeds`.
         """
@@ -52,7 +52,7 @@ class PreparedRequest:
 
     @property
     def sglang(self) -> dict[str, Any]:
-        """What SGLang's `Engine.generate` takes by its documentation; it was not run."""
+        """The request as SGLang's documentation describes it for `Engine.generate`; not tested with SGLang."""
         images, ids = iter(self.rows), []
         for token in self.prompt_token_ids:
             ids += [token] * next(images).shape[0] if token == self.placeholder_id else [token]
@@ -61,7 +61,7 @@ class PreparedRequest:
 
 
 def encoded(rows: Tensor) -> str:
-    """A tensor as base64 of what `torch.save` writes, which vLLM's servers read."""
+    """A tensor in the base64 of its `torch.save` file, which vLLM's servers read."""
     written = io.BytesIO()
     torch.save(rows.clone(), written)
     return base64.b64encode(written.getvalue()).decode()
@@ -78,21 +78,21 @@ def vllm_request(
     isolator: ModeIsolator | Tensor | str | Path | None = None,
     **options: Any,
 ) -> PreparedRequest:
-    """Encode images here, and prepare a request with what is kept of them for vLLM as it is, without the plug-in.
+    """Encode and reduce images in this process, and prepare a request for vLLM without the plug-in.
 
     Args:
-        model: a stock model, or what is left of one by `saccade.serving.tower.tower_family`.
+        model: a stock model, or the part of one that `saccade.serving.tower.tower_family` loads.
         processor: the model's.
-        images: one for each placeholder of the prompt, in order.
-        prompt: as the chat template makes it.
+        images: one per placeholder of the prompt, in order.
+        prompt: the prompt as rendered by the chat template.
         config: how tokens are reduced, or the folder of a trained model.
-        isolator: the mode isolator that stands before each image, its rows `(l, D)`, or where it was saved; that of
-            the config when left out.
-        options: fields of [`PruningConfig`], in place of the config's.
+        isolator: the mode isolator to put before each image: its rows `(l, D)`, or where it was saved. The default
+            is that of the config.
+        options: fields of [`PruningConfig`] that override the config's.
 
     Raises:
-        SaccadeError: for a family or a setting that needs the plug-in, or where images and placeholders differ in
-            number.
+        SaccadeError: if the family or a setting needs the plug-in, or if the numbers of images and of placeholders
+            differ.
     """
     config = pruning_config(config, **options)
     family = get_family(model)
@@ -106,7 +106,7 @@ def vllm_request(
     token = processor.tokenizer.convert_ids_to_tokens(family.placeholder_id)
     rows = []
     for image in images:
-        # By itself, as an engine sees it.
+        # One at a time, as an engine sees it.
         inputs = processor(images=[image], text=token, return_tensors="pt")
         inputs = {name: value.to(_parameter(family).device) for name, value in inputs.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(_parameter(family).dtype)
@@ -119,7 +119,7 @@ def _check(family: Family, config: PruningConfig) -> None:
     kind = family.model.config.model_type
     if kind not in TAKES_ROWS:
         raise SaccadeError(
-            f"model_type={kind!r}: vLLM takes rows of features in any number for {', '.join(TAKES_ROWS)} only; serve "
+            f"model_type={kind!r}: vLLM accepts any number of feature rows for {', '.join(TAKES_ROWS)} only; serve "
             "the folder with the plug-in (docs/serve.md)"
         )
     if config.positions != "compact":
@@ -131,5 +131,5 @@ def _check(family: Family, config: PruningConfig) -> None:
 
 
 def _parameter(family: Family) -> Tensor:
-    """One of the tower's, for its device and its dtype."""
+    """A parameter of the tower, for its device and dtype."""
     return next(family.vision_tower.parameters())

@@ -1,10 +1,11 @@
-"""What an engine needs to know of an image by itself: the tokens that stand for it in a prompt, and their features.
+"""What an engine needs to know about a single image: the tokens that represent it in a prompt, and their features.
 
-Engines process each image once, whatever prompts it stands in, and put its placeholders into a prompt before the
-vision tower has run. So the tokens of one image, markers between its crops included, are shortened as a prompt of
-their own, on the path that every other prompt takes: first in outline, without features, then with them.
+Engines process each image once, whatever prompts it appears in, and write its placeholders into a prompt before the
+vision tower has run. So the tokens of one image, including markers between its crops, are shortened as if they were a
+whole prompt, by the same code as any other prompt: first in outline, without features, and then with them.
 
-Shapes: B images of L tokens each, S of which are left; D the width of the language model, A axes of positions.
+Shapes: B images of L tokens each, of which S remain; D is the width of the language model, A the number of position
+axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +23,18 @@ from saccade.reducers import FROM_WORDS, PruningConfig, get_reducer, list_reduce
 from saccade.tokens import Role
 
 FIELDS = ("pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw")
-"""What processors return of an image, and families read."""
+"""Outputs of processors for an image that families read."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """The tokens that stand for an image, as far as they are known before the vision tower has run.
+    """The tokens that represent an image, as far as they are known before the vision tower has run.
 
     Args:
         ids: the S token ids.
-        visual: bool `(S,)`, which of them get features: kept tokens and isolator rows.
-        positions: long `(A, S)`, from 0 at the image's first token. Those of visual tokens are not known yet.
-        length: how many positions the image takes, so that what follows it stands at this one.
+        visual: bool `(S,)`, true for those that get features: kept tokens and isolator rows.
+        positions: long `(A, S)`, counted from the image's first token. Those of visual tokens are not known yet.
+        length: number of positions that the image occupies; the next token has this position.
     """
 
     ids: list[int]
@@ -44,11 +45,11 @@ class Outline:
 
 @dataclass(frozen=True)
 class Features:
-    """What the visual tokens of an image are.
+    """The features and positions of an image's visual tokens.
 
     Args:
-        rows: `(n, D)`, or `(n, D * layers)` where features enter at further layers of the language model.
-        positions: long `(A, n)`, from 0 at the image's first token.
+        rows: `(n, D)`, or `(n, D * layers)` if features also enter deeper layers of the language model.
+        positions: long `(A, n)`, counted from the image's first token.
     """
 
     rows: Tensor
@@ -59,33 +60,33 @@ class Shortener:
     """Shortens images one by one.
 
     Args:
-        family: of the model; of one without weights (`saccade.serving.tower.bare_model`) where only outlines are
-            asked for.
+        family: the model's family; that of a model without weights (`saccade.serving.tower.bare_family`) is enough
+            for outlines.
         config: how tokens are reduced.
-        isolator: the rows `(l, D)` before each image, or None.
+        isolator: the rows `(l, D)` to put before each image, or None.
 
     Raises:
-        SaccadeError: where an engine cannot reduce tokens so.
+        SaccadeError: if an engine cannot reduce tokens in this way.
     """
 
     def __init__(self, family: Family, config: PruningConfig, isolator: Tensor | None = None) -> None:
         check_serves(family, config, isolator is not None)
         self.family = family
         self.pruner = Pruner(config, isolator)
-        # Any reducer leaves as many tokens as the budget says; which ones does not matter to an outline.
+        # Every reducer leaves as many tokens as the budget says, and an outline does not depend on which ones.
         any_tokens = self.pruner.reducer if config.reducer == "none" else get_reducer("uniform")
         blank = None if isolator is None else torch.zeros(isolator.shape[0], 1)
         self.blank = Pruner(config, blank, any_tokens)
 
     def outline(self, ids: Tensor, image: Mapping[str, Tensor]) -> Outline:
-        """What becomes of the placeholders of an image.
+        """The shortened placeholders of an image.
 
         Args:
-            ids: long `(L,)`, the tokens that stand for it when nothing is dropped.
-            image: what the processor returned of it, of `FIELDS`.
+            ids: long `(L,)`, the tokens that represent it before any are dropped.
+            image: the processor's outputs for it, by the names in `FIELDS`.
 
         Raises:
-            SaccadeError: if the tokens and the image do not fit together.
+            SaccadeError: if the tokens do not match the image.
         """
         inputs = batch_of(self.family, [ids], [image])
         laid = prune(self.family, inputs, self.blank, _as_laid, encoded=_without_features(self.family, inputs))
@@ -99,7 +100,7 @@ class Shortener:
 
     @torch.no_grad()
     def features(self, ids: Sequence[Tensor], images: Sequence[Mapping[str, Tensor]]) -> list[Features]:
-        """The visual tokens of each image, in order: one run of the tower for all images of one shape.
+        """The visual tokens of each image, in order. The tower runs once per shape of image.
 
         Args:
             ids: see `outline`.
@@ -122,46 +123,46 @@ class Shortener:
 
 
 def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
-    """Refuse what an engine cannot do that sees images one by one, and counts their tokens before the tower has run.
+    """Refuse settings that need more than one image, or the tower's output, to know how many tokens an image keeps.
 
     Raises:
-        SaccadeError: naming the option, and what does serve.
+        SaccadeError: naming the option, and what can be served.
     """
     if config.adaptive:
         raise SaccadeError(
             "adaptive=True cannot be served: an engine counts the tokens of an image before its tower has run; leave "
-            "it out, the number of tokens is then the same for every image"
+            "it out, so that every image keeps the same number of tokens"
         )
     if config.fit_length is not None:
         raise SaccadeError(
-            f"fit_length={config.fit_length} cannot be served: an engine reduces each image by itself, whatever "
-            "else the prompt holds; take it out of the folder's pruning_config.json, or serve all tokens"
+            f"fit_length={config.fit_length} cannot be served: an engine reduces each image separately, whatever "
+            "else the prompt contains; remove it from the folder's pruning_config.json, or serve all tokens"
         )
     if config.budget == "sample":
         raise SaccadeError(
-            "budget='sample' cannot be served: an engine reduces each image by itself, whatever others are beside it; "
-            "use 'image' or 'crop'"
+            "budget='sample' cannot be served: an engine reduces each image separately, whatever other images the "
+            "prompt contains; use 'image' or 'crop'"
         )
     if config.budget == "image" and family.text_between_crops:
         raise SaccadeError(
-            f"budget='image' cannot be served for {family.name}: text stands between the crops of an image, and how "
-            "many tokens each keeps is not known before the tower has run; use 'crop'"
+            f"budget='image' cannot be served for {family.name}: there is text between the crops of an image, and how "
+            "many tokens each crop keeps is not known before the tower has run; use 'crop'"
         )
     if config.needs.fields & FROM_WORDS:
         raise SaccadeError(
             f"reducer={config.reducer!r} cannot be served: it reads the question, and an engine encodes an image once "
-            f"for all questions; these serve: {', '.join(serving_reducers(family))}"
+            f"for all questions; use one of {', '.join(serving_reducers(family))}"
         )
     if isolator and family.bidirectional_image_attention:
         raise SaccadeError(
-            f"isolator: cannot be served for {family.name}, where engines let all rows of an image attend to one "
-            "another, and isolator rows are attended to as text is; leave it out"
+            f"isolator: cannot be served for {family.name}, since engines let all rows of an image attend to one "
+            "another, while isolator rows must be attended to causally, as text is; leave it out"
         )
     family.check_gives(config.needs)
 
 
 def serving_reducers(family: Family) -> list[str]:
-    """The reducers that serve with their default options."""
+    """The reducers that can be served with their default options."""
     names = []
     for name in list_reducers():
         try:
@@ -175,11 +176,11 @@ def serving_reducers(family: Family) -> list[str]:
 
 
 def batch_of(family: Family, ids: Sequence[Tensor], images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Processor outputs of a batch with one of these images in each sample, and nothing else.
+    """Processor outputs of a batch whose samples each consist of one of these images.
 
     Args:
-        ids: long `(L,)` for each image, of one length.
-        images: fields of each image, of the same shapes.
+        ids: long `(L,)` per image, all of the same length.
+        images: the fields of each image, all of the same shapes.
     """
     input_ids = torch.stack(tuple(ids))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -189,18 +190,18 @@ def batch_of(family: Family, ids: Sequence[Tensor], images: Sequence[Mapping[str
         values = [image[name] for image in images]
         joined = name == "pixel_values" and family.joins_pixels
         inputs[name] = torch.cat(values) if joined else torch.stack(values)
-    # Beside the pixels, on the device: places and features meet in one tensor.
+    # On the device of the pixels, since places and features are combined in one tensor.
     device = inputs["pixel_values"].device
     return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _without_features(family: Family, inputs: Mapping[str, Tensor]) -> Encoded:
-    """The encoding of an image whose features are not known: rows, grids and newlines, around features of width 1."""
+    """The encoding of an image with unknown features: its rows, grids and newlines, with features of width 1."""
     count = int(family.placeholder(inputs["input_ids"]).sum())
     pixels = inputs["pixel_values"]
-    rows = pixels.shape[0] if pixels.dim() == 4 else 1  # the others are cut into crops by the model itself
+    rows = pixels.shape[0] if pixels.dim() == 4 else 1  # other layouts are cut into crops by the model itself
     if count == 0 or count % rows:
-        raise SaccadeError(f"an image of {rows} crops has {count} placeholders, which is not the same for each crop")
+        raise SaccadeError(f"an image of {rows} crops has {count} placeholders, which is not a multiple of {rows}")
     blank = SimpleNamespace(pooler_output=torch.zeros(rows, count // rows, 1), deepstack_features=[])
     family.model.get_image_features = lambda *_, **__: blank
     try:
@@ -214,7 +215,7 @@ def _as_laid(laid: ModeInputs) -> ModeInputs:
 
 
 def _visual(laid: ModeInputs) -> Tensor:
-    """bool `(B, S)`, which tokens get features."""
+    """bool `(B, S)`, true for tokens that get features."""
     role = laid.spliced.role
     return (role == Role.RETAINED) | (role == Role.ISOLATOR)
 

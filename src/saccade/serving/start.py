@@ -1,4 +1,4 @@
-"""`saccade serve`: checks a folder, starts a server on it, vLLM's or that of transformers, and says how to ask it."""
+"""`saccade serve`: check a folder, start vLLM's server or that of transformers on it, and print how to query it."""
 
 import importlib.util
 import json
@@ -19,11 +19,11 @@ from saccade.serving.vllm_plugin import SETTING, folder_pruning
 
 ENGINES = ("vllm", "transformers")
 VLLM = "vllm.entrypoints.openai.api_server"
-"""What `vllm serve` runs. That command itself ends at once in vLLM's build for CPUs, which goes by another name."""
+"""What `vllm serve` runs. The command itself exits at once in vLLM's CPU build, whose package has another name."""
 TRANSFORMERS = "saccade.serving.transformers_server"
 PLUGIN = "saccade"
 POLL = 0.5
-"""Seconds between two looks at whether the server answers."""
+"""Seconds between two checks of whether the server answers."""
 
 
 def serve_folder(
@@ -36,18 +36,18 @@ def serve_folder(
     name: str | None = None,
     engine: str | None = None,
 ) -> int:
-    """Serve a trained folder until the server ends or is told to, and return its exit status.
+    """Serve a trained folder until the server ends or is told to stop, and return its exit status.
 
     Once the server answers, its URL and a curl line are printed.
 
     Args:
-        setting: options of pruning in place of the folder's, False for all tokens, None for the folder's own.
-        flags: further flags of the engine's own command.
-        name: what clients call the model; the folder's name when left out. transformers goes by the folder's path.
-        engine: of `ENGINES`; vLLM where it is installed, and transformers where it is not, when left out.
+        setting: pruning options that override the folder's, False for all tokens, None for the folder's own.
+        flags: further flags of the engine's command.
+        name: what clients call the model; defaults to the folder's name. transformers uses the folder's path instead.
+        engine: one of `ENGINES`; defaults to vLLM if it is installed, otherwise transformers.
 
     Raises:
-        SaccadeError: if the folder holds no whole model, a setting is wrong, or the engine is not installed.
+        SaccadeError: if the folder has no complete model, a setting is wrong, or the engine is not installed.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -59,7 +59,7 @@ def serve_folder(
     else:
         name = str(folder)
         command = transformers_command(folder, setting, flags, host, port)
-    # Not in this process's group: the terminal's Ctrl-C would reach the engine's processes before their parent.
+    # In another process group, or the terminal's Ctrl-C would reach the engine's processes before their parent.
     server = subprocess.Popen(command, env=engine_environment(os.environ), start_new_session=True)
     told: list[int] = []
 
@@ -78,22 +78,22 @@ def serve_folder(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is not a whole model's folder.
+    """Refuse a path that is not the folder of a complete model.
 
     Raises:
-        SaccadeError: saying what it is.
+        SaccadeError: saying what is wrong with it.
     """
     if not folder.is_dir():
         raise SaccadeError(f"model={str(folder)!r} is not a folder: name the folder of an export or of a run")
     if not (folder / "config.json").is_file():
         hint = "give a folder with a config.json"
         if (folder / "adapter_config.json").is_file():
-            hint = f"it holds adapters: `saccade export {folder} --output FOLDER` makes a whole model of them"
-        raise SaccadeError(f"model={str(folder)!r} holds no whole model: {hint}")
+            hint = f"it has adapters only: `saccade export {folder} --output FOLDER` makes a complete model of them"
+        raise SaccadeError(f"model={str(folder)!r} is not a complete model: {hint}")
 
 
 def installed_engine(engine: str | None) -> str:
-    """The engine that is meant, once it is known to be installed.
+    """The requested or default engine, checked to be installed.
 
     Raises:
         SaccadeError: if there is no such engine, or it is not installed.
@@ -106,7 +106,7 @@ def installed_engine(engine: str | None) -> str:
         raise needs_package("saccade serve --engine vllm", "vllm")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise SaccadeError(
-            'saccade serve needs vllm, or the server of transformers: pip install "saccade[vllm]" in a separate '
+            'saccade serve needs vLLM or the server of transformers: pip install "saccade[vllm]" in a separate '
             'environment, or pip install "transformers[serving]" here'
         )
     return "transformers"
@@ -118,7 +118,7 @@ def vllm_command(
     """The command that starts vLLM's server.
 
     Raises:
-        SaccadeError: if the flags set anew what a setting needs.
+        SaccadeError: if the flags override what the setting needs.
     """
     given = ["--host", host, "--port", str(port), "--served-model-name", name]
     if setting is not None:
@@ -139,7 +139,7 @@ def transformers_command(
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the server: where the user lists plug-ins of vLLM, this one is among them."""
+    """The server's environment; if the user has listed vLLM's plug-ins in it, this one is added."""
     listed = environment.get("VLLM_PLUGINS")
     if listed is None or PLUGIN in listed.split(","):
         return dict(environment)
@@ -147,7 +147,7 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def wait_until_ready(server: subprocess.Popen, url: str) -> bool:
-    """Whether the server came to answer at `url`; false once its process has ended."""
+    """Wait until the server answers at `url`, and return True; False if its process ends first."""
     while server.poll() is None:
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
@@ -160,7 +160,7 @@ def wait_until_ready(server: subprocess.Popen, url: str) -> bool:
 
 
 def ready_text(root: str, name: str) -> str:
-    """What is printed once the server answers: its URL, and how to ask it."""
+    """What is printed once the server answers: its URL, and how to query it."""
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,'$(base64 -w0 picture.png)'"}}
     content = [image, {"type": "text", "text": "What is this?"}]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 64})

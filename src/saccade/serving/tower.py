@@ -1,4 +1,4 @@
-"""The vision tower and the projector of a stock model, without its language model."""
+"""The vision tower and projector of a stock model, without its language model."""
 
 import copy
 from pathlib import Path
@@ -11,11 +11,11 @@ from saccade.errors import SaccadeError
 from saccade.families import Family, family_class
 
 LANGUAGE = ("language_model", "text_model", "lm_head")
-"""Parts of weights' names that are not of the tower or the projector."""
+"""Parts of the names of weights that belong to neither the tower nor the projector."""
 
 
 def bare_family(folder: str | Path, revision: str | None = None) -> Family:
-    """The family of the model in `folder`, around a model without weights: it counts, and cannot encode.
+    """The family of the model in `folder`, with a model without weights, which can count tokens but not encode.
 
     Raises:
         SaccadeError: if no family is known for it.
@@ -34,13 +34,13 @@ def tower_family(
     revision: str | None = None,
     weights: bool = True,
 ) -> Family:
-    """The family of the model in `folder`, around its vision tower and its projector alone.
+    """The family of the model in `folder`, with only its vision tower and projector loaded.
 
     Args:
-        weights: whether to read them; random ones otherwise.
+        weights: whether to read the weights; they are random otherwise.
 
     Raises:
-        SaccadeError: if no family is known for it, or the weights of tower and projector are not all there.
+        SaccadeError: if no family is known for it, or weights of the tower or the projector are missing.
     """
     config = without_layers(AutoConfig.from_pretrained(folder, revision=revision))
     kind = family_class(config)
@@ -50,8 +50,8 @@ def tower_family(
             missing = [name for name in sorted(report["missing_keys"]) if not _of_language(name)]
             if missing:
                 raise SaccadeError(
-                    f"model={str(folder)!r} holds no {missing[0]!r}, and {len(missing)} missing weights of its vision "
-                    "tower and projector in all: quantized ones are not read, serve the folder that was exported"
+                    f"model={str(folder)!r} lacks {len(missing)} of the weights of its vision tower and projector, "
+                    f"such as {missing[0]!r}: quantized weights are not read, serve the folder that was exported"
                 )
         else:
             model = AutoModelForImageTextToText.from_config(config).to(dtype)
@@ -81,7 +81,7 @@ def without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 def _read(
     folder: str | Path, config: PreTrainedConfig, dtype: torch.dtype, revision: str | None
 ) -> tuple[PreTrainedModel, dict]:
-    # It would list every weight of the decoder layers as unexpected.
+    # It would report every weight of the decoder layers as unexpected.
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -97,7 +97,7 @@ def _of_language(name: str) -> bool:
 
 
 def _move(module: torch.nn.Module, device: torch.device | str) -> None:
-    """Move what is not of the language model, which has no values any more."""
+    """Move everything but the language model, which has no values any more."""
     for name, child in module.named_children():
         if not _of_language(name):
             child.to(device)

@@ -12,10 +12,10 @@ from saccade.serving.vllm_plugin import folder_pruning
 
 
 def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | None) -> None:
-    """Let the server prune in each model that it loads, as `folder` and `setting` say.
+    """Make the server prune in each model that it loads, according to `folder` and `setting`.
 
     Raises:
-        SaccadeError: on a wrong setting, or a transformers whose server loads models otherwise.
+        SaccadeError: on a wrong setting, or if this version of transformers loads models in another way.
     """
     from transformers.cli.serving.model_manager import ModelManager
 
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     """Serve until the server ends.
 
     Args:
-        argv: the folder; JSON of the options of pruning in place of its own, false for all tokens, null for its own;
-            and what is handed to `transformers serve`.
+        argv: the folder; as JSON, pruning options that override the folder's, false for all tokens, or null for the
+            folder's own; and the arguments of `transformers serve`.
     """
     from transformers.cli.transformers import main as transformers
 

@@ -1,4 +1,4 @@
-"""vLLM's own models, with a vision side that prunes. Imported by vLLM where it serves one of them.
+"""vLLM's own models with a pruning vision side. vLLM imports this module when it serves one of them.
 
 The language model is vLLM's; the tower, the projector and the selection are those of the stock model in transformers,
 so that a reducer sees what it saw in training. Folders that do not prune run on vLLM's models as they are.
@@ -25,21 +25,21 @@ from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.vllm_plugin import ARCHITECTURES, carries_positions, fingerprint, pruning_of
 
 IDS, POSITIONS = "saccade_ids", "saccade_positions"
-"""Fields that travel with an image: the tokens it stood for, and the positions of those that are left."""
+"""Fields passed along with an image: its original tokens, and the positions of the remaining ones."""
 SIZES = ("num_patches", "image_num_patches")
-"""Fields that say how many of the pixels behind one another are of an image."""
+"""Fields that say how many of the concatenated pixels belong to each image."""
 
 
 def isolator_of(config: Any) -> Tensor | None:
-    """The isolator's rows `(l, D)` of a config, or None."""
+    """The rows `(l, D)` of a config's isolator, or None."""
     return None if config.isolator is None else ModeIsolator.from_pretrained(config.isolator)().detach()
 
 
 class PrunedProcessor:
-    """Goes before one of vLLM's processors: shortens what stands for an image, and marks what is cached."""
+    """Mixin for one of vLLM's processors: shortens an image's placeholders, and marks cache entries."""
 
     def prune_as(self, config: Any, model_config: Any) -> None:
-        """Set up, once the stock processor is."""
+        """Set up, after the stock processor."""
         family = bare_family(model_config.model, model_config.revision)
         self.shortener = Shortener(family, config, isolator_of(config))
         self.mark = fingerprint(config)
@@ -55,20 +55,20 @@ class PrunedProcessor:
             return updates
         if isinstance(mm_items["image"], ImageEmbeddingItems):
             raise SaccadeError(
-                "image_embeds: this server prunes images by itself and takes no features; send the image, or serve "
-                "with --hf-overrides '{\"saccade\": false}'"
+                "image_embeds: this server prunes images itself and does not accept features; send the image, or "
+                "serve with --hf-overrides '{\"saccade\": false}'"
             )
         items = out_mm_kwargs["image"]
         return {**updates, "image": [self._shorter(*pair) for pair in zip(updates["image"], items, strict=True)]}
 
     def _shorter(self, updates: Sequence[Any], item: Any) -> list[Any]:
-        """The updates of one image's placeholders, with fewer of them."""
+        """The updates of one image, with fewer placeholders."""
         ids = torch.tensor(updates[0].content.full)
         fields = {name: torch.as_tensor(item[name].data).cpu() for name in FIELDS if name in item}
         outline = self.shortener.outline(ids, fields)
         item[IDS] = _field(IDS, ids)
         if self.carries_positions:
-            # Negative where they are not known: how far behind 0 the image then starts, see `recompute`.
+            # -1 where unknown; the image's start is subtracted later, and read by `recompute_mrope_positions`.
             known = outline.positions.masked_fill(outline.visual, -1)
             length = torch.full_like(known[:, :1], outline.length)
             item[POSITIONS] = _field(POSITIONS, torch.cat((known, length), dim=1))
@@ -82,7 +82,7 @@ def _field(name: str, value: Tensor) -> Any:
 
 
 class PrunedModel:
-    """Goes before one of vLLM's models: an image's features are those of the tokens that are kept."""
+    """Mixin for one of vLLM's models: an image's features are those of its kept tokens."""
 
     supports_multimodal_pruning = True
     supports_mrope = True
@@ -93,7 +93,7 @@ class PrunedModel:
         config = pruning_of(model)
         self.shortener: Shortener | None = None
         if config is None:
-            # Where vLLM's own model cannot prune videos, it still cannot.
+            # vLLM's own pruning of videos stays off where the stock model does not support it.
             self.supports_multimodal_pruning = hasattr(super(), "recompute_mrope_positions")
             return
         for name in self._tower_model_names:
@@ -105,7 +105,7 @@ class PrunedModel:
         family = tower_family(model.model, model.dtype, device, revision=model.revision, weights=weights)
         isolator = isolator_of(config)
         isolator = None if isolator is None else isolator.to(device=device, dtype=model.dtype)
-        # No module, so that vLLM looks for no weights of it.
+        # Not registered as a submodule, or vLLM would look for its weights.
         self.shortener = Shortener(family, config, isolator)
         self.carries_positions = carries_positions(model)
         _let_cpu_runner_ask()
@@ -120,7 +120,7 @@ class PrunedModel:
         return tuple(self._packed(each) for each in found)
 
     def _packed(self, features: Features) -> Tensor:
-        """Rows `(n, D)`, and where tokens have positions, those behind them, bit for bit in the dtype of the rows."""
+        """Rows `(n, D)`; if tokens carry positions, these are appended as bits reinterpreted in the rows' dtype."""
         rows = features.rows
         if not self.carries_positions:
             return rows
@@ -164,7 +164,7 @@ class PrunedModel:
         place = self.shortener.family.placeholder(ids).nonzero().squeeze(1)
         place = place[place >= num_computed_tokens][: relative.shape[1]]
         start = positions[:, place]
-        # A token that comes again, after its request was put off, has its position already.
+        # A token that is processed again, after its request was preempted, already has its position.
         positions[:, place] = torch.where(start < 0, relative - 1 - start, start)
         return [each[:, :-extra] for each in multimodal_embeddings], positions, _delta(positions)
 
@@ -182,7 +182,7 @@ class PrunedModel:
 
 
 def _let_cpu_runner_ask() -> None:
-    """Let vLLM's runner on CPUs ask its model for positions where it prunes, as the runner on GPUs does."""
+    """Make vLLM's CPU runner ask a pruning model for positions, as its GPU runner does."""
     module = sys.modules.get("vllm.v1.worker.cpu_model_runner")
     if module is None:
         return
@@ -191,17 +191,17 @@ def _let_cpu_runner_ask() -> None:
         enabled = runner.model_config.multimodal_config.is_multimodal_pruning_enabled()
         return enabled and isinstance(getattr(runner, "model", None), PrunedModel)
 
-    # The runner's constructor has said no already; a property goes before what it wrote.
+    # The runner's constructor has already set it to False; a property takes precedence over that attribute.
     module.CPUModelRunner.is_multimodal_pruning_enabled = property(asks, lambda *_: None)
 
 
 def _delta(positions: Tensor) -> int:
-    """How far positions `(3, S)` run ahead of places behind the prompt."""
+    """The difference between the position and the index of tokens after the prompt, from its positions `(3, S)`."""
     return int(positions[:, -1].max()) + 1 - positions.shape[1]
 
 
 def _images(kwargs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:
-    """The fields of each image of a batch, as the processor had them of one image."""
+    """The fields of each image of a batch, as the processor returned them for that image alone."""
     count = len(kwargs[IDS])
     sizes = next((kwargs[name] for name in SIZES if name in kwargs), None)
     if "image_grid_thw" in kwargs:
@@ -213,7 +213,7 @@ def _images(kwargs: Mapping[str, Any]) -> Iterable[dict[str, Tensor]]:
 
 
 def _pruned(stock: type) -> type:
-    """vLLM's model `stock`, that prunes where its folder says so."""
+    """A subclass of vLLM's model `stock` that prunes if its folder says so."""
     model = type(stock.__name__, (PrunedModel, stock), {"__module__": __name__})
     given = stock._processor_factory
 
@@ -229,7 +229,7 @@ def _pruned(stock: type) -> type:
         config = pruning_of(info.ctx.model_config)
         if config is None:
             return found
-        kind = type(found)  # `given.processor` may be a function that chooses it
+        kind = type(found)  # `given.processor` may be a function that chooses the class
         pruned = type(kind.__name__, (PrunedProcessor, kind), {})(info, dummy_inputs)
         pruned.prune_as(config, info.ctx.model_config)
         return pruned

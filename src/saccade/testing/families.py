@@ -1,7 +1,7 @@
 """Every invariant of a model family, as functions of a tiny model and a reducer.
 
 `CHECKS` has those that hold for any reducer; `check_generation_at_ratio_zero`, `check_training`, `check_cut_batches`
-and `check_predictions` need running once or twice. A check that fails raises an AssertionError.
+and `check_predictions` need to run only once or twice. A failed check raises an AssertionError.
 """
 
 import copy
@@ -35,12 +35,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @dataclass
 class Case:
-    """A family's tiny model with batches for it, built once.
+    """A family's tiny model and batches for it, each built only once.
 
     Args:
-        name: of the family, for the names of tests.
-        tiny: how the model is built. Its processor takes images of up to 32 px, and its tokenizer the words of
-            `mixed_rows`, as that of `tokenizer_with` does.
+        name: the family's name, for the names of tests.
+        tiny: how the model is built. Its processor must accept images of up to 32 px, and its tokenizer must know
+            the words of `mixed_rows`, as that of `tokenizer_with` does.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Case:
         return {name: value for name, value in self.batch.items() if name != "labels"}
 
     def prompts(self, rows: Iterable[int] = range(4)) -> dict[str, Any]:
-        """Left-padded prompts up to the last answer, of some of the mixed rows."""
+        """Left-padded prompts of some of the mixed rows, up to the last answer."""
         every = mixed_rows()
         return dict(collate_prompts(self.processor, [every[row] for row in rows]))
 
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def positions(self) -> tuple[str, ...]:
-        """The position modes that differ for this family."""
+        """The position modes that make a difference for this family."""
         return ("original",) if self.family.uses_mrope else ("compact", "original")
 
 
@@ -101,7 +101,7 @@ def real(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_ratio_zero(case: Case, reducer: str) -> None:
-    """A ratio of 0 is the stock model, bit for bit."""
+    """At a ratio of 0 the model is the stock model, bit for bit."""
     stock = logits(case.model, case.inputs)
     for positions in case.positions:
         pruned = case.prune(case.inputs, reducer, 0.0, positions=positions, padding_side="right")
@@ -112,7 +112,7 @@ def check_ratio_zero(case: Case, reducer: str) -> None:
 
 
 def check_original_equals_masked(case: Case, reducer: str) -> None:
-    """Kept places, merged values and all, equal the full sequence with the dropped tokens hidden from attention."""
+    """Kept tokens, merged values included, equal the full sequence with dropped tokens masked out of attention."""
     family, inputs = case.family, case.inputs
     with torch.no_grad():
         encoded = family.encode(inputs, Needs.of(get_reducer(reducer), PruningConfig(prune_ratio=RATIO)))
@@ -124,7 +124,7 @@ def check_original_equals_masked(case: Case, reducer: str) -> None:
     assert 0 < reduction.counts.sum() < context.valid.sum()
 
     def merged(x: Tensor) -> list[Tensor]:
-        """`x` with the kept tokens replaced by what the reduction makes of them."""
+        """`x` with the kept tokens replaced by the output of the reduction."""
         spill = torch.cat((x, x[:, :1]), dim=1)
         index = torch.where(reduction.valid, reduction.index, tokens).unsqueeze(-1).expand(-1, -1, x.shape[-1])
         changed = spill.scatter(1, index, reduction.apply(x))[:, :tokens]
@@ -148,7 +148,7 @@ def check_original_equals_masked(case: Case, reducer: str) -> None:
 
 
 def generation_options(case: Case) -> dict[str, Any]:
-    """Six greedy tokens, none of which is a placeholder: a random model may write one, and have no features for it."""
+    """Six greedy tokens. Placeholders are suppressed, since a random model may emit one without features for it."""
     every = torch.arange(case.model.config.get_text_config().vocab_size).unsqueeze(0)
     suppress = case.family.placeholder(every)[0].nonzero().flatten().tolist()
     return {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "suppress_tokens": suppress}
@@ -168,7 +168,7 @@ def check_cached_generation(case: Case, reducer: str) -> None:
 
 
 def check_generation_at_ratio_zero(case: Case) -> None:
-    """At a ratio of 0 `generate` writes what it writes on the full inputs: positions go on from the full length."""
+    """At a ratio of 0 `generate` answers as on the full inputs; positions continue from the full length."""
     options = {**generation_options(case), "output_logits": True}
     prompts = case.prompts()
     expected = case.model.generate(**dict(prompts), **options, return_dict_in_generate=True)
@@ -179,7 +179,7 @@ def check_generation_at_ratio_zero(case: Case) -> None:
 
 
 def check_several_sequences(case: Case, reducer: str) -> None:
-    """Each of a prompt's sequences sees its own images: both of two start as one alone does."""
+    """Each sequence returned for a prompt sees that prompt's images: two sequences both start as a single one does."""
     options = {**generation_options(case), "max_new_tokens": 1, "min_new_tokens": 1, "output_logits": True}
     options["return_dict_in_generate"] = True
     for ratio in (0.0, RATIO):
@@ -191,7 +191,7 @@ def check_several_sequences(case: Case, reducer: str) -> None:
 
 
 def check_batch_equals_one_by_one(case: Case, reducer: str) -> None:
-    """With and without isolator, in each position mode."""
+    """A batch equals its samples one by one, with and without an isolator, in each position mode."""
     isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
     for positions in case.positions:
         for rows in (None, isolator):
@@ -213,7 +213,7 @@ def check_padding_sides(case: Case, reducer: str) -> None:
 
 
 def check_gradients(case: Case, reducer: str) -> None:
-    """A fast step reaches the tokens that are kept or merged, projector, isolator and language model; nothing else."""
+    """A fast step's gradient reaches kept and merged tokens, projector, isolator and language model; nothing else."""
     model = copy.deepcopy(case.model)
     family = get_family(model)
     family.vision_tower.requires_grad_(False)
@@ -224,7 +224,7 @@ def check_gradients(case: Case, reducer: str) -> None:
     def watching(*args: Any, **kwargs: Any) -> Encoded:
         encoded = encode(*args, **kwargs)
         for features in (encoded.context.features, *encoded.deepstack_features):
-            if features.requires_grad:  # a teacher's smaller images are encoded without
+            if features.requires_grad:  # a teacher's smaller images are encoded without gradients
                 features.retain_grad()
         seen["encoded"] = encoded
         return encoded
@@ -261,7 +261,7 @@ CHECKS = {
     "padding sides": check_padding_sides,
     "gradients": check_gradients,
 }
-"""What holds for any reducer, by name: functions of a case and the reducer's name."""
+"""Checks that hold for any reducer, by name: functions of a case and the reducer's name."""
 
 
 def kept_mask(index: Tensor, tokens: int) -> Tensor:
@@ -275,7 +275,7 @@ def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> Du
 
 
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
-    """A fast and a slow step; what is saved loads in the stock class with every key and the same logits."""
+    """A fast and a slow step; the saved model loads in the stock class with every key and gives the same logits."""
     model = copy.deepcopy(case.model)
     args = make_config(
         folder,
@@ -320,7 +320,7 @@ def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
 def check_cut_batches(case: Case, folder: Path, **options: Any) -> None:
     """The same global batch gives the same losses and gradients however it is cut into micro-batches.
 
-    Its rows have answers of different lengths, so that a mean of means is another number.
+    Its rows have answers of different lengths, so that a mean of means would give another number.
     """
     curves = []
     for size in (4, 1):
@@ -346,10 +346,10 @@ def check_cut_batches(case: Case, folder: Path, **options: Any) -> None:
 
 
 def check_predictions(case: Case, folder: Path) -> None:
-    """`predict` answers for each row in its own place, where rows with images and text-only ones alternate."""
+    """`predict` returns answers in the order of the rows when rows with images and text-only rows alternate."""
     rows = [row for row in mixed_rows() for row in (row, dict(mixed_rows()[2]))]
     for number, row in enumerate(rows):
-        # As many words as no other row has, so that labels tell the rows apart.
+        # A different number of words in each row, so that labels tell the rows apart.
         row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": " ".join(["7"] * (number + 1))}]
     args = make_config(folder, per_device_eval_batch_size=3)
     trainer = DualSpeedTrainer(
@@ -366,7 +366,7 @@ def check_predictions(case: Case, folder: Path) -> None:
 def losses_and_gradients(
     case: Case, step: DualSpeedStep, isolator: ModeIsolator, samples: int | None = None
 ) -> dict[str, Tensor]:
-    """Losses of both modes, their terms and every gradient, by name; a few samples at a time where it is said."""
+    """Losses of both modes, their terms and every gradient, by name; `samples` at a time if given."""
     found, scale = {}, 3.0
     in_parts = None if samples is None else InParts(samples, Tensor.backward, scale)
     for mode in ("fast", "slow"):
@@ -378,13 +378,13 @@ def losses_and_gradients(
         found |= {f"{mode} {name}": parameter.grad for name, parameter in named.items() if parameter.grad is not None}
         found |= {f"{mode} loss": output.loss.detach(), f"{mode} cross entropy": output.cross_entropy}
         found |= {f"{mode} kl": output.kl} if output.kl is not None else {}
-        # The teacher's differ: it has nothing to teach in a part that is all text.
+        # The teacher's counts differ: it is not run for a part without images.
         found |= {f"{mode} tokens in": output.tokens_in, f"{mode} tokens full": output.tokens_full}
     return found
 
 
 def check_same_step(case: Case, reducer: str, positions: str, samples: int | None = None, **options: Any) -> None:
-    """A step with `options`, or a few samples at a time, has the losses and the gradients of one without."""
+    """A step with `options`, or with `samples` at a time, has the losses and gradients of a step without."""
     torch.manual_seed(0)
     isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
     found = []
@@ -403,14 +403,14 @@ def check_same_step(case: Case, reducer: str, positions: str, samples: int | Non
 
 
 def check_padding_free(case: Case, reducer: str) -> None:
-    """Rows behind one another give the losses and the gradients of rows with padding, in each position mode."""
+    """Concatenated rows have the losses and gradients of padded rows, in each position mode."""
     assert not case.batch["attention_mask"].bool().all()
     for positions in case.positions:
         check_same_step(case, reducer, positions, padding_free=True)
 
 
 def check_in_parts(case: Case, reducer: str) -> None:
-    """Two samples at a time, and one, give the losses and the gradients of all at once, with packed rows too."""
+    """Two samples or one at a time give the losses and gradients of all at once, for padded and for packed rows."""
     for positions in case.positions:
         check_same_step(case, reducer, positions, samples=2)
     packed = {} if case.family.bidirectional_image_attention else {"padding_free": True}

@@ -1,6 +1,6 @@
-"""What every reducer has to do, run on every registered one: subclass `ReducerTester` in a test file.
+"""The tests that every registered reducer has to pass: subclass `ReducerTester` in a test file to run them.
 
-Another package with a reducer can do the same; only `names` needs overriding.
+Another package with a reducer can do the same; it only needs to override `names`.
 """
 
 import pytest
@@ -17,7 +17,7 @@ DYNAMIC = {"repeat_interleave", "unique_consecutive", "unique_dim", "bincount", 
 
 
 class HostSyncs(TorchDispatchMode):
-    """Collects the operations that copy a value to the host or whose result's shape depends on values."""
+    """Records operations that copy a value to the host, or whose result has a shape that depends on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class HostSyncs(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in SYNCS | DYNAMIC:
             self.found.append(name)
-        # Indexing with a bool tensor looks for its true entries inside the kernel, out of a dispatch mode's sight.
+        # Indexing with a bool tensor searches for true entries inside the kernel, where a dispatch mode sees nothing.
         masks = name.startswith("index") and isinstance(args[1], (list, tuple))
         if masks and any(part is not None and part.dtype in (torch.bool, torch.uint8) for part in args[1]):
             self.found.append(f"{name} with a mask")
@@ -37,7 +37,7 @@ class HostSyncs(TorchDispatchMode):
 def make_context(
     features: Tensor, needs: frozenset[str] = frozenset(), valid: Tensor | None = None, grid: Tensor | None = None
 ) -> VisualContext:
-    """A context whose extra fields, if needed, are drawn from a hash of nothing but row and position."""
+    """A context whose extra fields, if needed, depend only on a hash of row and position."""
     rows, tokens, _ = features.shape
     generator = torch.Generator().manual_seed(7)
 
@@ -55,7 +55,7 @@ def make_context(
 
 
 def take_tokens(context: VisualContext, place: Tensor, fill: float) -> VisualContext:
-    """The context with token `place[i]` (long `(M,)`) at i, and padding with `fill` in it where that is -1."""
+    """The context with token `place[i]` (long `(M,)`) at i, or padding with the value `fill` if `place[i]` is -1."""
     rows = context.shape[0]
     real = place >= 0
 
@@ -92,7 +92,7 @@ def special_features(tokens: int, width: int) -> dict[str, Tensor]:
 
 
 class ReducerTester:
-    """Every invariant of a reducer. `name` and `reducer` are fixtures over all registered ones."""
+    """Every invariant of a reducer. `name` and `reducer` are fixtures over all registered reducers."""
 
     @pytest.fixture(params=list_reducers())
     def name(self, request) -> str:
@@ -108,7 +108,7 @@ class ReducerTester:
 
     @staticmethod
     def features(rows: int, tokens: int, width: int = 12, seed: int = 0) -> Tensor:
-        """Values that bfloat16 can hold."""
+        """Random features whose values bfloat16 represents exactly."""
         drawn = torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
         return drawn.bfloat16().float()
 
@@ -184,7 +184,7 @@ class ReducerTester:
                     outcome = reduction.apply(padded.features)
                     width = bare.index.shape[1]
                     expected = bare.apply(context.features)
-                    # Sums of huge features round to more than any absolute tolerance, hence relative to the row.
+                    # Rounding errors of sums of huge features exceed any absolute tolerance, so it is relative.
                     scale = context.features.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)
                     torch.testing.assert_close(outcome[:, :width] / scale, expected / scale, rtol=1e-5, atol=1e-6)
                     assert not outcome[:, width:].any()
@@ -241,7 +241,7 @@ class ReducerTester:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_a_value_that_is_not_finite(self, name, reducer, value):
-        """An overflow in the tower neither makes a row keep a token twice nor reaches another row."""
+        """An overflow in the tower neither makes a row keep a token twice nor affects another row."""
         features = self.features(2, 25)
         clean = reducer(make_context(features.clone(), reducer.needs), 6)
         features[0, 3, 0], features[0, 7] = value, value
@@ -261,7 +261,7 @@ class ReducerTester:
         assert reduction.weight.shape == (2, reduction.index.shape[1], 16)
         assert not reduction.weight[1, :, 9:].any()
         assert not reduction.weight.requires_grad
-        # Every kept token is part of what it is merged from.
+        # Every kept token contributes to its own merge.
         own = reduction.weight.gather(2, reduction.index.clamp(min=0).unsqueeze(2)).squeeze(2)
         assert (own[reduction.valid] > 0).all()
 
@@ -284,7 +284,7 @@ class ReducerTester:
         assert mode.found == []
 
     def test_hot_path_runs_without_values_and_on_one_device(self, name, reducer):
-        # The meta device has shapes and no values: whatever looks at a value, or mixes in a host tensor, raises there.
+        # Meta tensors have shapes but no values: code that reads a value, or mixes in a host tensor, raises.
         real = make_context(self.features(3, 36), reducer.needs)
         context = make_context(torch.empty(3, 36, 12, device="meta"), reducer.needs)
         reduction = reducer(context, 9)

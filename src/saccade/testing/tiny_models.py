@@ -1,4 +1,4 @@
-"""What a tiny model of a family is made of, and rows to train and ask it on: in code, offline, without torchvision."""
+"""Parts of tiny models, and rows to train and query them: built in code, offline, without torchvision."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ WIDTH, LAYERS, HEADS, PATCH = 32, 2, 2, 4
 
 @dataclass(frozen=True)
 class Tiny:
-    """How to build a family's tiny model, and what is special about it.
+    """How to build a family's tiny model, and how it differs from others.
 
     Args:
         build: returns the model and its processor.
-        model_class: the stock class, for loading what was saved.
+        model_class: the stock class that loads a saved model.
     """
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
@@ -30,7 +30,7 @@ class Tiny:
 
 
 def tokenizer_with(specials: Mapping[str, str], image: str) -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer with further special tokens by attribute name; `image` is an image in a chat."""
+    """The tiny model's tokenizer with more special tokens, by attribute name; a chat writes an image as `image`."""
     words = [*WORDS, *(word for word in dict.fromkeys(specials.values()) if word not in WORDS)]
     core = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
     core.normalizer = Lowercase()
@@ -49,7 +49,7 @@ def tokenizer_with(specials: Mapping[str, str], image: str) -> PreTrainedTokeniz
 
 
 def finish(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Weights wide enough for tokens to differ: 0.02 leaves a model of width 32 almost linear and constant."""
+    """Draw weights wide enough for tokens to differ: at 0.02, a model of width 32 is almost linear and constant."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in model.parameters():

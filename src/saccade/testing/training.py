@@ -1,4 +1,4 @@
-"""A configuration of a few steps on the CPU, and the step of DualSpeed without a trainer."""
+"""A configuration for a few steps on the CPU, and DualSpeed's step without a trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def fast_slow_step(
     distill_temperature: float = 1.0,
     **options: Any,
 ) -> DualSpeedStep:
-    """The step of the published two modes."""
+    """The step with the two published modes."""
     family = model if isinstance(model, Family) else get_family(model)
     config = (budget or PruningConfig()).replace(positions=positions)
     reducer = get_reducer(reducer) if isinstance(reducer, str) else reducer
