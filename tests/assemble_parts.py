@@ -111,7 +111,7 @@ def make_language_model(folder: Path, name: str, tied: bool = False, rows: int |
 
 
 def make_tower(folder: Path, kind: str = "clip_vision_model", size: int = 32, patch: int = 8, **options) -> Path:
-    """A tower of three layers; of the kinds "clip" and "siglip" with a text model beside it."""
+    """A tower of three layers; the kinds "clip" and "siglip" also have a text model."""
     shared = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     vision = {**shared, "num_hidden_layers": 3, "image_size": size, "patch_size": patch, **options}
     text = {**shared, "num_hidden_layers": 1, "vocab_size": 50}

@@ -14,7 +14,7 @@ def turn(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def good_records(folder: Path, count: int, stem: str = "good") -> list[dict[str, Any]]:
-    """LLaVA records, each with a JPEG of its own in `folder`."""
+    """LLaVA records, each with its own JPEG in `folder`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = []
     for number in range(count):
@@ -31,7 +31,7 @@ def jpeg() -> bytes:
 
 
 def bad_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """One record of each kind of fault, the kind as its key, with the files that it names."""
+    """One record per kind of fault, by the name of the kind, with the files that the records refer to."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     (images / "cut.jpg").write_bytes(jpeg()[:2000])

@@ -1,4 +1,4 @@
-"""Evaluations on several ranks, in a process of its own: `python evaluation_process.py FOLDER [CASE JSON]...`.
+"""Evaluations on several ranks, as a separate process: `python evaluation_process.py FOLDER [CASE JSON]...`.
 
 A case: `data` (rows to evaluate on), `stream`, `call` ("evaluate" or "predict"), and options of the config. What each
 rank gets of it goes to `RANK.json` in FOLDER, a list with an entry for each case: `loss` or `error`, and `listed`,

@@ -53,7 +53,7 @@ class _WaitingOperations(TorchDispatchMode):
 
 
 class _ReadValues(TorchFunctionMode):
-    """`tolist` and `numpy` of a tensor on the CPU are no operations."""
+    """`tolist` and `numpy` of a tensor on the CPU are not operations."""
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""docs/add-a-reducer.md, followed from scratch: a package of its own, found through its entry point."""
+"""docs/add-a-reducer.md, followed from scratch: a separate package, found through its entry point."""
 
 import json
 import os

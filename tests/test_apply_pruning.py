@@ -1,4 +1,4 @@
-"""A model that prunes in place: the answers of `prune_inputs`, behind the prompt as it was given."""
+"""A model that prunes in place: the answers of `prune_inputs`, after the prompt as it was given."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ def same_answers(case, prompts, config=CONFIG, **options):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generates_what_prune_inputs_does(name):
-    """Batches, several images, text only beside them, and beams; without pruning the model is the stock one again."""
+    """Batches, several images, text-only rows, and beams; after removal the model is the stock one again."""
     case = CASES[name]
     prompts = case.prompts()
     before = case.model.generate(**dict(prompts), **generation_options(case))

@@ -133,7 +133,7 @@ def test_what_is_learned_is_the_answers_and_their_ends(name):
 
 @pytest.mark.parametrize("name", [name for name in ENDS if name != "vicuna"])
 def test_a_language_model_keeps_its_own_format(name):
-    """Text alone renders as before, but for Qwen3's empty thought, which every answer gets here."""
+    """Text alone renders as before, except for Qwen3's empty thought, which every answer gets here."""
     tokenizer = tokenizer_of(name)
     template = make_template(tokenizer, "own", "<image>").text
     thought = "<think>\n\n</think>\n\n"

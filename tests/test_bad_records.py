@@ -43,7 +43,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def spread(data):
-    """Two bad records after every four good ones, so that the first batch of each rank holds a good one."""
+    """Two bad records after every four good ones, so that the first batch of each rank has a good one."""
     bad = [json.loads(line) for line in data.open()][1:12]
     good = good_records(data.parent, 24, "spread")
     rows = [
@@ -99,7 +99,7 @@ def chat(question, answer="2"):
     ],
 )
 def test_bad_rows_of_a_plain_dataset(name, change, message, monkeypatch):
-    """Rows that no reader of ours has checked: named where one ends the run, else replaced and listed."""
+    """Rows that no reader of Saccade has checked: named if one ends the run, otherwise replaced and listed."""
     monkeypatch.setattr("saccade.images.MAX_ASPECT_RATIO", 1000)  # so that Qwen's processor is what refuses a strip
     model, processor = FAMILIES[name].build()
     good = {"messages": chat("how many <image>"), "images": [Image.new("RGB", (32, 16))]}
@@ -282,7 +282,7 @@ def evaluating(processor, output, rows, **options):
 
 
 def test_a_bad_row_is_skipped_in_evaluation_and_not_counted(processor, tmp_path, data):
-    """The loss is that of the good rows; what stands in for a bad one in `predict` has no labels."""
+    """The loss is that of the good rows; the replacement of a bad row in `predict` has no labels."""
     good = write_json(data.parent / "good.jsonl", [json.loads(line) for line in data.open()][12:])
     whole, alone = (load_rows(ModelOptions(dataset=str(path))) for path in (data, good))
     trainer = evaluating(processor, tmp_path / "out", whole.select(range(1, len(whole))), max_bad_records=11)
@@ -404,7 +404,7 @@ def test_without_a_limit_the_first_one_ends_the_run(tmp_path, data, capsys, stre
 
 
 def test_what_max_length_leaves_unusable_is_bad(model, processor, tmp_path, collator):
-    """Images that would be cut, and answers that all are; a row of which some answer stays is cut as before."""
+    """Cut images, and answers that are cut entirely; a row that keeps some of its answer is cut as before."""
     folder = tmp_path / "data"
     records = good_records(folder, 4)
     records[1]["conversations"] = turn("<image>\n" + "how many digits ? " * 30, "3")

@@ -422,7 +422,7 @@ def test_a_mode_has_a_budget_of_its_own_or_that_of_the_run(tmp_path):
 
 
 def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
-    """Earlier versions saved the ratio's default beside `keep_tokens`: such a run can be evaluated and resumed."""
+    """Earlier versions saved the default ratio with `keep_tokens`: such a run can be evaluated and resumed."""
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, keep_tokens=6)
     write_run_file(tmp_path, {**config.resume_state(), "prune_ratio": 0.9}, None)
     (pruned,) = plan_inferences(tmp_path, ["pruned"])

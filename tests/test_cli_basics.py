@@ -1,4 +1,4 @@
-"""What holds for every verb: exit statuses, errors in one line, quick start; and the verbs `reducers` and `env`."""
+"""Properties of every verb: exit statuses, errors in one line, quick start; and the verbs `reducers` and `env`."""
 
 import argparse
 import errno

@@ -82,7 +82,7 @@ def test_prompt_and_completion_as_plain_text(name, tmp_path):
 
 @pytest.mark.parametrize("form", ["messages", "prompt", "text"])
 def test_a_blank_image_has_the_form_of_the_rows(form):
-    """Ranks whose batch is all text need one; nothing of its row is learned."""
+    """Ranks whose batch is all text need one; nothing is learned from its row."""
     model, processor = FAMILIES["qwen2_5_vl"].build()
     chat = [{"role": "user", "content": "3 plus 4"}, {"role": "assistant", "content": "7"}]
     row = {

@@ -1,4 +1,4 @@
-"""What lies beside the weights: engines take none of it for weights, and what earlier versions wrote is read."""
+"""Files beside the weights: engines do not mistake them for weights, and those of earlier versions can be read."""
 
 import json
 import os

@@ -205,7 +205,7 @@ def test_attention_decides_how_holov_shares_the_budget():
 
 
 def test_square_windows_of_holov():
-    """With all budget on one window of 2 x 2, its four tokens stay; a run of the raster is half a row."""
+    """With the whole budget on one window of 2 x 2, its four tokens are kept; a run of the raster is half a row."""
     saliency = torch.full((8, 8), 1e-6)
     saliency[2:4, 4:6] = 1.0
     context = VisualContext(drawn(2, 1, 64, 4), saliency=saliency.reshape(1, 64))

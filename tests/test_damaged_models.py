@@ -1,4 +1,4 @@
-"""Folders of models and runs of which a file is damaged: one line that names it, from every verb that reads it."""
+"""Folders of models and runs with a damaged file: every verb that reads it names it in one line."""
 
 import json
 import shutil
@@ -124,7 +124,7 @@ def test_the_settings_of_every_family_fit(name):
 
 
 def test_a_command_shows_no_warnings_and_no_loading_bars_of_dependencies(runs, tmp_path):
-    """In a process of its own: what a command says is set up before anything else is imported."""
+    """In a separate process, since the output of a command is set up before anything else is imported."""
     words = ["eval", str(runs / "adapters"), "--num-samples", "1", "--output", str(tmp_path / "eval.json")]
     command = [sys.executable, "-m", "saccade.cli.main", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -34,7 +34,7 @@ slow_fsdp2 = pytest.param("fsdp2", marks=pytest.mark.slow)
 
 
 def launch(output, processes, engine="ddp", expect=0, **options):
-    """Train in processes of their own; the last record of each step."""
+    """Train in separate processes, and return the last record of each step."""
     values = {
         "output_dir": str(output),
         **OPTIONS,

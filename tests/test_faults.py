@@ -1,4 +1,4 @@
-"""What ends a run before its time: SIGTERM, a loss that is no number, a dead data worker. Each is made to happen."""
+"""What ends a run early: SIGTERM, a loss that is not finite, a dead data worker. Each is made to happen."""
 
 import ast
 import os
@@ -26,7 +26,7 @@ def trainer_for(processor, output, **options):
 
 
 class At(TrainerCallback):
-    """Does something at the beginning of a step."""
+    """Run a function at the beginning of a step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action

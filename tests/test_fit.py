@@ -28,7 +28,7 @@ VIDEO = VideoCase("qwen3_vl", FAMILIES["qwen3_vl"])
 
 
 def draw_context(seed: int = 0, newlines: bool = False) -> VisualContext:
-    """Two samples of two images, of which the first image of each has two crops of different size and variety."""
+    """Two samples of two images each; the first image of each has two crops of different size and variety."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 10, (6, 1), generator=generator)
     spread = torch.rand(6, 1, 1, generator=generator)
@@ -231,7 +231,7 @@ def logged(trainer, name: str) -> list[float]:
 
 
 def text_of(trainer) -> list[int]:
-    """Tokens of each row that stand for no image."""
+    """Number of text tokens of each row."""
     batch = trainer.data_collator(list(trainer.train_dataset))
     return (
         batch["attention_mask"].sum(dim=1) - (batch["input_ids"] == trainer.family.placeholder_id).sum(dim=1)
@@ -281,7 +281,7 @@ def test_slow_steps_fit_on_request(processor, tmp_path):
 
 
 def test_ordinary_fine_tuning_fits(processor, tmp_path):
-    """Where all fits it is ordinary fine-tuning; and it goes on where that refuses a row."""
+    """If everything fits, it is ordinary fine-tuning; and it continues where that refuses a row."""
     ordinary = {"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0}
     stock, bound = (
         train(processor, tmp_path / name, [1, 2, 0, 1], **ordinary, **options)
@@ -350,7 +350,7 @@ def test_a_micro_batch_is_bounded(processor, tmp_path):
 
 
 def test_text_alone_that_does_not_fit_is_a_bad_record(collator):
-    """Text is never cut, and each image needs a token behind its isolator rows."""
+    """Text is never cut, and each image needs a token after its isolator rows."""
     rows = list(rows_of_images([2, 0, 1]))
     whole = collator(rows)
     placeholder = whole["input_ids"] == collator.placeholder_id

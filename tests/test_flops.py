@@ -1,4 +1,4 @@
-"""Counts in closed form, beside torch's counter on stock models, and beside the published budgets."""
+"""Counts in closed form, compared to torch's counter on stock models, and to the published budgets."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def counted(work) -> int:
 
 
 def small_llava() -> LlavaForConditionalGeneration:
-    """Grouped keys, and no two widths alike, so that no letter of a formula can stand for another."""
+    """Grouped keys, and all widths different, so that no two letters of a formula can be confused."""
     vision = CLIPVisionConfig(
         hidden_size=24,
         intermediate_size=40,

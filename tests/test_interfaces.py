@@ -1,4 +1,4 @@
-"""Every hook and patch says so when a release renames, moves or leaves out what it relies on; none does nothing.
+"""Every hook and patch raises an error if a release renames, moves or removes what it relies on.
 
 Each test changes one thing in a stock model, as a release would, and asks for an error that names the version.
 """
@@ -394,7 +394,7 @@ def test_a_feature_cache_that_could_serve_nothing_is_an_error(case, tmp_path):
 
 @pytest.mark.parametrize("layer", [0, -1])
 def test_packed_rows_that_a_layer_does_not_hand_on_are_an_error(case, layer):
-    """Every token would attend to all rows, before and behind it."""
+    """Every token would attend to all rows, before and after it."""
     model = copy.deepcopy(case.model)
     family = get_family(model)
     packing.allow_packing(family)
@@ -425,7 +425,7 @@ def test_a_wrapper_that_does_not_run_the_forward_is_an_error():
 
 
 def test_the_methods_that_the_trainer_replaces_are_all_checked():
-    """A method of ours that the stock trainer no longer has would never be called."""
+    """An overriding method that the stock trainer no longer has would never be called."""
     ours = {
         name
         for owner in DualSpeedTrainer.__mro__

@@ -1,4 +1,4 @@
-"""Float32 masters of weights that train in bfloat16: what they change, on disk, on resume, beside other options."""
+"""Float32 masters of weights that train in bfloat16: what they change, on disk, on resume, with other options."""
 
 import copy
 import json

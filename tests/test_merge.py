@@ -29,7 +29,7 @@ def image_tokens(context: VisualContext) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*CASES, *VIDEO_CASES])
 def test_every_family_gives_encoder_features(name):
-    """One vector a token, no two alike and none zero but on newlines, and the same features as without asking."""
+    """One vector per token, all different and zero only on newlines, and the same features as without the request."""
     case = (CASES | VIDEO_CASES)[name]
     context = case.family.encode(case.inputs, ENCODER).context
     plain = case.family.encode(case.inputs).context

@@ -45,7 +45,7 @@ def test_a_list_takes_what_it_leaves_out_from_the_configuration(tmp_path):
 
 
 def test_a_skip_in_the_fast_slow_recipe(tmp_path):
-    """The tokens that the reducer does not keep skip, in place of what the mode does with them otherwise."""
+    """The tokens that the reducer does not keep skip, instead of what the mode does with them otherwise."""
     fast, slow = make_config(tmp_path, skip_vision={"summary": False}, prune_ratio=0.75).all_modes()
     assert (fast.action, fast.isolator, fast.skip_vision.retained, fast.skip_vision.merge) == (
         "skip",

@@ -1,4 +1,4 @@
-"""Mistakes of a user, each of which ends in one line that names the option, its value and the fix."""
+"""A user's mistakes: each ends in one line that names the option, its value and the fix."""
 
 import math
 import re

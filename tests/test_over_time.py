@@ -128,7 +128,7 @@ SPEC = digit_run("a", {"method": "dualspeed"}, TINY, "dualspeed", 0, inferences=
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A whole run where a kill in its second stage left checkpoints: the stages, the result, and what it said."""
+    """A complete run after a kill in its second stage left checkpoints: the stages, the result, and its output."""
     stages = tmp_path_factory.mktemp("stages")
     killed = stages / SPEC.stage_ids[1]
     for name in ("checkpoint-2", ".partial-checkpoint/checkpoint-4"):
@@ -215,7 +215,7 @@ class TestSecondsTo:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """All three seeds of all-token training, two of DualSpeed, one of which falls short, and one of pruning only."""
+    """All three seeds of all-token training, two of DualSpeed, one of them too low, and one of pruning only."""
     plan = plan_study("over_time", QUICK, 3)
     plan.write(tmp_path / "over_time")
     # (seconds a tenth, accuracy at the last checkpoint), from which accuracies rise in equal steps.

@@ -29,7 +29,7 @@ CLIP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32},
 
 
 def framed(width: int, height: int) -> Image.Image:
-    """A picture of 4:3 or 3:4, noise without strong colours, but for one along each of its shorter edges."""
+    """A picture of 4:3 or 3:4, noise without strong colours, except for one along each of its shorter edges."""
     pixels = np.random.default_rng(1).integers(90, 166, (height, width, 3), dtype=np.uint8)
     strip = min(width, height) // 8
     if width > height:

@@ -109,7 +109,7 @@ def watch_rows(trainer):
 
 
 def test_less_is_kept_for_the_backward_pass(scenes, collator, model):
-    """What autograd holds at a time, of a slow step on eight samples."""
+    """What autograd stores at a time in a slow step on eight samples."""
     batch = dict(collator(scenes.select(range(8))))
     step = fast_slow_step(model, isolator=ModeIsolator(4, model.config.text_config.hidden_size))
     peaks = []

@@ -1,4 +1,4 @@
-"""The dry run of recipes, beside small formulas and the published numbers; QLoRA as far as it goes without a GPU."""
+"""The dry run of recipes, compared to small formulas and published numbers; QLoRA as far as possible without a GPU."""
 
 import json
 import math

@@ -74,7 +74,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sweep(run, tmp_path_factory):
-    """A study of which seven runs are done, one has failed, and whose results are made up."""
+    """A study with made-up results: seven runs have finished and one has failed."""
     folder = tmp_path_factory.mktemp("sweep")
     plan = plan_study("parts", QUICK.shrink(4), 2)
     plan.write(folder)

@@ -190,7 +190,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(interrupted, caplog):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "model.safetensors"])
 def test_a_checkpoint_of_an_earlier_version(interrupted, processor, name):
-    """It has no manifest and no id, and training goes on from it as it did; what stock loading would miss is named."""
+    """It has no manifest and no id, and training still resumes from it; what stock loading would miss is named."""
     checkpoint = interrupted / "checkpoint-2"
     (checkpoint / MANIFEST_FILE).unlink()
     (interrupted / OWNER_FILE).unlink()
@@ -261,7 +261,7 @@ def test_what_was_passed_over_is_removed_first(tmp_path):
 
 
 def with_a_best(processor, output, adapters=None, **options):
-    """A trainer of four steps, of which the second is the best by decree."""
+    """A trainer of four steps that is told that the second is the best."""
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "step_number", "greater_is_better": False}
     trainer = DualSpeedTrainer(
@@ -371,7 +371,7 @@ def test_full_disk_keeps_the_last_checkpoint(processor, tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 9 MB, which holds one checkpoint of the tiny model but not two."""
+    """A file system of 9 MB, which has room for one checkpoint of the tiny model but not two."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(disk)], capture_output=True)
@@ -424,7 +424,7 @@ def test_the_disk_fills_up_in_any_file(processor, tmp_path, small_disk):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_quota_in_writers_of_other_languages_is_one_line(processor, tmp_path, monkeypatch, capsys, number):
-    """safetensors and tokenizers are written in Rust, and raise errors of their own."""
+    """safetensors and tokenizers are written in Rust, and raise their own kinds of errors."""
 
     def refused(self, *args, **kwargs):
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")

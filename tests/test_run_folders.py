@@ -85,7 +85,7 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_its_folder_free(proc
 
 
 def test_resume_takes_only_checkpoints_of_the_run(processor, tmp_path):
-    """An older run's step 12 was taken, nothing was trained, and the new run said that it was done."""
+    """Once an older run's step 12 was taken, nothing was trained, and the new run reported success."""
     mine = trained(processor, tmp_path / "mine", steps=1)
     trained(processor, tmp_path / "older", steps=3)
     (tmp_path / "older" / "checkpoint-3").rename(tmp_path / "mine" / "checkpoint-3")

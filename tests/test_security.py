@@ -61,7 +61,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_on_resume(processor, tmp_path, 
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, processor):
-    """The config asks for a class in a Python file beside it."""
+    """The config asks for a class in a Python file in the same folder."""
     save_tiny(build_tiny_llava(processor, seed=0), processor, tmp_path)
     config = (tmp_path / "config.json").read_text()
     harmful = config.replace('"model_type": "llava"', '"model_type": "other", "auto_map": {"AutoConfig": "code.C"}', 1)

@@ -32,7 +32,7 @@ ALL = PruningConfig(prune_ratio=0)
 
 
 def saved(name: str, folder):
-    """A family's tiny model and processor, the model's folder beside them."""
+    """A family's tiny model and processor, which are also saved to `folder`."""
     model, processor = family_models.FAMILIES[name].build()
     use_released_names(model)
     model.save_pretrained(folder)
@@ -51,7 +51,7 @@ def asked(processor, image: Image.Image) -> dict:
 
 
 def alone(model, inputs: dict) -> tuple[int, torch.Tensor, dict]:
-    """Where the image of a prompt begins, the tokens that stand for it, and what the processor made of it."""
+    """Where the image of a prompt begins, its placeholder tokens, and the processor's outputs for it."""
     ids = inputs["input_ids"][0]
     place = get_family(model).placeholder(ids).nonzero().squeeze(1)
     # Idefics3's markers stand between crops, and before the first.

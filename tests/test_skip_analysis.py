@@ -1,4 +1,4 @@
-"""What skipping changes: ratios, errors, the bound and the identity, beside plain loops."""
+"""What skipping changes: ratios, errors, the bound and the identity, compared to plain loops."""
 
 import json
 from pathlib import Path

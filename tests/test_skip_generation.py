@@ -110,7 +110,7 @@ def test_memory_is_freed(case):
     ids=lambda options: " ".join(options),
 )
 def test_ways_of_generating(case, options):
-    """Each equals the same with all rows in the cache and a mask in place of compaction."""
+    """Each equals the same with all rows in the cache and a mask instead of compaction."""
     if "prefill_chunk_size" in options and "onevision" in case.name:
         pytest.skip("the stock model's chunks count frames otherwise")
     prompts = case.prompts()
@@ -174,7 +174,7 @@ def second_turn(case, prompts, row):
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_second_turn(case, row, with_image):
-    """A conversation goes on from the cache, with more text or with another image, as if all rows were still there."""
+    """A conversation continues from the cache, with more text or another image, as if all rows were still there."""
     prompts = case.prompts([row])
     text, picture = second_turn(case, prompts, 3)
     new = picture if with_image else text
@@ -228,7 +228,7 @@ def test_new_tokens_alone_may_be_given(llava):
 @pytest.mark.interfaces
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_a_loop_of_forwards(name):
-    """`forward` with a cache goes on at the right positions, whether or not they are given."""
+    """`forward` with a cache continues at the right positions, whether or not they are given."""
     case = CASES[name]
     prompts = case.prompts([1])
     with skipping(case.model, options_for(name)), torch.no_grad():
@@ -282,5 +282,5 @@ def test_what_cannot_work_says_so(llava):
         ids = torch.cat((first.sequences, first.sequences[:, -3:]), dim=1)
         with pytest.raises(SaccadeError, match="placeholders stand for"):
             model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], **with_cache(model, cache))
-        with pytest.raises(SaccadeError, match="holds 1 rows"):
+        with pytest.raises(SaccadeError, match="cache has 1 rows"):
             model.generate(input_ids=ids.repeat(2, 1), **with_cache(model, cache))

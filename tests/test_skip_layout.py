@@ -69,7 +69,7 @@ def test_merge_by_hand():
 
 
 def lay_out_by_loops(rows, blocks_out, side):
-    """Samples as lists of (id, role, source, label) with each image's rows in the place of its placeholders."""
+    """Samples as lists of (id, role, source, label), with each image's rows instead of its placeholders."""
     samples, number = [], 0
     for ids, labels in rows:
         sample, column = [], 0
@@ -219,7 +219,7 @@ def case_of(name):
 
 
 def composed(name, rows=(1,), **options):
-    """Roles, sources and rows of the images of some of the mixed samples, and the features they are made of."""
+    """Roles, sources and rows of the images of some of the mixed samples, and the features they are computed from."""
     case = case_of(name)
     prompts = case.prompts(rows)
     with skipping(case.model, SkipVisionConfig(**{"drop_kv": False, **options})) as skip, torch.no_grad():
@@ -238,7 +238,7 @@ def summary_of(head, tokens):
 
 @pytest.mark.parametrize("merge_order", ["published", "raster"])
 def test_llava_as_published(merge_order):
-    """Retained by class attention in raster order, the rest merged, a summary behind each."""
+    """Retained by class attention in raster order, the rest merged, with a summary after each."""
     context, roles, rows, head = composed("llava", retained=11, skipped=17, merge_order=merge_order)
     assert len(rows) == 2
     for image, row in enumerate(rows):
@@ -343,7 +343,7 @@ def test_shares_and_newlines():
 
 
 def test_positions_of_several_axes_come_from_the_grid():
-    """A summary stands where the last token of its group does, a merged token where its most distinctive member."""
+    """A summary has the position of its group's last token, a merged token that of its most distinctive member."""
     case = Case("qwen2_vl", FAMILIES["qwen2_vl"])
     prompts = case.prompts([1])
     full = case.family.full_positions(prompts)

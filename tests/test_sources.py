@@ -290,7 +290,7 @@ class TestImages:
 
 
 def test_the_table_behind_rows_is_numbers_only(tmp_path):
-    """What a large file costs: three numbers a row, whatever its records hold."""
+    """What a large file costs: three numbers per row, whatever its records contain."""
     path = write_json(tmp_path / "a.json", [{"conversations": turn("long " * 500, "b")}] * 200)
     rows = load_rows(ModelOptions(dataset=str(path)))
     assert rows.with_format(None).data.nbytes <= 20 * 200

@@ -141,7 +141,7 @@ def test_the_teacher_runs_without_dropout_and_leaves_the_mode_alone(model, batch
 
 @pytest.mark.parametrize("mode", ["fast", "slow"])
 def test_text_only_batch(model, collator, mixed_rows, mode):
-    """One plain pass, no teacher, and a gradient for the isolator all the same."""
+    """One plain pass without a teacher; the isolator gets a gradient nevertheless."""
     batch = dict(collator(mixed_rows[2:3]))
     isolator = ModeIsolator(4, model.config.text_config.hidden_size)
     got = fast_slow_step(model, isolator=isolator)(mode, batch, 1.0)

@@ -50,7 +50,7 @@ FAILING = ["--grid", "slow_probability=0.5,0", "--grid", "max_length=2048,30"]
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Four runs, two of which fail, and what the command said."""
+    """Four runs, two of which fail, and the output of the command."""
     output = tmp_path_factory.mktemp("sweep")
     command = [sys.executable, "-m", "saccade.cli.main", "sweep", *SMALL, *FAILING, "--jobs", "2"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A stage that is broken off: it goes on from its checkpoint where it has one, and its times are of all its parts."""
+"""An interrupted stage: it resumes from its checkpoint if it has one, and its times cover all its parts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/sweeps.md: its commands run as they stand, at a size that learns nothing, and it names every study."""
+"""docs/sweeps.md: its commands run as written, at a size that learns nothing, and it names every study."""
 
 import re
 import shlex

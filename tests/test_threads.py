@@ -35,7 +35,7 @@ def batches(processor):
 
 
 def same_at_once(call, batches):
-    """Run `call` on each batch in a thread of its own, over and over, and compare with the results one by one."""
+    """Run `call` on each batch in a separate thread, repeatedly, and compare with the results one by one."""
     expected = [call(batch) for batch in batches]
     start, problems = threading.Barrier(len(batches)), []
 

@@ -163,7 +163,7 @@ def pad_rows(rows: list[list[int]], fill: int, side: str = "right") -> Tensor:
 
 @dataclass
 class Token:
-    """One token of the full batch; `row` and `place` say which visual token a placeholder stands for."""
+    """One token of the full batch; `row` and `place` say which visual token a placeholder represents."""
 
     id: int
     label: int

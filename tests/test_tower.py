@@ -1,4 +1,4 @@
-"""The tower stops at the layer that is used: nothing of what it gives changes, and the layers behind it do not run."""
+"""The tower stops at the layer that is used: its output does not change, and later layers do not run."""
 
 import pytest
 import torch

@@ -72,7 +72,7 @@ def images(*sizes: tuple[int, int]) -> list:
 @pytest.mark.parametrize("kind", ["llama", "bytes"])
 @pytest.mark.parametrize("name", STOCK)
 def test_answers_and_their_ends_are_learned(name, kind, build):
-    """In `messages`, in `prompt` and `completion`, and over several turns, beside rows of other lengths."""
+    """In `messages`, in `prompt` and `completion`, and over several turns, in batches with rows of other lengths."""
     _, processor, collator = build(name, kind)
     check_turns(collator)
     end = STOCK[name].end
@@ -125,7 +125,7 @@ def test_the_page_of_families_says_what_is_learned(name, build):
 
 @pytest.mark.parametrize("name", ["llava_next_mistral", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "gemma3"])
 def test_training_templates_teach_what_the_stock_ones_do(name, build):
-    """Those that TRL ships have marks, of which some take in the newline after the end; they are not needed."""
+    """Those that TRL ships have marks, some of which include the newline after the end; they are not needed."""
     _, _, collator = build(name, "bytes")
     row = {"images": images((32, 16)), "messages": turns(2)}
     expected = collator([row])
@@ -286,7 +286,7 @@ def test_stock_steps_and_ours_learn_the_same(build, tmp_path):
 
 
 def test_a_model_stops_by_itself(build, tmp_path):
-    """Twenty rows with LLaVA-1.5's stock template, which writes no end and still stands beside the weights after."""
+    """Twenty rows with LLaVA-1.5's stock template, which writes no end and is saved unchanged beside the weights."""
     model, processor, _ = build("llava", "llama")
     answers = [f"{words} {number}" for words in ("on the mat", "A cat", "Two dogs", "12") for number in range(5)]
     rows = [

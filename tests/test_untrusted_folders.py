@@ -1,4 +1,4 @@
-"""Run folders of strangers: whatever is damaged in one, a command ends in one line or goes on, and stays inside."""
+"""Untrusted run folders: whatever is damaged, a command ends in one line or continues, and reads nothing outside."""
 
 import json
 import os
@@ -117,9 +117,9 @@ def harm(path: Path, how: str, pick: int, other, outside: Path) -> None:
 
 
 def harmed_command(whole, tmp, capfd, kind, file, how, pick, other, action, forged):
-    """Run a command on a copy of the run in which a file is damaged: it ends in one line or goes on, and stays inside.
+    """Run a command on a copy of the run with a damaged file: one line or success, and nothing outside is touched.
 
-    A manifest that fits is what a stranger can write as well: without one nothing tells that a file was changed.
+    With `forged` there is no manifest, which anybody can write: nothing reveals that a file was changed.
     """
     run, out, outside = copied(whole, tmp)
     harm(run / file, how, pick, other, outside)
@@ -260,7 +260,7 @@ def test_the_text_of_a_file_outside_gets_nowhere(whole, tmp_path, capsys, action
 
 
 def test_links_that_are_no_harm(tmp_path):
-    """Weights may lie elsewhere, links may stay inside, and the hub's cache is made of links into its own blobs."""
+    """Weights may be elsewhere, links may point inside, and the hub's cache consists of links to its own blobs."""
     cache = tmp_path / "models--a--b"
     snapshot = cache / "snapshots" / "0"
     (cache / "blobs").mkdir(parents=True)

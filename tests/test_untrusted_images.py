@@ -1,4 +1,4 @@
-"""Images of strangers: whatever a file holds or is, it is opened or refused, and nothing else is opened or started."""
+"""Untrusted images: whatever a file is or contains, it is opened or refused, and nothing else is opened or started."""
 
 import io
 import os
@@ -251,7 +251,7 @@ def png_of(width, height):
 
 
 def icon_of(inner):
-    """An icon that says it has 16 x 16 pixels, and holds a PNG of another size."""
+    """An icon that claims to have 16 x 16 pixels and contains a PNG of another size."""
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
 
 

@@ -1,6 +1,6 @@
-"""Rows of strangers: what changes what is learned is honoured or refused, and nothing else is opened.
+"""Untrusted rows: fields that affect what is learned are honoured or refused, and nothing else is opened.
 
-What is opened and connected to is seen by an audit hook of the interpreter, not told by the code under test.
+An audit hook of the interpreter records what is opened and connected to, so the code under test is not relied on.
 """
 
 import json
@@ -97,7 +97,7 @@ def convert_and_find(row, folders):
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_is_a_bad_record_and_opens_nothing(folder, name):
-    """In a file for training, in the check, and in a dataset that no reader of ours has seen."""
+    """In a file for training, in the check, and in a dataset that no reader of Saccade has seen."""
     row = bad_row(name)
     folders = ImageFolders([folder])
     with watched() as events, pytest.raises(RecordError) as error:
@@ -233,6 +233,6 @@ def test_whatever_a_row_holds_it_is_used_or_refused(image_folder, collator, reco
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(record=RECORDS)
 def test_the_words_of_a_plain_row_are_used_or_refused(image_folder, collator, record):
-    """In a dataset of the user's own, whose images may be anywhere: here without any."""
+    """In a user's own dataset, whose images may be anywhere; this one has none."""
     words = {name: value for name, value in record.items() if name not in ("image", "images")}
     used_or_refused(lambda: words, collator, image_folder)

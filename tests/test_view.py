@@ -43,7 +43,7 @@ def outlined(sheet: Image.Image, panel: int) -> list[int]:
 
 
 def check_smaller_image(panel: dict, reduction: Reduction, outlined: list[int]) -> None:
-    """3 x 4 tokens, each of which stands for the block of 4 x 3 that lies around it."""
+    """3 x 4 tokens, each representing the block of 4 x 3 patches around it."""
     assert panel["kept"] == reduction.index[0].tolist() == outlined
     assert len(panel["kept"]) == 12
     for token, target in enumerate(panel["merged_into"]):

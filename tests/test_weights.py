@@ -39,7 +39,7 @@ def folders(processor, tmp_path_factory):
 
 
 def changed(folder, name, change):
-    """Change what the file of weights in `folder` holds."""
+    """Change the contents of the file of weights in `folder`."""
     weights = change(load_file(folder / name))
     save_file(weights, folder / name, metadata={"format": "pt"})
 

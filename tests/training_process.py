@@ -1,4 +1,4 @@
-"""A training run in a process of its own, which can be told to kill itself: `python training_process.py JSON`.
+"""A training run as a separate process that can be told to kill itself: `python training_process.py JSON`.
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
