@@ -1,8 +1,11 @@
-"""Plots of a training benchmark: speed-ups compared to the FLOP bound, and where a step's time goes."""
+"""Plots of benchmarks: speed-ups of training, where a step's time goes, how soon and how much a server answers."""
 
 import os
 from collections.abc import Mapping
 
+from matplotlib.axes import Axes
+
+from benchmarks.serving_tables import Spread, Summary
 from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
 Speedup = tuple[float, float, float, float]
@@ -54,3 +57,45 @@ def plot_parts(variants: Mapping[str, Mapping[str, float]], path: str | os.PathL
     axes.grid(visible=False)
     figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=9.5, labelcolor=INK)
     save_figure(figure, path)
+
+
+def plot_serving(
+    visual_tokens: int, summaries: Mapping[int, Mapping[str, Summary]], path: str | os.PathLike[str]
+) -> None:
+    """Draw the time to the first token, and requests per second, a bar for each provider, as PNG.
+
+    Args:
+        summaries: by requests at a time, then by provider; the largest number that has any is drawn.
+    """
+    at_once = max(number for number, found in summaries.items() if found)
+    found = summaries[at_once]
+    figure, (first, rate) = styled_figure(2, (10.5, HEAD + 0.5 * len(found)))
+    together = "1 request at a time" if at_once == 1 else f"{at_once} requests at a time"
+    first.set_title(f"seconds to the first token, {together}", fontsize=11, color=INK, loc="left")
+    rate.set_title(f"requests answered per second, {together}", fontsize=11, color=INK, loc="left")
+    _bars(first, {name: (each.first, each.first_ratio[0], "as soon") for name, each in found.items()})
+    _bars(rate, {name: (each.rate, each.rate_ratio[0], "as many") for name, each in found.items()})
+    rate.set_yticklabels([])
+    figure.supxlabel(
+        f"{visual_tokens:,} visual tokens in a picture; lines: least to greatest", fontsize=9.5, color=INK
+    )
+    save_figure(figure, path)
+
+
+def _bars(axes: Axes, values: Mapping[str, tuple[Spread, float, str]]) -> None:
+    """Horizontal bars from the top down, each with what it says written behind it."""
+    names = list(values)
+    most = max(high for (_, _, high), _, _ in values.values())
+    for place, name in enumerate(names):
+        (middle, low, high), ratio, words = values[name]
+        whole = name.endswith("all tokens")
+        axes.barh(place, middle, color=FAINT if whole else COLORS[0], alpha=0.75, height=0.66)
+        axes.plot([low, high], [place, place], color=INK, linewidth=1.2)
+        said = f"{middle:.2g}" if whole else f"{middle:.2g}   {ratio:.1f} times {words}"
+        axes.text(high + 0.015 * most, place, said, va="center", fontsize=10, color=INK)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlim(0, 1.5 * most)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.train import RESULT_FILE, tables
@@ -41,15 +42,20 @@ def section(name: str, folder: Path) -> str:
 
 
 def main() -> None:
-    page = PAGE.read_text()
+    fill(PAGE, section)
+
+
+def fill(page: Path, section: Callable[[str, Path], str]) -> None:
+    """Put what `section` makes of each NAME=PATH of the command line between NAME's marks on a page."""
+    text = page.read_text()
     for argument in sys.argv[1:]:
-        name, _, folder = argument.partition("=")
+        name, _, path = argument.partition("=")
         marked = re.compile(rf"(<!-- bench: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not marked.search(page):
-            raise SystemExit(f"{PAGE} has no section {name!r}: add <!-- bench: {name} --> and <!-- end -->")
-        text = section(name, Path(folder))
-        page = marked.sub(lambda match, text=text: match[1] + text + match[2], page)
-    write_text_atomically(PAGE, page)
+        if not marked.search(text):
+            raise SystemExit(f"{page} has no section {name!r}: add <!-- bench: {name} --> and <!-- end -->")
+        made = section(name, Path(path))
+        text = marked.sub(lambda match, made=made: match[1] + made + match[2], text)
+    write_text_atomically(page, text)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from chat_templates import VICUNA
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from benchmarks import serving
 from saccade import PruningConfig, prune_inputs
 from saccade.cli.main import main
 from saccade.families import use_released_names
@@ -315,6 +316,23 @@ def test_without_vllm_it_is_the_server_of_transformers(models, tmp_path):
 
     assert found == texts(pruned(model, processor, questions, config))
     assert found != texts(generated(model, processor, questions, 8))
+
+
+def test_the_benchmark_measures_what_it_says(models, tmp_path):
+    """At small size: all that it asks gives the same answers at the same ratio, on the prompts that it counts."""
+    output, ratio = tmp_path / "serving.json", 0.75
+    words = ["--model", str(models["llava"][2]), "--ratios", str(ratio), "--at-once", "1,3", "--repeats", "1"]
+    words += ["--new-tokens", "6", "--python", str(PYTHON), "--output", str(output)]
+    assert serving.main(words) == 0
+    result = json.loads(output.read_text())
+    ways = ("plug-in", "prepared requests", "generate")
+    names = ["vLLM, all tokens", "generate, all tokens", *(f"{way}, ratio {ratio}" for way in ways)]
+    assert result["same_answers"] == {name: "4 of 4" for name in names if "generate" not in name}
+    prompts = {cell["provider"]: {each["prompt_tokens"] for each in cell["requests"]} for cell in result["cells"]}
+    kept, whole = prompts["generate, ratio 0.75"], prompts["generate, all tokens"]
+    assert prompts == {name: whole if "all tokens" in name else kept for name in names}
+    assert whole.pop() - kept.pop() == result["visual_tokens"] * 3 // 4
+    assert {result["providers"][name]["cache"][1] for name in names if "generate" not in name} == {32}
 
 
 ENGINE_FLAGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8"]
