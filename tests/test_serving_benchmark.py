@@ -279,7 +279,7 @@ def test_it_measures_and_goes_on_where_it_stopped(pretender, processor, tmp_path
         (["--ratios", "1.5"], "prune_ratio=1.5"),
         (["--new-tokens", "1"], "new_tokens=1: give at least 2"),
         (["--crops", "two"], "crops='two' is unknown"),
-        (["--device", "tpu"], "device='tpu' is not at hand"),
+        (["--device", "tpu"], "device='tpu'"),
         (["--python", "nowhere"], "python='nowhere' is not there"),
         (["--output", "found.txt"], "give a name that ends with .json"),
     ],
