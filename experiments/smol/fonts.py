@@ -9,7 +9,7 @@ from PIL import ImageFont
 
 from saccade.errors import SaccadeError
 
-REQUIREMENTS = "experiments/smol/requirements.txt"
+REQUIREMENTS = "requirements-smol.txt"
 
 
 @dataclass(frozen=True)

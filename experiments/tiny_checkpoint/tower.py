@@ -79,7 +79,7 @@ def train_tower(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = TowerHeads(tower.config.hidden_size)
-    _place_positions(tower)
+    place_positions(tower)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
@@ -135,16 +135,17 @@ def probe_tower(
 
 
 @torch.no_grad()
-def _place_positions(tower: CLIPVisionModel) -> None:
+def place_positions(tower: CLIPVisionModel) -> None:
     """Initialise the position table with sines and cosines of row and column, as strong as the patches' content.
 
     With CLIP's small random table, patches do not recognise their neighbours for thousands of steps, and a digit
     spans several patches.
     """
     table = next(weight for name, weight in tower.named_parameters() if name.endswith("position_embedding.weight"))
+    side = tower.config.image_size // tower.config.patch_size
     bands = table.shape[1] // 4
     frequency = 100.0 ** (-torch.arange(bands) / bands)
-    row, column = torch.meshgrid(*map(torch.arange, GRID), indexing="ij")
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = torch.cat([row.reshape(-1, 1) * frequency, column.reshape(-1, 1) * frequency], -1)
     table[1:] = 0.3 * torch.cat([angles.sin(), angles.cos()], -1)
 

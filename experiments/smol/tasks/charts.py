@@ -1,6 +1,7 @@
 """Bar charts and line charts, drawn with Pillow in a few milliseconds each."""
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 from experiments.smol.fonts import FONTS, text_width
@@ -30,7 +31,7 @@ class Charts:
 
     name = "charts"
     kinds = ("value", "largest", "smaller", "colour", "trend", "legend")
-    words = (*(name.lower() for name in NAMES), *COLOURS, *TRENDS, *map(str, VALUES))
+    words = (*NAMES, *COLOURS, *TRENDS, *map(str, VALUES))
 
     def sample(self, split: str, number: int, seed: int = 0, grid: int = 12) -> Sample:
         rng = sample_rng(self.name, split, number, seed, grid)
@@ -42,7 +43,7 @@ class Charts:
         return Sample(page.image, tuple(page.regions), tuple(questions))
 
 
-def draw_series(rng: random.Random, split: str, make) -> tuple[int, ...]:
+def draw_series(rng: random.Random, split: str, make: Callable[[random.Random], tuple[int, ...]]) -> tuple[int, ...]:
     """A series of values that belongs to a split, from a function that draws one of any split."""
     while True:
         series = make(rng)
@@ -74,7 +75,7 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
         )
         _centre(page, str(value), left, right, top - 1, ink)
         _centre(page, name, left, right, bottom, ink)
-        page.mark(left, top - 1, right, f"{name.lower()} {value} {colour}", rows=unit * value + 2)
+        page.mark(left, top - 1, right, f"{name} {value} {colour}", rows=unit * value + 2)
     first, second = rng.sample(range(count), 2)
     smaller = "yes" if values[first] < values[second] else "no"
     one = rng.randrange(count)
@@ -103,7 +104,7 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
         left = 8 + place * page.side // 2
         page.draw.rectangle((left, 4, left + 15, 11), shade)
         _, right = page.write(name, left + 22, 0, _SIZE, ink)
-        text = f"{name.lower()} {colour} {trend}"
+        text = f"{name} {colour} {trend}"
         page.mark(left, 0, right, text)
         points = [
             ((1 + step * number) * PATCH, (rows - 1 - unit * value) * PATCH) for number, value in enumerate(series)

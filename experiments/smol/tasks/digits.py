@@ -1,12 +1,13 @@
 """Digit scenes, the embedded task, at twice the size."""
 
 import random
+from collections.abc import Sequence
 
 from PIL import Image
 
 from experiments.smol.tasks.base import PATCH, Question, Region, Sample, sample_rng
 from saccade.data.questions import COLUMN_WORDS, ROW_WORDS, SINGLE_KINDS, place_words
-from saccade.data.scenes import PATCH_SIZE, render_scene, sample_scene
+from saccade.data.scenes import PATCH_SIZE, PlacedDigit, render_scene, sample_scene
 
 MAX_DIGITS = 4
 _SCALE = PATCH // PATCH_SIZE
@@ -32,11 +33,11 @@ class Digits:
         return Sample(image, tuple(regions), tuple(_questions(digits, rng)))
 
 
-def _words(digit) -> str:
+def _words(digit: PlacedDigit) -> str:
     return f"{digit.value} {place_words(digit)}"
 
 
-def _questions(digits, rng: random.Random) -> list[Question]:
+def _questions(digits: Sequence[PlacedDigit], rng: random.Random) -> list[Question]:
     found = []
     for kind, ask in SINGLE_KINDS.items():
         turn = ask(digits, rng)

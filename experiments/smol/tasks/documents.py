@@ -1,13 +1,14 @@
 """Pages of text: a heading, fields, a table of numbers, and paragraphs of Python's own documentation."""
 
 import random
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pydoc_data.topics import topics
 
 from experiments.smol.fonts import FONTS
-from experiments.smol.page import Page
-from experiments.smol.tasks.base import Question, Sample, sample_rng, split_of
+from experiments.smol.page import Colour, Page
+from experiments.smol.tasks.base import PATCH, Question, Sample, sample_rng, split_of
 
 HEADINGS = ("Invoice", "Report", "Letter", "Notice", "Contract", "Receipt", "Schedule", "Summary", "Permit", "Agenda")
 FIELDS = {
@@ -21,8 +22,8 @@ ITEMS = (
 )
 NUMBERS = range(2, 21)
 _SIZE, _HEADING_SIZE, _BODY_SIZE = 13, 20, 10
-_INDENT = (2, 18)
-"""Where lines may begin, in pixels."""
+_MARGIN = 2
+"""Pixels between the edge of a patch and the words that begin in it."""
 _WORDS_IN_A_LINE = 16
 
 
@@ -35,8 +36,8 @@ class Documents:
     name = "documents"
     kinds = ("heading", "field", "number", "says", "count")
     words = (
-        *(word.lower() for word in HEADINGS),
-        *(word.lower() for field, values in FIELDS.items() for word in (field, *values)),
+        *HEADINGS,
+        *(word for field, values in FIELDS.items() for word in (field, *values)),
         *ITEMS,
         *map(str, NUMBERS),
     )
@@ -48,44 +49,44 @@ class Documents:
         page = Page(grid, paper, rng.choice(FONTS[split]))
         heading = rng.choice(HEADINGS)
         fields = {name: rng.choice(FIELDS[name]) for name in rng.sample(tuple(FIELDS), rng.randint(2, 3))}
-        table = dict(zip(rng.sample(ITEMS, rng.randint(2, 4)), rng.sample(NUMBERS, 4), strict=False))
-        left, right = page.write(heading, rng.randint(*_INDENT), 0, _HEADING_SIZE, ink, rows=2)
-        page.mark(left, 0, right, heading.lower(), rows=2)
+        items = rng.sample(ITEMS, rng.randint(2, 4))
+        table = {item: str(number) for item, number in zip(items, rng.sample(NUMBERS, len(items)), strict=True)}
+        left, right = page.write(heading, _column(rng.randint(0, 1)), 0, _HEADING_SIZE, ink, rows=2)
+        page.mark(left, 0, right, heading, rows=2)
         body = iter(_words(rng, split))
         free = grid - 2 - len(fields) - len(table)
-        row, blocks = 2, ["fields", "table"]
+        blocks = [{f"{name}:": value for name, value in fields.items()}, table]
         rng.shuffle(blocks)
         before, between = sorted(rng.randint(0, free) for _ in range(2))
-        row = _paragraph(page, body, row, before, ink)
-        row = _block(page, rng, blocks[0], fields, table, row, ink)
+        row = _paragraph(page, body, 2, before, ink)
+        row = _block(page, rng, blocks[0], row, ink)
         row = _paragraph(page, body, row, between - before, ink)
-        row = _block(page, rng, blocks[1], fields, table, row, ink)
+        row = _block(page, rng, blocks[1], row, ink)
         _paragraph(page, body, row, free - between, ink)
         return Sample(page.image, tuple(page.regions), tuple(_questions(rng, page, heading, fields, table)))
 
 
-def _block(page: Page, rng: random.Random, block: str, fields: dict, table: dict, row: int, ink) -> int:
-    """Draw the fields or the table from a row on; returns the next row."""
-    x = rng.randint(*_INDENT)
-    if block == "fields":
-        for name, value in fields.items():
-            left, right = page.write(f"{name}: {value}", x, row, _SIZE, ink)
-            page.mark(left, row, right, f"{name} {value}".lower())
-            row += 1
-        return row
-    column = x + rng.randint(64, 96)
-    for item, number in table.items():
-        left, _ = page.write(item, x, row, _SIZE, ink)
-        _, right = page.write(str(number), column, row, _SIZE, ink)
-        page.mark(left, row, right, f"{item} {number}")
+def _block(page: Page, rng: random.Random, lines: dict[str, str], row: int, ink: Colour) -> int:
+    """Draw fields or a table in two columns from a row on; returns the next row."""
+    first = rng.randint(0, 1)
+    second = first + rng.randint(4, 5)
+    for name, value in lines.items():
+        left, _ = page.write(name, _column(first), row, _SIZE, ink)
+        _, right = page.write(value, _column(second), row, _SIZE, ink)
+        page.mark(left, row, right, f"{name.rstrip(':')} {value}")
         row += 1
     return row
 
 
-def _paragraph(page: Page, body, row: int, rows: int, ink) -> int:
+def _column(patches: int) -> int:
+    """Where words begin that stand so many patches from the left edge."""
+    return patches * PATCH + _MARGIN
+
+
+def _paragraph(page: Page, body: Iterator[str], row: int, rows: int, ink: Colour) -> int:
     """Fill rows with running text; returns the next row."""
     for line in range(row, row + rows):
-        page.write_all(list(islice(body, _WORDS_IN_A_LINE)), _INDENT[0], line, _BODY_SIZE, ink)
+        page.write_all(list(islice(body, _WORDS_IN_A_LINE)), _MARGIN, line, _BODY_SIZE, ink)
     return row + rows
 
 
@@ -98,13 +99,13 @@ def _questions(rng: random.Random, page: Page, heading: str, fields: dict, table
     return [
         Question("heading", "What is the heading?", heading),
         *(Question("field", f"What is the {name.lower()}?", value) for name, value in fields.items()),
-        *(Question("number", f"How many {item}?", str(number)) for item, number in table.items()),
+        *(Question("number", f"How many {item}?", number) for item, number in table.items()),
         Question("says", f"Does it say {says}?", answer),
         Question("count", "How many rows has the table?", str(len(table))),
     ]
 
 
-def _words(rng: random.Random, split: str):
+def _words(rng: random.Random, split: str) -> Iterator[str]:
     """Words of running text without end, from a place in one of the split's topics on."""
     texts = running_text(split)
     while True:

@@ -4,6 +4,7 @@ import json
 import re
 from collections import defaultdict
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -67,7 +68,7 @@ def _folder(split: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def _questions(part: str):
+def _questions(part: str) -> tuple[Path, dict[int, list[Question]]]:
     """The folder of a part of the data set, and its questions by image."""
     folder = package_folder("easy_vqa") / "data" / part
     asked: dict[int, list[Question]] = defaultdict(list)

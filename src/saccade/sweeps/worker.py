@@ -83,12 +83,19 @@ class TrainingClock(TrainerCallback):
         return tuple(before + now - start for before, now, start in clocks)
 
 
-def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | None = None) -> dict[str, Any]:
+def run_one(
+    spec: RunSpec,
+    stages: Path,
+    train: Callable[..., dict[str, Any]] | None = None,
+    evaluate: Callable[[Evaluation, Path, dict[str, Any]], list[dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
     """Train what is missing of a run, evaluate, and return the result.
 
     Args:
         stages: the folder of the stages of all runs.
         train: trains a stage, as `train_stage` does.
+        evaluate: makes the evaluations of the model in a folder, given the recipe of its last stage; on digit scenes
+            when left out.
 
     Raises:
         SaccadeError: if SIGTERM ended the training of a stage.
@@ -108,7 +115,7 @@ def run_one(spec: RunSpec, stages: Path, train: Callable[..., dict[str, Any]] | 
         "finished": date.today().isoformat(),
         "model": str(folder),
         "stages": results,
-        "evaluations": _evaluate(spec.evaluation, folder, recipe) if spec.evaluation else [],
+        "evaluations": (evaluate or evaluate_scenes)(spec.evaluation, folder, recipe) if spec.evaluation else [],
     }
 
 
@@ -161,7 +168,8 @@ def _going_on(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
 
 
-def _evaluate(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+def evaluate_scenes(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `evaluate_inferences` finds on digit scenes."""
     inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
     return evaluate_model(folder, recipe, inferences, evaluation.split, evaluation.scenes, partial(tell, "evaluate"))
 

@@ -1,0 +1,98 @@
+"""The testbed smol from nothing to a table: data, tower, assembled model, both stages of training, evaluation.
+
+python -m experiments.smol --output out/smol                                 all tokens and DualSpeed, one seed
+python -m experiments.smol --methods all_tokens,prune_only,dualspeed --seeds 3 --output out/smol
+python -m experiments.smol --grid 24 --output out/smol                       576 visual tokens
+python -m experiments.smol --output out/smol --table                         what is done so far
+
+The same command goes on after a kill: with the rows, the tower, the stage and the task at which it was.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from rich.console import Console
+from transformers.utils import logging
+
+from experiments.smol.study import Settings, plan_runs, prepare, write_task_table
+from saccade.cli.main import Parser, guarded
+from saccade.errors import SaccadeError
+from saccade.report.tables import print_table
+from saccade.sweeps.digits import LABELS
+from saccade.sweeps.grid import parse_grid
+from saccade.sweeps.plan import Plan, make_plan
+from saccade.sweeps.sweep import run_sweep
+from saccade.sweeps.table import Standing
+from saccade.training import make_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make what is missing, and show the tables.
+
+    Raises:
+        SaccadeError: on bad input, before anything long starts.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("experiments.smol", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--methods", default="all_tokens,dualspeed", metavar="A,B", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    told = dict(re.findall(r"^ +(\w+): ([^.]*)\.$", Settings.__doc__, re.MULTILINE))
+    for entry in fields(Settings):
+        kind = str if entry.name == "language_model" else type(entry.default)
+        metavar = kind.__name__.upper() if kind is not str else "TEXT"
+        flag, text = f"--{entry.name.replace('_', '-')}", f"{told[entry.name]} (default: %(default)s)"
+        parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)
+    parser.add_argument("--only", action="append", default=[], metavar="LABEL=A,B", help="such as method=dualspeed")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
+    parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")
+    parser.add_argument("--output", type=Path, default=Path("out/smol"), metavar="DIR", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    settings = Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+    folder, console = args.output / f"runs-{settings.grid}", Console()
+    if args.table:
+        _show(Standing(Plan.read(folder), folder), folder, console)
+        return 0
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise SaccadeError(f"{name}={getattr(args, name)}: give at least 1")
+    methods = args.methods.split(",")
+    for run in plan_runs({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
+        for stage in run.stages:
+            make_recipe(stage, f"run {run.name}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    try:
+        prepared = prepare(args.output, settings, lambda line: console.print(line, markup=False, highlight=False))
+    finally:
+        torch.set_num_threads(threads)
+    runs = plan_runs(prepared, settings, methods, range(args.seeds))
+    command = ("python", "-m", "experiments.smol")
+    plan = make_plan(
+        f"smol at {settings.grid} x {settings.grid} patches", runs, command, {"settings": asdict(settings)}
+    )
+    only, worker = parse_grid(args.only, "--only"), "experiments.smol.worker"
+    stages = args.output / "stages"
+    outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker, LABELS)
+    _show(Standing(plan, folder), folder, console)
+    return outcome.tell_failures()
+
+
+def _show(standing: Standing, folder: Path, console: Console) -> None:
+    columns, cells = write_task_table(standing, folder)
+    if cells:
+        print_table(f"accuracy by task; {standing.progress}", columns, cells, file=console.file)
+    else:
+        console.print(standing.progress, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    sys.exit(guarded(main))

