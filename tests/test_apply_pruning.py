@@ -12,6 +12,7 @@ from transformers import GenerationConfig, pipeline
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
+from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.testing.families import Case, generation_options, logits
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
@@ -43,6 +44,45 @@ def test_generates_what_prune_inputs_does(name):
     same_answers(case, prompts, num_beams=2, num_return_sequences=2)
     assert vars(case.model) == attributes
     assert torch.equal(case.model.generate(**dict(prompts), **generation_options(case)), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_further_turn_of_text_on_the_same_cache(name):
+    """The answers of one prefill on the whole conversation: the prompt pruned, and the turns after it as they are."""
+    case = CASES[name]
+    options = {**generation_options(case), "return_dict_in_generate": True}
+    options |= {"min_new_tokens": options["max_new_tokens"]}  # rows end together
+    for positions in case.positions:
+        config = CONFIG.replace(positions=positions)
+        prompts = case.prompts()
+        question = torch.tensor([[7, 11, 9]]).expand(len(prompts["input_ids"]), -1)
+        with apply_pruning(case.model, config):
+            cache, ids, mask = None, prompts["input_ids"], prompts["attention_mask"]
+            for turn in range(3):
+                images = dict(prompts) if turn == 0 else {}
+                given = {**images, "input_ids": ids, "attention_mask": mask}
+                if cache is not None:
+                    given[cache_name(case.model.forward)] = cache
+                found = case.model.generate(**given, **options)
+                cache = cache_of(found)
+                assert torch.equal(found.sequences[:, : ids.shape[1]], ids)
+                ids = torch.cat((found.sequences, question), dim=1)
+                mask = torch.cat((mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])), dim=1)
+        whole = case.prompts()
+        new = found.sequences[:, whole["input_ids"].shape[1] : -options["max_new_tokens"]]
+        shorter = prune_inputs(case.model, {**whole, **longer(case, whole, new)}, config)
+        expected = case.model.generate(**shorter, **options).sequences
+        assert torch.equal(found.sequences[:, -options["max_new_tokens"] :], expected[:, -options["max_new_tokens"] :])
+
+
+def longer(case, prompts, new):
+    """Inputs per token of a batch with the tokens `new` `(B, n)` behind each row."""
+    found = {"input_ids": torch.cat((prompts["input_ids"], new), dim=1)}
+    found["attention_mask"] = torch.cat((prompts["attention_mask"], torch.ones_like(new)), dim=1)
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in prompts:
+            found[name] = torch.cat((prompts[name], torch.zeros_like(new)), dim=1)
+    return found
 
 
 @pytest.mark.parametrize("name", WITH_VIDEO)
@@ -147,8 +187,11 @@ def test_what_cannot_be_is_said_in_one_line():
         with pytest.raises(SaccadeError, match="skips or prunes already"):
             apply_skip_vision(case.model)
         cached = case.model.generate(**prompts, **generation_options(case), return_dict_in_generate=True)
-        with pytest.raises(SaccadeError, match="past_key_values: it holds a conversation already"):
-            case.model.generate(**prompts, past_key_values=cached.past_key_values)
+        on = {cache_name(case.model.forward): cache_of(cached)}
+        with pytest.raises(SaccadeError, match=f"{next(iter(on))}: it holds a conversation already"):
+            case.model.generate(**prompts, **on)
+        with pytest.raises(SaccadeError, match="input_ids: a further turn on the cache of a pruned"):
+            case.model.generate(input_ids=cached.sequences[:, 1:], **on)
         with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
             case.model.generate(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
         with pytest.raises(SaccadeError, match="continuous batching"):

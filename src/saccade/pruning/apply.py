@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
@@ -25,6 +27,19 @@ USED_UP = (
 """Processor outputs that describe images and videos and are consumed along with them."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A prompt that was shortened, as a later turn on its KV cache needs it.
+
+    Args:
+        given: the `(B, P)` ids of the prompt before it was shortened.
+        shorter: inputs per token of the prompt that the cache holds: ids, mask, positions, and those of the family.
+    """
+
+    given: Tensor
+    shorter: Mapping[str, Tensor]
+
+
 class Pruning:
     """A model that prunes, as `apply_pruning` returns it.
 
@@ -38,6 +53,7 @@ class Pruning:
         self.family = family
         self.config = config
         self.isolator = isolator
+        self.turns: WeakKeyDictionary[Cache, Turn] = WeakKeyDictionary()
 
     @property
     def model(self) -> nn.Module:
@@ -77,6 +93,37 @@ class Pruning:
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         shorter = prune_inputs(self.model, inputs, self.config, padding_side=padding_side, isolator=self.isolator)
         return {**others, **shorter}
+
+    def remember(self, cache: Cache, given: Tensor, shorter: Mapping[str, Any]) -> None:
+        """Note what a cache now begins with."""
+        names = ("input_ids", "attention_mask", "position_ids", *self.family.token_inputs)
+        self.turns[cache] = Turn(given, {name: shorter[name] for name in names if shorter.get(name) is not None})
+
+    def go_on(self, given: dict[str, Any], turn: Turn) -> dict[str, Any]:
+        """The arguments of a call with a further turn of text, after the prompt that the cache holds in its place.
+
+        Raises:
+            SaccadeError: if the conversation does not begin with that prompt.
+        """
+        ids, length = given.get("input_ids"), turn.given.shape[1]
+        if ids is None or ids[:, :length].shape != turn.given.shape or not torch.equal(ids[:, :length], turn.given):
+            raise SaccadeError(
+                "input_ids: a further turn on the cache of a pruned prompt begins with that prompt as given; pass "
+                "the ids of the whole conversation, or leave the cache out"
+            )
+        mask = given.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        further = {"input_ids": ids[:, length:], "attention_mask": mask[:, length:]}
+        for name, fill in self.family.token_inputs.items():
+            known = given.get(name)
+            further[name] = torch.full_like(further["input_ids"], fill) if known is None else known[:, length:]
+        positions = turn.shorter["position_ids"]  # (B, S), or (A, B, S)
+        last = positions.amax(dim=-1, keepdim=True)
+        last = last.amax(dim=0, keepdim=True) if positions.dim() == 3 else last
+        count = further["attention_mask"].cumsum(dim=1)  # (B, n)
+        further["position_ids"] = (last + count).expand(*positions.shape[:-1], -1)
+        joined = {name: torch.cat((kept, further[name]), dim=-1) for name, kept in turn.shorter.items()}
+        return {**given, **joined}
 
 
 def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = None, **options: Any) -> Pruning:
@@ -134,18 +181,32 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    # transformers renames this argument: it is known by what it is.
+    name, cache = next(((name, value) for name, value in kwargs.items() if isinstance(value, Cache)), ("", None))
+    turn = None if cache is None else pruning.turns.get(cache)
     if not pruning.takes(kwargs):
-        return call_original(model, method="generate", **kwargs)
-    cache = kwargs.get("past_key_values")
+        if turn is None:
+            return call_original(model, method="generate", **kwargs)
+        return _generate_on(model, kwargs["input_ids"], pruning.go_on(kwargs, turn))
     if cache is not None and cache.get_seq_length():
         raise SaccadeError(
-            "past_key_values: it holds a conversation already, and a prompt with images is shortened as a whole; pass "
-            "the whole conversation without the cache"
+            f"{name}: it holds a conversation already, and a prompt with images is shortened as a whole; pass the "
+            "whole conversation without the cache, or a further turn of text without the images"
         )
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError("assistant_model: an assistant would need a shorter prompt of its own; leave it out")
     given = kwargs["input_ids"]
     shorter = pruning.shorten(kwargs, "left")
+    output = _generate_on(model, given, shorter)
+    if cache is None and isinstance(output, ModelOutput):
+        cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+    if cache is not None:
+        pruning.remember(cache, given, shorter)
+    return output
+
+
+def _generate_on(model: nn.Module, given: Tensor, shorter: dict[str, Any]) -> Any:
+    """The stock `generate` on a shorter prompt than the given one, `(B, P)`, which its output contains."""
     length = shorter["input_ids"].shape[1]
     _count_from(length - given.shape[1], model, shorter)
     output = call_original(model, method="generate", **shorter)
