@@ -146,7 +146,7 @@ def test_without_a_gpu_a_run_is_in_float32_unless_it_is_told_otherwise(no_gpu, t
 
 def test_the_two_lines_of_the_readme_run_on_a_cpu_as_they_are(model, processor, tmp_path, monkeypatch, no_gpu):
     code = re.search(
-        r"Two lines in your own script:\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+        r"```python\n(from saccade import DualSpeedConfig.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
     monkeypatch.chdir(tmp_path)
     names = {

@@ -241,13 +241,30 @@ def test_the_licence_is_whole() -> None:
     assert len(text) > 11_000
 
 
-def test_pages_link_to_files_that_exist() -> None:
+def anchors(page: Path) -> set[str]:
+    """What a link to a part of a page may name: its headings, as GitHub turns them into anchors."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    plain = [
+        re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
+    return {re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-") for heading in plain}
+
+
+def test_pages_link_to_files_and_headings_that_exist() -> None:
     pages = [path for path in tracked_files() if path.suffix == ".md"]
-    broken = [
-        f"{name_of(page)}: {target}"
+    links = [
+        (page, target, anchor)
         for page in pages
-        for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        for target, anchor in re.findall(
+            r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")
+        )
+    ]
+    assert any(anchor for _, _, anchor in links)
+    broken = [
+        f"{name_of(page)}: {target}#{anchor}"
+        for page, target, anchor in links
         if not (page.parent / target).exists()
+        or (anchor and anchor not in anchors(page.parent / target if target else page))
     ]
     assert broken == []
 

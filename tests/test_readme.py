@@ -1,0 +1,176 @@
+"""README.md: short, true by the pages and files that it sums up, and its commands and code run."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+from pathlib import Path
+
+import yaml
+from test_docs_pages import run_line
+
+import saccade
+from saccade.cli.main import VERBS, main
+from saccade.data import digit_scenes
+from saccade.demo.plan import plan_runs
+from saccade.demo.run import FULL
+from saccade.errors import SaccadeError
+from saccade.evaluation.digits import collate_prompts
+from saccade.families import get_family
+from saccade.reducers import list_reducers
+from saccade.reducers.budget import keep_count
+from saccade.serving import start
+from saccade.sweeps import QUICK
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+WORDS = " ".join(README.split())
+DEMO = (ROOT / "docs" / "demo.md").read_text()
+FAMILIES = (ROOT / "docs" / "families.md").read_text()
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The cells of each Markdown table, without the line below its heading row."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE)
+    return [
+        [
+            [cell.strip() for cell in row[1:-1].split(" | ")]
+            for row in one.splitlines()
+            if not re.match(r"\|[ :|-]+$", row)
+        ]
+        for one in found
+    ]
+
+
+def demo_rows() -> dict[tuple[str, str], dict[str, str]]:
+    """The means of the full demo's table, by training and positions."""
+    heading, *rows = tables(DEMO[: DEMO.index("## Compared with the paper")])[0]
+    assert heading[0] == "training"
+    return {
+        (row[0], row[1]): {name: cell.split(" (")[0] for name, cell in zip(heading, row, strict=True)} for row in rows
+    }
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+def test_it_is_short_and_begins_with_what_was_and_was_not_measured() -> None:
+    assert len(README.split()) <= 900
+    first = " ".join("\n".join(README.splitlines()[:10]).split())
+    share = demo_rows()["DualSpeed", "compact"]["share of all-token"]
+    for words in (
+        "fine-tune or serve vision-language models",
+        share,
+        "three seeds",
+        "on a CPU",
+        "Nothing was measured",
+    ):
+        assert words in first
+
+
+def test_its_figures_are_those_of_the_full_demo(model, processor) -> None:
+    rows = demo_rows()
+    every, only, dualspeed = rows["all tokens", "-"], rows["pruning only", "compact"], rows["DualSpeed", "compact"]
+    share = dualspeed["share of all-token"]
+    lost = 100 - float(share.removesuffix(" %"))
+    pruned = f"{every['accuracy, all tokens'].removesuffix(' %')} to {every['accuracy, pruned']}"
+    for words in (
+        f"{share} of the accuracy of all-token training; its training steps are "
+        f"{float(dualspeed['of steps'].removesuffix('x')):.1f} times as fast (means of three seeds",
+        f"DualSpeed loses {lost:.1f} % of the accuracy of all-token training",
+        f"it keeps {only['share of all-token']}.",
+        f"falls from {pruned}; the one trained with DualSpeed answers {dualspeed['pruned + isolator']} with its",
+        f"*mode isolator*, {NUMBERS[FULL.isolator_length]} learned rows before each image",
+    ):
+        assert words in WORDS
+    assert FULL.slow_probability == 0.1
+    row = digit_scenes("sft", "test", 1, kinds=["read"])[0]
+    tokens = get_family(model).encode(collate_prompts(processor, [row])).context.features.shape[1]
+    assert f"{keep_count(tokens, FULL.prune_ratio)} of {tokens} visual tokens in nine steps of ten" in WORDS
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert f"A LLaVA of {size / 1e6:.1f} million parameters" in WORDS
+
+
+def test_it_says_of_the_demo_how_long_it_took_and_what_it_trains() -> None:
+    short = DEMO[DEMO.index("## The short demo") :]
+    minutes = re.search(r"took (\d+) minutes on two cores", " ".join(short.split()))[1]
+    assert f"took {minutes} minutes on two server cores" in WORDS
+    assert f"[took {minutes} minutes](demo.md#the-short-demo)" in (ROOT / "docs" / "start.md").read_text()
+    runs = plan_runs(QUICK, seeds=1, full=False)
+    assert f"trains a tiny model {NUMBERS[len(runs)]} times" in WORDS
+    heading, *rows = tables(short)[0]
+    assert len(rows) == len(runs)
+    # What is trained is what the table's rows are, and the training takes up most of the minutes.
+    seconds = sum(float(row[heading.index("training time")].removesuffix(" s")) for row in rows)
+    assert 0.7 * int(minutes) < seconds / 60 < int(minutes)
+
+
+def test_its_models_and_reducers_are_all_that_there_are_and_work_together() -> None:
+    models, reducers = tables(README)
+    known = [row[1] for row in tables(FAMILIES)[0][1:]]
+    assert sorted(name for row in models[1:] for name in row[1].split(", ")) == sorted(known)
+    named = [name for row in reducers[1:] for name in re.findall(r"`(\w+)`", row[1])]
+    assert sorted(named) == sorted(list_reducers())
+    heading, *rows = next(table for table in tables(FAMILIES) if "divprune" in table[0])
+    assert len(rows) == len(known)
+    assert set(heading[1:]) == set(named) - {"none"}
+    assert {cell for row in rows for cell in row[1:]} <= {str(number) for number in range(1, 100)}
+
+
+def no_engine(engine: str | None) -> str:
+    raise SaccadeError("reached the engine")
+
+
+def test_its_lines_for_the_shell_run(monkeypatch, tmp_path, capsys) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    monkeypatch.chdir(tmp_path)
+    lines = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) >= 7
+    for command in (each for line in lines for each in line.split(" && ")):
+        program, *words = shlex.split(command)
+        if program == "pip":
+            extras = re.search(r"\[(\w+)\]", words[-1])
+            assert words[0] == "install"
+            assert extras is None or extras[1] in project["optional-dependencies"]
+        elif program == "make":
+            subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=True)
+        elif words[0] == "serve":
+            # No engine is at hand: the folder has to pass every check before that of the engine.
+            monkeypatch.setattr(start, "installed_engine", no_engine)
+            assert main(words) == 2
+            assert capsys.readouterr().err.endswith("\nsaccade: error: reached the engine\n")
+        else:
+            run_line(command)
+
+
+def test_its_two_lines_of_pruning_run(model, processor) -> None:
+    (code,) = [block for block in blocks("python") if "apply_pruning" in block]
+    row = digit_scenes("sft", "test", 1, kinds=["read"])[0]
+    names = {"model": model, "inputs": collate_prompts(processor, [row])}
+    lengths = []
+    forward = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    exec(code, names)
+    forward.remove()
+    assert lengths[0] == names["inputs"]["input_ids"].shape[1] - 130
+
+
+def test_the_page_of_commands_names_each_verb() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text()
+    assert set(re.findall(r"^\| `saccade (\w+)", page, re.MULTILINE)) == set(VERBS)
+
+
+def test_the_citation_file() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["version"] == saccade.__version__
+    assert {"message", "title", "authors", "type", "license"} <= cited.keys()
+    papers = set(re.findall(r"https://arxiv.org/abs/[\d.]+", README))
+    assert len(papers) == 2
+    assert {entry["url"] for entry in cited["references"]} == papers
+    for entry in cited["references"]:
+        assert {"type", "title", "authors", "doi"} <= entry.keys()
+        assert entry["doi"].endswith(entry["url"].rpartition("/")[2])
