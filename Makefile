@@ -11,11 +11,12 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 EVAL := .venv-eval
 SERVE := .venv-serve
+DOCS := .venv-docs
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve style bench clean
+.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve docs style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
@@ -25,6 +26,7 @@ help:
 	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make test-serve the tests that need vLLM and real weights, in $(SERVE); 4 GB"
+	@echo "make docs       the documentation site, in build/docs/site; warnings and broken links are errors"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
 	@echo "make clean      remove out/, caches and build folders; $(VENV) stays"
@@ -100,6 +102,16 @@ $(SERVE)/.installed: $(STAMP) requirements-serve.txt tests/torchvision_operators
 
 test-serve: $(SERVE)/.installed
 	PYTHONPATH=$(SERVE)/parts OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serve tests/test_serve.py
+
+# The site is built without importing the package, so its environment needs nothing else.
+$(DOCS)/.installed: requirements-docs.txt
+	rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet -r requirements-docs.txt
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python scripts/build_docs.py
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix .

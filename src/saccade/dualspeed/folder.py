@@ -26,7 +26,8 @@ OWNER_FILE = "run.json"
 
 LOCK_FILE = ".run.lock"
 PARTIAL_DIR = ".partial-checkpoint"
-EVALUATION_FILE, LOG_FILE = "eval.json", "log.json"
+EVALUATION_FILE = "eval.json"
+LOG_FILE = "log.json"
 MEASURED = (EVALUATION_FILE, LOG_FILE)
 """Files that describe the weights next to them and no others."""
 
