@@ -93,6 +93,17 @@ def test_its_figures_are_those_of_the_full_demo(model, processor) -> None:
     assert f"A LLaVA of {size / 1e6:.1f} million parameters" in WORDS
 
 
+def test_its_figures_of_serving_are_those_of_the_benchmark() -> None:
+    page = (ROOT / "docs" / "serve.md").read_text()
+    first, rate = tables(page[page.index("**8 requests at a time: the first token**") :])[:2]
+    row = "plug-in, ratio 0.9"
+    soon, many = (float(next(cells for cells in table if cells[0] == row)[2].split()[0]) for table in (first, rate))
+    said = f"first token {soon:.1f} times as soon, {many:.1f} times as many requests"
+    assert f"![vLLM at ratio 0.9: {said}](docs/images/serving_576.png)" in README
+    said = f"first token {soon:.1f} times as soon as from vLLM on all tokens, {many:.1f} times as many"
+    assert said in " ".join(page.split())
+
+
 def test_it_says_of_the_demo_how_long_it_took_and_what_it_trains() -> None:
     short = DEMO[DEMO.index("## The short demo") :]
     minutes = re.search(r"took (\d+) minutes on two cores", " ".join(short.split()))[1]
