@@ -221,9 +221,9 @@ def test_sigterm_to_the_launcher_saves_and_exits_0(tmp_path):
         seen = ""
         for line in process.stdout:
             seen += line
-            if "'loss'" in line:
+            if "  loss " in line:
                 break
-        assert "'loss'" in seen, seen
+        assert "  loss " in seen, seen
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == 0, seen + rest

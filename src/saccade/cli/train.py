@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saccade.training import Recipe
 
 PASS_UNKNOWN = True
 EXAMPLES = """
@@ -102,10 +105,24 @@ def run(args: argparse.Namespace) -> int:
     elif recipe.trainer.should_save:
         isolator = "" if trainer.isolator is None else "isolator, "
         print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
+        print(_next(recipe))
     # If a rank exits while another is still saving, the run may be aborted.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
+
+
+def _next(recipe: "Recipe") -> str:
+    """What to do with a trained model."""
+    folder = recipe.trainer.output_dir
+    merged = ", adapters merged" if recipe.options.lora else ""
+    steps = {f"saccade report {folder}": "one page: losses, speed, what is kept"}
+    # The embedded scenes are the only data that the library has a test split of.
+    if recipe.options.dataset == "digits":
+        steps[f"saccade eval {folder}"] = "accuracy on all visual tokens and on a few"
+    steps[f"saccade export {folder} --output {folder}-export"] = f"a plain checkpoint{merged}, for `saccade serve`"
+    width = max(map(len, steps))
+    return "next:\n" + "\n".join(f"  {command:<{width}}  {what}" for command, what in steps.items())
 
 
 def _launch(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import LoraConfig, prepare_model_for_kbit_training
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
@@ -23,6 +23,7 @@ from saccade.files import disk_errors, write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
+from saccade.training.console import Console
 from saccade.training.recipe import Recipe
 from saccade.training.sources import check_family, load_model, load_rows
 
@@ -76,7 +77,10 @@ def _train_and_save(
     )
     check_engine(trainer.accelerator)
     # So that a bad first batch, such as a max_length below the image tokens, shows before the first step.
-    check_first_rows(trainer)
+    visual_tokens = check_first_rows(trainer)
+    for stock in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(stock)
+    trainer.add_callback(Console(trainer, options.model, visual_tokens))
     # A signal while the model is being saved has no effect: the run is about to end anyway.
     with trainer.sigterm.listening():
         trainer.train(resume_from_checkpoint=resume)
@@ -96,8 +100,11 @@ def _train_and_save(
     return trainer
 
 
-def check_first_rows(trainer: DualSpeedTrainer) -> None:
+def check_first_rows(trainer: DualSpeedTrainer) -> int:
     """Make a batch of the first two rows.
+
+    Returns:
+        The visual tokens of the first.
 
     Raises:
         SaccadeError: if it cannot be made, or has too many bad records.
@@ -108,6 +115,7 @@ def check_first_rows(trainer: DualSpeedTrainer) -> None:
     if found and trainer.args.should_save:
         found.write()
     found.check()
+    return int((batch["input_ids"][0] == trainer.family.placeholder_id).sum())
 
 
 def check_recipe(recipe: Recipe) -> None:
