@@ -1,20 +1,24 @@
 """Properties of every verb: exit statuses, errors in one line, quick start; and the verbs `reducers` and `env`."""
 
 import argparse
+import dataclasses
 import errno
 import json
+import os
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import saccade
 from saccade.cli import main as main_module
-from saccade.cli.main import VERBS, main
+from saccade.cli.main import VERBOSE_TOO, VERBS, main
 from saccade.errors import SaccadeError
+from saccade.recipes import OPTIONS, check_early, source_fields
 from saccade.reducers import list_reducers
 
 Install = Callable[..., None]
@@ -39,6 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE")
     parser.add_argument("--output")
+    parser.add_argument("--dry-run", nargs="?", const="yes")
 
 
 def raiser(error: BaseException) -> Callable[[argparse.Namespace], int]:
@@ -95,10 +100,15 @@ class TestErrors:
         ("argv", "message"),
         [
             (["frobnicate"], "unknown verb 'frobnicate': expected one of train, assemble, data, "),
+            (["evl"], "unknown verb 'evl': did you mean 'eval'?"),
             (["--frobnicate"], "--frobnicate"),
             (["probe"], "the following arguments are required: FILE (see `saccade probe --help`)"),
             (["probe", "a", "--speed", "9"], "unknown flag '--speed' (see `saccade probe --help`)"),
-            (["probe", "a", "--out", "b"], "unknown flag '--out'"),
+            (
+                ["probe", "a", "--out", "b"],
+                "unknown flag '--out': did you mean '--output'? (see `saccade probe --help`)",
+            ),
+            (["probe", "a", "--dry_rum"], "unknown flag '--dry_rum': did you mean '--dry-run'?"),
             (["probe", "a", "b"], "unknown argument 'b'"),
         ],
     )
@@ -167,7 +177,70 @@ class TestOverrides:
         assert "unknown argument 'other.yaml'" in one_line(capsys.readouterr().err)
 
 
+class TestFlags:
+    @pytest.mark.parametrize("flag", ["--dry-run", "--dry_run"])
+    @pytest.mark.parametrize("passes", [False, True])
+    def test_a_dash_and_an_underscore_are_the_same(self, install: Install, flag: str, passes: bool) -> None:
+        seen: list[argparse.Namespace] = []
+        install(lambda args: seen.append(args) or 0, PASS_UNKNOWN=passes)
+        assert main(["probe", "a_b", flag]) == 0
+        assert main(["probe", "a_b", f"{flag}=c_d"]) == 0
+        assert [(args.file, args.dry_run) for args in seen] == [("a_b", "yes"), ("a_b", "c_d")]
+
+    def test_verbose_goes_with_every_verb(self, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(VERBOSE_TOO, "")
+        seen: list[argparse.Namespace] = []
+        install(lambda args: seen.append(args) or 0, PASS_UNKNOWN=True)
+        assert main(["probe", "a", "--verbose"]) == 0
+        assert seen[0].overrides == []
+        assert os.environ[VERBOSE_TOO] == "1"
+
+    @pytest.mark.parametrize(("flag", "hidden"), [("--verbose", False), ("--dry-run", True)])
+    def test_warnings_of_dependencies_are_for_the_verbose(self, flag: str, hidden: bool) -> None:
+        code = (
+            "import sys, types, warnings; from saccade.cli import main as m; "
+            "probe = types.ModuleType('probe'); probe.EXAMPLES = ''; "
+            "probe.add_arguments = lambda parser: parser.add_argument('--dry-run', action='store_true'); "
+            "kinds = lambda: [(kind, what) for kind, _, what, *_ in warnings.filters]; "
+            "probe.run = lambda args: print(('ignore', FutureWarning) in kinds()) or 0; "
+            "sys.modules['probe'] = probe; m.VERBS['probe'] = ('probe', 'a probe'); "
+            f"sys.argv = ['saccade', 'probe', '{flag}']; m.main()"
+        )
+        assert run_python(code).strip() == str(hidden)
+
+
 class TestQuickStart:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["tiny-digit/sft"], "recipe 'tiny-digit/sft' does not exist: did you mean 'tiny-digits/sft'?"),
+            (["tiny-digits/sft", "--prune_ratoi", "0.5"], "unknown field 'prune_ratoi': did you mean 'prune_ratio'?"),
+            (
+                ["tiny-digits/sft", "--learning-rat", "1"],
+                "unknown field 'learning_rat': did you mean 'learning_rate'?",
+            ),
+        ],
+    )
+    def test_a_mistyped_recipe_is_told_before_anything_is_imported(self, words: list[str], message: str) -> None:
+        code = (
+            "import io, sys; from contextlib import redirect_stderr; from saccade.cli.main import main; "
+            f"told = io.StringIO()\nwith redirect_stderr(told): status = main(['train', *{words!r}])\n"
+            "print(status, {'torch', 'transformers', 'trl'} & set(sys.modules), told.getvalue())"
+        )
+        out = run_python(code)
+        assert out.startswith("2 set() saccade: error: ")
+        assert message in out
+
+    @pytest.mark.interfaces
+    def test_the_names_found_in_the_source_are_those_of_the_classes(self) -> None:
+        for module, owner in OPTIONS.items():
+            fields = {entry.name for entry in dataclasses.fields(getattr(import_module(module), owner)) if entry.init}
+            assert fields <= source_fields(module, owner)
+
+    def test_what_is_not_found_in_the_source_is_left_to_the_whole_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("saccade.recipes.OPTIONS", {"saccade.training.recipe": "Gone"})
+        check_early("tiny-digits/sft", ["--prune_ratoi", "0.5"])
+
     def test_help_imports_no_torch(self) -> None:
         code = (
             "import sys; from saccade.cli.main import main; "

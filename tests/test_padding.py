@@ -19,10 +19,10 @@ from saccade.errors import RecordError, SaccadeError
 from saccade.evaluation.digits import collate_prompts, prepare_prompts
 from saccade.families import family_class
 from saccade.families.padding import check_aspect_ratio, pad_to_square, padded, pads_to_square
+from saccade.recipes import RECIPES
 from saccade.report.view import _seen_part
 from saccade.training import load_recipe
 from saccade.training.export import export_model
-from saccade.training.recipe import RECIPES
 
 MEAN, STD = (0.4814, 0.4578, 0.4082), (0.2686, 0.2613, 0.2757)
 CLIP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_mean": MEAN, "image_std": STD}

@@ -13,11 +13,11 @@ from saccade.cli.main import main
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.dualspeed import DualSpeedCollator
 from saccade.errors import RecordError
+from saccade.recipes import RECIPES
 from saccade.reducers import PruningConfig
 from saccade.tokens import IGNORE_INDEX
 from saccade.training import ModelOptions, load_rows
 from saccade.training.chat_format import make_template
-from saccade.training.recipe import RECIPES
 
 CAPTIONS = ("A cat on a sofa.", "two dogs")
 STARTS = {"vicuna": "<s>", "qwen2": "", "llama": ""}

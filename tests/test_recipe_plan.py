@@ -14,13 +14,13 @@ from benchmarks.shapes import build_shape, get_shape, shape_config
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.families import get_family
+from saccade.recipes import RECIPES
 from saccade.training import ModelOptions, load_model, load_recipe, make_recipe, train_recipe
 from saccade.training.costs import Costs
 from saccade.training.flops import projector_flops, tower_flops
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.plan import meta_model, plan_recipe, published_speedups
 from saccade.training.quantization import quantization_options, quantized_weights
-from saccade.training.recipe import RECIPES
 from saccade.training.run import lora_config
 from saccade.training.sources import load_processor
 

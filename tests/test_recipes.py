@@ -15,8 +15,8 @@ from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.config import LEAST
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
+from saccade.recipes import RECIPES
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
-from saccade.training.recipe import RECIPES
 from saccade.training.run import lora_config
 
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))

@@ -41,14 +41,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": METHOD | {"data"},
     "evaluation": METHOD | {"data", "tiny", "report", "training"},
     "launch": BOTTOM,
-    "training": METHOD | {"data", "tiny", "report", "launch"},
+    "training": METHOD | {"data", "tiny", "report", "launch", "recipes"},
     "testing": METHOD | {"data", "tiny", "evaluation"},
-    "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training"},
+    "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training", "recipes"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
     "cli": METHOD
     | {"data", "tiny", "report", "evaluation", "launch"}
-    | {"training", "sweeps", "demo", "pages", "serving"},
+    | {"training", "sweeps", "demo", "pages", "serving", "recipes"},
     "recipes": BOTTOM,
     "__init__": METHOD,
     "__main__": {"cli"},

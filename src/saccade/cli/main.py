@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NoReturn
 
-from saccade.errors import SaccadeError, needing_extras
+from saccade.errors import SaccadeError, did_you_mean, needing_extras
 from saccade.files import check_writable
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -45,6 +45,7 @@ DISK_FAULTS: dict[int, str] = {
     errno.EEXIST: "a part of this path is a file, not a folder: give another path",
 }
 
+VERBOSE, VERBOSE_TOO = "--verbose", "SACCADE_VERBOSE"
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -59,12 +60,19 @@ class Parser(argparse.ArgumentParser):
         """
         raise SaccadeError(f"{message} (see `{self.prog} --help`)")
 
+    def flags(self) -> set[str]:
+        """The flags that were declared."""
+        return {name for action in self._actions for name in action.option_strings}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, see `guarded`."""
-    if argv is None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if VERBOSE in words:
+        os.environ[VERBOSE_TOO] = "1"  # for the processes that a verb starts
+    if argv is None and VERBOSE_TOO not in os.environ:
         _quieten()
-    return guarded(lambda: _dispatch(list(sys.argv[1:] if argv is None else argv)))
+    return guarded(lambda: _dispatch([word for word in words if word != VERBOSE]))
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -123,7 +131,8 @@ def _dispatch(argv: list[str]) -> int:
         return BAD_INPUT
     verb, *rest = argv
     if verb not in VERBS:
-        raise SaccadeError(f"unknown verb {verb!r}: expected one of {', '.join(VERBS)}")
+        hint = did_you_mean(verb, VERBS, f"expected one of {', '.join(VERBS)}")
+        raise SaccadeError(f"unknown verb {verb!r}: {hint}")
     with needing_extras(f"saccade {verb}"):
         return _run(verb, rest)
 
@@ -146,14 +155,28 @@ def _run(verb: str, argv: list[str]) -> int:
 
 
 def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Namespace:
-    args, unknown = parser.parse_known_args(argv)
+    flags = parser.flags()
+    # Fields of a recipe have an underscore where flags have a dash, and nobody should have to remember which is which.
+    words = [_dashed(word) if _dashed(word).partition("=")[0] in flags else word for word in argv]
+    args, unknown = parser.parse_known_args(words)
     passes = getattr(module, "PASS_UNKNOWN", False)
     if unknown and (not passes or not unknown[0].startswith("--")):
-        kind = "flag" if unknown[0].startswith("-") else "argument"
-        parser.error(f"unknown {kind} {unknown[0]!r}")
+        if not unknown[0].startswith("-"):
+            parser.error(f"unknown argument {unknown[0]!r}")
+        name = _dashed(unknown[0]).partition("=")[0]
+        near = did_you_mean(name, flags, "")
+        parser.error(f"unknown flag {unknown[0]!r}" + (f": {near}" if near else ""))
     if passes:
         args.overrides = unknown
     return args
+
+
+def _dashed(word: str) -> str:
+    """A flag with dashes for underscores; its value, behind an equals sign, as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def _top_parser() -> Parser:
@@ -163,7 +186,8 @@ def _top_parser() -> Parser:
         prog="saccade",
         usage="saccade VERB ...",
         description="Train and serve vision-language models on a fraction of their visual tokens.",
-        epilog=f"verbs:\n{listing}\n\n`saccade VERB --help` shows a verb's arguments, with examples.",
+        epilog=f"verbs:\n{listing}\n\n`saccade VERB --help` shows a verb's arguments, with examples. With "
+        f"{VERBOSE} a verb shows what\ndependencies say: their warnings, and their bars of loading.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"saccade {_version()}")

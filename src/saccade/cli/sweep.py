@@ -91,9 +91,9 @@ def check_counts(args: argparse.Namespace) -> None:
 
 def plan_recipe(args: argparse.Namespace):
     """The plan of a grid over a recipe, and over the recipe before it if there is one."""
+    from saccade.recipes import parse_overrides, read_recipe
     from saccade.sweeps.grid import parse_grid, place, plan_grid
     from saccade.sweeps.plan import make_plan
-    from saccade.training.recipe import parse_overrides, read_recipe
 
     recipe = read_recipe(args.recipe)
     before = args.pretrain or recipe.get("pretrain")

@@ -79,9 +79,11 @@ def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
 
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
+    from saccade.recipes import check_early
 
     if args.overwrite is not None:
         args.overrides += ["--overwrite", args.overwrite]
+    check_early(args.recipe, args.overrides)
     if args.dry_run:
         return _dry_run(args)
     for name in PLAN_FLAGS:

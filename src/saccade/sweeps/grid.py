@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from saccade.errors import SaccadeError
+from saccade.recipes import put_over
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, standard_inferences
-from saccade.training.recipe import put_over
 
 BOTH_STAGES = (
     "reducer",

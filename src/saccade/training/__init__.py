@@ -1,6 +1,7 @@
 """From a recipe to a trained model."""
 
-from saccade.training.recipe import ModelOptions, Recipe, find_recipe, load_recipe, make_recipe
+from saccade.recipes import find_recipe
+from saccade.training.recipe import ModelOptions, Recipe, load_recipe, make_recipe
 from saccade.training.run import LOG_FILE, train_recipe
 from saccade.training.sources import load_model, load_rows
 

@@ -21,13 +21,14 @@ from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
 from saccade.families.padding import check_aspect_ratio
+from saccade.recipes import find_recipe, parse_overrides, read_recipe
 from saccade.reducers import PruningConfig
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs, ModeCost
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.quantization import quantized_weights
-from saccade.training.recipe import Recipe, find_recipe, load_recipe, make_recipe, parse_overrides, read_recipe
+from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
 from saccade.training.sources import DTYPES
 

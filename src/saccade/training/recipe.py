@@ -5,13 +5,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from saccade.dualspeed import DualSpeedConfig
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError
+from saccade.recipes import check_fields, find_recipe, parse_overrides, put_over, read_recipe
 from saccade.values import coerce
-
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @dataclass
@@ -103,30 +100,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return make_recipe(put_over(values, parse_overrides(overrides)), source=str(find_recipe(path)))
 
 
-def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe, overridden by others. A number of tokens also replaces a ratio, and a ratio a number of
-    tokens."""
-    budgets = ("prune_ratio", "keep_tokens")
-    replaced = budgets if any(given.get(name) is not None for name in budgets) else ()
-    return {**{name: value for name, value in values.items() if name not in replaced}, **given}
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe file as written, including `pretrain`, the recipe to run before it.
-
-    Raises:
-        SaccadeError: on a missing or malformed file.
-    """
-    path = find_recipe(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
-    return values
-
-
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from a mapping of fields to values.
 
@@ -137,10 +110,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     # Not by the fields' own types: a parser of command lines overwrites those.
     types = {name: annotation for cls in classes for name, annotation in get_type_hints(cls).items()}
     known = {entry.name: types[entry.name] for cls in classes for entry in fields(cls) if entry.init}
-    for name in values:
-        if name not in known:
-            hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
-            raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
+    check_fields(values, known, source)
     typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
     own = {entry.name for entry in fields(ModelOptions)}
     options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
@@ -153,42 +123,3 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     except (ValueError, TypeError) as error:
         raise SaccadeError(f"{source}: {' '.join(str(error).split())}") from error
     return Recipe(options, trainer, dict(values))
-
-
-def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe, by path or by the name of a shipped one.
-
-    Raises:
-        SaccadeError: if there is neither.
-    """
-    path = Path(name)
-    shipped = RECIPES / path.with_suffix(".yaml")
-    for candidate in (path, shipped):
-        if candidate.is_file():
-            return candidate
-    names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
-    raise SaccadeError(f"recipe {str(name)!r} does not exist: give a YAML file, or one of {', '.join(names)}")
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`--field value` and `--field=value` pairs as a mapping; values are read as YAML.
-
-    Raises:
-        SaccadeError: on a word that is not a field, or a field without a value.
-    """
-    values: dict[str, Any] = {}
-    words = list(overrides)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise SaccadeError(f"{word!r} is not a field: overrides are written --field value")
-        name, equals, text = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
-            text = words.pop(0)
-        try:
-            values[name.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
-    return values

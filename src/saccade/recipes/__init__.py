@@ -1,0 +1,156 @@
+"""The shipped recipes, and how a recipe is read: light enough that a mistyped name is answered at once."""
+
+import ast
+from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from saccade.errors import SaccadeError, did_you_mean
+
+RECIPES = Path(__file__).parent
+OPTIONS = {"saccade.training.recipe": "ModelOptions", "saccade.dualspeed.config": "DualSpeedConfig"}
+"""The dataclasses whose fields a recipe may have, by module."""
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe, by path or by the name of a shipped one.
+
+    Raises:
+        SaccadeError: if there is neither.
+    """
+    path = Path(name)
+    shipped = RECIPES / path.with_suffix(".yaml")
+    for candidate in (path, shipped):
+        if candidate.is_file():
+            return candidate
+    names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
+    hint = did_you_mean(str(name), names, f"give a YAML file, or one of {', '.join(names)}")
+    raise SaccadeError(f"recipe {str(name)!r} does not exist: {hint}")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe file as written, including `pretrain`, the recipe to run before it.
+
+    Raises:
+        SaccadeError: on a missing or malformed file.
+    """
+    path = find_recipe(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
+    return values
+
+
+def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe, overridden by others. A number of tokens also replaces a ratio, and a ratio a number of
+    tokens."""
+    budgets = ("prune_ratio", "keep_tokens")
+    replaced = budgets if any(given.get(name) is not None for name in budgets) else ()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **given}
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`--field value` and `--field=value` pairs as a mapping; values are read as YAML.
+
+    Raises:
+        SaccadeError: on a word that is not a field, or a field without a value.
+    """
+    values: dict[str, Any] = {}
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise SaccadeError(f"{word!r} is not a field: overrides are written --field value")
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
+            text = words.pop(0)
+        try:
+            values[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
+    return values
+
+
+def check_fields(names: Collection[Any], known: Collection[str], source: str) -> None:
+    """Refuse a field that a recipe cannot have.
+
+    Raises:
+        SaccadeError: with the field that looks like it.
+    """
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
+            raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
+
+
+def check_early(path: str | Path, overrides: Sequence[str]) -> None:
+    """Refuse a recipe whose name or fields are mistyped, before the seconds that torch and trl take to import.
+
+    Where a library keeps its fields is its own affair. What cannot be found is left to the check of the whole recipe.
+
+    Raises:
+        SaccadeError: as `find_recipe`, `read_recipe`, `parse_overrides` and `check_fields` do.
+    """
+    values = put_over(read_recipe(path), parse_overrides(overrides))
+    try:
+        known = {name for module, owner in OPTIONS.items() for name in source_fields(module, owner)}
+    except (LookupError, OSError, SyntaxError):
+        return
+    # It is a sweep's, and the whole check says so.
+    check_fields(values, known | {"pretrain"}, str(find_recipe(path)))
+
+
+def source_fields(module: str, owner: str) -> set[str]:
+    """The annotated names of a class and its bases, from their source alone: nothing is imported.
+
+    Args:
+        module: dotted name of the module that defines the class, or imports it.
+        owner: name of the class.
+
+    Raises:
+        LookupError: if the module or the class is not found.
+    """
+    path = _source(module)
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    for node in nodes:
+        if isinstance(node, ast.ClassDef) and node.name == owner:
+            own = {
+                entry.target.id
+                for entry in node.body
+                if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
+            }
+            bases = [source_fields(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
+            return own.union(*bases)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if owner == (alias.asname or alias.name):
+                    return source_fields(_absolute(node, module, path), alias.name)
+    raise LookupError(f"{module} has no class {owner}")
+
+
+def _source(module: str) -> Path:
+    top, *rest = module.split(".")
+    # Of a top-level package, this finds the folder without importing it.
+    spec = find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        raise LookupError(f"there is no package {top}")
+    place = Path(spec.submodule_search_locations[0], *rest)
+    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+
+
+def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
+    """The module that an import names, from the top."""
+    if not node.level:
+        return node.module or ""
+    parents = module.split(".")
+    up = node.level - (path.name == "__init__.py")
+    return ".".join([*parents[: len(parents) - up], *([node.module] if node.module else [])])
