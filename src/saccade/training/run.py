@@ -1,11 +1,14 @@
 """Train a recipe, from the first checks to the saved model."""
 
+import re
+from collections.abc import Collection
 from contextlib import ExitStack
 from datetime import date
 from itertools import islice
 from pathlib import Path
 
 from peft import LoraConfig, prepare_model_for_kbit_training
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -16,7 +19,7 @@ from saccade.dualspeed.checkpoint import checkpoints
 from saccade.dualspeed.checks import check_at_hand
 from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_inside, check_unused, hold
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, did_you_mean
 from saccade.families import get_family
 from saccade.families.padding import check_aspect_ratio
 from saccade.files import disk_errors, write_json_atomically
@@ -25,7 +28,7 @@ from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.console import Console
 from saccade.training.recipe import Recipe
-from saccade.training.sources import check_family, load_model, load_rows
+from saccade.training.sources import check_family, hold_out, load_eval_rows, load_model, load_rows
 
 
 def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
@@ -55,6 +58,9 @@ def _train_and_save(
     if args.image_aspect_ratio is not None and options.model != "tiny":
         check_aspect_ratio(check_family(options.model, args.trust_remote_code), args.image_aspect_ratio)
     dataset = load_rows(options, shards=args.world_size * max(1, args.dataloader_num_workers))
+    eval_dataset = load_eval_rows(options)
+    if options.eval_share is not None:
+        dataset, eval_dataset = hold_out(dataset, options.eval_share, options.dataset_seed, options.eval_rows)
     model, processor = load_model(options, args.trust_remote_code)
     if options.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
@@ -71,6 +77,7 @@ def _train_and_save(
         model,
         args,
         train_dataset=dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=lora_config(model, recipe) if options.lora else None,
         callbacks=callbacks,
@@ -125,7 +132,42 @@ def check_recipe(recipe: Recipe) -> None:
         SaccadeError: as `check_lora` and `check_at_hand` do.
     """
     check_lora(recipe)
+    check_evaluation(recipe)
     check_at_hand(recipe.trainer)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Refuse rows to evaluate on that would never be used, and evaluation without rows.
+
+    Raises:
+        SaccadeError: naming the field that is missing or too much.
+    """
+    options, strategy = recipe.options, recipe.trainer.eval_strategy
+    if options.eval_dataset is not None and options.eval_share is not None:
+        raise SaccadeError(
+            f"eval_dataset={options.eval_dataset!r} and eval_share={options.eval_share} both say what to evaluate on: "
+            "leave one of them out"
+        )
+    given = {name: getattr(options, name) for name in ("eval_dataset", "eval_share")}
+    name, value = next(((name, value) for name, value in given.items() if value is not None), (None, None))
+    if name is None:
+        if strategy != "no":
+            raise SaccadeError(f"eval_strategy={strategy.value!r} has no rows: give eval_dataset or eval_share")
+        if options.eval_rows is not None:
+            raise SaccadeError(f"eval_rows={options.eval_rows} of nothing: give eval_dataset or eval_share")
+        return
+    if strategy == "no":
+        raise SaccadeError(f"{name}={value!r} is never used with eval_strategy='no': use 'steps' or 'epoch'")
+    if options.eval_rows is not None and options.eval_rows < 1:
+        raise SaccadeError(f"eval_rows={options.eval_rows}: give at least 1, or leave it out for all")
+    if options.eval_share is not None:
+        if not 0 < options.eval_share < 1:
+            raise SaccadeError(f"eval_share={options.eval_share} is outside (0, 1): it is a share of the rows")
+        if options.dataset_streaming:
+            raise SaccadeError(
+                f"eval_share={options.eval_share} of a stream, whose length is not known: give eval_dataset, "
+                "or set dataset_streaming to false"
+            )
 
 
 def check_lora(recipe: Recipe) -> None:
@@ -157,19 +199,46 @@ def check_lora(recipe: Recipe) -> None:
 
 
 def lora_config(model, recipe: Recipe) -> LoraConfig:
-    """Adapters on every linear layer of the decoder and a fully trained projector, as in the published recipe."""
+    """Adapters on every linear layer of the decoder and a fully trained projector, as in the published recipe, or what
+    the recipe names instead.
+
+    Raises:
+        SaccadeError: if the model has no module of a name that the recipe gives.
+    """
     options = recipe.options
     family = get_family(model)
     names = {id(module): name for name, module in family.model.named_modules()}
     layers = names[id(family.language_layers)]
+    targets, saved = options.lora_target_modules, options.lora_modules_to_save
+    _check_modules("lora_target_modules", targets, names.values())
+    _check_modules("lora_modules_to_save", saved, names.values())
+    if saved is None and not recipe.trainer.freeze_projector:
+        saved = _projector_names(family.projector, names)
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=rf"{layers}\.\d+\..*_proj".replace(".layers", r"\.layers"),
-        modules_to_save=None if recipe.trainer.freeze_projector else _projector_names(family.projector, names),
+        target_modules=targets or rf"{layers}\.\d+\..*_proj".replace(".layers", r"\.layers"),
+        modules_to_save=saved,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_modules(field: str, given: str | list[str] | None, names: Collection[str]) -> None:
+    """Refuse a name that PEFT would find no module for. It complains only if it finds none for all of them."""
+    if given is None or given == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        return
+    if isinstance(given, str):
+        try:
+            missing = [] if any(re.fullmatch(given, name) for name in names) else [given]
+        except re.error as error:
+            raise SaccadeError(f"{field}={given!r} is not a regular expression: {error}") from error
+    else:
+        missing = [one for one in given if not any(f".{name}".endswith(f".{one}") for name in names)]
+    if missing:
+        ends = sorted({name.rpartition(".")[2] for name in names if name} - {""})
+        hint = did_you_mean(missing[0], ends, "give the last part of a module's name, such as 'q_proj'")
+        raise SaccadeError(f"{field}: the model has no module {missing[0]!r}: {hint}")
 
 
 def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:

@@ -1,7 +1,9 @@
 """Load a recipe's rows and weights: embedded ones, files, folders, or the hub."""
 
 import logging
+import random
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DIGITS = "digits"
 DIGIT_ROWS = 50_000
+DIGIT_EVAL_ROWS = 500
 
 
 def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -53,7 +56,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     if options.model == "tiny":
         model, processor = load_tiny(grid=options.dataset_grid)
         use_released_names(model)
-        return model, processor
+        return _with_attention(model, options.attn_implementation), processor
     check_family(options.model, trust_remote_code)
     loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
     with reading(f"model={options.model!r} cannot be loaded"):
@@ -73,7 +76,21 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         use_released_names(model)
         processor = _processor(options.model, trust_remote_code=trust_remote_code)
         check_processor(processor, model.config)
-        return model, processor
+        return _with_attention(model, options.attn_implementation), processor
+
+
+def _with_attention(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
+    """The model, computing attention by the implementation of this name.
+
+    Raises:
+        SaccadeError: if it has none of this name, or its package is not installed.
+    """
+    if name is not None:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise SaccadeError(f"attn_implementation={name!r}: {' '.join(str(error).split())}") from error
+    return model
 
 
 def load_processor(
@@ -196,6 +213,43 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     )
     _warn_without_images(opened)
     return mixed if options.dataset_rows is None else mixed.select(range(min(options.dataset_rows, len(mixed))))
+
+
+def load_eval_rows(options: ModelOptions) -> Dataset | None:
+    """The rows of `eval_dataset`, read as those of `dataset` are; None without one.
+
+    Raises:
+        SaccadeError: as `load_rows` does.
+    """
+    if options.eval_dataset is None:
+        return None
+    rows = options.eval_rows
+    mine = replace(options, dataset=options.eval_dataset, dataset_rows=rows, dataset_streaming=False)
+    if options.eval_dataset == DIGITS:
+        mine = replace(mine, dataset_split="validation", dataset_rows=DIGIT_EVAL_ROWS if rows is None else rows)
+    return load_rows(mine)
+
+
+def hold_out(rows: Dataset, share: float, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
+    """Split rows into those to train on and those to evaluate on. The order within each part is as before.
+
+    Args:
+        share: of the rows to hold out, in (0, 1).
+        seed: of the draw.
+        most: evaluate on at most so many of those held out.
+
+    Raises:
+        SaccadeError: if either part would be empty.
+    """
+    number = round(share * len(rows))
+    if not 0 < number < len(rows):
+        raise SaccadeError(
+            f"eval_share={share}: {number} of {len(rows)} rows would be held out, and both parts need one: "
+            "give another share"
+        )
+    held = set(random.Random(f"saccade eval {seed}").sample(range(len(rows)), number))
+    kept = [index for index in range(len(rows)) if index not in held]
+    return rows.select(kept), rows.select(sorted(held)[:most])
 
 
 def _warn_without_images(sources: list[Source]) -> None:
