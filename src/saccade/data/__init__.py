@@ -2,7 +2,7 @@
 
 from saccade.data.digits import SPLITS, digit_samples, split_indices
 from saccade.data.questions import KINDS
-from saccade.data.rows import digit_scenes, scene_specs, write_jsonl
+from saccade.data.rows import digit_scenes, scene_specs, specified_rows, write_jsonl
 from saccade.data.scenes import PATCH_SIZE, patch_labels, render_scene
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "patch_labels",
     "render_scene",
     "scene_specs",
+    "specified_rows",
     "split_indices",
     "write_jsonl",
 ]

@@ -1,4 +1,4 @@
-"""Digit scenes as a `datasets.Dataset` with the columns that TRL expects; images are drawn when a row is read."""
+"""Digit scenes as a `datasets.Dataset` with the columns that TRL expects; a row is drawn when it is read."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 
 from saccade.data.digits import SPLITS
 from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_several, caption
@@ -20,15 +20,7 @@ MAX_DIGITS = 4
 
 # Two images double the visual tokens of every row in their padded batch, so they are kept rare.
 _SHARES = dict.fromkeys(SINGLE_KINDS, 0.08) | {"multi_turn": 0.08, "two_images": 0.01, "text_only": 0.03}
-_FEATURES = Features(
-    {
-        "images": List(List(Value("int64"))),
-        "messages": List({"role": Value("string"), "content": Value("string")}),
-        "kind": Value("string"),
-        "answer": Value("string"),
-        "num_digits": Value("int64"),
-    }
-)
+_COLUMNS = ("images", "messages", "kind", "answer", "num_digits")
 
 
 def digit_scenes(
@@ -56,7 +48,7 @@ def digit_scenes(
             last one is of the row's `kind`. Scenes that allow fewer questions get fewer.
 
     Returns:
-        Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
+        Rows with `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
         plain strings without placeholders), `kind`, `answer` (the last assistant turn), `num_digits` (of all images).
 
     Raises:
@@ -74,19 +66,49 @@ def digit_scenes(
     sides = check_grid(grid)
     shares = _shares(stage, kinds)
     names, weights = list(shares), list(shares.values())
-    columns: dict[str, list] = {name: [] for name in _FEATURES}
-    for number in range(num_rows):
-        rng = random.Random(f"{stage}/{split}/{seed}/{number}")
-        row = _make_row(rng.choices(names, weights)[0], rng, split, sides, turns)
-        for name, value in row.items():
-            columns[name].append(value)
-    return Dataset.from_dict(columns, features=_FEATURES).with_transform(_render_images)
+    drawn = _DrawnRows(f"{stage}/{split}/{seed}", split, sides, turns, names, weights)
+    return Dataset.from_dict({"scene": range(num_rows)}).with_transform(drawn)
+
+
+class _DrawnRows:
+    """The transform from numbers of scenes to rows: nothing is drawn before it is read.
+
+    Args:
+        seed: of the sequence of scenes.
+        split: of the digits.
+        grid: rows and columns of patches.
+        turns: questions about one image.
+        kinds: of rows, drawn by `weights`.
+    """
+
+    def __init__(
+        self, seed: str, split: str, grid: tuple[int, int], turns: int, kinds: list[str], weights: list[float]
+    ) -> None:
+        self.seed, self.split, self.grid, self.turns = seed, split, grid, turns
+        self.kinds, self.weights = kinds, weights
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        rows = [self.specified(number) for number in batch["scene"]]
+        for row in rows:
+            row["images"] = [render_scene(spec) for spec in row["images"]]
+        return {name: [row[name] for row in rows] for name in _COLUMNS}
+
+    def specified(self, number: int) -> dict[str, Any]:
+        """A row with the specs of its images in their place."""
+        rng = random.Random(f"{self.seed}/{number}")
+        return _make_row(rng.choices(self.kinds, self.weights)[0], rng, self.split, self.grid, self.turns)
+
+
+def specified_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows of `digit_scenes`, in which `images` has the specs that images are drawn from, for `render_scene` and
+    `patch_labels`."""
+    drawn = dataset.format["format_kwargs"]["transform"]
+    return [drawn.specified(number) for number in dataset.with_format(None)["scene"]]
 
 
 def scene_specs(dataset: Dataset) -> list[list[tuple[int, ...]]]:
-    """The specs that each row's images are drawn from, for `render_scene` and `patch_labels`."""
-    rows = dataset.select_columns("images").with_format(None)["images"]
-    return [[tuple(spec) for spec in specs] for specs in rows]
+    """The specs that each row's images are drawn from."""
+    return [row["images"] for row in specified_rows(dataset)]
 
 
 def write_jsonl(dataset: Dataset, folder: str | os.PathLike) -> Path:
@@ -156,10 +178,3 @@ def _row(kind: str, specs: list[tuple[int, ...]], turns: list[Turn], num_digits:
         "answer": turns[-1][1],
         "num_digits": num_digits,
     }
-
-
-def _render_images(batch: dict[str, list]) -> dict[str, list]:
-    """Turn specs into images; the other columns, whichever are left, pass through."""
-    if "images" in batch:
-        batch = batch | {"images": [[render_scene(spec) for spec in specs] for specs in batch["images"]]}
-    return batch

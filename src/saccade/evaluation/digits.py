@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
+from saccade.data import scene_specs, specified_rows
 from saccade.data.chat import apply_chat_template
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
@@ -180,7 +181,7 @@ def evaluate_inferences(
     flops: dict[int, float] = {}
     done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
     # The end-of-turn token needs one token more than the longest answer.
-    answers = dataset.select_columns("answer")["answer"]
+    answers = [row["answer"] for row in specified_rows(dataset)]
     longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     for rows in _batches(dataset, batch_size):
         processed = collate_prompts(processor, rows).to(model.device)
@@ -272,7 +273,7 @@ def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
     """Lists of rows, ordered by number of images to keep padding short."""
-    images = [len(specs) for specs in dataset.select_columns("images").with_format(None)["images"]]
+    images = [len(specs) for specs in scene_specs(dataset)]
     order = sorted(range(len(images)), key=images.__getitem__)
     for start in range(0, len(order), size):
         yield [dataset[index] for index in order[start : start + size]]
