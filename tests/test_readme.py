@@ -150,7 +150,7 @@ def test_its_lines_for_the_shell_run(monkeypatch, tmp_path, capsys) -> None:
         elif words[0] == "serve":
             # No engine is at hand: the folder has to pass every check before that of the engine.
             monkeypatch.setattr(start, "installed_engine", no_engine)
-            assert main(words) == 2
+            assert main(["out/sft" if word == "FOLDER" else word for word in words]) == 2
             assert capsys.readouterr().err.endswith("\nsaccade: error: reached the engine\n")
         else:
             run_line(command)
