@@ -100,6 +100,7 @@ def test_its_figures_of_serving_are_those_of_the_benchmark() -> None:
     soon, many = (float(next(cells for cells in table if cells[0] == row)[2].split()[0]) for table in (first, rate))
     said = f"first token {soon:.1f} times as soon, {many:.1f} times as many requests"
     assert f"![vLLM at ratio 0.9: {said}](docs/images/serving_576.png)" in README
+    assert f"vLLM's first token comes {soon:.1f} times as soon for eight requests at once" in WORDS
     said = f"first token {soon:.1f} times as soon as from vLLM on all tokens, {many:.1f} times as many"
     assert said in " ".join(page.split())
 
