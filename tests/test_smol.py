@@ -16,6 +16,7 @@ from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
 from experiments.smol.study import Settings, plan_runs
 from experiments.smol.tasks import TASKS, Region, Sample
+from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
 from experiments.tiny_checkpoint.tower import place_positions
 from saccade.errors import SaccadeError
@@ -92,6 +93,35 @@ class TestTower:
         # The region reaches over 10 of the 16 pixels of patch 3; the second one covers a quarter of patch 2.
         assert [number for number, words in enumerate(shown) if words == {"Rome", "7"}] == [1, 2, 3]
         assert sum(words == {""} for words in shown) == 141
+
+    def test_most_steps_see_the_patches_that_show_something(self) -> None:
+        pixels, targets = tower.tower_batch("train", 0, 0, 12)
+        chosen = tower.choose_patches(targets, seed=3)
+        assert chosen.shape == (len(pixels), 64)
+        assert (chosen.diff() > 0).all()
+        shows = targets[..., tower.NOTHING] == 0
+        for row, patches in zip(shows, chosen.tolist(), strict=True):
+            assert row.sum() > 64 or set(row.nonzero()[:, 0].tolist()) <= set(patches)
+        assert torch.equal(chosen, tower.choose_patches(targets, seed=3))
+        assert not torch.equal(chosen, tower.choose_patches(targets, seed=4))
+
+    def test_a_tower_sees_the_chosen_patches_where_they_are(self) -> None:
+        model = tower._new_tower(12, None)
+        pixels, targets = tower.tower_batch("train", 0, 0, 12)
+        everything = tower.choose_patches(targets, seed=None)
+        with torch.no_grad():
+            plain = model(pixels).last_hidden_state
+            with tower.only_patches(model, everything):
+                torch.testing.assert_close(model(pixels).last_hidden_state, plain)
+            with tower.only_patches(model, everything[:, 5:9]):
+                some = model(pixels).last_hidden_state
+                # What the others show does not matter.
+                others = pixels.clone()
+                others[:, :, :PATCH, : 5 * PATCH] = 0
+                others[:, :, PATCH:] = 0
+                torch.testing.assert_close(model(others).last_hidden_state, some)
+            assert some.shape[1] == 1 + 4
+            torch.testing.assert_close(model(pixels).last_hidden_state, plain)
 
     def test_a_tower_that_was_broken_off_goes_on(self, tmp_path: Path, monkeypatch) -> None:
         whole = tower.train_tower(tmp_path / "whole", 4, log=lambda line: None)
@@ -225,12 +255,17 @@ def test_help_tells_every_setting(capsys) -> None:
     )
 
 
-@pytest.mark.slow
-def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
-    language_model = make_language_model(tmp_path / "language", "qwen2")
+def small_command(folder: Path, *words: str) -> list[str]:
+    """The command at a size that learns nothing, with a random language model."""
+    language_model = make_language_model(folder / "language", "qwen2")
     sizes = {"tower-steps": 1, "rows": 2, "turns": 2, "pretrain-steps": 1, "steps": 2, "batch-size": 2, "questions": 2}
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [*flags, "--language-model", str(language_model), "--output", str(tmp_path / "smol")]
+    return [*flags, "--language-model", str(language_model), "--output", str(folder / "smol"), *words]
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
+    command = small_command(tmp_path)
     assert main(command) == 0
     assert "all tokens" in capfd.readouterr().out
     runs = tmp_path / "smol" / "runs-12"
@@ -248,10 +283,7 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
     assert setup["tower-12"]["cpu_seconds"] > 0
     assert setup["model-12"]["visual_tokens"] == 144
     # The same command finds everything, and an evaluation that was broken off goes on with the tasks that it lacks.
-    (stage,) = (
-        path for path in (tmp_path / "smol" / "stages").iterdir() if path.name == result["model"].split("/")[-1]
-    )
-    (kept,) = (stage / "evaluations").glob("digits-*.json")
+    (kept,) = (Path(result["model"]) / "evaluations").glob("digits-*.json")
     entries = json.loads(kept.read_text())
     write_json_atomically(kept, [{**entry, "accuracy": 0.125} for entry in entries])
     (runs / "runs" / "dualspeed-seed0" / "result.json").unlink()
@@ -261,3 +293,19 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
     assert again["stages"] == result["stages"]
     assert {entry["accuracy_by_task"]["digits"] for entry in again["evaluations"]} == {0.125}
     assert main([*command, "--table"]) == 0
+    with pytest.raises(SaccadeError, match=r"holds a model of language_model='.*language': give that one"):
+        main([*command, "--language-model", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_the_larger_grid_has_a_tower_and_a_model_of_its_own(tmp_path: Path, monkeypatch) -> None:
+    real = tower.score_tower
+    monkeypatch.setattr(tower, "score_tower", lambda *args: real(*args, number=2))
+    assert main(small_command(tmp_path, "--grid", "24", "--methods", "dualspeed")) == 0
+    setup = json.loads((tmp_path / "smol" / "setup.json").read_text())
+    assert setup["model-24"]["visual_tokens"] == 576
+    report = json.loads((tmp_path / "smol" / "tower-24" / tower.REPORT_FILE).read_text())
+    assert report["settings"]["start"] == str(tmp_path / "smol" / "tower-12")
+    result = json.loads((tmp_path / "smol" / "runs-24" / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    full, pruned = (entry["mean_prompt_length"] for entry in result["evaluations"][:2])
+    assert round(full - pruned) == 576 - 58

@@ -58,7 +58,7 @@ class Settings:
 
     grid: int = 12
     language_model: str | None = None
-    tower_steps: int = 800
+    tower_steps: int = 1600
     rows: int = 600
     turns: int = 3
     pretrain_steps: int = 80
