@@ -248,8 +248,8 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, round(0.03 * steps)),
         "logging_steps": max(1, steps // 20),
-        # Often, since a step may take a minute.
-        "save_steps": max(1, steps // 20),
+        # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
+        "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
         "save_total_limit": 1,
         "report_to": "none",
         "bf16": False,
