@@ -362,7 +362,9 @@ def _start(
         variables |= {"VLLM_CPU_KVCACHE_SPACE": str(bench.kv_gib), "VLLM_CPU_OMP_THREADS_BIND": cores}
     else:
         flags += ["--gpu-memory-utilization", str(bench.gpu_share)]
-    urls = stack.enter_context(vllm_servers(Path(bench.python), folder, settings, flags, variables, logs / "logs"))
+    together = bench.device == "cpu"
+    started = vllm_servers(Path(bench.python), folder, settings, flags, variables, logs / "logs", together)
+    urls = stack.enter_context(started)
     found: dict[str, Provider] = {}
     for name, kind in kinds.items():
         config = None if kind["ratio"] is None else bench.config(kind["ratio"])

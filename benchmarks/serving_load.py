@@ -265,14 +265,16 @@ def vllm_servers(
     flags: Sequence[str],
     variables: Mapping[str, str],
     logs: Path,
+    together: bool = True,
 ) -> Iterator[dict[str, str]]:
-    """The URLs of servers on a folder by name, all started together, and stopped at the end.
+    """The URLs of servers on a folder by name, stopped at the end.
 
     Args:
         python: of the environment that has vLLM.
         settings: how each prunes, for the plug-in; None is a server of vLLM alone, without it.
         flags, variables: of the engine's command, and of its environment.
         logs: folder that gets the log of each.
+        together: start all at once. On a GPU each measures the free memory as it starts, so one waits for the other.
 
     Raises:
         SaccadeError: if one ends before it answers.
@@ -296,15 +298,21 @@ def vllm_servers(
                     start_new_session=True,
                 )
             running[name] = (process, f"http://127.0.0.1:{port}")
-        for name, (process, root) in running.items():
-            if not wait_until_ready(process, f"{root}/health"):
-                raise SaccadeError(f"the server {name!r} ended before it answered: see {logs}")
+            if not together:
+                _wait(*running[name], log)
+        for process, root in running.values():
+            _wait(process, root, logs)
         yield {name: f"{root}/v1" for name, (_, root) in running.items()}
     finally:
         for process, _ in running.values():
             process.send_signal(signal.SIGINT)
         for process, _ in running.values():
             process.wait(120)
+
+
+def _wait(process: subprocess.Popen, root: str, log: Path) -> None:
+    if not wait_until_ready(process, f"{root}/health"):
+        raise SaccadeError(f"a server ended before it answered: see {log}")
 
 
 def free_port() -> int:
