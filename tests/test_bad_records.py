@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
 from family_models import FAMILIES
+from forked import forking
 from helpers import losses, make_trainer
 from PIL import Image
 
@@ -344,7 +345,8 @@ def test_two_ranks_evaluate_together(processor, tmp_path, data):
     ]
     words = [json.dumps({"per_device_eval_batch_size": 2, **case}) for case in cases]
     command = [sys.executable, str(Path(__file__).parent / "evaluation_process.py"), str(tmp_path), *words]
-    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"):
+    quick = forking("saccade.launch.processes")
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"), quick:
         assert run_processes(make_plan("ddp", 2), command) == 0
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert both[0] == both[1]

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from forked import forking
 from PIL import Image
 
 from saccade import SaccadeError
@@ -32,7 +33,8 @@ KEYS = {
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder, settings=SMALL, jobs=2)
+    with forking("saccade.sweeps.runner"):
+        run_demo(folder, settings=SMALL, jobs=2)
     return folder
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from helpers import losses, make_trainer
 from peft import LoraConfig
 from safetensors import SafetensorError
@@ -45,9 +46,7 @@ OPTIONS = {"reducer": "random", "slow_probability": 0.4, "max_steps": 8, "save_s
 def run(output, expect=0, **options):
     values = {**OPTIONS, "output_dir": str(output), **options}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(values)], capture_output=True, text=True, env=environment
-    )
+    done = run_forked([sys.executable, str(SCRIPT), json.dumps(values)], env=environment)
     assert done.returncode == expect, done.stderr[-3000:]
 
 

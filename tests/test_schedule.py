@@ -1,9 +1,9 @@
 """The mode of a step is a pure function of (seed, step)."""
 
-import subprocess
 import sys
 
 import pytest
+from forked import run_forked
 from helpers import fast_slow_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,8 +36,8 @@ def test_does_not_depend_on_order_process_or_global_random_state() -> None:
         "import random; random.seed(99); from saccade.dualspeed.schedule import ModeSchedule; "
         "s = ModeSchedule(11, {'fast': 0.7, 'slow': 0.3}); print(''.join(s.mode(i)[0] for i in range(60)))"
     )
-    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == "".join(mode[0] for mode in here)
+    there = run_forked([sys.executable, "-c", code])
+    assert there.stdout.strip() == "".join(mode[0] for mode in here)
 
 
 def test_seeds_differ() -> None:

@@ -7,10 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from forked import Forked
 
 from saccade import SaccadeError
 from saccade.cli.main import main
@@ -52,15 +58,18 @@ FAILING = ["--grid", "slow_probability=0.5,0", "--grid", "max_length=2048,30"]
 def swept(tmp_path_factory):
     """Four runs, two of which fail, and the output of the command."""
     output = tmp_path_factory.mktemp("sweep")
-    command = [sys.executable, "-m", "saccade.cli.main", "sweep", *SMALL, *FAILING, "--jobs", "2"]
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True)
-    return output, done
+    # The first run is a process from the start, as all are outside tests.
+    kinds = chain([subprocess.Popen], repeat(Forked))
+    starting = SimpleNamespace(Popen=lambda *args, **options: next(kinds)(*args, **options), PIPE=subprocess.PIPE)
+    with mock.patch("saccade.sweeps.runner.subprocess", starting), redirect_stderr(StringIO()) as said:
+        status = main(["sweep", *SMALL, *FAILING, "--jobs", "2", "--output", str(output)])
+    return output, status, said.getvalue()
 
 
 def test_a_failed_run_does_not_lose_the_others(swept) -> None:
-    output, done = swept
-    assert done.returncode == 1
-    complaints = done.stderr.splitlines()
+    output, status, said = swept
+    assert status == 1
+    complaints = said.splitlines()
     assert len(complaints) == 3
     for line, probability in zip(complaints, ("0.5", "0"), strict=False):
         assert f"the run slow_probability={probability}-max_length=30-seed=0 ended with status 1" in line
@@ -72,7 +81,7 @@ def test_a_failed_run_does_not_lose_the_others(swept) -> None:
 
 
 def test_the_first_stage_was_trained_once(swept) -> None:
-    output, _ = swept
+    output, *_ = swept
     results = list((output / "stages").glob("pretrain-*/result.json"))
     assert len(results) == 1
     seconds = json.loads(results[0].read_text())["seconds"]
@@ -81,7 +90,7 @@ def test_the_first_stage_was_trained_once(swept) -> None:
 
 
 def test_results_hold_the_whole_evaluation(swept) -> None:
-    output, _ = swept
+    output, *_ = swept
     for path in output.glob("runs/*/result.json"):
         result = json.loads(path.read_text())
         assert [entry["inference"] for entry in result["evaluations"]] == ["full", "pruned", "pruned_isolator"]
@@ -91,7 +100,7 @@ def test_results_hold_the_whole_evaluation(swept) -> None:
 
 
 def test_what_is_there_is_not_made_again(swept, capfd) -> None:
-    output, _ = swept
+    output, *_ = swept
     before = {path: path.stat().st_mtime_ns for path in output.glob("runs/*/result.json")}
     flags = ["--only", "max_length=2048", "--output", str(output)]
     assert main(["sweep", *SMALL, *FAILING, *flags]) == 0
@@ -101,7 +110,7 @@ def test_what_is_there_is_not_made_again(swept, capfd) -> None:
 
 @pytest.mark.slow
 def test_the_table_of_some_folders_has_the_rows_of_all(swept, tmp_path, capsys) -> None:
-    output, _ = swept
+    output, *_ = swept
     whole = Standing(Plan.read(output), output)
     partial = tmp_path / "partial"
     shutil.copytree(output, partial, ignore=shutil.ignore_patterns("stages"))
@@ -116,7 +125,7 @@ def test_the_table_of_some_folders_has_the_rows_of_all(swept, tmp_path, capsys) 
 
 @pytest.mark.slow
 def test_another_commit_is_made_again_unless_any_will_do(swept, tmp_path, capfd, monkeypatch) -> None:
-    output, _ = swept
+    output, *_ = swept
     moved = tmp_path / "moved"
     shutil.copytree(output, moved)
     (spec,) = [run for run in Plan.read(moved).runs if run.name == "slow_probability=0-max_length=2048-seed=0"]
@@ -134,7 +143,7 @@ def test_another_commit_is_made_again_unless_any_will_do(swept, tmp_path, capfd,
 
 
 def test_a_folder_of_another_sweep_is_refused(swept, capsys) -> None:
-    output, _ = swept
+    output, *_ = swept
     before = {path: path.read_bytes() for path in output.glob("**/*.json")}
     for words in (["--grid", "slow_probability=0.5"], ["--grid", "slow_probability=0.5,0", "--dataset_rows", "12"]):
         flags = ["--grid", "max_length=2048", "--output", str(output)]
@@ -146,7 +155,7 @@ def test_a_folder_of_another_sweep_is_refused(swept, capsys) -> None:
 
 
 def test_a_sweep_may_grow(swept) -> None:
-    output, _ = swept
+    output, *_ = swept
     plan = Plan.read(output)
     failed = [spec for spec in plan.runs if spec.labels["max_length"] == 30]
     extra = replace(plan.runs[0], name="one more")
