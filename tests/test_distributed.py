@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from data_files import good_records, write_json
 from forked import forking
 from helpers import ORDINARY
 from safetensors.torch import load_file
@@ -97,10 +98,9 @@ def test_two_processes_equal_one(one_process, tmp_path, engine):
 
 @pytest.mark.parametrize(
     "modes",
-    [{"slow_probability": 0.5}, ORDINARY],
+    [{"slow_probability": 0.5}, pytest.param(ORDINARY, marks=pytest.mark.slow)],
     ids=["both modes", "stock steps"],
 )
-@pytest.mark.slow
 def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
     """Of 9 rows one is left for the second batch of 8: the second rank has nothing but rows that it has seen."""
     # Rows with images only: a stock step on text leaves the projector without a gradient, and not with a zero one.
@@ -142,6 +142,25 @@ def test_ranks_share_a_feature_cache(one_process, tmp_path):
         hits = [entry.pop("feature_cache_hits") for entry in entries.values() if "feature_cache_hits" in entry]
         assert (sum(hits) < len(hits)) if name == "first" else (hits == [1.0] * len(hits) != [])
         check_equal(entries, one)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_stream_that_ends_unevenly_is_the_stream_of_one_process(tmp_path, accumulation):
+    """Of five rows one rank reads three and the other two; then both begin the next epoch, over and over."""
+    data = write_json(tmp_path / "rows.jsonl", good_records(tmp_path, 5))
+    options = {"stream": str(data), "gradient_accumulation_steps": accumulation, "max_steps": 6}
+    one = launch(tmp_path / "one", 1, **options, per_device_train_batch_size=2)
+    two = launch(tmp_path / "two", 2, **options, per_device_train_batch_size=1)
+    assert len(one) == 6
+    # The row that stands in is counted among the tokens that were computed, and nowhere else.
+    check_equal(two, one, tokens=False)
+
+
+def test_a_rank_without_rows_of_a_stream_ends_all(tmp_path, capfd):
+    data = write_json(tmp_path / "rows.jsonl", good_records(tmp_path, 1))
+    launch(tmp_path / "out", 2, expect=1, stream=str(data), per_device_train_batch_size=1)
+    said = "the training stream has no rows for rank 1: it has fewer rows than the 2 processes"
+    assert capfd.readouterr().err.count(said) >= 2
 
 
 @pytest.mark.parametrize(

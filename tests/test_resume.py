@@ -185,6 +185,15 @@ def test_damaged_checkpoints_are_passed_over_by_name(interrupted, caplog):
         (line,) = [line for line in caplog.messages if f"{path}: " in line]
         assert name in line
         assert line.endswith(f"; passed over, going on from {whole}")
+        with pytest.raises(SaccadeError, match="is not a whole checkpoint") as error:
+            resolve_resume(str(path), interrupted)
+        assert name in str(error.value)
+    shutil.rmtree(whole)
+    with pytest.raises(SaccadeError, match="has no whole checkpoint") as error:
+        resolve_resume(True, interrupted)
+    for path, name in damaged.items():
+        (fault,) = [part for part in str(error.value).split("; ") if f"{path}: " in part]
+        assert name in fault
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "model.safetensors"])

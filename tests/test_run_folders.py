@@ -8,9 +8,11 @@ import sys
 from dataclasses import dataclass, field, fields
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import make_trainer
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from saccade import DualSpeedConfig, SaccadeError
 from saccade.cli.main import main
@@ -260,6 +262,20 @@ def test_other_rows_or_another_model_are_refused(processor, tmp_path):
     changed = build_tiny_processor()
     changed.image_processor.image_mean = [0.4, 0.4, 0.4]
     assert message(processor=changed).startswith("processor=")
+
+
+def test_the_dtype_of_the_embedded_model_is_compared(tmp_path, capsys):
+    flags = ["--model", "tiny", "--use_cpu", "true", "--max_steps", "1", "--dataset_rows", "4"]
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--output_dir", str(tmp_path)]
+    flags += ["--per_device_train_batch_size", "2"]
+    assert main(["train", "tiny-digits/sft", *flags, "--dtype", "bfloat16"]) == 0
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    capsys.readouterr()
+    assert main(["train", "tiny-digits/sft", *flags, "--resume", "auto"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("saccade: error: ")
+    assert "model.dtype='float32' (checkpoint: 'bfloat16')" in line
 
 
 def test_adapters_know_the_model_that_they_belong_to(processor):

@@ -2,9 +2,10 @@
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
-that step), `text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `lora`, `half` (weights in
-bfloat16), and options of the config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it
-happens. Started by a launcher whose environment asks for FSDP, it lets accelerate shard on the CPU.
+that step), `text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `stream` (records to
+stream instead), `lora`, `half` (weights in bfloat16), and options of the config. Each step's mode and loss is appended
+to `steps.jsonl` in `output_dir` as it happens. Started by a launcher whose environment asks for FSDP, it lets
+accelerate shard on the CPU.
 """
 
 import json
@@ -25,6 +26,7 @@ from helpers import make_trainer
 from saccade.data import digit_scenes
 from saccade.launch import check_engine
 from saccade.tiny import build_tiny_llava, build_tiny_processor
+from saccade.training import ModelOptions, load_rows
 
 torch.set_num_threads(1)
 
@@ -81,7 +83,10 @@ def main(options: dict) -> None:
     config = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
     output = Path(options.pop("output_dir"))
     output.mkdir(parents=True, exist_ok=True)
-    scenes = digit_scenes("sft", "train", **rows)
+    scenes, stream = digit_scenes("sft", "train", **rows), options.pop("stream", None)
+    if stream is not None:
+        streaming = ModelOptions(dataset=stream, dataset_streaming=True, dataset_shuffle_buffer=0)
+        scenes = load_rows(streaming, shards=int(os.environ.get("WORLD_SIZE", "1")))
     trainer = make_trainer(model, processor, output, scenes, config if lora else None, **options)
     if text_only_rank is not None and trainer.args.process_index == text_only_rank:
         texts = digit_scenes("sft", "train", 64, kinds=["text_only"])

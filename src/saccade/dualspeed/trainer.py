@@ -562,10 +562,38 @@ class DualSpeedTrainer(SFTTrainer):
         for batch in islice(epoch_iterator, num_batches):
             self._ignore_repeated_rows(batch, self.args.train_batch_size)
             batches.append(batch)
+        if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
+            batches = self._as_many_on_all_ranks(batches)
         if batches:
             found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
             self._note_bad_records(found, given_up=not all(batches))
         return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _as_many_on_all_ranks(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Bring every rank to the same number of micro-batches.
+
+        Where its part of a stream has ended, a rank repeats its first batch, without labels, until the parts of all
+        have ended. Otherwise it would begin the next epoch alone.
+
+        Raises:
+            SaccadeError: on all ranks, if the part of one has no rows.
+        """
+        device = self.accelerator.device
+        counts = self.accelerator.gather(torch.tensor([len(batches)], device=device)).tolist()
+        if min(counts) == max(counts):
+            return batches
+        missing = max(counts) - len(batches)
+        loader = getattr(self._train_loader, "base_dataloader", self._train_loader)
+        first = next(iter(loader), None) if missing else {}
+        empty = self.accelerator.gather(torch.tensor([first is None], device=device)).tolist()
+        if any(empty):
+            raise SaccadeError(
+                f"the training stream has no rows for rank {empty.index(True)}: it has fewer rows than the "
+                f"{len(empty)} processes and their data workers; use fewer of them"
+            )
+        if first and "labels" in first:
+            first["labels"] = torch.full_like(first["labels"], IGNORE_INDEX)
+        return batches + [dict(first) for _ in range(missing)]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The stock step. Every rank must call it.

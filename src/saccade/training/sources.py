@@ -54,7 +54,9 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     if options.load_in_4bit:
         check_quantization(options.model)
     if options.model == "tiny":
-        model, processor = load_tiny(grid=options.dataset_grid)
+        # Stored in float16, which overflows in training.
+        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+        model, processor = load_tiny(grid=options.dataset_grid, dtype=dtype)
         use_released_names(model)
         return _with_attention(model, options.attn_implementation), processor
     check_family(options.model, trust_remote_code)
