@@ -114,7 +114,7 @@ def test_two_stages_then_served(story):
 
 
 def test_the_export_is_served_by_one_command(story, tmp_path):
-    """`saccade serve FOLDER`, no more: by the folder's own name, and pruned as the model was trained.
+    """`saccade serve FOLDER`, with flags of the engine only: by the folder's own name, pruned as it was trained.
 
     That is the third of the three commands of docs/serve.md. The first made the folder; the second is the extra that
     the environment's vLLM satisfies.
@@ -125,7 +125,7 @@ def test_the_export_is_served_by_one_command(story, tmp_path):
     asked = job(folder, questions) | {"model": "export", "requests": len(questions)}
     asked["extra"] = {"return_token_ids": True}
     (tmp_path / "job.json").write_text(json.dumps(asked))
-    with server(folder, ["--dtype", "float32"], tmp_path / "server.log", "export") as url:
+    with server(folder, ENGINE_FLAGS, tmp_path / "server.log", "export") as url:
         command = [PYTHON, ROOT / "tests" / "serving_client.py", url, tmp_path / "job.json", tmp_path / "found.json"]
         assert subprocess.run(command, env=engine_environment(), check=False).returncode == 0
     wanted = pruned(*loaded(folder), questions, PruningConfig.from_pretrained(folder), LONGEST)
