@@ -11,7 +11,7 @@ from peft import LoraConfig
 
 from saccade import SaccadeError
 from saccade.data import digit_scenes
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.families.cache import check_cacheable
 from saccade.reducers import Needs, PruningConfig
 from saccade.testing.training import make_config
@@ -154,6 +154,6 @@ def test_engines_that_shard_the_tower_are_refused(model, processor, tmp_path, en
 
 
 def test_modes_say_what_they_need():
-    assert Mode("full", 1.0, "keep", PruningConfig("fastervlm")).needs == Needs()
-    assert Mode("fast", 1.0, pruning=PruningConfig("visionzip")).needs.fields == {"saliency", "keys"}
-    assert Mode("fast", 1.0, pruning=PruningConfig("cdpruner")).needs.fields == {"relevance"}
+    assert ModeConfig("full", 1.0, "keep").needs == Needs()
+    assert ModeConfig("fast", 1.0, pruning=PruningConfig("visionzip")).needs.fields == {"saliency", "keys"}
+    assert ModeConfig("fast", 1.0, pruning=PruningConfig("cdpruner")).needs.fields == {"relevance"}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade import SaccadeError
 from saccade.dualspeed.checks import check_family_can
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.families import Encoded
 from saccade.pruning import reduced_features
 from saccade.reducers import Needs, PruningConfig, get_reducer, reduce
@@ -165,6 +165,6 @@ def test_a_family_that_cannot_says_so(name):
     for reducer in ("visionzip", "prumerge"):
         with pytest.raises(SaccadeError, match=message):
             case.prune(case.inputs, reducer, reducer_options={"merge": "encoder"})
-    mode = Mode("fast", 1.0, pruning=PruningConfig("visionzip", {"merge": "encoder"}))
+    mode = ModeConfig("fast", 1.0, pruning=PruningConfig("visionzip", {"merge": "encoder"}))
     with pytest.raises(SaccadeError, match=message):
         check_family_can(case.family, [mode])  # before training begins

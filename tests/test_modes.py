@@ -1,12 +1,13 @@
 """Modes as a list: what a configuration makes of them, and how often each one comes."""
 
+import json
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saccade import SaccadeError
+from saccade import ModeConfig, SaccadeError, SkipVisionConfig
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.reducers import PruningConfig
 from saccade.testing.training import make_config
@@ -42,6 +43,46 @@ def test_a_list_takes_what_it_leaves_out_from_the_configuration(tmp_path):
     assert not skipping.isolator
     assert slow.keeps_all
     assert dict(config.mode_schedule().shares) == {"fast": 0.6, "middle": 0.25, "skipping": 0.05, "slow": 0.1}
+
+
+RANDOM = PruningConfig("random", prune_ratio=0.5)
+TYPED = [
+    ModeConfig("fast", 0.6, isolator=True),
+    ModeConfig("middle", 0.25, pruning=RANDOM, teacher="fast"),
+    ModeConfig("skipping", 0.05, "skip", teacher="fast"),
+    ModeConfig("slow", 0.1, "keep", teacher="fast"),
+]
+
+
+def test_typed_modes_and_mappings_are_the_same(tmp_path):
+    written, typed = (make_config(tmp_path, modes=modes, keep_tokens=12) for modes in (SPEEDS, TYPED))
+    assert typed.modes == written.modes == list(typed.all_modes())
+    assert all(isinstance(mode, ModeConfig) for mode in written.modes)
+    assert typed.resume_state() == written.resume_state()
+    assert json.loads(typed.to_json_string())["modes"][1]["reducer"] == "random"
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        SPEEDS,
+        TYPED,
+        [{"name": "skip", "probability": 1.0, "action": "skip", "skip_vision": "64/156"}],
+        [ModeConfig("skip", 1.0, "skip", skip_vision=SkipVisionConfig.preset("272/256"))],
+        [{"name": "fast", "probability": 1.0, "fit_length": 30, "isolator": False}],
+    ],
+)
+def test_what_is_saved_of_modes_reads_back_whatever_the_run_says(modes, tmp_path):
+    config = make_config(tmp_path, modes=modes, keep_tokens=12)
+    saved = json.loads(json.dumps(config.to_dict()["modes"]))
+    other = make_config(tmp_path / "other", modes=saved, reducer="dpp", prune_ratio=0.3, positions="original")
+    assert other.all_modes() == config.all_modes()
+
+
+def test_a_mode_that_skips_may_have_its_own_options(tmp_path):
+    own = SkipVisionConfig.preset("100/156", summary=False)
+    modes = [ModeConfig("fast", 0.9), ModeConfig("skipping", 0.1, "skip", skip_vision=own)]
+    assert make_config(tmp_path, modes=modes).all_modes()[1].skip_vision == own
 
 
 def test_a_skip_in_the_fast_slow_recipe(tmp_path):
@@ -120,6 +161,10 @@ def one(**changes):
         ({"modes": one(isolator=True, action="keep")}, "only a mode that drops"),
         ({"modes": one(reducer="best")}, "best"),
         ({"modes": one(prune_ratio=1.0)}, "prune_ratio=1.0"),
+        ({"modes": one(action="keep", prune_ratio=0.5)}, "mode 'fast' keeps all tokens, so options of pruning"),
+        ({"modes": one(skip_vision="100/156")}, "skip_vision of mode 'fast', whose action is 'drop'"),
+        ({"modes": one(action="skip", skip_vision={"retain": 5})}, "skip_vision: unknown option 'retain'"),
+        ({"modes": one(action="skip", skip_vision="64/156", keep_tokens=5)}, "both say which tokens stay"),
         ({"modes": one() * 2}, "two of them have name='fast'"),
         ({"modes": one(action="skip"), "adaptive": True}, "adaptive=True: a mode that skips"),
         ({"skip_vision": "99/1"}, "preset='99/1'"),
@@ -132,3 +177,17 @@ def test_what_makes_no_list_of_modes_is_one_line(options, message, tmp_path):
     with pytest.raises(SaccadeError, match=message) as caught:
         make_config(tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pruning": {"prune_ratio": 0.5}}, "pruning={'prune_ratio': 0.5} of mode 'fast' is not a PruningConfig"),
+        ({"pruning": PruningConfig(isolator="out")}, "pruning.isolator='out' of mode 'fast'"),
+        ({"skip_vision": "100/156", "action": "skip"}, "is not a SkipVisionConfig"),
+        ({"isolator": 1}, "isolator=1 of mode 'fast': use true or false"),
+    ],
+)
+def test_a_mode_checks_itself(options, message):
+    with pytest.raises(SaccadeError, match=message):
+        ModeConfig("fast", 1.0, **options)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from saccade.errors import needing_extras
 
 if TYPE_CHECKING:
-    from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer
+    from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer, ModeConfig
     from saccade.errors import SaccadeError
     from saccade.images import open_image
     from saccade.pruning import apply_pruning, prune_inputs
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DualSpeedConfig": "saccade.dualspeed",
     "DualSpeedTrainer": "saccade.dualspeed",
+    "ModeConfig": "saccade.dualspeed",
     "PruningConfig": "saccade.reducers",
     "Reduction": "saccade.tokens",
     "SaccadeError": "saccade.errors",
@@ -35,6 +36,7 @@ _HOMES = {
 __all__ = [
     "DualSpeedConfig",
     "DualSpeedTrainer",
+    "ModeConfig",
     "PruningConfig",
     "Reduction",
     "SaccadeError",

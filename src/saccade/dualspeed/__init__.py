@@ -2,7 +2,8 @@
 
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.modes import ModeConfig
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.dualspeed.trainer import DualSpeedTrainer
 
-__all__ = ["DualSpeedCollator", "DualSpeedConfig", "DualSpeedTrainer", "ModeSchedule"]
+__all__ = ["DualSpeedCollator", "DualSpeedConfig", "DualSpeedTrainer", "ModeConfig", "ModeSchedule"]

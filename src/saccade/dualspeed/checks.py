@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.errors import SaccadeError, did_you_mean, needs_package
 from saccade.families import Family
 from saccade.files import check_writable
@@ -151,7 +151,7 @@ def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
         )
 
 
-def check_family_can(family: Family, modes: Sequence[Mode]) -> None:
+def check_family_can(family: Family, modes: Sequence[ModeConfig]) -> None:
     """Refuse a mode whose reducer needs what the family's vision tower does not provide.
 
     Raises:

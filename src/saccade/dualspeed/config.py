@@ -1,7 +1,6 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from trl import SFTConfig
 
 from saccade.data.plain import check_conversation
 from saccade.dualspeed.compiling import check_compiling
-from saccade.dualspeed.modes import Mode, fast_and_slow, listed
+from saccade.dualspeed.modes import ModeConfig, fast_and_slow, listed
 from saccade.dualspeed.schedule import ModeSchedule
 from saccade.errors import SaccadeError, needs_package
 from saccade.families.cache import check_needs
@@ -114,11 +113,10 @@ class DualSpeedConfig(SFTConfig):
             language model is always fast.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
-        modes (`list` of `dict`, *optional*):
-            More than two speeds, replacing fast and slow. Each mode has a `name`, a `probability` and, where they
-            differ from the options here, `action` ("drop", "skip" or "keep"), `reducer`, `reducer_options`,
-            `prune_ratio`, `keep_tokens`, `isolator` and `teacher`, the mode that it learns from. A stage that trains
-            no parameter of the language model is always in the first mode.
+        modes (`list` of [`ModeConfig`], *optional*):
+            More than two speeds, replacing fast and slow. In a recipe, each is a mapping, with the options of pruning
+            beside the mode's own fields; what it leaves out is taken from the options here. A stage that trains no
+            parameter of the language model is always in the first mode.
         skip_vision (`dict` or `str`, *optional*):
             Options of [`SkipVisionConfig`], or the name of a published budget, which may also be given as the option
             `preset`. With the options of ordinary fine-tuning, every step skips; otherwise `skip_mode` says which mode
@@ -227,7 +225,7 @@ class DualSpeedConfig(SFTConfig):
     )
     slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
     schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
-    modes: list[dict[str, Any]] | None = field(
+    modes: list[ModeConfig] | None = field(
         default=None, metadata={"help": "More than two speeds: name, probability, action and more of each mode."}
     )
     skip_vision: dict[str, Any] | str | None = field(
@@ -300,6 +298,8 @@ class DualSpeedConfig(SFTConfig):
         check_conversation(self.conversation)
         if self.skip_mode not in ("fast", "slow"):
             raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
+        if self.modes is not None:
+            self.modes = list(self._given_modes())
         self.mode_schedule()
         if self.isolator_length < 0:
             raise SaccadeError(
@@ -464,7 +464,7 @@ class DualSpeedConfig(SFTConfig):
         shares = {mode.name: mode.probability for mode in self.all_modes()}
         return ModeSchedule(self.seed, shares, self.schedule)
 
-    def all_modes(self) -> tuple[Mode, ...]:
+    def all_modes(self) -> tuple[ModeConfig, ...]:
         """The modes of the run; the first is the one that stage one uses.
 
         Raises:
@@ -479,20 +479,19 @@ class DualSpeedConfig(SFTConfig):
             for mode in modes
         )
 
-    def _given_modes(self) -> tuple[Mode, ...]:
+    def _given_modes(self) -> tuple[ModeConfig, ...]:
         """The modes, of which those on all tokens may be longer than `fit_length`."""
         skip = self.skip_options
         if self.modes is None and skip is not None and self._trains_on_all:
-            return (Mode("skip", 1.0, "skip", skip_vision=skip),)
-        base = {"pruning": self.pruning, "isolator": self.isolator_length > 0}
+            return (ModeConfig("skip", 1.0, "skip", skip_vision=skip),)
+        defaults = {"pruning": self.pruning, "isolator": self.isolator_length > 0, "skip_vision": skip}
         if self.modes is not None:
-            return listed(self.modes, Mode("base", 1.0, **base), skip)
+            return listed(self.modes, **defaults)
         return fast_and_slow(
             slow_probability=self.slow_probability,
             distill=self.distill_weight > 0,
-            skip_vision=skip,
             skip_mode=self.skip_mode,
-            **base,
+            **defaults,
         )
 
     @property
@@ -502,20 +501,7 @@ class DualSpeedConfig(SFTConfig):
         Raises:
             SaccadeError: on an unknown option or a value out of range.
         """
-        given = self.skip_vision
-        if given is None:
-            return None
-        options = {"preset": given} if isinstance(given, str) else given
-        if not isinstance(options, Mapping):
-            raise SaccadeError(f"skip_vision={given!r}: give a mapping of options, or a budget such as '100/156'")
-        options = dict(options)
-        try:
-            if "preset" in options:
-                return SkipVisionConfig.preset(options.pop("preset"), **options)
-            return SkipVisionConfig(**options)
-        except TypeError as error:
-            unknown = str(error).partition("argument ")[2] or str(error)
-            raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
+        return None if self.skip_vision is None else SkipVisionConfig.from_options(self.skip_vision)
 
     @property
     def pruning(self) -> PruningConfig:
@@ -537,6 +523,10 @@ class DualSpeedConfig(SFTConfig):
     @property
     def _trains_on_all(self) -> bool:
         return self.pruning.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, without tokens of accounts."""
+        return {**super().to_dict(), "modes": _plain(self.modes)}
 
     def resume_state(self) -> dict[str, Any]:
         """The options that a resumed run must share, as plain values: all but those in `FREE_TO_CHANGE`."""
@@ -562,4 +552,6 @@ class DualSpeedConfig(SFTConfig):
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     return value.to_dict() if hasattr(value, "to_dict") else value

@@ -5,7 +5,7 @@ The published method has two, fast and slow. `DualSpeedConfig.modes` lists any n
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean
@@ -17,49 +17,120 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Mode:
+class ModeConfig:
     """One speed of a run.
 
     Args:
-        name: its name in the log.
-        probability: its share of steps.
-        action: what happens to the visual tokens that the reducer does not keep. "drop" removes them (DualSpeed's fast
-            mode), "skip" lets them skip the feed-forward networks (Skip-Vision); "keep" uses no reducer and keeps all
-            tokens.
-        pruning: how the kept tokens are chosen, and how many.
-        isolator: whether the mode isolator is put before each image; only for "drop", since with "skip" the summary
-            tokens mark the mode.
-        teacher: the mode that it learns from besides the labels, or None.
-        skip_vision: the options of a "skip".
+        name (`str`):
+            Its name in the log: lower-case letters, digits and _.
+        probability (`float`):
+            Its share of the steps; the shares of a run add up to 1.
+        action (`str`, *optional*, defaults to `"drop"`):
+            What happens to the visual tokens that the reducer does not keep. `"drop"` removes them, as in DualSpeed's
+            fast steps; `"skip"` lets them skip the feed-forward networks, as in Skip-Vision. `"keep"` keeps them all.
+        pruning ([`PruningConfig`], *optional*):
+            How the kept tokens are chosen, and how many; the run's own by default. Without `isolator`, since the run
+            trains its own. Not with `"keep"`.
+        isolator (`bool`, *optional*):
+            Whether the mode isolator is put before each image; only for `"drop"`, where it is by default, unless the
+            run has none.
+        teacher (`str`, *optional*):
+            Name of the mode that it learns from in addition to the labels, weighted by `distill_weight`.
+        skip_vision ([`SkipVisionConfig`], *optional*):
+            The options of a `"skip"`, instead of `pruning`. By default those of the run, with the tokens that
+            `pruning` keeps as the retained ones.
 
     Raises:
-        SaccadeError: if a value is out of range; the message names the field and the fix.
+        SaccadeError: if a value is out of range, or two do not go together; the message names the field and the fix.
     """
 
     name: str
     probability: float
     action: str = "drop"
-    pruning: PruningConfig = field(default_factory=PruningConfig)
-    isolator: bool = False
+    pruning: PruningConfig | None = None
+    isolator: bool | None = None
     teacher: str | None = None
     skip_vision: SkipVisionConfig | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise SaccadeError(f"modes: name={self.name!r}: use lower-case letters, digits and _, such as 'fast'")
+        of = f"of mode {self.name!r}"
         if isinstance(self.probability, bool) or not isinstance(self.probability, (int, float)):
-            raise SaccadeError(f"modes: probability={self.probability!r} of mode {self.name!r} is not a number")
+            raise SaccadeError(f"modes: probability={self.probability!r} {of} is not a number")
         if self.action not in ACTIONS:
-            raise SaccadeError(
-                f"modes: action={self.action!r} of mode {self.name!r} is unknown: use one of {', '.join(ACTIONS)}"
-            )
-        if not isinstance(self.isolator, bool):
-            raise SaccadeError(f"modes: isolator={self.isolator!r} of mode {self.name!r}: use true or false")
+            raise SaccadeError(f"modes: action={self.action!r} {of} is unknown: use one of {', '.join(ACTIONS)}")
+        for name, kind in (("pruning", PruningConfig), ("skip_vision", SkipVisionConfig)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise SaccadeError(f"modes: {name}={value!r} {of} is not a {kind.__name__}")
+        if self.isolator is not None and not isinstance(self.isolator, bool):
+            raise SaccadeError(f"modes: isolator={self.isolator!r} {of}: use true or false")
         if self.isolator and self.action != "drop":
             raise SaccadeError(
-                f"modes: isolator=True of mode {self.name!r}, whose action is {self.action!r}: only a mode that drops "
-                "tokens has one"
+                f"modes: isolator=True {of}, whose action is {self.action!r}: only a mode that drops tokens has one"
             )
+        if self.pruning is not None and self.action == "keep":
+            raise SaccadeError(
+                f"modes: {of[3:]} keeps all tokens, so options of pruning change nothing: leave them out"
+            )
+        if self.pruning is not None and self.pruning.isolator is not None:
+            raise SaccadeError(
+                f"modes: pruning.isolator={self.pruning.isolator!r} {of}: a run trains its own isolator, leave it out"
+            )
+        if self.skip_vision is not None and self.action != "skip":
+            raise SaccadeError(f"modes: skip_vision {of}, whose action is {self.action!r}: only 'skip' takes it")
+        if self.skip_vision is not None and self.pruning is not None:
+            raise SaccadeError(
+                f"modes: skip_vision and pruning {of} both say which tokens stay: leave one of them out"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], pruning: PruningConfig) -> "ModeConfig":
+        """A mode as recipes write it: the fields of this class, but `pruning` by its options, such as `prune_ratio`.
+
+        Args:
+            pruning: provides the options that are left out.
+
+        Raises:
+            SaccadeError: on an unknown field, one that is missing, or a value out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise SaccadeError(f"modes: {values!r} is not a mapping: write name, probability and action of each mode")
+        options = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
+        known = {entry.name for entry in fields(cls)} - {"pruning"} | options
+        for name in values:
+            if name not in known:
+                hint = did_you_mean(str(name), known, f"use {', '.join(sorted(known))}")
+                raise SaccadeError(f"modes: unknown field {name!r}: {hint}")
+        for name in ("name", "probability"):
+            if name not in values:
+                raise SaccadeError(f"modes: {dict(values)!r} has no {name!r}: every mode needs one")
+        given = {name: value for name, value in values.items() if name not in options}
+        if given.get("skip_vision") is not None:
+            given["skip_vision"] = SkipVisionConfig.from_options(given["skip_vision"])
+        changes = {name: value for name, value in values.items() if name in options}
+        return cls(**given, pruning=pruning.replace(**changes) if changes else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads as this mode, as plain values."""
+        values = asdict(self)
+        options = values.pop("pruning") or {}
+        options.pop("isolator", None)
+        return {**{name: value for name, value in values.items() if value is not None}, **options}
+
+    def with_defaults(
+        self, pruning: PruningConfig, isolator: bool, skip_vision: SkipVisionConfig | None
+    ) -> "ModeConfig":
+        """The mode with what it leaves out taken from the run: one that drops then has `pruning`, and one that skips
+        has `skip_vision` instead."""
+        if self.action == "keep":
+            return replace(self, isolator=False)
+        own = self.pruning or pruning
+        if self.action == "drop":
+            return replace(self, pruning=own, isolator=isolator if self.isolator is None else self.isolator)
+        options = self.skip_vision or skip_by_reducer(skip_vision or SkipVisionConfig(), own)
+        return replace(self, pruning=None, isolator=False, skip_vision=options)
 
     @property
     def needs(self) -> Needs:
@@ -71,7 +142,7 @@ class Mode:
     @property
     def keeps_all(self) -> bool:
         """Whether the mode runs the stock model on the full sequence, or on as much of it as fits."""
-        return self.action == "keep" or (self.action == "drop" and self.pruning.prune_ratio == 0 and not self.isolator)
+        return self.action == "keep" or (self.action == "drop" and self.pruning.keeps_fitting and not self.isolator)
 
 
 def fast_and_slow(
@@ -82,69 +153,51 @@ def fast_and_slow(
     isolator: bool,
     skip_vision: SkipVisionConfig | None,
     skip_mode: str,
-) -> tuple[Mode, ...]:
+) -> tuple[ModeConfig, ...]:
     """The modes of fast-slow training: the published two or, with `skip_vision`, one of them with skipping."""
     if not 0 <= slow_probability <= 1:
         raise SaccadeError(
             f"slow_probability={slow_probability!r} is outside [0, 1]: it is the share of steps on all tokens"
         )
-    skipping = None if skip_vision is None else skip_by_reducer(skip_vision, pruning)
-    fast = Mode("fast", 1 - slow_probability, pruning=pruning, isolator=isolator)
-    slow = Mode("slow", slow_probability, "keep", teacher="fast" if distill else None)
-    if skip_vision is not None and skip_mode == "fast":
-        fast = replace(fast, action="skip", isolator=False, skip_vision=skipping)
-    elif skip_vision is not None:
-        slow = replace(slow, action="skip", pruning=pruning, skip_vision=skipping)
-    return fast, slow
+    skips = skip_mode if skip_vision is not None else None
+    fast = ModeConfig("fast", 1 - slow_probability, "skip" if skips == "fast" else "drop")
+    slow = ModeConfig(
+        "slow", slow_probability, "skip" if skips == "slow" else "keep", teacher="fast" if distill else None
+    )
+    return tuple(mode.with_defaults(pruning, isolator, skip_vision) for mode in (fast, slow))
 
 
-def listed(modes: Sequence[Mapping[str, Any]], base: Mode, skip_vision: SkipVisionConfig | None) -> tuple[Mode, ...]:
-    """The modes of a configuration that lists them.
+def listed(
+    modes: Sequence[ModeConfig | Mapping[str, Any]],
+    pruning: PruningConfig,
+    isolator: bool,
+    skip_vision: SkipVisionConfig | None,
+) -> tuple[ModeConfig, ...]:
+    """The modes of a run that lists them, with what they leave out.
 
     Args:
-        modes: one mapping per mode: `name`, `probability`, and optionally `action`, `isolator`, `teacher` and options
-            of [`PruningConfig`].
-        base: provides the values that a mapping omits.
+        modes: one per mode, a mapping as [`ModeConfig.from_dict`] takes it.
+        pruning: how modes reduce that do not say it.
+        isolator: whether modes that drop have the isolator, if they do not say it.
         skip_vision: options of the modes that skip; the defaults if None.
 
     Raises:
         SaccadeError: if this is not a valid list of modes.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
-        raise SaccadeError(f"modes={modes!r}: give a list of mappings, such as {{name: fast, probability: 0.9}}")
-    made = tuple(_one(values, base, skip_vision) for values in modes)
-    names = [mode.name for mode in made]
+        raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
+    given = [mode if isinstance(mode, ModeConfig) else ModeConfig.from_dict(mode, pruning) for mode in modes]
+    names = [mode.name for mode in given]
     for name in names:
         if names.count(name) > 1:
             raise SaccadeError(f"modes: two of them have name={name!r}: give each its own")
-    for mode in made:
+    for mode in given:
         if mode.teacher is not None and (mode.teacher not in names or mode.teacher == mode.name):
             others = ", ".join(name for name in names if name != mode.name) or "none: add another mode"
             raise SaccadeError(
                 f"modes: teacher={mode.teacher!r} of mode {mode.name!r} is not another mode: use one of {others}"
             )
-    return made
-
-
-def _one(values: Mapping[str, Any], base: Mode, skip_vision: SkipVisionConfig | None) -> Mode:
-    if not isinstance(values, Mapping):
-        raise SaccadeError(f"modes: {values!r} is not a mapping: write name, probability and action of each mode")
-    options = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
-    known = {entry.name for entry in fields(Mode)} - {"pruning", "skip_vision"} | options
-    for name in values:
-        if name not in known:
-            hint = did_you_mean(str(name), known, f"use {', '.join(sorted(known))}")
-            raise SaccadeError(f"modes: unknown field {name!r}: {hint}")
-    for name in ("name", "probability"):
-        if name not in values:
-            raise SaccadeError(f"modes: {dict(values)!r} has no {name!r}: every mode needs one")
-    given = {name: value for name, value in values.items() if name not in options}
-    pruning = base.pruning.replace(**{name: value for name, value in values.items() if name in options})
-    isolator = given.pop("isolator", base.isolator and given.get("action", "drop") == "drop")
-    mode = Mode(**given, pruning=pruning, isolator=isolator)
-    if mode.action != "skip":
-        return mode
-    return replace(mode, skip_vision=skip_by_reducer(skip_vision or SkipVisionConfig(), pruning))
+    return tuple(mode.with_defaults(pruning, isolator, skip_vision) for mode in given)
 
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:

@@ -75,7 +75,7 @@ from saccade.dualspeed.identity import identify_model, identify_processor, ident
 from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.redirect import redirect_forward
@@ -173,7 +173,7 @@ class DualSpeedTrainer(SFTTrainer):
     _tag_names = ("trl", "saccade", "dualspeed")
     args: DualSpeedConfig
     family: Family
-    modes: Sequence[Mode]
+    modes: Sequence[ModeConfig]
     schedule: ModeSchedule
     is_ordinary: bool
     isolator: ModeIsolator | None
@@ -347,7 +347,7 @@ class DualSpeedTrainer(SFTTrainer):
         if args.torch_compile:
             compile_layers(self.family, args.torch_compile_backend, args.torch_compile_mode)
 
-    def _method(self, mode: Mode) -> Method | None:
+    def _method(self, mode: ModeConfig) -> Method | None:
         """How a mode treats the visual tokens; None keeps all."""
         if mode.action == "keep":
             return None

@@ -114,7 +114,12 @@ class PruningConfig:
     @property
     def keeps_all(self) -> bool:
         """Whether no token is ever dropped."""
-        return self.prune_ratio == 0 and self.fit_length is None
+        return self.keeps_fitting and self.fit_length is None
+
+    @property
+    def keeps_fitting(self) -> bool:
+        """Whether tokens are dropped only where a sample is longer than `fit_length`."""
+        return self.prune_ratio == 0
 
     def count(self, num_tokens: int) -> int:
         """Tokens to keep in a unit of `num_tokens`, before `adaptive` and `fit_length` change the number."""

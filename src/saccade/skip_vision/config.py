@@ -149,6 +149,23 @@ class SkipVisionConfig:
             raise SaccadeError(f"preset={name!r} is not known: choose one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **options})
 
+    @classmethod
+    def from_options(cls, given: Any) -> "SkipVisionConfig":
+        """The options as recipes write them: a mapping, in which `preset` names a published budget, or its name.
+
+        Raises:
+            SaccadeError: if it is neither, on an unknown option, and as for a new config.
+        """
+        options = {"preset": given} if isinstance(given, str) else given
+        if not isinstance(options, Mapping):
+            raise SaccadeError(f"skip_vision={given!r}: give a mapping of options, or a budget such as '100/156'")
+        options = dict(options)
+        try:
+            return cls.preset(options.pop("preset"), **options) if "preset" in options else cls(**options)
+        except TypeError as error:
+            unknown = str(error).partition("argument ")[2] or str(error)
+            raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
+
     def replace(self, **changes: Any) -> "SkipVisionConfig":
         """The same with other values.
 

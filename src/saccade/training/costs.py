@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from saccade.dualspeed.masters import HALF
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.families import get_family
 from saccade.reducers import PruningConfig
 from saccade.training.flops import (
@@ -109,7 +109,7 @@ class Costs:
         """Each mode of the run with its teacher; a stage that trains no decoder layer has a single mode."""
         args = self.recipe.trainer
         if args.is_ordinary:
-            fitting = args.all_modes()[-1] if args.fit_slow else Mode("all_tokens", 1.0, "keep")
+            fitting = args.all_modes()[-1] if args.fit_slow else ModeConfig("all_tokens", 1.0, "keep")
             return [self.of(replace(fitting, name="all_tokens", teacher=None))]
         modes = args.all_modes()
         if not self.trains_language:
@@ -118,7 +118,7 @@ class Costs:
         learns = args.distill_weight > 0
         return [self.of(mode, named[mode.teacher] if mode.teacher and learns else None) for mode in modes]
 
-    def rows(self, mode: Mode) -> tuple[VisualRows, int]:
+    def rows(self, mode: ModeConfig) -> tuple[VisualRows, int]:
         """Visual tokens of a mode, and isolator rows."""
         tokens = self.shape.visual_tokens
         if mode.action == "skip":
@@ -148,7 +148,7 @@ class Costs:
             kept += count
         return kept
 
-    def of(self, mode: Mode, teacher: Mode | None = None) -> ModeCost:
+    def of(self, mode: ModeConfig, teacher: ModeConfig | None = None) -> ModeCost:
         """The cost of the mean sample in one mode."""
         rows, isolator = self.rows(mode)
         found = [(self._sample(sample, mode, teacher), count) for sample, count in self.lengths.items()]
@@ -166,7 +166,7 @@ class Costs:
             mode.name, mode.probability, rows, isolator, length, cut, language + vision, language, samples, most
         )
 
-    def _sample(self, sample: SampleLength, mode: Mode, teacher: Mode | None) -> _Sample:
+    def _sample(self, sample: SampleLength, mode: ModeConfig, teacher: ModeConfig | None) -> _Sample:
         """The cost of one sample; without images it is the same in all modes, and there is no teacher."""
         rows, isolator, cut = self._sample_rows(sample, mode)
         language = self._language(sample, rows, isolator)
@@ -176,7 +176,7 @@ class Costs:
         activations = self._activations(sample, length, rows.skipped)
         return _Sample(length, cut, self.vision * sample.images, language, activations)
 
-    def _sample_rows(self, sample: SampleLength, mode: Mode) -> tuple[VisualRows, int, bool]:
+    def _sample_rows(self, sample: SampleLength, mode: ModeConfig) -> tuple[VisualRows, int, bool]:
         """Visual and isolator rows of a sample in a mode, and whether visual ones were dropped to make it fit."""
         rows, isolator = self.rows(mode)
         rows, isolator = _times(rows, sample.images), isolator * sample.images

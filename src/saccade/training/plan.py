@@ -14,7 +14,7 @@ from peft import PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 from saccade.dualspeed.packing import check_packing
 from saccade.dualspeed.start import freeze_parts
 from saccade.errors import SaccadeError
@@ -134,7 +134,7 @@ def _plan_stage(
     cut = [sample.cut(limit, shape.visual_tokens) for sample in lengths.samples]
     cost = Costs(recipe, model, shape, config, Counter(cut))
     modes = cost.modes()
-    baseline = cost.of(Mode("all_tokens", 1.0, "keep"))
+    baseline = cost.of(ModeConfig("all_tokens", 1.0, "keep"))
     expected = sum(mode.probability * mode.flops for mode in modes)
     language = sum(mode.probability * mode.language_flops for mode in modes)
     own = cost.own_parameters()
