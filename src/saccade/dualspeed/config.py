@@ -522,7 +522,7 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def _trains_on_all(self) -> bool:
-        return self.pruning.prune_ratio == 0 and self.slow_probability == 1 and self.distill_weight == 0
+        return self.pruning.keeps_fitting and self.slow_probability == 1 and self.distill_weight == 0
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, without tokens of accounts."""

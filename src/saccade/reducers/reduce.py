@@ -40,7 +40,7 @@ def reduce(
         SaccadeError: if samples share a budget or have a maximum, and the context does not say which sample each row
             belongs to.
     """
-    if config.prune_ratio == 0 and room is None:
+    if config.keeps_fitting and room is None:
         return KeepAll()(context, keep=context.shape[1])
     reducer = config.make_reducer() if reducer is None else reducer
     if config.budget == "crop":
@@ -72,7 +72,7 @@ def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
 
 def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer, room: Tensor | None) -> Reduction:
     """`reduce` with a separate budget for each row."""
-    keeps_all = config.prune_ratio == 0
+    keeps_all = config.keeps_fitting
     keep = keep_counts(context, config)
     fit = None
     if room is not None:
@@ -94,17 +94,17 @@ def _fitted(context: VisualContext, config: PruningConfig, reducer: Reducer, fit
     # A single host-to-device copy.
     keep, newlines, lost = torch.tensor((fit.keep, fit.newlines, fit.lost), device=device)
     stays = torch.zeros_like(context.valid)
-    if context.protected is not None and (config.newlines == "keep" or config.prune_ratio == 0):
+    if context.protected is not None and (config.newlines == "keep" or config.keeps_fitting):
         stays = context.protected & (newlines > 0).unsqueeze(1)
     offered = context.valid & (keep > 0).unsqueeze(1)
     if context.protected is not None:
         offered = offered & ~context.protected
-    if config.prune_ratio == 0:
+    if config.keeps_fitting:
         # Even a method that merges must leave alone what fits.
         whole = (lost == 0).unsqueeze(1)
         stays, offered = stays | whole, offered & ~whole
     reduction = reducer(context.replace(valid=offered, protected=None), keep=torch.tensor(fit.keep))
-    if context.protected is not None or config.prune_ratio == 0:
+    if context.protected is not None or config.keeps_fitting:
         reduction = _with_tokens(reduction, stays & context.valid)
     return replace(reduction, lost=lost)
 

@@ -133,7 +133,7 @@ class Costs:
 
     def _kept(self, pruning: PruningConfig) -> int:
         """Number of tokens kept of the image, with one budget for its thumbnail and its large picture or one each."""
-        if pruning.prune_ratio == 0:
+        if pruning.keeps_fitting:
             return self.shape.visual_tokens
         newlines, tokens = self.shape.newlines, self.shape.visual_tokens
         small = self.shape.grid[0] * self.shape.grid[1]
