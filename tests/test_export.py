@@ -64,10 +64,9 @@ def test_stock_transformers_loads_it(trained, tmp_path):
 
 def test_the_card_says_what_was_set_and_measured(trained, tmp_path):
     folder, _, _, kind = trained
-    export_model(folder, tmp_path / "out", license_name="apache-2.0")
+    export_model(folder, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["license"] == "apache-2.0"
     assert yaml.safe_load(front)["library_name"] == "transformers"
     for line in ("| `prune_ratio` | 0.9 |", "| `slow_probability` | 0.5 |", "| `learning_rate` | 0.001 |"):
         assert line in body

@@ -269,18 +269,6 @@ def test_nothing_to_merge_keeps_raster_order():
     assert torch.equal(rows[0][:-1], same[0][:-1])
 
 
-def test_keep_last_skipped():
-    _, plain, rows, _ = composed("llava", retained=11, skipped=17)
-    _, kept, same, _ = composed("llava", retained=11, skipped=17, keep_last_skipped=True)
-    assert all(torch.equal(one, other) for one, other in zip(rows, same, strict=True))
-    differ = (plain != kept).nonzero()
-    assert len(differ) == 2
-    for row, column in differ.tolist():
-        assert plain[row, column] == Role.SKIPPED
-        assert kept[row, column] == Role.RETAINED
-        assert plain[row, column + 1] == Role.SUMMARY
-
-
 def test_thumbnail_of_anyres_images():
     """The small picture is retained, all crops are merged jointly; newlines are tokens of the crops."""
     context, roles, rows, head = composed("llava_next", split="thumbnail", skipped=10)

@@ -18,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )
-    parser.add_argument("--license", default=None, help="licence for the model card, such as apache-2.0")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.files import to_json
     from saccade.training.export import export_model
 
-    summary = export_model(args.model, args.output, args.dtype, args.max_shard_size, args.license)
+    summary = export_model(args.model, args.output, args.dtype, args.max_shard_size)
     if args.json:
         print(to_json(summary))
         return 0

@@ -59,8 +59,6 @@ class SkipVisionConfig:
             writes, as decoding with `drop_kv` has it; `"none"`.
         drop_kv (`bool`, *optional*, defaults to `True`):
             Take skipped tokens out of the key-value cache once the prompt is read.
-        keep_last_skipped (`bool`, *optional*, defaults to `False`):
-            Do not skip the last of each image's skipped tokens.
 
     Raises:
         SaccadeError: on a value outside its range, naming the option and the fix.
@@ -78,13 +76,12 @@ class SkipVisionConfig:
     layers: tuple[int, int] | None = None
     text_visibility: str = "all"
     drop_kv: bool = True
-    keep_last_skipped: bool = False
 
     def __post_init__(self) -> None:
         check_choice("merge_order", self.merge_order, MERGE_ORDERS)
         check_choice("newlines", self.newlines, NEWLINES)
         check_choice("text_visibility", self.text_visibility, TEXT_VISIBILITIES)
-        for name in ("summary", "drop_kv", "keep_last_skipped"):
+        for name in ("summary", "drop_kv"):
             if not isinstance(getattr(self, name), bool):
                 raise SaccadeError(f"{name}={getattr(self, name)!r}: use true or false")
         _check_amount("retained", self.retained, least=1)

@@ -80,12 +80,9 @@ class Skipper:
         taken = [_apply(group, layer) for layer in layers]  # (G, K, D) each
         own = torch.where(group.valid, int(role), int(Role.PADDING))
         token = group.index.clamp(min=0)
-        last = group.counts - 1  # (G,)
-        if self.config.keep_last_skipped and role == Role.SKIPPED and own.shape[1]:
-            kept = (torch.arange(own.shape[1], device=last.device) == last.unsqueeze(1)) & group.valid
-            own = own.masked_fill(kept, int(Role.RETAINED))
         parts = [(own, token, taken)]
         if self.head is not None and own.shape[1]:
+            last = group.counts - 1  # (G,)
             weight = self.head(taken[0], pooled)  # (G, K)
             # A group without tokens has no summary.
             there = torch.where((last >= 0).unsqueeze(1), int(Role.SUMMARY), int(Role.PADDING))

@@ -46,7 +46,6 @@ def model_card(
     name: str,
     source: Path,
     facts: Mapping[str, Any],
-    license_name: str | None = None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> str:
     """The card's Markdown, with the front matter that the hub reads.
@@ -66,7 +65,7 @@ def model_card(
     history = history if isinstance(history, list) else []
     base = facts["base_model"] or recipe.get("model")
     parts = [
-        _front_matter(base, license_name),
+        _front_matter(base),
         f"# {name}\n",
         _first_words(facts, base, run, source),
         _usage(facts["architecture"], (source / PRUNING_FILE).is_file()),
@@ -77,7 +76,7 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(base: str | None, license_name: str | None) -> str:
+def _front_matter(base: str | None) -> str:
     # The hub links to this name, so a local folder would be a dead link.
     named = base if base and base != "tiny" and not Path(base).exists() else None
     data = ModelCardData(
@@ -85,7 +84,6 @@ def _front_matter(base: str | None, license_name: str | None) -> str:
         pipeline_tag="image-text-to-text",
         tags=["saccade", "dualspeed", "visual-token-pruning"],
         base_model=named,
-        license=license_name,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

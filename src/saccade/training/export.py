@@ -28,7 +28,6 @@ def export_model(
     output: str | Path,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
-    license_name: str | None = None,
 ) -> dict[str, Any]:
     """Write the model in `source` as a checkpoint that stock transformers loads.
 
@@ -41,7 +40,6 @@ def export_model(
         output: folder to create; it must not exist, or be empty.
         dtype: "auto" keeps that of the trained weights; "float32", "bfloat16" or "float16".
         max_shard_size: size above which the weights are split into several files.
-        license_name: licence for the model card; omitted if unknown.
 
     Returns:
         `output`, `source`, `base_model` (None if nothing was merged), `parameters`, `dtype`, `bytes`, `files`, `notes`
@@ -78,7 +76,7 @@ def export_model(
             "base_model": base,
         }
         with reading(f"model={str(source)!r}: its files about the run cannot be read"):
-            card = model_card(output.name, source, facts, license_name, evaluation)
+            card = model_card(output.name, source, facts, evaluation)
         write_text_atomically(folder / "README.md", card)
         if output.is_dir():
             output.rmdir()

@@ -77,9 +77,8 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
         rest = tokens - retained
     skipped = rest if config.skipped is None else amount_of(config.skipped, tokens)
     skipped = skipped if rest is None else min(skipped, rest)
-    last = int(config.keep_last_skipped and skipped > 0)
     summary = (1 + (skipped > 0)) * config.summary
-    return VisualRows(retained + last, int(summary), skipped - last)
+    return VisualRows(retained, int(summary), skipped)
 
 
 @dataclass(frozen=True)
