@@ -102,7 +102,7 @@ def test_rows_that_do_not_fit_are_counted(tmp_path, capsys):
     records[2]["image"] = [records[2]["image"]] * 3
     records[3]["conversations"] += turn("how many ? " * 40, "3")
     path = write_json(tmp_path / "data.json", records)
-    flags = ["--model", "tiny", "--prune-ratio", "0.9", "--isolator-length", "4"]
+    flags = ["--model", "tiny", "--prune-ratio", "0.9"]
     free = check(path, *flags)[1]["tokens"]
     status, report = check(path, *flags, "--fit-length", "62")
     assert status == 1

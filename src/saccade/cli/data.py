@@ -4,6 +4,8 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
+from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+
 EXAMPLES = """
 saccade data check llava_v1_5_mix665k.json --image-folder data/images
 saccade data check chat.jsonl --image-folder coco,ocr --model llava-hf/llava-1.5-7b-hf --prune-ratio 0.9
@@ -21,15 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", metavar="A,B", help="where images are (default: the data file's folder)")
     parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
     parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
-    parser.add_argument(
-        "--allow-outside-images", action="store_true", help="accept image paths that lead outside the image folders"
-    )
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
-    parser.add_argument("--prune-ratio", type=float, metavar="P", help="share of tokens to drop (default: 0.9)")
-    parser.add_argument("--isolator-length", type=int, metavar="L", help="tokens before each image (default: 4)")
+    add_pruning_flags(parser, "as the recipe says, or a ratio of 0.9", ("prune_ratio", "keep_tokens", "fit_length"))
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
-    parser.add_argument("--fit-length", type=int, metavar="N", help="drop visual tokens of rows until they fit this")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
         "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
@@ -82,15 +79,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "image_folder": args.image_folder,
         "dataset_split": args.split,
         "dataset_rows": args.rows,
-        "allow_outside_images": args.allow_outside_images or None,
         "max_image_pixels": args.max_image_pixels,
         "model": args.model,
-        "prune_ratio": args.prune_ratio,
-        "isolator_length": args.isolator_length,
         "max_length": args.max_length,
-        "fit_length": args.fit_length,
     }
-    return {name: value for name, value in fields.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None} | given_pruning(args)
 
 
 def _show(report: dict[str, Any]) -> None:

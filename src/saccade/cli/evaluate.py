@@ -1,9 +1,9 @@
 """`saccade eval`: evaluate a trained model on all visual tokens and on a few; compare two result folders."""
 
 import argparse
-import json
 from typing import Any
 
+from saccade.cli.pruning_flags import FLAGS, add_pruning_flags, given_pruning
 from saccade.errors import SaccadeError
 
 EXAMPLES = """
@@ -17,10 +17,6 @@ saccade eval compare out/eval/full out/eval/pruned        each score, and the me
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
 """
 DIGITS_ONLY = {"split": "test", "num_samples": 1000}
-PRUNING = (
-    *("reducer", "reducer_options", "prune_ratio", "keep_tokens", "budget", "adaptive", "fit_length", "newlines"),
-    "positions",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,36 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
-    parser.add_argument("--reducer", default=None, help="method that prunes (default: the one it was trained with)")
-    parser.add_argument(
-        "--reducer-options",
-        type=json.loads,
-        default=None,
-        metavar="JSON",
-        help="options of the reducer (default: as trained)",
-    )
-    parser.add_argument(
-        "--prune-ratio", type=float, default=None, help="share of visual tokens to drop (default: as trained)"
-    )
-    parser.add_argument(
-        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, instead of a ratio"
-    )
-    parser.add_argument(
-        "--budget", default=None, help="what shares a budget: crop, image or sample (default: as trained)"
-    )
-    parser.add_argument(
-        "--adaptive",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="distribute each batch's tokens by how varied its images are (default: as trained)",
-    )
-    parser.add_argument(
-        "--fit-length", type=int, default=None, metavar="N", help="longest pruned prompt (default: as trained)"
-    )
-    parser.add_argument(
-        "--newlines", default=None, help="keep or drop newlines of anyres images (default: as trained)"
-    )
-    parser.add_argument("--positions", default=None, help="compact or original (default: as trained)")
+    add_pruning_flags(parser, "as trained")
     parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes to evaluate on (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=None, help="prompts at a time (default: 100)")
@@ -133,7 +100,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.report.tables import print_table
 
-    names = ("inference", *PRUNING, *DIGITS_ONLY, "batch_size")
+    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size")
     _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(
@@ -156,7 +123,7 @@ def _plan(args: argparse.Namespace) -> list[Any]:
     return plan_inferences(
         args.model,
         None if args.inference is None else args.inference.split(","),
-        **{name: getattr(args, name) for name in PRUNING},
+        **given_pruning(args),
     )
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 
+from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+
 PASS_UNKNOWN = True
 
 EXAMPLES = """
@@ -20,11 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default=None, help="what clients call the model (default: the folder's name)")
     parser.add_argument("--engine", default=None, help="vllm or transformers (default: vllm where it is installed)")
     parser.add_argument("--all-tokens", action="store_true", help="prune nothing, whatever the folder says")
-    parser.add_argument("--reducer", default=None, help="another reducer than the folder's")
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--prune-ratio", type=float, default=None, help="share of visual tokens to drop, in [0, 1)")
-    amount.add_argument("--keep-tokens", type=int, default=None, help="number of visual tokens to keep")
-    parser.add_argument("--positions", default=None, help="compact or original, see `PruningConfig`")
+    add_pruning_flags(parser, "as the folder says")
     parser.add_argument("--no-isolator", action="store_true", help="leave the folder's isolator out")
 
 
@@ -32,8 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
     from saccade.serving.start import serve_folder
 
-    names = ("reducer", "prune_ratio", "keep_tokens", "positions")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = given_pruning(args)
     if args.no_isolator:
         options["isolator"] = None
     if args.all_tokens and options:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+
 EXAMPLES = """
 saccade view photo.jpg
 saccade view photo.jpg --reducer divprune,visionzip,tome --prune-ratio 0.95 --output kept.png
@@ -22,12 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="reducers, one panel each, or all of them with `all` (default: %(default)s)",
     )
-    parser.add_argument(
-        "--prune-ratio", type=float, default=None, metavar="P", help="share of tokens to drop (default: 0.9)"
-    )
-    parser.add_argument(
-        "--keep-tokens", type=int, default=None, metavar="K", help="number of tokens to keep, instead of a ratio"
-    )
+    add_pruning_flags(parser, "a ratio of 0.9", ("prune_ratio", "keep_tokens"))
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
     )
@@ -59,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
+    options = {name: value for name, value in given_pruning(args).items() if name != "reducer"}
     # Before anything is loaded, so that mistakes show at once.
-    pruning = PruningConfig(names[0], prune_ratio=args.prune_ratio, keep_tokens=args.keep_tokens)
+    pruning = PruningConfig(names[0], **options)
     for name in names:
         pruning.replace(reducer=name)
     image = open_image(args.image)
