@@ -66,12 +66,18 @@ for name in saccade.__all__:
         getattr(saccade, name)
     except ImportError as error:
         found["missing"][name] = str(error)
+trained = f"{folder}/trained"
+model.save_pretrained(trained)
+processor.save_pretrained(trained)
+assert main(["view", f"{folder}/noise.png", "--reducer", "divprune", "--output", f"{folder}/view.png"]) == 0
+assert main(["export", trained, "--output", f"{folder}/export"]) == 0
+found["written"] = sorted(path.name for path in Path(folder).iterdir())
 found["verbs"] = {}
 for words in json.loads(sys.argv[3]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(words)
-    found["verbs"][words[0]] = [status, out.getvalue(), err.getvalue()]
+    found["verbs"][" ".join(words)] = [status, out.getvalue(), err.getvalue()]
 print("FOUND", json.dumps(found))
 """
 VERBS = [
@@ -80,9 +86,17 @@ VERBS = [
     ["train", "tiny-digits/sft"],
     ["demo"],
     ["eval", "tiny"],
-    ["export", "out", "--output", "out2"],
     ["data", "check", "rows.json"],
 ]
+"""Verbs that need none, the first two, and that need an extra."""
+
+OTHERS = {
+    ("view", "none.png"): "image 'none.png'",
+    ("export", "out", "--output", "out2"): "'out'",
+    ("serve", "out"): "model='out' is not a folder",
+    ("assemble", "--vision-tower", "tiny", "--language-model", "none", "--output", "out2"): "none",
+}
+"""Verbs that need no extra, and what they complain of instead."""
 
 
 def closure(requirements: Iterable[str]) -> Iterator[Distribution]:
@@ -113,7 +127,7 @@ def link(packages: Iterable[Distribution], folder: Path) -> None:
 def run_bare(site: Path, folder: Path) -> dict:
     """What `SCRIPT` finds in a Python that has the packages in `site` and no others."""
     variables = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-S", "-c", SCRIPT, json.dumps(ABSENT), str(folder), json.dumps(VERBS)]
+    command = [sys.executable, "-S", "-c", SCRIPT, json.dumps(ABSENT), str(folder), json.dumps([*VERBS, *OTHERS])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
@@ -128,13 +142,20 @@ def check(found: dict) -> None:
     assert "divprune" in found["reducers"]
     wanted = r'saccade\.{} needs \w+, which is not installed: pip install "saccade\[train\]"'
     assert found["missing"].keys() == {"DualSpeedConfig", "DualSpeedTrainer"}
+    assert {"view.png", "view.json", "export"} <= set(found["written"])
     for name, message in found["missing"].items():
         assert re.fullmatch(wanted.format(name), message)
     for verb in ("reducers", "env"):
         status, out, err = found["verbs"].pop(verb)
         assert (status, err) == (0, "")
         assert len(out.splitlines()) > 5
-    for verb, (status, out, err) in found["verbs"].items():
+    for words, complaint in OTHERS.items():
+        status, out, err = found["verbs"].pop(" ".join(words))
+        assert (status, out) == (2, "")
+        assert complaint in err
+        assert "pip install" not in err
+    for words, (status, out, err) in found["verbs"].items():
+        verb = words.split()[0]
         assert (status, out) == (2, "")
         assert re.fullmatch(
             rf'saccade: error: saccade {verb} needs \w+, which is not installed: pip install "saccade\[\w+\]"\n', err

@@ -19,10 +19,10 @@ from saccade.training import ModelOptions, load_model, load_recipe, make_recipe,
 from saccade.training.costs import Costs
 from saccade.training.flops import projector_flops, tower_flops
 from saccade.training.lengths import SampleLength, recipe_lengths
+from saccade.training.models import load_processor
 from saccade.training.plan import meta_model, plan_recipe, published_speedups
 from saccade.training.quantization import quantization_options, quantized_weights
 from saccade.training.run import lora_config
-from saccade.training.sources import load_processor
 
 REAL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "tiny-digits")
 TINY = sorted((RECIPES / "tiny-digits").glob("*.yaml"))

@@ -14,8 +14,9 @@ from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.data.rows import write_jsonl
 from saccade.training import ModelOptions, load_recipe, make_recipe, train_recipe
+from saccade.training.models import load_model
 from saccade.training.run import lora_config
-from saccade.training.sources import DIGIT_EVAL_ROWS, hold_out, load_eval_rows, load_model
+from saccade.training.sources import DIGIT_EVAL_ROWS, hold_out, load_eval_rows
 
 HERE = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
 SHORT = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 2, "save_strategy": "no"}

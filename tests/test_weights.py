@@ -19,7 +19,7 @@ from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.training import ModelOptions, load_model
 from saccade.training.export import export_model
-from saccade.training.sources import load_processor
+from saccade.training.models import load_processor
 
 ADAPTERS = LoraConfig(r=2, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
 

@@ -1,9 +1,9 @@
 """Saccade: train and serve vision-language models on a fraction of their visual tokens."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from saccade.errors import needing_extras
+from saccade.late import late_names
 
 if TYPE_CHECKING:
     from saccade.dualspeed import DualSpeedConfig, DualSpeedTrainer, ModeConfig
@@ -52,12 +52,13 @@ __all__ = [
 ]
 
 
+_find = late_names(__name__, _HOMES)
+
+
 def __getattr__(name: str) -> Any:
     # Importing torch and transformers takes seconds, and `saccade --help` needs neither.
-    if name in _HOMES:
-        with needing_extras(f"saccade.{name}"):
-            return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+    with needing_extras(f"saccade.{name}"):
+        return _find(name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate.utils import gather_object
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -227,6 +226,9 @@ def agreed(args: TrainingArguments, work: Callable[[], Result]) -> Result:
         except (SaccadeError, OSError) as fault:
             error = fault
     if args.world_size > 1:
+        # Only here, since evaluation and export read these folders where accelerate may not be installed.
+        from accelerate.utils import gather_object
+
         found = gather_object([(result, error)])
         result = found[0][0]
         error = next((fault for _, fault in found if fault is not None), None)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -140,6 +138,9 @@ def base_of(folder: str | Path) -> str | None:
     check_entries(folder, "model")
     if not (Path(folder) / ADAPTER_FILE).is_file():
         return None
+    # Only here, so that a model without adapters loads where PEFT is not installed.
+    from peft import PeftConfig
+
     try:
         return PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     except Exception as error:
@@ -198,10 +199,14 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     Raises:
         SaccadeError: if weights of the adapters are missing or unexpected.
     """
-    _untie(model, folder)
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    found = load_peft_weights(str(folder), device="cpu")
+    _untie(model, found)
     with reading(f"model={str(folder)!r}: its adapters cannot be loaded"):
         adapted = PeftModel.from_pretrained(model, str(folder))
-    expected, found = get_peft_model_state_dict(adapted), load_peft_weights(str(folder), device="cpu")
+    expected = get_peft_model_state_dict(adapted)
     shapes = [name for name in expected.keys() & found.keys() if expected[name].shape != found[name].shape]
     check_keys(
         folder,
@@ -214,13 +219,13 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
     return adapted.merge_and_unload()
 
 
-def _untie(model: PreTrainedModel, folder: str | Path) -> None:
-    """Untie the output embeddings if an adapter changes either embedding."""
+def _untie(model: PreTrainedModel, adapters: Mapping[str, Any]) -> None:
+    """Untie the output embeddings if one of the adapters' weights changes either embedding."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is None or outputs.weight is not inputs.weight:
         return
     tied = {name for name, module in model.named_modules() if module is inputs or module is outputs}
-    touched = {name for key in load_peft_weights(str(folder), device="cpu") for name in tied if _is_of(key, name)}
+    touched = {name for key in adapters for name in tied if _is_of(key, name)}
     if not touched:
         return
     outputs.weight = nn.Parameter(outputs.weight.detach().clone(), requires_grad=outputs.weight.requires_grad)

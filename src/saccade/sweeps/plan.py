@@ -15,8 +15,8 @@ from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
 from saccade.sweeps.spec import RunSpec, stage_names
 from saccade.training import ModelOptions, load_rows, make_recipe
+from saccade.training.models import check_family
 from saccade.training.run import check_lora
-from saccade.training.sources import check_family
 
 PLAN_FILE = "sweep.json"
 

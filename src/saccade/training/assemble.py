@@ -37,7 +37,7 @@ from saccade.files import check_new_folder
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
 from saccade.training.export import check_shard_size
-from saccade.training.sources import DTYPES
+from saccade.training.models import DTYPES
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
 from saccade.reducers import PRUNING_FILE
@@ -116,7 +117,7 @@ def _usage(architecture: str, pruned: bool) -> str:
 def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
     """A table of settings: first those that a resumed run must share, if they are DualSpeed's own or differ from TRL's
     defaults, then the rest of the recipe as written."""
-    stock = {entry.name: entry.default for entry in fields(SFTConfig)}
+    stock = {entry.name: entry.default for entry in fields(_stock_options())}
     config = {name: value for name, value in config.items() if name not in stock or _is_set(value, stock[name])}
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
@@ -125,6 +126,16 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Ma
     names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
     rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
+
+
+def _stock_options() -> type:
+    """The stock options of training; where TRL is not installed, those of transformers, with other defaults for a
+    few."""
+    if find_spec("trl") is None:
+        return TrainingArguments
+    from trl import SFTConfig
+
+    return SFTConfig
 
 
 def _is_set(value: Any, default: Any) -> bool:

@@ -15,8 +15,9 @@ from saccade.dualspeed.labels import check_turns
 from saccade.errors import SaccadeError
 from saccade.families.padding import pads_to_square
 from saccade.recipes import put_over
+from saccade.training.models import load_processor
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
-from saccade.training.sources import dataset_sources, load_processor, open_source
+from saccade.training.sources import dataset_sources, open_source
 
 ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
 """Training options that a machine may not support, and that a check does not need."""

@@ -19,8 +19,8 @@ from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
-from saccade.training.recipe import ModelOptions
-from saccade.training.sources import load_model
+from saccade.training.models import load_model
+from saccade.training.options import ModelOptions
 
 
 def export_model(

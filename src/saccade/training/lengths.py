@@ -12,8 +12,10 @@ from saccade.errors import RecordError, SaccadeError
 from saccade.reducers import PruningConfig
 from saccade.training.checks import use_own_template
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
-from saccade.training.recipe import ModelOptions, Recipe
-from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, load_processor, open_source
+from saccade.training.models import load_processor
+from saccade.training.options import ModelOptions
+from saccade.training.recipe import Recipe
+from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, open_source
 
 SAMPLES, DIGIT_SAMPLES = 256, 64
 """Number of samples that represent all of them; digit scenes are alike, so fewer suffice."""

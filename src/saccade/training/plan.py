@@ -27,10 +27,10 @@ from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs, ModeCost
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.model_presets import SHAPES, Shape, shape_of
+from saccade.training.models import DTYPES
 from saccade.training.quantization import quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
-from saccade.training.sources import DTYPES
 
 ANYWHERE = ("--use_cpu", "true")
 PUBLISHED = {

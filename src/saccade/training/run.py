@@ -27,8 +27,9 @@ from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
 from saccade.training.console import Console
+from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
-from saccade.training.sources import check_family, hold_out, load_eval_rows, load_model, load_rows
+from saccade.training.sources import hold_out, load_eval_rows, load_rows
 
 
 def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
