@@ -144,7 +144,7 @@ def _core(kind: str) -> str:
 
 
 def tokenizer_like(kind: str, stock: Stock) -> Callable[[Mapping[str, str], str], PreTrainedTokenizerFast]:
-    """A replacement for `family_models.tokenizer_with`.
+    """A replacement for `family_models.build_tokenizer`.
 
     Args:
         kind: "llama", a SentencePiece model with byte fallback, or "bytes", byte-level pairs as GPT-2 and Qwen have.

@@ -18,11 +18,11 @@ from saccade.testing.tiny_models import (
     PATCH,
     WIDTH,
     Tiny,
+    build_tokenizer,
     finish,
     siglip_options,
     special_ids,
     text_options,
-    tokenizer_with,
 )
 from saccade.tiny.vocabulary import ASSISTANT, IMAGE, START, USER
 
@@ -61,7 +61,7 @@ QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen2-VL, 2.5 or 3: patches of 4 px, merged two by two; "" , "2_5" or "3" for `version`."""
     prefix = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
-    tokenizer = tokenizer_with(QWEN_SPECIALS, QWEN_IMAGE)
+    tokenizer = build_tokenizer(QWEN_SPECIALS, QWEN_IMAGE)
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in QWEN_SPECIALS.items()}
     vision = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": HEADS, "depth": 2}
     sections = [WIDTH // HEADS // 16 * share for share in (2, 3, 3)]  # of half the head's width
@@ -103,7 +103,7 @@ PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 def build_llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-NeXT with a CLIP tower: crops of 16 px, 4 x 4 tokens each."""
-    tokenizer = tokenizer_with({"image_token": IMAGE}, IMAGE)
+    tokenizer = build_tokenizer({"image_token": IMAGE}, IMAGE)
     vision = transformers.CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -137,7 +137,7 @@ def build_llava_next() -> tuple[PreTrainedModel, ProcessorMixin]:
 def build_llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-OneVision with a SigLIP tower and a Qwen2 language model; images of 32 x 32 px are scaled down again."""
     specials = {"image_token": IMAGE, "video_token": "<video>"}
-    tokenizer = tokenizer_with(specials, IMAGE)
+    tokenizer = build_tokenizer(specials, IMAGE)
     config = transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**siglip_options(16)),
         text_config=transformers.Qwen2Config(**text_options(tokenizer)),
@@ -173,7 +173,7 @@ INTERNVL_SPECIALS = {
 
 def build_internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """InternVL: crops of 16 px, four by four patches, shuffled to 2 x 2 tokens; larger images are cut into crops."""
-    tokenizer = tokenizer_with(INTERNVL_SPECIALS, "<IMG_CONTEXT>")
+    tokenizer = build_tokenizer(INTERNVL_SPECIALS, "<IMG_CONTEXT>")
     vision = {
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
@@ -211,7 +211,7 @@ IDEFICS_SPECIALS = {
 
 def build_idefics3(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Idefics3 or SmolVLM: crops of 24 px, 3 x 3 tokens each. SmolVLM's own processor needs the num2words package."""
-    tokenizer = tokenizer_with(IDEFICS_SPECIALS, IMAGE)
+    tokenizer = build_tokenizer(IDEFICS_SPECIALS, IMAGE)
     vision = {key: value for key, value in siglip_options(24).items() if key != "vision_use_head"}
     config = getattr(transformers, f"{name}Config")(
         vision_config=vision,
@@ -236,7 +236,7 @@ GEMMA_SPECIALS = {"image_token": "<image_soft_token>", "boi_token": "<start_of_i
 
 def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Gemma 3: images of 32 px, pooled to 4 x 4 tokens; one layer with a sliding window and one without."""
-    tokenizer = tokenizer_with(GEMMA_SPECIALS, "<start_of_image>")
+    tokenizer = build_tokenizer(GEMMA_SPECIALS, "<start_of_image>")
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in GEMMA_SPECIALS.items()}
     config = transformers.Gemma3Config(
         vision_config=siglip_options(32),
@@ -261,7 +261,7 @@ def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def build_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.5 with a CLIP tower: 32 px, 8 x 8 tokens."""
-    tokenizer = tokenizer_with({"image_token": IMAGE}, IMAGE)
+    tokenizer = build_tokenizer({"image_token": IMAGE}, IMAGE)
     vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision),

@@ -8,7 +8,7 @@ import transformers
 
 from saccade import families
 from saccade.testing.families import CHECKS
-from saccade.testing.tiny_models import PATCH, finish, siglip_options, special_ids, text_options, tokenizer_with
+from saccade.testing.tiny_models import PATCH, build_tokenizer, finish, siglip_options, special_ids, text_options
 from saccade.tiny.vocabulary import IMAGE
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "add-a-family.md"
@@ -16,7 +16,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "add-a-family.md"
 
 def build_vipllava():
     """VIP-LLaVA: 32 px, 8 x 8 tokens, features of both layers of its tower."""
-    tokenizer = tokenizer_with({"image_token": IMAGE}, IMAGE)
+    tokenizer = build_tokenizer({"image_token": IMAGE}, IMAGE)
     vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
     config = transformers.VipLlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**vision),

@@ -23,10 +23,11 @@ from lmms_tasks import TASKS, choice_documents, write_tasks, yes_no_documents
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.evaluation import INFERENCES, Inference, plan_inferences
-from saccade.evaluation.lmms import PLAN_OPTIONS, SaccadeModel, cut_at, generation_options
+from saccade.evaluation.lmms import SaccadeModel, cut_at, generation_options
 from saccade.evaluation.results import read_scores
 from saccade.evaluation.suites import SUITES
 from saccade.pruning import ModeIsolator
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.tiny import load_tiny
 
@@ -179,7 +180,7 @@ def test_the_page_names_the_model_args() -> None:
         "inference",
         "dtype",
         "trust_remote_code",
-        *PLAN_OPTIONS,
+        *PRUNING_OPTIONS,
     }
 
 

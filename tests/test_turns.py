@@ -41,7 +41,7 @@ def build(monkeypatch):
     def of(name, kind):
         """Model, processor and collator with a stock template."""
         stock = STOCK[name]
-        monkeypatch.setattr(family_models, "tokenizer_with", tokenizer_like(kind, stock))
+        monkeypatch.setattr(family_models, "build_tokenizer", tokenizer_like(kind, stock))
         model, processor = FAMILIES[stock.family].build()
         tokenizer = processor.tokenizer
         if stock.eos:

@@ -20,6 +20,7 @@ from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.reducers import PruningConfig
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig
 from saccade.values import check_finite, coerce
 
@@ -506,8 +507,7 @@ class DualSpeedConfig(SFTConfig):
     @property
     def pruning(self) -> PruningConfig:
         """How fast steps reduce visual tokens."""
-        names = [entry.name for entry in fields(PruningConfig) if entry.name != "isolator"]
-        return PruningConfig(**{name: getattr(self, name) for name in names})
+        return PruningConfig(**{name: getattr(self, name) for name in PRUNING_OPTIONS})
 
     @property
     def is_ordinary(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean
 from saccade.reducers import Needs, PruningConfig
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig
 
 ACTIONS = ("keep", "drop", "skip")
@@ -97,8 +98,7 @@ class ModeConfig:
         """
         if not isinstance(values, Mapping):
             raise SaccadeError(f"modes: {values!r} is not a mapping: write name, probability and action of each mode")
-        options = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
-        known = {entry.name for entry in fields(cls)} - {"pruning"} | options
+        known = {entry.name for entry in fields(cls)} - {"pruning"} | {*PRUNING_OPTIONS}
         for name in values:
             if name not in known:
                 hint = did_you_mean(str(name), known, f"use {', '.join(sorted(known))}")
@@ -106,10 +106,10 @@ class ModeConfig:
         for name in ("name", "probability"):
             if name not in values:
                 raise SaccadeError(f"modes: {dict(values)!r} has no {name!r}: every mode needs one")
-        given = {name: value for name, value in values.items() if name not in options}
+        given = {name: value for name, value in values.items() if name not in PRUNING_OPTIONS}
         if given.get("skip_vision") is not None:
             given["skip_vision"] = SkipVisionConfig.from_options(given["skip_vision"])
-        changes = {name: value for name, value in values.items() if name in options}
+        changes = {name: value for name, value in values.items() if name in PRUNING_OPTIONS}
         return cls(**given, pruning=pruning.replace(**changes) if changes else None)
 
     def to_dict(self) -> dict[str, Any]:

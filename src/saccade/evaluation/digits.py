@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from saccade.files import check_entries, reading
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
+from saccade.reducers.config import trained_options
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
@@ -128,9 +129,7 @@ def trained_pruning(folder: str | Path) -> PruningConfig:
         return PruningConfig.from_pretrained(folder)
     # Earlier versions stored it among the run's other options.
     trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
-    names = {entry.name for entry in fields(PruningConfig)} - {"isolator"}
-    # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-    return PruningConfig(**{name: value for name, value in trained.items() if name in names and value})
+    return PruningConfig(**trained_options(trained))
 
 
 def evaluate_digits(

@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -15,10 +14,9 @@ from tqdm import tqdm
 
 from saccade.errors import SaccadeError
 from saccade.evaluation import plan_inferences, prepare_prompts
-from saccade.reducers import PruningConfig
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.training import ModelOptions, load_model
 
-PLAN_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")
 """Options of pruning, all of which `--model_args` accepts; `reducer_options` as JSON."""
 
 LONGEST_ANSWER = 1024
@@ -36,7 +34,7 @@ class SaccadeModel(lmms):
         max_batch_size: passed by lmms-eval; not used.
         dtype: dtype to load the weights in.
         trust_remote_code: run Python code that comes with a checkpoint.
-        options: members of `PLAN_OPTIONS`; by default as trained.
+        options: members of `PRUNING_OPTIONS`; by default as trained.
 
     Raises:
         SaccadeError: on an option that is unknown or out of range, or a model that cannot be loaded with these.
@@ -57,8 +55,8 @@ class SaccadeModel(lmms):
     ) -> None:
         super().__init__()
         for name in options:
-            if name not in PLAN_OPTIONS:
-                known = ", ".join(("pretrained", "inference", "dtype", "trust_remote_code", *PLAN_OPTIONS))
+            if name not in PRUNING_OPTIONS:
+                known = ", ".join(("pretrained", "inference", "dtype", "trust_remote_code", *PRUNING_OPTIONS))
                 raise SaccadeError(f"model_args: {name}={options[name]!r} is unknown: use {known}")
         self.batch_size = _batch_size(batch_size)
         self.inference = plan_inferences(pretrained, [inference], **_parsed(options))[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
@@ -57,6 +58,9 @@ class Family(ABC):
     bidirectional_image_attention: bool = False
     """Whether the tokens of an image attend to one another in both directions."""
 
+    takes_list: bool = False
+    """Whether the stock forward takes encoded features as a list of rows `(n_i, D)`, not as one tensor `(R, n, D)`."""
+
     joins_pixels: bool = False
     """Whether `pixel_values` of a batch are those of its images one after another along the first dimension, without a
     dimension of samples."""
@@ -73,9 +77,9 @@ class Family(ABC):
         self.model = model
 
     @property
-    @abstractmethod
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`."""
+        return self.model.config.image_token_id
 
     def encode(
         self,
@@ -161,7 +165,6 @@ class Family(ABC):
             )
         return block
 
-    @abstractmethod
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, ModelOutput]:
@@ -172,10 +175,12 @@ class Family(ABC):
             encoded: what the features were shortened from.
             deepstack_features: the same for each entry of `encoded.deepstack_features`.
         """
+        rows = list(features) if self.takes_list else joined_rows(features)
+        return {"image": BaseModelOutputWithPooling(pooler_output=rows)}
 
-    @abstractmethod
     def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Positions of the full sequence: long `(B, L)`, or `(P, B, L)` for several position axes."""
+        return positions_from_mask(inputs["attention_mask"])
 
     def attention_block(self) -> AttentionBlock | None:
         """The block of the vision tower that saliency and keys are read from: the one that produces the features.

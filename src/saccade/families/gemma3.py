@@ -1,13 +1,12 @@
 """Gemma 3: images of fixed size, pooled to a square of tokens that attend to each other in both directions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Family, joined_rows, positions_from_mask, square_grid
+from saccade.families.base import Family, square_grid
 from saccade.families.encoded import AttentionBlock, Encoded
 from saccade.families.vision_attention import encoder_block
 from saccade.tokens import VisualContext
@@ -28,10 +27,6 @@ class Gemma3Family(Family):
     joins_pixels = True
     unpadded = "are resized to a square by a processor that cannot pad, and nothing is cut off"
 
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
-
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         features = outputs.pooler_output  # (R, N, D)
@@ -39,17 +34,9 @@ class Gemma3Family(Family):
         context = VisualContext(features=features, grid=square_grid(features.shape[0], side, side, features.device))
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
 
-    def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
-
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, -1)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...]:
         return ()
-
-    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        return positions_from_mask(inputs["attention_mask"])

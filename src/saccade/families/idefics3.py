@@ -1,13 +1,13 @@
 """Idefics3 and SmolVLM: crops and a thumbnail, pixel-shuffled, with a marker token before each in the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Family, joined_rows, positions_from_mask, square_grid
+from saccade.families.base import Family, square_grid
 from saccade.families.encoded import AttentionBlock, Encoded
 from saccade.families.vision_attention import encoder_block
 from saccade.tokens import VisualContext
@@ -23,10 +23,6 @@ class Idefics3Family(Family):
     model_types = ("idefics3", "smolvlm")
     vision_inputs = ("pixel_values", "pixel_attention_mask")
     text_between_crops = True
-
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
 
     @property
     def language_layers(self) -> nn.ModuleList:
@@ -78,17 +74,9 @@ class Idefics3Family(Family):
         thumbnail = (marker == marker[-1]).long()
         return thumbnail.cumsum(dim=0) - thumbnail
 
-    def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
-
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, -1)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...]:
         return ()
-
-    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        return positions_from_mask(inputs["attention_mask"])

@@ -1,12 +1,12 @@
 """InternVL: crops and a thumbnail of fixed size, each pixel-shuffled to a quarter of its patches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Family, joined_rows, positions_from_mask, run_numbers, square_grid
+from saccade.families.base import Family, run_numbers, square_grid
 from saccade.families.encoded import AttentionBlock, Encoded
 from saccade.tokens import VisualContext
 
@@ -19,10 +19,6 @@ class InternVLFamily(Family):
     joins_pixels = True
     thumbnail = -1
     projects_tokens = True
-
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         pixels = inputs["pixel_values"]
@@ -57,11 +53,6 @@ class InternVLFamily(Family):
         runs = run_numbers(self.placeholder(input_ids))
         return runs.reshape(rows, tokens)[:, 0] if runs.numel() == rows * tokens else None
 
-    def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=joined_rows(features))}
-
     def attention_block(self) -> AttentionBlock | None:
         layer = self.model.config.vision_feature_layer
         layers = self.vision_tower.encoder.layer
@@ -74,6 +65,3 @@ class InternVLFamily(Family):
     def vision_feature_layers(self) -> tuple[int, ...]:
         layer = self.model.config.vision_feature_layer
         return () if layer == -1 else (layer,)
-
-    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        return positions_from_mask(inputs["attention_mask"])

@@ -1,15 +1,14 @@
 """LLaVA-1.5: one image, one row of visual tokens, one-dimensional positions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
-from saccade.families.base import Family, positions_from_mask, square_grid
+from saccade.families.base import Family, square_grid
 from saccade.families.encoded import AttentionBlock, Encoded
 from saccade.families.tower import used_states
 from saccade.families.vision_attention import encoder_block
@@ -25,6 +24,7 @@ class LlavaFamily(Family):
 
     name = "llava"
     model_types = ("llava",)
+    takes_list = True
     projects_tokens = True
     unpadded = None
 
@@ -36,10 +36,6 @@ class LlavaFamily(Family):
                 f"vision_config.model_type={tower!r}: this family knows LLaVA with images of one size only; "
                 "docs/add-a-family.md says how to add one for images of many"
             )
-
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         config = self.model.config
@@ -53,17 +49,9 @@ class LlavaFamily(Family):
         context = VisualContext(features=features, grid=grid)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
-    def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
-
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...] | None:
         return used_states(self.vision_tower, self.model.config.vision_feature_layer)
-
-    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        return positions_from_mask(inputs["attention_mask"])

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from saccade.families.base import Family, joined_rows, positions_from_mask
+from saccade.families.base import Family, joined_rows
 from saccade.families.encoded import AttentionBlock, Encoded, Patches
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 from saccade.families.tower import used_states
@@ -27,24 +27,16 @@ class LlavaNextFamily(Family):
 
     name = "llava_next"
     model_types = ("llava_next",)
+    takes_list = True
     image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
     vision_inputs = image_inputs
     thumbnail = 0
     projects_tokens = True
 
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
-
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         rows, outputs = self._image_rows(inputs)
         parts = assemble(rows, (), torch.empty(0))
         return Encoded(parts.context, {"image": outputs})
-
-    def wrap_features(
-        self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
-    ) -> dict[str, BaseModelOutputWithPooling]:
-        return {"image": BaseModelOutputWithPooling(pooler_output=list(features))}
 
     def attention_block(self) -> AttentionBlock | None:
         return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
@@ -76,9 +68,6 @@ class LlavaNextFamily(Family):
     @property
     def vision_feature_layers(self) -> tuple[int, ...] | None:
         return used_states(self.vision_tower, self.model.config.vision_feature_layer)
-
-    def full_positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        return positions_from_mask(inputs["attention_mask"])
 
     @property
     def _side(self) -> int:

@@ -31,10 +31,6 @@ class Qwen2VLFamily(Family):
     uses_mrope = True
 
     @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
-
-    @property
     def projector(self) -> nn.Module:
         """The mergers, which are inside the vision module here."""
         children = self.model.base_model.visual.named_children()

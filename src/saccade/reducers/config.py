@@ -197,6 +197,18 @@ class PruningConfig:
             raise SaccadeError(f"{str(path)!r}: {error}") from error
 
 
+PRUNING_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")
+"""The options that training, its modes and evaluation take; the isolator is trained."""
+
+
+def trained_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The pruning options among those of a training run that also hold for its model's pruned inference.
+
+    A model trained on all tokens was trained at ratio 0, which would prune nothing: that one is left out.
+    """
+    return {name: values[name] for name in PRUNING_OPTIONS if values.get(name)}
+
+
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
     """Check that a value is one of the known ones.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.files import to_json
+from saccade.reducers.config import PRUNE_RATIO, trained_options
 
 STAGES = ("pretrain", "sft")
 IDLE_WHILE_FAST = ("slow_probability", "schedule", "distill_weight", "distill_temperature")
@@ -91,15 +92,9 @@ class RunSpec:
 
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Inferences for a recipe: on all tokens, pruned as in training, and with the isolator or skipping it trains."""
-    keep = values.get("keep_tokens")
-    others = ("reducer_options", "budget", "adaptive", "fit_length", "newlines")
-    common = {
-        "reducer": values.get("reducer", "divprune"),
-        **{name: values[name] for name in others if values.get(name)},
-        # A model trained on all tokens was trained at ratio 0, which would prune nothing.
-        **({"keep_tokens": keep} if keep else {"prune_ratio": values.get("prune_ratio") or 0.9}),
-        "positions": values.get("positions", "compact"),
-    }
+    common = {"reducer": "divprune", "positions": "compact", **trained_options(values)}
+    if "keep_tokens" not in common:
+        common.setdefault("prune_ratio", PRUNE_RATIO)
     ways = [{"name": "full"}, {"name": "pruned", **common}]
     actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
     skips = values.get("skip_vision") is not None or "skip" in actions

@@ -40,7 +40,7 @@ class Case:
     Args:
         name: the family's name, for the names of tests.
         tiny: how the model is built. Its processor must accept images of up to 32 px, and its tokenizer must know
-            the words of `mixed_rows`, as that of `tokenizer_with` does.
+            the words of `mixed_rows`, as that of `build_tokenizer` does.
     """
 
     name: str

@@ -1,17 +1,13 @@
 """Parts of tiny models, and rows to train and query them: built in code, offline, without torchvision."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from saccade.tiny.vocabulary import ASSISTANT, CHAT_TEMPLATE, END, PAD, START, UNKNOWN, USER, WORDS
+from saccade.tiny.vocabulary import build_tokenizer as build_tokenizer
 
 WIDTH, LAYERS, HEADS, PATCH = 32, 2, 2, 4
 
@@ -27,25 +23,6 @@ class Tiny:
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
     model_class: type[PreTrainedModel]
-
-
-def tokenizer_with(specials: Mapping[str, str], image: str) -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer with more special tokens, by attribute name; a chat writes an image as `image`."""
-    words = [*WORDS, *(word for word in dict.fromkeys(specials.values()) if word not in WORDS)]
-    core = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
-    core.normalizer = Lowercase()
-    core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        bos_token=START,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        extra_special_tokens={"user_token": USER, "assistant_token": ASSISTANT, **specials},
-        chat_template=CHAT_TEMPLATE.replace("image <image>", image),
-        padding_side="right",
-        model_max_length=2048,
-    )
 
 
 def finish(model: PreTrainedModel, processor: ProcessorMixin) -> tuple[PreTrainedModel, ProcessorMixin]:

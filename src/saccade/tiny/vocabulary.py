@@ -1,5 +1,8 @@
 """The words of the embedded task's language, and the tokenizer that splits text into them."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -50,11 +53,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `WORDS`: lower case, split at spaces and punctuation, unknown words to <unk>."""
+def build_tokenizer(
+    specials: Mapping[str, str] = MappingProxyType({"image_token": IMAGE}), image: str = f"image {IMAGE}"
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS`: lower case, split at spaces and punctuation, unknown words to <unk>.
+
+    Args:
+        specials: special tokens besides those of a chat, by attribute name; those that are not in `WORDS` are added.
+        image: how a chat writes an image.
+    """
     if len(set(WORDS)) != len(WORDS):
         raise ValueError("WORDS names a word twice: every word needs one id")
-    model = WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=UNKNOWN)
+    words = dict.fromkeys([*WORDS, *specials.values()])
+    model = WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = Lowercase()
     tokenizer.pre_tokenizer = Whitespace()
@@ -64,8 +75,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         bos_token=START,
         eos_token=END,
         unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"user_token": USER, "assistant_token": ASSISTANT, **specials},
+        chat_template=CHAT_TEMPLATE.replace("image <image>", image),
         padding_side="right",
         model_max_length=2048,
     )
