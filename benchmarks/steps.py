@@ -169,7 +169,6 @@ def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, T
         "released procedure": ("released procedure, fast step", "released procedure"),
         "DualSpeed with a skip": ("DualSpeed with a skip, fast step", "DualSpeed with a skip"),
         "Skip-Vision": (STOCK, "Skip-Vision"),
-        "lower resolution": ("lower resolution", "lower resolution"),
         NO_PADDING: (f"{NO_PADDING}, fast step", NO_PADDING),
         IN_PARTS: ("DualSpeed, fast step", IN_PARTS),
         STOCK_COMPILED: (STOCK_COMPILED, STOCK_COMPILED),

@@ -369,8 +369,6 @@ def collate_samples(samples: list[dict], pad_id: int, side: str) -> dict[str, to
 
 
 WITH_VIDEO = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-FIXED_RESOLUTION = ("gemma3", "llava_next", "llava_onevision")
-"""Families whose images cannot be encoded at a lower resolution."""
 
 
 class VideoCase(Case):

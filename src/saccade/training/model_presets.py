@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import (
     CLIPVisionConfig,
@@ -49,7 +50,7 @@ LLAMA3_8B = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 8192,
 }
-MISTRAL_LIMIT = 32768
+LLAVA_LLAMA3 = {**LLAMA3_8B, "vocab_size": 128320}
 PIXELS = 672
 GRID_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -85,35 +86,16 @@ def _tiny() -> PreTrainedConfig:
     return build_tiny_llava(build_tiny_processor()).config
 
 
-def _llava() -> PreTrainedConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
-        text_config=LlamaConfig(**VICUNA_7B),
-        vision_feature_layer=-2,
-        image_token_id=32000,
-        tie_word_embeddings=False,
-    )
-
-
-def _llava_13b() -> PreTrainedConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
-        text_config=LlamaConfig(**VICUNA_13B),
-        vision_feature_layer=-2,
-        image_token_id=32000,
-        tie_word_embeddings=False,
-    )
-
-
-def _llava_next() -> PreTrainedConfig:
-    return LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
-        text_config=LlamaConfig(**{**VICUNA_7B, "max_position_embeddings": MISTRAL_LIMIT}),
-        vision_feature_layer=-2,
-        image_token_id=32000,
-        image_grid_pinpoints=GRID_PINPOINTS,
-        tie_word_embeddings=False,
-    )
+def _llava(text: dict[str, int], image_token_id: int = 32000, crops: list | None = None) -> PreTrainedConfig:
+    """LLaVA-1.5 with this language model, or LLaVA-NeXT with these sizes of images in crops."""
+    shared = {
+        "vision_config": CLIPVisionConfig(**CLIP_LARGE_336),
+        "text_config": LlamaConfig(**text),
+        "vision_feature_layer": -2,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": False,
+    }
+    return LlavaConfig(**shared) if crops is None else LlavaNextConfig(**shared, image_grid_pinpoints=crops)
 
 
 def _qwen() -> PreTrainedConfig:
@@ -181,27 +163,6 @@ def _qwen3() -> PreTrainedConfig:
     )
 
 
-def _llava_llama3() -> PreTrainedConfig:
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
-        text_config=LlamaConfig(**{**LLAMA3_8B, "vocab_size": 128320}),
-        vision_feature_layer=-2,
-        image_token_id=128257,
-        tie_word_embeddings=False,
-    )
-
-
-def _llava_hd_llama3() -> PreTrainedConfig:
-    return LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE_336),
-        text_config=LlamaConfig(**{**LLAMA3_8B, "vocab_size": 128320}),
-        vision_feature_layer=-2,
-        image_token_id=128256,
-        image_grid_pinpoints=[[PIXELS, PIXELS]],
-        tie_word_embeddings=False,
-    )
-
-
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
@@ -209,7 +170,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "llava-1.5-7b",
             "CLIP-L/14, Vicuna-7B, 336 x 336 pixels",
-            _llava,
+            partial(_llava, VICUNA_7B),
             1,
             (24, 24),
             576,
@@ -219,7 +180,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "llava-1.5-13b",
             "CLIP-L/14, Vicuna-13B, 336 x 336 pixels",
-            _llava_13b,
+            partial(_llava, VICUNA_13B),
             1,
             (24, 24),
             576,
@@ -230,7 +191,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "llava-next-7b",
             "CLIP-L/14, Vicuna-7B, 672 x 672 pixels, 5 crops",
-            _llava_next,
+            partial(_llava, {**VICUNA_7B, "max_position_embeddings": 32768}, crops=GRID_PINPOINTS),
             5,
             (24, 24),
             2928,
@@ -251,7 +212,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "llava-llama3-8b",
             "CLIP-L/14, Llama-3-8B, 336 x 336 pixels",
-            _llava_llama3,
+            partial(_llava, LLAVA_LLAMA3, 128257),
             1,
             (24, 24),
             576,
@@ -261,7 +222,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "llava-hd-llama3-8b",
             "CLIP-L/14, Llama-3-8B, 672 x 672 pixels, 5 crops",
-            _llava_hd_llama3,
+            partial(_llava, LLAVA_LLAMA3, 128256, [[PIXELS, PIXELS]]),
             5,
             (24, 24),
             2928,
