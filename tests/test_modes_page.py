@@ -7,8 +7,8 @@ import pytest
 import yaml
 from helpers import make_trainer
 
-from saccade.dualspeed.modes import ACTIONS, Mode
-from saccade.reducers import PruningConfig
+from saccade.dualspeed.modes import ACTIONS, ModeConfig
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
@@ -27,7 +27,15 @@ def test_examples_make_the_modes_that_the_text_says(options, actions, processor,
 
 
 def test_the_page_names_every_field_and_action():
-    fields = set(Mode.__dataclass_fields__) - {"pruning", "skip_vision"}
-    fields |= set(PruningConfig.__dataclass_fields__)
+    fields = set(ModeConfig.__dataclass_fields__) - {"pruning"} | set(PRUNING_OPTIONS)
     assert [name for name in fields if f"`{name}`" not in PAGE] == []
     assert [action for action in ACTIONS if f"`{action}`" not in PAGE] == []
+
+
+def test_the_page_s_python_makes_three_modes():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names = {}
+    exec(compile(code.replace('output_dir="out"', 'output_dir="out", use_cpu=True'), "modes.md", "exec"), names)
+    fast, middle, slow = names["args"].all_modes()
+    assert (fast.pruning.prune_ratio, middle.pruning.prune_ratio, slow.action) == (0.9, 0.67, "keep")
+    assert (fast.isolator, middle.isolator, slow.isolator, middle.teacher) == (True, True, False, "fast")
