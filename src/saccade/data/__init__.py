@@ -5,17 +5,10 @@ from typing import TYPE_CHECKING
 from saccade.late import late_names
 
 if TYPE_CHECKING:
-    from saccade.data.digits import SPLITS as SPLITS
-    from saccade.data.digits import digit_samples as digit_samples
-    from saccade.data.digits import split_indices as split_indices
-    from saccade.data.questions import KINDS as KINDS
-    from saccade.data.rows import digit_scenes as digit_scenes
-    from saccade.data.rows import scene_specs as scene_specs
-    from saccade.data.rows import specified_rows as specified_rows
-    from saccade.data.rows import write_jsonl as write_jsonl
-    from saccade.data.scenes import PATCH_SIZE as PATCH_SIZE
-    from saccade.data.scenes import patch_labels as patch_labels
-    from saccade.data.scenes import render_scene as render_scene
+    from saccade.data.digits import SPLITS, digit_samples, split_indices
+    from saccade.data.questions import KINDS
+    from saccade.data.rows import digit_scenes, scene_specs, specified_rows, write_jsonl
+    from saccade.data.scenes import PATCH_SIZE, patch_labels, render_scene
 
 _HOMES = {
     "KINDS": "saccade.data.questions",
@@ -30,5 +23,17 @@ _HOMES = {
     "split_indices": "saccade.data.digits",
     "write_jsonl": "saccade.data.rows",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "KINDS",
+    "PATCH_SIZE",
+    "SPLITS",
+    "digit_samples",
+    "digit_scenes",
+    "patch_labels",
+    "render_scene",
+    "scene_specs",
+    "specified_rows",
+    "split_indices",
+    "write_jsonl",
+]
 __getattr__ = late_names(__name__, _HOMES)

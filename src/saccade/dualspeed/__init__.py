@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from saccade.late import late_names
 
 if TYPE_CHECKING:
-    from saccade.dualspeed.collator import DualSpeedCollator as DualSpeedCollator
-    from saccade.dualspeed.config import DualSpeedConfig as DualSpeedConfig
-    from saccade.dualspeed.modes import ModeConfig as ModeConfig
-    from saccade.dualspeed.schedule import ModeSchedule as ModeSchedule
-    from saccade.dualspeed.trainer import DualSpeedTrainer as DualSpeedTrainer
+    from saccade.dualspeed.collator import DualSpeedCollator
+    from saccade.dualspeed.config import DualSpeedConfig
+    from saccade.dualspeed.modes import ModeConfig
+    from saccade.dualspeed.schedule import ModeSchedule
+    from saccade.dualspeed.trainer import DualSpeedTrainer
 
 _HOMES = {
     "DualSpeedCollator": "saccade.dualspeed.collator",
@@ -18,5 +18,11 @@ _HOMES = {
     "ModeConfig": "saccade.dualspeed.modes",
     "ModeSchedule": "saccade.dualspeed.schedule",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "DualSpeedCollator",
+    "DualSpeedConfig",
+    "DualSpeedTrainer",
+    "ModeConfig",
+    "ModeSchedule",
+]
 __getattr__ = late_names(__name__, _HOMES)

@@ -5,15 +5,12 @@ from typing import TYPE_CHECKING
 from saccade.late import late_names
 
 if TYPE_CHECKING:
-    from saccade.recipes import find_recipe as find_recipe
-    from saccade.training.models import load_model as load_model
-    from saccade.training.options import ModelOptions as ModelOptions
-    from saccade.training.recipe import Recipe as Recipe
-    from saccade.training.recipe import load_recipe as load_recipe
-    from saccade.training.recipe import make_recipe as make_recipe
-    from saccade.training.run import LOG_FILE as LOG_FILE
-    from saccade.training.run import train_recipe as train_recipe
-    from saccade.training.sources import load_rows as load_rows
+    from saccade.recipes import find_recipe
+    from saccade.training.models import load_model
+    from saccade.training.options import ModelOptions
+    from saccade.training.recipe import Recipe, load_recipe, make_recipe
+    from saccade.training.run import LOG_FILE, train_recipe
+    from saccade.training.sources import load_rows
 
 _HOMES = {
     "LOG_FILE": "saccade.training.run",
@@ -26,5 +23,15 @@ _HOMES = {
     "make_recipe": "saccade.training.recipe",
     "train_recipe": "saccade.training.run",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "LOG_FILE",
+    "ModelOptions",
+    "Recipe",
+    "find_recipe",
+    "load_model",
+    "load_recipe",
+    "load_rows",
+    "make_recipe",
+    "train_recipe",
+]
 __getattr__ = late_names(__name__, _HOMES)
