@@ -8,7 +8,7 @@ from transformers import ProgressCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
-from saccade.dualspeed.modes import Mode
+from saccade.dualspeed.modes import ModeConfig
 
 REST = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -103,7 +103,7 @@ def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[s
     return lines
 
 
-def _what(mode: Mode, visual_tokens: int) -> str:
+def _what(mode: ModeConfig, visual_tokens: int) -> str:
     """What a mode does with the visual tokens."""
     if mode.keeps_all:
         return "all visual tokens"
