@@ -9,6 +9,7 @@ from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.modes import ModeConfig
+from saccade.skip_vision.config import amount_of
 
 REST = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -107,14 +108,22 @@ def _what(mode: ModeConfig, visual_tokens: int) -> str:
     """What a mode does with the visual tokens."""
     if mode.keeps_all:
         return "all visual tokens"
+    if mode.action == "skip":
+        options = mode.skip_vision
+        if options.retained is None:
+            kept = "the visual tokens"
+        elif isinstance(options.retained, int):
+            kept = f"{options.retained:,} tokens of each crop"
+        else:
+            number = f" ({amount_of(options.retained, visual_tokens):,} of {visual_tokens:,})" if visual_tokens else ""
+            kept = f"{100 * options.retained:.3g} % of the visual tokens{number}"
+        return f"{kept} by {options.split}, the others skip the feed-forward layers"
     pruning = mode.pruning
     if pruning.keep_tokens is not None:
         kept = f"{pruning.keep_tokens:,} tokens of each {pruning.budget}"
     else:
         number = f" ({pruning.count(visual_tokens):,} of {visual_tokens:,})" if visual_tokens else ""
         kept = f"{100 * (1 - pruning.prune_ratio):.3g} % of the visual tokens{number}"
-    if mode.action == "skip":
-        return f"{kept} by {mode.skip_vision.split}, the others skip the feed-forward layers"
     return f"{kept} by {pruning.reducer}{', with the isolator' if mode.isolator else ''}"
 
 
