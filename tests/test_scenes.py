@@ -7,17 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from saccade.data import (
-    KINDS,
-    digit_samples,
-    digit_scenes,
-    patch_labels,
-    render_scene,
-    scene_specs,
-    specified_rows,
-    split_indices,
-)
+from saccade.data import KINDS, digit_samples, digit_scenes, patch_labels, render_scene, scene_specs, split_indices
 from saccade.data.questions import SINGLE_KINDS
+from saccade.data.rows import _make_row
 from saccade.data.scenes import AMBIGUOUS, BACKGROUND, DISTRACTOR, PlacedDigit, sample_scene
 
 
@@ -45,7 +37,7 @@ def test_scenes_of_a_split_use_its_digits_only(stage):
 
 def test_rows_are_reproducible_and_a_longer_dataset_starts_with_a_shorter_one():
     short, long = digit_scenes("sft", "train", 40), digit_scenes("sft", "train", 90)
-    assert specified_rows(short) == specified_rows(long)[:40]
+    assert short["messages"][:] == long["messages"][:40]
     assert scene_specs(short) == scene_specs(long)[:40]
     other = digit_scenes("sft", "train", 40, seed=1)
     assert scene_specs(other) != scene_specs(short)
@@ -57,7 +49,7 @@ def test_columns_are_what_trl_takes():
     from trl.data_utils import prepare_multimodal_messages
 
     dataset = digit_scenes("sft", "train", 600)
-    assert {row["kind"] for row in specified_rows(dataset)} == set(KINDS) - {"caption"}
+    assert set(dataset["kind"]) == set(KINDS) - {"caption"}
     for row in dataset:
         assert row["messages"][-1] == {"role": "assistant", "content": row["answer"]}
         assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * (len(row["messages"]) // 2)
@@ -69,10 +61,11 @@ def test_columns_are_what_trl_takes():
 
 
 def test_lazy_images_survive_what_trainers_do():
-    dataset = digit_scenes("sft", "train", 64)
+    dataset = digit_scenes("sft", "train", 64).remove_columns(["kind", "answer", "num_digits"])
     shuffled = dataset.shuffle(seed=3).select(range(16))
+    assert set(shuffled.column_names) == {"images", "messages"}
     for row in (shuffled[3], shuffled[:4], next(iter(shuffled))):
-        assert set(row) == {"images", "messages", "kind", "answer", "num_digits"}
+        assert set(row) == {"images", "messages"}
     one = dataset[5]["images"][0]
     assert one.mode == "RGB"
     again = pickle.loads(pickle.dumps(dataset))[5]["images"][0]
@@ -86,7 +79,12 @@ def test_lazy_images_survive_what_trainers_do():
 def test_images_are_drawn_when_their_row_is_read(monkeypatch):
     drawn = []
     monkeypatch.setattr("saccade.data.rows.render_scene", lambda spec: drawn.append(tuple(spec)) or render_scene(spec))
+    made = []
+    monkeypatch.setattr("saccade.data.rows._make_row", lambda *args: made.append(args) or _make_row(*args))
     dataset = digit_scenes("sft", "train", 200)
+    assert not made
+    assert dataset.select_columns("answer")[3] == {"answer": dataset[3]["answer"]}
+    drawn.clear()
     specs = scene_specs(dataset)
     assert not drawn
     row = next(number for number, several in enumerate(specs) if several)
@@ -171,7 +169,7 @@ def test_answers_that_depend_on_what_is_asked():
 
 def test_kinds_can_be_chosen():
     dataset = digit_scenes("sft", "test", 30, kinds=["two_images", "where"])
-    assert {row["kind"] for row in specified_rows(dataset)} == {"two_images", "where"}
+    assert set(dataset["kind"]) == {"two_images", "where"}
 
 
 def test_written_files_are_read_back(tmp_path):

@@ -7,7 +7,7 @@ from saccade.late import late_names
 if TYPE_CHECKING:
     from saccade.data.digits import SPLITS, digit_samples, split_indices
     from saccade.data.questions import KINDS
-    from saccade.data.rows import digit_scenes, scene_specs, specified_rows, write_jsonl
+    from saccade.data.rows import digit_scenes, scene_specs, write_jsonl
     from saccade.data.scenes import PATCH_SIZE, patch_labels, render_scene
 
 _HOMES = {
@@ -19,7 +19,6 @@ _HOMES = {
     "patch_labels": "saccade.data.scenes",
     "render_scene": "saccade.data.scenes",
     "scene_specs": "saccade.data.rows",
-    "specified_rows": "saccade.data.rows",
     "split_indices": "saccade.data.digits",
     "write_jsonl": "saccade.data.rows",
 }
@@ -32,7 +31,6 @@ __all__ = [
     "patch_labels",
     "render_scene",
     "scene_specs",
-    "specified_rows",
     "split_indices",
     "write_jsonl",
 ]

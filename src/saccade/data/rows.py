@@ -48,7 +48,7 @@ def digit_scenes(
             last one is of the row's `kind`. Scenes that allow fewer questions get fewer.
 
     Returns:
-        Rows with `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
+        Columns `images` (list of RGB PIL images, empty for text-only rows), `messages` (list of {"role", "content"},
         plain strings without placeholders), `kind`, `answer` (the last assistant turn), `num_digits` (of all images).
 
     Raises:
@@ -67,11 +67,12 @@ def digit_scenes(
     shares = _shares(stage, kinds)
     names, weights = list(shares), list(shares.values())
     drawn = _DrawnRows(f"{stage}/{split}/{seed}", split, sides, turns, names, weights)
-    return Dataset.from_dict({"scene": range(num_rows)}).with_transform(drawn)
+    # Under each name stands the number of the row, so that a trainer finds, and may drop, the columns that it knows.
+    return Dataset.from_dict({name: range(num_rows) for name in _COLUMNS}).with_transform(drawn)
 
 
 class _DrawnRows:
-    """The transform from numbers of scenes to rows: nothing is drawn before it is read.
+    """The transform from numbers of rows to rows: nothing is drawn before it is read, and only the columns that are.
 
     Args:
         seed: of the sequence of scenes.
@@ -88,10 +89,11 @@ class _DrawnRows:
         self.kinds, self.weights = kinds, weights
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        rows = [self.specified(number) for number in batch["scene"]]
-        for row in rows:
-            row["images"] = [render_scene(spec) for spec in row["images"]]
-        return {name: [row[name] for row in rows] for name in _COLUMNS}
+        rows = [self.specified(number) for number in next(iter(batch.values()))]
+        if "images" in batch:
+            for row in rows:
+                row["images"] = [render_scene(spec) for spec in row["images"]]
+        return {name: [row[name] for row in rows] for name in batch}
 
     def specified(self, number: int) -> dict[str, Any]:
         """A row with the specs of its images in their place."""
@@ -99,16 +101,10 @@ class _DrawnRows:
         return _make_row(rng.choices(self.kinds, self.weights)[0], rng, self.split, self.grid, self.turns)
 
 
-def specified_rows(dataset: Dataset) -> list[dict[str, Any]]:
-    """The rows of `digit_scenes`, in which `images` has the specs that images are drawn from, for `render_scene` and
-    `patch_labels`."""
-    drawn = dataset.format["format_kwargs"]["transform"]
-    return [drawn.specified(number) for number in dataset.with_format(None)["scene"]]
-
-
 def scene_specs(dataset: Dataset) -> list[list[tuple[int, ...]]]:
-    """The specs that each row's images are drawn from."""
-    return [row["images"] for row in specified_rows(dataset)]
+    """The specs that each row's images are drawn from, for `render_scene` and `patch_labels`."""
+    drawn = dataset.format["format_kwargs"]["transform"]
+    return [drawn.specified(number)["images"] for number in dataset.with_format(None)["images"]]
 
 
 def write_jsonl(dataset: Dataset, folder: str | os.PathLike) -> Path:

@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
-from saccade.data import scene_specs, specified_rows
+from saccade.data import scene_specs
 from saccade.data.chat import apply_chat_template
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
@@ -180,7 +180,7 @@ def evaluate_inferences(
     flops: dict[int, float] = {}
     done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
     # The end-of-turn token needs one token more than the longest answer.
-    answers = [row["answer"] for row in specified_rows(dataset)]
+    answers = dataset.select_columns("answer")["answer"]
     longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
     for rows in _batches(dataset, batch_size):
         processed = collate_prompts(processor, rows).to(model.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from saccade.data import digit_scenes, specified_rows
+from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences
 from saccade.evaluation.digits import collate_prompts
@@ -32,8 +32,7 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
         (pruned,) = plan_inferences(model_folder, ["pruned"])
         model, processor = load_model(ModelOptions(model=str(model_folder)))
         scenes = digit_scenes("sft", "test", 100, grid=grid, kinds=KINDS)
-        kinds = [row["kind"] for row in specified_rows(scenes)]
-        rows = [scenes[kinds.index(kind)] for kind in KINDS]
+        rows = [scenes[scenes["kind"].index(kind)] for kind in KINDS]
         answers = {way.name: _answers(model, processor, rows, way) for way in (Inference("full"), pruned)}
         pictures = []
         for number, row in enumerate(rows):
