@@ -1,8 +1,10 @@
+import io
 import pickle
 import random
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -11,6 +13,13 @@ from saccade.data import KINDS, digit_samples, digit_scenes, patch_labels, rende
 from saccade.data.questions import SINGLE_KINDS
 from saccade.data.rows import _make_row
 from saccade.data.scenes import AMBIGUOUS, BACKGROUND, DISTRACTOR, PlacedDigit, sample_scene
+from saccade.evaluation import Inference, evaluate_inferences
+
+
+def _png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def _samples_of(dataset):
@@ -204,3 +213,12 @@ def test_written_files_are_read_back(tmp_path):
 def test_bad_input_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         digit_scenes(**{"stage": "sft", "split": "train", "num_rows": 1} | changes)
+
+
+def test_evaluation_takes_rows_that_are_stored_as_well(model, processor):
+    dataset = digit_scenes("sft", "test", 12, kinds=["read", "two_images", "text_only"])
+    stored = [{**row, "images": [_png(image) for image in row["images"]]} for row in dataset]
+    drawn, read = (
+        evaluate_inferences(model, processor, rows, [Inference()], 5) for rows in (dataset, Dataset.from_list(stored))
+    )
+    assert read == drawn

@@ -16,7 +16,6 @@ from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
-from saccade.data import scene_specs
 from saccade.data.chat import apply_chat_template
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
@@ -272,7 +271,7 @@ def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
     """Lists of rows, ordered by number of images to keep padding short."""
-    images = [len(specs) for specs in scene_specs(dataset)]
+    images = [len(row["images"]) for row in dataset.select_columns("images")]
     order = sorted(range(len(images)), key=images.__getitem__)
     for start in range(0, len(order), size):
         yield [dataset[index] for index in order[start : start + size]]
