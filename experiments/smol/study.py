@@ -17,7 +17,8 @@ from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.tables import markdown_table
-from saccade.sweeps import METHODS, RunSpec
+from saccade.sweeps import RunSpec
+from saccade.sweeps.digits import method_fields, stage_fields
 from saccade.sweeps.figures import mean_and_range, percent
 from saccade.sweeps.spec import Evaluation, standard_inferences
 from saccade.sweeps.table import Standing
@@ -32,14 +33,14 @@ class Settings:
     """The numbers that all runs on the testbed share.
 
     Args:
-        grid: patches a side, one of `GRIDS`.
+        grid: patches per side, one of `GRIDS`.
         language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
         tower_steps: steps of the tower's pretraining.
         rows: pictures of each task in stage one, and in stage two.
         turns: questions about each picture in stage two.
         pretrain_steps: steps of stage one, captions, projector only.
         steps: steps of stage two, questions, projector and adapters.
-        batch_size: rows a step.
+        batch_size: rows per step.
         pretrain_learning_rate: the highest of stage one.
         learning_rate: the highest of stage two, of the adapters.
         lora_r: their rank.
@@ -50,7 +51,7 @@ class Settings:
         positions: "compact" as published, or "original".
         questions: of each task, in the evaluation.
         split: of the evaluation; settings are tuned on "validation".
-        threads: threads a run computes with.
+        threads: compute threads per run.
 
     Raises:
         SaccadeError: on an unknown grid or split, or a number below 1.
@@ -78,7 +79,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
-            raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches a side")
+            raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches per side")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
         for name in ("tower_steps", "rows", "turns", "pretrain_steps", "steps", "batch_size", "questions", "threads"):
@@ -144,14 +145,12 @@ def plan_runs(
     Raises:
         SaccadeError: on an unknown method.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise SaccadeError(f"method={unknown[0]!r} is unknown: use one of {', '.join(METHODS)}")
+    fields = {method: method_fields(method) for method in methods}
     runs = []
     for seed in seeds:
         for method in methods:
             stages = tuple(
-                {**_recipe(stage, prepared, settings, seed), **METHODS[method]} for stage in ("pretrain", "sft")
+                {**_recipe(stage, prepared, settings, seed), **fields[method]} for stage in ("pretrain", "sft")
             )
             inferences = standard_inferences(
                 {"reducer": settings.reducer, "positions": settings.positions, **stages[-1]}
@@ -199,7 +198,7 @@ def _make_data(
     for task in TASKS:
         started, made = time.process_time(), 0
         for stage, turns in (("pretrain", 1), ("sft", settings.turns)):
-            # Stage two has pictures of its own.
+            # The two stages share no pictures.
             seed = list(files).index(stage) + 1
             before = set(folder.glob("*.parquet"))
             path = rows_file(folder, task, "train", stage, settings.rows, seed, grid, turns)
@@ -228,35 +227,17 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
     lora = {"lora": True, "lora_r": settings.lora_r, "lora_alpha": 2 * settings.lora_r, "lora_dropout": 0.0}
     return {
         **({"model": prepared["model"]} if pretrain else lora),
+        **stage_fields(stage, steps, seed, settings),
         "dataset": prepared["data"][stage],
-        "seed": seed,
-        "reducer": settings.reducer,
-        "prune_ratio": settings.prune_ratio,
-        "slow_probability": settings.slow_probability,
-        # Short runs would otherwise depend on the luck of the draw; the share is the same.
-        "schedule": "stratified",
-        "isolator_length": settings.isolator_length,
         "positions": settings.positions,
-        "freeze_language_model": pretrain,
-        "learning_rate": settings.pretrain_learning_rate if pretrain else settings.learning_rate,
         "projector_learning_rate": settings.pretrain_learning_rate
         if pretrain
         else settings.pretrain_learning_rate / 4,
-        "max_steps": steps,
-        "per_device_train_batch_size": settings.batch_size,
         "max_length": 2048,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, round(0.03 * steps)),
-        "logging_steps": max(1, steps // 20),
         # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
         "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
         "save_total_limit": 1,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
         "dataloader_num_workers": 0,
-        "disable_tqdm": True,
     }
 
 

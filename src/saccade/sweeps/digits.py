@@ -95,11 +95,8 @@ def digit_run(
     Raises:
         SaccadeError: on an unknown method.
     """
-    for chosen in (method, pretrain_method):
-        if isinstance(chosen, str) and chosen not in METHODS:
-            raise SaccadeError(f"method={chosen!r} is unknown: use one of {', '.join(METHODS)}")
     chosen = {"pretrain": method if pretrain_method is None else pretrain_method, "sft": method}
-    fields = {stage: METHODS[one] if isinstance(one, str) else one for stage, one in chosen.items()}
+    fields = {stage: method_fields(one) if isinstance(one, str) else one for stage, one in chosen.items()}
     stages = tuple({**_recipe(stage, settings, seed), **(options or {}), **fields[stage]} for stage in fields)
     if inferences is None:
         pruned = {"reducer": settings.reducer, "prune_ratio": settings.prune_ratio}
@@ -109,16 +106,28 @@ def digit_run(
     return RunSpec(name, {**labels, "seed": seed}, stages, evaluation, settings.threads, dict(extra or {}))
 
 
-def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:
+def method_fields(name: str) -> Mapping[str, Any]:
+    """The fields in which a method of `METHODS` differs from DualSpeed.
+
+    Raises:
+        SaccadeError: on an unknown method.
+    """
+    if name not in METHODS:
+        raise SaccadeError(f"method={name!r} is unknown: use one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def stage_fields(stage: str, steps: int, seed: int, settings: Any) -> dict[str, Any]:
+    """The fields that both stages of a two-stage study on a CPU have, whatever its data and model are.
+
+    Args:
+        stage: "pretrain", where the projector alone learns, or "sft".
+        steps: of the stage.
+        seed: of weights, data order and modes.
+        settings: `DigitSettings`, or another dataclass that has its fields of the method, the rates and the batch.
+    """
     pretrain = stage == "pretrain"
-    steps = settings.pretrain_steps if pretrain else settings.sft_steps
     return {
-        **({"model": "tiny"} if pretrain else {}),
-        "dataset": "digits",
-        "dataset_stage": stage,
-        "dataset_rows": steps * settings.batch_size,
-        "dataset_seed": seed,
-        "dataset_turns": 1 if pretrain else settings.turns,
         "seed": seed,
         "reducer": settings.reducer,
         "prune_ratio": settings.prune_ratio,
@@ -126,7 +135,6 @@ def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:
         # Short runs would otherwise depend on the luck of the draw; the share is the same.
         "schedule": "stratified",
         "isolator_length": settings.isolator_length,
-        "positions": "compact",
         "freeze_language_model": pretrain,
         "learning_rate": settings.pretrain_learning_rate if pretrain else settings.learning_rate,
         "max_steps": steps,
@@ -134,12 +142,27 @@ def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "warmup_steps": max(1, round(0.03 * steps)),
         "logging_steps": max(1, steps // 20),
-        "save_strategy": "no",
         "report_to": "none",
         "bf16": False,
         "use_cpu": True,
         "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
+def _recipe(stage: str, settings: DigitSettings, seed: int) -> dict[str, Any]:
+    pretrain = stage == "pretrain"
+    steps = settings.pretrain_steps if pretrain else settings.sft_steps
+    return {
+        **({"model": "tiny"} if pretrain else {}),
+        **stage_fields(stage, steps, seed, settings),
+        "dataset": "digits",
+        "dataset_stage": stage,
+        "dataset_rows": steps * settings.batch_size,
+        "dataset_seed": seed,
+        "dataset_turns": 1 if pretrain else settings.turns,
+        "positions": "compact",
+        "save_strategy": "no",
         "dataloader_num_workers": 1,
         "dataloader_persistent_workers": True,
-        "disable_tqdm": True,
     }

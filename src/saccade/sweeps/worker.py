@@ -136,7 +136,7 @@ def train_stage(
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
     clock = TrainingClock(Path(recipe["output_dir"]))
-    made = make_recipe(_going_on(recipe), source=f"stage {stage}")
+    made = make_recipe(_resuming(recipe), source=f"stage {stage}")
     trainer = train_recipe(made, callbacks=[_Progress(stage), clock, *callbacks])
     cpu_seconds, seconds = clock.spent
     if trainer.sigterm.stopped:
@@ -160,9 +160,9 @@ def train_stage(
     }
 
 
-def _going_on(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a stage that has no result yet: it goes on from its newest checkpoint if its recipe asks for that
-    and there is a whole one, and else replaces what an attempt that was broken off left in its folder."""
+def _resuming(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a stage that has no result yet: it resumes from its newest checkpoint if its recipe asks for that
+    and there is a complete one; otherwise it replaces what an interrupted attempt left in its folder."""
     if recipe.get("resume") and newest_checkpoint(recipe["output_dir"]) is not None:
         return recipe
     return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
