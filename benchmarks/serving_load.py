@@ -1,6 +1,6 @@
 """What a serving benchmark asks of, and how: bursts of requests at servers of vLLM, and at `generate`.
 
-A burst is a number of requests that arrive at once. Each has a picture of its own, so that no cache knows it.
+A burst is a number of requests that arrive at once. Each has a different picture, so that no cache has seen it.
 """
 
 import base64

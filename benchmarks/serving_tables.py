@@ -153,7 +153,7 @@ def selection_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any
         cells = [_range([1000 * value for value in times[part]]) for part in ("outline", "encode", "select")]
         rows.append([name, *cells, share["all"], share["own"]])
     columns = ["", "counting tokens, ms", "tower and projector, ms", "selection, ms"]
-    return [*columns, "of the first token on all tokens", "of its own first token"], rows
+    return [*columns, "of the first token on all tokens", "of the pruned first token"], rows
 
 
 def _range(values: Sequence[float]) -> str:

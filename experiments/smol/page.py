@@ -14,7 +14,7 @@ class Page:
     """An RGB image of `grid` by `grid` patches.
 
     Args:
-        grid: patches a side.
+        grid: patches per side.
         paper: the colour of the sheet.
         font: of all that is written on it.
     """

@@ -36,7 +36,7 @@ def make_rows(
         stage: "pretrain" for captions, "sft" for questions.
         number: rows.
         seed: which stream of pictures.
-        grid: patches a side.
+        grid: patches per side.
         turns: questions about each picture, in one conversation, or as many as there are.
 
     Returns:
@@ -72,10 +72,7 @@ def rows_file(folder: Path, task: str, split: str, stage: str, number: int, seed
 
 def read_rows(paths: list[Path]) -> Dataset:
     """The rows of several files, one file after the other."""
-    cache = None
-    return concatenate_datasets(
-        [Dataset.from_parquet(str(path), cache_dir=cache, features=_FEATURES) for path in paths]
-    )
+    return concatenate_datasets([Dataset.from_parquet(str(path), features=_FEATURES) for path in paths])
 
 
 def _row(task: str, split: str, stage: str, index: int, seed: int, grid: int, turns: int) -> dict[str, Any]:

@@ -52,13 +52,13 @@ def train_tower(
     A patch learns, by cross-entropy at the layer that LLaVA reads, all words of the region that it is a part of, or
     that it shows nothing; CLS learns there and at the end all words of the picture, so that what it attends to means
     something. Most steps see those patches of a picture that show something and few others, which takes half the time.
-    A call that was broken off goes on from its last save, with the same pictures as if it had not been.
+    A call that was interrupted resumes from its last save, and sees the same pictures as an uninterrupted one.
 
     Args:
         output: folder to make; while training goes on it holds `training.pt`.
         steps: number of steps, of `BATCH` pictures each.
         seed: of weights and pictures.
-        grid: patches a side.
+        grid: patches per side.
         start: the folder of a tower to begin with, of any grid: positions are interpolated.
         learning_rate: the highest.
         log: is given a line now and then.
@@ -306,7 +306,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _resume(file: Path, settings: dict, tower: nn.Module, heads: nn.Module, optimizer) -> tuple[int, np.ndarray]:
-    """Load what a call that was broken off left; the number of steps done, and CPU seconds and seconds spent."""
+    """Load what an interrupted call left; the number of steps done, and CPU seconds and seconds spent."""
     if not file.is_file():
         return 0, np.zeros(2)
     state = torch.load(file, weights_only=True)

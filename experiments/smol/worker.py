@@ -1,4 +1,4 @@
-"""One run on the testbed in a process of its own: both stages, and an evaluation task by task."""
+"""One run on the testbed in a separate process: both stages, and an evaluation task by task."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def run_smol(spec: RunSpec, stages: Path) -> dict[str, Any]:
 def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each way to run the model, over all tasks alike, as `merge_tasks` makes it.
 
-    What was found on a task is kept in the model's folder, so that an evaluation that is broken off goes on there.
+    The results of a task are kept in the model's folder, so that an interrupted evaluation resumes from the next task.
 
     Args:
         evaluation: `scenes` is the number of questions of each task.

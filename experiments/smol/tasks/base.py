@@ -11,7 +11,7 @@ from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError
 
 PATCH = 16
-"""Pixels along a patch of the tower; a picture of `grid` patches a side has `grid * PATCH` pixels a side."""
+"""Pixels along a patch of the tower; a picture of `grid` patches per side has `grid * PATCH` pixels per side."""
 GRIDS = (12, 24)
 """144 visual tokens, and 576 as in LLaVA-1.5."""
 
@@ -52,7 +52,7 @@ class Sample:
     """A picture, what is on it, and everything that may be asked about it.
 
     Args:
-        image: RGB, `grid * PATCH` pixels a side.
+        image: RGB, `grid * PATCH` pixels per side.
         regions: what is on it, in reading order.
         questions: a question for each kind that has a clear answer, and several of some.
     """
@@ -86,7 +86,7 @@ class Task(Protocol):
             split: "train", "validation" or "test".
             number: from 0 on.
             seed: which stream of samples.
-            grid: patches a side, one of `GRIDS`.
+            grid: patches per side, one of `GRIDS`.
 
         Raises:
             SaccadeError: on an unknown split or grid, or if a package that it needs is not installed.
@@ -102,7 +102,7 @@ def sample_rng(task: str, split: str, number: int, seed: int, grid: int) -> rand
     if split not in SPLITS:
         raise SaccadeError(f"split={split!r} is unknown: use one of {', '.join(SPLITS)}")
     if grid not in GRIDS:
-        raise SaccadeError(f"grid={grid!r} is unknown: use one of {', '.join(map(str, GRIDS))} patches a side")
+        raise SaccadeError(f"grid={grid!r} is unknown: use one of {', '.join(map(str, GRIDS))} patches per side")
     return random.Random(f"{task}/{split}/{seed}/{number}/{grid}")
 
 

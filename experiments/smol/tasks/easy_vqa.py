@@ -15,7 +15,7 @@ from experiments.smol.tasks.base import PATCH, Question, Region, Sample, sample_
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 HELD_OUT = 10
-"""Every so many images of its own training set are the validation set."""
+"""One in so many images of the published training set is a validation image."""
 
 _NEGATED = re.compile(r"\b(no|not)\b")
 
