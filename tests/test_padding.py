@@ -20,7 +20,7 @@ from saccade.evaluation.digits import collate_prompts, prepare_prompts
 from saccade.families import family_class
 from saccade.families.padding import check_aspect_ratio, pad_to_square, padded, pads_to_square
 from saccade.recipes import RECIPES
-from saccade.report.view import _seen_part
+from saccade.report.view import seen_part
 from saccade.training import load_recipe
 from saccade.training.export import export_model
 
@@ -215,9 +215,9 @@ def test_a_long_image_cannot_take_all_memory_as_a_square():
 def test_the_view_shows_what_the_model_sees():
     processor = llava()[1]
     image = framed(64, 48)
-    assert _seen_part(processor, image).size == (48, 48)
+    assert seen_part(processor, image).size == (48, 48)
     pad_to_square(processor)
-    seen = _seen_part(processor, image)
+    seen = seen_part(processor, image)
     assert seen.size == (64, 64)
     assert np.array_equal(seen, padded(image, processor))
     np.testing.assert_allclose(

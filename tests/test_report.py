@@ -12,14 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
 from rich.console import Console
 
 from saccade.errors import SaccadeError
 from saccade.files import to_json
 from saccade.report import environment as environment_module
 from saccade.report.environment import environment
-from saccade.report.kept_tokens import DARKENED, GAP, OUTLINE, TITLE_HEIGHT, draw_kept_tokens
+from saccade.report.kept_tokens import (
+    DIMMED,
+    GAP,
+    LINE_HEIGHT,
+    OUTLINE,
+    TITLE_HEIGHT,
+    _font,
+    draw_kept_tokens,
+    kept_tokens_sheet,
+    patch_size,
+)
 from saccade.report.plots import _group, plot_accuracy_over_time, plot_loss_by_mode
 from saccade.report.tables import markdown_table, print_table
 
@@ -119,29 +129,51 @@ class TestPlots:
 
 
 class TestKeptTokens:
-    def test_kept_patches_are_clear_and_dropped_ones_dark(self, tmp_path: Path) -> None:
+    def test_kept_patches_are_clear_and_dropped_ones_dimmed(self, tmp_path: Path) -> None:
         image = Image.new("RGB", (40, 30), (200, 120, 80))
         index = torch.tensor([1, 6, -1])
         panels = [("first", index, None), ("second", torch.tensor([11]), None)]
-        draw_kept_tokens(image, panels, (3, 4), tmp_path / "kept.png", panel_width=80)
+        draw_kept_tokens(image, panels, (3, 4), tmp_path / "kept.png", panel_size=80)
         sheet = opened(tmp_path / "kept.png")
-        assert sheet.size == (GAP + 2 * (80 + GAP), GAP + TITLE_HEIGHT + 60 + GAP)
-        dark = tuple(int(DARKENED * value) for value in (200, 120, 80))
+        assert sheet.size == (GAP + 2 * (80 + GAP), GAP + TITLE_HEIGHT + 60 + GAP + 2 * LINE_HEIGHT + GAP)
+        dimmed = tuple(int(DIMMED * value) for value in (200, 120, 80))
         for panel, kept in enumerate(({1, 6}, {11})):
             for token in range(12):
-                expected = (200, 120, 80) if token in kept else dark
+                expected = (200, 120, 80) if token in kept else dimmed
                 assert mean_color(patch(sheet, token, 4, 20, panel)) == pytest.approx(expected, abs=2)
         assert sheet.getpixel((GAP + 20, GAP + TITLE_HEIGHT)) == OUTLINE
 
-    def test_a_merge_colours_regions_and_darkens_what_flows_nowhere(self, tmp_path: Path) -> None:
+    def test_a_merge_colours_regions_and_dims_what_flows_nowhere(self, tmp_path: Path) -> None:
         image = Image.new("RGB", (40, 40), (128, 128, 128))
         weight = torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1.0, 0]])
-        draw_kept_tokens(image, [("merge", torch.tensor([0, 2]), weight)], (2, 2), tmp_path / "m.png", panel_width=80)
+        draw_kept_tokens(image, [("merge", torch.tensor([0, 2]), weight)], (2, 2), tmp_path / "m.png", panel_size=80)
         sheet = opened(tmp_path / "m.png")
         colors = [mean_color(patch(sheet, token, 2, 40)) for token in range(4)]
         assert colors[0] == colors[1]
         assert colors[0] != colors[2]
-        assert max(colors[3]) < 60
+        assert colors[3] == pytest.approx([int(DIMMED * 128)] * 3, abs=2)
+
+    @pytest.mark.parametrize(("size", "cell"), [((400, 200), (24, 24)), ((200, 400), (12, 49)), ((10, 1000), (4, 49))])
+    def test_a_panel_has_the_aspect_ratio_of_the_picture(self, size: tuple[int, int], cell: tuple[int, int]) -> None:
+        assert patch_size(size, (7, 14), 343) == cell
+        sheet = kept_tokens_sheet(Image.new("RGB", size), [("x", torch.tensor([0]), None)], (7, 14), panel_size=343)
+        height = GAP + TITLE_HEIGHT + 7 * cell[1] + GAP
+        assert sheet.width == 14 * cell[0] + 2 * GAP
+        assert sheet.height > height
+        assert sheet.crop((GAP, GAP + TITLE_HEIGHT, sheet.width - GAP, height - GAP)).getcolors()[0][1] != (255,) * 3
+
+    def test_titles_count_and_a_legend_and_a_caption_stand_below(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        written: list[str] = []
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda pen, place, text, **how: written.append(text))
+        panels = [("a name far too long for its panel", torch.tensor([3, 1, -1]), None)]
+        sheet = kept_tokens_sheet(Image.new("RGB", (9, 9)), panels, (3, 4), caption="one two " * 9, panel_size=160)
+        kept, dropped, title, *caption = written
+        assert (kept, dropped) == ("kept token", "dropped")
+        assert title.endswith("…: 2 of 12")
+        assert " ".join(caption).split() == ["one", "two"] * 9
+        assert all(_font(14).getlength(line) <= sheet.width - 2 * GAP for line in caption)
+        kept_tokens_sheet(Image.new("RGB", (9, 9)), [("m", torch.tensor([3]), torch.ones(1, 12))], (3, 4))
+        assert "merged into the outlined token of its colour" in written
 
     def test_labels_are_drawn(self, tmp_path: Path) -> None:
         image, panels = Image.new("L", (40, 40), 90), [("labels", torch.tensor([0]), None)]

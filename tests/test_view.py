@@ -12,11 +12,11 @@ from saccade.families import get_family
 from saccade.images import open_image
 from saccade.reducers import Needs, PruningConfig, get_reducer, keep_count, list_reducers
 from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_A_ROW, TITLE_HEIGHT
-from saccade.report.view import _seen_part, process_image
+from saccade.report.view import process_image, seen_part
 from saccade.tiny import load_tiny, save_tiny
 from saccade.tokens import Reduction
 
-SIDE = 28  # pixels a patch of 12 x 12 in a panel of 336
+WIDTH, HEIGHT = 28, 17  # pixels per patch of 12 x 12 in a panel that shows 200 x 120 pixels 336 wide
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +30,12 @@ def photo(tmp_path_factory) -> Path:
 
 def outlined(sheet: Image.Image, panel: int) -> list[int]:
     """The patches of a panel that carry an outline on all four edges, read back from the picture."""
-    step = 12 * SIDE + GAP
-    left = GAP + panel % PANELS_A_ROW * step
-    top = GAP + panel // PANELS_A_ROW * (step + TITLE_HEIGHT) + TITLE_HEIGHT
+    left = GAP + panel % PANELS_A_ROW * (12 * WIDTH + GAP)
+    top = GAP + panel // PANELS_A_ROW * (12 * HEIGHT + GAP + TITLE_HEIGHT) + TITLE_HEIGHT
     found = []
     for token in range(144):
-        x, y = left + token % 12 * SIDE, top + token // 12 * SIDE
-        corners = [(x, y), (x + SIDE - 1, y), (x, y + SIDE - 1), (x + SIDE - 1, y + SIDE - 1)]
+        x, y = left + token % 12 * WIDTH, top + token // 12 * HEIGHT
+        corners = [(x, y), (x + WIDTH - 1, y), (x, y + HEIGHT - 1), (x + WIDTH - 1, y + HEIGHT - 1)]
         if all(sheet.getpixel(corner) == OUTLINE for corner in corners):
             found.append(token)
     return found
@@ -56,9 +55,11 @@ def test_every_reducer_on_the_embedded_model(photo, tmp_path, capsys):
     report = json.loads(output.with_suffix(".json").read_text())
     assert [panel["reducer"] for panel in report["panels"]] == list_reducers()
     assert report["grid"] == [12, 12]
+    assert "tiny, the embedded model" in report["source"]
     model, processor = load_tiny()
     inputs = process_image(processor, open_image(photo), "Describe the image.")
     printed = capsys.readouterr().out
+    assert printed.startswith(report["source"] + "\n")
     with Image.open(output) as sheet:
         sheet = sheet.convert("RGB")
         for number, panel in enumerate(report["panels"]):
@@ -85,6 +86,7 @@ def test_a_saved_model_a_prompt_and_a_ratio(photo, tmp_path, monkeypatch):
         pictures[prompt] = json.loads(Path("view.json").read_text())
         assert Path("view.png").stat().st_size > 1000
     first, second = pictures.values()
+    assert first["source"] == f"Tokens of {folder}, a model of type llava."
     assert [len(panel["kept"]) for panel in first["panels"]] == [72, 72]
     assert first["panels"][0]["kept"] != second["panels"][0]["kept"]  # cdpruner reads the words
     assert first["panels"][1] == second["panels"][1]  # tome does not
@@ -94,9 +96,9 @@ def test_what_the_processor_cuts_off_is_not_drawn():
     image = Image.new("RGB", (200, 120), "red")
     image.paste("blue", (40, 0, 160, 120))
     processor = load_tiny()[1]
-    assert _seen_part(processor, image).size == (200, 120)
+    assert seen_part(processor, image).size == (200, 120)
     processor.image_processor.do_center_crop = True
-    seen = _seen_part(processor, image)
+    seen = seen_part(processor, image)
     assert seen.size == (120, 120)
     assert seen.getcolors() == [(120 * 120, (0, 0, 255))]
 

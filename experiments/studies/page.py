@@ -161,8 +161,8 @@ def _add_compared_scene(
         for entry in seen["panels"]
     ]
     budget = f"{keep_tokens} tokens" if keep_tokens else f"p = {prune_ratio:g}"
-    caption = f"A scene of the test split at {budget}: what stays is clear and outlined, what is dropped is "
-    caption += "dark; where tokens are merged, a region has the colour of the token that it flows into."
+    caption = f"A scene of the test split at {budget}: what stays is outlined, what is dropped is "
+    caption += "dimmed; where tokens are merged, a region has the colour of the token that it flows into."
     page.add(HEADING, page.show(file, alt, caption, wide=True), fold("The picture in words", *map(paragraph, listed)))
 
 

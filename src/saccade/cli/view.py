@@ -66,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
     from saccade.training import ModelOptions, load_model
 
     model, processor = load_model(ModelOptions(model=args.model))
-    report = view_reducers(model, processor, image, names, args.prompt, args.output, pruning)
+    report = view_reducers(model, processor, image, names, args.prompt, args.output, pruning, args.model)
     rows, columns = report["grid"]
+    print(report["source"])
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
-        note = f", {merged} tokens merged into them" if "merged_into" in panel else ""
+        note = f", into which {merged} are merged" if "merged_into" in panel else ""
         print(f"{panel['reducer']}: {len(panel['kept'])} of {rows * columns} tokens{note}")
     print(f"written to {args.output}")
     return 0

@@ -135,4 +135,5 @@ def draw_scene(model_folder: Path, settings: dict[str, Any], path: Path) -> None
         reduction = reduce(context, PruningConfig(name, prune_ratio=settings["prune_ratio"]))
         panels.append((name, reduction.index[0], None))
     _, rows, columns = context.grid[0].tolist()
-    draw_kept_tokens(row["images"][0], panels, (rows, columns), path)
+    caption = "A test scene, and the tokens that each reducer keeps with the model that DualSpeed trained."
+    draw_kept_tokens(row["images"][0], panels, (rows, columns), path, caption=caption)

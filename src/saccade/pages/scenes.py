@@ -56,7 +56,7 @@ def add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
         page.add(HEADING, paragraph(f"No pictures: {error}"))
         return
     intro = f"Scenes of the test split. {pruned.pruning.reducer} keeps {len(kept)} of {height * width} visual tokens: "
-    intro += "kept patches are clear and outlined, dropped ones dark. "
+    intro += "kept patches are outlined, dropped ones dimmed. "
     page.add(
         HEADING, paragraph(intro + "Answers are greedy, from all tokens and from the kept ones."), gallery(pictures)
     )

@@ -14,14 +14,15 @@ from saccade.files import atomic_path
 
 Panel = tuple[str, Tensor, Tensor | None]
 
-GAP, TITLE_HEIGHT, PANELS_A_ROW = 16, 30, 4
+GAP, TITLE_HEIGHT, LINE_HEIGHT, PANELS_A_ROW = 16, 30, 24, 4
 PAPER, INK, OUTLINE = (255, 255, 255), (40, 40, 40), (255, 214, 10)
-DARKENED = 0.28  # brightness of a dropped patch: still recognisable, but clearly dropped
+DIMMED = 0.62  # brightness of a dropped patch: the picture stays recognisable
 TINT = 0.45  # how much of a merged region's colour covers the image
 # Okabe and Ito's colours without black, which would look like dropped patches.
 REGION_COLORS = [
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 ]  # fmt: skip
+KEPT, DROPPED, MERGED = "kept token", "dropped", "merged into the outlined token of its colour"
 
 
 def draw_kept_tokens(
@@ -30,11 +31,31 @@ def draw_kept_tokens(
     grid: tuple[int, int],
     path: str | os.PathLike[str],
     *,
+    caption: str = "",
     patch_labels: Mapping[int, str] | None = None,
-    panel_width: int = 336,
+    panel_size: int = 336,
 ) -> None:
-    """Draw `image` once per panel, with kept patches clear and outlined and dropped ones dark, side by side in one
-    PNG.
+    """Write `kept_tokens_sheet` of the same arguments as PNG.
+
+    Raises:
+        SaccadeError: if there are no panels, or an index or a weight does not match the grid.
+    """
+    sheet = kept_tokens_sheet(image, panels, grid, caption=caption, patch_labels=patch_labels, panel_size=panel_size)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
+def kept_tokens_sheet(
+    image: Image.Image,
+    panels: Sequence[Panel],
+    grid: tuple[int, int],
+    *,
+    caption: str = "",
+    patch_labels: Mapping[int, str] | None = None,
+    panel_size: int = 336,
+) -> Image.Image:
+    """Draw `image` once per panel at its aspect ratio, with kept patches outlined and dropped ones dimmed, side by
+    side above a legend.
 
     For a merge, every patch has the colour of the output token in which it has the largest weight, neighbouring
     regions have different colours, and the outlined patch of a region is the token that the others are merged into.
@@ -42,11 +63,14 @@ def draw_kept_tokens(
     Args:
         image: the picture that the tokens come from.
         panels: each a title, the index of one row of a `Reduction`, long `(K,)` with -1 for padding, and its weight
-            `(K, N)` or None.
+            `(K, N)` or None. Behind the title stands how many of the tokens are kept.
         grid: rows and columns of tokens.
-        path: the file to write.
+        caption: a line below the panels, such as the model that the tokens come from.
         patch_labels: short texts to write on patches, by token index.
-        panel_width: pixels per panel, rounded so that each patch has a whole number of pixels.
+        panel_size: pixels of a panel's longer edge, rounded so that each patch has a whole number of pixels.
+
+    Returns:
+        The sheet, RGB.
 
     Raises:
         SaccadeError: if there are no panels, or an index or a weight does not match the grid.
@@ -54,23 +78,42 @@ def draw_kept_tokens(
     if not panels:
         raise SaccadeError("panels=[] is empty: give at least one (title, index, weight)")
     rows, columns = grid
-    side = max(4, round(panel_width / columns))
-    size = (side * columns, side * rows)
+    cell = patch_size(image.size, grid, panel_size)
+    size = (cell[0] * columns, cell[1] * rows)
     enlarged = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     across = min(PANELS_A_ROW, len(panels))
     down = math.ceil(len(panels) / across)
-    sheet = Image.new("RGB", (GAP + across * (size[0] + GAP), GAP + down * (TITLE_HEIGHT + size[1] + GAP)), PAPER)
+    width = GAP + across * (size[0] + GAP)
+    legend = _legend(any(weight is not None for _, _, weight in panels), width - 2 * GAP)
+    lines = _wrap(caption, width - 2 * GAP)
+    below = GAP + down * (TITLE_HEIGHT + size[1] + GAP)
+    sheet = Image.new("RGB", (width, below + legend.height + LINE_HEIGHT * len(lines) + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (title, index, weight) in enumerate(panels):
         kept = _checked_index(title, index, rows * columns)
         left = GAP + (number % across) * (size[0] + GAP)
         top = GAP + (number // across) * (TITLE_HEIGHT + size[1] + GAP)
-        pen.text((left, top), _shorten(title, size[0]), font=_font(17), fill=INK)
+        text = _shorten(title, f": {len(kept)} of {rows * columns}", size[0])
+        pen.text((left, top), text, font=_font(17), fill=INK)
         regions = _regions(title, index, weight, rows * columns)
-        panel = _draw_panel(enlarged, kept, regions, grid, side, patch_labels or {})
+        panel = _draw_panel(enlarged, kept, regions, grid, cell, patch_labels or {})
         sheet.paste(panel, (left, top + TITLE_HEIGHT))
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
+    sheet.paste(legend, (GAP, below))
+    for number, line in enumerate(lines):
+        pen.text((GAP, below + legend.height + LINE_HEIGHT * number), line, font=_font(14), fill=INK)
+    return sheet
+
+
+def patch_size(size: tuple[int, int], grid: tuple[int, int], panel_size: int) -> tuple[int, int]:
+    """Width and height in pixels of a patch in a panel that shows a picture of `size` at its aspect ratio.
+
+    Args:
+        size: width and height of the picture.
+        grid: rows and columns of tokens.
+        panel_size: pixels of the panel's longer edge.
+    """
+    scale = panel_size / max(size)
+    return tuple(max(4, round(scale * edge / count)) for edge, count in zip(size, reversed(grid), strict=True))
 
 
 def _checked_index(title: str, index: Tensor, tokens: int) -> list[int]:
@@ -99,38 +142,38 @@ def _draw_panel(
     kept: Sequence[int],
     regions: Sequence[int] | None,
     grid: tuple[int, int],
-    side: int,
+    cell: tuple[int, int],
     labels: Mapping[int, str],
 ) -> Image.Image:
     rows, columns = grid
-    dark = Image.blend(Image.new("RGB", image.size), image, DARKENED)
-    panel = dark.copy()
+    panel = Image.blend(Image.new("RGB", image.size), image, DIMMED)
     colors = _region_colors(regions, grid) if regions else {}
     stays = set(kept)
     for token in range(rows * columns):
-        box = _box(token, columns, side)
+        box = _box(token, columns, cell)
         if regions and regions[token] >= 0:
-            tint = Image.new("RGB", (side, side), colors[regions[token]])
+            tint = Image.new("RGB", cell, colors[regions[token]])
             panel.paste(Image.blend(image.crop(box), tint, TINT), box)
         elif token in stays:
             panel.paste(image.crop(box), box)
     pen = ImageDraw.Draw(panel)
     if regions:
-        _draw_borders(pen, regions, grid, side)
+        _draw_borders(pen, regions, grid, cell)
     for token in stays:
-        left, top, right, bottom = _box(token, columns, side)
-        pen.rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE, width=2 if side >= 14 else 1)
+        left, top, right, bottom = _box(token, columns, cell)
+        pen.rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE, width=2 if min(cell) >= 14 else 1)
     for token, text in labels.items():
-        left, top, right, bottom = _box(token, columns, side)
+        left, top, right, bottom = _box(token, columns, cell)
         place = ((left + right) / 2, (top + bottom) / 2)
-        font = _font(max(8, round(side * 0.5)))
+        font = _font(max(8, round(min(cell) * 0.5)))
         pen.text(place, text, font=font, anchor="mm", fill=PAPER, stroke_width=2, stroke_fill=INK)
     return panel
 
 
-def _box(token: int, columns: int, side: int) -> tuple[int, int, int, int]:
-    left, top = token % columns * side, token // columns * side
-    return left, top, left + side, top + side
+def _box(token: int, columns: int, cell: tuple[int, int]) -> tuple[int, int, int, int]:
+    width, height = cell
+    left, top = token % columns * width, token // columns * height
+    return left, top, left + width, top + height
 
 
 def _region_colors(regions: Sequence[int], grid: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
@@ -159,12 +202,14 @@ def _adjacent(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return beside + below
 
 
-def _draw_borders(pen: ImageDraw.ImageDraw, regions: Sequence[int], grid: tuple[int, int], side: int) -> None:
+def _draw_borders(
+    pen: ImageDraw.ImageDraw, regions: Sequence[int], grid: tuple[int, int], cell: tuple[int, int]
+) -> None:
     columns = grid[1]
     for one, other in _adjacent(grid):
         if regions[one] == regions[other]:
             continue
-        left, top, right, bottom = _box(other, columns, side)
+        left, top, right, bottom = _box(other, columns, cell)
         end = (left, bottom) if other == one + 1 and other % columns else (right, top)
         pen.line(((left, top), end), fill=INK, width=1)
 
@@ -174,11 +219,45 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _shorten(title: str, width: int) -> str:
-    """`title`, truncated with an ellipsis if it is wider than its panel."""
+def _shorten(title: str, count: str, width: int) -> str:
+    """`title` and `count`, the title truncated with an ellipsis if they are wider than their panel."""
     font = _font(17)
-    if font.getlength(title) <= width:
-        return title
-    while title and font.getlength(title + "…") > width:
+    if font.getlength(title + count) <= width:
+        return title + count
+    while title and font.getlength(title + "…" + count) > width:
         title = title[:-1]
-    return title.rstrip() + "…"
+    return title.rstrip() + "…" + count
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """`text` in lines that are at most `width` pixels wide, unless a word is wider."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font(14).getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _legend(merges: bool, width: int) -> Image.Image:
+    """What outlined, dimmed and, if a panel merges, coloured patches mean, in as many lines as fit into `width`."""
+    entries = [KEPT, *([MERGED] if merges else []), DROPPED]
+    swatch, at, line, places = 16, 0, 0, []
+    for entry in entries:
+        needed = swatch + 8 + math.ceil(_font(14).getlength(entry))
+        if at and at + needed > width:
+            at, line = 0, line + 1
+        places.append((at, line * LINE_HEIGHT))
+        at += needed + 24
+    legend = Image.new("RGB", (width, (line + 1) * LINE_HEIGHT), PAPER)
+    pen = ImageDraw.Draw(legend)
+    clear = (176, 190, 197)
+    fills = {KEPT: clear, DROPPED: tuple(round(DIMMED * level) for level in clear), MERGED: REGION_COLORS[1]}
+    for entry, (left, top) in zip(entries, places, strict=True):
+        pen.rectangle((left, top, left + swatch, top + swatch), fill=fills[entry])
+        if entry == KEPT:
+            pen.rectangle((left, top, left + swatch, top + swatch), outline=OUTLINE, width=3)
+        pen.text((left + swatch + 8, top), entry, font=_font(14), fill=INK)
+    return legend

@@ -15,8 +15,8 @@ from saccade.families import get_family
 from saccade.families.padding import padded, pads_to_square
 from saccade.files import reading, write_json_atomically
 from saccade.reducers import PruningConfig, reduce
-from saccade.report.kept_tokens import draw_kept_tokens
-from saccade.tokens import Reduction
+from saccade.report.kept_tokens import Panel, draw_kept_tokens
+from saccade.tokens import Reduction, VisualContext
 
 
 @torch.no_grad()
@@ -28,6 +28,7 @@ def view_reducers(
     prompt: str,
     path: str | os.PathLike[str],
     pruning: PruningConfig | None = None,
+    source: str | None = None,
 ) -> dict[str, Any]:
     """Draw what each reducer keeps of an image, side by side, and write the same as JSON next to it.
 
@@ -41,11 +42,12 @@ def view_reducers(
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
         pruning: how many tokens to keep, and options for its own reducer.
+        source: the name by which the model was loaded; the picture and the JSON then say whose tokens they are.
 
     Returns:
-        The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `grid` (rows, columns), and for each reducer
-            its `kept` tokens and, if it merges, `merged_into`, the kept token in which each token has the largest
-            weight, -1 if none.
+        The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `source` (`chosen_by`, or None), `grid` (rows,
+            columns), and for each reducer its `kept` tokens and, if it merges, `merged_into`, the kept token in which
+            each token has the largest weight, -1 if none.
 
     Raises:
         SaccadeError: on an unknown reducer, a ratio outside [0, 1) or together with a number of tokens, or a model
@@ -62,28 +64,54 @@ def view_reducers(
     panels, entries, grid = [], [], (0, 0)
     for name, config in chosen.items():
         context = family.encode(inputs, config.needs).context
-        frames, *shape = context.grid[0].tolist()
-        tokens = int(context.valid[0].sum())
-        if frames * shape[0] * shape[1] != tokens or frames != 1:
-            raise SaccadeError(
-                f"model_type={model.config.model_type!r}: its {tokens} tokens per image do not form a grid"
-            )
-        grid = (shape[0], shape[1])
+        grid = token_grid(model, context)
         reduction = reduce(context.select_rows(slice(1)), config)
-        index = reduction.index[0]
-        weight = None if reduction.weight is None else reduction.weight[0, :, :tokens].cpu()
-        panels.append((f"{name}  {int((index >= 0).sum())} of {tokens}", index.cpu(), weight))
-        entries.append({"reducer": name, **_describe(reduction, tokens)})
-    draw_kept_tokens(_seen_part(processor, image), panels, grid, path)
+        panels.append(panel(name, reduction, grid))
+        entries.append({"reducer": name, **_describe(reduction, grid[0] * grid[1])})
+    chosen_on = None if source is None else chosen_by(source, model)
+    draw_kept_tokens(seen_part(processor, image), panels, grid, path, caption=chosen_on or "")
     report = {
         "prune_ratio": base.prune_ratio,
         "keep_tokens": base.keep_tokens,
         "prompt": prompt,
+        "source": chosen_on,
         "grid": list(grid),
         "panels": entries,
     }
     write_json_atomically(path.with_suffix(".json"), report)
     return report
+
+
+def chosen_by(source: str, model: PreTrainedModel) -> str:
+    """A sentence on the model whose features the reducers chose from.
+
+    Args:
+        source: the name by which the model was loaded.
+    """
+    if source == "tiny":
+        return (
+            "Tokens of tiny, the embedded model, which has only learned digit scenes: a stand-in for your own model."
+        )
+    return f"Tokens of {source}, a model of type {model.config.model_type}."
+
+
+def token_grid(model: PreTrainedModel, context: VisualContext) -> tuple[int, int]:
+    """Rows and columns of the tokens of a context's first row.
+
+    Raises:
+        SaccadeError: if they do not form a grid.
+    """
+    frames, rows, columns = context.grid[0].tolist()
+    tokens = int(context.valid[0].sum())
+    if frames != 1 or rows * columns != tokens:
+        raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens per image do not form a grid")
+    return rows, columns
+
+
+def panel(title: str, reduction: Reduction, grid: tuple[int, int]) -> Panel:
+    """What `draw_kept_tokens` takes to draw the first row of a reduction."""
+    weight = None if reduction.weight is None else reduction.weight[0, :, : grid[0] * grid[1]].cpu()
+    return title, reduction.index[0].cpu(), weight
 
 
 def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
@@ -116,7 +144,7 @@ def process_image(processor: ProcessorMixin, image: Image.Image, prompt: str) ->
     )
 
 
-def _seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
+def seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
     """The image padded as by the processor, or without what the processor crops from its longer edges."""
     if pads_to_square(processor):
         return padded(image, processor)
