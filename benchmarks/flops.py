@@ -21,6 +21,7 @@ from benchmarks.shapes import SHAPES, check_place, get_shape, shape_config
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
+from saccade.reducers import PruningConfig
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
 from saccade.skip_vision import PRESETS, SkipVisionConfig
@@ -245,7 +246,11 @@ def _measure(args: argparse.Namespace, name: str, presets: list[str]) -> list[di
     results, rows = [], []
     for preset in presets:
         found = measure_generation(
-            model, SkipVisionConfig.preset(preset), text_tokens=args.text_tokens, repeats=args.repeats
+            model,
+            SkipVisionConfig.preset(preset),
+            PruningConfig(),
+            text_tokens=args.text_tokens,
+            repeats=args.repeats,
         )
         results.append({"preset": preset, **{kind: vars(result) for kind, result in found.items()}})
         base = found["full"]
@@ -254,7 +259,7 @@ def _measure(args: argparse.Namespace, name: str, presets: list[str]) -> list[di
             cells: list[Any] = [preset, kind, *(_figures(1000 * value) for value in seconds)]
             cells += [round(seconds[0] / median(base.prefill), 3), round(seconds[1] / median(base.decode), 3)]
             rows.append([*cells, _figures(result.cache_peak / 2**20), _figures(result.cache / 2**20)])
-    columns = ["preset", "prompt", "prefill ms", "token ms", "split and merge ms", "prefill / full", "token / full"]
+    columns = ["preset", "prompt", "prefill ms", "token ms", "layout ms", "prefill / full", "token / full"]
     print_table("measured, random weights", [*columns, "cache peak MiB", "cache MiB"], rows)
     return results
 

@@ -1,4 +1,4 @@
-"""Prefill time, decoding time and cache size, with all visual tokens and with skipping.
+"""Prefill time, decoding time and cache size, with all visual tokens, with pruned and with skipped ones.
 
 python -m benchmarks.generate
 python -m benchmarks.generate --shape llama3-8b --device cuda --dtype bfloat16 --images 1,4
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.generation import MEASURED, Generation, generation_model, measure_generation
+from benchmarks.generation import FULL, MEASURED, PRUNE, SKIP, Generation, generation_model, measure_generation
 from benchmarks.ledger import append_rows, check_ledger, figures, origin
 from benchmarks.shapes import check_place
 from benchmarks.train import options, shared_arguments
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
+from saccade.reducers import PruningConfig
 from saccade.report.tables import print_table
 from saccade.skip_vision import SkipVisionConfig
 
@@ -34,6 +35,7 @@ class GenerateBench:
         shape: name of a model shape.
         layers, width: size to cut its language model to.
         preset: Skip-Vision preset with the budgets of retained and skipped tokens.
+        reducer, prune_ratio: what pruning drops, and which share.
         images: numbers of images per prompt, one measurement for each.
         text_tokens, new_tokens: text tokens of the prompt, and tokens of the answer.
         repeats: timed repeats of each variant.
@@ -47,6 +49,8 @@ class GenerateBench:
     layers: int | None = None
     width: int | None = None
     preset: str = "100/156"
+    reducer: str = "divprune"
+    prune_ratio: float = 0.9
     images: tuple[int, ...] = (1, 4, 16)
     text_tokens: int = 60
     new_tokens: int = 16
@@ -80,11 +84,12 @@ def bench_generate(
     if ledger is not None:
         check_ledger(ledger)
     config = SkipVisionConfig.preset(bench.preset)
+    pruning = PruningConfig(reducer=bench.reducer, prune_ratio=bench.prune_ratio)
     torch.set_num_threads(bench.threads)
     model = generation_model(bench.shape, bench.layers, bench.width, getattr(torch, bench.dtype), bench.device)
     every = []
     for images in bench.images:
-        found = measure_generation(model, config, images, bench.text_tokens, bench.new_tokens, bench.repeats)
+        found = measure_generation(model, config, pruning, images, bench.text_tokens, bench.new_tokens, bench.repeats)
         rows = _ledger_rows(bench, found, images)
         on_rows(rows)
         if ledger is not None:
@@ -109,13 +114,13 @@ def _ledger_rows(bench: GenerateBench, found: Mapping[str, Generation], images: 
     rows = []
     for provider, result in found.items():
         kinds = " ".join(f"{kind}={count}" for kind, count in result.prompt_rows.items())
-        name = "full" if provider == "full" else f"skip {bench.preset}"
+        name = {PRUNE: f"prune {bench.prune_ratio}", SKIP: f"skip {bench.preset}"}.get(provider, provider)
         shape = f"{bench.shape}{cut} images={images} {kinds}"
         for metric in METRICS:
             values, unit = _values(result, metric)
             if values:
                 row = {**shared, "shape": shape, "provider": name, "metric": metric, "unit": unit}
-                baseline, _ = _values(found["full"], metric)
+                baseline, _ = _values(found[FULL], metric)
                 rows.append({**row, **figures(values, baseline, digits=5 if unit == "ms" else 12)})
     return rows
 
@@ -136,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("benchmarks.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared_arguments(parser)
     parser.add_argument("--preset", default="100/156", help="Skip-Vision preset (default: %(default)s)")
+    parser.add_argument("--reducer", default="divprune", help="reducer of the pruned prompt (default: %(default)s)")
+    parser.add_argument("--prune-ratio", type=float, default=0.9, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--images", default="1,4,16", metavar="A,B", help="images per prompt (default: %(default)s)")
     parser.add_argument("--text-tokens", type=int, default=60, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="(default: %(default)s)")

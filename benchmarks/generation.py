@@ -1,4 +1,4 @@
-"""Prefill time, decoding time and cache size of a model with and without token skipping, each measured separately."""
+"""Prefill time, decoding time and cache size with all visual tokens, with pruned ones, and with skipped ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +13,14 @@ from benchmarks.steps import seconds_on
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.interfaces import by_name, changed
-from saccade.pruning import prune_inputs
+from saccade.pruning import Pruner, prune, prune_inputs
+from saccade.reducers import PruningConfig
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.tokens import Role
 
 MEASURED = ("tiny", "llava-1.5-7b", "llama3-8b")
-FULL, SKIP = "full", "skip"
+FULL, PRUNE, SKIP = "full", "prune", "skip"
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Generation:
         prompt_rows: number of prompt rows, by kind.
         prefill: seconds from encoded images to the first token, per repeat.
         decode: seconds per generated token, per repeat.
-        layout: seconds to split, merge and lay out the encoded images, per repeat; empty for full prompts.
+        layout: seconds to choose, merge and lay out the tokens of encoded images, per repeat; empty for full prompts.
         cache_peak: bytes of keys and values when the last layer has read the prompt.
         cache: bytes of keys and values once skipped rows are dropped.
     """
@@ -81,23 +82,26 @@ def generation_model(
 def measure_generation(
     model: PreTrainedModel,
     config: SkipVisionConfig,
+    pruning: PruningConfig,
     images: int = 1,
     text_tokens: int = 60,
     new_tokens: int = 16,
     repeats: int = 5,
 ) -> dict[str, Generation]:
-    """Time a prompt with all tokens and with skipping, in alternation, after one warm-up run each.
+    """Time a prompt with all tokens, pruned, and with skipping, in alternation, after one warm-up run each.
 
-    Images are encoded once, outside the timed section. The two alternate so that other load affects both equally.
+    Images are encoded once, outside the timed section. All take turns, so that other load affects them equally.
 
     Args:
         model: a LLaVA without skipping.
+        config: how tokens are skipped.
+        pruning: how tokens are pruned.
         images: images in the prompt.
         new_tokens: tokens generated per repeat.
         repeats: timed repeats of each variant.
 
     Returns:
-        Measurements by name: `full` and `skip`.
+        Measurements by name: `full`, `prune` and `skip`.
 
     Raises:
         SaccadeError: on a count below 1, or a model that does not support skipping.
@@ -108,18 +112,31 @@ def measure_generation(
             raise SaccadeError(f"{name}={value!r}: give 1 or more")
     inputs = _prompt(model, images, text_tokens)
     family = get_family(model)
-    encoded = family.encode(inputs, config.needs)
+    pruner = Pruner(pruning)
+    encoded, to_prune = family.encode(inputs, config.needs), family.encode(inputs, pruner.needs)
+
+    def pruned() -> dict[str, Any]:
+        return prune(family, inputs, pruner, lambda laid: laid.inputs, encoded=to_prune, padding_side="left")
+
     full = prune_inputs(model, inputs, reducer="none", prune_ratio=0.0)
     found = {
         FULL: Generation({"text": text_tokens, "visual": full["input_ids"].shape[1] - text_tokens}),
+        PRUNE: Generation({}),
         SKIP: Generation({}),
     }
     for turn in range(repeats + 1):
-        for name in (FULL, SKIP):
+        for name in found:
             result, warm = found[name], turn == 0
             skip = apply_skip_vision(model, config) if name == SKIP else None
             try:
                 prepared = full
+                if name == PRUNE:
+                    seconds, prepared = _timed(model, pruned)
+                    if warm:
+                        kept = prepared["input_ids"].shape[1] - text_tokens
+                        result.prompt_rows = {"text": text_tokens, "kept": kept}
+                    else:
+                        result.layout.append(seconds)
                 if skip is not None:
                     seconds, prepared = _timed(model, lambda skip=skip: skip.prepare(inputs, encoded=encoded))
                     if warm:

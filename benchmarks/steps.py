@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.batches import make_batch
-from benchmarks.counting import count_saved_bytes
+from benchmarks.counting import HostReads, count_saved_bytes
 from benchmarks.released import ReleasedProcedure
 from benchmarks.variants import (
     BOTH,
@@ -66,6 +66,7 @@ class Timing:
         ratios: the stock step's duration divided by this one's, per repeat.
         tokens: tokens of the unpruned batch, per repeat.
         flops: FLOPs of one step on the first batch, forward and backward.
+        syncs: how often one step makes the program wait for a GPU, as `HostReads` counts.
         saved_bytes: bytes kept for the backward pass of that step.
         peak_bytes: peak memory of the device during a step; None on the CPU.
         parts: each part's share of a step's time; empty for a mix.
@@ -77,6 +78,7 @@ class Timing:
     ratios: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     flops: float = 0.0
+    syncs: float = 0.0
     saved_bytes: int = 0
     peak_bytes: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
@@ -208,11 +210,15 @@ def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Opt
 
 
 def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer: torch.optim.Optimizer) -> None:
-    """FLOPs and saved bytes of one step."""
+    """FLOPs, waits and saved bytes of one step."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     # The counters do not see inside compiled code; eager mode runs the same operations.
     with torch.compiler.set_stance("force_eager"), variant.active() as loss:
         timing.flops = count_flops(lambda: loss(batch).backward())
+        optimizer.zero_grad(set_to_none=True)
+        with HostReads() as waits:
+            loss(batch).backward()
+        timing.syncs = waits.count
         optimizer.zero_grad(set_to_none=True)
         with count_saved_bytes(parameters) as saved:
             loss(batch)
@@ -228,6 +234,7 @@ def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
         sum(share * timing.seconds[number] for timing, share in parts) for number in range(len(first.seconds))
     ]
     mixed.flops = sum(share * timing.flops for timing, share in parts)
+    mixed.syncs = sum(share * timing.syncs for timing, share in parts)
     # A run needs as much memory as its most demanding step.
     mixed.saved_bytes = max(timing.saved_bytes for timing, _ in parts)
     peaks = [timing.peak_bytes for timing, _ in parts if timing.peak_bytes is not None]

@@ -151,7 +151,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
     for stage, entries in result["timings"].items():
         timings = [Timing(**entry) for entry in entries]
         stock = timings[0]
-        columns = ["training", "ms p20", "p50", "p80", "speed-up", "FLOPs allow", "share reached", "tokens/s"]
+        columns = ["training", "ms p20", "p50", "p80", "speed-up", "FLOPs allow", "share reached", "tokens/s", "waits"]
         columns.append("MiB kept for backward" if stock.peak_bytes is None else "peak GiB")
         cells = []
         for timing in timings:
@@ -161,7 +161,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
             cells.append(
                 [
                     timing.variant, figure["p20"], figure["p50"], figure["p80"], f"{speedup:.2f}x", f"{allowed:.2f}x",
-                    f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}", f"{memory:.1f}",
+                    f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}",
+                    f"{timing.syncs:.3g}", f"{memory:.1f}",
                 ]
             )  # fmt: skip
         found[f"stage {stage}"] = (columns, cells)
@@ -234,6 +235,7 @@ def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]])
             metrics = [
                 ("step", "ms", [1000 * value for value in timing.seconds], [1000 * value for value in stock.seconds]),
                 ("flops", "count", [timing.flops], [stock.flops]),
+                ("syncs", "count", [timing.syncs], None),
                 ("saved", "bytes", [timing.saved_bytes], [stock.saved_bytes]),
             ]
             if timing.peak_bytes is not None:

@@ -21,7 +21,7 @@ from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
 from saccade.families import get_family
-from saccade.reducers import get_reducer
+from saccade.reducers import PruningConfig, get_reducer
 from saccade.skip_vision import SkipVisionConfig
 from saccade.tokens import VisualContext
 from saccade.training.flops import TextShape, VisualRows
@@ -160,6 +160,10 @@ def test_the_command_measures_both_stages_and_writes_ledger_json_and_pictures(tm
     assert sft[STOCK]["ratios"] == [1.0, 1.0]
     assert fast["flops"] < sft["Skip-Vision"]["flops"] < sft[STOCK]["flops"] < slow["flops"]
     assert fast["saved_bytes"] < sft[STOCK]["saved_bytes"]
+    # The stock step reads its metrics each time, and the released one each sample's places; the number of rows and of
+    # labels is all that ours must know.
+    assert fast["syncs"] < sft[STOCK]["syncs"] < sft["released procedure, slow step"]["syncs"]
+    assert slow["syncs"] < 2 * fast["syncs"]
     assert sft["DualSpeed, slow in parts, slow step"]["saved_bytes"] < 0.7 * slow["saved_bytes"]
     for entry in result["timings"]["sft"]:
         assert not entry["parts"] or sum(entry["parts"].values()) == pytest.approx(1)
@@ -221,10 +225,13 @@ def test_flops_measured(tmp_path):
 def test_generation_of_several_images_of_a_cut_shape():
     model = generation_model("llama3-8b", layers=1, width=512)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = measure_generation(model, SkipVisionConfig(), images=2, text_tokens=5, new_tokens=2, repeats=1)
+    found = measure_generation(
+        model, SkipVisionConfig(), PruningConfig(), images=2, text_tokens=5, new_tokens=2, repeats=1
+    )
     assert found["full"].prompt_rows == {"text": 5, "visual": 1152}
+    assert found["prune"].prompt_rows == {"text": 5, "kept": 116}
+    assert found["prune"].cache == found["prune"].cache_peak == cache_bytes(text := TextShape.of(model.config), 121, 4)
     assert found["skip"].prompt_rows == {"text": 5, "retained": 200, "summary": 4, "skipped": 312}
-    text = TextShape.of(model.config)
     assert (found["full"].cache, found["full"].cache_peak) == (cache_bytes(text, 1157, 4),) * 2
     assert found["skip"].cache == cache_bytes(text, 209, 4)
     assert found["skip"].cache_peak == cache_bytes(text, 521, 4)
@@ -237,9 +244,10 @@ def test_the_benchmark_appends_to_its_ledger(tmp_path):
     assert generate.main(["--ledger", str(ledger), *flags]) == 0
     rows = list(csv.DictReader(ledger.open()))
     metrics = ["prefill", "decode", "layout", "cache_peak", "cache"]
-    kinds = [("full", name) for name in metrics if name != "layout"] + [("skip 100/156", name) for name in metrics]
+    kinds = [("full", name) for name in metrics if name != "layout"]
+    kinds += [(provider, name) for provider in ("prune 0.9", "skip 100/156") for name in metrics]
     assert [(row["provider"], row["metric"]) for row in rows] == 2 * kinds
-    by_metric = {(row["provider"], row["metric"]): row for row in rows[:9]}
+    by_metric = {(row["provider"], row["metric"]): row for row in rows[: len(kinds)]}
     assert by_metric["full", "prefill"]["ratio_to_baseline"] == "1"
     text = TextShape.of(shape_config("tiny"))
     assert int(by_metric["skip 100/156", "cache"]["p50"]) == cache_bytes(text, 27 + 60, 4)
@@ -264,6 +272,7 @@ def test_the_benchmark_appends_to_its_ledger(tmp_path):
         (generate, ["--images", "0"], "images=(0,)"),
         (generate, ["--shape", "qwen2.5-vl-7b"], "cannot be timed"),
         (generate, ["--preset", "7/7"], "preset='7/7'"),
+        (generate, ["--prune-ratio", "2"], "prune_ratio=2.0"),
         (flops, ["--shape", "gpt"], "shape='gpt'"),
         (flops, ["--shape", "tiny", "--budget", "1000"], "budget='1000'"),
         (flops, ["--shape", "tiny", "--budget", "10/20"], "budget='10/20'"),
@@ -290,4 +299,4 @@ def test_bad_input_is_one_line(command, flags, message, capsys, tmp_path, monkey
 
 def test_bad_counts():
     with pytest.raises(SaccadeError, match="images=0"):
-        measure_generation(generation_model("tiny"), SkipVisionConfig(), images=0)
+        measure_generation(generation_model("tiny"), SkipVisionConfig(), PruningConfig(), images=0)

@@ -8,10 +8,10 @@ import torch
 from datasets import Dataset
 from family_models import FAMILIES, VideoCase
 from helpers import losses
-from host_reads import HostReads
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.counting import HostReads
 from saccade import DualSpeedTrainer, SaccadeError, apply_pruning, prune_inputs
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig, get_reducer, list_reducers, no_room, reduce

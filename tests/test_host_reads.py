@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from host_reads import HostReads
 
+from benchmarks.counting import HostReads
 from saccade.pruning import ModeIsolator
 from saccade.testing.training import fast_slow_step
 
