@@ -124,7 +124,7 @@ def test_less_is_kept_for_the_backward_pass(scenes, collator, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slow_micro_batch_size": 0}, "slow_micro_batch_size=0: give a number of samples of at least 1"),
+        ({"slow_micro_batch_size": 0}, "slow_micro_batch_size=0: give 1 or more"),
         ({"slow_micro_batch_size": 2.5}, "slow_micro_batch_size=2.5 is a float, expected int"),
         ({"slow_micro_batch_size": True}, "slow_micro_batch_size=True is a bool, expected int"),
         ({"slow_micro_batch_size": 2, "skip_vision": {"summary": True}, "skip_mode": "slow"}, "is for modes on all"),

@@ -1,7 +1,7 @@
 """Every option of a DualSpeed run, on top of TRL's `SFTConfig`."""
 
 import logging
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from importlib.util import find_spec
 from os import PathLike
@@ -20,7 +20,7 @@ from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.reducers import PruningConfig
-from saccade.reducers.config import PRUNING_OPTIONS
+from saccade.reducers.config import PRUNING_OPTIONS, check_choice
 from saccade.skip_vision import SkipVisionConfig
 from saccade.values import check_finite, coerce
 
@@ -31,10 +31,11 @@ GROUP_BY = ("none", "shortened", "full")
 LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
-    **dict.fromkeys(("num_train_epochs", "dataloader_num_workers", "seed", "data_seed"), 0),
-    "neftune_noise_alpha": 0,
+    **dict.fromkeys(("num_train_epochs", "dataloader_num_workers", "seed", "data_seed", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("isolator_length", "distill_weight", "max_bad_records"), 0),
+    **dict.fromkeys(("max_length", "slow_micro_batch_size"), 1),
 }
-"""Smallest values of options of transformers, which checks them only after the model is loaded, or never."""
+"""Smallest values. Those of transformers' options it checks itself only after the model is loaded, or never."""
 
 # Options that may differ between a resumed run and the original one. All others must be the same, including those that
 # a later version adds: with another value the loss curve would not continue.
@@ -89,17 +90,13 @@ class DualSpeedConfig(SFTConfig):
         keep_tokens (`int`, *optional*):
             Number of visual tokens that fast steps keep, instead of the ratio.
         budget (`str`, *optional*, defaults to `"crop"`):
-            What the ratio or the number applies to. `"crop"`: each feature row, that is an image, a crop or a frame; a
-            whole video where the model has no row per frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of an image,
-            or the frames of a video, share one budget. `"sample"`: all images and videos of a sample share one.
+            What the ratio or the number applies to: a `"crop"`, an `"image"` or a `"sample"`, see [`PruningConfig`].
         adaptive (`bool`, *optional*, defaults to `False`):
             Distribute the tokens of a micro-batch by how varied its images are, with the same total. Our addition, not
             the paper's.
         fit_length (`int`, *optional*):
-            Maximum number of tokens of a row in fast steps, including text and isolator. A longer row keeps only as
-            many visual tokens as fit, shared among its images by how varied they are; a row that fits is not changed.
-            Text is never cut: `max_length` is ignored, and a row that cannot fit with one token per image is a bad
-            record. Our addition, not the paper's.
+            Maximum number of tokens of a row in fast steps, see [`PruningConfig`]. `max_length` is then ignored, and a
+            row that cannot fit with one token per image is a bad record. Our addition, not the paper's.
         fit_slow (`bool`, *optional*, defaults to `False`):
             With `fit_length`: it also applies to modes on all tokens, and to evaluation during training.
         max_tokens_per_batch (`int`, *optional*):
@@ -197,88 +194,43 @@ class DualSpeedConfig(SFTConfig):
         SaccadeError: if a value is out of range; the message names the option and the fix.
     """
 
-    reducer: str = field(default="divprune", metadata={"help": "Method that chooses the visual tokens of fast steps."})
-    reducer_options: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Keyword options of the reducer, as a dict or as JSON."}
-    )
-    prune_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Share of visual tokens that fast steps drop, in [0, 1); by default 0.9, or keep_tokens."},
-    )
-    keep_tokens: int | None = field(
-        default=None, metadata={"help": "Visual tokens that fast steps keep, instead of prune_ratio."}
-    )
-    budget: str = field(default="crop", metadata={"help": "What shares a budget: 'crop', 'image' or 'sample'."})
-    adaptive: bool = field(
-        default=False, metadata={"help": "Distribute a micro-batch's tokens by how varied its images are."}
-    )
-    fit_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a row in fast steps; visual tokens are dropped until it fits."}
-    )
-    fit_slow: bool = field(
-        default=False, metadata={"help": "With fit_length: modes on all tokens, and evaluation, fit too."}
-    )
-    max_tokens_per_batch: int | None = field(
-        default=None, metadata={"help": "Most tokens of a micro-batch after reduction; its rows fit an equal share."}
-    )
-    newlines: str = field(
-        default="keep", metadata={"help": "'keep' or 'drop' the newline tokens of anyres images in fast steps."}
-    )
-    slow_probability: float = field(default=0.1, metadata={"help": "Share of slow steps, in [0, 1]."})
-    schedule: str = field(default="bernoulli", metadata={"help": "'bernoulli' (as published) or 'stratified'."})
-    modes: list[ModeConfig] | None = field(
-        default=None, metadata={"help": "More than two speeds: name, probability, action and more of each mode."}
-    )
-    skip_vision: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Options of Skip-Vision, as a dict or as JSON, or a published budget's name."}
-    )
-    skip_mode: str = field(default="fast", metadata={"help": "With skip_vision: the mode that skips, fast or slow."})
-    isolator_length: int = field(default=4, metadata={"help": "Rows of the mode isolator; 0 switches it off."})
-    isolator_path: str | None = field(
-        default=None, metadata={"help": "Isolator to start from; by default the one next to the model's weights."}
-    )
-    distill_weight: float = field(default=1.0, metadata={"help": "Weight of the KL in slow steps; 0 switches it off."})
-    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the KL."})
-    positions: str = field(default="compact", metadata={"help": "'compact' (as published) or 'original'."})
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of projector and isolator; by default the general one."}
-    )
-    float32_masters: bool | None = field(
-        default=None,
-        metadata={"help": "Float32 copies of half-precision weights that train; by default wherever there are any."},
-    )
-    freeze_vision_tower: bool = field(default=True, metadata={"help": "Train no parameter of the vision tower."})
-    freeze_projector: bool = field(default=False, metadata={"help": "Train no parameter of the projector."})
-    freeze_language_model: bool = field(
-        default=False, metadata={"help": "Train no parameter of the language model: stage one of the paper."}
-    )
-    assistant_only_loss: bool | None = field(
-        default=None, metadata={"help": "Loss on the assistant's turns only; by default true for `messages` datasets."}
-    )
-    conversation: str = field(
-        default="chat",
-        metadata={"help": "'chat', or 'plain': image, caption and line break, as in LLaVA's stage one."},
-    )
-    max_length: int | None = field(
-        default=2048, metadata={"help": "Longest full sequence; must not cut image tokens."}
-    )
+    reducer: str = "divprune"
+    reducer_options: dict[str, Any] | str | None = None
+    prune_ratio: float | None = None
+    keep_tokens: int | None = None
+    budget: str = "crop"
+    adaptive: bool = False
+    fit_length: int | None = None
+    fit_slow: bool = False
+    max_tokens_per_batch: int | None = None
+    newlines: str = "keep"
+    slow_probability: float = 0.1
+    schedule: str = "bernoulli"
+    modes: list[ModeConfig] | None = None
+    skip_vision: dict[str, Any] | str | None = None
+    skip_mode: str = "fast"
+    isolator_length: int = 4
+    isolator_path: str | None = None
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.0
+    positions: str = "compact"
+    projector_learning_rate: float | None = None
+    float32_masters: bool | None = None
+    freeze_vision_tower: bool = True
+    freeze_projector: bool = False
+    freeze_language_model: bool = False
+    assistant_only_loss: bool | None = None
+    conversation: str = "chat"
+    max_length: int | None = 2048
 
-    group_by: str = field(
-        default="none", metadata={"help": "Batches of similar length: 'shortened', 'full' or 'none'."}
-    )
-    slow_micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples per pass in modes on all tokens; by default the whole micro-batch."}
-    )
-    max_bad_records: int = field(default=0, metadata={"help": "Bad records to skip before the run stops."})
-    max_image_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image, in pixels."})
-    image_aspect_ratio: str | None = field(
-        default=None, metadata={"help": "'pad' pads images to a square; by default the processor is unchanged."}
-    )
-    feature_cache: str | None = field(
-        default=None, metadata={"help": "Folder to cache the frozen vision tower's features in."}
-    )
-    feature_cache_gib: float = field(default=50.0, metadata={"help": "Maximum size of the folder in GiB."})
-    overwrite: bool = field(default=False, metadata={"help": "Remove what an earlier run left in output_dir."})
+    group_by: str = "none"
+    slow_micro_batch_size: int | None = None
+    max_bad_records: int = 0
+    max_image_pixels: int = MAX_PIXELS
+    image_aspect_ratio: str | None = None
+    feature_cache: str | None = None
+    feature_cache_gib: float = 50.0
+    overwrite: bool = False
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
 
@@ -297,19 +249,15 @@ class DualSpeedConfig(SFTConfig):
             self._share_tokens()
         self.prune_ratio = self.pruning.prune_ratio
         check_conversation(self.conversation)
-        if self.skip_mode not in ("fast", "slow"):
-            raise SaccadeError(f"skip_mode={self.skip_mode!r} is unknown: use 'fast' or 'slow'")
+        check_choice("skip_mode", self.skip_mode, ("fast", "slow"))
+        check_choice("group_by", self.group_by, GROUP_BY)
+        if self.image_aspect_ratio is not None:
+            check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
         if self.modes is not None:
             self.modes = list(self._given_modes())
         self.mode_schedule()
-        if self.isolator_length < 0:
-            raise SaccadeError(
-                f"isolator_length={self.isolator_length!r}: use 0 for none, or a number of rows such as 4"
-            )
-        if not self.distill_weight >= 0:
-            raise SaccadeError(f"distill_weight={self.distill_weight!r} is negative: use 0 to switch it off")
-        if not 0 < self.distill_temperature < float("inf"):
-            raise SaccadeError(f"distill_temperature={self.distill_temperature!r}: it must be a number above 0")
+        if not self.distill_temperature > 0:
+            raise SaccadeError(f"distill_temperature={self.distill_temperature!r}: it must be above 0")
         if self.projector_learning_rate is not None and not self.projector_learning_rate > 0:
             raise SaccadeError(
                 f"projector_learning_rate={self.projector_learning_rate!r}: it must be above 0; "
@@ -320,11 +268,7 @@ class DualSpeedConfig(SFTConfig):
                 "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
                 "nothing would train, set one to false"
             )
-        if self.max_length is not None and self.max_length < 1:
-            raise SaccadeError(f"max_length={self.max_length}: give at least 1, or null for no limit")
         self._check_fit()
-        if self.group_by not in GROUP_BY:
-            raise SaccadeError(f"group_by={self.group_by!r} is unknown: use one of {', '.join(GROUP_BY)}")
         if self.packing:
             raise SaccadeError(
                 "packing=True joins texts before their images are encoded: set padding_free=True, which packs the "
@@ -338,18 +282,9 @@ class DualSpeedConfig(SFTConfig):
             check_compiling(self.torch_compile_backend, self.torch_compile_mode)
         if self.slow_micro_batch_size is not None:
             self._check_slow_micro_batch_size()
-        if self.max_bad_records < 0:
-            raise SaccadeError(
-                f"max_bad_records={self.max_bad_records!r}: give 0 to stop at the first, or how many to skip"
-            )
         if not 0 < self.max_image_pixels <= LARGEST_MAX_PIXELS:
             raise SaccadeError(
                 f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
-            )
-        if self.image_aspect_ratio not in (None, *ASPECT_RATIOS):
-            raise SaccadeError(
-                f"image_aspect_ratio={self.image_aspect_ratio!r} is unknown: use 'pad', or leave it out for what the "
-                "model's processor does"
             )
         self._check_feature_cache()
         if self.loss_type != "nll" or self.label_smoothing_factor:
@@ -430,9 +365,6 @@ class DualSpeedConfig(SFTConfig):
 
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
-        size = self.slow_micro_batch_size
-        if size < 1:
-            raise SaccadeError(f"{name}: give a number of samples of at least 1, or null for all at once")
         if not any(mode.keeps_all for mode in self.all_modes()):
             raise SaccadeError(f"{name} is for modes on all tokens, but this run has none: leave it out")
         if self.adaptive:
@@ -443,8 +375,7 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
 
     def _check_feature_cache(self) -> None:
-        bound = self.feature_cache_gib
-        if not bound > 0:
+        if not self.feature_cache_gib > 0:
             raise SaccadeError(
                 f"feature_cache_gib={self.feature_cache_gib!r}: give a number of GiB above 0, such as 50"
             )
@@ -536,17 +467,12 @@ class DualSpeedConfig(SFTConfig):
     def _length(self) -> dict[str, float | None]:
         """The length of the run if the learning rate depends on it; with a constant rate a resumed run may be
         longer."""
-        constant = SchedulerType(self.lr_scheduler_type) in (
-            SchedulerType.CONSTANT,
-            SchedulerType.CONSTANT_WITH_WARMUP,
-        )
+        constant = SchedulerType(self.lr_scheduler_type).value.startswith("constant")
         if constant and not 0 < self.warmup_steps < 1:
             return {"max_steps": None, "num_train_epochs": None}
-        by_steps = self.max_steps > 0
-        return {
-            "max_steps": self.max_steps if by_steps else None,
-            "num_train_epochs": None if by_steps else self.num_train_epochs,
-        }
+        if self.max_steps > 0:
+            return {"max_steps": self.max_steps, "num_train_epochs": None}
+        return {"max_steps": None, "num_train_epochs": self.num_train_epochs}
 
 
 def _plain(value: Any) -> Any:
