@@ -45,13 +45,10 @@ def places(tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_takes_a_place_says_what_it_writes_there(verb):
+def test_every_verb_that_takes_a_place_is_tried_here(verb):
     parser = argparse.ArgumentParser()
-    module = import_module(VERBS[verb][0])
-    module.add_arguments(parser)
-    takes_one = any(action.dest == "output" for action in parser._actions)
-    assert hasattr(module, "outputs") == takes_one
-    assert takes_one == (verb in COMMANDS)
+    import_module(VERBS[verb][0]).add_arguments(parser)
+    assert any(action.dest == "output" for action in parser._actions) == (verb in COMMANDS)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

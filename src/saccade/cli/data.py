@@ -16,7 +16,6 @@ SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's flags."""
     parser.add_argument("action", choices=["check"], metavar="check", help="read every row and decode every image")
     parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
     parser.add_argument("--format", metavar="NAME", help="llava, chat or auto (default: auto)")
@@ -31,11 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", default="data_check.json", metavar="FILE", help="report, as JSON (default: %(default)s)"
     )
-
-
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The report."""
-    return [(args.output, False)]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 
+OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade demo                                  about ten minutes on two cores
 saccade demo --output out/demo --full         three seeds, and the parts of the method one by one
@@ -16,11 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--steps", type=int, metavar="N", help="fine-tuning steps, for a shorter or longer run")
     parser.add_argument("--scenes", type=int, metavar="N", help="scenes of the test split to evaluate on")
-
-
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The folder to write."""
-    return [(args.output, True)]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,18 +14,11 @@ saccade env --output env.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's flags."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", metavar="FILE", help="also write JSON to FILE")
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The file to write, if one is asked for."""
-    return [(args.output, False)] if args.output is not None else []
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print the environment as lines or as JSON, with its warnings on the standard error."""
     found = environment()
     if args.output:
         write_json_atomically(args.output, found)

@@ -1,6 +1,7 @@
 """`saccade eval`: evaluate a trained model on all visual tokens and on a few; compare two result folders."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from saccade.cli.pruning_flags import FLAGS, add_pruning_flags, given_pruning
@@ -45,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
+def outputs(args: argparse.Namespace) -> list[str]:
     """The JSON, which a comparison writes only where it is asked for."""
     if args.output is None and args.model == "compare":
         return []
-    return [(args.output or _beside(args.model, "eval.json"), False)]
+    return [args.output or _beside(args.model)]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.data import digit_scenes
     from saccade.dualspeed.weights import identify_weights
-    from saccade.evaluation import evaluate_inferences
+    from saccade.evaluation import evaluate_inferences, plan_inferences
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
@@ -77,7 +78,8 @@ def _run_scenes(args: argparse.Namespace) -> int:
     for name, value in (("num_samples", args.num_samples), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
-    inferences = _plan(args)
+    names = None if args.inference is None else args.inference.split(",")
+    inferences = plan_inferences(args.model, names, **given_pruning(args))
     scenes = digit_scenes("sft", split, num_samples)
     weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
@@ -88,7 +90,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
     print_table(f"{args.model}, {num_samples} scenes of the {split} split", columns, rows)
-    output = args.output or _beside(args.model, "eval.json")
+    output = args.output or _beside(args.model)
     record = {"model": args.model, "weights": weights, "split": split, "results": results}
     write_json_atomically(output, {**record, "environment": environment()})
     print(f"written to {output}")
@@ -116,17 +118,6 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace) -> list[Any]:
-    """The ways to run the model."""
-    from saccade.evaluation import plan_inferences
-
-    return plan_inferences(
-        args.model,
-        None if args.inference is None else args.inference.split(","),
-        **given_pruning(args),
-    )
-
-
 def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
     """Refuse flags that would have no effect."""
     for name in names:
@@ -135,8 +126,6 @@ def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
             raise SaccadeError(f"--{name.replace('_', '-')} {why}")
 
 
-def _beside(model: str, name: str) -> str:
-    """A path in the model's folder, or in the current one if the model is not a folder."""
-    from pathlib import Path
-
-    return str(Path(model) / name) if Path(model).is_dir() else name
+def _beside(model: str) -> str:
+    """Where the result goes: into the model's folder, or the current one if the model is not a folder."""
+    return str(Path(model) / "eval.json") if Path(model).is_dir() else "eval.json"

@@ -2,6 +2,7 @@
 
 import argparse
 
+OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade export out/sft --output out/my-model                      merges LoRA, checks every key, writes a card
 saccade export out/sft/checkpoint-600 --output out/600            a checkpoint of a run
@@ -19,11 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-
-
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The folder to write."""
-    return [(args.output, True)]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,9 @@
 """`saccade VERB`: find the verb's module, parse its arguments, and turn the user's errors into one line.
 
 A verb's module has `add_arguments(parser)`, `run(args) -> int` and the text `EXAMPLES`. With `PASS_UNKNOWN = True`,
-undeclared flags are passed in `args.overrides` as they were typed; otherwise they are an error. A verb that writes has
-`outputs(args)`: each path that it will write and whether it is a folder. These are tried out before the verb runs.
+undeclared flags are passed in `args.overrides` as they were typed; otherwise they are an error. Whether `--output` can
+be written is tried out before the verb runs: a file, or a folder with `OUTPUT_IS_FOLDER = True`. A verb that writes
+elsewhere too has `outputs(args)`, all of its paths.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import indent
 from types import ModuleType
 from typing import NoReturn
 
@@ -53,11 +55,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises on bad input, so that all errors are handled in one place."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise an error with the message and the command that shows the usage.
-
-        Raises:
-            SaccadeError: always.
-        """
+        """Raise a `SaccadeError` with the message and the command that shows the usage."""
         raise SaccadeError(f"{message} (see `{self.prog} --help`)")
 
     def flags(self) -> set[str]:
@@ -138,19 +136,21 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _run(verb: str, argv: list[str]) -> int:
-    module = import_module(VERBS[verb][0])
+    home, text = VERBS[verb]
+    module = import_module(home)
     parser = Parser(
         prog=f"saccade {verb}",
-        description=_sentence(VERBS[verb][1]),
-        epilog=f"examples:\n{_indent(module.EXAMPLES)}",
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=f"examples:\n{indent(module.EXAMPLES.strip(), '  ')}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An override whose name is a prefix of one of the verb's flags would otherwise be taken for that flag.
         allow_abbrev=False,
     )
     module.add_arguments(parser)
     args = _parse(parser, module, argv)
-    for path, folder in module.outputs(args) if hasattr(module, "outputs") else ():
-        check_writable(path, "output", folder)
+    given = [] if getattr(args, "output", None) is None else [args.output]
+    for path in module.outputs(args) if hasattr(module, "outputs") else given:
+        check_writable(path, "output", getattr(module, "OUTPUT_IS_FOLDER", False))
     return module.run(args)
 
 
@@ -204,14 +204,6 @@ def _version() -> str:
 def _complain(message: str, status: int) -> int:
     print("saccade: " + " ".join(message.split()), file=sys.stderr)
     return status
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}".rstrip() for line in text.strip().splitlines())
 
 
 if __name__ == "__main__":

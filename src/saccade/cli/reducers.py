@@ -16,18 +16,11 @@ saccade reducers --output reducers.json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's flags."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", metavar="FILE", help="also write JSON to FILE")
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The file to write, if one is asked for."""
-    return [(args.output, False)] if args.output is not None else []
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print the reducers as a table or as JSON."""
     # Imported here because it imports torch, which `saccade reducers --help` should not wait for.
     from saccade.reducers import list_reducers
 

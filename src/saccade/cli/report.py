@@ -2,6 +2,7 @@
 
 import argparse
 
+OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade report out/sft                              writes out/sft/report/report.html
 saccade report out/sft --overwrite                  again, after `saccade eval out/sft`
@@ -11,7 +12,6 @@ saccade report out/demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's flags."""
     parser.add_argument("folder", metavar="FOLDER", help="what saccade train, saccade sweep or saccade demo wrote")
     parser.add_argument(
         "--output", metavar="DIR", help="folder for report.html, its pictures and report.json (default: FOLDER/report)"
@@ -19,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The folder of the report, where one is named."""
-    return [(args.output, True)] if args.output is not None else []
-
-
 def run(args: argparse.Namespace) -> int:
-    """Write the report and say where it is."""
     from pathlib import Path
 
     from saccade.pages import write_report

@@ -2,6 +2,7 @@
 
 import argparse
 
+OUTPUT_IS_FOLDER = True
 PASS_UNKNOWN = True
 EXAMPLES = """
 saccade sweep tiny-digits/sft --pretrain tiny-digits/pretrain --grid prune_ratio=0.8,0.9 --seeds 3
@@ -46,11 +47,6 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="run nothing, show what is done so far")
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The folder to write."""
-    return [(args.output, True)]
-
-
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -76,11 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_counts(args: argparse.Namespace) -> None:
-    """Check that counts are at least 1.
-
-    Raises:
-        SaccadeError: naming the first that is not.
-    """
+    """Check that counts are at least 1."""
     from saccade.errors import SaccadeError
 
     for name in ("seeds", "jobs", "threads", "scenes"):

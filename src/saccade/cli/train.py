@@ -72,11 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Any field of the recipe can be given as --field value.\n\n{parser.epilog}"
 
 
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The JSON of a dry run. Where a run writes stands in its recipe."""
-    return [(args.output, False)] if args.output is not None else []
-
-
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
     from saccade.recipes import check_early

@@ -1,7 +1,6 @@
 """`saccade view`: draw the patches of an image that each reducer keeps and merges."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
@@ -16,7 +15,6 @@ saccade view photo.jpg --reducer all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the verb's flags."""
     parser.add_argument("image", metavar="IMAGE", help="any image file")
     parser.add_argument(
         "--reducer",
@@ -39,14 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def outputs(args: argparse.Namespace) -> Iterator[tuple[str, bool]]:
+def outputs(args: argparse.Namespace) -> list[str]:
     """The picture, and the JSON beside it."""
-    yield args.output, False
-    yield str(Path(args.output).with_suffix(".json")), False
+    return [args.output, str(Path(args.output).with_suffix(".json"))]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the picture and say where it is."""
     from saccade.errors import SaccadeError
     from saccade.images import open_image
     from saccade.reducers import PruningConfig, list_reducers
