@@ -10,11 +10,11 @@ import torch
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.companions import read_companion
 from saccade.dualspeed.checkpoint import newest_checkpoint, remove_other_kind
 from saccade.evaluation.digits import plan_inferences
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.skip_vision import SUMMARY_FILE, SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.summary import read_summary_file
 from saccade.training.export import export_model
 
 ENGINE_GLOBS = ("*.safetensors*", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt")
@@ -102,7 +102,7 @@ def test_files_of_an_earlier_version_are_read(old_folder):
         assert torch.equal(ModeIsolator.from_pretrained(place).weight, isolator.weight)
         assert ModeIsolator.config_of(place) == {"length": 4}
     for place in (folder, folder / BEFORE[SUMMARY_FILE]):
-        _, tensors = read_summary_file(place)
+        _, tensors = read_companion(place, SUMMARY_FILE, "folder")
         assert tensors.keys() == head.keys()
         assert all(torch.equal(tensors[name], value) for name, value in head.items())
     assert [found.name for found in plan_inferences(folder)] == ["full", "pruned", "pruned_isolator", "skip"]
@@ -139,12 +139,12 @@ def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
 
 
 def test_a_file_that_is_cut_short(trained, tmp_path):
-    for name, load in ((ISOLATOR_FILE, ModeIsolator.from_pretrained), (SUMMARY_FILE, read_summary_file)):
+    for name, kind in ((ISOLATOR_FILE, ModeIsolator), (SUMMARY_FILE, SkipVisionConfig)):
         with pytest.raises(SaccadeError, match=f"has no {name}"):
-            load(tmp_path)
+            kind.from_pretrained(tmp_path)
         (tmp_path / name).write_bytes((trained / "out" / name).read_bytes()[:-3])
         with pytest.raises(SaccadeError, match=f"{name} is not a whole safetensors file"):
-            load(tmp_path)
+            kind.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_whose_isolator_is_cut_short_is_passed_over(trained, tmp_path):

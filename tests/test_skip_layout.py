@@ -15,9 +15,8 @@ from saccade import SaccadeError
 from saccade.reducers import Needs
 from saccade.reducers.redundancy import RedundancyMerge
 from saccade.skip_vision import PRESETS, SkipVisionConfig, SummaryHead
-from saccade.skip_vision.blocks import Blocks
 from saccade.skip_vision.config import amount_of
-from saccade.skip_vision.split import _pyramid
+from saccade.skip_vision.split import Blocks, _pyramid
 from saccade.testing.families import Case
 from saccade.testing.tiny_models import mixed_rows
 from saccade.tokens import IGNORE_INDEX, Places, Role, VisualContext, VisualTokens, splice

@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import changed
-from saccade.skip_vision.columns import take_columns
 
 STATE = "_saccade_state"
 CACHE_NAMES = ("cache", "past_key_values")
@@ -73,11 +72,7 @@ def cache_of(values: Any) -> Cache | None:
 
 
 def cache_name(forward: Callable[..., Any]) -> str:
-    """The name of a forward's key-value cache argument.
-
-    Raises:
-        SaccadeError: if it has none of the known names.
-    """
+    """The name of a forward's key-value cache argument."""
     known = inspect.signature(forward).parameters
     name = next((name for name in CACHE_NAMES if name in known), None)
     if name is None:
@@ -152,17 +147,13 @@ def compact(cache: Cache, state: CacheState) -> None:
         layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
         layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
     state.gap += keep.shape[1] - width
-    state.valid = take_columns(keep, order)
+    state.valid = keep.gather(1, order)
     state.skip = torch.zeros_like(state.valid)
     state.has_skip, state.dense = False, bool(state.valid.all())
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Check that skipped tokens can be removed from the caches of a language model with this configuration.
-
-    Raises:
-        SaccadeError: if a layer has another kind of cache, such as a sliding window.
-    """
+    """Check that skipped tokens can be removed from the caches of a language model with this configuration."""
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
     if kinds:
         raise SaccadeError(
@@ -172,11 +163,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 
 def check_cache(cache: Cache) -> None:
-    """Check that skipped tokens can be removed from this cache.
-
-    Raises:
-        SaccadeError: if it is not a `DynamicCache` but, for example, a static or a quantized cache.
-    """
+    """Check that skipped tokens can be removed from this cache."""
     other = [type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer]
     if type(cache) is not DynamicCache or other:
         name = other[0] if other else type(cache).__name__

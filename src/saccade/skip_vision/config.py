@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from saccade.companions import read_companion
 from saccade.errors import SaccadeError, check_options
 from saccade.reducers import Needs, get_reducer
 from saccade.reducers.config import NEWLINES, check_choice
-from saccade.skip_vision.summary import read_summary_file
+from saccade.skip_vision.summary import SUMMARY_FILE
 
 SPLITS = ("cls_attention", "thumbnail", "scale")
 MERGE_ORDERS = ("published", "raster")
@@ -182,15 +183,7 @@ class SkipVisionConfig:
         Raises:
             SaccadeError: if the folder holds no `skip_vision.saccade`, or it does not hold these options.
         """
-        return cls.from_saved(read_summary_file(folder)[0], folder, **changes)
-
-    @classmethod
-    def from_saved(cls, saved: Mapping[str, Any], folder: str | Path, **changes: Any) -> "SkipVisionConfig":
-        """`from_pretrained` with what was read from the folder already.
-
-        Raises:
-            SaccadeError: if they are not those of this version.
-        """
+        saved = read_companion(folder, SUMMARY_FILE, "folder")[0]
         try:
             return cls(**saved).replace(**changes)
         except TypeError as error:

@@ -24,9 +24,6 @@ def new_part(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -
 
     `input_ids` is either the whole conversation, as returned by `generate` with the new tokens appended, or the new
     tokens only, with an `attention_mask` that covers the whole conversation.
-
-    Raises:
-        SaccadeError: if there are no new tokens.
     """
     ids, mask = given["input_ids"], given.get("attention_mask")
     known = read_length(cache) + (0 if state is None else state.cut)

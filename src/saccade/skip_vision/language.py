@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
@@ -25,7 +26,6 @@ from saccade.skip_vision.cache import (
     stored_length,
     stored_lengths,
 )
-from saccade.skip_vision.columns import pad_columns
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.rows import ROWS_KEYWORD, KeptRows, check_rows_arrived
 from saccade.tokens import Role
@@ -37,11 +37,7 @@ SKIPPING = "_saccade_skipping"
 
 
 def check_language_model(module: nn.Module) -> None:
-    """Check that the forward of a language model has the arguments that `language_forward` reads and changes.
-
-    Raises:
-        SaccadeError: if an argument is missing.
-    """
+    """Check that the forward of a language model has the arguments that `language_forward` reads and changes."""
     forward = type(module).forward
     check_takes(forward, ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
     cache_name(forward)
@@ -83,7 +79,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if skips or (state is not None and state.has_skip):
         blind = _blind(config, now, beyond)
     if blind is not None and bool(blind.any()):
-        kwargs["attention_mask"] = _four_dimensional(module, mask, valid, skipped, blind, _dtype(module, given))
+        kwargs["attention_mask"] = _four_dimensional(module, mask, valid, skipped, blind, given)
     elif state is not None and state.gap:
         _check_plain(mask)
         kwargs["attention_mask"] = None if mask is None and state.dense else valid.long()
@@ -122,7 +118,8 @@ def _roles_now(
         roles = torch.zeros(batch, 0, dtype=torch.long, device=device)
     now = roles[:, read : read + length].to(device)
     beyond = torch.arange(length, device=device) >= now.shape[1]
-    return pad_columns(now, length, int(Role.ANSWER)), beyond.expand(batch, length)
+    now = pad(now, (0, length - now.shape[1]), value=int(Role.ANSWER))
+    return now, beyond.expand(batch, length)
 
 
 def _columns(state: CacheState | None, cache: Cache | None, mask: Any, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,13 +146,9 @@ def _blind(config: SkipVisionConfig, now: Tensor, beyond: Tensor) -> Tensor:
 
 
 def _four_dimensional(
-    module: nn.Module, mask: Any, valid: Tensor, skipped: Tensor, blind: Tensor, dtype: torch.dtype
+    module: nn.Module, mask: Any, valid: Tensor, skipped: Tensor, blind: Tensor, given: Tensor
 ) -> Tensor:
-    """A causal attention mask that hides `skipped` columns from `blind` rows: `(B, 1, Q, C + Q)`.
-
-    Raises:
-        SaccadeError: if the attention implementation does not support such a mask.
-    """
+    """A causal attention mask that hides `skipped` columns from `blind` rows: `(B, 1, Q, C + Q)`."""
     _check_plain(mask)
     kind = module.config._attn_implementation
     if kind not in ("sdpa", "eager"):
@@ -171,6 +164,7 @@ def _four_dimensional(
     seen = (seen | ~seen.any(dim=2, keepdim=True)).unsqueeze(1)
     if kind == "sdpa":
         return seen
+    dtype = given.dtype if given.is_floating_point() else module.dtype
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
@@ -180,10 +174,6 @@ def _check_plain(mask: Any) -> None:
             "attention_mask: this model makes its own masks before its language model, which cannot hide skipped "
             "tokens; use text_visibility='all' and drop_kv=False"
         )
-
-
-def _dtype(module: nn.Module, given: Tensor) -> torch.dtype:
-    return given.dtype if given.is_floating_point() else module.dtype
 
 
 def _advance(cache: Cache, state: CacheState | None, valid: Tensor, skipped: Tensor, positions: Tensor) -> CacheState:

@@ -10,20 +10,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import ModelOutput
 
+from saccade.companions import read_companion, save_companion
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
+from saccade.pruning import prune
 from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch
 from saccade.skip_vision.cache import cache_name, cache_of, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
-from saccade.skip_vision.prepare import prepare, processor_outputs
 from saccade.skip_vision.rows import STATE, patch_layers
 from saccade.skip_vision.skipper import Skipper
-from saccade.skip_vision.summary import SUMMARY_NAME, SummaryHead, read_summary_file, write_summary_file
+from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead
 
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
+PER_IMAGE = (
+    "image_sizes",
+    "image_sizes_videos",
+    "batch_num_images",
+    "image_grid_thw",
+    "video_grid_thw",
+    "second_per_grid_ts",
+    "mm_token_type_ids",
+)
+"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 class SkipVision:
@@ -42,7 +53,6 @@ class SkipVision:
 
     @property
     def model(self) -> nn.Module:
-        """The stock model."""
         return self.family.model
 
     @property
@@ -74,7 +84,19 @@ class SkipVision:
         Raises:
             SaccadeError: if text and images do not match, or the images do not suit the split.
         """
-        return prepare(self._skipper, self.family, inputs, labels, padding_side, encoded)
+        if padding_side not in (None, "left", "right"):
+            raise SaccadeError(f"padding_side={padding_side!r}: use 'left' or 'right'")
+        if inputs.get("input_ids") is None:
+            raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None) if labels is None else labels
+        if inputs.get("attention_mask") is None:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if padding_side is None:
+            padding_side = "left" if bool(inputs["attention_mask"][:, -1].all()) else "right"
+        family, given = self.family, {"encoded": encoded, "labels": labels, "padding_side": padding_side}
+        laid = prune(family, inputs, self._skipper, lambda laid: laid, **given)
+        return laid.inputs if labels is None else {**laid.inputs, "labels": laid.labels}
 
     def save_pretrained(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
         """Write the summary head and the options to `folder/skip_vision.saccade`, and return the path.
@@ -87,7 +109,7 @@ class SkipVision:
         """
         if tensors is None:
             tensors = {} if self.summary is None else self.summary.state_dict()
-        return write_summary_file(folder, tensors, asdict(self.config))
+        return save_companion(folder, SUMMARY_FILE, tensors, asdict(self.config))
 
     def load_summary(self, folder: str | Path) -> None:
         """Load the summary head's weights that `save_pretrained` wrote to `folder`; the options do not change.
@@ -95,11 +117,9 @@ class SkipVision:
         Raises:
             SaccadeError: if there is no such file, or it belongs to another model.
         """
-        if self.summary is not None:
-            self._take_summary(read_summary_file(folder)[1], folder)
-
-    def _take_summary(self, tensors: Mapping[str, Tensor], folder: str | Path) -> None:
-        """`load_summary` with what was read already."""
+        if self.summary is None:
+            return
+        _, tensors = read_companion(folder, SUMMARY_FILE, "folder")
         own = dict(self.summary.named_parameters())
         if {name: tuple(value.shape) for name, value in tensors.items()} != {
             name: tuple(value.shape) for name, value in own.items()
@@ -177,14 +197,13 @@ def apply_skip_vision(
             of another model.
     """
     folder = config if isinstance(config, (str, Path)) else None
-    tensors: dict[str, Tensor] = {}
     if folder is not None:
-        saved, tensors = read_summary_file(folder)
-        config = SkipVisionConfig.from_saved(saved, folder)
+        config = SkipVisionConfig.from_pretrained(folder)
     elif config is None:
         config = SkipVisionConfig()
     elif not isinstance(config, SkipVisionConfig):
         raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig, or the folder of a model")
+    has_summary = folder is not None and config.summary
     config = config.replace(**options) if options else config
     family = get_family(model)
     if HANDLE in family.model.__dict__:
@@ -192,9 +211,9 @@ def apply_skip_vision(
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
-    if tensors and skip.summary is not None:
+    if has_summary:
         try:
-            skip._take_summary(tensors, folder)
+            skip.load_summary(folder)
         except SaccadeError:
             skip.remove()
             raise
@@ -283,8 +302,10 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _sort(skip: SkipVision, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Processor outputs, and the other arguments."""
-    inputs = processor_outputs(skip.family, kwargs)
+    """What the processor returned, and the other arguments of `forward` or `generate`."""
+    family = skip.family
+    names = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}
+    inputs = {name: value for name, value in kwargs.items() if name in names and value is not None}
     others = {name: value for name, value in kwargs.items() if name not in inputs}
     for name in ("position_ids", "inputs_embeds"):
         if others.pop(name, None) is not None:

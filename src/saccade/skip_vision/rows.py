@@ -82,11 +82,7 @@ def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def check_rows_arrived(rows: KeptRows, modules: Iterable[nn.Module]) -> None:
-    """Check after a call that each of the modules received the kept rows.
-
-    Raises:
-        SaccadeError: naming a module that did not, and therefore ran on all rows.
-    """
+    """Check after a call that each of the modules received the kept rows."""
     for module in modules:
         if id(module) not in rows.reached:
             raise changed(
@@ -103,9 +99,6 @@ def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
 
     Returns:
         Every module that was patched.
-
-    Raises:
-        SaccadeError: if a layer does not consist of attention and a feed-forward network after which zeros stay zeros.
     """
     for number, layer in enumerate(layers):
         check_layer(number, layer)
@@ -138,11 +131,7 @@ def last_projections(attention: nn.Module) -> list[nn.Module]:
 
 
 def check_layer(number: int, layer: nn.Module) -> None:
-    """Check that leaving out this layer's feed-forward network leaves the residual stream unchanged.
-
-    Raises:
-        SaccadeError: if the layer has another structure.
-    """
+    """Check that leaving out this layer's feed-forward network leaves the residual stream unchanged."""
     for name in ("self_attn", "mlp"):
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise SaccadeError(

@@ -11,10 +11,9 @@ from saccade.families import Encoded, Family
 from saccade.reducers import get_reducer
 from saccade.reducers.common import mask_to_index
 from saccade.reducers.redundancy import RedundancyMerge
-from saccade.skip_vision.blocks import Blocks, block_context
 from saccade.skip_vision.config import SkipVisionConfig, amount_of
 from saccade.skip_vision.language import ROLES_KEYWORD
-from saccade.skip_vision.split import Split, split_tokens
+from saccade.skip_vision.split import Blocks, Split, block_context, split_tokens
 from saccade.skip_vision.summary import SummaryHead, pool
 from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
 
@@ -105,11 +104,7 @@ def skipped_share(family: Family, config: SkipVisionConfig) -> float:
 
 
 def merge_rest(config: SkipVisionConfig, context: VisualContext, split: Split) -> Reduction:
-    """Merge the tokens `split.rest` of each image into the skipped ones, in their final order.
-
-    Raises:
-        SaccadeError: if `merge="none"` leaves more tokens than may be skipped.
-    """
+    """Merge the tokens `split.rest` of each image into the skipped ones, in their final order."""
     rest = split.rest
     left = rest.sum(dim=1).tolist()
     budgets = [amount_of(config.skipped, base) for base in split.base]

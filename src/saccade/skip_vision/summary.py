@@ -1,14 +1,10 @@
 """The summary head: a tiny attention pooling of a group of tokens into one (arXiv 2503.21817, Sec. 4)."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from saccade.companions import ENDING, read_companion, save_companion
+from saccade.companions import ENDING
 
 SUMMARY_FILE = f"skip_vision{ENDING}"
 SUMMARY_NAME = "skip_summary"
@@ -50,22 +46,3 @@ def pool(weight: Tensor, x: Tensor) -> Tensor:
     """`weight` `(G, N)` float32 times `x` `(G, N, D)`, summed in float32: `(G, 1, D)` in the dtype of `x`."""
     with torch.autocast(x.device.type, enabled=False):
         return torch.bmm(weight.unsqueeze(1), x.float()).to(x.dtype)
-
-
-def write_summary_file(folder: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write `skip_vision.saccade` into `folder`, whole or not at all.
-
-    Args:
-        tensors: the head's tensors; empty without a head.
-        metadata: the configuration, kept as JSON in the file's header.
-    """
-    return save_companion(folder, SUMMARY_FILE, tensors, metadata)
-
-
-def read_summary_file(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and the tensors that `write_summary_file` wrote.
-
-    Raises:
-        SaccadeError: if there is no such file, or it is damaged.
-    """
-    return read_companion(folder, SUMMARY_FILE, "folder")
