@@ -12,12 +12,14 @@ from transformers import (
 )
 
 from saccade.errors import SaccadeError
-from saccade.training.model_presets import LLAMA3_8B, Shape
 from saccade.training.model_presets import SHAPES as PRESETS
+from saccade.training.model_presets import Shape
 
 
 def _llama3() -> PreTrainedConfig:
-    return LlamaConfig(**LLAMA3_8B, tie_word_embeddings=False)
+    config = PRESETS["llava-llama3-8b"].config().text_config
+    config.vocab_size = 128256  # without the tokens that LLaVA adds
+    return config
 
 
 SHAPES: dict[str, Shape] = {
