@@ -267,7 +267,6 @@ def good(tmp_path_factory):
         ({"vision-tower": "{p}/siglip", "crops": "anyres"}, "LLaVA-NeXT is only known with CLIP towers here"),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"feature-layer": "-9"}, "feature_layer=-9: the tower has 3 layers"),
-        ({"pad-vocabulary": "0"}, "pad_vocabulary=0"),
         ({"chat-template": "{p}/nowhere.jinja"}, "cannot be read: use 'own', 'v1', or a text file"),
         ({"max-shard-size": "big"}, "max_shard_size='big'"),
     ],

@@ -2,6 +2,7 @@
 
 import argparse
 
+OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade assemble --vision-tower openai/clip-vit-large-patch14-336 --language-model lmsys/vicuna-7b-v1.5 \\
     --output out/llava-1.5-7b/start                    where LLaVA-1.5's stage one starts
@@ -44,13 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feature-layer", type=int, default=-2, help="hidden state that the projector reads (default: %(default)s)"
     )
     parser.add_argument(
-        "--pad-vocabulary",
-        type=int,
-        default=64,
-        metavar="N",
-        help="if the embeddings grow, round their rows up to a multiple of N (default: %(default)s)",
-    )
-    parser.add_argument(
         "--dtype",
         default="auto",
         help="auto (the language model's), float32, bfloat16 or float16 (default: %(default)s)",
@@ -60,11 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-
-
-def outputs(args: argparse.Namespace) -> list[tuple[str, bool]]:
-    """The folder to write."""
-    return [(args.output, True)]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,6 @@ BOTH_STAGES = (
     "seed",
     "data_seed",
     "dataset_seed",
-    "dataset_grid",
     "use_cpu",
     "bf16",
 )

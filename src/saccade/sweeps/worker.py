@@ -193,7 +193,7 @@ def evaluate_model(
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
         model.to("cuda")
-    scenes = digit_scenes("sft", split, number, seed=0, grid=recipe.get("dataset_grid", ModelOptions.dataset_grid))
+    scenes = digit_scenes("sft", split, number, seed=0)
     return evaluate_inferences(model, processor, scenes, inferences, on_batch=on_batch)
 
 

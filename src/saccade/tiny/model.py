@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch.nn.functional import interpolate
 from transformers import (
     AutoProcessor,
     CLIPImageProcessorPil,
@@ -17,24 +16,19 @@ from transformers import (
 )
 
 from saccade.data.scenes import PATCH_SIZE
-from saccade.errors import SaccadeError
 from saccade.tiny.vocabulary import CHAT_TEMPLATE, END, IMAGE, PAD, START, build_tokenizer
 
-CHECKPOINT_GRID = 12
+GRID = 12
+"""Patches of an image per side."""
 VISION_WIDTH, VISION_LAYERS = 96, 4
 TEXT_WIDTH, TEXT_LAYERS = 96, 4
 TEXT_MLP = 256
 
 
-def build_tiny_processor(grid: int = CHECKPOINT_GRID) -> LlavaProcessor:
-    """The processor of a tiny LLaVA that sees `grid` x `grid` patches of 8 px; any image is resized to that square.
-
-    Raises:
-        SaccadeError: if `grid` is not a positive int.
-    """
-    side = _check_grid(grid) * PATCH_SIZE
+def build_tiny_processor() -> LlavaProcessor:
+    """The processor of a tiny LLaVA that sees 12 x 12 patches of 8 px; any image is resized to that square."""
     image_processor = CLIPImageProcessorPil(
-        size={"height": side, "width": side},
+        size={"height": GRID * PATCH_SIZE, "width": GRID * PATCH_SIZE},
         do_center_crop=False,
         image_mean=[0.35] * 3,
         image_std=[0.25] * 3,
@@ -50,20 +44,13 @@ def build_tiny_processor(grid: int = CHECKPOINT_GRID) -> LlavaProcessor:
     )
 
 
-def build_tiny_llava(
-    processor: LlavaProcessor, grid: int = CHECKPOINT_GRID, seed: int = 0
-) -> LlavaForConditionalGeneration:
-    """A tiny LLaVA with random weights in float32, in evaluation mode.
+def build_tiny_llava(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    """A tiny LLaVA with random weights in float32, in evaluation mode; it has 144 visual tokens per image.
 
     Args:
         processor: from `build_tiny_processor`; its tokenizer gives the vocabulary and the special ids.
-        grid: patches per side that the tower sees; the language model receives `grid ** 2` visual tokens per image.
         seed: seed of the weights; the global random state is not changed.
-
-    Raises:
-        SaccadeError: if `grid` is not a positive int.
     """
-    _check_grid(grid)
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in (("pad", PAD), ("bos", START), ("eos", END))}
     vision = CLIPVisionConfig(
@@ -71,7 +58,7 @@ def build_tiny_llava(
         intermediate_size=2 * VISION_WIDTH,
         num_hidden_layers=VISION_LAYERS,
         num_attention_heads=4,
-        image_size=grid * PATCH_SIZE,
+        image_size=GRID * PATCH_SIZE,
         patch_size=PATCH_SIZE,
         projection_dim=VISION_WIDTH,
     )
@@ -93,7 +80,7 @@ def build_tiny_llava(
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=grid * grid,
+        image_seq_length=GRID * GRID,
         pad_token_id=ids["pad"],
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
@@ -110,31 +97,15 @@ def tiny_checkpoint() -> Path:
     return Path(__file__).parent / "checkpoint"
 
 
-def load_tiny(
-    grid: int = CHECKPOINT_GRID, dtype: torch.dtype = torch.float32
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load_tiny(dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The shipped tiny LLaVA: tower and language model pretrained, projector random.
 
     Args:
-        grid: patches per side; for values other than 12, the tower's position embeddings are interpolated, which costs
-            accuracy.
         dtype: dtype of the weights.
-
-    Raises:
-        SaccadeError: if `grid` is not a positive int.
     """
-    _check_grid(grid)
     folder = tiny_checkpoint()
-    stored = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    if grid == CHECKPOINT_GRID:
-        return stored.eval(), AutoProcessor.from_pretrained(folder)
-    processor = build_tiny_processor(grid)
-    model = build_tiny_llava(processor, grid).to(dtype)
-    weights = stored.state_dict()
-    name = next(name for name in weights if name.endswith("embeddings.position_embedding.weight"))
-    weights[name] = _interpolate_positions(weights[name], grid)
-    model.load_state_dict(weights)
-    return model.eval(), processor
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | os.PathLike) -> Path:
@@ -144,7 +115,7 @@ def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
     """
     folder = Path(folder)
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    half = build_tiny_llava(processor, model.config.vision_config.image_size // PATCH_SIZE)
+    half = build_tiny_llava(processor)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(aside)
     processor.save_pretrained(aside)
@@ -152,17 +123,3 @@ def save_tiny(model: LlavaForConditionalGeneration, processor: LlavaProcessor, f
         shutil.rmtree(folder)
     os.replace(aside, folder)
     return folder
-
-
-def _check_grid(grid: int) -> int:
-    if not isinstance(grid, int) or grid < 1:
-        raise SaccadeError(f"grid is {grid!r}: give a positive int, the number of patches per side")
-    return grid
-
-
-def _interpolate_positions(table: torch.Tensor, grid: int) -> torch.Tensor:
-    """Position table (1 + old ** 2, D), CLS first, to (1 + grid ** 2, D)."""
-    old = int((table.shape[0] - 1) ** 0.5)
-    square = table[1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    square = interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], square.flatten(2)[0].T.to(table.dtype)])

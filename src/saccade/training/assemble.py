@@ -34,12 +34,15 @@ from transformers.utils import logging
 from saccade.errors import SaccadeError
 from saccade.families import family_class, use_released_names
 from saccade.files import check_new_folder
+from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
 from saccade.training.export import check_shard_size
 from saccade.training.models import DTYPES
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+PADDED = 64
+"""Embeddings that must grow get a multiple of so many rows."""
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),)}
@@ -57,7 +60,6 @@ class AssembleOptions:
         chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
         system_prompt: for conversations without one; by default that of the template.
         feature_layer: index of the tower's hidden state that the projector reads.
-        pad_vocabulary: if the embeddings must grow, their number of rows is rounded up to a multiple of this.
         dtype: of the weights: "auto" (the language model's), "float32", "bfloat16" or "float16".
         seed: seed of the projector's weights.
         max_shard_size: size above which the weights are split into several files.
@@ -68,7 +70,6 @@ class AssembleOptions:
     chat_template: str = "own"
     system_prompt: str | None = None
     feature_layer: int = -2
-    pad_vocabulary: int = 64
     dtype: str = "auto"
     seed: int = 0
     max_shard_size: str = "5GB"
@@ -108,7 +109,7 @@ def assemble_model(
     with _quiet(), torch.random.fork_rng(devices=[]):
         language = _language_model(str(language_model), options)
         tower = eyes.load(language.dtype)
-        _grow_embeddings(language, len(tokenizer), options.pad_vocabulary)
+        _grow_embeddings(language, len(tokenizer))
         model = _join(language, tower, eyes, tokenizer, options)
     model.generation_config = _generation_config(language, tokenizer, template.end_id)
     _save(model, eyes.processor(tokenizer, template.text, options), output, options.max_shard_size)
@@ -233,13 +234,9 @@ class _Tower:
 
 
 def _check_options(options: AssembleOptions) -> None:
-    if options.crops not in CROPS:
-        raise SaccadeError(f"crops={options.crops!r} is unknown: use one of {', '.join(CROPS)}")
-    if options.dtype not in DTYPES:
-        raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
+    check_choice("crops", options.crops, tuple(CROPS))
+    check_choice("dtype", options.dtype, DTYPES)
     check_shard_size(options.max_shard_size)
-    if options.pad_vocabulary < 1:
-        raise SaccadeError(f"pad_vocabulary={options.pad_vocabulary}: give 1 for no padding, or a number such as 64")
 
 
 def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
@@ -324,12 +321,12 @@ def _check_whole(place: str, field: str, info: dict[str, Any]) -> None:
         )
 
 
-def _grow_embeddings(model: PreTrainedModel, tokens: int, multiple: int) -> None:
+def _grow_embeddings(model: PreTrainedModel, tokens: int) -> None:
     """Grow the embeddings to fit every token. If they already have more rows than tokens, they stay as they are."""
     before = model.get_input_embeddings().weight.shape[0]
     if tokens <= before:
         return
-    model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple, mean_resizing=False)
+    model.resize_token_embeddings(tokens, pad_to_multiple_of=PADDED, mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[before:] = layer.weight[:before].mean(dim=0, dtype=torch.float32).to(layer.weight.dtype)
