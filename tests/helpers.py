@@ -7,7 +7,7 @@ from torch import nn
 
 from saccade import DualSpeedTrainer
 from saccade.data import digit_scenes
-from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.modes import ModeSchedule
 from saccade.families import Family, get_family
 from saccade.families.store import SUFFIX
 from saccade.testing.training import make_config

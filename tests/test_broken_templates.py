@@ -14,8 +14,8 @@ from saccade.data.lengths import TokenCounter
 from saccade.data.plain import PlainWriter
 from saccade.data.turns import TurnWriter
 from saccade.dualspeed import DualSpeedCollator
+from saccade.dualspeed.engines import DummyImageCollator
 from saccade.dualspeed.labels import check_turns
-from saccade.dualspeed.sharding import DummyImageCollator
 from saccade.errors import RecordError
 from saccade.evaluation.digits import prepare_prompts
 from saccade.reducers import PruningConfig

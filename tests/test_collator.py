@@ -15,7 +15,7 @@ from saccade import SaccadeError
 from saccade.data.conversation import place_images
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
-from saccade.dualspeed.sharding import DummyImageCollator
+from saccade.dualspeed.engines import DummyImageCollator
 from saccade.families import get_family
 from saccade.images import open_image
 from saccade.reducers import PruningConfig

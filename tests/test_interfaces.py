@@ -29,7 +29,7 @@ from experiments.skip_analysis import measure as analysis
 from saccade import SaccadeError
 from saccade.dualspeed import packing
 from saccade.dualspeed.callbacks import SigtermCheckpoint
-from saccade.dualspeed.redirect import redirect_forward
+from saccade.dualspeed.engines import redirect_forward
 from saccade.dualspeed.trainer import REPLACED, DualSpeedTrainer
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache

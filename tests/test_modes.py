@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saccade import ModeConfig, SaccadeError, SkipVisionConfig
-from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.modes import ModeSchedule
 from saccade.reducers import PruningConfig
 from saccade.testing.training import make_config
 

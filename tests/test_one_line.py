@@ -17,7 +17,7 @@ from saccade.dualspeed import checks
 from saccade.errors import EXTRAS, needs_package
 from saccade.testing.training import make_config
 from saccade.training import load_recipe
-from saccade.training.options import ModelOptions
+from saccade.training.models import ModelOptions
 from saccade.training.recipe import make_recipe
 from saccade.training.run import check_recipe
 from saccade.values import BOUNDS

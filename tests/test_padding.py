@@ -142,7 +142,7 @@ def test_each_family_pads_or_says_why_not(name):
 
 
 def test_the_option_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(SaccadeError, match="image_aspect_ratio='square' is unknown: use 'pad'"):
+    with pytest.raises(SaccadeError, match="image_aspect_ratio='square' is unknown: use one of pad"):
         DualSpeedConfig(output_dir=str(tmp_path), image_aspect_ratio="square", use_cpu=True, bf16=False)
     model, processor = FAMILIES["qwen2_5_vl"].build()
     with pytest.raises(SaccadeError, match="images of qwen"):

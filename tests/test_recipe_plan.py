@@ -19,9 +19,8 @@ from saccade.training import ModelOptions, load_model, load_recipe, make_recipe,
 from saccade.training.costs import Costs
 from saccade.training.flops import projector_flops, tower_flops
 from saccade.training.lengths import SampleLength, recipe_lengths
-from saccade.training.models import load_processor
+from saccade.training.models import load_processor, quantization_options, quantized_weights
 from saccade.training.plan import meta_model, plan_recipe, published_speedups
-from saccade.training.quantization import quantization_options, quantized_weights
 from saccade.training.run import lora_config
 
 REAL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "tiny-digits")
@@ -392,7 +391,7 @@ def test_adapters_on_qwen_save_the_mergers_in_full(name):
 
 def test_quantization_is_refused_where_it_cannot_be(monkeypatch):
     options = ModelOptions(model="llava-hf/llava-1.5-7b-hf", lora=True, load_in_4bit=True)
-    monkeypatch.setattr("saccade.training.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("saccade.training.models.find_spec", lambda name: None)
     with pytest.raises(SaccadeError, match=r"needs bitsandbytes, .* pip install \"saccade\[quant\]\""):
         load_model(options)
     with pytest.raises(SaccadeError, match="'tiny' is too small"):

@@ -23,9 +23,8 @@ from watching import watched
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import DISK_FAULTS, main
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import newest_checkpoint, remove_old_checkpoints, resolve_resume
+from saccade.dualspeed.checkpoint import MANIFEST_FILE, newest_checkpoint, remove_old_checkpoints, resolve_resume
 from saccade.dualspeed.folder import OWNER_FILE, PARTIAL_DIR, RUN_FILE, read_run_file
-from saccade.dualspeed.manifest import MANIFEST_FILE
 from saccade.pruning import ModeIsolator
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava

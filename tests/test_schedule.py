@@ -33,7 +33,7 @@ def test_does_not_depend_on_order_process_or_global_random_state() -> None:
     here = [schedule.mode(step) for step in range(60)]
     assert [schedule.mode(step) for step in reversed(range(60))] == here[::-1]
     code = (
-        "import random; random.seed(99); from saccade.dualspeed.schedule import ModeSchedule; "
+        "import random; random.seed(99); from saccade.dualspeed.modes import ModeSchedule; "
         "s = ModeSchedule(11, {'fast': 0.7, 'slow': 0.3}); print(''.join(s.mode(i)[0] for i in range(60)))"
     )
     there = run_forked([sys.executable, "-c", code])

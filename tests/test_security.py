@@ -10,7 +10,7 @@ import torch
 from helpers import make_trainer
 
 from saccade import SaccadeError
-from saccade.dualspeed.manifest import MANIFEST_FILE
+from saccade.dualspeed.checkpoint import MANIFEST_FILE
 from saccade.tiny import build_tiny_llava, save_tiny
 from saccade.training import ModelOptions, load_model
 

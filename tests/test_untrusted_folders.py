@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from watching import watched
 
 from saccade.cli.main import main
-from saccade.dualspeed.manifest import MANIFEST_FILE
+from saccade.dualspeed.checkpoint import MANIFEST_FILE
 from saccade.errors import SaccadeError
 from saccade.files import check_entries
 

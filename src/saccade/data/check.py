@@ -60,6 +60,7 @@ def check_sources(
     padded: bool = False,
     start: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Read all rows, decode all images, and report.
 
@@ -72,6 +73,7 @@ def check_sources(
         padded: whether training pads images to a square, whose size then counts.
         start: called with the number of rows before the first is read.
         progress: called with the number of rows just read.
+        counts: how many rows of each source to read from the start; all by default.
 
     Returns:
         `complete`, false after an interruption, which ends the check early; `records`, the number of rows; `checked`;
@@ -89,10 +91,15 @@ def check_sources(
     began = time.perf_counter()
     found = Findings()
     complete = True
-    records = sum(len(source) for source in sources)
+    counts = [len(source) for source in sources] if counts is None else counts
+    records = sum(counts)
     if start is not None:
         start(records)
-    chunks = list(_chunks(sources))
+    chunks = [
+        (number, first, min(first + _CHUNK, count))
+        for number, count in enumerate(counts)
+        for first in range(0, count, _CHUNK)
+    ]
     jobs = max(1, min(jobs, len(chunks)))
     results = _results(_Reader(list(sources), counter, max_pixels, padded), chunks, jobs)
     try:
@@ -180,12 +187,6 @@ def _start_process(reader: _Reader) -> None:
 def _read_in_process(chunk: Chunk) -> Findings:
     assert _reader is not None
     return _reader.read(chunk)
-
-
-def _chunks(sources: Sequence[Source]) -> Iterator[Chunk]:
-    for number, source in enumerate(sources):
-        for start in range(0, len(source), _CHUNK):
-            yield number, start, min(start + _CHUNK, len(source))
 
 
 def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findings]:

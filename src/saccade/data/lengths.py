@@ -115,11 +115,7 @@ class TokenCounter:
         return full, shortened
 
     def check_fits(self, text_tokens: int, sizes: Sequence[Size]) -> None:
-        """Refuse a row that cannot fit under the budget's `fit_length`.
-
-        Raises:
-            RecordError: as training does.
-        """
+        """Refuse a row that cannot fit under the budget's `fit_length`."""
         if self.budget.fit_length is None:
             return
         for size in sizes:
@@ -182,9 +178,6 @@ def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> 
     """Refuse text that the model would take for another image, the end of a turn or another speaker.
 
     Plain texts contain their own placeholders and control tokens, and are not checked.
-
-    Raises:
-        RecordError: if a message contains the model's own placeholder or a special token of its tokenizer.
     """
     tokenizer = processor.tokenizer
     places = {tokenizer.convert_ids_to_tokens(placeholder_id)}

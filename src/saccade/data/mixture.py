@@ -70,11 +70,7 @@ class SourceOptions:
             raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
 
     def folders(self, allow_outside: bool) -> ImageFolders:
-        """The folders of its images.
-
-        Raises:
-            SaccadeError: if a folder does not exist.
-        """
+        """The folders of its images."""
         given = self.image_folder
         if given is None:
             place = Path(self.path)
@@ -83,11 +79,7 @@ class SourceOptions:
         return ImageFolders(names, allow_outside)
 
     def open(self, allow_outside: bool = False) -> Source:
-        """Open its rows.
-
-        Raises:
-            SaccadeError: if there are none to read.
-        """
+        """Open its rows."""
         if is_json(self.path) and not Path(self.path).is_file():
             raise SaccadeError(f"dataset={self.path!r} does not exist: give a JSON or JSON-lines file")
         folders = self.folders(allow_outside)

@@ -7,22 +7,17 @@ from saccade.late import late_names
 if TYPE_CHECKING:
     from saccade.dualspeed.collator import DualSpeedCollator
     from saccade.dualspeed.config import DualSpeedConfig
-    from saccade.dualspeed.modes import ModeConfig
-    from saccade.dualspeed.schedule import ModeSchedule
+    from saccade.dualspeed.modes import ModeConfig, ModeSchedule
     from saccade.dualspeed.trainer import DualSpeedTrainer
 
-_HOMES = {
-    "DualSpeedCollator": "saccade.dualspeed.collator",
-    "DualSpeedConfig": "saccade.dualspeed.config",
-    "DualSpeedTrainer": "saccade.dualspeed.trainer",
-    "ModeConfig": "saccade.dualspeed.modes",
-    "ModeSchedule": "saccade.dualspeed.schedule",
-}
-__all__ = [
-    "DualSpeedCollator",
-    "DualSpeedConfig",
-    "DualSpeedTrainer",
-    "ModeConfig",
-    "ModeSchedule",
-]
-__getattr__ = late_names(__name__, _HOMES)
+__getattr__ = late_names(
+    __name__,
+    {
+        "DualSpeedCollator": "saccade.dualspeed.collator",
+        "DualSpeedConfig": "saccade.dualspeed.config",
+        "DualSpeedTrainer": "saccade.dualspeed.trainer",
+        "ModeConfig": "saccade.dualspeed.modes",
+        "ModeSchedule": "saccade.dualspeed.modes",
+    },
+)
+__all__ = ["DualSpeedCollator", "DualSpeedConfig", "DualSpeedTrainer", "ModeConfig", "ModeSchedule"]

@@ -54,11 +54,7 @@ class BadRecordLog:
         write_text_atomically(self.path, "".join(lines))
 
     def check(self) -> None:
-        """Check that the limit is not exceeded.
-
-        Raises:
-            SaccadeError: if it is; the message names the first few.
-        """
+        """Check that the limit is not exceeded."""
         if len(self) <= self.limit:
             return
         lines = [f"{entry['record']}: {entry['reason']}" for entry in self.records.values()]

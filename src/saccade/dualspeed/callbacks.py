@@ -169,11 +169,7 @@ class NonFiniteGuard(TrainerCallback):
         return None if features.isfinite().all() else "the visual features are"
 
     def check(self, grad_norm: Tensor | float | None) -> None:
-        """Check the losses and the gradient norm of a step, before its optimizer step where the engine allows it.
-
-        Raises:
-            SaccadeError: if one is not finite.
-        """
+        """Check the losses and the gradient norm of a step, before its optimizer step where the engine allows it."""
         losses = [float(loss) for loss, _ in self._micro_batches]
         bad = [number for number, loss in enumerate(losses) if not _is_finite(loss)]
         norm = _plain(grad_norm)

@@ -17,10 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING, remove_companion
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
-from saccade.dualspeed.manifest import find_damage, read_manifest, write_manifest
-from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, load_whole
+from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, checksums, load_whole
 from saccade.errors import SaccadeError
-from saccade.files import check_entries, to_json
+from saccade.files import check_entries, to_json, write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
@@ -28,6 +27,8 @@ from saccade.skip_vision import SUMMARY_FILE
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+MANIFEST_FILE = "manifest.json"
+"""Name, size and checksum of every file of a checkpoint, written once all of them are complete."""
 PLACE_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "peft_version", "revision"})
 """Fields of a PEFT config that do not change what is trained."""
 
@@ -101,12 +102,52 @@ def find_fault(path: Path, thorough: bool = False) -> str | None:
     return damage or _missing_part(path)
 
 
-def _check_state(state: Any) -> None:
-    """Check the types in a trainer's state.
+def write_manifest(folder: Path) -> None:
+    """List every file below `folder` in its `manifest.json`, after flushing them to disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    sums = checksums(paths, flush=True)
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": sums[path]} for path in paths
+    }
+    write_json_atomically(folder / MANIFEST_FILE, {"files": files})
 
-    Raises:
-        TypeError: if a value has the wrong type.
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """The files that `folder` should contain, or None without a manifest, as in checkpoints of earlier versions."""
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return {
+            name: {"bytes": int(file["bytes"]), "crc32": str(file["crc32"])} for name, file in found["files"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a list of files") from error
+
+
+def find_damage(folder: Path, files: dict[str, dict[str, Any]], thorough: bool) -> str | None:
+    """The first file that differs from the manifest, and how; None if all match.
+
+    Args:
+        thorough: also compare checksums, which reads every file once; otherwise only names and sizes.
     """
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != file["bytes"]:
+            return f"{name} has {path.stat().st_size:,} of {file['bytes']:,} bytes"
+    if thorough:
+        sums = checksums([folder / name for name in files])
+        for name, file in files.items():
+            if sums[folder / name] != file["crc32"]:
+                return f"{name} is damaged: its checksum is not that of the file as it was written"
+    return None
+
+
+def _check_state(state: Any) -> None:
+    """Check the types in a trainer's state."""
     if not isinstance(state, dict):
         raise TypeError("it is not a mapping")
     TrainerState(**state)
@@ -230,11 +271,7 @@ class BestOfRun(TrainerCallback):
 
 
 def check_same_run(checkpoint: Path, config: Mapping[str, Any]) -> None:
-    """Check that a run with `config` may resume from `checkpoint`.
-
-    Raises:
-        SaccadeError: if options differ; the message names all of them.
-    """
+    """Check that a run with `config` may resume from `checkpoint`."""
     saved = (read_run_file(checkpoint) or {}).get("config", {})
     # Through JSON, so that tuples and the like compare equal to what was read back.
     current = json.loads(to_json(dict(config)))
@@ -321,9 +358,6 @@ def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collectio
 
     Args:
         ignored: names of Saccade's own parameters, which the checkpoint does not contain.
-
-    Raises:
-        SaccadeError: if a key is missing or unexpected.
     """
     assert isinstance(model, PreTrainedModel)
     loaded = load_whole(checkpoint, type(model), dtype=model.dtype)

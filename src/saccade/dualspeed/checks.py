@@ -31,11 +31,7 @@ OPTIMIZER_PACKAGES = (
 
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
-    """The columns of a dataset's first row, which differ from the table's if rows are converted when they are read.
-
-    Raises:
-        SaccadeError: if there are no rows, or the first lacks the columns that training needs.
-    """
+    """The columns of a dataset's first row, which differ from the table's if rows are converted when they are read."""
     first = None if train_dataset is None else next(iter(train_dataset), None)
     if first is None:
         raise SaccadeError("train_dataset is None or has no rows: give a dataset with at least one")
@@ -54,11 +50,7 @@ def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str
 
 
 def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_func: Any) -> None:
-    """Refuse arguments that only the stock training step would use.
-
-    Raises:
-        SaccadeError: on a custom loss function, or PEFT adapters that put virtual tokens before the prompt.
-    """
+    """Refuse arguments that only the stock training step would use."""
     if compute_loss_func is not None:
         raise SaccadeError(
             "compute_loss_func is given: fast and slow steps have their own loss, and would ignore it; leave it "
@@ -74,11 +66,7 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
 
 
 def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
-    """Refuse weights that do not work with mixed precision: many released checkpoints are float16.
-
-    Raises:
-        SaccadeError: on float16 weights with `bf16`, where the first forward pass would fail inside torch.
-    """
+    """Refuse weights that do not work with mixed precision: many released checkpoints are float16."""
     # TRL converts the unquantized weights of a quantized model to float32.
     quantized = getattr(model, "is_quantized", False)
     if args.bf16 and not quantized and any(weight.dtype == torch.float16 for weight in model.parameters()):
@@ -89,11 +77,7 @@ def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
 
 
 def check_at_hand(args: DualSpeedConfig) -> None:
-    """Refuse options whose package or file is missing, before a model is loaded.
-
-    Raises:
-        SaccadeError: naming the option and either the package and how to install it, or the file or folder.
-    """
+    """Refuse options whose package or file is missing, before a model is loaded."""
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise needs_package("use_liger_kernel=True", "liger-kernel")
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -118,11 +102,7 @@ def check_at_hand(args: DualSpeedConfig) -> None:
 
 @contextmanager
 def as_bad_input() -> Iterator[None]:
-    """Turn errors of TRL, transformers and the hub about bad input into one line.
-
-    Raises:
-        SaccadeError: for bad values, missing packages and files that cannot be fetched.
-    """
+    """Turn errors of TRL, transformers and the hub about bad input into one line."""
     try:
         yield
     except SaccadeError:
@@ -135,11 +115,7 @@ def as_bad_input() -> Iterator[None]:
 
 
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
-    """Refuse a language model that is frozen by accident, as after stage one or after adapters were merged.
-
-    Raises:
-        SaccadeError: if it is frozen, including its head, and `freeze_language_model` is false.
-    """
+    """Refuse a language model that is frozen by accident, as after stage one or after adapters were merged."""
     parts = (family.language_model, family.model.get_output_embeddings())
     if not args.freeze_language_model and not any(
         weight.requires_grad for part in parts for weight in part.parameters()
@@ -152,10 +128,6 @@ def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
 
 
 def check_family_can(family: Family, modes: Sequence[ModeConfig]) -> None:
-    """Refuse a mode whose reducer needs what the family's vision tower does not provide.
-
-    Raises:
-        SaccadeError: naming the model, the need and a fix.
-    """
+    """Refuse a mode whose reducer needs what the family's vision tower does not provide."""
     for mode in modes:
         family.check_gives(mode.needs)

@@ -10,11 +10,7 @@ RECOMPILE_LIMIT = 64
 
 
 def check_compiling(backend: str | None, mode: str | None) -> None:
-    """Check the options of `torch_compile`.
-
-    Raises:
-        SaccadeError: on a backend or a mode that is unknown to torch.
-    """
+    """Check the options of `torch_compile`."""
     backends = torch._dynamo.list_backends(exclude_tags=())
     if backend is not None and backend not in backends:
         raise SaccadeError(f"torch_compile_backend={backend!r} is unknown: use one of {', '.join(backends)}")

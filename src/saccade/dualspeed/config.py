@@ -13,8 +13,7 @@ from trl import SFTConfig
 
 from saccade.data.plain import check_conversation
 from saccade.dualspeed.compiling import check_compiling
-from saccade.dualspeed.modes import ModeConfig, fast_and_slow, listed
-from saccade.dualspeed.schedule import ModeSchedule
+from saccade.dualspeed.modes import ModeConfig, ModeSchedule, fast_and_slow, listed
 from saccade.errors import SaccadeError, needs_package
 from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
@@ -397,11 +396,7 @@ class DualSpeedConfig(SFTConfig):
         return ModeSchedule(self.seed, shares, self.schedule)
 
     def all_modes(self) -> tuple[ModeConfig, ...]:
-        """The modes of the run; the first is the one that stage one uses.
-
-        Raises:
-            SaccadeError: if the options do not describe valid modes.
-        """
+        """The modes of the run; the first is the one that stage one uses."""
         modes = self._given_modes()
         if not self.fit_slow:
             return modes
@@ -428,11 +423,7 @@ class DualSpeedConfig(SFTConfig):
 
     @property
     def skip_options(self) -> SkipVisionConfig | None:
-        """The options of Skip-Vision, or None if nothing skips.
-
-        Raises:
-            SaccadeError: on an unknown option or a value out of range.
-        """
+        """The options of Skip-Vision, or None if nothing skips."""
         return None if self.skip_vision is None else SkipVisionConfig.from_options(self.skip_vision)
 
     @property

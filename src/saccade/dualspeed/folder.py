@@ -57,11 +57,7 @@ def write_run_file(folder: str | Path, config: Mapping[str, Any], run_id: str | 
 
 
 def read_run_file(folder: str | Path) -> dict[str, Any] | None:
-    """What `write_run_file` wrote, or None.
-
-    Raises:
-        SaccadeError: if it is damaged.
-    """
+    """What `write_run_file` wrote, or None."""
     path = Path(folder) / RUN_FILE
     try:
         found = _read(path)
@@ -90,11 +86,7 @@ def find_stranger(checkpoint: Path, output_dir: str | Path) -> str | None:
 
 
 def read_owner(output_dir: str | Path) -> dict[str, Any] | None:
-    """The run that `output_dir` belongs to: `id`, `started`; None if unknown.
-
-    Raises:
-        SaccadeError: if the file is damaged.
-    """
+    """The run that `output_dir` belongs to: `id`, `started`; None if unknown."""
     path = Path(output_dir) / OWNER_FILE
     try:
         found = _read(path)
@@ -132,11 +124,7 @@ def what_is_in(output_dir: str | Path) -> str | None:
 
 
 def check_unused(output_dir: str | Path) -> None:
-    """Refuse a folder that contains files of another run.
-
-    Raises:
-        SaccadeError: saying what it contains and what to do.
-    """
+    """Refuse a folder that contains files of another run."""
     found = what_is_in(output_dir)
     if found is not None:
         raise SaccadeError(
@@ -146,11 +134,7 @@ def check_unused(output_dir: str | Path) -> None:
 
 
 def check_not_inside(path: str | Path | None, output_dir: str | Path, name: str) -> None:
-    """Refuse to overwrite what the new run starts from.
-
-    Raises:
-        SaccadeError: if `path` is `output_dir` or inside it.
-    """
+    """Refuse to overwrite what the new run starts from."""
     if path and Path(path).exists() and Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
         raise SaccadeError(
             f"overwrite=true would remove {name}={str(path)!r}, which is inside output_dir={str(output_dir)!r}: "

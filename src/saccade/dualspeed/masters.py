@@ -107,11 +107,7 @@ class Float32Masters:
         save_companion(folder, MASTERS_FILE, self.weights, {})
 
     def load(self, folder: str | Path) -> None:
-        """Read what `save` wrote. Without the file, the masters start from the weights, with a warning.
-
-        Raises:
-            SaccadeError: if the file is damaged, or belongs to other weights.
-        """
+        """Read what `save` wrote. Without the file, the masters start from the weights, with a warning."""
         if find_companion(folder, MASTERS_FILE) is None:
             logger.warning("%s has no %s: float32 masters start from the rounded weights", folder, MASTERS_FILE)
             return

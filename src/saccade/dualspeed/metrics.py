@@ -1,18 +1,57 @@
-"""What a run logs about its modes, and a running estimate of the speed-up."""
+"""What a run logs about its modes, and a running estimate of the speed-up.
+
+Times are taken on the device's own clock; nothing waits for the device until they are read.
+"""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from saccade.dualspeed.step import StepOutput
-from saccade.dualspeed.timing import Moment, Span
+if TYPE_CHECKING:
+    from saccade.dualspeed.step import StepOutput
 
 TOKENS = ("full", "trained", "teacher")
 SUMS = ("kl", "samples", "samples_cut", "tokens_cut", *TOKENS)
+
+
+class Moment:
+    """A point in the work of a device: on CUDA an event in its stream, elsewhere the wall-clock time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._time = 0.0
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._event = torch.cuda.Event(enable_timing=True)
+                self._event.record()
+        else:
+            self._time = time.perf_counter()
+
+    def seconds_since(self, before: "Moment") -> float:
+        """Seconds from `before` to this moment; waits until the device has reached it."""
+        if self._event is None:
+            return self._time - before._time
+        self._event.synchronize()
+        return before._event.elapsed_time(self._event) / 1000
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time between two moments. Making one costs nothing; `seconds` waits for the device."""
+
+    start: Moment
+    end: Moment
+
+    @property
+    def seconds(self) -> float:
+        """The length of the span."""
+        return self.end.seconds_since(self.start)
 
 
 class ModeMeter:
@@ -44,7 +83,7 @@ class ModeMeter:
         self._teacher_in_step: tuple[Span, ...] = ()
         self._steps_to_read: list[tuple[str, Span, tuple[Span, ...]]] = []
 
-    def add(self, mode: str, output: StepOutput, share: float = 1.0) -> None:
+    def add(self, mode: str, output: "StepOutput", share: float = 1.0) -> None:
         """Count one micro-batch.
 
         Args:
@@ -152,7 +191,7 @@ class StepClock(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         # Kept for `on_step_end`, which is called after the global step has been incremented.
         self._mode = self.trainer.mode_of(state.global_step)
-        self.trainer.begin_step()
+        self.trainer.micro_batch = 0
         self._started = Moment(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,8 +1,10 @@
-"""The modes of a run: what each does with the visual tokens, how often it occurs, and what it learns from.
+"""The modes of a run: what each does with the visual tokens, how often and when it occurs, and what it learns from.
 
 The published method has two, fast and slow. `DualSpeedConfig.modes` lists any number of them.
 """
 
+import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,11 +12,13 @@ from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean
 from saccade.reducers import Needs, PruningConfig
-from saccade.reducers.config import PRUNING_OPTIONS
+from saccade.reducers.config import PRUNING_OPTIONS, check_choice
 from saccade.skip_vision import SkipVisionConfig
 
 ACTIONS = ("keep", "drop", "skip")
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+SCHEDULES = ("bernoulli", "stratified")
+_BLOCK = 20
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,6 @@ def listed(
         pruning: how modes reduce that do not say it.
         isolator: whether modes that drop have the isolator, if they do not say it.
         skip_vision: options of the modes that skip; the defaults if None.
-
-    Raises:
-        SaccadeError: if this is not a valid list of modes.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
@@ -201,11 +202,7 @@ def listed(
 
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
-    """`options`, with the tokens that a reducer keeps as retained tokens and all others skipped unmerged.
-
-    Raises:
-        SaccadeError: if the budget is not a share or number per image, or if the length of samples is limited.
-    """
+    """`options`, with the tokens that a reducer keeps as retained tokens and all others skipped unmerged."""
     if pruning.fit_length is not None:
         raise SaccadeError(
             f"fit_length={pruning.fit_length}: a mode that skips runs on all visual tokens; leave it out there"
@@ -223,3 +220,72 @@ def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVi
         skipped=None,
         merge="none",
     )
+
+
+@dataclass(frozen=True)
+class ModeSchedule:
+    """The mode of each optimizer step: a pure function of (seed, step), the same on every rank and after a resume.
+
+    Args:
+        seed: the run's seed.
+        shares: the share of steps of each mode; they add up to 1. The first mode gets what the others leave.
+        kind: "bernoulli" draws each step independently, as published. "stratified" gives every block of 20 steps its
+            share of each mode, in random order, so that short runs do not depend on luck.
+
+    Raises:
+        SaccadeError: if a share is outside [0, 1], they do not add up to 1, or the kind is unknown.
+    """
+
+    seed: int
+    shares: Mapping[str, float]
+    kind: str = "bernoulli"
+
+    def __post_init__(self) -> None:
+        for name, share in self.shares.items():
+            if not 0 <= share <= 1:
+                raise SaccadeError(f"probability={share!r} of mode {name!r} is outside [0, 1]: it is a share of steps")
+        total = sum(self.shares.values())
+        if not math.isclose(total, 1, abs_tol=1e-6):
+            raise SaccadeError(
+                f"probability: those of the modes {', '.join(self.shares)} add up to {total:g}, not to 1"
+            )
+        check_choice("schedule", self.kind, SCHEDULES)
+
+    def mode(self, step: int) -> str:
+        """The mode of optimizer step `step`, counted from 0."""
+        first, *others = self.shares
+        if any(share == 1 for share in self.shares.values()):
+            return max(self.shares, key=self.shares.__getitem__)
+        if self.kind == "bernoulli":
+            draw = self._random(step).random()
+            for name in others:
+                draw -= self.shares[name]
+                if draw < 0:
+                    return name
+            return first
+        block, place = divmod(step, _BLOCK)
+        return self._block(block).get(place, first)
+
+    def count(self, steps: int) -> dict[str, int]:
+        """How many of the first `steps` steps are in each mode."""
+        counts = dict.fromkeys(self.shares, 0)
+        for step in range(steps):
+            counts[self.mode(step)] += 1
+        return counts
+
+    def _block(self, block: int) -> dict[int, str]:
+        """The positions in a block of all modes but the first."""
+        wanted: list[str] = []
+        for number, name in enumerate(list(self.shares)[1:]):
+            # Each mode's own offset decides in which blocks its fractional steps are rounded up.
+            offset = self._random("offset" if number == 0 else f"offset {name}").random()
+            before, after = (math.floor(n * _BLOCK * self.shares[name] + offset) for n in (block, block + 1))
+            wanted += [name] * (after - before)
+        # If the first mode is rare, rounding may request one step more than a block has.
+        wanted = wanted[:_BLOCK]
+        places = self._random(f"block {block}").sample(range(_BLOCK), len(wanted))
+        return dict(zip(places, wanted, strict=True))
+
+    def _random(self, key: object) -> random.Random:
+        # Seeding with a string hashes it whole, so neighbouring steps and seeds do not correlate.
+        return random.Random(f"saccade {self.seed} {key}")

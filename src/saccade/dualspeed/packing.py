@@ -45,11 +45,7 @@ class PackedRows:
 
 
 def allow_packing(family: Family) -> None:
-    """Make the language model accept packed rows. Padded batches and generation run as before.
-
-    Raises:
-        SaccadeError: if its attention implementation does not support packed rows.
-    """
+    """Make the language model accept packed rows. Padded batches and generation run as before."""
     config = family.language_model.config
     kind = config._attn_implementation
     if kind not in (PACKED, "sdpa", *FLASH):
@@ -62,11 +58,7 @@ def allow_packing(family: Family) -> None:
 
 
 def check_packing(family: Family) -> None:
-    """Check that all layers use full causal attention. Weights are not needed.
-
-    Raises:
-        SaccadeError: if some layers do not.
-    """
+    """Check that all layers use full causal attention. Weights are not needed."""
     config = family.language_model.config
     types = set(getattr(config, "layer_types", None) or ())
     # Models like Mistral have no layer types, and a sliding window in every layer.
@@ -113,11 +105,7 @@ def _attention_inputs(rows: PackedRows, family: Family, device: torch.device) ->
 
 
 def packed_states(laid: ModeInputs, family: Family) -> Tensor:
-    """Last hidden states `(1, T, D)` of a batch made by `pack`.
-
-    Raises:
-        SaccadeError: if `packed_rows` did not reach the attention of every layer.
-    """
+    """Last hidden states `(1, T, D)` of a batch made by `pack`."""
     states = family.hidden_states(**laid.inputs)
     rows, layers = laid.inputs.get(KEYWORD), len(family.language_layers)
     if rows is not None and rows.attended < layers:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
+from saccade.dualspeed.metrics import Moment, Span
 from saccade.dualspeed.packing import pack, packed_states
 from saccade.dualspeed.parts import InParts, MicroBatches
-from saccade.dualspeed.timing import Moment, Span
 from saccade.families import Encoded, Family
 from saccade.pruning import Method, ModeInputs, ModeIsolator, prune
 from saccade.reducers import Needs

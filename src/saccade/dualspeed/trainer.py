@@ -3,7 +3,7 @@
 import random
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
+    AutoConfig,
     BitsAndBytesConfig,
     EvalPrediction,
     PreTrainedModel,
@@ -60,6 +61,7 @@ from saccade.dualspeed.checks import (
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
+from saccade.dualspeed.engines import DummyImageCollator, gathered, layer_classes, redirect_forward
 from saccade.dualspeed.folder import (
     MEASURED,
     PARTIAL_DIR,
@@ -75,22 +77,18 @@ from saccade.dualspeed.identity import identify_model, identify_processor, ident
 from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
-from saccade.dualspeed.modes import ModeConfig
+from saccade.dualspeed.modes import ModeConfig, ModeSchedule
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
-from saccade.dualspeed.redirect import redirect_forward
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
-from saccade.dualspeed.schedule import ModeSchedule
-from saccade.dualspeed.sharding import DummyImageCollator, gathered, layer_classes
-from saccade.dualspeed.start import freeze_parts, load_by_name, load_config
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
-from saccade.dualspeed.weights import check_files
+from saccade.dualspeed.weights import check_files, load_by_name
 from saccade.errors import SaccadeError
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
 from saccade.families.padding import check_aspect_ratio, pad_to_square
-from saccade.files import disk_errors, reading
+from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
@@ -172,19 +170,7 @@ class DualSpeedTrainer(SFTTrainer):
 
     _tag_names = ("trl", "saccade", "dualspeed")
     args: DualSpeedConfig
-    family: Family
-    modes: Sequence[ModeConfig]
-    schedule: ModeSchedule
-    is_ordinary: bool
-    isolator: ModeIsolator | None
-    skip: SkipVision | None
-    meter: ModeMeter
-    sigterm: SigtermCheckpoint
-    best: BestOfRun
-    guard: NonFiniteGuard
-    bad_records: BadRecordLog
     feature_cache: FeatureCache | None = None
-    keeps_masters: bool
     masters: Float32Masters | None = None
     """The float32 masters, once training has begun, if the trainer keeps them itself."""
     _evaluated: Tensor | None = None
@@ -215,7 +201,12 @@ class DualSpeedTrainer(SFTTrainer):
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
             )
         check_at_hand(args)
-        config = stock_model(model).config if isinstance(model, nn.Module) else load_config(model, args)
+        if isinstance(model, nn.Module):
+            config = stock_model(model).config
+        else:
+            check_entries(model, "model")
+            with reading(f"model={model!r} cannot be loaded"):
+                config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = first_columns(train_dataset)
         if not args.takes_stock_steps:
@@ -281,14 +272,15 @@ class DualSpeedTrainer(SFTTrainer):
             )
             if args.conversation == "chat" and not is_plain_text(next(iter(train_dataset))):
                 check_turns(self.data_collator)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.engine != "ddp":
             self.data_collator = DummyImageCollator(
                 self.data_collator, self.family.placeholder_id, self.processing_class
             )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap is None:
             classes = layer_classes(self.family.model, self.family.language_layers)
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = classes
-        self._freeze()
+        if self.model is self.family.model:  # PEFT decides itself what trains
+            freeze_parts(self.family, args)
         self.modes = args.all_modes()
         check_family_can(self.family, self.modes)
         self.open_feature_cache()
@@ -296,7 +288,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.is_ordinary = args.takes_stock_steps
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
-        self.choose_masters()
+        self.keeps_masters = wants_masters(args, self.model, self.engine, self.accelerator.mixed_precision != "no")
+        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self.meter = ModeMeter(
             [mode.name for mode in self.modes],
             full=next((mode.name for mode in self.modes if mode.keeps_all), None),
@@ -313,7 +306,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
         self.add_callback(self.sigterm)
         self.add_callback(self.guard)
-        self._micro_batch = 0
+        self.micro_batch = 0
+        """Micro-batches of the current step so far."""
         methods = {mode.name: self._method(mode) for mode in self.modes}
         plans = {
             mode.name: ModePlan(methods[mode.name], ModePlan(methods[mode.teacher]) if mode.teacher else None)
@@ -328,15 +322,11 @@ class DualSpeedTrainer(SFTTrainer):
         )
 
     def _speed_up(self) -> None:
-        """Apply the options for speed.
-
-        Raises:
-            SaccadeError: if the model or the engine does not support them.
-        """
+        """Apply the options for speed."""
         args = self.args
         if args.padding_free:
             allow_packing(self.family)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.engine != "ddp":
             if args.slow_micro_batch_size is not None:
                 raise SaccadeError(
                     f"slow_micro_batch_size={args.slow_micro_batch_size}: FSDP and DeepSpeed count backward passes; "
@@ -363,7 +353,15 @@ class DualSpeedTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if (self.skip is not None or self.args.fit_slow) and not self.model.training:
-            return self._evaluation_loss(model, inputs, return_outputs)
+            # In the mode used for inference: the one on all tokens, if there is one.
+            mode = self.meter.full or self.modes[-1].name
+            count = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+            mean = self._run_step(model, mode, inputs, count).cross_entropy
+            return (mean, {"loss": mean}) if return_outputs else mean
+        # The factor that turns means per rank, or per micro-batch, into terms of a global mean.
+        is_whole = num_items_in_batch is not None or not self.model.training
+        parts = 1 if is_whole else self.current_gradient_accumulation_steps
+        share = 1 / (self.accelerator.num_processes * parts)
         if self.is_ordinary or return_outputs or not self.model.training:
             with warnings.catch_warnings():
                 # TRL warns that it will stop returning logits; until then `predict` and `evaluate` return them.
@@ -371,50 +369,35 @@ class DualSpeedTrainer(SFTTrainer):
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if self.is_ordinary and self.model.training:
                 self.guard.see(loss, inputs)
-                self._count_ordinary(inputs, loss, num_items_in_batch)
+                tokens = inputs["attention_mask"].sum()
+                output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]))
+                self.meter.add("slow", output, share)
             return loss
+        mode = self.mode_of(self.state.global_step)
         normaliser = num_items_in_batch
         if normaliser is None:
-            normaliser = (inputs["labels"][:, 1:] != -100).sum()
+            normaliser = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum()
         # A batch whose samples are all masked has no labels and contributes zero.
         normaliser = torch.as_tensor(normaliser, device=inputs["input_ids"].device).clamp(min=1)
-        mode = self.mode_of(self.state.global_step)
-        self._micro_batch += 1
+        # Where the normaliser counts every rank's tokens: the engines average gradients over ranks.
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        factor = self.accelerator.num_processes if averaged else 1
+        in_parts, size = None, self.args.slow_micro_batch_size
+        if size is not None and next(one for one in self.modes if one.name == mode).keeps_all:
+            # The stock training step divides the loss by the number of parts.
+            in_parts = InParts(size, self._backward_of_part, factor / parts)
+        self.micro_batch += 1
+        key = f"{self.args.seed} {self.state.global_step} {self.micro_batch} {self.args.process_index}"
         with self.guard.computing(inputs):
-            in_parts = self._in_parts(mode, num_items_in_batch)
-            output = self._run_step(model, mode, inputs, normaliser, self._row_seed(), in_parts)
+            row_seed = random.Random(key).getrandbits(60)
+            output = self._run_step(model, mode, inputs, normaliser, row_seed, in_parts)
         self.guard.see(output.loss, inputs)
-        averaged = self._is_averaged(num_items_in_batch)
-        self.meter.add(mode, output, share=1.0 if averaged else self._mean_share(num_items_in_batch))
-        return output.loss * self._loss_factor(num_items_in_batch)
-
-    def _is_averaged(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the normaliser counts every rank's tokens."""
-        return self.args.average_tokens_across_devices and num_items_in_batch is not None
-
-    def _loss_factor(self, num_items_in_batch: Tensor | int | None) -> int:
-        # The engines average gradients over ranks.
-        return self.accelerator.num_processes if self._is_averaged(num_items_in_batch) else 1
-
-    def _in_parts(self, mode: str, num_items_in_batch: Tensor | int | None) -> InParts | None:
-        """How to split a micro-batch in `mode`, or None to run it at once."""
-        size = self.args.slow_micro_batch_size
-        if size is None or not next(one for one in self.modes if one.name == mode).keeps_all:
-            return None
-        # The stock training step divides the loss by this.
-        accumulated = self.current_gradient_accumulation_steps if num_items_in_batch is None else 1
-        return InParts(size, self._backward_of_part, self._loss_factor(num_items_in_batch) / accumulated)
+        self.meter.add(mode, output, share=1.0 if averaged else share)
+        return output.loss * factor
 
     def _backward_of_part(self, loss: Tensor) -> None:
         with torch.autocast(loss.device.type, enabled=False):
             self.accelerator.backward(loss)
-
-    def _evaluation_loss(self, model, inputs: dict[str, Any], return_outputs: bool):
-        """The mean cross-entropy of a batch in the mode used for inference: the one on all tokens, if there is one."""
-        mode = self.meter.full or self.modes[-1].name
-        count = (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
-        output = self._run_step(model, mode, inputs, count)
-        return (output.cross_entropy, {"loss": output.cross_entropy}) if return_outputs else output.cross_entropy
 
     def _run_step(
         self,
@@ -433,24 +416,6 @@ class DualSpeedTrainer(SFTTrainer):
                 return self._step(mode, batch, normaliser, row_seed, in_parts)
 
         return redirect_forward(model, self.accelerator.unwrap_model(model), run, batch=inputs)
-
-    def begin_step(self) -> None:
-        """Called before the first micro-batch of each optimizer step."""
-        self._micro_batch = 0
-
-    def _mean_share(self, num_items_in_batch: Tensor | int | None) -> float:
-        """The factor that turns means per rank, or per micro-batch, into terms of a global mean."""
-        parts = 1 if num_items_in_batch is not None else self.current_gradient_accumulation_steps
-        return 1 / (self.accelerator.num_processes * parts)
-
-    def _row_seed(self) -> int:
-        key = f"{self.args.seed} {self.state.global_step} {self._micro_batch} {self.args.process_index}"
-        return random.Random(key).getrandbits(60)
-
-    def _count_ordinary(self, inputs: dict[str, Any], loss: Tensor, num_items_in_batch: Tensor | int | None) -> None:
-        tokens = inputs["attention_mask"].sum()
-        output = StepOutput(loss, loss.detach(), None, tokens, tokens, None, len(inputs["labels"]))
-        self.meter.add("slow", output, share=self._mean_share(num_items_in_batch))
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -476,7 +441,7 @@ class DualSpeedTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loader, with a collator that replaces bad records and lists them in the batch."""
-        with self._collating(self.training_collator()):
+        with self._collating(self.train_dataset):
             self._train_loader = super().get_train_dataloader()
         return self._train_loader
 
@@ -484,13 +449,13 @@ class DualSpeedTrainer(SFTTrainer):
         """The stock loader, with a collator that lists bad records and does not count their replacements."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        with self._collating(self._evaluation_collator(rows)):
+        with self._collating(rows, learn_stand_ins=False):
             # For a dataset given by name, the stock loader may be reused in the next evaluation.
             return super().get_eval_dataloader(eval_dataset if has_length(rows) else self._in_whole_batches(rows))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The same for `predict`, where replacements of bad records have no labels, only -100."""
-        with self._collating(self._evaluation_collator(test_dataset)):
+        with self._collating(test_dataset, learn_stand_ins=False):
             return super().get_test_dataloader(self._in_whole_batches(test_dataset))
 
     def _in_whole_batches(self, rows: Any) -> Any:
@@ -500,8 +465,8 @@ class DualSpeedTrainer(SFTTrainer):
         return WholeBatches(rows, self.args.eval_batch_size * self.accelerator.num_processes)
 
     @contextmanager
-    def _collating(self, collator: Any) -> Iterator[None]:
-        strict, self.data_collator = self.data_collator, collator
+    def _collating(self, rows: Any, **options: Any) -> Iterator[None]:
+        strict, self.data_collator = self.data_collator, self._lenient(rows, **options)
         try:
             yield
         finally:
@@ -520,9 +485,6 @@ class DualSpeedTrainer(SFTTrainer):
     def training_collator(self) -> Any:
         """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""
         return self._lenient(self.train_dataset)
-
-    def _evaluation_collator(self, rows: Any) -> Any:
-        return self._lenient(rows, learn_stand_ins=False)
 
     def _lenient(self, rows: Any, **options: Any) -> Any:
         """The collator with bad records replaced by others of `rows`, or of the batch if rows have no index."""
@@ -574,9 +536,6 @@ class DualSpeedTrainer(SFTTrainer):
 
         Where its part of a stream has ended, a rank repeats its first batch, without labels, until the parts of all
         have ended. Otherwise it would begin the next epoch alone.
-
-        Raises:
-            SaccadeError: on all ranks, if the part of one has no rows.
         """
         device = self.accelerator.device
         counts = self.accelerator.gather(torch.tensor([len(batches)], device=device)).tolist()
@@ -665,18 +624,12 @@ class DualSpeedTrainer(SFTTrainer):
     # Features of the frozen tower on disk
 
     def open_feature_cache(self) -> None:
-        """Open the configured cache, once it is known which parts of the model train.
-
-        Raises:
-            SaccadeError: if the tower's features cannot be cached, or the folder is not writable.
-        """
+        """Open the configured cache, once it is known which parts of the model train."""
         args = self.args
         if args.feature_cache is None:
             return
-        sharded = self.is_fsdp_enabled
-        if self.is_deepspeed_enabled:
-            sharded = self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if sharded:
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if self.is_fsdp_enabled or zero3:
             raise SaccadeError(
                 f"feature_cache={args.feature_cache!r}: FSDP and ZeRO-3 gather the vision tower's weights from all "
                 "ranks, and would wait forever for ranks that read features from disk; use DDP or ZeRO-2, or leave "
@@ -712,17 +665,6 @@ class DualSpeedTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             return "fsdp"
         return "deepspeed" if self.is_deepspeed_enabled else "ddp"
-
-    def choose_masters(self) -> None:
-        """Decide who keeps float32 masters, once it is known what trains and before an engine wraps the model.
-
-        Raises:
-            SaccadeError: as `wants_masters` does.
-        """
-        self.keeps_masters = wants_masters(
-            self.args, self.model, self.engine, self.accelerator.mixed_precision != "no"
-        )
-        self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with as_bad_input():
@@ -839,37 +781,35 @@ class DualSpeedTrainer(SFTTrainer):
             OSError: if a file cannot be written, for example on a full disk.
         """
         with self.sigterm.saving():
-            self._save_all(output_dir, _internal_call)
-
-    def _save_all(self, output_dir: str | None, internal: bool) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        if self.args.should_save:
-            # Until the new weights are complete they have no run file, and measurements of the old ones no longer
-            # apply.
-            for name in (RUN_FILE, *MEASURED):
-                (folder / name).unlink(missing_ok=True)
-        with disk_errors(folder):
-            super().save_model(output_dir, internal)
-        weight = None if self.isolator is None else gathered(self.isolator.weight)
-        head = None if self.skip is None else self.skip.summary
-        summary = {} if head is None else {name: gathered(value) for name, value in head.named_parameters()}
-        if self.args.should_save:
-            state = self._resume_state()
-            remove_other_kind(
-                folder,
-                adapters=self.model is not self.family.model,
-                isolator=self.isolator is not None,
-                prunes=any(mode.action == "drop" for mode in self.modes),
-                skips=self.skip is not None,
-            )
-            if self.isolator is not None:
-                self.isolator.save_pretrained(folder, metadata=state, weight=weight)
-            if self.skip is not None:
-                self.skip.save_pretrained(folder, tensors=summary)
-            pruned = next((mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all), None)
-            if pruned is not None:
-                pruned.pruning.replace(isolator=str(folder) if pruned.isolator else None).save_pretrained(folder)
-            write_run_file(folder, state, self.run_id, global_step=self.state.global_step, tokens=self.meter.tokens)
+            folder = Path(output_dir or self.args.output_dir)
+            if self.args.should_save:
+                # Until the new weights are complete they have no run file, and measurements of the old ones no longer
+                # apply.
+                for name in (RUN_FILE, *MEASURED):
+                    (folder / name).unlink(missing_ok=True)
+            with disk_errors(folder):
+                super().save_model(output_dir, _internal_call)
+            weight = None if self.isolator is None else gathered(self.isolator.weight)
+            head = None if self.skip is None else self.skip.summary
+            summary = {} if head is None else {name: gathered(value) for name, value in head.named_parameters()}
+            if self.args.should_save:
+                state = self._resume_state()
+                remove_other_kind(
+                    folder,
+                    adapters=self.model is not self.family.model,
+                    isolator=self.isolator is not None,
+                    prunes=any(mode.action == "drop" for mode in self.modes),
+                    skips=self.skip is not None,
+                )
+                if self.isolator is not None:
+                    self.isolator.save_pretrained(folder, metadata=state, weight=weight)
+                if self.skip is not None:
+                    self.skip.save_pretrained(folder, tensors=summary)
+                drops = [mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all]
+                for mode in drops[:1]:
+                    mode.pruning.replace(isolator=str(folder) if mode.isolator else None).save_pretrained(folder)
+                step, tokens = self.state.global_step, self.meter.tokens
+                write_run_file(folder, state, self.run_id, global_step=step, tokens=tokens)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
@@ -909,23 +849,24 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with reading(f"resume_from_checkpoint={resume_from_checkpoint!r}: the weights cannot be loaded"):
-            self._load_all(resume_from_checkpoint, model)
+            checkpoint = Path(resume_from_checkpoint)
+            stock = self.model if model is None else model
+            if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:
+                own = {f"{ISOLATOR_NAME}.weight"}
+                if self.skip is not None and self.skip.summary is not None:
+                    own |= {f"{SUMMARY_NAME}.{name}" for name in self.skip.summary.state_dict()}
+                load_weights_strictly(stock, checkpoint, ignored=own)
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_own(checkpoint)
+            self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
-    def _load_all(self, resume_from_checkpoint: str, model: nn.Module | None) -> None:
-        checkpoint = Path(resume_from_checkpoint)
-        stock = self.model if model is None else model
-        if isinstance(stock, PreTrainedModel) and not self.is_fsdp_enabled:
-            own = {f"{ISOLATOR_NAME}.weight"}
-            if self.skip is not None and self.skip.summary is not None:
-                own |= {f"{SUMMARY_NAME}.{name}" for name in self.skip.summary.state_dict()}
-            load_weights_strictly(stock, checkpoint, ignored=own)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_own(self, checkpoint: str | Path) -> None:
+        """Load the isolator and the summary head."""
         if self.isolator is not None:
             self._copy_isolator(ModeIsolator.from_pretrained(checkpoint))
         if self.skip is not None:
             self.skip.load_summary(checkpoint)
-        self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
 
     def _resume_state(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one."""
@@ -951,19 +892,11 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         check_files(self.state.best_model_checkpoint)
-        if isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(self.model, PreTrainedModel) and self.engine == "ddp":
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-            if self.isolator is not None:
-                self._copy_isolator(ModeIsolator.from_pretrained(self.state.best_model_checkpoint))
-            if self.skip is not None:
-                self.skip.load_summary(self.state.best_model_checkpoint)
-
-    def _freeze(self) -> None:
-        """Freeze the parts that the options name. With PEFT, which decides itself what trains, do nothing."""
-        if self.model is self.family.model:
-            freeze_parts(self.family, self.args)
+            self._load_own(self.state.best_model_checkpoint)
 
     def _stage_schedule(self) -> ModeSchedule:
         """The configured schedule; always the first mode if no parameter of the decoder layers trains."""
@@ -977,10 +910,8 @@ class DualSpeedTrainer(SFTTrainer):
             return None
         width = self.family.model.config.get_text_config().hidden_size
         # In bf16 its entries are too coarse for updates at fine-tuning rates; sharding engines need a uniform dtype.
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        isolator = ModeIsolator(
-            self.args.isolator_length, width, self.family.model.dtype if sharded else torch.float32
-        )
+        dtype = torch.float32 if self.engine == "ddp" else self.family.model.dtype
+        isolator = ModeIsolator(self.args.isolator_length, width, dtype)
         self.isolator = isolator.to(self.family.model.device)
         source = self.args.isolator_path
         # An earlier training of this model object may have left its isolator.
@@ -1008,7 +939,7 @@ class DualSpeedTrainer(SFTTrainer):
         # What text sees and which layers skip are properties of the model, the same in all modes.
         skip = apply_skip_vision(self.model, skipping[0])
         if skip.summary is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if self.engine != "ddp":
                 skip.summary.to(self.family.model.dtype)
             source = self.family.model.config._name_or_path
             if source and find_companion(source, SUMMARY_FILE):
@@ -1027,6 +958,19 @@ class DualSpeedTrainer(SFTTrainer):
             weight = distribute_tensor(weight, self.isolator.weight.device_mesh, self.isolator.weight.placements)
         with torch.no_grad():
             self.isolator.weight.copy_(weight)
+
+
+def freeze_parts(family: Family, args: DualSpeedConfig) -> None:
+    """Freeze the parts of a model that the options name."""
+    parts = (
+        (args.freeze_vision_tower, family.vision_tower),
+        (args.freeze_projector, family.projector),
+        (args.freeze_language_model, family.language_model),
+        (args.freeze_language_model, family.model.get_output_embeddings()),
+    )
+    for frozen, module in parts:
+        if frozen:
+            module.requires_grad_(False)
 
 
 @contextmanager

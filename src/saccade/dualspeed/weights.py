@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -12,15 +15,19 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from saccade.companions import ENDING
 from saccade.dualspeed.folder import EVALUATION_FILE
-from saccade.dualspeed.manifest import checksums
 from saccade.errors import SaccadeError
 from saccade.files import check_entries, reading
+
+if TYPE_CHECKING:
+    from saccade.dualspeed.config import DualSpeedConfig
 
 ADAPTER_FILE = "adapter_config.json"
 # Computed buffers, which some released checkpoints contain nevertheless.
 _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 _KINDS = ("missing", "unexpected", "mismatched")
 _SHOWN = 3
+_CHUNK = 1 << 22
+_THREADS = 8
 _READ = frozenset(
     (
         *("config.json", "generation_config.json", ADAPTER_FILE, "processor_config.json", "preprocessor_config.json"),
@@ -53,12 +60,16 @@ def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **
     return model
 
 
-def check_files(place: str | Path) -> None:
-    """Refuse a model's folder with a damaged file, for which stock loading raises an error that does not name it.
+def load_by_name(model: str, args: "DualSpeedConfig", quantization: Any) -> PreTrainedModel:
+    """Load a model as TRL would, in float32 unless `model_init_kwargs` says otherwise, and check every key."""
+    options = {"dtype": "float32", "trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None
+    with reading(f"model={model!r} cannot be loaded"):
+        return load_whole(model, **options, **({} if quantization is None else {"quantization_config": quantization}))
 
-    Raises:
-        SaccadeError: naming the first such file.
-    """
+
+def check_files(place: str | Path) -> None:
+    """Refuse a model's folder with a damaged file, for which stock loading raises an error that does not name it."""
     folder = Path(place)
     if folder.exists() and not folder.is_dir():  # stock loading would read it as a config
         raise SaccadeError(f"model={str(place)!r} is not a folder: name the folder of a model")
@@ -77,12 +88,7 @@ def check_files(place: str | Path) -> None:
 
 
 def check_names(path: Path) -> None:
-    """Refuse a JSON file of a model that is damaged, or that makes stock loading read a file of another folder.
-
-    Raises:
-        ValueError: saying what is the matter with it.
-        OSError: if it cannot be read.
-    """
+    """Refuse a JSON file of a model that is damaged, or that makes stock loading read a file of another folder."""
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
@@ -110,9 +116,6 @@ def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
     Args:
         place: where they come from.
         keys: names of weights by kind of problem.
-
-    Raises:
-        SaccadeError: naming the first few of each kind.
     """
     problems = []
     for kind, names in keys.items():
@@ -130,11 +133,7 @@ def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
 
 
 def base_of(folder: str | Path) -> str | None:
-    """The base model of the adapters in `folder`; None if there are no adapters.
-
-    Raises:
-        SaccadeError: if their configuration is damaged, or the folder contains a link or a pipe.
-    """
+    """The base model of the adapters in `folder`; None if there are no adapters."""
     check_entries(folder, "model")
     if not (Path(folder) / ADAPTER_FILE).is_file():
         return None
@@ -151,9 +150,6 @@ def identify_weights(place: str | Path) -> str | None:
     """A fingerprint of the weights in a folder: a hash over the checksums of all files, and of an adapter's base.
 
     It reads every file in full. None if `place` is not a folder.
-
-    Raises:
-        OSError: if a file cannot be read.
     """
     folder = Path(place)
     if not folder.is_dir():
@@ -164,6 +160,29 @@ def identify_weights(place: str | Path) -> str | None:
     if base is not None:
         parts.append(identify_weights(base) or base)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def checksums(paths: Iterable[Path], flush: bool = False) -> dict[Path, str]:
+    """The CRC-32 of files, several at a time.
+
+    CRC-32 is the fastest checksum of the standard library; it detects damage, not deliberate forgery.
+
+    Args:
+        flush: wait until each file's bytes are on disk.
+    """
+    paths = list(paths)
+    with ThreadPoolExecutor(max(1, min(_THREADS, len(paths)))) as pool:
+        return dict(zip(paths, pool.map(lambda path: _checksum(path, flush), paths), strict=True))
+
+
+def _checksum(path: Path, flush: bool) -> str:
+    value, buffer = 0, bytearray(_CHUNK)
+    with path.open("rb", buffering=0) as file:
+        if flush:
+            os.fsync(file.fileno())
+        while count := file.readinto(buffer):
+            value = zlib.crc32(memoryview(buffer)[:count], value)
+    return f"{value:08x}"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -195,9 +214,6 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
 
     If input and output embeddings are tied and adapters change one of them, or both differently, they are untied:
     merged into one table they would give other logits.
-
-    Raises:
-        SaccadeError: if weights of the adapters are missing or unexpected.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights

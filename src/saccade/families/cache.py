@@ -131,11 +131,7 @@ class FeatureCache:
         return self._output({name: torch.stack([found[key][name] for key in keys]).to(device) for name in self._names})
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call | None:
-        """The arguments of a call, or None if it asks for outputs that are not cached.
-
-        Raises:
-            SaccadeError: if the tower is called in an unknown way, so that the cache would never be used.
-        """
+        """The arguments of a call, or None if it asks for outputs that are not cached."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         pixels = given.pop("pixel_values", None)
         if not isinstance(pixels, Tensor) or pixels.dim() != 4:
@@ -212,9 +208,6 @@ def check_cacheable(family: Family, folder: str) -> None:
 
     Args:
         folder: the value of `feature_cache`.
-
-    Raises:
-        SaccadeError: if it does not; the message names the field, its value, and the fix.
     """
     model_type, tower = family.model.config.model_type, family.vision_tower
     if family.vision_feature_layers is None:
@@ -242,9 +235,6 @@ def check_needs(folder: str, mode: str, needs: Needs) -> None:
         folder: the value of `feature_cache`.
         mode: name of the mode.
         needs: the needs of its reducer.
-
-    Raises:
-        SaccadeError: if it does; the message lists reducers that do not.
     """
     inside = sorted(needs.fields & FROM_ATTENTION)
     if inside:

@@ -80,11 +80,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def check_fields(names: Collection[Any], known: Collection[str], source: str) -> None:
-    """Refuse a field that a recipe cannot have.
-
-    Raises:
-        SaccadeError: with the field that looks like it.
-    """
+    """Refuse a field that a recipe cannot have."""
     for name in names:
         if name not in known:
             hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
@@ -95,9 +91,6 @@ def check_early(path: str | Path, overrides: Sequence[str]) -> None:
     """Refuse a recipe whose name or fields are mistyped, before the seconds that torch and trl take to import.
 
     Where a library keeps its fields is its own affair. What cannot be found is left to the check of the whole recipe.
-
-    Raises:
-        SaccadeError: as `find_recipe`, `read_recipe`, `parse_overrides` and `check_fields` do.
     """
     values = put_over(read_recipe(path), parse_overrides(overrides))
     try:
@@ -114,9 +107,6 @@ def source_fields(module: str, owner: str) -> set[str]:
     Args:
         module: dotted name of the module that defines the class, or imports it.
         owner: name of the class.
-
-    Raises:
-        LookupError: if the module or the class is not found.
     """
     path = _source(module)
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))

@@ -6,15 +6,14 @@ from saccade.late import late_names
 
 if TYPE_CHECKING:
     from saccade.recipes import find_recipe
-    from saccade.training.models import load_model
-    from saccade.training.options import ModelOptions
+    from saccade.training.models import ModelOptions, load_model
     from saccade.training.recipe import Recipe, load_recipe, make_recipe
     from saccade.training.run import LOG_FILE, train_recipe
     from saccade.training.sources import load_rows
 
 _HOMES = {
     "LOG_FILE": "saccade.training.run",
-    "ModelOptions": "saccade.training.options",
+    "ModelOptions": "saccade.training.models",
     "Recipe": "saccade.training.recipe",
     "find_recipe": "saccade.recipes",
     "load_model": "saccade.training.models",

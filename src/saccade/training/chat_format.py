@@ -72,11 +72,7 @@ class ChatFormat:
     strips: bool = False
 
     def with_system(self, text: str) -> "ChatFormat":
-        """The format with a default system message for conversations without one.
-
-        Raises:
-            SaccadeError: if the format has no system message.
-        """
+        """The format with a default system message for conversations without one."""
         if self.system is None:
             raise SaccadeError(
                 f"system_prompt={text!r}: the language model's chat template has no system message; leave it out, "
@@ -130,11 +126,7 @@ class ChatFormat:
 
 
 def v1_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """LLaVA's format v1, for language models without a chat template, such as Vicuna.
-
-    Raises:
-        SaccadeError: if the tokenizer has no end token.
-    """
+    """LLaVA's format v1, for language models without a chat template, such as Vicuna."""
     if tokenizer.eos_token is None:
         raise SaccadeError(
             f"language_model: its {type(tokenizer).__name__} has no eos_token, so no answer could end: set one"
@@ -153,11 +145,7 @@ def v1_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
 
 
 def own_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-    """The format of a tokenizer's own chat template.
-
-    Raises:
-        SaccadeError: if the template cannot be rewritten from pieces.
-    """
+    """The format of a tokenizer's own chat template."""
 
     def render(*words: str, system: str | None = None, prompt: bool = False) -> str:
         return _render(tokenizer, _conversation(words, system), prompt)

@@ -23,28 +23,6 @@ ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
 """Training options that a machine may not support, and that a check does not need."""
 
 
-class FirstRows:
-    """The first rows of a source."""
-
-    def __init__(self, source: Any, count: int) -> None:
-        self.source, self.count = source, min(count, len(source))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def record(self, index: int) -> dict[str, Any]:
-        return self.source.record(index)
-
-    def row(self, record: dict[str, Any]) -> dict[str, Any]:
-        return self.source.row(record)
-
-    def read(self, index: int) -> dict[str, Any]:
-        return self.source.read(index)
-
-
 def check_data(
     path: str,
     given: Mapping[str, Any] | None = None,
@@ -69,30 +47,29 @@ def check_data(
     """
     recipe = _recipe(path, dict(given or {}))
     options, args = recipe.options, recipe.trainer
-    opened = []
+    names, opened, counts = [], [], []
     for source in dataset_sources(options):
-        limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]
         rows = open_source(replace(source, rows=None) if source.path != "digits" else source, options)
-        opened.append((source.path, FirstRows(rows, min(limits)) if limits else rows))
+        limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]
+        names.append(source.path)
+        opened.append(rows)
+        counts.append(min([len(rows), *limits]))
     counter, padded = None, args.image_aspect_ratio is not None
     if "model" in recipe.given:
         processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
         check_chat(recipe, processor, placeholder_id, stops)
         counter = TokenCounter(processor, placeholder_id, args.pruning, args.isolator_length, stops, args.conversation)
         padded = padded or pads_to_square(processor)
-    rows = [rows for _, rows in opened]
     max_length = args.max_length if args.fit_length is None else None
-    report = check_sources(rows, counter, args.max_image_pixels, jobs, max_length, padded, start, progress)
-    named = [{"path": name, "records": len(rows)} for name, rows in opened]
+    report = check_sources(
+        opened, counter, args.max_image_pixels, jobs, max_length, padded, start, progress, counts=counts
+    )
+    named = [{"path": name, "records": count} for name, count in zip(names, counts, strict=True)]
     return {"sources": named, **report}
 
 
 def check_chat_here(recipe: Recipe) -> bool:
-    """Check the chat template of a recipe's model offline. False if its processor is not available locally.
-
-    Raises:
-        SaccadeError: as `check_chat`.
-    """
+    """`check_chat` offline. False if the processor of the recipe's model is not available locally."""
     try:
         loaded = load_processor(recipe.options, recipe.trainer.trust_remote_code, local_files_only=True)
     except SaccadeError:
@@ -102,11 +79,7 @@ def check_chat_here(recipe: Recipe) -> bool:
 
 
 def check_chat(recipe: Recipe, processor: ProcessorMixin, placeholder_id: int, stops: tuple[int, ...]) -> None:
-    """Set the recipe's own chat template, if it has one, and check which part of an answer would be learned.
-
-    Raises:
-        SaccadeError: if that is not exactly the answer and its end token.
-    """
+    """Set the recipe's own chat template, if it has one, and check which part of an answer would be learned."""
     use_own_template(recipe, processor)
     if recipe.trainer.conversation == "chat":
         check_turns(DualSpeedCollator(processor, placeholder_id=placeholder_id, stop_ids=stops))

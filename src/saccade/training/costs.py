@@ -21,7 +21,7 @@ from saccade.training.flops import (
 )
 from saccade.training.lengths import SampleLength
 from saccade.training.model_presets import Shape
-from saccade.training.quantization import NF4_BYTES, quantized_weights
+from saccade.training.models import NF4_BYTES, quantized_weights
 from saccade.training.recipe import Recipe
 
 
@@ -227,7 +227,9 @@ class Costs:
             shards: number of devices that share weights, gradients and optimizer states.
             own: number of parameters of isolator and summary head.
         """
-        four_bit = {id(w) for w in self._quantized()} if self.recipe.options.load_in_4bit else set()
+        four_bit = set()
+        if self.recipe.options.load_in_4bit:
+            four_bit = {id(weight) for weight in quantized_weights(self.family.model) if not weight.requires_grad}
         weights = sum(p.numel() * (NF4_BYTES if id(p) in four_bit else p.itemsize) for p in self.model.parameters())
         gradients = sum(p.numel() * p.itemsize for p in self.model.parameters() if p.requires_grad) + 4 * own
         optimizer = str(getattr(self.recipe.trainer.optim, "value", self.recipe.trainer.optim))
@@ -244,9 +246,6 @@ class Costs:
             "activations": max(2 * with_masters / shards, *(mode.samples * mode.activations for mode in modes)),
         }
         return {**found, "total": sum(found.values())}
-
-    def _quantized(self) -> list[nn.Parameter]:
-        return [p for p in quantized_weights(self.family.model) if not p.requires_grad]
 
     def _activations(self, sample: SampleLength, length: int, skipped: int) -> float:
         """Bytes that the backward pass needs for one sample.

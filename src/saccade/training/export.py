@@ -19,8 +19,7 @@ from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
-from saccade.training.models import load_model
-from saccade.training.options import ModelOptions
+from saccade.training.models import ModelOptions, load_model
 
 
 def export_model(
@@ -95,11 +94,7 @@ def export_model(
 
 
 def check_loads(folder: Path, model: PreTrainedModel) -> None:
-    """Read `folder` through the stock classes and compare it with `model`.
-
-    Raises:
-        SaccadeError: naming the keys that are missing, unexpected or have other values.
-    """
+    """Read `folder` through the stock classes and compare it with `model`."""
     loaded = load_whole(folder, dtype=model.dtype)
     written, kept = loaded.state_dict(), model.state_dict()
     check_keys(
@@ -131,11 +126,7 @@ def _check_paths(source: Path, output: Path) -> None:
 
 
 def check_shard_size(text: str) -> None:
-    """Check a size in bytes such as "5GB".
-
-    Raises:
-        SaccadeError: if it is not one.
-    """
+    """Check a size in bytes such as "5GB"."""
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
         raise SaccadeError(f"max_shard_size={text!r} is not a size: write a number and KB, MB, GB or TB, such as 5GB")
 

@@ -29,9 +29,6 @@ class VisualRows:
         retained: tokens that go through every layer like text: all tokens, or those that a reducer keeps.
         summary: summary tokens, which also go through every layer.
         skipped: tokens that skip the feed-forward networks and leave the cache after the prompt.
-
-    Raises:
-        SaccadeError: on a negative count.
     """
 
     retained: int
@@ -59,9 +56,6 @@ def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
 
     Args:
         tokens: visual tokens of the image; with `split="thumbnail"`, of one crop.
-
-    Raises:
-        SaccadeError: if the split is by scale and the tokens do not form a square, or their number is unknown.
     """
     if config.split == "thumbnail":
         if config.skipped is None:
@@ -129,11 +123,7 @@ def linear_flops(text: TextShape, rows: VisualRows, text_tokens: int = 0) -> int
 
 
 def score_flops(text: TextShape, length: int, attention: str = "full") -> int:
-    """Attention scores and weighted sums of all layers over `length` tokens.
-
-    Raises:
-        SaccadeError: if `attention` is unknown.
-    """
+    """Attention scores and weighted sums of all layers over `length` tokens."""
     if attention not in ATTENTIONS:
         raise SaccadeError(f"attention={attention!r} is not known: choose one of {', '.join(ATTENTIONS)}")
     pairs = length**2 if attention == "full" else length * (length + 1) // 2
@@ -161,9 +151,6 @@ def training_flops(
     Args:
         label_rows: rows whose logits are computed.
         trained: "language", or "projector" with a frozen language model that gradients pass through.
-
-    Raises:
-        SaccadeError: if `trained` or `attention` is unknown.
     """
     if trained not in TRAINED:
         raise SaccadeError(f"trained={trained!r} is not known: choose one of {', '.join(TRAINED)}")

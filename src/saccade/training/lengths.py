@@ -12,8 +12,7 @@ from saccade.errors import RecordError, SaccadeError
 from saccade.reducers import PruningConfig
 from saccade.training.checks import use_own_template
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
-from saccade.training.models import load_processor
-from saccade.training.options import ModelOptions
+from saccade.training.models import ModelOptions, load_processor
 from saccade.training.recipe import Recipe
 from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, open_source
 
@@ -124,11 +123,7 @@ def _counter(recipe: Recipe, options: ModelOptions) -> TokenCounter | None:
 
 
 def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Lengths:
-    """Count rows of the recipe's own data.
-
-    Raises:
-        SaccadeError: if it cannot be read, or none of the rows can be used.
-    """
+    """Count rows of the recipe's own data."""
     opened, sizes = [], []
     for source in dataset_sources(options):
         if source.path == DIGITS:

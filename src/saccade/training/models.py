@@ -1,13 +1,18 @@
-"""Load a model with its processor: the embedded one, a folder, or one from the hub."""
+"""A recipe's options about the model and the data, and loading a model with its processor: the embedded one, a folder,
+or one from the hub."""
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -15,15 +20,85 @@ from transformers import (
 
 from saccade.dualspeed.labels import stop_ids
 from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
-from saccade.errors import SaccadeError
-from saccade.families import Family, family_class, use_released_names
+from saccade.errors import SaccadeError, needs_package
+from saccade.families import Family, family_class, get_family, use_released_names
 from saccade.families.fitting import check_processor
 from saccade.files import reading
+from saccade.reducers.config import check_choice
 from saccade.tiny import build_tiny_processor, load_tiny
-from saccade.training.options import ModelOptions
-from saccade.training.quantization import check_quantization, quantization_config
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Bytes per weight: four bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales (QLoRA, Sec. 3)."""
+
+
+@dataclass
+class ModelOptions:
+    """The model to train and the data to train on.
+
+    Args:
+        model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
+        dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
+        dataset: "digits" for the embedded scenes; a JSON, JSON-lines or Parquet file; a folder with Parquet files or
+            written by `save_to_disk`; a hub id; or a list of these and of mappings with `path` and optionally
+            `format`, `weight`, `rows`, `image_folder`, `split`.
+        dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to infer it from
+            the rows.
+        dataset_streaming: stream the rows, for data that fits neither in memory nor on disk.
+        dataset_shuffle_buffer: for a stream: size of the shuffle buffer; 0 keeps the order.
+        dataset_split: split to train on.
+        dataset_stage: for "digits": "pretrain" (captions) or "sft" (questions).
+        dataset_rows: for "digits": number of rows to make; for others, how many rows to use from the start, by default
+            all.
+        dataset_seed: for "digits": selects the sequence of scenes; for others: seed of sampling a mixture and of
+            shuffling a stream.
+        dataset_turns: for "digits": questions about each image.
+        eval_dataset: rows to evaluate on while training, in any form that `dataset` has, read with the same options;
+            for "digits", its validation split. `eval_strategy` says when.
+        eval_rows: at most so many of them; for "digits", 500 when left out.
+        eval_share: in place of `eval_dataset`, hold out this share of the rows of `dataset`, in (0, 1).
+        attn_implementation: of the model, such as "sdpa", "eager" or "flash_attention_2"; its own choice when left
+            out.
+        image_folder: folder, or several, that image paths are relative to; by default that of the data file.
+        allow_outside_images: accept image paths that lead outside these folders.
+        lora: train low-rank adapters of the language model, and the projector in full.
+        lora_r: rank of the adapters.
+        lora_alpha: scale of the adapters.
+        lora_dropout: dropout before the adapters.
+        lora_target_modules: names of the layers to adapt, or a regular expression of whole names, as PEFT takes them;
+            every linear layer of the decoder when left out.
+        lora_modules_to_save: names of the modules to train in full beside the adapters; the projector when left out.
+        load_in_4bit: keep the decoder's weights in four bits (QLoRA: NF4, double quantization) under the adapters;
+            needs `lora` and bitsandbytes.
+        resume: "auto" resumes from the newest complete checkpoint of the run that `output_dir` belongs to, if there is
+            one; a path names a checkpoint.
+    """
+
+    model: str = "tiny"
+    dtype: str = "auto"
+    dataset: str | list[Any] = "digits"
+    dataset_format: str = "auto"
+    dataset_streaming: bool = False
+    dataset_shuffle_buffer: int = 1000
+    dataset_split: str = "train"
+    dataset_stage: str = "sft"
+    dataset_rows: int | None = None
+    dataset_seed: int = 0
+    dataset_turns: int = 1
+    eval_dataset: str | list[Any] | None = None
+    eval_rows: int | None = None
+    eval_share: float | None = None
+    attn_implementation: str | None = None
+    image_folder: str | list[str] | None = None
+    allow_outside_images: bool = False
+    lora: bool = False
+    lora_r: int = 128
+    lora_alpha: int = 256
+    lora_dropout: float = 0.05
+    lora_target_modules: str | list[str] | None = None
+    lora_modules_to_save: list[str] | None = None
+    load_in_4bit: bool = False
+    resume: str | None = None
 
 
 def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -36,14 +111,15 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     Raises:
         SaccadeError: if they cannot be loaded, or weights are missing, unexpected or have the wrong shape.
     """
-    if options.dtype not in DTYPES:
-        raise SaccadeError(f"dtype={options.dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    if options.load_in_4bit:
-        check_quantization(options.model)
+    check_choice("dtype", options.dtype, DTYPES)
+    if options.load_in_4bit and options.model == "tiny":
+        raise SaccadeError("load_in_4bit=true: the embedded model 'tiny' is too small for it, set it to false")
+    if options.load_in_4bit and find_spec("bitsandbytes") is None:
+        raise needs_package("load_in_4bit=true", "bitsandbytes")
     if options.model == "tiny":
         # Stored in float16, which overflows in training.
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-        model, processor = load_tiny(grid=options.dataset_grid, dtype=dtype)
+        model, processor = load_tiny(dtype)
         use_released_names(model)
         return _with_attention(model, options.attn_implementation), processor
     check_family(options.model, trust_remote_code)
@@ -53,7 +129,7 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
             config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
                 names = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-            loading["quantization_config"] = quantization_config(names, options.dtype)
+            loading["quantization_config"] = BitsAndBytesConfig(**quantization_options(names, options.dtype))
         base = base_of(options.model)
         model = load_whole(options.model if base is None else base, **loading)
         if base is not None:
@@ -69,17 +145,41 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
 
 
 def _with_attention(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
-    """The model, computing attention by the implementation of this name.
-
-    Raises:
-        SaccadeError: if it has none of this name, or its package is not installed.
-    """
     if name is not None:
         try:
             model.set_attn_implementation(name)
         except (ValueError, ImportError) as error:
             raise SaccadeError(f"attn_implementation={name!r}: {' '.join(str(error).split())}") from error
     return model
+
+
+def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[str, Any]:
+    """Keyword options of `BitsAndBytesConfig` for QLoRA (arXiv 2305.14314): linear layers of the decoder are
+    quantized; vision tower, projector and head are not.
+
+    Args:
+        model: provides the names of modules; it may be on the meta device.
+        dtype: dtype of computations; "auto" is bfloat16.
+    """
+    inside = {id(weight) for weight in quantized_weights(model)}
+    others = {
+        ".".join(name.split(".")[:2])  # such as model.vision_tower
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in inside
+    }
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        "llm_int8_skip_modules": sorted(others),
+    }
+
+
+def quantized_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights that are kept in four bits."""
+    layers = get_family(model).language_layers
+    return [module.weight for module in layers.modules() if isinstance(module, nn.Linear)]
 
 
 def load_processor(
@@ -92,12 +192,9 @@ def load_processor(
         options: the recipe's options.
         trust_remote_code: run Python code that comes with a checkpoint.
         local_files_only: do not ask the hub.
-
-    Raises:
-        SaccadeError: if they cannot be loaded.
     """
     if options.model == "tiny":
-        processor = build_tiny_processor(options.dataset_grid)
+        processor = build_tiny_processor()
         tokenizer = processor.tokenizer
         return processor, tokenizer.convert_tokens_to_ids(processor.image_token), (tokenizer.eos_token_id,)
     loading = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
@@ -115,14 +212,9 @@ def load_processor(
 
 
 def _processor(model: str, **loading: Any) -> ProcessorMixin:
-    """The processor of a model; its files are read by several packages, whose errors have no common type.
-
-    Raises:
-        SaccadeError: if it cannot be loaded.
-    """
     try:
         return AutoProcessor.from_pretrained(model, **loading)
-    except Exception as error:
+    except Exception as error:  # its files are read by several packages, whose errors have no common type
         line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise SaccadeError(
             f"model={model!r} has no processor that loads, from processor_config.json, tokenizer.json and the files "
@@ -131,11 +223,7 @@ def _processor(model: str, **loading: Any) -> ProcessorMixin:
 
 
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
-    """The family of a model, without reading its weights.
-
-    Raises:
-        SaccadeError: if it has no known family or no readable config.
-    """
+    """The family of a model, without reading its weights."""
     check_files(model)
     base = base_of(model)
     if base is not None:

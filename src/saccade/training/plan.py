@@ -16,19 +16,19 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 
 from saccade.dualspeed.modes import ModeConfig
 from saccade.dualspeed.packing import check_packing
-from saccade.dualspeed.start import freeze_parts
+from saccade.dualspeed.trainer import freeze_parts
 from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
 from saccade.families.padding import check_aspect_ratio
 from saccade.recipes import find_recipe, parse_overrides, read_recipe
 from saccade.reducers import PruningConfig
+from saccade.reducers.config import check_choice
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs, ModeCost
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.model_presets import SHAPES, Shape, shape_of
-from saccade.training.models import DTYPES
-from saccade.training.quantization import quantized_weights
+from saccade.training.models import DTYPES, quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
 
@@ -210,18 +210,10 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfig, str]:
-    """Shape and configuration of a recipe's model, found offline, and the model's name or folder.
-
-    Raises:
-        SaccadeError: if the model is unknown, not a folder, not the output of another recipe in the same folder, and
-            not in the hub's cache.
-    """
+    """Shape and configuration of a recipe's model, found offline, and the model's name or folder."""
     model = recipe.options.model
     for shape in SHAPES.values():
         if model in shape.hub_ids or (model in shape.folders and not Path(model).is_dir()):
-            if model == "tiny" and recipe.options.dataset_grid != shape.grid[0]:
-                grid = recipe.options.dataset_grid
-                shape = replace(shape, grid=(grid, grid), visual_tokens=grid * grid)
             return shape, shape.config(), model
     before = None if Path(model).is_dir() else earlier_stage(recipe, path)
     if before is not None:
@@ -269,8 +261,7 @@ def _as_prepared(model: PreTrainedModel) -> None:
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that `load_model` would load in, if the configuration says so; else float32."""
-    if name not in DTYPES:
-        raise SaccadeError(f"dtype={name!r} is unknown: use one of {', '.join(DTYPES)}")
+    check_choice("dtype", name, DTYPES)
     found = config.dtype if name == "auto" else getattr(torch, name)
     # float16 overflows in training, so `auto` loads it as float32.
     return torch.float32 if name == "auto" and found in (None, torch.float16) else found

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from saccade.dualspeed import DualSpeedConfig
 from saccade.errors import SaccadeError
 from saccade.recipes import check_fields, find_recipe, parse_overrides, put_over, read_recipe
-from saccade.training.options import ModelOptions
+from saccade.training.models import ModelOptions
 from saccade.values import coerce
 
 

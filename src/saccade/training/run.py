@@ -113,9 +113,6 @@ def check_first_rows(trainer: DualSpeedTrainer) -> int:
 
     Returns:
         The visual tokens of the first.
-
-    Raises:
-        SaccadeError: if it cannot be made, or has too many bad records.
     """
     batch = trainer.training_collator()(list(islice(trainer.train_dataset, 2)))
     found = BadRecordLog(trainer.args.output_dir, trainer.args.max_bad_records)
@@ -127,22 +124,14 @@ def check_first_rows(trainer: DualSpeedTrainer) -> int:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check, before anything is loaded, for what would make a run fail later.
-
-    Raises:
-        SaccadeError: as `check_lora` and `check_at_hand` do.
-    """
+    """Check, before anything is loaded, for what would make a run fail later."""
     check_lora(recipe)
     check_evaluation(recipe)
     check_at_hand(recipe.trainer)
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Refuse rows to evaluate on that would never be used, and evaluation without rows.
-
-    Raises:
-        SaccadeError: naming the field that is missing or too much.
-    """
+    """Refuse rows to evaluate on that would never be used, and evaluation without rows."""
     options, strategy = recipe.options, recipe.trainer.eval_strategy
     if options.eval_dataset is not None and options.eval_share is not None:
         raise SaccadeError(
@@ -172,12 +161,7 @@ def check_evaluation(recipe: Recipe) -> None:
 
 
 def check_lora(recipe: Recipe) -> None:
-    """Check the options of adapters.
-
-    Raises:
-        SaccadeError: with a frozen language model, on a model that consists of adapters itself, or if rank, scale or
-            dropout are out of range.
-    """
+    """Check the options of adapters."""
     options = recipe.options
     if options.load_in_4bit and not options.lora:
         raise SaccadeError("load_in_4bit=true freezes the language model in four bits: train adapters with lora=true")
@@ -202,9 +186,6 @@ def check_lora(recipe: Recipe) -> None:
 def lora_config(model, recipe: Recipe) -> LoraConfig:
     """Adapters on every linear layer of the decoder and a fully trained projector, as in the published recipe, or what
     the recipe names instead.
-
-    Raises:
-        SaccadeError: if the model has no module of a name that the recipe gives.
     """
     options = recipe.options
     family = get_family(model)
@@ -258,11 +239,7 @@ def _projector_names(projector: nn.Module, names: dict[int, str]) -> list[str]:
 
 
 def find_resume(recipe: Recipe) -> str | bool | None:
-    """The `resume_from_checkpoint` argument of `DualSpeedTrainer.train`.
-
-    Raises:
-        SaccadeError: if there is no such checkpoint, or files in `output_dir` would be overwritten.
-    """
+    """The `resume_from_checkpoint` argument of `DualSpeedTrainer.train`."""
     options, args = recipe.options, recipe.trainer
     if options.resume is not None and args.overwrite:
         raise SaccadeError(f"resume={options.resume!r} needs what overwrite=true removes: leave one of them out")

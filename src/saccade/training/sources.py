@@ -11,7 +11,7 @@ from saccade.data import digit_scenes
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.errors import RecordError, SaccadeError
-from saccade.training.options import ModelOptions
+from saccade.training.models import ModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,6 @@ DIGIT_EVAL_ROWS = 500
 def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     """The sources that a recipe's `dataset` names. The recipe's image folder, split and format are the defaults of
     each source.
-
-    Raises:
-        SaccadeError: if a source is not described correctly.
     """
     if options.dataset_rows is not None and options.dataset_rows < 1:
         raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
@@ -76,11 +73,7 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
 
 
 def load_eval_rows(options: ModelOptions) -> Dataset | None:
-    """The rows of `eval_dataset`, read as those of `dataset` are; None without one.
-
-    Raises:
-        SaccadeError: as `load_rows` does.
-    """
+    """The rows of `eval_dataset`, read as those of `dataset` are; None without one."""
     if options.eval_dataset is None:
         return None
     rows = options.eval_rows
@@ -97,9 +90,6 @@ def hold_out(rows: Dataset, share: float, seed: int, most: int | None = None) ->
         share: of the rows to hold out, in (0, 1).
         seed: of the draw.
         most: evaluate on at most so many of those held out.
-
-    Raises:
-        SaccadeError: if either part would be empty.
     """
     number = round(share * len(rows))
     if not 0 < number < len(rows):
@@ -125,11 +115,7 @@ def _warn_without_images(sources: list[Source]) -> None:
 
 
 def open_source(source: SourceOptions, options: ModelOptions) -> Source:
-    """Open the rows of one source.
-
-    Raises:
-        SaccadeError: if there are none to read.
-    """
+    """Open the rows of one source."""
     if source.path == DIGITS:
         return TableSource(_digits(options, source.rows), DIGITS)
     return source.open(options.allow_outside_images)
@@ -141,6 +127,5 @@ def _digits(options: ModelOptions, rows: int | None) -> Dataset:
         options.dataset_split,
         DIGIT_ROWS if rows is None else rows,
         options.dataset_seed,
-        options.dataset_grid,
         turns=options.dataset_turns,
     )

@@ -1,17 +1,54 @@
-"""What engines that shard parameters need: the same modules on every rank, and the classes of the layers to shard."""
+"""What distributed engines need: a step inside the wrapped model's forward, so that the hooks of DDP, FSDP2 and ZeRO
+fire; the same modules on every rank; the classes of the layers to shard."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor, nn
 
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import used_columns
+from saccade.interfaces import changed
 from saccade.tokens import IGNORE_INDEX
 
 _SIDE = 64
+Result = TypeVar("Result")
+
+
+def redirect_forward(
+    wrapper: nn.Module, original: nn.Module, method: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """Call `wrapper(*args, **kwargs)` with `method` in place of `original.forward`.
+
+    Args:
+        wrapper: the model as the engine wrapped it; `original` itself if it is not wrapped.
+        original: the module whose `forward` the wrapper ends up calling.
+        method: what to run instead; it may call `original`'s submodules, but not `original` itself.
+
+    Raises:
+        SaccadeError: if the wrapper does not end up calling `original.forward`.
+    """
+    results: list[Result] = []
+
+    def forward(*inputs: Any, **options: Any) -> Result:
+        results.append(method(*inputs, **options))
+        return results[-1]
+
+    had_own = "forward" in original.__dict__
+    before = original.__dict__.get("forward")
+    original.forward = forward
+    try:
+        output = wrapper(*args, **kwargs)
+    finally:
+        if had_own:
+            original.forward = before
+        else:
+            del original.forward
+    if not results:
+        raise changed(f"{type(wrapper).__name__} did not call the forward of {type(original).__name__}", "accelerate")
+    return output
 
 
 @dataclass
