@@ -172,7 +172,8 @@ class NonFiniteGuard(TrainerCallback):
         """Check the losses and the gradient norm of a step, before its optimizer step where the engine allows it."""
         losses = [float(loss) for loss, _ in self._micro_batches]
         bad = [number for number, loss in enumerate(losses) if not _is_finite(loss)]
-        norm = _plain(grad_norm)
+        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        norm = None if norm is None else float(norm)
         # With float16 loss scaling, gradients may overflow, and such steps are skipped anyway.
         if not bad and (_is_finite(norm) or self.trainer.args.fp16):
             return
@@ -189,27 +190,21 @@ class NonFiniteGuard(TrainerCallback):
         """One line about a batch, which is saved to disk; by default the one after those seen so far."""
         step, rank = self.trainer.state.global_step, self.trainer.args.process_index
         number = len(self._micro_batches) if number is None else number
-        return (
-            f"{what} in step {step}, micro-batch {number} of rank {rank}: {self._name(inputs)}; "
-            f"{self._keep(inputs, step, rank)}look at these samples, lower learning_rate or train in float32; "
-            f"{way_on(self.trainer)}"
-        )
-
-    def _name(self, inputs: Mapping[str, Any]) -> str:
-        """Describe the samples by the beginnings of their texts."""
         texts = self.trainer._tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-        shown = [repr(" ".join(text.split())[:60]) for text in texts[:3]]
-        return f"{len(texts)} samples, {', '.join(shown)}{', ...' if len(texts) > 3 else ''}"
-
-    def _keep(self, inputs: Mapping[str, Any], step: int, rank: int) -> str:
-        """Save the batch next to the checkpoints; an additional disk error must not hide what happened."""
+        shown = ", ".join(repr(" ".join(text.split())[:60]) for text in texts[:3])
         path = Path(self.trainer.args.output_dir) / f"bad-batch-step-{step}-rank-{rank}.pt"
         batch = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        kept = ""
+        # An additional disk error must not hide what happened.
         with suppress(OSError, RuntimeError):
             with atomic_path(path) as partial:
                 torch.save(batch, partial)
-            return f"the batch is in {path}; "
-        return ""
+            kept = f"the batch is in {path}; "
+        return (
+            f"{what} in step {step}, micro-batch {number} of rank {rank}: {len(texts)} samples, {shown}"
+            f"{', ...' if len(texts) > 3 else ''}; {kept}look at these samples, lower learning_rate or train in "
+            f"float32; {way_on(self.trainer)}"
+        )
 
 
 def way_on(trainer) -> str:
@@ -244,12 +239,6 @@ def _is_dead_worker(error: Exception) -> bool:
         return "DataLoader worker (pid" in str(error)
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
-
-
-def _plain(value: Tensor | float | None) -> float | None:
-    if isinstance(value, DTensor):
-        value = value.full_tensor()
-    return None if value is None else float(value)
 
 
 def _is_finite(value: float | None) -> bool:

@@ -64,6 +64,10 @@ class _Sums:
     tokens_teacher: Tensor | None = None
     teacher_passes: tuple[Span, ...] = ()
 
+    def loss(self, distill_weight: float) -> Tensor:
+        """CE + weight * KL."""
+        return self.cross_entropy if self.kl is None else self.cross_entropy + distill_weight * self.kl
+
     def detached(self) -> "_Sums":
         kl = None if self.kl is None else self.kl.detach()
         return replace(self, cross_entropy=self.cross_entropy.detach(), kl=kl)
@@ -144,7 +148,7 @@ class DualSpeedStep:
             micro_batches = MicroBatches(self.family, encoded, text, labels)
             sums = self._run_in_parts(plan, micro_batches, normaliser, in_parts)
             carried = micro_batches.carried(in_parts.scale)
-        loss = self._weighted(sums)
+        loss = sums.loss(self.distill_weight)
         # Engines need a gradient for every parameter: DDP waits for it, ZeRO-3 applies the previous step's.
         for module in self._own_modules():
             if plan.method is None or not any(module is other for other in plan.method.trainable_modules):
@@ -185,31 +189,25 @@ class DualSpeedStep:
             return *label_rows(packed_states(packed, self.family), packed.labels), laid.tokens, cut
         return *label_rows(self.family.hidden_states(**laid.inputs), laid.labels), laid.tokens, cut
 
+    def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
+        """The pass of a plan, after that of its teacher, on the same encoding."""
+        if plan.teacher is not None:
+            started = Moment(labels.device)
+            # Without gradient or dropout.
+            with torch.no_grad(), evaluating(self.family.model):
+                teacher, _, tokens_teacher, _ = self._rows(plan.teacher, encoded, text, labels)
+            teacher_pass = Span(started, Moment(labels.device))
+        rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
+        if plan.teacher is None:
+            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
+        ce, kl = cross_entropy_and_kl_sum(rows, teacher, targets, self.family.logits, self.distill_temperature)
+        return _Sums(ce, tokens, cut, kl, tokens_teacher, (teacher_pass,))
+
     def _rows(
         self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`_label_rows` of the batch shortened according to a plan."""
         return prune(self.family, text, plan.method, self._label_rows, encoded=encoded, labels=labels)
-
-    @torch.no_grad()
-    def _teacher_rows(
-        self, teacher: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states of the teacher's pass, without gradient or dropout, and the cost of the pass."""
-        with evaluating(self.family.model):
-            rows, _, tokens, _ = self._rows(teacher, encoded, text, labels)
-        return rows, tokens
-
-    def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
-        if plan.teacher is None:
-            rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
-            return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
-        started = Moment(labels.device)
-        teacher_rows, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
-        teacher_pass = Span(started, Moment(labels.device))
-        rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
-        ce, kl = cross_entropy_and_kl_sum(rows, teacher_rows, targets, self.family.logits, self.distill_temperature)
-        return _Sums(ce, tokens, cut, kl, tokens_teacher, (teacher_pass,))
 
     def _run_in_parts(
         self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts
@@ -222,13 +220,10 @@ class DualSpeedStep:
         for part, last in micro_batches.parts(in_parts.samples):
             sums = self._run(all_text if part.encoded is None else plan, part.encoded, part.text, part.labels)
             if not last:
-                in_parts.backward(self._weighted(sums) / normaliser * in_parts.scale)
+                in_parts.backward(sums.loss(self.distill_weight) / normaliser * in_parts.scale)
                 sums = sums.detached()
             total = sums if total is None else total + sums
         return total
-
-    def _weighted(self, sums: _Sums) -> Tensor:
-        return sums.cross_entropy if sums.kl is None else sums.cross_entropy + self.distill_weight * sums.kl
 
 
 @contextmanager
