@@ -2,6 +2,8 @@
 
 import json
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 from transformers import PrinterCallback, ProgressCallback
@@ -18,11 +20,9 @@ FLAGS += ["--save_strategy", "no", "--use_cpu", "true", "--slow_probability", "0
 def said(tmp_path_factory):
     """The folder and the standard output of a run."""
     folder = tmp_path_factory.mktemp("console") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+    with redirect_stdout(StringIO()) as text:
         assert main(["train", "tiny-digits/sft", "--model", "tiny", "--output_dir", str(folder), *FLAGS]) == 0
-    return folder, "\n".join(lines).splitlines()
+    return folder, text.getvalue().splitlines()
 
 
 def test_a_run_opens_with_what_it_will_do(said):

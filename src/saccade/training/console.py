@@ -4,7 +4,8 @@ import sys
 import time
 from collections.abc import Mapping
 
-from transformers import ProgressCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
@@ -14,19 +15,22 @@ from saccade.skip_vision.config import amount_of
 REST = ("runtime", "samples_per_second", "steps_per_second")
 
 
-class Console(ProgressCallback):
-    """Takes the place of the stock callbacks that print each log as a mapping.
+def _say(text: str) -> None:
+    tqdm.write(text)  # beside a bar, if there is one
+    sys.stdout.flush()
 
-    The bar of progress is drawn only where somebody watches it, which is on a terminal and without `disable_tqdm`.
 
-    Args:
-        trainer: of the run.
-        model: its name or folder, as the recipe gives it.
-        visual_tokens: of the first row of data, if it has any.
-    """
+class Bar(ProgressCallback):
+    """The stock bar of progress, without the logs, which `Console` shows in one line each."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
+class Console(TrainerCallback):
+    """Takes the place of the stock callbacks that print each log as a mapping."""
 
     def __init__(self, trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> None:
-        super().__init__()
         self.trainer = trainer
         self.model = model
         self.visual_tokens = visual_tokens
@@ -34,17 +38,7 @@ class Console(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
-            self._print("\n".join(opening(self.trainer, self.model, self.visual_tokens)))
-        if sys.stderr.isatty() and not args.disable_tqdm:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_prediction_step(args, state, control, **kwargs)
+            _say("\n".join(opening(self.trainer, self.model, self.visual_tokens)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -52,38 +46,24 @@ class Console(ProgressCallback):
         if "loss" in logs:
             done, seconds = state.global_step - self._first_step, time.perf_counter() - self._began
             left = seconds / done * (state.max_steps - state.global_step) if done else 0
+            to_go = f", {duration(left)} to go" if left else ""
             width = len(str(state.max_steps))
             steps = f"{state.global_step:>{width}}/{state.max_steps}"
-            self._print(f"{steps}  {log_line(logs, self.trainer.meter.modes)}  {duration(seconds)}{_to_go(left)}")
+            _say(f"{steps}  {log_line(logs, self.trainer.meter.modes)}  {duration(seconds)}{to_go}")
         elif "train_runtime" in logs:
             rate = logs.get("train_samples_per_second")
             rows = "" if rate is None else f", {rate:.3g} rows per second"
             loss = f", mean loss {logs['train_loss']:.4g}" if "train_loss" in logs else ""
-            self._print(f"trained for {duration(logs['train_runtime'])}{rows}{loss}")
+            _say(f"trained for {duration(logs['train_runtime'])}{rows}{loss}")
         else:
             told = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
             words = [f"{name} {value:.4g}" for name, value in told.items() if name not in REST]
             if words:
-                self._print(f"evaluated: {', '.join(words)}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def _print(self, text: str) -> None:
-        if self.training_bar is None:
-            print(text, flush=True)
-        else:
-            self.training_bar.write(text)
+                _say(f"evaluated: {', '.join(words)}")
 
 
 def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[str]:
-    """What a run will do, in lines.
-
-    Args:
-        model: name or folder of the model.
-        visual_tokens: of the first row; 0 where it has no image.
-    """
+    """What a run will do, in lines, see `Console`."""
     args, state = trainer.args, trainer.state
     # Under ZeRO-3 a rank holds parts, and the number stands beside them.
     sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in trainer.model.parameters()]
@@ -98,8 +78,9 @@ def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[s
         what = _what(mode, visual_tokens)
         lines.append(f"{'' if number else 'modes':<7} {mode.name}: {counts[mode.name]:,} steps, {what}{taught}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    devices = f"one {args.device.type}" if args.world_size == 1 else f"{args.world_size} of {args.device.type}"
     resumed = f", from step {state.global_step:,} on" if state.global_step else ""
-    lines.append(f"steps   {state.max_steps:,} of {batch:,} rows{resumed}, on {_devices(args)}")
+    lines.append(f"steps   {state.max_steps:,} of {batch:,} rows{resumed}, on {devices}")
     lines.append(f"output  {args.output_dir}{_saves(args)}")
     return lines
 
@@ -127,11 +108,6 @@ def _what(mode: ModeConfig, visual_tokens: int) -> str:
     return f"{kept} by {pruning.reducer}{', with the isolator' if mode.isolator else ''}"
 
 
-def _devices(args: TrainingArguments) -> str:
-    kind = args.device.type
-    return f"one {kind}" if args.world_size == 1 else f"{args.world_size} of {kind}"
-
-
 def _saves(args: TrainingArguments) -> str:
     if args.save_strategy == "steps":
         return f", a checkpoint every {args.save_steps:g} steps"
@@ -139,12 +115,7 @@ def _saves(args: TrainingArguments) -> str:
 
 
 def log_line(logs: Mapping[str, float], modes: tuple[str, ...]) -> str:
-    """The losses, the rate and the speed-up of a log, in about fifty characters.
-
-    Args:
-        logs: what `DualSpeedTrainer.log` was given.
-        modes: names of the run's modes.
-    """
+    """The losses of the modes, the rate and the speed-up of a log, in about fifty characters."""
     by_mode = [f"{logs[f'loss_{mode}']:.3f} {mode}" for mode in modes if f"loss_{mode}" in logs]
     words = [f"loss {', '.join(by_mode) or format(logs['loss'], '.3f')}"]
     if "kl" in logs:
@@ -165,10 +136,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _to_go(seconds: float) -> str:
-    return f", {duration(seconds)} to go" if seconds else ""
 
 
 def _size(number: float) -> str:

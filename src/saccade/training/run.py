@@ -1,6 +1,7 @@
 """Train a recipe, from the first checks to the saved model."""
 
 import re
+import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from datetime import date
@@ -26,7 +27,7 @@ from saccade.files import disk_errors, write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
-from saccade.training.console import Console
+from saccade.training.console import Bar, Console
 from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
 from saccade.training.sources import hold_out, load_eval_rows, load_rows
@@ -88,6 +89,8 @@ def _train_and_save(
     visual_tokens = check_first_rows(trainer)
     for stock in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(stock)
+    if sys.stderr.isatty() and not args.disable_tqdm:
+        trainer.add_callback(Bar())
     trainer.add_callback(Console(trainer, options.model, visual_tokens))
     # A signal while the model is being saved has no effect: the run is about to end anyway.
     with trainer.sigterm.listening():
