@@ -27,16 +27,13 @@ from saccade.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class ModeCost:
-    """The cost of one sample in one mode.
+    """The cost of the mean sample in one mode.
 
     Args:
-        name: name of the mode.
-        probability: its share of steps.
-        rows: visual tokens of an image in the trained pass.
-        isolator: additional isolator rows.
-        length: length of the whole sequence, averaged over samples.
-        cut: the share of samples that keep fewer visual tokens than `rows` in order to fit.
-        flops: operations of the trained and the teacher's pass, including tower and projector, averaged over samples.
+        kept, skipped, summary, isolator: tokens of an image in the trained pass.
+        length: length of the whole sequence.
+        cut: the share of samples that keep fewer visual tokens, so that they fit.
+        flops: operations of the trained and the teacher's pass, including tower and projector.
         language_flops: the language model's share of these.
         samples: how many samples of a micro-batch run at a time.
         activations: bytes that the backward pass needs for the longest sample.
@@ -44,24 +41,15 @@ class ModeCost:
 
     name: str
     probability: float
-    rows: VisualRows
+    kept: int
+    skipped: int
+    summary: int
     isolator: int
     length: float
     cut: float
     flops: float
     language_flops: float
     samples: int
-    activations: float
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """One sample in one mode: sequence length, whether it was cut to fit, operations, bytes for the backward pass."""
-
-    length: int
-    cut: bool
-    vision: int
-    language: int
     activations: float
 
 
@@ -151,35 +139,35 @@ class Costs:
     def of(self, mode: ModeConfig, teacher: ModeConfig | None = None) -> ModeCost:
         """The cost of the mean sample in one mode."""
         rows, isolator = self.rows(mode)
-        found = [(self._sample(sample, mode, teacher), count) for sample, count in self.lengths.items()]
-        total = sum(count for _, count in found)
-        language, vision, length, cut = (
-            sum(count * getattr(one, name) for one, count in found) / total
-            for name in ("language", "vision", "length", "cut")
-        )
+        total = sum(self.lengths.values())
+        length = cut = vision = language = activations = 0.0
+        for sample, count in self.lengths.items():
+            share = count / total
+            own, own_isolator, was_cut = self._sample_rows(sample, mode)
+            tokens = own.total + own_isolator + sample.text
+            length, cut = length + share * tokens, cut + share * was_cut
+            vision += share * self.vision * sample.images
+            language += share * self._language(sample, own, own_isolator)
+            # Without images a sample is the same in all modes, and has no teacher.
+            if teacher is not None and sample.images:
+                language += share * self._forward(sample, *self._sample_rows(sample, teacher)[:2])
+            activations = max(activations, self._activations(sample, tokens, own.skipped))
         args = self.recipe.trainer
         samples = args.per_device_train_batch_size
         if mode.keeps_all and args.slow_micro_batch_size is not None:
             samples = min(samples, args.slow_micro_batch_size)
-        most = max(one.activations for one, _ in found)
         return ModeCost(
-            mode.name, mode.probability, rows, isolator, length, cut, language + vision, language, samples, most
+            mode.name,
+            mode.probability,
+            *(rows.retained, rows.skipped, rows.summary, isolator),
+            *(length, cut, vision + language, language, samples, activations),
         )
-
-    def _sample(self, sample: SampleLength, mode: ModeConfig, teacher: ModeConfig | None) -> _Sample:
-        """The cost of one sample; without images it is the same in all modes, and there is no teacher."""
-        rows, isolator, cut = self._sample_rows(sample, mode)
-        language = self._language(sample, rows, isolator)
-        if teacher is not None and sample.images:
-            language += self._forward(sample, *self._sample_rows(sample, teacher)[:2])
-        length = rows.total + isolator + sample.text
-        activations = self._activations(sample, length, rows.skipped)
-        return _Sample(length, cut, self.vision * sample.images, language, activations)
 
     def _sample_rows(self, sample: SampleLength, mode: ModeConfig) -> tuple[VisualRows, int, bool]:
         """Visual and isolator rows of a sample in a mode, and whether visual ones were dropped to make it fit."""
         rows, isolator = self.rows(mode)
-        rows, isolator = _times(rows, sample.images), isolator * sample.images
+        retained, summary, skipped = (sample.images * count for count in (rows.retained, rows.summary, rows.skipped))
+        rows, isolator = VisualRows(retained, summary, skipped), isolator * sample.images
         bound = mode.pruning.fit_length if mode.action == "drop" else None
         if bound is None or rows.total + isolator + sample.text <= bound:
             return rows, isolator, False
@@ -263,8 +251,3 @@ class Costs:
         inputs = size * length * text.width
         whole = layer + text.layers * inputs if args.gradient_checkpointing else text.layers * layer
         return whole + 3 * 4 * sample.learned * text.vocabulary
-
-
-def _times(rows: VisualRows, images: int) -> VisualRows:
-    """The rows of several images."""
-    return VisualRows(images * rows.retained, images * rows.summary, images * rows.skipped)

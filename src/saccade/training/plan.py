@@ -5,14 +5,14 @@ The model is built on the meta device, so neither its weights nor an accelerator
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from saccade.dualspeed.modes import ModeConfig
 from saccade.dualspeed.packing import check_packing
@@ -25,7 +25,7 @@ from saccade.recipes import find_recipe, parse_overrides, read_recipe
 from saccade.reducers import PruningConfig
 from saccade.reducers.config import check_choice
 from saccade.training.checks import check_chat_here
-from saccade.training.costs import Costs, ModeCost
+from saccade.training.costs import Costs
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.models import DTYPES, quantized_weights
@@ -83,7 +83,8 @@ def plan_recipe(
     stages = [stage]
     before = earlier_stage(recipe, path)
     if before is not None:
-        first = make_recipe({**_fields(before), **parse_overrides(ANYWHERE)}, source=str(before))
+        fields = {name: value for name, value in read_recipe(before).items() if name != "pretrain"}
+        first = make_recipe({**fields, **parse_overrides(ANYWHERE)}, source=str(before))
         stages.insert(0, _plan_stage(first, before, None, devices, shards)[1])
     baseline, expected = (sum(one["samples"] * one[name] for one in stages) for name in ("baseline_flops", "flops"))
     schedule = {"stages": stages, "speedup": baseline / expected}
@@ -146,10 +147,10 @@ def _plan_stage(
         "shape": shape.name,
         "parameters": {**cost.parameters(), "own": own},
         "visual_tokens": shape.visual_tokens,
-        "modes": [_mode_row(mode) for mode in modes],
-        "baseline": _mode_row(baseline),
+        "modes": [asdict(mode) for mode in modes],
+        "baseline": asdict(baseline),
         "expected": {
-            "visual_rows": sum(mode.probability * mode.rows.total for mode in modes),
+            "visual_rows": sum(mode.probability * (mode.kept + mode.skipped + mode.summary) for mode in modes),
             "length": sum(mode.probability * mode.length for mode in modes),
             "flops": expected,
             "speedup": baseline.flops / expected,
@@ -204,11 +205,6 @@ def earlier_stage(recipe: Recipe, path: str | Path) -> Path | None:
     return None
 
 
-def _fields(path: Path) -> dict[str, Any]:
-    """A recipe's fields, without the one that only sweeps read."""
-    return {name: value for name, value in read_recipe(path).items() if name != "pretrain"}
-
-
 def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfig, str]:
     """Shape and configuration of a recipe's model, found offline, and the model's name or folder."""
     model = recipe.options.model
@@ -243,20 +239,14 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
     options, args = recipe.options, recipe.trainer
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=_dtype(options.dtype, config))
-        if options.load_in_4bit:
-            _as_prepared(model)
+        if options.load_in_4bit:  # as by `peft.prepare_model_for_kbit_training`
+            quantized = {id(weight) for weight in quantized_weights(model)}
+            for parameter in model.parameters():
+                parameter.data = parameter.data if id(parameter) in quantized else parameter.data.float()
         if options.lora:
             return get_peft_model(model, lora_config(model, recipe))
     freeze_parts(get_family(model), args)
     return model
-
-
-def _as_prepared(model: PreTrainedModel) -> None:
-    """Apply the dtypes of `peft.prepare_model_for_kbit_training`: float32 for all that is not in four bits."""
-    quantized = {id(weight) for weight in quantized_weights(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
-            parameter.data = parameter.data.float()
 
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
@@ -265,18 +255,3 @@ def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     found = config.dtype if name == "auto" else getattr(torch, name)
     # float16 overflows in training, so `auto` loads it as float32.
     return torch.float32 if name == "auto" and found in (None, torch.float16) else found
-
-
-def _mode_row(mode: ModeCost) -> dict[str, Any]:
-    return {
-        "name": mode.name,
-        "probability": mode.probability,
-        "kept": mode.rows.retained,
-        "skipped": mode.rows.skipped,
-        "summary": mode.rows.summary,
-        "isolator": mode.isolator,
-        "length": mode.length,
-        "cut": mode.cut,
-        "flops": mode.flops,
-        "language_flops": mode.language_flops,
-    }
