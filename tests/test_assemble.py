@@ -258,7 +258,7 @@ def good(tmp_path_factory):
         ({"vision-tower": "{p}/empty"}, "vision_tower='{p}/empty' cannot be loaded"),
         ({"vision-tower": "{p}/other_size"}, "gives pictures of 32 x 32 pixels, but the tower takes 64 x 64"),
         ({"vision-tower": "{p}/no_patch"}, "image_size=32 does not fit a patch of patch_size=40"),
-        ({"language-model": "{p}/t5"}, "is an encoder-decoder (model_type='t5')"),
+        ({"language-model": "{p}/t5"}, "is an encoder-decoder and has model_type='t5'"),
         ({"language-model": "{p}/tower"}, "has model_type='clip_vision_model': name a causal language model"),
         ({"language-model": "{p}/nowhere"}, "language_model='{p}/nowhere' is not a folder"),
         ({"output": "{p}/taken"}, "output='{p}/taken' exists: name a folder"),

@@ -13,12 +13,7 @@ _SHOWN = 5
 
 
 class BadRecordLog:
-    """The distinct bad records of a run, over all of its ranks and epochs.
-
-    Args:
-        folder: where `bad_records.jsonl` is written, one line {"record", "kind", "reason"} per record.
-        limit: how many may be skipped.
-    """
+    """The distinct bad records of a run, over all of its ranks and epochs."""
 
     def __init__(self, folder: str | Path, limit: int) -> None:
         self.path = Path(folder) / BAD_RECORDS_FILE

@@ -215,11 +215,7 @@ def way_on(trainer) -> str:
 
 @dataclass
 class WorkerStart:
-    """Lets a data worker survive a signal to the whole process group, so that the step can be finished.
-
-    Args:
-        then: the loader's own `worker_init_fn`.
-    """
+    """Lets a data worker survive a signal to the whole process group, so that the step can be finished."""
 
     then: Callable[[int], None] | None
 

@@ -24,9 +24,6 @@ def compile_layers(family: Family, backend: str | None = None, mode: str | None 
 
     Passes that differ only in length share compiled code. Passes with and without gradient, in training and
     evaluation, with and without a mask, of one row and of several are compiled separately.
-
-    Args:
-        backend, mode: as for `torch.compile`.
     """
     # Beyond the limit, torch permanently runs new variants uncompiled; LoRA plus an evaluation exceed the default of
     # 8.

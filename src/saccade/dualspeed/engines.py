@@ -58,11 +58,6 @@ class DummyImageCollator:
     FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text
     would run neither the vision tower nor a teacher, and the others would wait for it forever. The added sample goes
     through every module in every mode and, having no labels, contributes zero gradients.
-
-    Args:
-        collate: the collator, from rows to a batch with `input_ids` and `labels`.
-        placeholder_id: token id of a visual token.
-        processor: the model's processor.
     """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -97,10 +92,6 @@ def layer_classes(model: nn.Module, language_layers: nn.ModuleList) -> list[str]
 
     The model's own `_no_split_modules` may name classes that it does not contain, such as those of the text half of a
     CLIP tower, and accelerate fails on the first of them.
-
-    Args:
-        model: the stock model.
-        language_layers: the layers of its language model.
     """
     named = set(getattr(model, "_no_split_modules", None) or ())
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

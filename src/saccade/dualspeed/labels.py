@@ -83,9 +83,6 @@ def _tokens_of(part: tuple[int, int], text: str, spans: Sequence[tuple[int, int]
 def check_turns(collator: Any) -> None:
     """Check on a conversation of two turns that exactly the answers are learned, each with its end token.
 
-    Args:
-        collator: a `DualSpeedCollator`.
-
     Raises:
         SaccadeError: if they are not; the message says what to do.
     """

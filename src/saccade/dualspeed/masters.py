@@ -69,10 +69,6 @@ class Float32Masters:
     weights to the copies, so that both are never in memory at once; after it, the weights get the copies' rounded
     values. If something else has changed a weight in between, such as loading, its copy is updated first.
 
-    Args:
-        model: the model that the optimizer trains.
-        optimizer: the optimizer, before its first step.
-
     Raises:
         SaccadeError: if the optimizer does not cover all trainable half-precision weights, or has already taken steps.
     """

@@ -41,13 +41,7 @@ class InParts:
 
 @dataclass
 class Part:
-    """Some samples of a micro-batch.
-
-    Args:
-        encoded: their images' features, or None without images.
-        text: their inputs without the images.
-        labels: long `(b, L)`.
-    """
+    """Some samples of a micro-batch."""
 
     encoded: Encoded | None
     text: dict[str, Any]

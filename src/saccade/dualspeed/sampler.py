@@ -18,11 +18,6 @@ class GroupedSampler(Sampler[int]):
 
     The order is that of transformers' `LengthGroupedSampler`, but depends only on the seed and the epoch. The stock
     sampler draws from the process's own generator, which differs between ranks and after a resume.
-
-    Args:
-        lengths: one length per sample.
-        batch_size: samples per optimizer step, over all ranks and micro-batches.
-        seed: seed of the shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -48,10 +43,6 @@ class WholeBatches(IterableDataset):
 
     Ranks that read parts of their own of a stream may come to its end after different numbers of batches, and the
     others would wait for the first. This one is read by every rank, which takes its share of each global batch.
-
-    Args:
-        rows: the stream.
-        size: rows of a batch on all ranks together.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], size: int) -> None:

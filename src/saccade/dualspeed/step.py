@@ -99,15 +99,7 @@ class ModePlan:
 
 @dataclass
 class DualSpeedStep:
-    """The loss of one micro-batch in any mode.
-
-    Args:
-        family: the model's family, over the stock model.
-        modes: the plans of the modes, by name.
-        distill_weight: weight of the KL term in modes that have a teacher.
-        distill_temperature: temperature of both distributions in the KL.
-        padding_free: whether sequences are packed into one without padding; see `allow_packing`.
-    """
+    """The loss of one micro-batch in any mode."""
 
     family: Family
     modes: Mapping[str, ModePlan]
@@ -193,15 +185,22 @@ class DualSpeedStep:
         """The pass of a plan, after that of its teacher, on the same encoding."""
         if plan.teacher is not None:
             started = Moment(labels.device)
-            # Without gradient or dropout.
-            with torch.no_grad(), evaluating(self.family.model):
-                teacher, _, tokens_teacher, _ = self._rows(plan.teacher, encoded, text, labels)
+            teacher, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
             teacher_pass = Span(started, Moment(labels.device))
         rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
         if plan.teacher is None:
             return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher, targets, self.family.logits, self.distill_temperature)
         return _Sums(ce, tokens, cut, kl, tokens_teacher, (teacher_pass,))
+
+    @torch.no_grad()
+    def _teacher_rows(
+        self, teacher: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of the teacher's pass, without gradient or dropout, and the cost of the pass."""
+        with evaluating(self.family.model):
+            rows, _, tokens, _ = self._rows(teacher, encoded, text, labels)
+        return rows, tokens
 
     def _rows(
         self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor

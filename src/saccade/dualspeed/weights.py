@@ -44,10 +44,6 @@ _NAMES = ("fast_tokenizer_files", "gguf_file")
 def load_whole(place: str | Path, factory: Any = AutoModelForImageTextToText, **options: Any) -> PreTrainedModel:
     """Load a stock model from its folder or hub id, and check that all weights come from there.
 
-    Args:
-        factory: the class whose `from_pretrained` loads it.
-        options: for `from_pretrained`.
-
     Raises:
         SaccadeError: naming weights that are missing, unexpected, or have the wrong shape.
         OSError: if it cannot be read, and whatever else `from_pretrained` raises.
@@ -111,12 +107,7 @@ def damaged(place: str | Path, name: str, error: Exception) -> SaccadeError:
 
 
 def check_keys(place: str | Path, keys: Mapping[str, Any]) -> None:
-    """Refuse weights that do not match the model.
-
-    Args:
-        place: where they come from.
-        keys: names of weights by kind of problem.
-    """
+    """Refuse weights that do not match the model."""
     problems = []
     for kind, names in keys.items():
         found = sorted(name if isinstance(name, str) else str(name[0]) for name in names)

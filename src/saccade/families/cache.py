@@ -41,13 +41,8 @@ NOT_OF_THE_TOWER = {"architectures", "dtype", "torch_dtype", "transformers_versi
 
 @dataclass
 class _Call:
-    """A call of the tower that the cache can answer.
-
-    Args:
-        pixels: `(R, C, H, W)`.
-        rows: further arguments with one value per row, `(R, ...)` each.
-        others: arguments that apply to all rows.
-    """
+    """A call of the tower that the cache can answer: `pixels` `(R, C, H, W)`, further arguments with one value per
+    row, `(R, ...)` each, and those that apply to all rows."""
 
     pixels: Tensor
     rows: dict[str, Tensor]
@@ -204,11 +199,7 @@ class FeatureCache:
 
 
 def check_cacheable(family: Family, folder: str) -> None:
-    """Check that a tower always gives the same outputs for the same pixels, row by row.
-
-    Args:
-        folder: the value of `feature_cache`.
-    """
+    """Check that a tower always gives the same outputs for the same pixels, row by row."""
     model_type, tower = family.model.config.model_type, family.vision_tower
     if family.vision_feature_layers is None:
         raise SaccadeError(
@@ -229,13 +220,7 @@ def check_cacheable(family: Family, folder: str) -> None:
 
 
 def check_needs(folder: str, mode: str, needs: Needs) -> None:
-    """Check that a mode reads nothing inside the tower, which does not run when its features are cached.
-
-    Args:
-        folder: the value of `feature_cache`.
-        mode: name of the mode.
-        needs: the needs of its reducer.
-    """
+    """Check that a mode reads nothing inside the tower, which does not run when its features are cached."""
     inside = sorted(needs.fields & FROM_ATTENTION)
     if inside:
         others = [name for name in list_reducers() if not get_reducer(name).needs & FROM_ATTENTION]

@@ -38,12 +38,7 @@ PER_IMAGE = (
 
 
 class SkipVision:
-    """A model that skips, as `apply_skip_vision` returns it.
-
-    Args:
-        family: the stock model's family.
-        config: the options.
-    """
+    """A model that skips, as `apply_skip_vision` returns it."""
 
     def __init__(self, family: Family, config: SkipVisionConfig) -> None:
         self.family = family

@@ -21,12 +21,9 @@ STATE = "_saccade_rows"
 
 
 class KeptRows:
-    """The rows of a batch that are not skipped in one call.
+    """The rows of a batch that are not skipped in one call: long `(M,)`, their indices among all `B * L`.
 
     Not a dataclass, since engines copy dataclasses when they pass them on.
-
-    Args:
-        index: long `(M,)`, their indices among all `B * L`.
     """
 
     def __init__(self, index: Tensor) -> None:

@@ -19,13 +19,7 @@ from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
 
 
 class Skipper:
-    """Makes the merged tokens of each image skip the feed-forward networks, next to retained and summary tokens.
-
-    Args:
-        family: family of the model that Skip-Vision is applied to.
-        config: which tokens are retained and which skipped.
-        head: makes the summary tokens, or None.
-    """
+    """Makes the merged tokens of each image skip the feed-forward networks, next to retained and summary tokens."""
 
     positions = "compact"
     roles_keyword: str | None = ROLES_KEYWORD

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, needs_package
 from saccade.families import family_class, use_released_names
-from saccade.files import check_new_folder
+from saccade.files import check_new_folder, reading
 from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
@@ -146,13 +147,8 @@ class _Tower:
                 f"vision_tower={place!r} has model_type={whole.model_type!r}, which is not a CLIP or SigLIP vision "
                 "tower: name a CLIP or SigLIP model, or a LLaVA that has one"
             )
-        try:
+        with reading(f"vision_tower={place!r} has no image processor that loads (preprocessor_config.json)"):
             images = AutoImageProcessor.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            raise SaccadeError(
-                f"vision_tower={place!r} has no image processor that loads (preprocessor_config.json): "
-                f"{' '.join(str(error).split())[:200]}"
-            ) from error
         found = cls(place, config, images, from_llava=whole.model_type not in ("clip", "siglip", config.model_type))
         found._check(options)
         return found
@@ -240,36 +236,28 @@ def _check_options(options: AssembleOptions) -> None:
 
 
 def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
-    try:
+    where = "cannot be loaded" if Path(place).is_dir() else "is not a folder, and cannot be loaded from the hub"
+    with reading(f"{field}={place!r} {where}"):
         return AutoConfig.from_pretrained(place, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "cannot be loaded" if Path(place).is_dir() else "is not a folder, and cannot be loaded from the hub"
-        raise SaccadeError(f"{field}={place!r} {where}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _check_language_model(place: str, gguf_file: str | None) -> None:
     if gguf_file is not None:
         _check_gguf(place, gguf_file)
     config = _config(place, "language_model", **_gguf(gguf_file))
-    if getattr(config, "is_encoder_decoder", False):
-        raise SaccadeError(
-            f"language_model={place!r} is an encoder-decoder (model_type={config.model_type!r}): name a causal "
-            f"language model, one of {', '.join(LANGUAGE_MODELS)}"
-        )
     if config.model_type not in LANGUAGE_MODELS:
+        encodes = "is an encoder-decoder and " if getattr(config, "is_encoder_decoder", False) else ""
         raise SaccadeError(
-            f"language_model={place!r} has model_type={config.model_type!r}: name a causal language model that is one "
-            f"of {', '.join(LANGUAGE_MODELS)}"
+            f"language_model={place!r} {encodes}has model_type={config.model_type!r}: name a causal language model "
+            f"that is one of {', '.join(LANGUAGE_MODELS)}"
         )
 
 
 def _check_gguf(place: str, gguf_file: str) -> None:
     if Path(place).is_dir() and not (Path(place) / gguf_file).is_file():
         raise SaccadeError(f"gguf_file={gguf_file!r} is not in {place!r}: give the name of a file in that folder")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise SaccadeError(f"gguf_file={gguf_file!r} needs the package gguf: pip install gguf") from error
+    if find_spec("gguf") is None:
+        raise needs_package(f"gguf_file={gguf_file!r}", "gguf")
 
 
 def _gguf(gguf_file: str | None) -> dict[str, str]:
@@ -278,11 +266,8 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
 
 def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     """The language model's tokenizer with an image token, and a padding token if it had none."""
-    try:
+    with reading(f"language_model={place!r} has no tokenizer that loads"):
         tokenizer = AutoTokenizer.from_pretrained(place, **_gguf(gguf_file))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(f"language_model={place!r} has no tokenizer that loads: {line}") from error
     if not tokenizer.is_fast:
         raise SaccadeError(
             f"language_model={place!r} has a {type(tokenizer).__name__}, which cannot locate answers: it "
@@ -296,13 +281,9 @@ def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
 
 
 def _language_model(place: str, options: AssembleOptions) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=options.dtype, output_loading_info=True, **_gguf(options.gguf_file)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(f"language_model={place!r} cannot be loaded: {line}") from error
+    loading = {"dtype": options.dtype, "output_loading_info": True, **_gguf(options.gguf_file)}
+    with reading(f"language_model={place!r} cannot be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(place, **loading)
     _check_whole(place, "language_model", info)
     # GGUF weights are dequantized on loading, but the config still says quantized, which the trainer would refuse.
     if hasattr(model.config, "quantization_config"):

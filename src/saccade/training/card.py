@@ -31,16 +31,8 @@ MEASURED = {
 }
 IDENTITY = {"adapters", "data", "model", "processor"}
 # Options about output and logging, which do not affect the model.
-HOUSEKEEPING = {
-    "overwrite",
-    "output_dir",
-    "resume",
-    "report_to",
-    "disable_tqdm",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-}
+HOUSEKEEPING = {"overwrite", "output_dir", "resume", "report_to", "disable_tqdm"}
+HOUSEKEEPING |= {"logging_steps", "save_steps", "save_total_limit"}
 
 
 def model_card(
@@ -117,8 +109,15 @@ def _usage(architecture: str, pruned: bool) -> str:
 def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Mapping[str, Any]) -> str:
     """A table of settings: first those that a resumed run must share, if they are DualSpeed's own or differ from TRL's
     defaults, then the rest of the recipe as written."""
-    stock = {entry.name: entry.default for entry in fields(_stock_options())}
-    config = {name: value for name, value in config.items() if name not in stock or _is_set(value, stock[name])}
+    options = TrainingArguments  # of which some have other defaults, where TRL is not installed
+    if find_spec("trl") is not None:
+        from trl import SFTConfig as options
+    stock = {entry.name: getattr(entry.default, "value", entry.default) for entry in fields(options)}
+    config = {
+        name: value
+        for name, value in config.items()
+        if name not in stock or (stock[name] is not MISSING and value != stock[name])
+    }
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
     values = {**recipe, **config, **lora, "lora": bool(adapters)}
@@ -126,20 +125,6 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Ma
     names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
     rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
-
-
-def _stock_options() -> type:
-    """The stock options of training; where TRL is not installed, those of transformers, with other defaults for a
-    few."""
-    if find_spec("trl") is None:
-        return TrainingArguments
-    from trl import SFTConfig
-
-    return SFTConfig
-
-
-def _is_set(value: Any, default: Any) -> bool:
-    return default is not MISSING and value != getattr(default, "value", default)
 
 
 def _training(
@@ -157,16 +142,10 @@ def _training(
 
 
 def _evaluation(result: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            entry["inference"],
-            f"{100 * entry['accuracy']:.1f} %",
-            entry["samples"],
-            f"{entry['mean_prompt_length']:.0f}",
-        ]
-        for entry in result.get("results", [])
-        if {"inference", "accuracy", "samples", "mean_prompt_length"} <= entry.keys()
-    ]
+    names = ("inference", "accuracy", "samples", "mean_prompt_length")
+    results = [entry for entry in result.get("results", []) if set(names) <= entry.keys()]
+    found = [[entry[name] for name in names] for entry in results]
+    rows = [[kind, f"{100 * accuracy:.1f} %", count, f"{length:.0f}"] for kind, accuracy, count, length in found]
     if not rows:
         return ""
     table = markdown_table(["inference", "accuracy", "samples", "tokens per prompt"], rows)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from saccade.companions import find_companion
@@ -61,8 +60,11 @@ def export_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         check_loads(folder, model)
-        for name, path in _companions(source).items():
-            shutil.copy2(path, folder / name)
+        beside = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
+        beside |= {name: source / name for name in (PRUNING_FILE, RUN_FILE) if (source / name).is_file()}
+        for name, path in beside.items():
+            if path is not None:
+                shutil.copy2(path, folder / name)
         if evaluation is not None:
             # Merging or another dtype changes the bytes; the evaluation still records the weights that it was measured
             # on.
@@ -97,19 +99,9 @@ def check_loads(folder: Path, model: PreTrainedModel) -> None:
     """Read `folder` through the stock classes and compare it with `model`."""
     loaded = load_whole(folder, dtype=model.dtype)
     written, kept = loaded.state_dict(), model.state_dict()
-    check_keys(
-        folder,
-        {
-            "missing": kept.keys() - written.keys(),
-            "other values of": [
-                name for name in kept.keys() & written.keys() if not _equal(written[name], kept[name])
-            ],
-        },
-    )
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other.to(one.dtype))
+    both = kept.keys() & written.keys()
+    changed = [name for name in both if not torch.equal(written[name], kept[name].to(written[name].dtype))]
+    check_keys(folder, {"missing": kept.keys() - written.keys(), "other values of": changed})
 
 
 def _check_paths(source: Path, output: Path) -> None:
@@ -129,10 +121,3 @@ def check_shard_size(text: str) -> None:
     """Check a size in bytes such as "5GB"."""
     if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", text.strip(), re.IGNORECASE):
         raise SaccadeError(f"max_shard_size={text!r} is not a size: write a number and KB, MB, GB or TB, such as 5GB")
-
-
-def _companions(source: Path) -> dict[str, Path]:
-    """Saccade's own files to copy along with the weights, by target name: learned tensors and settings."""
-    found = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
-    found |= {name: source / name for name in (PRUNING_FILE, RUN_FILE) if (source / name).is_file()}
-    return {name: path for name, path in found.items() if path is not None}

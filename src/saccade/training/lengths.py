@@ -24,13 +24,7 @@ CHARACTERS, FORMAT = 4, 8
 
 @dataclass(frozen=True)
 class SampleLength:
-    """One sample.
-
-    Args:
-        text: number of text tokens.
-        learned: how many of them have labels.
-        images: number of images.
-    """
+    """One sample."""
 
     text: int
     learned: int
@@ -44,13 +38,7 @@ class SampleLength:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Samples that represent an epoch.
-
-    Args:
-        samples: a subset of its samples.
-        records: number of samples in the epoch.
-        source: where both come from, in words.
-    """
+    """Samples that represent an epoch."""
 
     samples: tuple[SampleLength, ...]
     records: int

@@ -146,10 +146,8 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
 
 def _with_attention(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if name is not None:
-        try:
+        with reading(f"attn_implementation={name!r}"):
             model.set_attn_implementation(name)
-        except (ValueError, ImportError) as error:
-            raise SaccadeError(f"attn_implementation={name!r}: {' '.join(str(error).split())}") from error
     return model
 
 
@@ -212,14 +210,9 @@ def load_processor(
 
 
 def _processor(model: str, **loading: Any) -> ProcessorMixin:
-    try:
+    files = "processor_config.json, tokenizer.json and the files beside them"
+    with reading(f"model={model!r} has no processor that loads, from {files}"):
         return AutoProcessor.from_pretrained(model, **loading)
-    except Exception as error:  # its files are read by several packages, whose errors have no common type
-        line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise SaccadeError(
-            f"model={model!r} has no processor that loads, from processor_config.json, tokenizer.json and the files "
-            f"beside them: {line}"
-        ) from error
 
 
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
