@@ -11,12 +11,13 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 EVAL := .venv-eval
 SERVE := .venv-serve
+VIDEO := .venv-video
 DOCS := .venv-docs
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve docs style bench clean
+.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve test-video docs style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
@@ -26,6 +27,7 @@ help:
 	@echo "make test-slow  the tests that take minutes, and a random search where 'make test' has fixed examples"
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make test-serve the tests that need vLLM and real weights, in $(SERVE); 4 GB"
+	@echo "make test-video the tests that need the stock video processors, so torchvision, in $(VIDEO)"
 	@echo "make docs       the documentation site, in build/docs/site; warnings and broken links are errors"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
@@ -102,6 +104,21 @@ $(SERVE)/.installed: $(STAMP) requirements-serve.txt tests/torchvision_operators
 
 test-serve: $(SERVE)/.installed
 	PYTHONPATH=$(SERVE)/parts OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serve tests/test_serve.py
+
+# torchvision in a place of its own, on top of what $(VENV) has, with the two operators declared that its CUDA build does
+# not find beside the CPU build of torch.
+$(VIDEO)/.installed: $(STAMP) requirements-video.txt tests/torchvision_operators.py
+	rm -rf $(VIDEO)
+	$(BIN)/python -m venv $(VIDEO)
+	$(call see_venv,$(VIDEO))
+	$(VIDEO)/bin/pip install --quiet --no-deps -r requirements-video.txt
+	site=$$($(VIDEO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	$(VIDEO)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+test-video: $(VIDEO)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VIDEO)/bin/python -m pytest tests/test_video_processors.py
 
 # The site is built without importing the package, so its environment needs nothing else.
 $(DOCS)/.installed: requirements-docs.txt

@@ -26,9 +26,13 @@ FAMILIES = {
     "llava": ("LLaVA-1.5", "1", "a row is an image"),
     "llava_next": ("LLaVA-NeXT", "1", "anyres, unpadded; a row is the thumbnail or the large image; newlines"),
     "llava_onevision": ("LLaVA-OneVision", "1", "anyres for single images; newlines; a video's row is a frame"),
-    "qwen2_vl": ("Qwen2-VL", "3", "dynamic resolution; a row is an image or a video"),
-    "qwen2_5_vl": ("Qwen2.5-VL", "3", "dynamic resolution; a row is an image or a video"),
-    "qwen3_vl": ("Qwen3-VL", "3", "dynamic resolution; deepstack features are reduced too; a video's row is a frame"),
+    "qwen2_vl": ("Qwen2-VL", "3", "dynamic resolution; a video's row is a pair of frames"),
+    "qwen2_5_vl": ("Qwen2.5-VL", "3", "dynamic resolution; a video's row is a pair of frames"),
+    "qwen3_vl": (
+        "Qwen3-VL",
+        "3",
+        "dynamic resolution; deepstack features are reduced too; a video's row is a pair of frames",
+    ),
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
@@ -57,13 +61,6 @@ HOLES = {
     "both; its processor takes neither text-only samples nor conversations. Not registered",
     "compact positions on Qwen-VL": "with three position axes, renumbering a shortened sequence would change what "
     "positions mean; with both values of `positions`, each token keeps its own",
-    "videos in `DualSpeedTrainer`": "TRL's vision collator has no video column. `prune_inputs` takes videos, and the "
-    "fast and the slow step run on batches with videos from a collator of your own",
-    "videos of InternVL and SmolVLM": "the model gets them as images. Not tested: their processors need torchvision, "
-    "which is not installed here",
-    "video processors": "they need torchvision as well; the tests build their output by hand",
-    "a budget per frame on Qwen2-VL and Qwen2.5-VL": "all frames of a video are one row there: `crop` and `image` "
-    "both mean the whole video. On Qwen3-VL and LLaVA-OneVision, `crop` is a frame and `image` the video",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
@@ -134,6 +131,24 @@ The tables give the number of tests that passed, in bold if one failed. `-` mean
 has the reason. The reducer `none` has no column: it keeps everything, which is what the first test checks.
 """
 
+VIDEOS = """\
+## Videos
+
+`make test-video` trains and runs tiny models on clips with the stock processors, in an environment that has
+torchvision (`tests/test_video_processors.py`): fast, slow and teacher passes, padded and packed, on rows of clips, of
+clips and images, and of text; each budget; the saved model and its processor.
+
+| `model_type` | a row of features, which `budget: crop` applies to | in the text |
+|---|---|---|
+| `llava_onevision` | a frame | the frames of a clip follow one another, then a newline |
+| `qwen2_vl`, `qwen2_5_vl` | two frames, merged by the tower | the pairs of a clip follow one another |
+| `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
+
+`budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. Other families do not
+train on videos yet; a row with one is refused if the processor takes none.
+
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,8 +186,18 @@ def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
     versions = {name: version(name) for name in ("transformers", "torch")} | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
     lines = [INTRODUCTION.format(families="\n".join(families), learned="\n".join(learned_rows()), **versions)]
     lines += matrix(outcomes, reducers, videos=False)
-    lines += ["", "With videos, without the trainer:", "", *matrix(outcomes, reducers, videos=True), ""]
-    lines += ["## What does not work or was not tested", "", "| what | why |", "|---|---|"]
+    by_hand = "With videos, put together by hand and without the trainer:"
+    lines += [
+        "",
+        by_hand,
+        "",
+        *matrix(outcomes, reducers, videos=True),
+        "",
+        VIDEOS + "## What does not work or was not tested",
+        "",
+        "| what | why |",
+        "|---|---|",
+    ]
     lines += [f"| {what} | {why} |" for what, why in HOLES.items()]
     return "\n".join(lines) + "\n"
 

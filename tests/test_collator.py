@@ -12,7 +12,7 @@ from PIL import Image
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade import SaccadeError
-from saccade.data.conversation import place_images
+from saccade.data.conversation import place_media
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
 from saccade.dualspeed.engines import DummyImageCollator
@@ -165,12 +165,12 @@ def test_no_image_at_all():
 )
 def test_tags_that_do_not_match(content, images, message):
     with pytest.raises(SaccadeError, match=message):
-        place_images([{"role": "user", "content": content}], images)
+        place_media([{"role": "user", "content": content}], images)
 
 
 def test_images_without_a_user_message():
     with pytest.raises(SaccadeError, match="no user message"):
-        place_images([{"role": "assistant", "content": "a"}], 1)
+        place_media([{"role": "assistant", "content": "a"}], 1)
 
 
 def test_single_image_column():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.data.conversation import IMAGE_TAG, as_parts, convert, image_count
+from saccade.data.conversation import IMAGE_TAG, as_parts, convert, media_count
 from saccade.errors import RecordError
 
 words = st.text(alphabet="ab c.\n", min_size=0, max_size=12)
@@ -47,7 +47,7 @@ def test_llava_records(turns, system, greeting, single):
 @given(question=questions())
 def test_parts_keep_the_words_and_the_places_of_images(question):
     parts = as_parts({"role": "user", "content": question})["content"]
-    assert image_count({"content": parts}) == question.count(IMAGE_TAG)
+    assert media_count({"content": parts}, "image") == question.count(IMAGE_TAG)
     pieces = [""]
     for part in parts:
         if part["type"] == "image":
@@ -133,6 +133,7 @@ def test_chat_records():
         "prompt": [ASKED],
         "completion": [ANSWERED],
         "images": [],
+        "videos": [],
     }
 
 

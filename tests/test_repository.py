@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE = ("benchmarks", "experiments")
 SCRIPTS = sorted(path for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py"))
 
-BOTTOM = {"errors", "files", "companions", "images", "interfaces", "late", "values"}
+BOTTOM = {"errors", "files", "companions", "images", "interfaces", "late", "values", "videos"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interfaces": {"errors"},
     "late": set(),
     "values": {"errors"},
+    "videos": {"errors", "images"},
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
@@ -63,6 +64,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "images": {"torch", "transformers", "trl"},
     "interfaces": {"torch", "transformers", "trl"},
     "values": {"torch", "transformers", "trl"},
+    "videos": {"torch", "transformers", "trl"},
     "data": {"torch", "transformers", "trl", "peft"},
     "tokens": {"transformers", "trl", "peft"},
     "reducers": {"transformers", "trl", "peft"},

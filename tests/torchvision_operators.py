@@ -1,8 +1,10 @@
-"""Makes torchvision importable with the CPU build of torch: vLLM's LLaVA imports it, but uses none of its operators.
+"""Makes torchvision importable with the CPU build of torch: vLLM's LLaVA and transformers' video processors import it,
+but use none of its operators.
 
 PyPI's torchvision is built for CUDA. Its compiled part does not load with the CPU build of torch, which torchvision
 ignores silently; it then refers to two operators that the compiled part would have declared. Here they are declared.
-`make test-serve` puts this file into its own environment, where a `.pth` file imports it first.
+`make test-serve` and `make test-video` put this file into environments of their own, where a `.pth` file imports it
+first.
 """
 
 import torch

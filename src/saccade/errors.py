@@ -45,6 +45,11 @@ class RecordError(SaccadeError):
         "decompression_bomb",
         "aspect_ratio",
         "value_range",
+        "missing_video",
+        "not_a_video",
+        "truncated_video",
+        "no_frames",
+        "no_video",
         "too_long",
     )
 
@@ -68,6 +73,7 @@ EXTRAS = {
     "wandb": "track",
     "trackio": "track",
     "vllm": "vllm",
+    "av": "video",
 }
 """Optional packages and the extra that installs them, as in `pip install "saccade[EXTRA]"`."""
 

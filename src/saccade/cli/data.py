@@ -16,13 +16,17 @@ SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["check"], metavar="check", help="read every row and decode every image")
+    parser.add_argument("action", choices=["check"], metavar="check", help="read every row, image and video")
     parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
     parser.add_argument("--format", metavar="NAME", help="llava, chat or auto (default: auto)")
-    parser.add_argument("--image-folder", metavar="A,B", help="where images are (default: the data file's folder)")
+    parser.add_argument(
+        "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
+    )
     parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
     parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
+    parser.add_argument("--video-frames", type=int, metavar="N", help="most frames taken of a video (default: 32)")
+    parser.add_argument("--video-fps", type=float, metavar="N", help="frames taken per second (default: as many)")
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
     add_pruning_flags(parser, "as the recipe says, or a ratio of 0.9", ("prune_ratio", "keep_tokens", "fit_length"))
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
@@ -74,6 +78,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "dataset_split": args.split,
         "dataset_rows": args.rows,
         "max_image_pixels": args.max_image_pixels,
+        "video_frames": args.video_frames,
+        "video_fps": args.video_fps,
         "model": args.model,
         "max_length": args.max_length,
     }
@@ -83,7 +89,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _show(report: dict[str, Any]) -> None:
     from saccade.report.tables import print_table
 
-    names = ("checked", "images", "text_only", "turns", "bad")
+    names = ("checked", "images", "videos", "frames", "text_only", "turns", "bad")
     print_table("", ["records", *names], [[report["records"], *(report[name] for name in names)]])
     tokens = report["tokens"]
     if tokens and tokens["full"]:
@@ -103,8 +109,8 @@ def _show(report: dict[str, Any]) -> None:
     if report["ignored"]:
         named = ", ".join(f"{name} ({count} rows)" for name, count in report["ignored"].items())
         print(f"ignored fields: {named}")
-    if report["checked"] and not report["images"]:
-        print("no row has an image: there is nothing to prune")
+    if report["checked"] and not report["images"] and not report["videos"]:
+        print("no row has an image or a video: there is nothing to prune")
     for entry in report["bad_records"][:SHOWN]:
         print(f"{entry['record']}: {entry['reason']}")
     if report["bad"] > SHOWN:

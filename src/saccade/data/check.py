@@ -1,4 +1,4 @@
-"""Read every row and every image of a dataset before a training run does, and report what is bad."""
+"""Read every row, image and video of a dataset before a training run does, and report what is bad."""
 
 import os
 import signal
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from saccade.data.fields import fields_left_aside
-from saccade.data.lengths import TokenCounter, check_words, row_text
+from saccade.data.lengths import ClipShape, Shape, TokenCounter, check_words, row_text
 from saccade.data.sources import Source
 from saccade.errors import RecordError, SaccadeError
 from saccade.images import MAX_PIXELS, open_image
+from saccade.videos import Sampling, open_video
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _CHUNK = 64
@@ -33,6 +34,8 @@ class Findings:
 
     checked: int = 0
     images: int = 0
+    videos: int = 0
+    frames: int = 0
     text_only: int = 0
     turns: int = 0
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -44,7 +47,7 @@ class Findings:
 
     def add(self, other: "Findings") -> None:
         """Add what was found in other rows."""
-        for name in ("checked", "images", "text_only", "turns", "visual"):
+        for name in ("checked", "images", "videos", "frames", "text_only", "turns", "visual"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.ignored.update(other.ignored)
         for name in ("bad", "full", "shortened", "lost"):
@@ -58,11 +61,12 @@ def check_sources(
     jobs: int = 1,
     max_length: int | None = None,
     padded: bool = False,
+    sampling: Sampling | None = None,
     start: Callable[[int], None] | None = None,
     progress: Callable[[int], None] | None = None,
     counts: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Read all rows, decode all images, and report.
+    """Read all rows, decode all images and the frames that training takes of videos, and report.
 
     Args:
         sources: what to read.
@@ -71,13 +75,15 @@ def check_sources(
         jobs: number of processes that read in parallel; fewer are used if there is little to read.
         max_length: longest full sequence that training does not truncate.
         padded: whether training pads images to a square, whose size then counts.
+        sampling: which frames training takes of a video.
         start: called with the number of rows before the first is read.
         progress: called with the number of rows just read.
         counts: how many rows of each source to read from the start; all by default.
 
     Returns:
         `complete`, false after an interruption, which ends the check early; `records`, the number of rows; `checked`;
-        `images`, `text_only` and `turns` (answers) of the good rows; `bad`, the number of bad rows; `bad_by_kind`;
+        `images`, `videos`, `frames` taken of these, `text_only` and `turns` (answers) of the good rows; `bad`, the
+        number of bad rows; `bad_by_kind`;
         `ignored`, fields that are not read, with the number of rows that have them; `bad_records`, a list of
         {`record`, `source`, `index` from 0, `kind`, `reason`} in order; `tokens`, None without a counter, else the
         number of `visual` tokens, the percentiles of the lengths `full` and `shortened`, and the number of rows that
@@ -101,7 +107,7 @@ def check_sources(
         for first in range(0, count, _CHUNK)
     ]
     jobs = max(1, min(jobs, len(chunks)))
-    results = _results(_Reader(list(sources), counter, max_pixels, padded), chunks, jobs)
+    results = _results(_Reader(list(sources), counter, max_pixels, padded, sampling), chunks, jobs)
     try:
         for part in results:
             found.add(part)
@@ -119,6 +125,8 @@ def check_sources(
         "records": records,
         "checked": found.checked,
         "images": found.images,
+        "videos": found.videos,
+        "frames": found.frames,
         "text_only": found.text_only,
         "turns": found.turns,
         "bad": len(found.bad),
@@ -139,6 +147,7 @@ class _Reader:
     counter: TokenCounter | None
     max_pixels: int
     padded: bool
+    sampling: Sampling | None
 
     def read(self, chunk: Chunk) -> Findings:
         found = Findings()
@@ -157,9 +166,12 @@ class _Reader:
         record = source.record(index)
         found.ignored.update(fields_left_aside(record))
         row = source.row(record)
-        sizes = [open_image(image, self.max_pixels, self.padded).size for image in row["images"]]
+        sizes: list[Shape] = [open_image(image, self.max_pixels, self.padded).size for image in row["images"]]
+        # One clip is in memory at a time.
+        clips = [ClipShape.of(open_video(video, self.sampling, self.max_pixels)) for video in row["videos"]]
         messages = row["messages"] if "messages" in row else row["completion"]
         if self.counter is not None:
+            sizes += clips
             check_words(row, self.counter.processor, self.counter.placeholder_id)
             text = self.counter.text_tokens(row_text(row))
             self.counter.check_fits(text, sizes)
@@ -167,9 +179,11 @@ class _Reader:
             found.lost.append(self.counter.lost(text, sizes))
             found.full.append(full)
             found.shortened.append(shortened)
-            found.visual += sum(self.counter.image_tokens(size)[1] for size in sizes)
-        found.images += len(sizes)
-        found.text_only += not sizes
+            found.visual += sum(self.counter.tokens(size)[1] for size in sizes)
+        found.images += len(row["images"])
+        found.videos += len(clips)
+        found.frames += sum(len(clip.times) for clip in clips)
+        found.text_only += not row["images"] and not clips
         found.turns += sum(message["role"] == "assistant" for message in messages)
 
 

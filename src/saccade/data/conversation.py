@@ -1,5 +1,6 @@
-"""Convert records to chat messages with images: LLaVA conversations, `messages`, `prompt` and `completion`."""
+"""Convert records to chat messages with images and videos: LLaVA conversations, messages, prompt and completion."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ from saccade.data.fields import check_message_fields, check_row_fields, check_te
 from saccade.errors import RecordError
 
 IMAGE_TAG = "<image>"
+VIDEO_TAG = "<video>"
+TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
+"""Where an image or a video stands in a text."""
 FORMATS = ("auto", "llava", "chat")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
@@ -15,15 +19,20 @@ Message = dict[str, Any]
 
 
 def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
-    """Convert a record to chat messages and a list of its images. The same record always gives the same result.
+    """Convert a record to chat messages and lists of its images and videos. The same record always gives the same
+    result.
+
+    LLaVA's records may mark a video by `<image>`, as LLaVA-Video's do: if a record has videos and no images, these
+    tags stand for its videos.
 
     Args:
-        record: with `conversations` and optionally `image` (LLaVA), or with `messages`, or `prompt` and `completion`,
-            and optionally `images`.
+        record: with `conversations` and optionally `image` or `video` (LLaVA), or with `messages`, or `prompt` and
+            `completion`, and optionally `images` and `videos`. A part of a message of type "video" may contain the
+            video itself, as its "video".
         form: "llava", "chat", or "auto" to infer it from the record's fields.
 
     Returns:
-        `messages`, or `prompt` and `completion`: lists of {"role", "content"}; and `images`, a list.
+        `messages`, or `prompt` and `completion`: lists of {"role", "content"}; and `images` and `videos`, lists.
 
     Raises:
         RecordError: if the record has none of these forms, or cannot be trained on.
@@ -34,12 +43,15 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             "a row has the field 'chat_template_kwargs', which is only read from datasets passed in Python: remove it",
             "field",
         )
+    videos, inside = videos_of(record), []
     if form == "llava" or (form == "auto" and "conversations" in record):
         row: dict[str, Any] = {"messages": _llava_messages(record.get("conversations"))}
+        if videos and not images_of(record):
+            row["messages"] = [_with_video_tags(message) for message in row["messages"]]
     elif record.get("messages") is not None:
-        row = {"messages": _chat_messages(record["messages"], "messages")}
+        row = {"messages": _chat_messages(record["messages"], "messages", inside)}
     elif record.get("prompt") is not None:
-        row = {name: _chat_messages(record.get(name), name) for name in ("prompt", "completion")}
+        row = {name: _chat_messages(record.get(name), name, inside) for name in ("prompt", "completion")}
     else:
         raise RecordError(
             f"this has no 'messages' list, only {sorted(record)}: each row needs 'conversations', or 'messages', or "
@@ -47,12 +59,20 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
         )
     first = next(iter(row))
     row[first] = with_system_prompt(row[first], system_prompt(record))
-    row["images"] = images_of(record)
+    if videos and inside:
+        raise RecordError("a row has videos both in 'videos' and in its messages: keep one of them", "content_part")
+    row["images"], row["videos"] = images_of(record), videos or inside
     _check_answers(row["messages"] if "messages" in row else row["completion"])
     for name in ("messages", "prompt"):
         if name in row:
-            place_images(row[name], len(row["images"]))
+            place_media(row[name], len(row["images"]), len(row["videos"]))
     return row
+
+
+def _with_video_tags(message: Message) -> Message:
+    """A message of a row without images: an image tag can only stand for a video."""
+    content = message["content"]
+    return message if VIDEO_TAG in content else {**message, "content": content.replace(IMAGE_TAG, VIDEO_TAG)}
 
 
 def _llava_messages(turns: Any) -> list[Message]:
@@ -74,17 +94,31 @@ def _llava_messages(turns: Any) -> list[Message]:
     return messages
 
 
-def _chat_messages(messages: Any, name: str) -> list[Message]:
+def _chat_messages(messages: Any, name: str, videos: list[Any]) -> list[Message]:
+    """The messages of a column; the videos that their parts contain are appended to `videos`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
     checked = []
     for message in messages:
-        whole = checked_message(message)
+        whole = checked_message(_without_videos(message, videos))
         if whole.get("tool_calls"):
             # Tool calls get no labels, so such an answer would only teach its end token.
             raise RecordError("'tool_calls' are not learned: write the call into the content, or remove the row")
         checked.append({name: whole[name] for name in ("role", "content")})
     return checked
+
+
+def _without_videos(message: Any, videos: list[Any]) -> Any:
+    """The message with its videos moved from its parts to `videos`, in order."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    parts = []
+    for part in message["content"]:
+        if isinstance(part, Mapping) and part.get("type") == "video" and part.get("video") is not None:
+            videos.append(part["video"])
+            part = {name: value for name, value in part.items() if name != "video"}
+        parts.append(part)
+    return {**message, "content": parts}
 
 
 def checked_message(message: Any) -> Message:
@@ -143,12 +177,12 @@ def _part(part: Any) -> dict[str, Any]:
         raise RecordError(f"a content is a text or a list of parts with a 'type', found {str(part)[:80]}")
     part = {name: value for name, value in part.items() if value is not None}
     kind = part.get("type")
-    if kind not in ("text", "image"):
-        raise RecordError(f"a part of a content has the type {kind!r}: use 'text' or 'image'", "content_part")
+    if kind not in ("text", *TAGS):
+        raise RecordError(f"a part of a content has the type {kind!r}: use 'text', 'image' or 'video'", "content_part")
     allowed = {"type", "text"} if kind == "text" else {"type"}
     others = sorted(str(name) for name in part if name not in allowed)
     if others:
-        fix = "give images in the row's 'images', by path or as bytes" if kind == "image" else "remove it"
+        fix = f"give {kind}s in the row's '{kind}s', by path or as bytes" if kind in TAGS else "remove it"
         raise RecordError(f"a part of type {kind!r} has the field {others[0]!r}: {fix}", "content_part")
     if kind == "text":
         text = part.get("text")
@@ -164,13 +198,26 @@ def images_of(record: Mapping[str, Any]) -> list[Any]:
     Raises:
         RecordError: if it has both.
     """
-    given = [name for name in ("images", "image") if is_given(record.get(name))]
+    return _media_of(record, "image")
+
+
+def videos_of(record: Mapping[str, Any]) -> list[Any]:
+    """A record's `videos`, or its single `video`, as a list. A video may be a list itself, of its frames.
+
+    Raises:
+        RecordError: if it has both.
+    """
+    return _media_of(record, "video")
+
+
+def _media_of(record: Mapping[str, Any], kind: str) -> list[Any]:
+    given = [name for name in (f"{kind}s", kind) if is_given(record.get(name))]
     if len(given) > 1:
-        raise RecordError("a row has both 'images' and 'image': keep one of them")
+        raise RecordError(f"a row has both '{kind}s' and '{kind}': keep one of them")
     if not given:
         return []
-    images = record[given[0]]
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+    media = record[given[0]]
+    return list(media) if isinstance(media, (list, tuple)) else [media]
 
 
 def _check_answers(messages: list[Message]) -> None:
@@ -180,8 +227,18 @@ def _check_answers(messages: list[Message]) -> None:
     for answer in answers:
         if not text_of(answer).strip():
             raise RecordError("an answer is empty: write one, or remove the row", "empty_answer")
-        if image_count(answer):
-            raise RecordError(f"{IMAGE_TAG} is in an answer: move it to a question", "placeholder_count")
+        check_no_media(answer)
+
+
+def check_no_media(answer: Message) -> None:
+    """Refuse an answer with a placeholder.
+
+    Raises:
+        RecordError: naming its tag.
+    """
+    for kind, tag in TAGS.items():
+        if media_count(answer, kind):
+            raise RecordError(f"{tag} is in an answer: move it to a question", "placeholder_count")
 
 
 def text_of(message: Message) -> str:
@@ -190,54 +247,66 @@ def text_of(message: Message) -> str:
     return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
 
 
-def image_count(message: Message) -> int:
-    """The number of image placeholders in a message: tags in its text, and image parts."""
+def media_count(message: Message, kind: str) -> int:
+    """The number of placeholders of images, or of videos, in a message: tags in its text, and parts of that type."""
     parts = [] if isinstance(message["content"], str) else message["content"] or []
-    return text_of(message).count(IMAGE_TAG) + sum(part.get("type") == "image" for part in parts)
+    return text_of(message).count(TAGS[kind]) + sum(part.get("type") == kind for part in parts)
 
 
-def place_images(messages: list[Message], count: int) -> list[Message]:
-    """Turn `<image>` tags in the messages' text into image parts; messages without any are returned unchanged.
+def place_media(messages: list[Message], images: int, videos: int = 0) -> list[Message]:
+    """Turn `<image>` and `<video>` tags in the messages' text into parts; messages without any are returned unchanged.
 
     Raises:
-        RecordError: if there are tags or image parts, and their number differs from that of the images.
+        RecordError: if there are tags or parts of images or of videos, and their number differs from that of the
+            images or videos.
     """
     structured = any(isinstance(message.get("content"), list) for message in messages)
-    tags = sum(image_count(message) for message in messages)
-    if not tags and not structured:
-        if count and not any(message["role"] == "user" for message in messages):
+    counts = {"image": images, "video": videos}
+    tags = {kind: sum(media_count(message, kind) for message in messages) for kind in counts}
+    if not any(tags.values()) and not structured:
+        if any(counts.values()) and not any(message["role"] == "user" for message in messages):
+            what = " and ".join(f"{count} {kind}(s)" for kind, count in counts.items() if count)
             raise RecordError(
-                f"messages has {count} image(s) but no user message to put them before: add one", "placeholder_count"
+                f"messages has {what} but no user message to put them before: add one", "placeholder_count"
             )
         return messages
-    if tags != count:
-        raise RecordError(
-            f"messages has {tags} {IMAGE_TAG} placeholder(s) but images has {count}: give one image for each",
-            "placeholder_count",
-        )
+    for kind, count in counts.items():
+        if tags[kind] != count:
+            raise RecordError(
+                f"messages has {tags[kind]} {TAGS[kind]} placeholder(s) but {kind}s has {count}: give one {kind} for "
+                "each",
+                "placeholder_count",
+            )
     return [as_parts(message) for message in messages]
 
 
 def as_parts(message: Message) -> Message:
-    """The message with its text as a list of parts, with an image part for each `<image>` tag.
+    """The message with its text as a list of parts, with a part of its own for each `<image>` and `<video>` tag.
 
     Line breaks next to a tag are removed, since the model's chat template adds its own.
     """
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": _split(content)}
-    if not content or IMAGE_TAG not in text_of(message):
+    if not content or not _TAG.search(text_of(message)):
         return message
-    split = [_split(part["text"]) if IMAGE_TAG in str(part.get("text")) else [part] for part in content]
+    split = [_split(part["text"]) if _TAG.search(str(part.get("text"))) else [part] for part in content]
     return {**message, "content": [part for parts in split for part in parts]}
+
+
+_TAG = re.compile(f"({'|'.join(map(re.escape, TAGS.values()))})")
+_KINDS = {tag: kind for kind, tag in TAGS.items()}
 
 
 def _split(content: str) -> list[dict[str, str]]:
     parts: list[dict[str, str]] = []
-    texts = content.split(IMAGE_TAG)
+    # Texts at even places, tags at odd ones.
+    texts = _TAG.split(content)
     for position, text in enumerate(texts):
+        if position % 2:
+            parts.append({"type": _KINDS[text]})
+            continue
         if position:
-            parts.append({"type": "image"})
             text = text.lstrip("\n")
         if position < len(texts) - 1:
             text = text.rstrip("\n")

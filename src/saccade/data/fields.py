@@ -10,12 +10,12 @@ from typing import Any
 
 from saccade.errors import RecordError
 
-ROW_FIELDS = ("conversations", "messages", "prompt", "completion", "images", "image", "system", "system_prompt")
+MEDIA_FIELDS = ("images", "image", "videos", "video")
+ROW_FIELDS = ("conversations", "messages", "prompt", "completion", *MEDIA_FIELDS, "system", "system_prompt")
 """The fields of a row that are read."""
 MESSAGE_FIELDS = ("role", "content", "from", "value")
 
 REFUSED_IN_ROWS = {
-    **dict.fromkeys(("video", "videos"), "videos are not trained on: remove the row"),
     **dict.fromkeys(("audio", "audios"), "audio is not trained on: remove the row"),
     **dict.fromkeys(
         ("bbox", "bboxes", "boxes", "objects"), "boxes are not read: write them into the text, or remove the field"
@@ -34,7 +34,7 @@ REFUSED_IN_MESSAGES = {
     ),
     **dict.fromkeys(
         ("image", "images", "video", "videos", "audio", "audios"),
-        "is not read in a message: name images in the row's 'images'",
+        "is not read in a message: name images in the row's 'images', and videos in its 'videos'",
     ),
     "prefix": "is not read: remove the field",
 }
@@ -42,6 +42,7 @@ REFUSED_IN_MESSAGES = {
 WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable", "loss_mask", "mask")
 """Fields that say whether, or how strongly, a row or a message is learned."""
 
+_VIDEO_NAME = re.compile(r"\S.*\.(mp4|m4v|mov|webm|mkv|avi|mpe?g|ogv|flv|wmv)", re.IGNORECASE | re.DOTALL)
 _IMAGE_NAME = re.compile(r"(data:image/.*)|(\S.*\.(jpe?g|png|webp|gif|bmp|tiff?))", re.IGNORECASE | re.DOTALL)
 
 
@@ -65,6 +66,11 @@ def check_row_fields(record: Mapping[str, Any]) -> None:
         if name not in ROW_FIELDS and any(map(_looks_like_an_image, _entries(value))):
             raise RecordError(
                 f"a row has the field {name!r}, which looks like an image: call it 'images' or 'image', or remove it",
+                "field",
+            )
+        if name not in ROW_FIELDS and any(map(_looks_like_a_video, _entries(value))):
+            raise RecordError(
+                f"a row has the field {name!r}, which looks like a video: call it 'videos' or 'video', or remove it",
                 "field",
             )
 
@@ -149,3 +155,9 @@ def _looks_like_an_image(value: Any) -> bool:
     if isinstance(value, str):
         return _IMAGE_NAME.fullmatch(value.strip()) is not None
     return hasattr(value, "getexif")
+
+
+def _looks_like_a_video(value: Any) -> bool:
+    """Whether a value is a video's file name."""
+    value = value.get("path") if isinstance(value, Mapping) else value
+    return isinstance(value, str) and _VIDEO_NAME.fullmatch(value.strip()) is not None

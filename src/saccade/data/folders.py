@@ -1,14 +1,15 @@
-"""Image paths of data files, confined to the folders that the user named."""
+"""Paths of images and videos in data files, confined to the folders that the user named."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saccade.errors import RecordError, SaccadeError
+from saccade.videos import frame_names
 
 
 class ImageFolders:
-    """Finds images in folders and rejects paths that leave them, since a data file may be untrusted.
+    """Finds images and videos in folders and rejects paths that leave them, since a data file may be untrusted.
 
     Args:
         folders: the folders to search, in this order.
@@ -32,25 +33,40 @@ class ImageFolders:
         Raises:
             RecordError: if it is in none of the folders, or outside them.
         """
+        return self._find(name, "image", os.path.isfile)
+
+    def find_video(self, name: str) -> str | list[str]:
+        """The path of the video that a record calls `name`, or the paths of its frames if it is a folder.
+
+        Raises:
+            RecordError: if it, or a frame, is in none of the folders, or outside them.
+        """
+        path = self._find(name, "video", os.path.exists)
+        if not os.path.isdir(path):
+            return path
+        # A frame may be a link that leaves the folders.
+        return [self.find(os.path.join(name, frame)) for frame in frame_names(path)]
+
+    def _find(self, name: str, kind: str, exists: Callable[[str], bool]) -> str:
         left = False
         try:
             for folder in self.folders:
                 path = os.path.join(folder, name)
                 if not (self.allow_outside or self._is_inside(path)):
                     left = True
-                elif os.path.isfile(path):
+                elif exists(path):
                     return path
         except ValueError as error:  # a null byte in the name
-            raise RecordError(f"image {name!r} is not a path: {error}") from error
+            raise RecordError(f"{kind} {name!r} is not a path: {error}") from error
         where = ", ".join(self.folders) or "image_folder, which is empty"
         if left:
             raise RecordError(
-                f"image {name!r} leads out of the image folder {where}: name its folder in image_folder, or set "
+                f"{kind} {name!r} leads out of the image folder {where}: name its folder in image_folder, or set "
                 "allow_outside_images to true for data that you trust",
                 "outside_image_folders",
             )
         raise RecordError(
-            f"image {name!r} does not exist in {where}: correct the path or image_folder", "missing_image"
+            f"{kind} {name!r} does not exist in {where}: correct the path or image_folder", f"missing_{kind}"
         )
 
     def _is_inside(self, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -9,14 +10,39 @@ import numpy as np
 from PIL import Image
 
 from saccade.data.chat import apply_chat_template
-from saccade.data.conversation import IMAGE_TAG, checked_message, images_of, text_of, used_columns
+from saccade.data.clips import check_takes_videos, placeholder_ids, videos_kwargs
+from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import image_size
 from saccade.reducers import PruningConfig, no_room
+from saccade.videos import Clip, Sampling, video_shape
 
 Size = tuple[int, int]
-"""Width and height."""
+"""Width and height of an image."""
+
+
+@dataclass(frozen=True)
+class ClipShape:
+    """What the number of tokens of a clip depends on; see `saccade.videos.Clip`."""
+
+    size: Size
+    times: tuple[float, ...]
+    rate: float
+    duration: float
+
+    @classmethod
+    def of(cls, clip: Clip) -> "ClipShape":
+        return cls(clip.size, clip.times, clip.rate, clip.duration)
+
+    def blank(self) -> Clip:
+        """A black clip of this shape."""
+        frames = np.zeros((len(self.times), self.size[1], self.size[0], 3), dtype=np.uint8)
+        return Clip(frames, self.times, self.rate, self.duration)
+
+
+Shape = Size | ClipShape
+"""Of an image or of a clip."""
 
 # So different that a processor giving all of them the same number of tokens can be assumed to do so for any size.
 _PROBES: tuple[Size, ...] = ((640, 480), (224, 224), (1500, 500), (300, 1100))
@@ -33,6 +59,7 @@ class TokenCounter:
         isolator_length: number of tokens that fast steps put before each image.
         stop_ids: token ids at which `generate` stops, as for the collator.
         conversation: "chat" or "plain", as in training.
+        sampling: which frames are taken of a video.
     """
 
     def __init__(
@@ -43,7 +70,10 @@ class TokenCounter:
         isolator_length: int = 0,
         stop_ids: tuple[int, ...] = (),
         conversation: str = "chat",
+        sampling: Sampling | None = None,
     ) -> None:
+        self.sampling = Sampling() if sampling is None else sampling
+        self._clips: dict[ClipShape, tuple[int, int, int]] = {}
         self._writer = row_writer(processor, conversation, stop_ids)
         self.processor, self.placeholder_id = processor, placeholder_id
         self.budget, self.isolator_length = budget, isolator_length
@@ -57,6 +87,41 @@ class TokenCounter:
         self._computes = not self.fixed and all(
             self._compute(size) == tokens for size, tokens in zip(_PROBES, measured, strict=True)
         )
+
+    def tokens(self, shape: Shape) -> tuple[int, int]:
+        """Number of tokens that an image or a clip adds to the text, and its number of visual tokens.
+
+        Raises:
+            RecordError: if the processor rejects it, or takes no clips.
+        """
+        return self._clip(shape)[:2] if isinstance(shape, ClipShape) else self.image_tokens(shape)
+
+    def _clip(self, shape: ClipShape) -> tuple[int, int, int]:
+        """`tokens`, and in how many rows of features, one per frame or pair of frames, the visual ones are."""
+        if shape not in self._clips:
+            check_takes_videos(self.processor)
+            try:
+                self._clips[shape] = self._measure_clip(shape)
+            except ValueError as error:
+                raise RecordError(f"the processor refuses a video: {' '.join(str(error).split())}") from error
+        return self._clips[shape]
+
+    def _measure_clip(self, shape: ClipShape) -> tuple[int, int, int]:
+        message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}
+        text = apply_chat_template(self.processor, [message], tokenize=False)
+        inputs = self.processor(text=[text], add_special_tokens=False, **videos_kwargs([shape.blank()]))
+        ids = list(inputs["input_ids"][0])
+        visual = sum(ids.count(token) for token in placeholder_ids(self.processor, self.placeholder_id))
+        grid = inputs.get("video_grid_thw")
+        return len(ids) - len(self._ids(text)), visual, len(shape.times) if grid is None else int(grid[0][0])
+
+    def _kept(self, shape: Shape) -> int:
+        """How many visual tokens of an image or a clip the budget keeps."""
+        visual = self.tokens(shape)[1]
+        if not isinstance(shape, ClipShape) or self.budget.budget != "crop":
+            return self.budget.count(visual)
+        rows = self._clip(shape)[2]
+        return sum(self.budget.count(visual // rows + (row < visual % rows)) for row in range(rows))
 
     def image_tokens(self, size: Size) -> tuple[int, int]:
         """Number of tokens that an image of this size adds to the text, and its number of visual tokens.
@@ -95,31 +160,31 @@ class TokenCounter:
             len(self._ids(written.text[start:end])) for start, end in written.learned
         )
 
-    def lengths(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
+    def lengths(self, text_tokens: int, sizes: Sequence[Shape]) -> tuple[int, int]:
         """Length of the full sequence, and of the shortened one, which fits where the budget has a bound."""
         full, shortened = self._unbounded(text_tokens, sizes)
         return full, shortened - self.lost(text_tokens, sizes)
 
-    def lost(self, text_tokens: int, sizes: Sequence[Size]) -> int:
+    def lost(self, text_tokens: int, sizes: Sequence[Shape]) -> int:
         """How many visual tokens the budget's `fit_length` takes of a row."""
         bound = self.budget.fit_length
         return 0 if bound is None else max(0, self._unbounded(text_tokens, sizes)[1] - bound)
 
-    def _unbounded(self, text_tokens: int, sizes: Sequence[Size]) -> tuple[int, int]:
+    def _unbounded(self, text_tokens: int, sizes: Sequence[Shape]) -> tuple[int, int]:
         """`lengths` without a bound."""
         full = shortened = text_tokens
         for size in sizes:
-            added, visual = self.image_tokens(size)
+            added, visual = self.tokens(size)
             full += added
-            shortened += added - visual + self.budget.count(visual) + self.isolator_length
+            shortened += added - visual + self._kept(size) + self.isolator_length
         return full, shortened
 
-    def check_fits(self, text_tokens: int, sizes: Sequence[Size]) -> None:
+    def check_fits(self, text_tokens: int, sizes: Sequence[Shape]) -> None:
         """Refuse a row that cannot fit under the budget's `fit_length`."""
         if self.budget.fit_length is None:
             return
         for size in sizes:
-            added, visual = self.image_tokens(size)
+            added, visual = self.tokens(size)
             text_tokens += added - visual
         reason = no_room(text_tokens, len(sizes), self.isolator_length, self.budget.fit_length)
         if reason is not None:
@@ -147,7 +212,7 @@ def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, s
     """Estimate the number of tokens of each row: its text by a cost per character and per message, plus its images.
 
     The costs are fitted to the exact counts of a few hundred rows. Unusable rows count as one token. Image files are
-    opened, for their headers, only if the number of visual tokens depends on the size of an image.
+    opened, for their headers, only if the number of visual tokens depends on the size of an image; videos always are.
     """
     texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros for unusable rows
     images: list[int] = []
@@ -182,9 +247,9 @@ def check_words(row: Mapping[str, Any], processor: Any, placeholder_id: int) -> 
     tokenizer = processor.tokenizer
     places = {tokenizer.convert_ids_to_tokens(placeholder_id)}
     places |= {getattr(processor, name, None) for name in ("image_token", "video_token")}
-    # `<image>` marks images in records, and is counted elsewhere.
-    places -= {None, IMAGE_TAG}
-    control = _special_tokens(tokenizer) - places - {IMAGE_TAG}
+    # `<image>` and `<video>` mark images and videos in records, and are counted elsewhere.
+    places -= {None, *TAGS.values()}
+    control = _special_tokens(tokenizer) - places - set(TAGS.values())
     for message in _messages(row):
         text = text_of(message)
         for word in sorted(places):
@@ -211,7 +276,7 @@ def _special_tokens(tokenizer: Any) -> frozenset[str]:
 def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
     """The conversation of a row, without its pixels."""
     texts = {name: row[name] for name in used_columns(row) if row.get(name)}
-    return {**texts, "images": [None] * len(images_of(row))}
+    return {**texts, "images": [None] * len(images_of(row)), "videos": [None] * len(videos_of(row))}
 
 
 def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
@@ -219,7 +284,11 @@ def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool)
     if row.get("fault"):
         return (0, 0, 0), 0
     try:
-        sizes = [_PROBES[0] if counter.fixed else image_size(image) for image in images_of(row)]
+        sizes: list[Shape] = [_PROBES[0] if counter.fixed else image_size(image) for image in images_of(row)]
+        for video in videos_of(row):
+            count, size = video_shape(video, counter.sampling)
+            # Their number is the same, whenever they are shown.
+            sizes.append(ClipShape(size, tuple(map(float, range(count))), 1.0, float(count)))
         visual = counter.lengths(0, sizes)[int(shortened)]
         messages = [checked_message(message) for message in _messages(row)]
     except RecordError:

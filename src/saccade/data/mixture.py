@@ -27,10 +27,12 @@ from saccade.data.sources import (
 from saccade.errors import RecordError, SaccadeError
 
 _NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
+_FILE = {"bytes": Value("binary"), "path": Value("string")}
 _PACKED = Features(
     {
         "row": Value("string"),
-        "images": List({"bytes": Value("binary"), "path": Value("string")}),
+        "images": List(_FILE),
+        "videos": List({**_FILE, "frames": List(_FILE), "fps": Value("float64")}),
         "record": Value("string"),
         "fault": Value("string"),
         "kind": Value("string"),
@@ -48,7 +50,8 @@ class SourceOptions:
         format: "llava" for rows with `conversations`, "chat" for rows with `messages`, or "auto".
         weight: how often its rows are drawn, relative to the other sources.
         rows: use only this many rows from the start; all by default.
-        image_folder: folder, or several, that image paths are relative to; by default that of the data file.
+        image_folder: folder, or several, that paths of images and videos are relative to; by default that of the data
+            file.
         split: the split to read, if there are several.
     """
 
@@ -216,9 +219,11 @@ def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:
 
 def _pack(row: Row) -> Row:
     """The row in columns that have the same types for all sources, with its messages as JSON."""
-    extras = ("images", "record", "fault", "kind")
-    images = [{"bytes": None, "path": image} if isinstance(image, str) else image for image in row["images"]]
-    packed = {name: row[name] for name in extras} | {"images": images}
+    extras = ("images", "videos", "record", "fault", "kind")
+    images, videos = [[_packed(item) for item in row[name]] for name in ("images", "videos")]
+    videos = [{**video, "frames": [_packed(frame) for frame in video.get("frames", ())]} for video in videos]
+    videos = [{"bytes": None, "path": None, "fps": None, **video} for video in videos]
+    packed = {name: row[name] for name in extras} | {"images": images, "videos": videos}
     try:
         return {**packed, "row": json.dumps({name: row[name] for name in row if name not in extras})}
     except (TypeError, ValueError) as error:
@@ -228,5 +233,19 @@ def _pack(row: Row) -> Row:
 
 
 def _unpack(row: Row) -> Row:
-    images = [image["path"] if image["bytes"] is None else image for image in row["images"]]
-    return {**json.loads(row["row"]), "images": images, **{name: row[name] for name in ("record", "fault", "kind")}}
+    images = [_unpacked(image) for image in row["images"]]
+    videos = []
+    for video in row["videos"]:
+        frames, rate = [_unpacked(frame) for frame in video["frames"] or ()], video["fps"]
+        single = _unpacked({name: video[name] for name in ("bytes", "path")})
+        videos.append({"frames": frames, **({} if rate is None else {"fps": rate})} if single is None else single)
+    kept = {name: row[name] for name in ("record", "fault", "kind")}
+    return {**json.loads(row["row"]), "images": images, "videos": videos, **kept}
+
+
+def _packed(item: Any) -> Any:
+    return {"bytes": None, "path": item} if isinstance(item, str) else item
+
+
+def _unpacked(item: Mapping[str, Any]) -> Any:
+    return item["path"] if item["bytes"] is None else item

@@ -1,4 +1,4 @@
-"""Rows as in LLaVA's stage one: image, caption, line break; no roles, no instruction, no end-of-turn token."""
+"""Rows as in LLaVA's stage one: image or video, caption, line break; no roles, instruction or end-of-turn token."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from saccade.data.chat import apply_chat_template
-from saccade.data.conversation import images_of, text_of, used_columns
+from saccade.data.conversation import images_of, text_of, used_columns, videos_of
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.errors import RecordError, SaccadeError
 
@@ -38,7 +38,7 @@ def row_writer(
 
 @dataclass(frozen=True)
 class PlainWriter:
-    """Writes rows with one or more images and one answer, the caption. The user's text is left out.
+    """Writes rows with images or videos and one answer, the caption. The user's text is left out.
 
     The caption and the line break are learned.
 
@@ -52,19 +52,22 @@ class PlainWriter:
         """The text of a row with `messages`, or with `prompt` and `completion`.
 
         Raises:
-            RecordError: if it has no image, or not one answer.
+            RecordError: if it has neither an image nor a video, or not one answer.
         """
         columns = [row.get(name) or [] for name in used_columns(row)]
         if any(isinstance(column, str) for column in columns):
             raise RecordError("conversation='plain' needs messages, but this is plain text already: use 'chat'")
         answers = [message for column in columns for message in column if message["role"] == "assistant"]
-        images = len(images_of(row))
-        if len(answers) != 1 or not images:
+        images, videos = len(images_of(row)), len(videos_of(row))
+        if len(answers) != 1 or not images + videos:
             raise RecordError(
-                f"conversation='plain' takes rows of images and one answer, the caption, but this has {images} "
-                f"image(s) and {len(answers)} answers: remove it, or use conversation='chat'"
+                f"conversation='plain' takes rows of images or videos and one answer, the caption, but this has "
+                f"{images} image(s), {videos} video(s) and {len(answers)} answers: remove it, or use "
+                "conversation='chat'"
             )
         before = self._start + self._image * images
+        if videos:
+            before += self._place("video") * videos
         caption = f"{text_of(answers[0])}\n"
         return TrainingText(before + caption, ((len(before), len(before + caption)),))
 
@@ -74,11 +77,14 @@ class PlainWriter:
 
     @cached_property
     def _image(self) -> str:
-        """What the chat template prints for an image, without surrounding whitespace."""
+        return self._place("image")
+
+    def _place(self, kind: str) -> str:
+        """What the chat template prints for an image or a video, without surrounding whitespace."""
         text = {"type": "text", "text": _WORD}
         without, shown = (
             apply_chat_template(self.processor, [{"role": "user", "content": content}], tokenize=False)
-            for content in ([text], [{"type": "image"}, text])
+            for content in ([text], [{"type": kind}, text])
         )
         pairs = enumerate(zip(without, shown, strict=False))
         start = next((place for place, (one, other) in pairs if one != other), len(without))

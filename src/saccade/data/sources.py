@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 from saccade.data.conversation import convert
+from saccade.data.fields import MEDIA_FIELDS
 from saccade.data.folders import ImageFolders
 from saccade.data.records import RecordFile, parse, stream_records
 from saccade.data.stamps import FileStamps
@@ -16,8 +17,8 @@ PROBED = 100
 """How many rows to try to find a usable one. If none is usable, the options are wrong rather than the rows."""
 
 Row = dict[str, Any]
-"""`messages`, or `prompt` and `completion`; `images`; `record`, its location in the file; and `fault` with `kind`, why
-it is unusable, both None if it is usable."""
+"""`messages`, or `prompt` and `completion`; `images` and `videos`; `record`, its location in the file; and `fault`
+with `kind`, why it is unusable, both None if it is usable."""
 
 
 class Source(Protocol):
@@ -162,16 +163,17 @@ def faulty_row(columns: tuple[str, ...], record: str, error: RecordError) -> Row
     # Has the columns of a usable row, since trainers inspect the first row to determine the format.
     roles = ["user" if name == "prompt" else "assistant" for name in columns]
     empty: Row = {name: [{"role": role, "content": ""}] for name, role in zip(columns, roles, strict=True)}
-    return {**empty, "images": [], "record": record, "fault": str(error), "kind": error.kind}
+    return {**empty, "images": [], "videos": [], "record": record, "fault": str(error), "kind": error.kind}
 
 
 def found(row: Row, folders: ImageFolders) -> Row:
-    """The row with the paths of its images looked up.
+    """The row with the paths of its images and videos looked up.
 
     Raises:
         RecordError: if one is missing or outside the folders.
     """
-    return {**row, "images": [_found(image, folders) for image in row["images"]]}
+    images = [_found(image, folders) for image in row["images"]]
+    return {**row, "images": images, "videos": [_found_video(video, folders) for video in row["videos"]]}
 
 
 def _found(image: Any, folders: ImageFolders) -> Any:
@@ -186,12 +188,33 @@ def _found(image: Any, folders: ImageFolders) -> Any:
     raise RecordError(f"an image is a path, or has 'bytes' or a 'path', found {str(image)[:80]}")
 
 
+def _found_video(video: Any, folders: ImageFolders) -> Any:
+    """A path, or a dict with "bytes", or one with "frames", images that `_found` returns, and perhaps their "fps"."""
+    if isinstance(video, (list, tuple)):
+        video = {"frames": video}
+    if isinstance(video, str):
+        path = folders.find_video(video)
+        return path if isinstance(path, str) else {"frames": path}
+    if isinstance(video, Mapping):
+        rate = {} if video.get("fps") is None else {"fps": video["fps"]}
+        if isinstance(video.get("frames"), (list, tuple)):
+            return {"frames": [_found(frame, folders) for frame in video["frames"]], **rate}
+        if isinstance(video.get("bytes"), bytes):
+            return {"bytes": video["bytes"], "path": video.get("path")}
+        if video.get("bytes") is None and isinstance(video.get("path"), str):
+            found = _found_video(video["path"], folders)
+            return {**found, **rate} if isinstance(found, dict) else found
+    raise RecordError(
+        f"a video is a path, a list of frames, or has 'path', 'bytes' or 'frames', found {str(video)[:80]}"
+    )
+
+
 def _columns(source: Source) -> tuple[str, ...]:
     """The columns of the first usable row."""
     faults = []
     for index in range(min(len(source), PROBED)):
         try:
-            return tuple(name for name in source.read(index) if name != "images")
+            return tuple(name for name in source.read(index) if name not in MEDIA_FIELDS)
         except RecordError as error:
             faults.append(f"{source.name(index)}: {error}")
     if len(faults) == PROBED:
@@ -202,7 +225,7 @@ def _columns(source: Source) -> tuple[str, ...]:
 def _check_columns(row: Row, columns: tuple[str, ...]) -> None:
     if columns[0] not in row:
         raise RecordError(
-            f"this row has {[name for name in row if name != 'images']}, the first one has {list(columns)}: "
+            f"this row has {[name for name in row if name not in MEDIA_FIELDS]}, the first one has {list(columns)}: "
             "a dataset that mixes rows with 'messages' and rows with 'prompt' and 'completion' is two datasets"
         )
 
@@ -243,7 +266,7 @@ def stream_source(
     for record, raw in _stream(path, split, shard, shards):
         try:
             row = found(convert(parse(raw) if isinstance(raw, bytes) else raw, form), folders)
-            columns = columns or tuple(name for name in row if name != "images")
+            columns = columns or tuple(name for name in row if name not in MEDIA_FIELDS)
             _check_columns(row, columns)
             yield {**row, "record": record, "fault": None, "kind": None}
         except RecordError as error:

@@ -7,13 +7,15 @@ from typing import Any
 
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import (
-    IMAGE_TAG,
+    TAGS,
     Message,
     as_parts,
+    check_no_media,
     checked_message,
-    image_count,
     images_of,
+    media_count,
     used_columns,
+    videos_of,
 )
 from saccade.errors import RecordError
 
@@ -76,7 +78,7 @@ class TurnWriter:
         return self._conversation([*prompt, *completion], row, learned_from=len(prompt))
 
     def _conversation(self, given: Sequence[Message], row: Mapping[str, Any], learned_from: int) -> TrainingText:
-        messages = with_places(given, len(images_of(row)))
+        messages = with_places(given, len(images_of(row)), len(videos_of(row)))
         turns = [number for number in range(learned_from, len(messages)) if messages[number]["role"] == "assistant"]
         for number in turns:
             messages[number] = _stripped(messages[number])
@@ -184,21 +186,24 @@ def is_plain_text(row: Mapping[str, Any]) -> bool:
     return not row.get("fault") and not any(isinstance(row.get(name), list) for name in used_columns(row))
 
 
-def with_places(messages: Sequence[Message], images: int) -> list[Message]:
-    """The messages as parts, with a part per image: before the first question unless tags say otherwise."""
+def with_places(messages: Sequence[Message], images: int, videos: int = 0) -> list[Message]:
+    """The messages as parts, with a part per image and video: before the first question, images first, unless tags say
+    otherwise."""
     placed = [as_parts(checked_message(message)) for message in messages]
-    missing = images - sum(map(image_count, placed))
+    counts = {"image": images, "video": videos}
+    missing = [
+        {"type": kind} for kind in TAGS for _ in range(counts[kind] - sum(media_count(each, kind) for each in placed))
+    ]
     for number, message in enumerate(placed):
         if missing and message["role"] == "user":
-            placed[number] = {**message, "content": [{"type": "image"}] * missing + list(message["content"])}
+            placed[number] = {**message, "content": missing + list(message["content"])}
             break
     return placed
 
 
 def _stripped(answer: Message) -> Message:
     """An answer without surrounding whitespace."""
-    if image_count(answer):
-        raise RecordError(f"{IMAGE_TAG} is in an answer: move it to a question", "placeholder_count")
+    check_no_media(answer)
     content = [dict(part) for part in answer["content"]]
     for place, strip in ((0, str.lstrip), (-1, str.rstrip)):
         if content and isinstance(content[place].get("text"), str):

@@ -1,8 +1,8 @@
-"""Collate samples into a padded batch: TRL's collator, plus answer labels, image loading and validation."""
+"""Collate samples into a padded batch: TRL's collator, plus answer labels, images and videos, and validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from saccade.data.clips import check_takes_videos, placeholder_ids, videos_kwargs
 from saccade.data.conversation import (
     checked_message,
     images_of,
-    place_images,
+    place_media,
     text_of,
     used_columns,
+    videos_of,
     with_system_prompt,
 )
 from saccade.data.fields import ROW_FIELDS, check_row_fields, check_text, system_prompt
@@ -28,6 +30,7 @@ from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
 from saccade.reducers import no_room
 from saccade.tokens import IGNORE_INDEX
+from saccade.videos import Sampling, open_video
 
 WORDS = ("messages", "prompt", "completion")
 STANDS_IN = "stands_in"
@@ -40,14 +43,15 @@ BAD_RECORDS = "bad_records"
 
 @dataclass
 class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
-    """Collates `messages` (or prompt and completion) with `images` into processor outputs with `labels`.
+    """Collates `messages` (or prompt and completion) with `images` and `videos` into processor outputs with `labels`.
 
     Labels are the answers, each with the token that ends its turn, as `TurnWriter` writes them; without
     `assistant_only_loss` and `completion_only_loss` they are the whole text. They never contain image placeholders or
     padding. Text beyond `max_length` is truncated; image tokens never are.
 
-    Images may be PIL images, paths, or dicts with "bytes" or "path". `<image>` in a message's text marks the position
-    of an image; without any tags, images go before the first user message.
+    Images may be PIL images, paths, or dicts with "bytes" or "path", videos anything that `open_video` takes.
+    `<image>` and `<video>` in a message's text mark the position of an image or a video; without any tags, images and
+    then videos go before the first user message.
 
     A record that cannot be used is an error or, if `max_bad_records` is given, is replaced by the next usable one of
     `rows` and listed in the batch's `bad_records`. The replacement depends on the record alone, so that every run,
@@ -63,7 +67,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         conversation: "chat" writes rows in the model's chat format, "plain" as image, caption and line break, with
             labels on the last two; see `PlainWriter`.
         stop_ids: token ids at which `generate` stops; by default the end tokens of the template and the tokenizer.
-        max_image_pixels: size above which an image is refused.
+        max_image_pixels: size above which an image, or a frame, is refused.
+        sampling: which frames of a video are taken.
         max_bad_records: how many bad records a batch may meet before it is given up and returned empty. None makes the
             first one an error.
         rows: the dataset that rows come from, indexed by their `index`.
@@ -71,9 +76,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     Raises:
         RecordError: if `max_bad_records` is None: on a row with a fault; an image that is missing, truncated or not an
-            image; a number of `<image>` tags that differs from the number of images; a row without an answer; a row
-            that the chat template or the processor refuses; a `max_length` that would cut image tokens or every label
-            of a row; and a `fit_length` that leaves no room for a row's images.
+            image, the same of videos; a video for a processor that takes none; a number of `<image>` or `<video>` tags
+            that differs from that of images or videos; a row without an answer; a row that the chat template or the
+            processor refuses; a `max_length` that would cut visual tokens or every label of a row; and a `fit_length`
+            that leaves no room for a row's images.
     """
 
     placeholder_id: int | None = None
@@ -82,6 +88,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     conversation: str = "chat"
     stop_ids: tuple[int, ...] = ()
     max_image_pixels: int = MAX_PIXELS
+    sampling: Sampling = field(default_factory=Sampling)
     max_bad_records: int | None = None
     rows: Dataset | None = None
     learn_stand_ins: bool = True
@@ -106,7 +113,11 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
         try:
-            prepared = prepare_example(example, self.max_image_pixels, pads_to_square(self.processor))
+            if videos_of(example):
+                check_takes_videos(self.processor)
+            prepared = prepare_example(
+                example, self.max_image_pixels, pads_to_square(self.processor), sampling=self.sampling
+            )
             self._check_columns(prepared)
             if self.assistant_only_loss or "messages" not in prepared:
                 _check_learnable(prepared)
@@ -115,6 +126,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             return {
                 "text": self._text(prepared),
                 "images": prepared["images"],
+                "videos": prepared["videos"],
                 "part_only": self._learns_part(prepared),
                 STANDS_IN: example.get(STANDS_IN) is True,
             }
@@ -132,6 +144,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     @cached_property
     def _writer(self) -> TurnWriter | PlainWriter:
         return row_writer(self.processor, self.conversation, self.stop_ids, self.chat_template)
+
+    @cached_property
+    def _placeholders(self) -> list[int]:
+        return placeholder_ids(self.processor, self.placeholder_id)
 
     def _text(self, example: dict[str, Any]) -> TrainingText:
         if not any(column in example for column in WORDS):
@@ -194,10 +210,11 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         texts = [row["text"] for row in prepared]
         rows = [{self.dataset_text_field: row["text"].text, "images": row["images"]} for row in prepared]
         stock = replace(self, max_length=None, assistant_only_loss=False, completion_only_loss=False)
+        videos = [row["videos"] for row in prepared]
         try:
-            batch = _stock_call(stock, rows)
+            batch = _process(stock, rows, videos)
         except (ValueError, TypeError):
-            faults = _processor_faults(stock, rows)
+            faults = _processor_faults(stock, rows, videos)
             if not faults:
                 raise
             return {}, faults
@@ -205,9 +222,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         if part_only.any():
             learned = learned_tokens(batch, texts, self.processor)  # (B, L)
             batch["labels"] = batch["labels"].masked_fill(part_only[:, None] & ~learned, IGNORE_INDEX)
-        is_image = batch["input_ids"] == self.placeholder_id
+        is_image = torch.isin(batch["input_ids"], torch.tensor(self._placeholders))
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
-        images = [len(row["images"]) for row in prepared]
+        images = [len(row["images"]) + len(row["videos"]) for row in prepared]
         faults = (
             self._length_faults(batch, is_image)
             if self.fit_length is None
@@ -266,34 +283,48 @@ def _check_learnable(example: dict[str, Any]) -> None:
         raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
 
 
-def _processor_faults(stock: DualSpeedCollator, rows: list[dict[str, Any]]) -> dict[int, RecordError]:
+def _process(stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]]) -> dict[str, Any]:
+    """TRL's batch, whose collator knows no videos: they are given to the processor beside what it gives."""
+    clips = [clip for clips in videos for clip in clips]
+    if clips:
+        stock = replace(stock, processor=partial(stock.processor, **videos_kwargs(clips)))
+    return _stock_call(stock, rows)
+
+
+def _processor_faults(
+    stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]]
+) -> dict[int, RecordError]:
     """The rows that the processor refuses, such as an image too narrow for it."""
     faults = {}
-    for row, example in enumerate(rows):
+    for row, (example, clips) in enumerate(zip(rows, videos, strict=True)):
         try:
-            _stock_call(stock, [example])
+            _process(stock, [example], [clips])
         except (ValueError, TypeError) as error:
             faults[row] = RecordError(f"the processor refuses it: {' '.join(str(error).split())}")
     return faults
 
 
 def prepare_example(
-    example: dict[str, Any], max_image_pixels: int = MAX_PIXELS, padded: bool = False
+    example: dict[str, Any],
+    max_image_pixels: int = MAX_PIXELS,
+    padded: bool = False,
+    sampling: Sampling | None = None,
 ) -> dict[str, Any]:
-    """The sample with opened images and structured messages, as TRL's collator expects it.
+    """The sample with opened images, the clips of its videos, and structured messages, as TRL's collator expects it.
 
     Raises:
-        RecordError: on a row with a fault, a bad image, or `<image>` tags that do not match the images.
+        RecordError: on a row with a fault, a bad image or video, or tags that do not match the images and videos.
     """
     if example.get("fault"):
         raise RecordError(example["fault"], example.get("kind") or "malformed")
     check_row_fields(example)
     beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *ROW_FIELDS)}
     images = [open_image(image, max_image_pixels, padded) for image in images_of(example)]
-    prepared = {**beside, **_checked_words(example), "images": images}
+    videos = [open_video(video, sampling, max_image_pixels) for video in videos_of(example)]
+    prepared = {**beside, **_checked_words(example), "images": images, "videos": videos}
     for column in ("messages", "prompt"):
         if isinstance(prepared.get(column), list):
-            prepared[column] = place_images(prepared[column], len(images))
+            prepared[column] = place_media(prepared[column], len(images), len(videos))
     return prepared
 
 

@@ -22,6 +22,7 @@ from saccade.reducers import PruningConfig
 from saccade.reducers.config import PRUNING_OPTIONS, check_choice
 from saccade.skip_vision import SkipVisionConfig
 from saccade.values import check_finite, coerce
+from saccade.videos import VIDEO_FRAMES, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,12 @@ class DualSpeedConfig(SFTConfig):
             How many unusable records to skip before the run stops. Each is replaced by the next usable one and listed
             in `bad_records.jsonl`. 0 stops at the first.
         max_image_pixels (`int`, *optional*, defaults to `89478485`):
-            Width times height above which an image is refused, before it is decoded.
+            Width times height above which an image, or a frame of a video, is refused, before it is decoded.
+        video_frames (`int`, *optional*, defaults to `32`):
+            At most so many frames are taken of a video, evenly spaced from the first to the last.
+        video_fps (`float`, *optional*):
+            Take so many frames per second, where these are at most `video_frames`. By default `video_frames` in any
+            case.
         image_aspect_ratio (`str`, *optional*):
             `"pad"` makes the model's processor pad images to a square with the mean colour, in training and in the
             saved model; the given processor is modified in place. By default it is unchanged. For LLaVA, whose
@@ -226,6 +232,8 @@ class DualSpeedConfig(SFTConfig):
     slow_micro_batch_size: int | None = None
     max_bad_records: int = 0
     max_image_pixels: int = MAX_PIXELS
+    video_frames: int = VIDEO_FRAMES
+    video_fps: float | None = None
     image_aspect_ratio: str | None = None
     feature_cache: str | None = None
     feature_cache_gib: float = 50.0
@@ -285,6 +293,7 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(
                 f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
             )
+        Sampling(self.video_frames, self.video_fps)
         self._check_feature_cache()
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(

@@ -19,7 +19,8 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 class Qwen2VLFamily(Family):
     """`Qwen2VLForConditionalGeneration` and `Qwen2_5_VLForConditionalGeneration`.
 
-    A feature row is an image or a video. Positions have three axes (time, height, width) and are always those of the
+    A feature row is an image or a frame of a video, which here stands for two or more of the clip
+    (`temporal_patch_size`). Positions have three axes (time, height, width) and are always those of the
     full sequence.
     """
 
@@ -124,8 +125,9 @@ class Qwen2VLFamily(Family):
         return positions
 
     def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
-        """The feature rows of an image or a video, from `(n, D)` per layer."""
-        return [FeatureRow(layers[0], grid, number, deepstack_features=layers[1:])]
+        """The feature rows of an image or a video, from `(n, D)` per layer: a video has one per frame."""
+        frames = zip(*(layer.chunk(grid[0]) for layer in layers), strict=True)
+        return [FeatureRow(frame[0], (1, *grid[1:]), number, deepstack_features=frame[1:]) for frame in frames]
 
     def _deepstack(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         """Features of each image or video that are added at deeper layers."""
@@ -136,15 +138,10 @@ class Qwen2VLFamily(Family):
 
 
 class Qwen3VLFamily(Qwen2VLFamily):
-    """`Qwen3VLForConditionalGeneration`: features are added at several layers, and a row of a video is a frame."""
+    """`Qwen3VLForConditionalGeneration`: features are added at several layers, and the time of a frame precedes it."""
 
     name = "qwen3_vl"
     model_types = ("qwen3_vl",)
-
-    def _rows(self, layers: Sequence[Tensor], grid: tuple[int, int, int], number: int) -> list[FeatureRow]:
-        # Timestamps separate the frames of a video, so only the tokens of one frame are contiguous.
-        frames = zip(*(layer.chunk(grid[0]) for layer in layers), strict=True)
-        return [FeatureRow(frame[0], (1, *grid[1:]), number, deepstack_features=frame[1:]) for frame in frames]
 
     def _deepstack(self, output: BaseModelOutputWithPooling) -> Sequence[Sequence[Tensor]]:
         return output.deepstack_features

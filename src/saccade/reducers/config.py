@@ -34,8 +34,8 @@ class PruningConfig:
             Number of tokens to keep per unit, instead of the ratio. A unit with fewer tokens keeps them all.
         budget (`str`, *optional*, defaults to `"crop"`):
             The unit that the budget applies to. `"crop"` is a feature row: an image, or one crop, thumbnail or frame
-            of it; a whole video where the model has no row per frame (Qwen2-VL, Qwen2.5-VL). `"image"`: the crops of
-            an image, or the frames of a video, share one budget. `"sample"`: all images of a sample share one.
+            of it (a pair of frames on Qwen's models). `"image"`: the crops of an image, or the frames of a video,
+            share one budget. `"sample"`: all images and videos of a sample share one.
         adaptive (`bool`, *optional*, defaults to `False`):
             Redistribute the budgets of a batch's units to where tokens vary most, see [`adaptive_counts`]. A sample's
             tokens then depend on the other samples of its batch.

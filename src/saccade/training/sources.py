@@ -107,10 +107,12 @@ def _warn_without_images(sources: list[Source]) -> None:
     for source in sources:
         for index in range(min(len(source), PROBED)):
             with suppress(RecordError):
-                if source.read(index)["images"]:
+                row = source.read(index)
+                if row["images"] or row.get("videos"):
                     return
     logger.warning(
-        "the first rows of the dataset have no image: there is nothing to prune; images belong in 'images' or 'image'"
+        "the first rows of the dataset have no image and no video: there is nothing to prune; they belong in 'images' "
+        "and 'videos'"
     )
 
 

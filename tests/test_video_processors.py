@@ -1,0 +1,161 @@
+"""Training and inference on videos with the stock processors: clips in, answers out, tokens pruned per frame."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+if find_spec("torchvision") is None:
+    pytest.skip("torchvision is not installed; `make test-video` has it in a separate venv", allow_module_level=True)
+
+import torch
+from helpers import make_trainer
+from transformers import AutoProcessor
+from video_files import frame_image, numbers_of, write_clip
+from video_models import STOCK, FramesToPatches, build
+
+from saccade.data.mixture import SourceOptions, mix
+from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.families import get_family
+from saccade.pruning import prune_inputs
+from saccade.videos import Sampling, open_video
+
+FRAMES = 6
+
+
+def rows_file(folder) -> str:
+    """Clips, clips beside images, and text."""
+    for number, seconds in enumerate((1, 3)):
+        write_clip(folder / f"{number}.mp4", 10 * seconds, rate=10)
+    frame_image(3).save(folder / "a.png")
+    spoken = [{"from": "human", "value": "<video>\nhow many ?"}, {"from": "gpt", "value": "3"}]
+    both = [{"from": "human", "value": "<image> or <video> ?"}, {"from": "gpt", "value": "yes"}]
+    rows = [
+        {"video": "0.mp4", "conversations": spoken},
+        {"video": "1.mp4", "image": "a.png", "conversations": both},
+        {"conversations": [{"from": "human", "value": "3 plus 4"}, {"from": "gpt", "value": "7"}]},
+        {"video": "1.mp4", "conversations": spoken},
+    ]
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows * 2))
+    return str(path)
+
+
+@pytest.fixture(params=STOCK)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def case(name, tmp_path):
+    model, processor = build(name, stock=True)
+    return model, processor, mix([SourceOptions(rows_file(tmp_path)).open()])
+
+
+def collate(model, processor, rows, **options):
+    placeholder = get_family(model).placeholder_id
+    sampling = Sampling(FRAMES)
+    collator = DualSpeedCollator(
+        processor=processor, placeholder_id=placeholder, assistant_only_loss=True, sampling=sampling, **options
+    )
+    return collator([rows[index] for index in range(4)])
+
+
+def test_a_batch(name, case):
+    model, processor, rows = case
+    batch = collate(model, processor, rows)
+    family = get_family(model)
+    with torch.no_grad():
+        encoded = family.encode(batch)
+    counts = family.placeholder(batch["input_ids"]).sum(dim=1)
+    assert counts.tolist()[2] == 0
+    assert int(counts.sum()) == int(encoded.context.valid.sum())
+    # A row of features for each frame, or pair of frames; those of one clip are a group.
+    frames = FRAMES if name == "llava_onevision" else FRAMES // 2
+    videos = torch.tensor(encoded.videos)
+    assert int(videos.sum()) == 3 * frames
+    groups = encoded.context.group[videos]
+    assert torch.bincount(groups).unique().tolist() in ([frames], [0, frames])
+    learned = batch["labels"] != -100
+    assert not (learned & family.placeholder(batch["input_ids"])).any()
+    assert [processor.decode(row[mask]).split()[0] for row, mask in zip(batch["labels"], learned, strict=True)] == [
+        *("3", "yes", "7", "3")
+    ]
+
+
+def test_the_frames_are_those_that_we_took(tmp_path):
+    """The processor neither takes frames of its own nor reorders them."""
+    _, processor = build("qwen2_5_vl", stock=True)
+    clip = open_video(write_clip(tmp_path / "a.mp4", 20, rate=10), Sampling(FRAMES))
+    mine, stock = FramesToPatches(), processor.video_processor
+    options = {"do_sample_frames": False, "input_data_format": "channels_last", "video_metadata": [clip.metadata()]}
+    given = stock([clip.frames], do_resize=False, do_normalize=False, return_tensors="pt", **options)
+    expected = mine([clip.frames], **options)
+    assert torch.equal(given["video_grid_thw"], expected["video_grid_thw"])
+    torch.testing.assert_close(2 * given["pixel_values_videos"] - 1, expected["pixel_values_videos"])
+    assert numbers_of(clip) == [0, 4, 8, 11, 15, 19]
+
+
+def test_times_stand_before_the_frames_of_qwen3(tmp_path):
+    model, processor = build("qwen3_vl", stock=True)
+    rows = mix([SourceOptions(rows_file(tmp_path)).open()])
+    batch = collate(model, processor, rows)
+    clip = open_video(rows[3]["videos"][0], Sampling(FRAMES))
+    pairs = [(clip.times[number] + clip.times[number + 1]) / 2 for number in range(0, FRAMES, 2)]
+    written = processor.tokenizer.decode(batch["input_ids"][3])
+    # The tiny tokenizer knows neither dots nor the word.
+    texts = processor.get_text_with_replacements(
+        ["<|video_pad|>"], [], [processor.replace_video_token({**stock_output(processor, clip)}, 0)]
+    )[0][0]
+    assert [f"<{time:.1f} seconds>" in texts for time in pairs] == [True] * 3
+    assert written.count("<|vision_start|>") == 3
+
+
+def stock_output(processor, clip):
+    options = {"do_sample_frames": False, "input_data_format": "channels_last", "video_metadata": [clip.metadata()]}
+    return processor.video_processor([clip.frames], return_metadata=True, **options)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_training(name, case, tmp_path, padding_free):
+    """Fast, slow and teacher passes on rows of clips, images and text; the saved model loads with its processor."""
+    model, processor, rows = case
+    options = {"padding_free": padding_free, "slow_probability": 0.5, "prune_ratio": 0.75, "video_frames": FRAMES}
+    trainer = make_trainer(model, processor, tmp_path / "out", rows=rows, max_steps=4, **options)
+    trainer.train()
+    modes = {entry["mode"] for entry in trainer.state.log_history if "mode" in entry}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert all(0 < loss < 50 for loss in losses), modes
+    trainer.save_model()
+    loaded = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(loaded.video_processor) is type(processor.video_processor)
+    before, after = collate(model, processor, rows), collate(model, loaded, rows)
+    for key in before.keys() - {"pixel_values"}:  # loaded with torchvision at hand, it resizes images in another way
+        assert torch.equal(torch.as_tensor(after[key]), torch.as_tensor(before[key])), key
+
+
+@pytest.mark.parametrize("budget", ["crop", "image", "sample"])
+def test_budgets_over_time(name, case, budget):
+    model, processor, rows = case
+    batch = {key: value for key, value in collate(model, processor, rows).items() if key != "labels"}
+    family = get_family(model)
+    with torch.no_grad():
+        context = family.encode(batch).context
+        pruned = prune_inputs(model, batch, reducer="divprune", keep_tokens=2, budget=budget, newlines="drop")
+    kept = int(family.placeholder(pruned["input_ids"]).sum())
+    units = {"crop": context.shape[0], "image": len(context.group.unique()), "sample": 3}[budget]
+    assert kept == 2 * units
+    with torch.no_grad():
+        assert model(**pruned).logits.isfinite().all()
+
+
+def test_pruned_answers_at_a_ratio_of_zero_are_the_stock_models(name, case):
+    model, processor, rows = case
+    batch = {key: value for key, value in collate(model, processor, rows).items() if key != "labels"}
+    with torch.no_grad():
+        stock = model(**batch).logits
+        pruned = prune_inputs(model, batch, prune_ratio=0.0, padding_side="right")
+        ours = model(**pruned).logits
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[pruned["attention_mask"].bool()], stock[mask], rtol=1e-4, atol=1e-4)
