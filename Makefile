@@ -13,11 +13,12 @@ EVAL := .venv-eval
 SERVE := .venv-serve
 VIDEO := .venv-video
 DOCS := .venv-docs
+PLAY := .venv-play
 # Two test processes of one thread each: torch would otherwise start a thread a core in both, and they fight.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve test-video docs style bench clean
+.PHONY: help demo smol test test-newest test-oldest test-slow test-eval test-serve test-video test-play docs style bench clean
 
 help:
 	@echo "make demo       train the tiny model three ways and write out/demo/"
@@ -28,6 +29,7 @@ help:
 	@echo "make test-eval  the tests that need lmms-eval, in $(EVAL)"
 	@echo "make test-serve the tests that need vLLM and real weights, in $(SERVE); 4 GB"
 	@echo "make test-video the tests that need the stock video processors, so torchvision, in $(VIDEO)"
+	@echo "make test-play  the tests of the page of 'saccade play', in $(PLAY); they need Chromium and chromedriver"
 	@echo "make docs       the documentation site, in build/docs/site; warnings and broken links are errors"
 	@echo "make style      format the code and fix what ruff can fix"
 	@echo "make bench      time the reducers"
@@ -119,6 +121,18 @@ $(VIDEO)/.installed: $(STAMP) requirements-video.txt tests/torchvision_operators
 
 test-video: $(VIDEO)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VIDEO)/bin/python -m pytest tests/test_video_processors.py
+
+# gradio in a place of its own, on top of what $(VENV) has: it wants a Pillow older than the pinned one.
+$(PLAY)/.installed: $(STAMP) requirements-play.txt
+	rm -rf $(PLAY)
+	$(BIN)/python -m venv $(PLAY)
+	$(call see_venv,$(PLAY))
+	$(PLAY)/bin/pip install --quiet --no-deps -r requirements-play.txt
+	$(PLAY)/bin/pip install --quiet --no-deps -e .
+	@touch $@
+
+test-play: $(PLAY)/.installed
+	SACCADE_TEST_PLAY=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PLAY)/bin/python -m pytest tests/test_play_page.py tests/test_play.py
 
 # The site is built without importing the package, so its environment needs nothing else.
 $(DOCS)/.installed: requirements-docs.txt

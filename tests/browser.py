@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ DRIVER, CHROMIUM = shutil.which("chromedriver"), shutil.which("chromium") or shu
 MISSING = None if DRIVER and CHROMIUM else "no chromium with chromedriver (Debian: apt install chromium-driver)"
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--disable-component-update", "--disable-sync", "--disable-quic", "--disable-dev-shm-usage",
 )  # fmt: skip
 
 
@@ -47,17 +48,42 @@ class Browser:
         finally:
             self._end()
 
-    def open(self, path: Path, width: int, scheme: str = "light", scale: float = 1) -> None:
-        """Show a file in a window `width` CSS pixels wide, in a colour scheme."""
+    def open(self, page: Path | str, width: int, scheme: str = "light", scale: float = 1) -> None:
+        """Show a file or a URL in a window `width` CSS pixels wide, in a colour scheme."""
         metrics = {"width": width, "height": 800, "deviceScaleFactor": scale, "mobile": width < 600}
         self._tools("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self._tools("Emulation.setEmulatedMedia", {"features": features})
-        self._post(f"/session/{self.session}/url", {"url": path.resolve().as_uri()})
+        self._post(f"/session/{self.session}/url", {"url": page if isinstance(page, str) else page.resolve().as_uri()})
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a script returns."""
         return self._post(f"/session/{self.session}/execute/sync", {"script": script, "args": arguments})
+
+    def type(self, selector: str, keys: str) -> None:
+        """Type into the element of a CSS selector; the paths of files, for an input of files."""
+        found = self._post(f"/session/{self.session}/element", {"using": "css selector", "value": selector})
+        (element,) = found.values()
+        self._post(f"/session/{self.session}/element/{element}/value", {"text": keys})
+
+    def click(self, selector: str) -> None:
+        """Click on the element of a CSS selector."""
+        found = self._post(f"/session/{self.session}/element", {"using": "css selector", "value": selector})
+        (element,) = found.values()
+        self._post(f"/session/{self.session}/element/{element}/click", {})
+
+    def wait(self, script: str, *arguments: Any, seconds: float = 60) -> Any:
+        """What a script returns as soon as that is true.
+
+        Raises:
+            TimeoutError: if it is not in time; it has the text of the page.
+        """
+        end = time.monotonic() + seconds
+        while not (found := self.run(script, *arguments)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{script}\n{self.run('return document.body.innerText')}")
+            time.sleep(0.1)
+        return found
 
     def screenshot(self, path: Path) -> None:
         """The whole page as PNG."""

@@ -48,9 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training", "recipes"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
     "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
+    "play": METHOD | {"data", "report", "evaluation", "training", "pages"},
     "cli": METHOD
     | {"data", "tiny", "report", "evaluation", "launch"}
-    | {"training", "sweeps", "demo", "pages", "serving", "recipes"},
+    | {"training", "sweeps", "demo", "pages", "play", "serving", "recipes"},
     "recipes": BOTTOM,
     "__init__": METHOD,
     "__main__": {"cli"},

@@ -74,6 +74,7 @@ EXTRAS = {
     "trackio": "track",
     "vllm": "vllm",
     "av": "video",
+    "gradio": "play",
 }
 """Optional packages and the extra that installs them, as in `pip install "saccade[EXTRA]"`."""
 

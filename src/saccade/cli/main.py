@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("saccade.cli.report", "one page of a run, a sweep or a demo, with pictures"),
     "export": ("saccade.cli.export", "write a trained model as a plain Hugging Face checkpoint, adapters merged"),
     "serve": ("saccade.cli.serve", "serve a trained model, pruned as it was trained, with vLLM or transformers"),
+    "play": ("saccade.cli.play", "ask a model about pictures in a browser, on all tokens and on kept ones"),
     "view": ("saccade.cli.view", "draw what token reducers keep of an image"),
     "reducers": ("saccade.cli.reducers", "list the token reducers and their options"),
     "env": ("saccade.cli.env", "versions, machine and known problems, for a bug report"),
