@@ -71,7 +71,7 @@ def _train(shape: str, batch_size: int, cut: Sequence[str], extra: Sequence[str]
         "steps of stock TRL, of the released procedure, of DualSpeed and Skip-Vision; peak memory; waits",
         "benchmarks.train",
         (*steps, "--batch-size", str(batch_size), "--repeats", "6", "--warm-up", "2"),
-        (*steps, *cut, "--batch-size", "2", "--repeats", "1", "--warm-up", "0"),
+        (*steps, *cut, "--batch-size", "1", "--repeats", "1", "--warm-up", "0"),
         writes=True,
     )
 

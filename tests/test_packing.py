@@ -11,12 +11,13 @@ from transformers import LlavaForConditionalGeneration, MistralConfig
 
 from saccade import SaccadeError
 from saccade.data import digit_scenes
-from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention
+from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention, packing_pays
 from saccade.families import get_family
 from saccade.pruning import ModeInputs
 from saccade.testing import families as tester
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
+from saccade.training.console import opening
 
 CAUSAL = [name for name in FAMILIES if name != "gemma3"]
 CASES = {name: tester.Case(name, FAMILIES[name]) for name in FAMILIES}
@@ -145,6 +146,30 @@ def test_the_loop_and_flash_agree_on_what_a_row_is():
     ends = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     assert torch.equal(laid.inputs["cu_seq_lens_q"], ends)
     assert torch.equal(laid.inputs["cu_seq_lens_k"], ends)
+
+
+@pytest.mark.parametrize(
+    ("options", "packs"),
+    [
+        ({}, True),
+        ({"padding_free": False}, False),
+        (ORDINARY, False),
+        ({"skip_vision": "100/156"}, False),
+    ],
+    ids=["by default", "told not to", "stock steps", "a mode that skips"],
+)
+def test_rows_are_packed_on_a_cpu_unless_something_is_against_it(processor, tmp_path, options, packs):
+    trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
+    assert trainer.packs_rows == packs
+    assert (trainer.family.language_model.config._attn_implementation == PACKED) == packs
+    assert opening(trainer, "tiny", 144)[-2].endswith(", without padding") == packs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packing_pays_on_a_cpu_and_where_layers_are_simply_causal(name):
+    family = CASES[name].family
+    assert packing_pays(family, torch.device("cpu")) == (name in CAUSAL)
+    assert not packing_pays(family, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -158,11 +158,12 @@ class DualSpeedConfig(SFTConfig):
         group_by (`str`, *optional*, defaults to `"none"`):
             `"shortened"` batches samples of similar length after pruning, `"full"` of similar full length, `"none"` as
             they are drawn.
-        padding_free (`bool`, *optional*, defaults to `False`):
+        padding_free (`bool`, *optional*):
             Pack the sequences of a micro-batch into one without padding; attention stays within each sequence. Uses
             variable-length attention on a GPU in half precision, and one sequence at a time elsewhere. For `"sdpa"`
             and `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3. Evaluation keeps its
-            padding.
+            padding. If not given, sequences are packed where it is possible and was measured to be faster, which is
+            on a CPU.
         torch_compile (`bool`, *optional*, defaults to `False`):
             Compile the decoder layers one by one, for sequences of any length. Not for modes that skip, nor under FSDP
             and DeepSpeed.
@@ -229,6 +230,7 @@ class DualSpeedConfig(SFTConfig):
     max_length: int | None = 2048
 
     group_by: str = "none"
+    padding_free: bool | None = None
     slow_micro_batch_size: int | None = None
     max_bad_records: int = 0
     max_image_pixels: int = MAX_PIXELS

@@ -59,16 +59,26 @@ def allow_packing(family: Family) -> None:
 
 def check_packing(family: Family) -> None:
     """Check that all layers use full causal attention. Weights are not needed."""
+    if not _simply_causal(family):
+        raise SaccadeError(
+            f"padding_free=True: model_type={family.model.config.model_type!r} with a language model of "
+            f"{family.language_model.config.model_type!r} has layers whose attention is not simply causal, which "
+            "packed rows do not cover; set it to false, group_by='shortened' saves padding too"
+        )
+
+
+def packing_pays(family: Family, device: torch.device) -> bool:
+    """Whether rows can be packed, on a device where that was measured to be faster: a CPU."""
+    kind = family.language_model.config._attn_implementation
+    return device.type == "cpu" and kind in (PACKED, "sdpa") and _simply_causal(family)
+
+
+def _simply_causal(family: Family) -> bool:
     config = family.language_model.config
     types = set(getattr(config, "layer_types", None) or ())
     # Models like Mistral have no layer types, and a sliding window in every layer.
     windowed = not types and getattr(config, "sliding_window", None) is not None
-    if types - {"full_attention"} or windowed or family.bidirectional_image_attention:
-        raise SaccadeError(
-            f"padding_free=True: model_type={family.model.config.model_type!r} with a language model of "
-            f"{config.model_type!r} has layers whose attention is not simply causal, which packed rows do not cover; "
-            "set it to false, group_by='shortened' saves padding too"
-        )
+    return not (types - {"full_attention"} or windowed or family.bidirectional_image_attention)
 
 
 def pack(laid: ModeInputs, family: Family) -> ModeInputs:

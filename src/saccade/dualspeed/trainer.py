@@ -78,7 +78,7 @@ from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule
-from saccade.dualspeed.packing import allow_packing
+from saccade.dualspeed.packing import allow_packing, packing_pays
 from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
@@ -320,13 +320,23 @@ class DualSpeedTrainer(SFTTrainer):
             modes=plans,
             distill_weight=args.distill_weight,
             distill_temperature=args.distill_temperature,
-            padding_free=args.padding_free,
+            padding_free=self.packs_rows,
         )
+
+    def _packs(self) -> bool:
+        """Whether the sequences of a micro-batch are packed; if nobody said so, where it pays."""
+        wanted = self.args.padding_free
+        if wanted is not None:
+            return wanted
+        skips = any(mode.action == "skip" for mode in self.args.all_modes())
+        stock = self.args.takes_stock_steps
+        return self.engine == "ddp" and not (stock or skips) and packing_pays(self.family, self.args.device)
 
     def _speed_up(self) -> None:
         """Apply the options for speed."""
         args = self.args
-        if args.padding_free:
+        self.packs_rows = self._packs()
+        if self.packs_rows:
             allow_packing(self.family)
         if self.engine != "ddp":
             if args.slow_micro_batch_size is not None:

@@ -80,7 +80,8 @@ def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[s
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     devices = f"one {args.device.type}" if args.world_size == 1 else f"{args.world_size} of {args.device.type}"
     resumed = f", from step {state.global_step:,} on" if state.global_step else ""
-    lines.append(f"steps   {state.max_steps:,} of {batch:,} rows{resumed}, on {devices}")
+    padding = ", without padding" if trainer.packs_rows else ""
+    lines.append(f"steps   {state.max_steps:,} of {batch:,} rows{resumed}, on {devices}{padding}")
     lines.append(f"output  {args.output_dir}{_saves(args)}")
     return lines
 
