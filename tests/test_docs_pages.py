@@ -16,7 +16,7 @@ from trl import SFTConfig
 from saccade import DualSpeedConfig
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.demo.plan import plan_runs
+from saccade.demo.run import plan_runs
 from saccade.reducers import list_reducers
 from saccade.testing.tiny_models import noise_image
 from saccade.tiny import tiny_checkpoint

@@ -12,8 +12,7 @@ from test_docs_pages import run_line
 import saccade
 from saccade.cli.main import VERBS, main
 from saccade.data import digit_scenes
-from saccade.demo.plan import plan_runs
-from saccade.demo.run import FULL
+from saccade.demo.run import FULL, plan_runs
 from saccade.errors import SaccadeError
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family

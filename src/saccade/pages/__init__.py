@@ -1,5 +1,80 @@
-"""`saccade report`: one page about a run, a sweep or a demo, with pictures."""
+"""`saccade report`: one page about a run or a sweep, such as the demo, with pictures."""
 
-from saccade.pages.write import write_report
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from saccade.errors import SaccadeError
+from saccade.files import reading
+from saccade.pages.page import PAGE_FILE, RECORD_FILE, Page
+from saccade.pages.run import run_page
+from saccade.pages.source import is_sweep, read_json
+from saccade.pages.sweep import sweep_page
 
 __all__ = ["write_report"]
+
+
+def write_report(
+    folder: Path,
+    output: Path | None = None,
+    overwrite: bool = False,
+    make: Callable[[Path, Path], Page] | None = None,
+) -> Path:
+    """Write the page about a run or a sweep, with pictures and JSON, and return the page's path.
+
+    Args:
+        folder: a folder written by `saccade train`, `saccade sweep` or `saccade demo`.
+        output: the folder to write to; by default `report` inside `folder`.
+        overwrite: whether to replace an existing report.
+        make: makes the page, given the folder and one to draw in; by default chosen by what the folder contains.
+
+    Raises:
+        SaccadeError: if `folder` contains nothing to report or something half-written, or `output` contains a report
+            or other files, or cannot be written.
+    """
+    make = make or (sweep_page if is_sweep(folder) else run_page)
+    output = folder / "report" if output is None else output
+    before = _check_output(output, overwrite)
+    with _workshop(output) as workshop:
+        with reading(f"folder={str(folder)!r}: a file in it is not what Saccade writes"):
+            page = make(folder, workshop)
+        path = page.write(output)
+    for name in before - {entry["file"] for entry in page.pictures}:
+        (output / name).unlink(missing_ok=True)
+    return path
+
+
+def _check_output(output: Path, overwrite: bool) -> set[str]:
+    """The names of the pictures of the report that is replaced."""
+    if (output / PAGE_FILE).exists() and not overwrite:
+        raise SaccadeError(f"output={str(output)!r} contains a report: give another --output, or --overwrite")
+    if not (output / PAGE_FILE).exists():
+        if output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir()):
+            raise SaccadeError(f"output={str(output)!r} is a folder with other files: give a new one")
+        return set()
+    if not (output / RECORD_FILE).is_file():
+        return set()
+    # Only names inside this folder, whatever the record says.
+    pictures = read_json(output / RECORD_FILE).get("pictures", [])
+    return {Path(entry["file"]).name for entry in pictures if str(entry.get("file", "")).endswith(".png")}
+
+
+@contextmanager
+def _workshop(output: Path) -> Iterator[Path]:
+    """A folder inside `output` to draw in, so that a report that fails leaves nothing behind."""
+    is_new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        workshop = TemporaryDirectory(prefix=".drawing-", dir=output)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise SaccadeError(f"output={str(output)!r} cannot be written ({reason}): give another --output") from error
+    try:
+        with workshop:
+            yield Path(workshop.name)
+    finally:
+        if is_new:
+            with suppress(OSError):  # not empty: the report was written
+                output.rmdir()

@@ -1,18 +1,31 @@
-"""A page under construction: its sections, its pictures, and its content as plain values."""
+"""A self-contained HTML page with embedded pictures, for phones too, light and dark, usable offline.
 
+The markup is in templates/, which escape whatever they are given; only what their macros return is treated as HTML.
+"""
+
+import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
+from PIL import Image
 
 from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.environment import environment, environment_lines
-from saccade.report.html import html_table, page, paragraph, picture, warning
+from saccade.report.plots import short_name
+from saccade.report.tables import is_numeric, table_cells
 
 PAGE_FILE, RECORD_FILE = "report.html", "report.json"
+TEMPLATES = Environment(loader=PackageLoader("saccade.pages"), autoescape=True, keep_trailing_newline=True)
+blocks: Any = TEMPLATES.get_template("blocks.html").module
+"""Macros that return blocks of HTML: `paragraph(words)`, `warning(words)`, `command(words, shell)`,
+`fold(summary, blocks)`, `gallery(pictures)` and `cards(entries)`, of triples of name, value and a remark."""
+WIDE = 4
+"""On a phone, rows of a table with more columns than these become lines "column: value"."""
 
 
 class Page:
@@ -20,71 +33,82 @@ class Page:
 
     Args:
         workshop: the folder in which its pictures are drawn.
-        title: title of the page.
         kind: what it is about: "run", "sweep" or "demo".
-        source: the folder that it describes.
+        source: the folder that it describes; its name is in every picture's name.
+        finding: the first line of the page.
+        lead: what it is about, in a sentence.
     """
 
-    def __init__(self, workshop: Path, title: str, kind: str, source: Path) -> None:
-        self.workshop = workshop
-        self.title = title
-        self.lead = ""
+    def __init__(self, workshop: Path, kind: str, source: Path, finding: str, lead: str) -> None:
+        self.workshop, self.finding, self.lead = workshop, finding, lead
+        self.name = source.resolve().name
         self.sections: dict[str, list[Markup]] = {}
         self.pictures: list[dict[str, str]] = []
-        self.record: dict[str, Any] = {"title": title, "kind": kind, "folder": str(source.resolve())}
+        self.record: dict[str, Any] = {
+            "title": self.name,
+            "kind": kind,
+            "folder": str(source.resolve()),
+            "finding": finding,
+        }
 
-    def add(self, heading: str, *blocks: Markup) -> None:
+    def add(self, heading: str, *found: Markup) -> None:
         """Append blocks of HTML under a heading."""
-        self.sections.setdefault(heading, []).extend(blocks)
+        self.sections.setdefault(heading, []).extend(found)
 
     def draw(
-        self,
-        file: str,
-        alt: str,
-        caption: str,
-        plot: Callable[..., None],
-        *arguments: Any,
-        wide: bool = False,
-        **options: Any,
+        self, file: str, alt: str, caption: str, plot: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Markup:
-        """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block."""
-        plot(*arguments, self.workshop / file, **options)
-        return self.show(file, alt, caption, wide)
+        """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block.
 
-    def show(self, file: str, alt: str, caption: str, wide: bool = False) -> Markup:
-        """An existing picture, as a block."""
+        Args:
+            file: its name, which gets the page's name in front.
+            alt: description for readers who cannot see it.
+            caption: a sentence under it.
+        """
+        file = f"{_plain(self.name)}-{file}"
+        plot(*arguments, self.workshop / file, **options)
         self.pictures.append({"file": file, "alt": alt, "caption": caption})
-        return picture(self.workshop / file, alt, caption, wide)
+        with Image.open(self.workshop / file) as image:
+            size = image.size
+        data = base64.b64encode((self.workshop / file).read_bytes()).decode()
+        return blocks.picture(data, size, alt, caption)
+
+    def title_of(self, what: str) -> str:
+        """The title of a plot, which names the run or the sweep."""
+        return f"{short_name(self.name)}: {what}"
 
     def add_environment(
         self,
         found: Sequence[Mapping[str, Any]],
         days: Sequence[str],
-        caption: str = "Where the training took place",
+        caption: str = "The training took place here.",
     ) -> None:
         """Add where the runs took place.
 
         Args:
             found: what `environment` returned in each run; empty if it was not recorded.
             days: when the runs ended.
-            caption: caption of the table.
+            caption: a sentence above the table.
         """
         heading = "Environment"
-        if not found:
-            self.add(heading, paragraph("Neither machine nor versions of this run were recorded."))
         values: dict[str, dict[str, None]] = {}
-        for one in found:
-            for name, text in environment_lines(dict(one)):
-                values.setdefault(name, {})[text] = None
+        for name, text in (pair for one in found for pair in environment_lines(dict(one))):
+            values.setdefault(name, {})[text] = None
         rows = [[name, "; ".join(texts)] for name, texts in values.items()]
-        if days:
-            rows.append(["finished", "; ".join(dict.fromkeys(days))])
+        rows += [["finished", "; ".join(dict.fromkeys(days))]] if days else []
+        if not found:
+            self.add(heading, blocks.paragraph("Neither machine nor versions of this run were recorded."))
         if rows:
-            self.add(heading, html_table(("name", "value"), rows, caption, wrap=True))
+            self.add(heading, html_table(("name", "value"), rows, caption))
         for text in dict.fromkeys(text for one in found for text in one.get("warnings", [])):
-            self.add(heading, warning(text))
-        self.record["environment"] = list(found)
-        self.record["finished"] = list(dict.fromkeys(days))
+            self.add(heading, blocks.warning(text))
+        self.record |= {"environment": list(found), "finished": list(dict.fromkeys(days))}
+
+    def html(self, footer: str) -> str:
+        """The whole document; sections without blocks are left out."""
+        shown = [(_plain(heading.lower()), heading, found) for heading, found in self.sections.items() if found]
+        values = {"finding": self.finding, "lead": self.lead, "name": self.name, "footer": footer}
+        return TEMPLATES.get_template("page.html").render(sections=shown, **values)
 
     def write(self, output: Path) -> Path:
         """Write the page, its pictures and its content as JSON to `output`, and return the page's path.
@@ -99,8 +123,40 @@ class Page:
         version, commit = here["packages"]["saccade"] or "", (here["commit"] or "")[:8]
         footer = f"Made on {date.today().isoformat()} by saccade {version}{f' at {commit}' if commit else ''} from "
         footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} are next to this page."
-        text = page(self.title, self.lead, self.sections, footer)
+        text = self.html(footer)
         for entry in self.pictures:
             os.replace(self.workshop / entry["file"], output / entry["file"])
         write_json_atomically(output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
         return write_text_atomically(output / PAGE_FILE, text)
+
+
+def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> Markup:
+    """A table that fits: words wrap, and on a phone the rows of a wide one become blocks. Numbers are right-aligned.
+
+    Args:
+        caption: a sentence on what the table shows.
+
+    Raises:
+        ValueError: if a row does not have one cell per column.
+    """
+    numeric = [is_numeric([row[number] for row in rows]) for number in range(len(columns))]
+    return blocks.table(columns, table_cells(columns, rows), numeric, caption, len(columns) > WIDE)
+
+
+def settings_table(values: Mapping[str, Any], caption: str) -> Markup:
+    """Names and values of options, as a block."""
+    return html_table(("option", "value"), [[name, option_text(values[name])] for name in sorted(values)], caption)
+
+
+def option_text(value: Any) -> str:
+    """An option's value in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {option_text(one)}" for name, one in value.items()) or "none"
+    if isinstance(value, list):
+        return "; ".join(map(option_text, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _plain(text: str) -> str:
+    """Letters and digits, for names of files and anchors."""
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in text)

@@ -15,7 +15,7 @@ from saccade.sweeps.runner import RUNS
 from saccade.sweeps.worker import RESULT_FILE
 from saccade.training import LOG_FILE
 
-STATE_FILE, DEMO_FILE = "trainer_state.json", "report.json"
+STATE_FILE = "trainer_state.json"
 
 
 @dataclass
@@ -47,34 +47,31 @@ class RunRecord:
     checkpoint: str | None = None
 
 
-def kind_of(folder: Path) -> str:
-    """What a folder contains: "run", "sweep" or "demo".
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder contains a sweep, such as the demo, rather than a run.
 
     Raises:
-        SaccadeError: if it is missing or contains none of them.
+        SaccadeError: if it is missing or contains neither.
     """
+    shown = f"folder={str(folder)!r}"
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
-        raise SaccadeError(f"folder={str(folder)!r} {state}: give the folder of a run, a sweep or a demo")
+        raise SaccadeError(f"{shown} {state}: give the folder of a run, a sweep or a demo")
     check_entries(folder, "folder")
     if (folder / PLAN_FILE).is_file():
-        return "sweep"
+        return True
     if (folder / RUNS).is_dir():
-        if (folder / DEMO_FILE).is_file():
-            return "demo"
-        raise SaccadeError(f"folder={str(folder)!r} contains an unfinished demo: the same command continues it")
+        raise SaccadeError(f"{shown} contains runs without {PLAN_FILE}: the command that made them writes it")
     if (folder / LOG_FILE).is_file() or (folder / STATE_FILE).is_file() or newest_checkpoint(folder):
-        return "run"
+        return False
     inside = sorted(path.parent.name for path in folder.glob(f"*/{PLAN_FILE}"))
     if inside:
-        raise SaccadeError(f"folder={str(folder)!r} contains several sweeps: give one of them, {', '.join(inside)}")
+        raise SaccadeError(f"{shown} contains several sweeps: give one of them, {', '.join(inside)}")
     result = folder / RESULT_FILE
-    if result.is_file() and "model" in read_json(result):
-        raise SaccadeError(
-            f"folder={str(folder)!r} is one run of a sweep: give the sweep, or its model {read_json(result)['model']}"
-        )
+    if result.is_file() and "model" in (found := read_json(result)):
+        raise SaccadeError(f"{shown} is one run of a sweep: give the sweep, or its model {found['model']}")
     raise SaccadeError(
-        f"folder={str(folder)!r} contains no run: there is neither {LOG_FILE} nor a whole checkpoint "
+        f"{shown} contains no run: there is neither {LOG_FILE} nor a whole checkpoint "
         f"({STATE_FILE} and {RUN_FILE}), nor {PLAN_FILE} of a sweep"
     )
 
@@ -110,11 +107,11 @@ def read_run(folder: Path) -> RunRecord:
     else:
         model = folder if (folder / STATE_FILE).is_file() else newest_checkpoint(folder)
         record = RunRecord(model, read_json(model / STATE_FILE, "log_history")["log_history"], checkpoint=model.name)
-    if not _is_log(record.log_history):
+    log = record.log_history
+    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
         raise SaccadeError(f"the log of {record.model} is not a list of entries: move it away, or train again")
-    stage = folder / RESULT_FILE
-    if record.environment is None and stage.is_file():
-        record.environment = read_json(stage).get("environment")  # a stage of a sweep
+    if record.environment is None and (folder / RESULT_FILE).is_file():
+        record.environment = read_json(folder / RESULT_FILE).get("environment")  # a stage of a sweep
     if (record.model / RUN_FILE).is_file():
         run = read_json(record.model / RUN_FILE, "config")
         record.config, record.tokens = run["config"], run.get("tokens", {})
@@ -128,7 +125,3 @@ def _is_of_digits(results: Any) -> bool:
     """Whether these are results of `evaluate_digits`, not of another benchmark."""
     keys = {"inference", "accuracy", "accuracy_by_kind", "mean_prompt_length", "samples"}
     return isinstance(results, list) and bool(results) and all(keys <= set(result) for result in results)
-
-
-def _is_log(log: Any) -> bool:
-    return isinstance(log, list) and all(isinstance(entry, dict) for entry in log)

@@ -1,7 +1,7 @@
-"""Plots of a comparison: accuracy over training time, and the loss in each mode."""
+"""Plots as PNG: curves over steps, and accuracy over training time."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -9,94 +9,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from saccade.files import atomic_path
-from saccade.report.training_log import curve, modes_of, part_of
 
-# Okabe and Ito's palette, distinguishable with all common kinds of colour blindness; shapes encode the same.
-STYLES: dict[str, tuple[str, str, str]] = {
-    "all_tokens": ("#000000", "s", "all tokens"),
-    "prune_only": ("#D55E00", "^", "pruning only"),
-    "dualspeed": ("#0072B2", "o", "DualSpeed"),
-}
+# Okabe and Ito's palette, distinguishable with all common kinds of colour blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-OTHER_STYLES = [("#009E73", "D"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X")]
-MODE_STYLES = {"fast": ("#0072B2", "fast steps (pruned)"), "slow": ("#D55E00", "slow steps (all tokens)")}
+LINES = ("-", "--", ":", "-.")
 INK, FAINT = "#333333", "#8A8A8A"
 # 8 by 4.75 inches at 150 dpi: 10-point text stays readable when a page shows the picture 800 pixels wide.
 SIZE, DPI = (8.0, 4.75), 150
+SMALL = (5.0, 3.4)
+"""Size of the plots of one run: text stays readable when a phone shows them 320 pixels wide."""
+TALL = (6.0, 5.0)
+WAYS = {"full": "all tokens", "pruned": "pruned", "pruned_isolator": "pruned, with isolator", "skip": "skipping"}
+LONGEST_NAME = 44
+NAMED_POINTS = 8
+"""With more trainings than these, the points of `plot_trade_off` have numbers."""
+# As fractions of the axes, since matplotlib only knows the extent of a text after drawing it.
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+LABEL_GAP = 0.026
+LETTER = 0.0017  # width of a letter of one point, in a picture of size `TALL`
 
 
-def plot_accuracy_over_time(runs: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the accuracy on full inference over the training time, one point per method, as PNG.
-
-    Runs that differ only in their seed become one point at their mean, with whiskers from minimum to maximum. An arrow
-    leads from each point to the accuracy on pruned inference. Hollow markers are runs with compact positions.
-
-    Args:
-        runs: each with `method`, `positions` ("original", "compact" or None), `seed`, `accuracy_full` and
-            `accuracy_pruned` in [0, 1] (`accuracy_pruned` may be None), `train_seconds`, `speedup` (None for the
-            baseline) and `label`.
-        path: the file to write.
-
-    Raises:
-        ValueError: if there are no runs.
-        KeyError: if a run lacks one of the keys.
-    """
-    groups = _group(runs)
-    if not groups:
-        raise ValueError("there are no runs to draw")
-    figure, (axes,) = styled_figure()
-    styles = method_styles([group["method"] for group in groups])
-    for group in groups:
-        _draw_point(axes, group, styles[group["method"]])
-    _limits(axes, groups)
-    axes.set_xlabel("training time (s)")
-    axes.set_ylabel("accuracy (%); arrows: pruned inference")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
-    save_figure(figure, path)
+def way_name(inference: str) -> str:
+    """A way to run a model, in words."""
+    return WAYS.get(inference, inference.replace("_", " "))
 
 
-def plot_loss_by_mode(
-    log_history: Sequence[dict[str, Any]], path: str | os.PathLike[str], size: tuple[float, float] = SIZE
-) -> None:
-    """Draw the training loss of the steps of each mode over the steps, as PNG, each with a running mean.
+def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE, title: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure of `size` inches with panels side by side, in the common style of all plots.
 
     Args:
-        log_history: the trainer's log. Entries with `step` and `loss_MODE` are drawn by mode; if there are none,
-            `loss` is drawn as one curve.
-        path: the file to write.
-        size: inches across and down.
-
-    Raises:
-        ValueError: if no entry has a loss.
+        title: what is drawn, such as the name of a run, above the panels.
     """
-    styles = mode_styles(modes_of(log_history))
-    curves = {mode: curve(log_history, f"loss_{mode}") for mode in styles}
-    drawn = {mode: (*styles[mode], points) for mode, points in curves.items() if points}
-    if not drawn:
-        whole = curve(log_history, "loss")
-        if not whole:
-            raise ValueError("the log has no loss to draw")
-        drawn = {"all": (INK, "all steps", whole)}
-    figure, (axes,) = styled_figure(1, size)
-    for color, label, points in drawn.values():
-        steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=1)
-        axes.plot(steps, running_mean(losses), color=color, linewidth=2, label=label)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("training loss")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
-def mode_styles(modes: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The colour and the name of each mode, the same in all pictures of a run."""
-    others = iter(OTHER_STYLES * len(modes))
-    return {mode: MODE_STYLES.get(mode) or (next(others)[0], part_of(mode)) for mode in modes}
-
-
-def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:
-    """A figure of `size` inches with panels side by side, in the common style of all plots."""
     # `Figure` directly, not pyplot, which would look for a window system and affect the user's own figures.
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     drawn = list(figure.subplots(1, panels, squeeze=False)[0])
@@ -108,6 +51,8 @@ def styled_figure(panels: int = 1, size: tuple[float, float] = SIZE) -> tuple[Fi
         axes.yaxis.label.set(color=INK, size=11)
         axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
         axes.set_axisbelow(True)
+    if title:
+        figure.suptitle(short_name(title, 72), x=0.01, ha="left", fontsize=11, color=INK)
     return figure, drawn
 
 
@@ -117,74 +62,157 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _group(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group the runs over seeds, each number as (mean, minimum, maximum), accuracies in percent."""
-    together: dict[tuple, list[dict[str, Any]]] = {}
-    for run in runs:
-        together.setdefault((run["method"], run["positions"], run["label"]), []).append(run)
-    groups = []
-    for (method, positions, label), members in together.items():
-        pruned = [100 * run["accuracy_pruned"] for run in members if run["accuracy_pruned"] is not None]
-        speedups = [run["speedup"] for run in members if run["speedup"] is not None]
-        groups.append(
-            {
-                "method": method,
-                "positions": positions,
-                "label": label,
-                "full": _spread([100 * run["accuracy_full"] for run in members]),
-                "seconds": _spread([run["train_seconds"] for run in members]),
-                "pruned": fmean(pruned) if pruned else None,
-                "speedup": fmean(speedups) if speedups else None,
-            }
-        )
-    return groups
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    xlabel: str,
+    ylabel: str,
+    path: str | os.PathLike[str],
+    title: str = "",
+    smooth: bool = False,
+    size: tuple[float, float] = SIZE,
+) -> None:
+    """Draw curves in one panel.
+
+    Args:
+        curves: points (x, y) by name; more than seven curves also differ in their dashes.
+        title: above the panel, such as the name of the run.
+        smooth: draw running means; of one or two curves also the values themselves, faint.
+        size: width and height in inches, without the legend.
+
+    Raises:
+        ValueError: if there is no point to draw.
+    """
+    known = {name: curve for name, curve in curves.items() if curve}
+    if not known:
+        raise ValueError("there are no curves to draw")
+    columns = min(len(known), 2 if max(map(len, known)) > 16 else 3)
+    rows = -(-len(known) // columns)
+    figure, (axes,) = styled_figure(1, (size[0], size[1] + 0.25 * rows), title)
+    for number, (name, curve) in enumerate(known.items()):
+        look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
+        xs, ys = zip(*curve, strict=True)
+        if smooth and len(known) <= 2:
+            axes.plot(xs, ys, color=look["color"], alpha=0.25, linewidth=1)
+        marker = "o" if len(curve) == 1 else None
+        shown = running_mean(ys) if smooth else ys
+        axes.plot(xs, shown, linewidth=1.8, label=short_name(name), marker=marker, **look)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_ylim(bottom=0)
+    if len(known) > 1:
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK)
+    save_figure(figure, path)
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
-    return fmean(values), min(values), max(values)
+def plot_trade_off(
+    points: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    xlabel: str = "training time (s)",
+    title: str = "",
+) -> None:
+    """Draw accuracy over training time, each training with its name beside it: further up and further left is better.
+
+    A filled circle is the first way to run a training's model, all tokens where there is that; hollow ones above or
+    below it are the other ways, named in grey. Whiskers reach from the lowest to the highest seed. More than
+    `NAMED_POINTS` trainings are labelled by number, in the order of `points`.
+
+    Args:
+        points: each with `training` (a name), `inference` (such as those of `WAYS`), `accuracy` in [0, 1] with its
+            minimum and maximum as `accuracy_low` and `accuracy_high`, and `seconds` of training.
+        title: above the picture.
+
+    Raises:
+        ValueError: if there are no points.
+    """
+    if not points:
+        raise ValueError("there are no points to draw")
+    figure, (axes,) = styled_figure(1, TALL, title)
+    trainings: dict[str, list[Mapping[str, Any]]] = {}
+    plain = {point["training"] for point in points if point["inference"] == "pruned"}
+    for point in points:
+        # With and without an isolator are too close to tell apart.
+        if point["inference"] == "pruned_isolator" and point["training"] in plain:
+            continue
+        trainings.setdefault(point["training"], []).append(point)
+    low, high = (pick(100 * one[f"accuracy_{end}"] for one in points) for end, pick in (("low", min), ("high", max)))
+    margin = max(2.5, 0.1 * (high - low))
+    axes.set_ylim(low - margin if low > margin else -margin / 2, high + margin)
+    # From zero seconds, so that lengths are proportional to times.
+    axes.set_xlim(0, 1.25 * max(point["seconds"] for point in points) or 1)
+    for number, members in enumerate(trainings.values()):
+        color, seconds = COLORS[number % len(COLORS)], [point["seconds"] for point in members]
+        heights = [100 * point["accuracy"] for point in members]
+        # All ways of one training have the same training time, so they are above one another.
+        axes.plot(seconds, heights, color=color, linewidth=0.8, alpha=0.5, zorder=2)
+        for place, (point, height) in enumerate(zip(members, heights, strict=True)):
+            ends = [[abs(100 * point[f"accuracy_{end}"] - height)] for end in ("low", "high")]
+            axes.errorbar(seconds[0], height, yerr=ends, fmt="none", ecolor=color, elinewidth=1, alpha=0.5, zorder=2)
+            face = "white" if place else color
+            axes.plot(
+                seconds[0], height, "o", markersize=6 if place else 9, markeredgecolor=color, markerfacecolor=face,
+                zorder=3,
+            )  # fmt: skip
+    _name_points(axes, list(trainings.values()))
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("accuracy (%)")
+    save_figure(figure, path)
 
 
-def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """The colour and the marker of each method, the same in all pictures."""
-    others = iter(OTHER_STYLES * len(methods))
-    return {method: STYLES[method][:2] if method in STYLES else next(others) for method in dict.fromkeys(methods)}
+def _name_points(axes: Axes, trainings: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+
+    def place(point: Mapping[str, Any]) -> tuple[float, float]:
+        return (point["seconds"] - left) / (right - left), (100 * point["accuracy"] - bottom) / (top - bottom)
+
+    taken = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in (place(one) for few in trainings for one in few)]
+    few = len(trainings) <= NAMED_POINTS
+    labels = []
+    for number, (first, *others) in enumerate(trainings, start=1):
+        name = f"{short_name(first['training'], 30)}  {100 * first['accuracy']:.1f} %" if few else str(number)
+        labels.append((first, name, {"color": INK, "fontweight": "bold", "fontsize": 10}))
+        for point in others if few else ():
+            labels.append((point, way_name(point["inference"]), {"color": "#6A6A6A", "fontsize": 9}))
+    for point, text, style in sorted(labels, key=lambda label: label[2]["fontsize"], reverse=True):
+        x, y = place(point)
+        box, side = free_box(x, y, style["fontsize"] * LETTER * len(text) + 0.012, 0.04, taken)
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
+        axes.annotate(
+            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * 0.032, middle), textcoords="axes fraction",
+            va="center", ha="left" if side > 0 else "right", arrowprops=leader if abs(middle - y) > 0.03 else None,
+            zorder=5, **style,
+        )  # fmt: skip
 
 
-def _draw_point(axes: Axes, group: dict[str, Any], style: tuple[str, str]) -> None:
-    color, marker = style
-    (x, x_low, x_high), (y, y_low, y_high) = group["seconds"], group["full"]
-    axes.errorbar(
-        x, y, xerr=[[x - x_low], [x_high - x]], yerr=[[y - y_low], [y_high - y]], fmt="none", ecolor=color,
-        elinewidth=1.2, alpha=0.45, zorder=2,
-    )  # fmt: skip
-    if group["pruned"] is not None:
-        # A short dash marks the arrow's end, in case the two values are too close to see an arrow.
-        arrow = {"arrowstyle": "-|>", "color": color, "alpha": 0.6, "shrinkA": 5, "shrinkB": 0, "linewidth": 1.2}
-        axes.annotate("", xy=(x, group["pruned"]), xytext=(x, y), arrowprops=arrow, zorder=2)
-        axes.plot(x, group["pruned"], marker="_", color=color, markersize=11, markeredgewidth=1.6, zorder=3)
-    hollow = group["positions"] == "compact"
-    axes.plot(
-        x, y, marker=marker, markersize=9, markeredgecolor=color, markeredgewidth=1.8,
-        markerfacecolor="white" if hollow else color, linestyle="none", zorder=4, label=_label(group),
-    )  # fmt: skip
+def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
+    """The nearest free place for a label beside (x, y), and its side: 1 right, -1 left. In fractions of the axes."""
+    candidates = []
+    for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
+        for side in (1, -1):
+            near, far = x + side * LABEL_GAP, x + side * (LABEL_GAP + width)
+            low = min(max(y + shift - height / 2, 0), 1 - height)
+            candidates.append(((min(near, far), low, max(near, far), low + height), side))
+    free = (
+        (box, side)
+        for box, side in candidates
+        if box[0] >= 0 and box[2] <= 1.01 and not any(overlap(box, other) for other in taken)
+    )
+    return next(free, candidates[0])
 
 
-def _limits(axes: Axes, groups: Sequence[dict[str, Any]]) -> None:
-    """Start the time axis at zero, so that distances are proportional to times."""
-    heights = [value for group in groups for value in (*group["full"], group["pruned"]) if value is not None]
-    low, high = min(heights), max(heights)
-    margin = max(2.0, 0.12 * (high - low))
-    axes.set_ylim(max(0, low - margin), min(102, high + margin))
-    axes.set_xlim(0, max(group["seconds"][2] for group in groups) * 1.05 or 1)
-
-
-def _label(group: dict[str, Any]) -> str:
-    text = f"{group['label']}, {group['positions']}" if group["positions"] else group["label"]
-    text += f": {group['full'][0]:.1f} %"
-    return text if group["speedup"] is None else f"{text}, {group['speedup']:.1f}x as fast"
+def overlap(one: Box, other: Box) -> bool:
+    """Whether two boxes share more than an edge."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
     """The mean over a centred window of about a tenth of the curve, truncated at its ends."""
     half = max(1, len(values) // 20)
     return [fmean(values[max(0, number - half) : number + half + 1]) for number in range(len(values))]
+
+
+def short_name(name: str, longest: int = LONGEST_NAME) -> str:
+    """A name that fits, without characters that matplotlib would read as mathematics."""
+    shown = name if len(name) <= longest else name[: longest - 3] + "..."
+    return shown.replace("$", r"\$")

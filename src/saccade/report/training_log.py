@@ -20,6 +20,13 @@ def part_of(mode: str) -> str:
     return f"{mode.replace('_', ' ')} steps"
 
 
+def losses(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The loss over the steps of each mode, or of all steps if the log does not tell modes apart."""
+    found = {part_of(mode): curve(log_history, f"loss_{mode}") for mode in sorted(modes_of(log_history))}
+    known = {name: points for name, points in found.items() if points}
+    return known or {"all steps": curve(log_history, "loss")}
+
+
 def curve(log_history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of each entry with a finite number under `key`."""
     return [(entry["step"], entry[key]) for entry in log_history if "step" in entry and _is_finite(entry.get(key))]

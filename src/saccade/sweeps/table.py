@@ -1,7 +1,8 @@
-"""The state of a sweep so far: its rows, and its table on the terminal, in Markdown and in JSON."""
+"""The finished runs of a sweep: their figures, the spread over seeds, the table, and the finding in a sentence."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -10,12 +11,11 @@ from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import markdown_table, print_table
 from saccade.sweeps.digits import LABELS
-from saccade.sweeps.figures import percent, run_figures, spread, summarise
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import read_failure, read_result
 from saccade.sweeps.spec import RunSpec
 
-FIGURES = {
+FIGURES: Mapping[str, tuple[str, str | None]] = {
     "accuracy_full": ("accuracy, all tokens", None),
     "share_of_all_tokens": ("share of all-token", None),
     "accuracy_pruned": ("accuracy, pruned", None),
@@ -23,16 +23,16 @@ FIGURES = {
     "accuracy_skip": ("accuracy, skipping", None),
     "train_loss": ("last loss", "{:.3f}"),
     "train_seconds": ("training time", "{:.0f} s"),
-    "train_cpu_seconds": ("CPU time of training", "{:.0f} s"),
-    "flops_full": ("GFLOPs of a prompt, all tokens", "{:.3f}"),
-    "flops_pruned": ("pruned", "{:.3f}"),
-    "flops_skip": ("skipping", "{:.3f}"),
+    "speedup": ("speed-up", "{:.2f}x"),
     "speedup_steps": ("speed-up of steps", "{:.2f}x"),
     "speedup_tokens": ("tokens allow", "{:.2f}x"),
 }
-"""Headings, and the format of figures that are not fractions."""
+"""The columns of a table: heading, and the format of figures that are not fractions."""
 EVALUATED = ("prune_ratio", "positions")
 """Labels that distinguish the rows of a run that was evaluated in several ways."""
+SYMBOLS = {"prune_ratio": "p", "slow_probability": "r", "isolator_length": "l"}
+"""The papers' symbols for options, for short names."""
+Spread = Mapping[str, float]
 
 
 class Standing:
@@ -42,12 +42,13 @@ class Standing:
         plan: every run of the sweep.
         output: the sweep's folder.
         words: names of label values.
+        figures: the columns of the table, as `FIGURES`.
     """
 
-    def __init__(self, plan: Plan, output: Path, words: Mapping[str, str] = LABELS) -> None:
-        self.plan = plan
-        self.output = output
-        self.words = words
+    def __init__(
+        self, plan: Plan, output: Path, words: Mapping[str, str] = LABELS, figures: Mapping[str, Any] = FIGURES
+    ) -> None:
+        self.plan, self.output, self.words, self.figures = plan, output, words, figures
         found = {spec.name: read_result(output, spec) for spec in plan.runs}
         self.results = {name: result for name, result in found.items() if result is not None}
         self.failed = [spec.name for spec in plan.runs if found[spec.name] is None and read_failure(output, spec)]
@@ -62,8 +63,7 @@ class Standing:
         rows = []
         for spec in done:
             result = self.results[spec.name]
-            names = [entry["inference"] for entry in result["evaluations"]]
-            if len(names) == len(set(names)):
+            if has_own_training(result):
                 figures = run_figures(result, baselines.get(spec.labels["seed"]))
                 rows.append({**spec.labels, **figures, "is_baseline": is_baseline(spec)})
                 continue
@@ -79,7 +79,7 @@ class Standing:
         line = f"{len(self.results)} of {len(self.plan.runs)} runs done"
         return line + (f", {len(self.failed)} failed: {', '.join(self.failed)}" if self.failed else "")
 
-    def baseline(self, figure: str = "accuracy_full") -> Mapping[str, float] | None:
+    def baseline(self, figure: str = "accuracy_full") -> Spread | None:
         """The spread of a figure for training and inference on all tokens; None until such a run is done."""
         entries = summarise([row for row in self.rows if row.get("is_baseline")], ())
         return entries[0].get(figure) if entries else None
@@ -94,10 +94,10 @@ class Standing:
         ranks = {key: list(dict.fromkeys(row.get(key) for row in rows)) for key in self.keys}
 
         def order(entry: Mapping[str, Any]) -> tuple:
-            values = [entry[key] for key in self.keys]
+            values = ((key, entry[key]) for key in self.keys)
             return tuple(
                 (1, value) if isinstance(value, (int, float)) else (0, ranks[key].index(value))
-                for key, value in zip(self.keys, values, strict=True)
+                for key, value in values
             )
 
         return sorted(summarise(rows, self.keys), key=order)
@@ -105,17 +105,16 @@ class Standing:
     def table(self, where: Sequence[tuple[str, Any]] = ()) -> tuple[list[str], list[list[Any]]]:
         """Columns and cells of `summary`, without columns that are empty or fixed by `where`."""
         entries = self.summary(where)
-        fixed = dict(where)
-        keys = [key for key in self.keys if key not in fixed and any(entry[key] is not None for entry in entries)]
-        shown = [name for name in FIGURES if any(name in entry for entry in entries)]
+        keys = [key for key in self.keys if key not in dict(where) and any(one[key] is not None for one in entries)]
+        shown = [name for name in self.figures if any(name in entry for entry in entries)]
         if "accuracy_full" in shown or "accuracy_pruned" in shown:
             shown = [name for name in shown if name != "train_loss"]
-        columns = [*(key.replace("_", " ") for key in keys), "seeds", *(FIGURES[name][0] for name in shown)]
+        columns = [*(key.replace("_", " ") for key in keys), "seeds", *(self.figures[name][0] for name in shown)]
         cells = [
             [
                 *(self.word(entry[key]) for key in keys),
                 entry["seeds"],
-                *(_cell(name, entry.get(name)) for name in shown),
+                *(spread(entry.get(name), self.figures[name][1]) for name in shown),
             ]
             for entry in entries
         ]
@@ -125,22 +124,61 @@ class Standing:
         """A label's value as shown in tables and pictures."""
         return self.words.get(value, value) if isinstance(value, str | None) else str(value)
 
-    def show(self, console: Console) -> None:
-        """Print the table."""
-        columns, cells = self.table()
-        title = f"{self.plan.title}. {self.progress}"
-        if cells:
-            print_table(title, columns, cells, file=console.file)
-        else:
-            console.print(title, markup=False, highlight=False)
+    def name(self, labels: Mapping[str, Any]) -> str:
+        """What distinguishes a run or an entry of `summary` from others, such as "DualSpeed, p = 0.9"."""
+        varying = [key for key in self.keys if len({str(row.get(key)) for row in self.rows}) > 1] or self.keys
+        known = [(key, labels[key]) for key in varying if labels.get(key) is not None]
+        words = [
+            self.words.get(value, value)
+            if isinstance(value, str)
+            else f"{SYMBOLS.get(key, key.replace('_', ' '))} = {value}"
+            for key, value in known
+        ]
+        return ", ".join(words) or "the recipe"
+
+    def groups(self) -> dict[str, list[dict[str, Any]]]:
+        """The results of runs that have their own training, by `name`."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for result in filter(has_own_training, self.results.values()):
+            groups.setdefault(self.name(result["spec"]["labels"]), []).append(result)
+        return groups
+
+    def ranked(self) -> list[dict[str, Any]]:
+        """The entries of `summary`, the most accurate on all tokens first, or the one with the lowest loss.
+
+        Each also has `name`, and `is_baseline`: whether it is training on all tokens.
+        """
+        ordinary = {tuple(row.get(key) for key in self.keys) for row in self.rows if row.get("is_baseline")}
+        entries = [
+            {**one, "name": self.name(one), "is_baseline": tuple(one[key] for key in self.keys) in ordinary}
+            for one in self.summary()
+        ]
+        if any("accuracy_full" in one for one in entries):
+            return sorted(entries, key=lambda one: -one.get("accuracy_full", {"mean": 0})["mean"])
+        return sorted(entries, key=lambda one: one.get("train_loss", {"mean": float("inf")})["mean"])
+
+    def finding(self) -> str:
+        """The result in one line: the best setting other than all-token training, compared with it if there is one.
+
+        Of compact and original positions, the compact ones count, as published.
+        """
+        entries = [one for one in self.ranked() if not one["is_baseline"]] or self.ranked()
+        entries = [one for one in entries if one.get("positions") in (None, "compact")] or entries
+        first = entries[0]
+        if "share_of_all_tokens" in first and not first["is_baseline"]:
+            time = 100 / first["speedup"]["mean"]
+            share = percent(first["share_of_all_tokens"])
+            return f"{first['name']}: {share} of all-token accuracy in {time:.0f} % of the time"
+        if "accuracy_full" in first:
+            return f"{first['name']}: {percent(first['accuracy_full'])} right from all tokens, best of {len(entries)}"
+        if "train_loss" in first:
+            return f"{first['name']}: last loss {spread(first['train_loss'], '{:.3f}')}, lowest of {len(entries)}"
+        return self.progress
 
     def report(self, console: Console) -> None:
-        """Write the table and print it."""
-        self.write()
-        self.show(console)
-
-    def write(self) -> None:
-        """Write `table.json`, with every row and every spread, and `table.md`."""
+        """Write `table.json`, with every row and every spread, and `table.md`, and print the table."""
+        columns, cells = self.table()
+        title = f"{self.plan.title}. {self.progress}"
         record = {
             "title": self.plan.title,
             "progress": self.progress,
@@ -150,8 +188,11 @@ class Standing:
             "rows": self.rows,
         }
         write_json_atomically(self.output / "table.json", record)
-        columns, cells = self.table()
         write_text_atomically(self.output / "table.md", markdown_table(columns, cells) if cells else "")
+        if cells:
+            print_table(title, columns, cells, file=console.file)
+        else:
+            console.print(title, markup=False, highlight=False)
 
 
 def is_baseline(spec: RunSpec) -> bool:
@@ -164,6 +205,120 @@ def is_baseline(spec: RunSpec) -> bool:
     return "full" in ways and ordinary
 
 
-def _cell(name: str, value: Mapping[str, float] | None) -> str | None:
-    form = FIGURES[name][1]
-    return None if value is None else spread(value, form) if form else percent(value)
+def has_own_training(result: Mapping[str, Any]) -> bool:
+    """Whether a run has its own training, rather than several evaluations of a model trained by another run."""
+    names = [entry["inference"] for entry in result["evaluations"]]
+    return len(names) == len(set(names))
+
+
+def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The figures of a run with one evaluation of each kind; None for those that are missing.
+
+    Args:
+        baseline: the result of all-token training with the same seed, for the share of its accuracy and the speed-up.
+    """
+    stages, entries = result["stages"], {entry["inference"]: entry for entry in result["evaluations"]}
+    last = list(stages.values())[-1]
+    ordinary = result["spec"]["stages"][-1].get("prune_ratio") == 0
+    tokens = {name: sum(stage["tokens"][name] for stage in stages.values()) for name in last["tokens"]}
+    samples = sum(stage["samples"] for stage in stages.values())
+    full = entries["full"]["accuracy"] if "full" in entries else None
+    base = baseline and next(one["accuracy"] for one in baseline["evaluations"] if one["inference"] == "full")
+    ways = ("full", "pruned", "pruned_isolator", "skip")
+    flops = {name: entry["prefill_flops"] / 1e9 for name, entry in entries.items() if "prefill_flops" in entry}
+    return {
+        **{f"accuracy_{name}": entries[name]["accuracy"] if name in entries else None for name in ways},
+        "accuracy_by_kind": {name: entry["accuracy_by_kind"] for name, entry in entries.items()},
+        "share_of_all_tokens": full / base if base and full is not None else None,
+        "train_loss": next((log["loss"] for log in reversed(last["log_history"]) if "loss" in log), None),
+        "train_seconds": train_seconds(result),
+        "train_cpu_seconds": train_cpu_seconds(result),
+        **{f"flops_{name}": value for name, value in flops.items()},
+        "speedup": train_seconds(baseline) / train_seconds(result) if baseline else None,
+        # Within the run: the time of a slow step, minus its teacher, over that of the mean step of stage two.
+        "speedup_steps": None if ordinary else last["step_speedup"],
+        # A forward and backward pass over a token costs three times the teacher's forward pass over it.
+        "speedup_tokens": 3 * tokens["full"] / (3 * tokens["trained"] + tokens.get("teacher", 0.0)),
+        "mean_sequence_length": tokens["trained"] / samples,
+        "mean_sequence_length_full": tokens["full"] / samples,
+    }
+
+
+def train_seconds(result: Mapping[str, Any]) -> float:
+    """Seconds of training of all stages, including those that another run trained and shares."""
+    return sum(stage["seconds"] for stage in result["stages"].values())
+
+
+def train_cpu_seconds(result: Mapping[str, Any]) -> float | None:
+    """CPU time of the training process for all stages, excluding time spent waiting for a CPU. None if unknown."""
+    seconds = [stage.get("cpu_seconds") for stage in result["stages"].values()]
+    return None if None in seconds else sum(seconds)
+
+
+def trade_off(groups: Mapping[str, Sequence[Mapping[str, Any]]], seconds_of: Any = train_seconds) -> list[dict]:
+    """One point per group of results and way to run its models, in the form that `plot_trade_off` takes.
+
+    Args:
+        groups: results by the name of their training.
+        seconds_of: the seconds of training of a result.
+    """
+    points = []
+    for name, results in groups.items():
+        ways: dict[str, list[dict[str, Any]]] = {}
+        for entry in (entry for one in results for entry in one["evaluations"]):
+            ways.setdefault(entry["inference"], []).append(entry)
+        for inference, entries in ways.items():
+            reached = mean_and_range([entry["accuracy"] for entry in entries])
+            flops = [entry.get("prefill_flops") or 0.0 for entry in entries]
+            points.append(
+                {
+                    "training": name,
+                    "inference": inference,
+                    "accuracy": reached["mean"],
+                    "accuracy_low": reached["min"],
+                    "accuracy_high": reached["max"],
+                    "seconds": mean(map(seconds_of, results)),
+                    "tokens": mean(entry["mean_prompt_length"] for entry in entries),
+                    "flops": mean(flops) if all(flops) else None,
+                }
+            )
+    return points
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry per combination of `keys`, in order of first occurrence: the keys, `seeds`, and the spread of every
+    number.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    entries = []
+    for values, members in groups.items():
+        entry = {**dict(zip(keys, values, strict=True)), "seeds": len(members)}
+        for name in {name: None for row in members for name in row if name not in (*keys, "seed")}:
+            found = [row.get(name) for row in members]
+            numbers = [one for one in found if isinstance(one, (int, float)) and not isinstance(one, bool)]
+            if numbers:
+                entry[name] = mean_and_range(numbers)
+        entries.append(entry)
+    return entries
+
+
+def mean_and_range(numbers: Sequence[float]) -> dict[str, float]:
+    """The spread of at least one number: "mean", "min" and "max"."""
+    return {"mean": mean(numbers), "min": min(numbers), "max": max(numbers)}
+
+
+def percent(value: Spread | None) -> str:
+    """A spread of fractions as text in percent."""
+    return spread(value, None)
+
+
+def spread(value: Spread | None, form: str | None) -> str:
+    """The mean, followed by minimum and maximum if they differ as text; fractions in percent without a format."""
+    if value is None:
+        return "-"
+    scale, form = (1, form) if form else (100, "{:.1f} %")
+    low, high = ((form.partition("}")[0] + "}").format(scale * value[name]) for name in ("min", "max"))
+    text = form.format(scale * value["mean"])
+    return text if low == high else f"{text} ({low}-{high})"
