@@ -31,7 +31,7 @@ def gpus(monkeypatch):
 
 
 def local_plan(processes, **environment):
-    return LaunchPlan(FOLDER / "ddp.yaml", processes, 1, 0, "127.0.0.1", 29999, {**os.environ, **environment})
+    return LaunchPlan(processes, 1, 0, "127.0.0.1", 29999, {**os.environ, **environment})
 
 
 @pytest.mark.parametrize("name", PRESETS)

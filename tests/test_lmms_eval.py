@@ -23,8 +23,8 @@ from lmms_tasks import TASKS, choice_documents, write_tasks, yes_no_documents
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.evaluation import INFERENCES, Inference, plan_inferences
+from saccade.evaluation.compare import read_scores
 from saccade.evaluation.lmms import SaccadeModel, cut_at, generation_options
-from saccade.evaluation.results import read_scores
 from saccade.evaluation.suites import SUITES
 from saccade.pruning import ModeIsolator
 from saccade.reducers.config import PRUNING_OPTIONS

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from saccade.cli import evaluate
 from saccade.cli.main import Parser, main
 from saccade.errors import SaccadeError
-from saccade.evaluation.compare import compare_results
-from saccade.evaluation.results import read_scores
+from saccade.evaluation.compare import compare_results, read_scores
 from saccade.evaluation.suites import SUITES
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"

@@ -5,29 +5,7 @@ from typing import TYPE_CHECKING
 from saccade.late import late_names
 
 if TYPE_CHECKING:
-    from saccade.evaluation.digits import (
-        INFERENCES,
-        Inference,
-        evaluate_digits,
-        evaluate_inferences,
-        plan_inferences,
-        prepare_prompts,
-    )
+    from saccade.evaluation.digits import INFERENCES, Inference, evaluate_inferences, plan_inferences, prepare_prompts
 
-_HOMES = {
-    "INFERENCES": "saccade.evaluation.digits",
-    "Inference": "saccade.evaluation.digits",
-    "evaluate_digits": "saccade.evaluation.digits",
-    "evaluate_inferences": "saccade.evaluation.digits",
-    "plan_inferences": "saccade.evaluation.digits",
-    "prepare_prompts": "saccade.evaluation.digits",
-}
-__all__ = [
-    "INFERENCES",
-    "Inference",
-    "evaluate_digits",
-    "evaluate_inferences",
-    "plan_inferences",
-    "prepare_prompts",
-]
-__getattr__ = late_names(__name__, _HOMES)
+__all__ = ["INFERENCES", "Inference", "evaluate_inferences", "plan_inferences", "prepare_prompts"]
+__getattr__ = late_names(__name__, dict.fromkeys(__all__, "saccade.evaluation.digits"))

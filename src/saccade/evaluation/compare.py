@@ -1,12 +1,48 @@
-"""Compare the scores of two result folders: each as a share of the baseline's, and the mean share."""
+"""Scores in result folders of lmms-eval and `saccade eval`, and each as a share of a baseline's."""
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
-from saccade.evaluation.results import Scores, read_scores
 from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
+
+LMMS_FILES = "*results.json"
+DIGIT_FILE = "eval.json"
+DIGITS = "digits/"
+
+
+@dataclass
+class Scores:
+    """The scores of one model in one folder.
+
+    Args:
+        source: the folder, or the file.
+        values: score by task, in the unit used in papers.
+        settings: how the model was run, as lmms-eval's `model_args`; None for digit scenes.
+        documents: number of answered documents by task, if known.
+        prompt_lengths: mean number of tokens read by the language model by task, if known.
+    """
+
+    source: str
+    values: dict[str, float] = field(default_factory=dict)
+    settings: str | None = None
+    documents: dict[str, int | None] = field(default_factory=dict)
+    prompt_lengths: dict[str, float | None] = field(default_factory=dict)
+
+
+class _Result(NamedTuple):
+    """One task's result in one file."""
+
+    task: str
+    score: float
+    settings: str = ""
+    documents: int | None = None
+    prompt_length: float | None = None
 
 
 def compare_results(baseline: str | Path, model: str | Path, suite: str | None = None) -> dict[str, Any]:
@@ -34,7 +70,8 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
     named = None if suite is None else get_suite(suite)
     first, second = read_scores(baseline), read_scores(model)
     tasks = list(dict.fromkeys([*first.values, *second.values]))
-    chosen = named or _suite_of(tasks)
+    fitting = [one for one in SUITES.values() if tasks and set(tasks) <= set(one.tasks)]
+    chosen = named or (fitting[0] if len(fitting) == 1 else None)
     if chosen:
         tasks = [task for task in chosen.tasks if named or task in tasks]
     common = [task for task in tasks if task in first.values and task in second.values]
@@ -43,8 +80,16 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
             f"baseline={first.source!r} has {', '.join(first.values)} and model={second.source!r} "
             f"{', '.join(second.values)}: no benchmark {f'of suite {named.name} ' if named else ''}is in both"
         )
-    rows = [_row(task, first, second) for task in tasks]
+    rows = [
+        {
+            "benchmark": BENCHMARKS[task].name if task in BENCHMARKS else task,
+            "task": task,
+            **_pair(first.values.get(task), second.values.get(task)),
+        }
+        for task in tasks
+    ]
     shares = [row["share"] for row in rows if row["share"] is not None]
+    lengths = [(first.prompt_lengths.get(task), second.prompt_lengths.get(task)) for task in common]
     return {
         "baseline": first.source,
         "model": second.source,
@@ -54,85 +99,161 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
         "shares": len(shares),
         "benchmarks": len(chosen.benchmarks) if chosen else len(rows),
         "average": _average(chosen, rows) if chosen and chosen.average else None,
-        "prompt_length": _prompt_length(common, first, second),
+        "prompt_length": None if any(None in pair for pair in lengths) else _pair(*_means(lengths)),
         "notes": _notes(rows, first, second),
     }
 
 
 def comparison_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list[str | None]]]:
     """The columns and cells of a table of what `compare_results` returned."""
-    rows: list[list[str | None]] = [
-        [row["benchmark"], _number(row["baseline"]), _number(row["model"]), _percent(row["share"])]
-        for row in comparison["rows"]
-    ]
-    average, length = comparison["average"], comparison["prompt_length"]
+    found = [(row["benchmark"], row) for row in comparison["rows"]]
+    average = comparison["average"]
     if average is not None:
-        label = _partly("average without MME", average["scores"], average["of"])
-        rows.append([label, _number(average["baseline"]), _number(average["model"]), _percent(average["share"])])
+        found.append((_partly("average without MME", average["scores"], average["of"]), average))
     label = _partly("mean share", comparison["shares"], comparison["benchmarks"])
-    rows.append([label, None, None, _percent(comparison["mean_share"])])
-    if length is not None:
-        cells = [_number(length["baseline"]), _number(length["model"]), _percent(length["share"])]
-        rows.append(["mean prompt length", *cells])
+    found.append((label, {"share": comparison["mean_share"]}))
+    if comparison["prompt_length"] is not None:
+        found.append(("mean prompt length", comparison["prompt_length"]))
+    rows = [
+        [label, _number(row.get("baseline")), _number(row.get("model")), _percent(row["share"])]
+        for label, row in found
+    ]
     return ["benchmark", "baseline", "model", "share"], rows
 
 
-def _suite_of(tasks: Sequence[str]) -> Suite | None:
-    """The only suite that contains all tasks; None if there is none, or more than one."""
-    fitting = [suite for suite in SUITES.values() if tasks and set(tasks) <= set(suite.tasks)]
-    return fitting[0] if len(fitting) == 1 else None
+def read_scores(path: str | Path) -> Scores:
+    """The scores in a result folder, or in one of its files.
+
+    If a task has several results, the newest counts.
+
+    Args:
+        path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
+            depth. For digit scenes, each inference is a task, such as "digits/full".
+
+    Raises:
+        SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
+    """
+    place, shown = Path(path), f"folder={str(path)!r}"
+    if not place.exists():
+        raise SaccadeError(f"{shown} does not exist: give what an evaluation wrote")
+    files = [place] if place.is_file() else {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
+    scores, origin = Scores(str(path)), {}
+    # Files of equal time are ordered by name, which in lmms-eval begins with the date.
+    for file in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
+        for result in _read(file, must=file is place):
+            task = result.task
+            if task.startswith(DIGITS):
+                if file != origin.setdefault(task, file):
+                    raise SaccadeError(f"{shown} has {origin[task]} and {file}: name the folder of one")
+            elif scores.settings not in (None, result.settings):
+                raise SaccadeError(
+                    f"{shown} has results of a model run in two ways, {scores.settings!r} and "
+                    f"{result.settings!r} in {file}: name the folder of one"
+                )
+            else:
+                scores.settings = result.settings
+            scores.values[task] = result.score
+            scores.documents[task], scores.prompt_lengths[task] = result.documents, result.prompt_length
+    if not scores.values:
+        raise SaccadeError(f"{shown} has no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}")
+    return scores
 
 
-def _row(task: str, baseline: Scores, model: Scores) -> dict[str, Any]:
-    first, second = baseline.values.get(task), model.values.get(task)
+def _read(file: Path, must: bool) -> Iterator[_Result]:
+    """Every result in a file. JSON files of another kind have none, which is an error if `must` is true."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SaccadeError(
+            f"file={str(file)!r} is not readable JSON: {error}; evaluate again, or remove it"
+        ) from error
+    results = content.get("results") if isinstance(content, dict) else None
+    scenes = {"inference", "accuracy"}
+    if isinstance(results, list) and all(isinstance(entry, dict) and scenes <= entry.keys() for entry in results):
+        # An evaluation next to a model that it does not belong to says nothing about it.
+        if file.name == DIGIT_FILE and weight_files(file.parent):
+            _, fault = read_evaluation(file.parent)
+            if fault is not None:
+                raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those next to it")
+        for entry in results:
+            counts = {"documents": entry.get("samples"), "prompt_length": entry.get("mean_prompt_length")}
+            yield _Result(DIGITS + entry["inference"], 100 * entry["accuracy"], **counts)
+    elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
+        settings = str((content.get("config") or {}).get("model_args", ""))
+        for task, metrics in results.items():
+            score = _score(task, metrics, (content.get("higher_is_better") or {}).get(task) or {}, file)
+            if score is not None:
+                samples = (content.get("n-samples") or {}).get(task) or {}
+                yield _Result(task, score, settings, samples.get("effective"))
+    elif must:
+        raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
+
+
+def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str, Any], file: Path) -> float | None:
+    """The score that represents a task; None if it has none, as for some groups of tasks.
+
+    For a benchmark of a suite it is the suite's metric; for any other task, the first number that is better when
+    higher.
+
+    Raises:
+        SaccadeError: if a benchmark of a suite lacks its metric.
+    """
+    # lmms-eval names entries "metric,filter".
+    numbers: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            name = key.partition(",")[0]
+            if name != "samples" and "_stderr" not in name:
+                numbers.setdefault(name, float(value))
+    if task in BENCHMARKS:
+        benchmark = BENCHMARKS[task]
+        if benchmark.metric not in numbers:
+            raise SaccadeError(
+                f"file={str(file)!r}: {task} has no number for {benchmark.metric}, only for "
+                f"{', '.join(numbers) or 'nothing'}: evaluate it again"
+            )
+        return benchmark.scale * numbers[benchmark.metric]
+    return next((value for name, value in numbers.items() if higher_is_better.get(name, True)), None)
+
+
+def _pair(baseline: float | None, model: float | None) -> dict[str, float | None]:
+    # A share of a baseline of zero is undefined.
     return {
-        "benchmark": _name(task),
-        "task": task,
-        "baseline": first,
-        "model": second,
-        # A share of a baseline of zero is undefined.
-        "share": second / first if first and second is not None else None,
+        "baseline": baseline,
+        "model": model,
+        "share": model / baseline if baseline and model is not None else None,
     }
+
+
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    if not pairs:
+        return None, None
+    first, second = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
+    return first, second
 
 
 def _average(suite: Suite, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The means over the scores that both have, among those that the suite averages."""
     averaged = [benchmark.task for benchmark in suite.benchmarks if benchmark.in_average]
-    counted = [row for row in rows if row["task"] in averaged]
-    pairs = [(row["baseline"], row["model"]) for row in counted if None not in (row["baseline"], row["model"])]
-    first, second = (sum(values) / len(pairs) for values in zip(*pairs, strict=True)) if pairs else (None, None)
-    share = second / first if first and second is not None else None
-    return {"baseline": first, "model": second, "share": share, "scores": len(pairs), "of": len(averaged)}
-
-
-def _prompt_length(tasks: Sequence[str], baseline: Scores, model: Scores) -> dict[str, float] | None:
-    """The mean over tasks of the mean prompt length; None unless both folders have it."""
-    pairs = [(baseline.prompt_lengths.get(task), model.prompt_lengths.get(task)) for task in tasks]
-    if any(None in pair for pair in pairs):
-        return None
-    first, second = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-    return {"baseline": first, "model": second, "share": second / first}
+    counted = [(row["baseline"], row["model"]) for row in rows if row["task"] in averaged]
+    pairs = [pair for pair in counted if None not in pair]
+    return {**_pair(*_means(pairs)), "scores": len(pairs), "of": len(averaged)}
 
 
 def _notes(rows: Sequence[dict[str, Any]], baseline: Scores, model: Scores) -> list[str]:
     """Reasons why rows are not proper comparisons."""
     notes = []
     for row in rows:
-        task = row["task"]
-        for scores, name in ((baseline, "baseline"), (model, "model")):
+        task, name = row["task"], row["benchmark"]
+        for scores, role in ((baseline, "baseline"), (model, "model")):
             if task not in scores.values:
-                notes.append(f"{row['benchmark']}: no score in {scores.source} ({name})")
+                notes.append(f"{name}: no score in {scores.source} ({role})")
         counts = [scores.documents.get(task) for scores in (baseline, model)]
         if None not in counts and counts[0] != counts[1]:
-            notes.append(f"{row['benchmark']}: {counts[0]} documents against {counts[1]}, not the same benchmark")
+            notes.append(f"{name}: {counts[0]} documents against {counts[1]}, not the same benchmark")
         if row["baseline"] == 0:
-            notes.append(f"{row['benchmark']}: the baseline's score is 0, so there is no share")
+            notes.append(f"{name}: the baseline's score is 0, so there is no share")
     return notes
-
-
-def _name(task: str) -> str:
-    """The benchmark's name in the papers."""
-    return BENCHMARKS[task].name if task in BENCHMARKS else task
 
 
 def _partly(label: str, count: int, total: int) -> str:

@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,29 +131,6 @@ def trained_pruning(folder: str | Path) -> PruningConfig:
     return PruningConfig(**trained_options(trained))
 
 
-def evaluate_digits(
-    model: nn.Module,
-    processor: ProcessorMixin,
-    dataset: Dataset,
-    inference: Inference | None = None,
-    batch_size: int = 100,
-) -> dict[str, Any]:
-    """Generate the last answer of every row, and compare it with the gold one.
-
-    Args:
-        dataset: rows of `digit_scenes("sft", ...)`.
-
-    Returns:
-        `accuracy` and `accuracy_by_kind`, as fractions; `samples`; `mean_prompt_length`, in tokens that the language
-        model sees; `prefill_flops`, operations per sample of the first batch from pixels to the first token;
-        `inference` and its settings.
-
-    Raises:
-        SaccadeError: if the dataset is empty.
-    """
-    return evaluate_inferences(model, processor, dataset, [inference or Inference()], batch_size)[0]
-
-
 @torch.no_grad()
 def evaluate_inferences(
     model: nn.Module,
@@ -163,10 +140,16 @@ def evaluate_inferences(
     batch_size: int = 100,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """`evaluate_digits` for several inferences; every batch is processed only once.
+    """Generate the last answer of every row in several ways, and compare it with the gold one.
 
     Args:
+        dataset: rows of `digit_scenes("sft", ...)`; each batch of them is processed only once.
         on_batch: called with the number of batches done and the total; each batch counts once per inference.
+
+    Returns:
+        For each inference `accuracy` and `accuracy_by_kind`, as fractions; `samples`; `mean_prompt_length`, in tokens
+        that the language model sees; `prefill_flops`, operations per sample of the first batch from pixels to the
+        first token; `inference` and its settings.
 
     Raises:
         SaccadeError: if the dataset is empty.
@@ -187,6 +170,7 @@ def evaluate_inferences(
             with inference.on(model) as prepare:
                 inputs = prepare(processed)
                 if number not in flops:
+                    # From the pixels on: encode, and generate the first token.
                     flops[number] = count_flops(partial(_read, model, prepare, processed)) / len(rows)
                 outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
             prompt_tokens[number] += int(inputs["attention_mask"].sum())
@@ -203,24 +187,24 @@ def evaluate_inferences(
 
 
 def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any]], batch: Mapping[str, Any]) -> None:
-    """Encode the images of a batch and generate the first token."""
     model.generate(**prepare(batch), max_new_tokens=1, do_sample=False)
 
 
 def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens: int) -> dict[str, Any]:
     every = [value for values in right.values() for value in values]
-    pruning = inference.pruning
+    options = asdict(inference.pruning)
+    options.pop("isolator")
+    if not inference.prunes:
+        options |= {
+            "reducer": None,
+            "reducer_options": {},
+            "prune_ratio": 0.0,
+            "keep_tokens": None,
+            "fit_length": None,
+        }
     return {
         "inference": inference.name,
-        "reducer": pruning.reducer if inference.prunes else None,
-        "reducer_options": pruning.reducer_options if inference.prunes else {},
-        "prune_ratio": pruning.prune_ratio if inference.prunes else 0.0,
-        "keep_tokens": pruning.keep_tokens if inference.prunes else None,
-        "budget": pruning.budget,
-        "adaptive": pruning.adaptive,
-        "fit_length": pruning.fit_length if inference.prunes else None,
-        "newlines": pruning.newlines,
-        "positions": pruning.positions,
+        **options,
         "accuracy": sum(every) / len(every),
         "accuracy_by_kind": {kind: sum(values) / len(values) for kind, values in sorted(right.items())},
         "samples": len(every),

@@ -17,8 +17,6 @@ from saccade.evaluation import plan_inferences, prepare_prompts
 from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.training import ModelOptions, load_model
 
-"""Options of pruning, all of which `--model_args` accepts; `reducer_options` as JSON."""
-
 LONGEST_ANSWER = 1024
 """Maximum new tokens if a task has no limit."""
 

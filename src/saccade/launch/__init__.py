@@ -1,7 +1,6 @@
 """Training in several processes: accelerate configs by name, and starting and watching the processes."""
 
-from saccade.launch.engine import check_engine
-from saccade.launch.plan import PRESETS, LaunchPlan, make_plan
+from saccade.launch.plan import PRESETS, LaunchPlan, check_engine, make_plan
 from saccade.launch.processes import run_processes
 
 __all__ = ["PRESETS", "LaunchPlan", "check_engine", "make_plan", "run_processes"]

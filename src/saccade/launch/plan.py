@@ -1,4 +1,4 @@
-"""Turn a preset or an accelerate config into the environment of each process."""
+"""Turn a preset or an accelerate config into the environment of each process, and check in each what came of it."""
 
 import importlib.util
 import os
@@ -18,19 +18,14 @@ _ENGINES = ("MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", "NO")
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What to start on this machine.
+    """What to start on this machine: its share of `processes`, which are those on all `machines`.
 
     Args:
-        config: the accelerate config.
-        processes: processes on all machines.
-        machines: number of machines.
         machine_rank: index of this machine, from 0.
-        address: host of machine 0.
-        port: port on which process 0 listens.
+        address: host of machine 0, where process 0 listens on `port`.
         environment: the variables that accelerate sets for every process.
     """
 
-    config: Path
     processes: int
     machines: int
     machine_rank: int
@@ -75,7 +70,11 @@ def make_plan(
     Raises:
         SaccadeError: on an unknown name, a config that accelerate does not accept, or inconsistent numbers.
     """
-    path = _find(launch)
+    path = FOLDER / f"{launch}.yaml" if launch in PRESETS else Path(launch)
+    if not path.is_file():
+        raise SaccadeError(
+            f"launch={launch!r} is unknown: use {', '.join(PRESETS)}, or the path of an accelerate config"
+        )
     config = _read(path)
     engine = str(config.get("distributed_type", "NO")).upper()
     if engine not in _ENGINES:
@@ -104,18 +103,34 @@ def make_plan(
         "main_process_ip": address,
         "main_process_port": port,
     }
-    return LaunchPlan(path, processes, machines, machine_rank, address, port, _environment(launch, path, flags))
+    return LaunchPlan(processes, machines, machine_rank, address, port, _environment(launch, path, flags))
 
 
-def _find(launch: str) -> Path:
-    if launch in PRESETS:
-        return FOLDER / f"{launch}.yaml"
-    path = Path(launch)
-    if not path.is_file():
+def check_engine(accelerator: Any) -> None:
+    """Compare what accelerate has set up with what the environment requests.
+
+    Accelerate falls back silently: FSDP without a GPU becomes plain data parallelism, and several processes without a
+    backend become independent runs.
+
+    Args:
+        accelerator: the trainer's `Accelerator`.
+
+    Raises:
+        SaccadeError: if they differ; the message names both.
+    """
+    found = accelerator.distributed_type.value
+    for variable, engine in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() == "true" and found != engine:
+            raise SaccadeError(
+                f"launch: {engine} was requested but accelerate runs {found}: it shards on GPUs only and not with "
+                "use_cpu=true; give --launch ddp, or set use_cpu to false"
+            )
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != wanted:
         raise SaccadeError(
-            f"launch={launch!r} is unknown: use {', '.join(PRESETS)}, or the path of an accelerate config"
+            f"launch: {wanted} processes were started but accelerate joined {accelerator.num_processes}: "
+            "start them with `saccade train --launch` or torchrun"
         )
-    return path
 
 
 def _read(path: Path) -> dict[str, Any]:

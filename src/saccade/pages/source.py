@@ -122,6 +122,6 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _is_of_digits(results: Any) -> bool:
-    """Whether these are results of `evaluate_digits`, not of another benchmark."""
+    """Whether these are results of `evaluate_inferences`, not of another benchmark."""
     keys = {"inference", "accuracy", "accuracy_by_kind", "mean_prompt_length", "samples"}
     return isinstance(results, list) and bool(results) and all(keys <= set(result) for result in results)
