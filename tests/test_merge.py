@@ -6,7 +6,6 @@ from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from torch import Tensor
 
 from saccade import SaccadeError
-from saccade.dualspeed.checks import check_family_can
 from saccade.dualspeed.modes import ModeConfig
 from saccade.families import Encoded
 from saccade.pruning import reduced_features
@@ -167,4 +166,4 @@ def test_a_family_that_cannot_says_so(name):
             case.prune(case.inputs, reducer, reducer_options={"merge": "encoder"})
     mode = ModeConfig("fast", 1.0, pruning=PruningConfig("visionzip", {"merge": "encoder"}))
     with pytest.raises(SaccadeError, match=message):
-        check_family_can(case.family, [mode])  # before training begins
+        case.family.check_gives(mode.needs)  # before training begins

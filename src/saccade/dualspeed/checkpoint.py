@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING, remove_companion
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
+from saccade.dualspeed.identity import through_json
 from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, checksums, load_whole
 from saccade.errors import SaccadeError
 from saccade.files import check_entries, to_json, write_json_atomically
@@ -34,22 +35,12 @@ PLACE_OF_AN_ADAPTER = frozenset({"base_model_name_or_path", "inference_mode", "p
 
 
 def adapter_options(model: nn.Module) -> dict[str, Any]:
-    """The options of each of a model's PEFT adapters, as JSON values: the same in every process, with sets sorted."""
+    """The options of each of a model's PEFT adapters, as JSON values."""
+    configs = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
     return {
-        name: {
-            field: _through_json(value)
-            for field, value in config.to_dict().items()
-            if field not in PLACE_OF_AN_ADAPTER
-        }
-        for name, config in getattr(model, "peft_config", {}).items()
+        name: {field: through_json(value) for field, value in config.items() if field not in PLACE_OF_AN_ADAPTER}
+        for name, config in configs.items()
     }
-
-
-def _through_json(value: Any) -> Any:
-    try:
-        return json.loads(to_json(value))
-    except TypeError:
-        return type(value).__name__
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:

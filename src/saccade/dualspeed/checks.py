@@ -1,6 +1,6 @@
 """Checks before the first step, for what would fail later or silently do something else."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +11,6 @@ from torch import nn
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.modes import ModeConfig
 from saccade.errors import SaccadeError, did_you_mean, needs_package
 from saccade.families import Family
 from saccade.files import check_writable
@@ -125,9 +124,3 @@ def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
             "adapters that were merged, load the model from a folder or call model.requires_grad_(True); else set "
             "freeze_language_model=True"
         )
-
-
-def check_family_can(family: Family, modes: Sequence[ModeConfig]) -> None:
-    """Refuse a mode whose reducer needs what the family's vision tower does not provide."""
-    for mode in modes:
-        family.check_gives(mode.needs)

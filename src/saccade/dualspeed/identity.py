@@ -146,7 +146,7 @@ def _feed(found: Any, value: Any) -> None:
         found.update(f"i{value.size}{value.mode}".encode())
         found.update(value.tobytes())
     else:
-        found.update(_plain(value).encode())
+        found.update(json.dumps(through_json(value), sort_keys=True).encode())
 
 
 def _feed_file(found: Any, path: str) -> None:
@@ -157,8 +157,9 @@ def _feed_file(found: Any, path: str) -> None:
         return
 
 
-def _plain(value: Any) -> str:
+def through_json(value: Any) -> Any:
+    """A value as JSON has it, the same in every process, with sets sorted; of others the name of the type."""
     try:
-        return json.dumps(json.loads(to_json(value)), sort_keys=True)
+        return json.loads(to_json(value))
     except TypeError:
         return type(value).__name__

@@ -35,6 +35,7 @@ from trl import SFTTrainer
 from saccade.companions import find_companion
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.turns import is_plain_text
+from saccade.dualspeed import checks
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint
 from saccade.dualspeed.checkpoint import (
@@ -48,15 +49,6 @@ from saccade.dualspeed.checkpoint import (
     remove_old_checkpoints,
     remove_other_kind,
     resolve_resume,
-)
-from saccade.dualspeed.checks import (
-    as_bad_input,
-    check_at_hand,
-    check_family_can,
-    check_language_model_trains,
-    check_not_ignored,
-    check_precision,
-    first_columns,
 )
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
@@ -99,27 +91,10 @@ from saccade.videos import Sampling
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
-    "_get_grad_norm",
-    "_get_train_sampler",
-    "_load_best_model",
-    "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler",
-    "_load_rng_state",
-    "_save",
-    "_save_checkpoint",
-    "_save_optimizer_and_scheduler",
-    "compute_loss",
-    "compute_loss_context_manager",
-    "create_optimizer",
-    "evaluation_loop",
-    "get_batch_samples",
-    "get_eval_dataloader",
-    "get_test_dataloader",
-    "get_train_dataloader",
-    "log",
-    "prediction_step",
-    "save_model",
-    "train",
+    *("_get_grad_norm", "_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_load_rng_state", "_save"),
+    *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
+    *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
+    *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
 )
 """Methods of the stock trainer that are overridden here: if one is renamed, the override is never called."""
 check_methods(SFTTrainer, REPLACED, "transformers")
@@ -201,7 +176,7 @@ class DualSpeedTrainer(SFTTrainer):
             raise SaccadeError(
                 f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
             )
-        check_at_hand(args)
+        checks.check_at_hand(args)
         if isinstance(model, nn.Module):
             config = stock_model(model).config
         else:
@@ -209,9 +184,9 @@ class DualSpeedTrainer(SFTTrainer):
             with reading(f"model={model!r} cannot be loaded"):
                 config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
-        columns = first_columns(train_dataset)
+        columns = checks.first_columns(train_dataset)
         if not args.takes_stock_steps:
-            check_not_ignored(model, peft_config, compute_loss_func)
+            checks.check_not_ignored(model, peft_config, compute_loss_func)
         if args.group_by != "none" and not isinstance(train_dataset, Sized):
             raise SaccadeError(
                 f"group_by={args.group_by!r} needs to know every length, and a stream does not: use 'none'"
@@ -225,8 +200,8 @@ class DualSpeedTrainer(SFTTrainer):
         own_collator = data_collator is None
         if isinstance(model, str):
             model = load_by_name(model, args, quantization_config)
-        check_precision(model, args)
-        with _withheld(args), as_bad_input():
+        checks.check_precision(model, args)
+        with _withheld(args), checks.as_bad_input():
             super().__init__(
                 model,
                 args,
@@ -284,7 +259,8 @@ class DualSpeedTrainer(SFTTrainer):
         if self.model is self.family.model:  # PEFT decides itself what trains
             freeze_parts(self.family, args)
         self.modes = args.all_modes()
-        check_family_can(self.family, self.modes)
+        for mode in self.modes:
+            self.family.check_gives(mode.needs)
         self.open_feature_cache()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.takes_stock_steps
@@ -680,7 +656,7 @@ class DualSpeedTrainer(SFTTrainer):
         return "deepspeed" if self.is_deepspeed_enabled else "ddp"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        with as_bad_input():
+        with checks.as_bad_input():
             optimizer = super().create_optimizer(model)
         self._split_groups(optimizer)
         # A second `train` reuses the optimizer of the first, which accelerate has wrapped by then.
@@ -740,7 +716,7 @@ class DualSpeedTrainer(SFTTrainer):
             OSError: if a checkpoint cannot be written, for example on a full disk; the previous one is kept.
         """
         if self.model is self.family.model:
-            check_language_model_trains(self.family, self.args)
+            checks.check_language_model_trains(self.family, self.args)
         with ExitStack() as held:
             agreed(self.args, lambda: held.enter_context(hold(self.args)))
             return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
