@@ -32,10 +32,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from saccade.report.tables import print_table
 
-    rows = [
-        (entry["name"], entry["kind"], ", ".join(entry["needs"]) or None, _options(entry), entry["description"])
-        for entry in entries
-    ]
+    rows = []
+    for entry in entries:
+        needs, options = ", ".join(entry["needs"]), ", ".join(f"{k}={v}" for k, v in entry["options"].items())
+        rows.append((entry["name"], entry["kind"], needs or None, options or None, entry["description"]))
     print_table("", ["name", "kind", "needs", "options", "description"], rows)
     return 0
 
@@ -88,10 +88,6 @@ def _default(parameter: inspect.Parameter) -> Any:
     if default is inspect.Parameter.empty:
         return None
     return default if isinstance(default, (str, int, float, type(None))) else str(default)
-
-
-def _options(entry: dict[str, Any]) -> str | None:
-    return ", ".join(f"{name}={default}" for name, default in entry["options"].items()) or None
 
 
 def _first_sentence(text: str) -> str:

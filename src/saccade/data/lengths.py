@@ -1,6 +1,6 @@
 """The number of tokens of a row, in full and after pruning, without running a model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -208,32 +208,22 @@ class TokenCounter:
         return visual - 1, visual
 
 
-def estimate_lengths(rows: Iterable[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
+def estimate_lengths(rows: Sequence[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
     """Estimate the number of tokens of each row: its text by a cost per character and per message, plus its images.
 
     The costs are fitted to the exact counts of a few hundred rows. Unusable rows count as one token. Image files are
     opened, for their headers, only if the number of visual tokens depends on the size of an image; videos always are.
     """
-    texts: list[tuple[int, int, int]] = []  # characters, messages, 1; zeros for unusable rows
-    images: list[int] = []
-    sample: list[tuple[int, Mapping[str, Any]]] = []
-    stride = 1
-    for number, row in enumerate(rows):
-        text, visual = _measure_row(row, counter, shortened)
-        texts.append(text)
-        images.append(visual)
-        if number % stride == 0 and any(text):
-            sample.append((number, row_text(row)))
-            if len(sample) == 2 * _CALIBRATION_ROWS:
-                # Keep the sample evenly spread over all rows.
-                sample, stride = sample[::2], 2 * stride
-    measured = np.array(texts, dtype=np.float64).reshape(-1, 3)
+    found = [_measure_row(row, counter, shortened) for row in rows]
+    measured = np.array([text for text, _ in found], dtype=np.float64).reshape(-1, 3)
+    images = np.array([visual for _, visual in found], dtype=int)
+    usable = np.flatnonzero(measured[:, 2]).tolist()
     exact: dict[int, int] = {}
-    for number, row in sample:
+    for number in usable[:: max(1, len(usable) // _CALIBRATION_ROWS)]:
         with suppress(RecordError):
-            exact[number] = counter.text_tokens(row)
+            exact[number] = counter.text_tokens(row_text(rows[number]))
     cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
-    lengths = np.rint(measured @ cost).astype(int) + np.array(images, dtype=int)
+    lengths = np.rint(measured @ cost).astype(int) + images
     if shortened and counter.budget.fit_length is not None:
         lengths = np.minimum(lengths, counter.budget.fit_length)
     return np.maximum(lengths, 1).tolist()
@@ -280,7 +270,7 @@ def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
-    """Numbers of characters and messages of a row's text, and of tokens that its images add."""
+    """Characters and messages of a row's text, and 1, or zeros for an unusable row; and tokens of its images."""
     if row.get("fault"):
         return (0, 0, 0), 0
     try:

@@ -1,6 +1,6 @@
 """Lengths of a recipe's samples: from its own data if available, else from a shipped table of estimates."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
 from saccade.reducers import PruningConfig
 from saccade.training.checks import use_own_template
-from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, Source, draw_lengths
+from saccade.training.length_table import LLAVA_558K, LLAVA_665K, SHAREGPT, SYSTEM_PROMPT, draw_lengths
 from saccade.training.models import ModelOptions, load_processor
 from saccade.training.recipe import Recipe
 from saccade.training.sources import DIGIT_ROWS, DIGITS, dataset_sources, open_source
@@ -75,27 +75,18 @@ def recipe_lengths(recipe: Recipe, model: str, samples: int = SAMPLES) -> Length
     except SaccadeError as error:
         reason = str(error)
     plain = recipe.trainer.conversation == "plain"
-    table = _captions(plain) if plain or recipe.trainer.freeze_language_model else _instructions()
-    return Lengths(table.samples, table.records, f"{table.source}; {reason}")
-
-
-def _captions(plain: bool) -> Lengths:
-    found = _table(LLAVA_558K, "shipped table of captions (LLaVA-Pretrain-558K; tokens are estimates)")
-    if not plain:
-        return found
-    return replace(found, samples=tuple(replace(sample, text=sample.learned) for sample in found.samples))
-
-
-def _instructions() -> Lengths:
-    name = "shipped table of the instruction mixture (LLaVA-665K; turns and tokens are estimates)"
-    return _table((*LLAVA_665K, SHAREGPT), name, SYSTEM_PROMPT)
-
-
-def _table(sources: Sequence[Source], name: str, prompt: int = 0) -> Lengths:
-    # More samples than of real rows: they cost nothing, and long texts are rare.
-    drawn = draw_lengths(sources, 8 * SAMPLES, seed=0)
-    samples = tuple(SampleLength(text.tokens + prompt, text.learned, text.images) for text in drawn)
-    return Lengths(samples, round(1000 * sum(source.samples for source in sources)), name)
+    if plain or recipe.trainer.freeze_language_model:
+        table, prompt = LLAVA_558K, 0
+        name = "shipped table of captions (LLaVA-Pretrain-558K; tokens are estimates)"
+    else:
+        table, prompt = (*LLAVA_665K, SHAREGPT), SYSTEM_PROMPT
+        name = "shipped table of the instruction mixture (LLaVA-665K; turns and tokens are estimates)"
+    samples = tuple(
+        SampleLength(text.learned if plain else text.tokens + prompt, text.learned, text.images)
+        # More samples than of real rows: they cost nothing, and long texts are rare.
+        for text in draw_lengths(table, 8 * SAMPLES, seed=0)
+    )
+    return Lengths(samples, round(1000 * sum(source.samples for source in table)), f"{name}; {reason}")
 
 
 def _counter(recipe: Recipe, options: ModelOptions) -> TokenCounter | None:
