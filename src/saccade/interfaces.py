@@ -6,7 +6,8 @@ argument. Each hook therefore checks what it relies on, when it is installed or 
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -82,3 +83,17 @@ def check_methods(owner: type, names: Iterable[str], package: str) -> None:
 def by_name(method: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of a call of a bound method, by name."""
     return {**dict(zip(inspect.signature(method).parameters, args, strict=False)), **kwargs}
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run `forward` in place of a module's own inside the block."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import used_columns
-from saccade.interfaces import changed
+from saccade.interfaces import changed, replaced_forward
 from saccade.tokens import IGNORE_INDEX
 
 _SIDE = 64
@@ -36,16 +36,8 @@ def redirect_forward(
         results.append(method(*inputs, **options))
         return results[-1]
 
-    had_own = "forward" in original.__dict__
-    before = original.__dict__.get("forward")
-    original.forward = forward
-    try:
+    with replaced_forward(original, forward):
         output = wrapper(*args, **kwargs)
-    finally:
-        if had_own:
-            original.forward = before
-        else:
-            del original.forward
     if not results:
         raise changed(f"{type(wrapper).__name__} did not call the forward of {type(original).__name__}", "accelerate")
     return output

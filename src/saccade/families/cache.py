@@ -28,7 +28,7 @@ from saccade.families.base import Family
 from saccade.families.store import DIGEST_BYTES, Store, digest
 from saccade.families.vision_attention import FROM_ATTENTION
 from saccade.files import write_json_atomically
-from saccade.interfaces import changed, check_takes
+from saccade.interfaces import changed, check_takes, replaced_forward
 from saccade.reducers import Needs, get_reducer, list_reducers
 
 LAST = "last_hidden_state"
@@ -73,6 +73,8 @@ class FeatureCache:
         check_cacheable(family, str(folder))
         self.tower = family.vision_tower
         self.states = family.vision_feature_layers
+        self._names = [str(state) for state in self.states] or [LAST]
+        """Names of the tensors stored per row."""
         self.store = Store(Path(folder), max_bytes)
         self.read_rows = 0
         """Number of rows read so far from disk, or copied from an equal row of the same call."""
@@ -91,15 +93,8 @@ class FeatureCache:
     def serving(self) -> Iterator[None]:
         """Answer calls of the tower from the cache inside the block."""
         plain = self.tower.forward
-        before = self.tower.__dict__.get("forward")
-        self.tower.forward = lambda *args, **kwargs: self._forward(plain, args, kwargs)
-        try:
+        with replaced_forward(self.tower, lambda *args, **kwargs: self._forward(plain, args, kwargs)):
             yield
-        finally:
-            if before is None:
-                del self.tower.forward
-            else:
-                self.tower.forward = before
 
     @torch.no_grad()
     def _forward(self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,11 +172,6 @@ class FeatureCache:
         # The result of a transient hardware fault must not be stored and read forever.
         if all(value.isfinite().all() for value in tensors.values()):
             self.store.write(shelf, key, tensors)
-
-    @property
-    def _names(self) -> list[str]:
-        """Names of the tensors stored per row."""
-        return [str(state) for state in self.states] or [LAST]
 
     def _used(self, output: Any) -> dict[str, Tensor]:
         if not self.states:
