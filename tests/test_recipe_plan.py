@@ -70,7 +70,7 @@ def as_slow(path):
     return pytest.param(path, marks=[pytest.mark.slow] if again else [], id=f"{path.parent.name}/{path.stem}")
 
 
-@pytest.mark.parametrize("path", map(as_slow, REAL))
+@pytest.mark.parametrize("path", [as_slow(path) for path in REAL])
 def test_real_recipes_are_planned(path):
     plan = plan_recipe(path)
     shape = plan["shape"]
