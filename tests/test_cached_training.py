@@ -102,7 +102,7 @@ def test_hits_are_of_the_window(model, processor, tmp_path):
     ("options", "message"),
     [
         ({"feature_cache": ""}, "feature_cache='' is not a folder"),
-        ({"feature_cache_gib": 0}, "feature_cache_gib=0.0: give a number of GiB above 0"),
+        ({"feature_cache_gib": 0}, "feature_cache_gib=0.0: give a number above 0"),
         ({"feature_cache_gib": -1.5}, "feature_cache_gib=-1.5"),
         ({"feature_cache_gib": "fifty"}, "feature_cache_gib='fifty' is a str, expected float"),
         ({"feature_cache_gib": float("nan")}, "feature_cache_gib=nan"),

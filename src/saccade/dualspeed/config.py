@@ -265,13 +265,10 @@ class DualSpeedConfig(SFTConfig):
         if self.modes is not None:
             self.modes = list(self._given_modes())
         self.mode_schedule()
-        if not self.distill_temperature > 0:
-            raise SaccadeError(f"distill_temperature={self.distill_temperature!r}: it must be above 0")
-        if self.projector_learning_rate is not None and not self.projector_learning_rate > 0:
-            raise SaccadeError(
-                f"projector_learning_rate={self.projector_learning_rate!r}: it must be above 0; "
-                "to not train the projector, set freeze_projector=true"
-            )
+        for name in ("distill_temperature", "projector_learning_rate", "feature_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise SaccadeError(f"{name}={value!r}: give a number above 0")
         if self.freeze_vision_tower and self.freeze_projector and self.freeze_language_model:
             raise SaccadeError(
                 "freeze_vision_tower, freeze_projector and freeze_language_model are all true: "
@@ -385,10 +382,6 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
 
     def _check_feature_cache(self) -> None:
-        if not self.feature_cache_gib > 0:
-            raise SaccadeError(
-                f"feature_cache_gib={self.feature_cache_gib!r}: give a number of GiB above 0, such as 50"
-            )
         if self.feature_cache is None:
             return
         if not str(self.feature_cache):
