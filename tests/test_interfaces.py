@@ -35,7 +35,7 @@ from saccade.families import get_family
 from saccade.families.cache import FeatureCache
 from saccade.families.tower import unused_layers_passed_over
 from saccade.interfaces import TESTED, changed, check_methods, check_takes, is_tested, known_range
-from saccade.reducers import Needs
+from saccade.reducers import Needs, PruningConfig
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
 from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
 from saccade.testing import families as tester
@@ -464,7 +464,7 @@ def test_measuring_attention_without_a_cache_is_an_error(model):
         hooked_call(last.self_attn, drop),
         pytest.raises(SaccadeError, match=rf"{VERSION}.*without a key-value cache"),
     ):
-        generation.measure_generation(model, config, text_tokens=3, new_tokens=1, repeats=1)
+        generation.measure_generation(model, config, PruningConfig(), text_tokens=3, new_tokens=1, repeats=1)
 
 
 # What this file itself relies on
