@@ -20,7 +20,7 @@ from experiments.studies.page import study_page
 from experiments.studies.results_page import write_docs
 from experiments.studies.studies import STUDIES, plan_study
 from saccade.cli.main import Parser, guarded
-from saccade.cli.sweep import add_run_arguments, check_counts
+from saccade.cli.sweep import add_run_arguments
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
 from saccade.sweeps import QUICK
@@ -28,6 +28,7 @@ from saccade.sweeps.grid import parse_grid
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.sweep import run_sweep
 from saccade.sweeps.table import Standing
+from saccade.values import check_counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="DIR", help="write results.md of the studies in --output")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write FOLDER/report/report.html, and replace it")
     args = parser.parse_args(argv)
-    check_counts(args)
+    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
     if args.steps is not None and args.steps < 1:
         raise SaccadeError(f"steps={args.steps}: give at least 1")
     status, console = 0, Console()

@@ -79,3 +79,14 @@ def _types(annotation: Any) -> set[type]:
 
 def _names(kinds: set[type]) -> str:
     return " or ".join(sorted(kind.__name__ for kind in kinds))
+
+
+def check_counts(**counts: int | None) -> None:
+    """Check that counts are at least 1, where they are given.
+
+    Raises:
+        SaccadeError: naming the first that is not.
+    """
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise SaccadeError(f"{name}={value}: give at least 1")

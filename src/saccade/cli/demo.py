@@ -23,14 +23,11 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from saccade.demo.run import FULL, run_demo
-    from saccade.errors import SaccadeError
     from saccade.sweeps import QUICK
+    from saccade.values import check_counts
 
     settings = FULL if args.full else QUICK
-    for name in ("steps", "scenes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
+    check_counts(steps=args.steps, scenes=args.scenes)
     if args.steps is not None:
         settings = settings.shrink(args.steps)
     if args.scenes is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from saccade.cli.pruning_flags import FLAGS, add_pruning_flags, given_pruning
 from saccade.errors import SaccadeError
+from saccade.values import check_counts
 
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
@@ -75,9 +76,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
     split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
     batch_size = 100 if args.batch_size is None else args.batch_size
-    for name, value in (("num_samples", args.num_samples), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
+    check_counts(num_samples=args.num_samples, batch_size=batch_size)
     names = None if args.inference is None else args.inference.split(",")
     inferences = plan_inferences(args.model, names, **given_pruning(args))
     scenes = digit_scenes("sft", split, num_samples)

@@ -57,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
     from saccade.sweeps.plan import Plan
     from saccade.sweeps.sweep import run_sweep
     from saccade.sweeps.table import Standing
+    from saccade.values import check_counts
 
     output, console = Path(args.output), Console()
-    check_counts(args)
+    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
     if args.table:
         Standing(Plan.read(output), output).report(console)
         return 0
@@ -69,16 +70,6 @@ def run(args: argparse.Namespace) -> int:
     outcome = run_sweep(plan_recipe(args), output, None, only, args.jobs, args.any_commit, console)
     console.print(f"Written to {output}: sweep.json, table.json, table.md, runs; models in {output / 'stages'}")
     return outcome.tell_failures()
-
-
-def check_counts(args: argparse.Namespace) -> None:
-    """Check that counts are at least 1."""
-    from saccade.errors import SaccadeError
-
-    for name in ("seeds", "jobs", "threads", "scenes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
 
 
 def plan_recipe(args: argparse.Namespace):

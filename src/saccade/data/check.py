@@ -18,6 +18,7 @@ from saccade.data.lengths import ClipShape, Shape, TokenCounter, check_words, ro
 from saccade.data.sources import Source
 from saccade.errors import RecordError, SaccadeError
 from saccade.images import MAX_PIXELS, open_image
+from saccade.values import check_counts
 from saccade.videos import Sampling, open_video
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
@@ -92,8 +93,7 @@ def check_sources(
     Raises:
         SaccadeError: if `jobs` is below 1, or a process dies.
     """
-    if jobs < 1:
-        raise SaccadeError(f"jobs={jobs}: give at least 1")
+    check_counts(jobs=jobs)
     began = time.perf_counter()
     found = Findings()
     complete = True

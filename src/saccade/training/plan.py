@@ -31,6 +31,7 @@ from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.models import DTYPES, quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
+from saccade.values import check_counts
 
 ANYWHERE = ("--use_cpu", "true")
 PUBLISHED = {
@@ -70,9 +71,7 @@ def plan_recipe(
             and their end tokens cannot be learned.
     """
     given = _given_lengths(text_tokens, label_rows)
-    for name, value in (("devices", devices), ("shards", shards)):
-        if value < 1:
-            raise SaccadeError(f"{name}={value!r}: give 1 or more")
+    check_counts(devices=devices, shards=shards)
     if devices % shards:
         raise SaccadeError(f"shards={shards!r}: give a number that divides the {devices} devices")
     # Planning must also work on a machine without a GPU.
