@@ -227,7 +227,7 @@ def _from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> ChatTemplate:
     learned = _learned(tokenizer, template)
     said = [tokenizer.decode(ids) for ids in learned]
     whole = len(said) == 2 and all(answer in text for answer, text in zip(_LABELLED[1::2], said, strict=True))
-    if not whole or any(ids[-1] not in _special_ids(tokenizer) for ids in learned):
+    if not whole or any(ids[-1] not in _specials(tokenizer) for ids in learned):
         raise SaccadeError(
             f"chat_template={path!r}: of the answers {list(_LABELLED[1::2])} it marks {said}; put the answer and the "
             "special token that ends it between {% generation %} and {% endgeneration %}"
@@ -256,10 +256,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} | {
-        tokenizer.eos_token_id
-    }
+def _specials(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens of a tokenizer, among them the one that ends a text."""
+    added = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**added, tokenizer.eos_token_id: tokenizer.eos_token}
 
 
 def _conversation(words: tuple[str, ...], system: str | None) -> list[Message]:
@@ -289,9 +289,7 @@ def _between(text: str, *words: str) -> list[str]:
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     """The token at the start of what follows an answer, including whitespace before it."""
     space = tail[: len(tail) - len(tail.lstrip())]
-    specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= {tokenizer.eos_token} - {None}
-    ends = [token for token in specials if tail[len(space) :].startswith(token)]
+    ends = [token for token in _specials(tokenizer).values() if token and tail[len(space) :].startswith(token)]
     if not ends:
         raise _refusal(f"it ends an answer with {tail!r}, which is not a special token")
     return space + max(ends, key=len)
