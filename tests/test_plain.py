@@ -79,7 +79,7 @@ def test_a_row_is_image_caption_and_line_break(rows, name):
 def test_what_is_not_a_caption_is_a_bad_record(said, images):
     spoken = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
     collator = DualSpeedCollator(processor_of("qwen2"), conversation="plain")
-    with pytest.raises(RecordError, match=f"this has {images} image\\(s\\) and {len(said) // 2} answers"):
+    with pytest.raises(RecordError, match=f"{images} image\\(s\\), 0 video\\(s\\) and {len(said) // 2} answers"):
         collator([{"messages": spoken, "images": [Image.new("RGB", (16, 16))] * images}])
 
 
