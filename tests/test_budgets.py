@@ -27,8 +27,7 @@ from saccade.reducers import (
 )
 from saccade.reducers.budget import share_out
 from saccade.reducers.shared_budget import Units
-from saccade.sweeps.grid import plan_grid
-from saccade.sweeps.plan import check_runs
+from saccade.sweeps.plan import check_runs, plan_grid
 from saccade.testing import families as tester
 from saccade.testing.training import fast_slow_step
 from saccade.tokens import Reduction, VisualContext

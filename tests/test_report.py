@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,7 +219,6 @@ class TestEnvironment:
         assert found["packages"]["saccade"]
         assert found["python"] == ".".join(map(str, sys.version_info[:3]))
         assert found["threads"] == torch.get_num_threads()
-        assert found["mm_encoder_outputs"] is True
         assert found["cores"] >= 1
         assert found["memory_gib"] > 0
         assert isinstance(found["gpus"], list)
@@ -234,22 +232,6 @@ class TestEnvironment:
         (warning,) = environment()["warnings"]
         assert "torchvision is installed but broken (RuntimeError: operator torchvision::nms" in warning
         assert "pip uninstall torchvision" in warning
-
-    def test_old_transformers_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        llava = tmp_path / "transformers" / "models" / "llava"
-        llava.mkdir(parents=True)
-        (llava / "modeling_llava.py").write_text("def forward(pixel_values): ...\n")
-        origin = str(tmp_path / "transformers" / "__init__.py")
-        spec = types.SimpleNamespace(origin=origin)
-        find = environment_module.importlib.util.find_spec
-        monkeypatch.setattr(
-            environment_module.importlib.util,
-            "find_spec",
-            lambda name: spec if name == "transformers" else find(name),
-        )
-        found = environment()
-        assert found["mm_encoder_outputs"] is False
-        assert any("does not take mm_encoder_outputs" in warning for warning in found["warnings"])
 
     def test_the_commit_of_a_foreign_checkout_is_not_ours(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,8 +23,7 @@ from saccade.cli.main import main
 from saccade.files import file_lock
 from saccade.sweeps import run_specs
 from saccade.sweeps.plan import Plan
-from saccade.sweeps.runner import same_code
-from saccade.sweeps.sweep import check_folder
+from saccade.sweeps.runner import check_folder, same_code
 from saccade.sweeps.table import Standing
 
 SMALL = [

@@ -10,8 +10,7 @@ import pytest
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.sweeps import METHODS, QUICK, Evaluation, RunSpec, digit_run
-from saccade.sweeps.grid import choose, parse_grid, place, plan_grid
-from saccade.sweeps.plan import Plan, make_plan
+from saccade.sweeps.plan import Plan, choose, make_plan, parse_grid, place, plan_grid
 
 SFT = {"dataset": "digits", "max_steps": 2, "learning_rate": 1e-3}
 PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_model": True, "max_steps": 1}

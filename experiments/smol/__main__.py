@@ -24,10 +24,8 @@ from experiments.smol.study import Settings, plan_runs, prepare, write_task_tabl
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.report.tables import print_table
-from saccade.sweeps.digits import LABELS
-from saccade.sweeps.grid import parse_grid
-from saccade.sweeps.plan import Plan, make_plan
-from saccade.sweeps.sweep import run_sweep
+from saccade.sweeps.plan import Plan, make_plan, parse_grid
+from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
 from saccade.training import make_recipe
 
@@ -79,8 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     only, worker = parse_grid(args.only, "--only"), "experiments.smol.worker"
     stages = args.output / "stages"
-    outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker, LABELS)
-    _show(Standing(plan, folder), folder, console)
+    outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker)
+    standing = Standing(plan, folder)
+    standing.report(console)
+    _show(standing, folder, console)
     return outcome.tell_failures()
 
 

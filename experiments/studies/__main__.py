@@ -24,9 +24,8 @@ from saccade.cli.sweep import add_run_arguments
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
 from saccade.sweeps import QUICK
-from saccade.sweeps.grid import parse_grid
-from saccade.sweeps.plan import Plan
-from saccade.sweeps.sweep import run_sweep
+from saccade.sweeps.plan import Plan, parse_grid
+from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
 from saccade.values import check_counts
 
@@ -74,7 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         parse_grid(args.only, "--only"),
     )
     stages, worker = args.output / "stages", "experiments.studies.worker"
-    outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker, WORDS)
+    outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker)
+    Standing(plan, folder, WORDS, FIGURES).report(console)
     console.print(f"Written to {folder}: sweep.json, table.json, table.md, runs; models in {stages}")
     return outcome.tell_failures()
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies.checkpoints import CheckpointSaver, evaluate_checkpoints
-from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
 from saccade.sweeps import RunSpec
-from saccade.sweeps.spec import STAGES
-from saccade.sweeps.worker import RESULT_FILE, evaluate_model, main, run_one, tell, train_stage
+from saccade.sweeps.spec import STAGES, Evaluation
+from saccade.sweeps.worker import RESULT_FILE, evaluate_scenes, main, run_one, tell, train_stage
 
 
 def run_study(spec: RunSpec, stages: Path) -> dict[str, Any]:
@@ -44,12 +43,13 @@ def _evaluate(spec: RunSpec, stages: Path) -> list[dict[str, Any]]:
     folder = Path(recipe["output_dir"])
     record = json.loads((folder / RESULT_FILE).read_text())
 
+    full = Evaluation(({"name": "full"},), extra["split"], extra["scenes"])
+
     def evaluate(checkpoint: Path, number: int) -> dict[str, Any]:
         def on_batch(done: int, total: int) -> None:
             tell("checkpoints", number * total + done, extra["checkpoints"] * total)
 
-        full = [Inference("full")]
-        (entry,) = evaluate_model(checkpoint, recipe, full, extra["split"], extra["scenes"], on_batch)
+        (entry,) = evaluate_scenes(full, checkpoint, recipe, on_batch)
         return {name: entry[name] for name in ("accuracy", "accuracy_by_kind", "samples")}
 
     evaluate_checkpoints(

@@ -53,9 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from saccade.errors import SaccadeError
-    from saccade.sweeps.grid import parse_grid
-    from saccade.sweeps.plan import Plan
-    from saccade.sweeps.sweep import run_sweep
+    from saccade.sweeps.plan import Plan, parse_grid
+    from saccade.sweeps.runner import run_sweep
     from saccade.sweeps.table import Standing
     from saccade.values import check_counts
 
@@ -67,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.recipe:
         raise SaccadeError("nothing to run: give a recipe, or --table for what is done so far")
     only = parse_grid(args.only, "--only")
-    outcome = run_sweep(plan_recipe(args), output, None, only, args.jobs, args.any_commit, console)
+    plan = plan_recipe(args)
+    outcome = run_sweep(plan, output, None, only, args.jobs, args.any_commit, console)
+    Standing(plan, output).report(console)
     console.print(f"Written to {output}: sweep.json, table.json, table.md, runs; models in {output / 'stages'}")
     return outcome.tell_failures()
 
@@ -75,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
 def plan_recipe(args: argparse.Namespace):
     """The plan of a grid over a recipe, and over the recipe before it if there is one."""
     from saccade.recipes import parse_overrides, read_recipe
-    from saccade.sweeps.grid import parse_grid, place, plan_grid
-    from saccade.sweeps.plan import make_plan
+    from saccade.sweeps.plan import make_plan, parse_grid, place, plan_grid
 
     recipe = read_recipe(args.recipe)
     before = args.pretrain or recipe.get("pretrain")

@@ -15,7 +15,7 @@ from saccade.report.plots import plot_curves, plot_trade_off
 from saccade.report.training_log import losses
 from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import make_plan
-from saccade.sweeps.sweep import run_sweep
+from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing, trade_off
 from saccade.training import ModelOptions, load_model
 
@@ -75,8 +75,10 @@ def run_demo(
     settings = settings or (FULL if full else QUICK)
     title = f"The demo: digit scenes, {settings.test_scenes} test scenes"
     plan = make_plan(title, plan_runs(settings, seeds or (3 if full else 1), full))
-    run_sweep(plan, output, jobs=jobs, console=console).raise_failures()
+    outcome = run_sweep(plan, output, jobs=jobs, console=console)
     standing = Standing(plan, output)
+    standing.report(console)
+    outcome.raise_failures()
     plot_trade_off(trade_off(standing.groups()), output / "accuracy_over_time.png", title=title)
     chosen = next(one for one in standing.results.values() if one["spec"]["labels"]["method"] == "dualspeed")
     curves = losses(chosen["stages"]["sft"]["log_history"])

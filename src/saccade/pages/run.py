@@ -40,7 +40,7 @@ def run_page(folder: Path, workshop: Path) -> Page:
     _add_curves(page, record)
     _add_time(page, parts, hides_teacher(record.log_history))
     if record.recipe.get("dataset", "digits") == "digits" and record.recipe:
-        _add_answered_scenes(page, record.model, record.recipe.get("dataset_grid", 12))
+        _add_answered_scenes(page, record.model)
     else:
         reason = "the run is not on the digit scenes" if record.recipe else "a checkpoint does not name its data"
         page.add(KEPT, blocks.paragraph(f"No pictures: {reason}. `saccade view IMAGE --model {folder}` draws any."))
@@ -184,7 +184,7 @@ def _add_time(page: Page, parts: Mapping[str, float] | None, with_teacher: bool)
     page.record["seconds"] = parts
 
 
-def _add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
+def _add_answered_scenes(page: Page, model_folder: Path) -> None:
     """Draw one scene of each of `KINDS` with what the run's reducer keeps, and add the model's answers.
 
     If the weights are missing, or the reducer's choice cannot be drawn, the page says so.
@@ -193,7 +193,7 @@ def _add_answered_scenes(page: Page, model_folder: Path, grid: int) -> None:
     try:
         (pruned,) = plan_inferences(model_folder, ["pruned"])
         model, processor = load_model(ModelOptions(model=str(model_folder)))
-        scenes = digit_scenes("sft", "test", 100, grid=grid, kinds=KINDS)
+        scenes = digit_scenes("sft", "test", 100, kinds=KINDS)
         rows = [scenes[scenes["kind"].index(kind)] for kind in KINDS]
         both = [_answers(model, processor, rows, way) for way in (Inference("full"), pruned)]
         for row, full, few in zip(rows, *both, strict=True):

@@ -19,8 +19,7 @@ def environment() -> dict[str, Any]:
 
     Keys: `python`, `platform`, `packages` (name to version, None if not installed), `commit` (None outside a checkout;
     ends in "+" if tracked files differ from it), `cpu`, `cores` and `memory_gib` that this process may use, `gpus`
-    (name and `memory_gib` each), `cuda` (the CUDA version of the torch build), `threads` of torch,
-    `mm_encoder_outputs` (whether transformers accepts encoded features), `warnings`.
+    (name and `memory_gib` each), `cuda` (the CUDA version of the torch build), `threads` of torch, `warnings`.
     """
     torch = _import_torch()
     found: dict[str, Any] = {
@@ -34,7 +33,6 @@ def environment() -> dict[str, Any]:
         "gpus": _gpus(torch),
         "cuda": torch.version.cuda if torch else None,
         "threads": torch.get_num_threads() if torch else None,
-        "mm_encoder_outputs": _takes_encoded_features(),
     }
     found["warnings"] = _warnings(found)
     return found
@@ -49,7 +47,6 @@ def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("saccade", saccade + (f" at {found['commit']}" if found.get("commit") else "")),
         ("python", found.get("python", "-")),
         *packages.items(),
-        ("mm_encoder_outputs", "yes" if found.get("mm_encoder_outputs") else "no"),
         ("platform", found.get("platform", "-")),
         ("cpu", f"{found.get('cpu')}, {found.get('cores')} cores, {found.get('threads')} torch threads"),
         ("memory", f"{found.get('memory_gib')} GiB"),
@@ -113,15 +110,6 @@ def _gpus(torch: Any) -> list[dict[str, Any]]:
     return [{"name": entry.name, "memory_gib": round(entry.total_memory / 2**30, 1)} for entry in properties]
 
 
-def _takes_encoded_features() -> bool | None:
-    """Whether LLaVA's forward takes `mm_encoder_outputs`, read from its source: importing it takes seconds."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return None
-    source = Path(spec.origin).parent / "models" / "llava" / "modeling_llava.py"
-    return source.is_file() and "mm_encoder_outputs" in source.read_text(encoding="utf-8")
-
-
 def _torchvision_fault() -> str | None:
     if importlib.util.find_spec("torchvision") is None:
         return None
@@ -139,11 +127,6 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         warnings.append("torch cannot be imported: `pip install torch`, then look at `python -c 'import torch'`")
     if packages["transformers"] is None:
         warnings.append(f"transformers is not installed: `pip install transformers=={newest}.*`")
-    elif not found["mm_encoder_outputs"]:
-        warnings.append(
-            f"transformers {packages['transformers']} does not take mm_encoder_outputs: "
-            f"`pip install transformers=={newest}.*`"
-        )
     for name, found_version in packages.items():
         if name in TESTED and found_version is not None and not is_tested(name, found_version):
             warnings.append(f"{name} {found_version} is outside the tested range: {name} {known_range(name)}")

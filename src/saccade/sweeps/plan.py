@@ -1,24 +1,34 @@
-"""The plan of a sweep, stored in its folder, and checks of all its values before anything long starts."""
+"""The plan of a sweep: a grid over a recipe and seeds, what is checked before anything long starts, and its file."""
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically
-from saccade.sweeps.spec import RunSpec, stage_names
+from saccade.recipes import put_over
+from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standard_inferences
 from saccade.training import ModelOptions, load_rows, make_recipe
 from saccade.training.models import check_family
 from saccade.training.run import check_lora
 
 PLAN_FILE = "sweep.json"
+BOTH_STAGES = (
+    "reducer", "reducer_options", "prune_ratio", "keep_tokens", "slow_probability", "schedule", "isolator_length",
+    "distill_weight", "distill_temperature", "positions", "seed", "data_seed", "dataset_seed", "use_cpu", "bf16",
+)  # fmt: skip
+"""Fields that also apply to the pretraining stage, unless they are given for a named stage."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +71,119 @@ class Plan:
 def make_plan(
     title: str, runs: Sequence[RunSpec], command: Sequence[str] = ("saccade",), about: dict[str, Any] | None = None
 ) -> Plan:
-    """A plan with today's date and the command line of this process.
+    """A plan with today's date and the command line of this process: `command` is the program before its arguments."""
+    return Plan(title, tuple(runs), shlex.join([*command, *sys.argv[1:]]), date.today().isoformat(), about)
+
+
+def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any]]:
+    """Parse one `field=a,b,c` per field; values are read as YAML.
+
+    Raises:
+        SaccadeError: on a text without values, a field given twice, or a value given twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or not values.strip():
+            raise SaccadeError(f"{flag} {text!r}: write {flag} field=a,b,c")
+        if name in grid:
+            raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
+        try:
+            grid[name] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
+        repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]
+        if repeated:
+            raise SaccadeError(f"{flag} {name}: the value {repeated[0]!r} is given twice")
+    return grid
+
+
+def plan_grid(
+    recipe: Mapping[str, Any],
+    pretrain: Mapping[str, Any] | None,
+    grid: Mapping[str, Sequence[Any]],
+    seeds: int | None,
+    scenes: int = 1000,
+    split: str = "test",
+    threads: int = 1,
+) -> list[RunSpec]:
+    """The product of a grid and seeds, seed by seed, so that an interrupted sweep contains complete comparisons.
 
     Args:
-        command: the program, before the arguments of this process.
+        recipe: the fields of the recipe.
+        pretrain: those of the recipe that runs before it, or None.
+        grid: values by field, which apply to the stages as in `place`.
+        seeds: number of seeds, starting at 0; by default the recipe's own seed.
+        scenes: number of scenes to evaluate on if the recipe trains on "digits".
+        split: their split.
+        threads: compute threads per run.
+
+    Raises:
+        SaccadeError: on a number below 1, a grid over seeds together with `seeds`, or a stage that does not exist.
     """
-    return Plan(title, tuple(runs), shlex.join([*command, *sys.argv[1:]]), date.today().isoformat(), about)
+    for name, value in (("seeds", seeds), ("scenes", scenes), ("threads", threads)):
+        if value is not None and value < 1:
+            raise SaccadeError(f"{name}={value}: give at least 1")
+    if seeds is not None and "seed" in grid:
+        raise SaccadeError("--grid seed and --seeds both choose the seeds: give one of them")
+    first = {} if pretrain is None else {STAGES[0]: dict(pretrain)}
+    seeded = seeds is not None or "seed" in grid
+    values_by_field = {**grid, "seed": grid.get("seed", range(seeds) if seeds else [recipe.get("seed", 0)])}
+    fields = ["seed", *(name for name in grid if name != "seed")]
+    specs: list[RunSpec] = []
+    for seed, *values in product(*(values_by_field[name] for name in fields)):
+        labels = {**dict(zip(fields[1:], values, strict=True)), "seed": seed}
+        stages = {name: dict(stage) for name, stage in (first | {STAGES[1]: dict(recipe)}).items()}
+        place(stages, labels)
+        for stage in stages.values() if seeded else ():
+            if stage.get("dataset", "digits") == "digits":
+                stage["dataset_seed"] = seed
+        last, evaluation = stages[STAGES[1]], None
+        if last.get("dataset", "digits") == "digits":
+            evaluation = Evaluation(standard_inferences(last), split, scenes)
+        name = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", "-".join(f"{name}={value}" for name, value in labels.items()))
+        specs.append(RunSpec(name, labels, tuple(stages.values()), evaluation, threads))
+    return specs
+
+
+def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
+    """Set fields in the stages that they belong to, as `put_over` does.
+
+    A field of `BOTH_STAGES` belongs to both stages, any other to the last only; `pretrain.field` and `sft.field` name
+    the stage.
+
+    Raises:
+        SaccadeError: on a stage that does not exist.
+    """
+    given: dict[str, dict[str, Any]] = {key: {} for key in stages}
+    for name, value in fields.items():
+        stage, dot, field = name.rpartition(".")
+        if dot and stage not in stages:
+            raise SaccadeError(f"{name}: there is no stage {stage!r}, the stages are {', '.join(stages)}")
+        for key in stages:
+            if key == stage or (not dot and (key == STAGES[1] or field in BOTH_STAGES)):
+                given[key][field] = value
+    for key, values in stages.items():
+        stages[key] = put_over(values, given[key])
+
+
+def choose(specs: Sequence[RunSpec], only: Mapping[str, Sequence[Any]]) -> list[RunSpec]:
+    """The runs whose labels have one of the values of `only`; labels that a run lacks are ignored.
+
+    Raises:
+        SaccadeError: on a label or a value that no run has.
+    """
+    for name, values in only.items():
+        known = list(dict.fromkeys(spec.labels[name] for spec in specs if name in spec.labels))
+        if not known:
+            labels = dict.fromkeys(label for spec in specs for label in spec.labels)
+            raise SaccadeError(f"--only {name}: no run has this label, they have {', '.join(labels)}")
+        for value in values:
+            if value not in known:
+                raise SaccadeError(f"--only {name}={value}: no run has it, there are {', '.join(map(str, known))}")
+    wanted = list(only.items())
+    return [spec for spec in specs if all(spec.labels.get(name, values[0]) in values for name, values in wanted)]
 
 
 def check_runs(specs: Sequence[RunSpec]) -> None:
@@ -82,7 +199,11 @@ def check_runs(specs: Sequence[RunSpec]) -> None:
                 if spec.stage_ids[number] not in seen:
                     seen.add(spec.stage_ids[number])
                     _check_stage(f"stage {name}", values, is_first=number == 0, seen=seen)
-            _check_evaluation(spec, seen)
+            if spec.evaluation is not None and str(spec.evaluation) not in seen:
+                seen.add(str(spec.evaluation))
+                for fields in spec.evaluation.inferences:
+                    Inference.of_run(folder="its own", **fields)
+                digit_scenes("sft", spec.evaluation.split, 1)
         except SaccadeError as error:
             raise SaccadeError(f"run {spec.name}: {error}") from error
 
@@ -101,15 +222,3 @@ def _check_stage(source: str, values: Mapping[str, Any], is_first: bool, seen: s
     if f"data {data}" not in seen:
         load_rows(ModelOptions(**data))
         seen.add(f"data {data}")
-
-
-def _check_evaluation(spec: RunSpec, seen: set[str]) -> None:
-    evaluation = spec.evaluation
-    if evaluation is None or str(evaluation) in seen:
-        return
-    for fields in evaluation.inferences:
-        Inference.of_run(folder="its own", **fields)
-    if evaluation.scenes < 1:
-        raise SaccadeError(f"scenes={evaluation.scenes}: give at least 1")
-    digit_scenes("sft", evaluation.split, 1)
-    seen.add(str(evaluation))

@@ -1,4 +1,4 @@
-"""Run specs in separate processes, several at a time and each stage once, and show their progress."""
+"""Run a sweep in separate processes, several at a time and each stage once, and show its progress."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,22 +26,18 @@ from rich.progress import (
 from saccade.errors import SaccadeError
 from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
+from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs, choose
 from saccade.sweeps.spec import RunSpec
 from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
 
 RUNS, STAGES = "runs", "stages"
-LOG_FILE = "log.txt"
-ERROR_FILE = "error.json"
+LOG_FILE, ERROR_FILE = "log.txt", "error.json"
+WORKER = "saccade.sweeps.worker"
 
 
 @dataclass
 class Outcome:
-    """The outcome of the runs.
-
-    Args:
-        results: the content of `result.json` by run name, in the order of the specs.
-        failures: one line per failed run, by run name.
-    """
+    """The content of `result.json` of each run, and one line per failed run, by name in the order of the plan."""
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -66,6 +62,58 @@ class Outcome:
         return 1 if self.failures else 0
 
 
+def run_sweep(
+    plan: Plan,
+    output: Path,
+    stages: Path | None = None,
+    only: Mapping[str, Sequence[Any]] | None = None,
+    jobs: int = 1,
+    any_commit: bool = False,
+    console: Console | None = None,
+    worker: str = WORKER,
+) -> Outcome:
+    """Check every run, write the plan, and make the runs that are missing.
+
+    Args:
+        plan: all runs of the sweep.
+        output: the sweep's folder.
+        stages: folder of stages that several sweeps share; by default inside `output`.
+        only: labels and their values to make now; the plan still contains all runs.
+        jobs: runs at a time.
+        any_commit: reuse runs and stages of any commit and version.
+        worker: the module that makes one run.
+
+    Raises:
+        SaccadeError: on bad values, or a folder with finished runs of another sweep, before any run starts.
+    """
+    chosen = choose(plan.runs, only or {})
+    if jobs < 1:
+        raise SaccadeError(f"jobs={jobs}: give at least 1")
+    check_runs(chosen)
+    check_folder(plan, output)
+    plan.write(output)
+    return run_specs(chosen, output, stages, jobs, any_commit, console, worker)
+
+
+def check_folder(plan: Plan, output: Path) -> None:
+    """Refuse a folder with finished runs that the plan does not contain: its table would lose them. A plan may grow.
+
+    Raises:
+        SaccadeError: naming the first such run and their number.
+    """
+    if not (output / PLAN_FILE).is_file():
+        return
+    before = Plan.read(output)
+    planned = {spec.name: spec.as_json() for spec in plan.runs}
+    changed = [spec for spec in before.runs if planned.get(spec.name) != spec.as_json()]
+    lost = [spec.name for spec in changed if read_result(output, spec) is not None]
+    if lost:
+        raise SaccadeError(
+            f"output={str(output)!r} contains {len(lost)} finished runs of another sweep ({before.command}), "
+            f"such as {lost[0]}: give another output, or --only for a part of that sweep"
+        )
+
+
 def run_specs(
     specs: Sequence[RunSpec],
     output: Path,
@@ -73,38 +121,25 @@ def run_specs(
     jobs: int = 1,
     any_commit: bool = False,
     console: Console | None = None,
-    worker: str = "saccade.sweeps.worker",
+    worker: str = WORKER,
 ) -> Outcome:
     """Make the runs that are missing in `output`, in order, and return all results.
 
     An existing run with the same spec, commit and package versions is reused, and so is a stage. An interrupted run
     starts again at the stage that was interrupted; a failing run does not stop the others.
 
-    Args:
-        output: contains the folder `runs`, with one folder per run.
-        stages: the folder of stages, which several sweeps may share; by default `stages` inside `output`.
-        jobs: runs at a time.
-        any_commit: reuse runs and stages of any commit and version.
-        worker: the module that makes one run, given the run's folder and the folder of stages.
-
     Raises:
-        SaccadeError: on a number of jobs below 1, several runs with one name, or another sweep running in the same
-            folder.
+        SaccadeError: on several runs with one name, or another sweep running in the same folder.
     """
-    if jobs < 1:
-        raise SaccadeError(f"jobs={jobs}: give at least 1")
     names = [spec.name for spec in specs]
     repeated = [name for number, name in enumerate(names) if name in names[:number]]
     if repeated:
         raise SaccadeError(f"two runs are called {repeated[0]!r}: a value is given twice")
-    console = console or Console()
     stages = stages or output / STAGES
-    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns += (TextColumn("left"), TimeRemainingColumn())
     taken = f"another sweep is at work in {stages}: wait for it, or give another --output"
-    with (
-        file_lock(stages / ".lock", taken),
-        Progress(TextColumn("{task.description}"), *columns, console=console) as progress,
-    ):
+    with file_lock(stages / ".lock", taken), Progress(*columns, console=console or Console()) as progress:
         return _Runner(output / RUNS, stages, progress, any_commit, worker).run(list(specs), jobs)
 
 
@@ -130,30 +165,36 @@ def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 class _Runner:
     def __init__(self, folder: Path, stages: Path, progress: Progress, any_commit: bool, worker: str) -> None:
-        self.folder = folder
-        self.stages = stages
-        self.progress = progress
-        self.any_commit = any_commit
-        self.worker = worker
+        self.folder, self.stages, self.progress = folder, stages, progress
+        self.any_commit, self.worker = any_commit, worker
         self.environment = environment()
-        self.outcome = Outcome()
+        self.results: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, str] = {}
         self.processes: set[subprocess.Popen] = set()
         self.busy: set[str] = set()
         """Stages that are being trained."""
         self.changed = threading.Condition()
 
     def run(self, specs: list[RunSpec], jobs: int) -> Outcome:
-        """Run what is missing, and return the outcome with the results in the order of `specs`."""
-        found = {spec.name: self._found(spec) for spec in specs}
-        self.pending = [spec for spec in specs if found[spec.name] is None]
-        for name in (name for name, result in found.items() if result is not None):
-            self.progress.console.print(f"{name}: found, not trained again")
-        self._say_what_is_replaced()
-        self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(specs) - len(self.pending))
+        """Run what is missing, and return the outcome in the order of `specs`."""
+        others = 0
+        self.pending = []
+        for spec in specs:
+            result = read_result(self.folder.parent, spec)
+            if result is not None and self._fits(result):
+                self.results[spec.name] = result
+                self.progress.console.print(f"{spec.name}: found, not trained again")
+            else:
+                self.pending.append(spec)
+                others += result is not None
+        if others:
+            self.progress.console.print(
+                f"{others} runs are of another commit or other versions, and are made again: any_commit reuses them"
+            )
+        self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(self.results))
         with ThreadPoolExecutor(jobs) as pool:
-            workers = [pool.submit(self._work) for _ in range(jobs)]
             try:
-                for worker in workers:
+                for worker in [pool.submit(self._work) for _ in range(jobs)]:
                     worker.result()
             except BaseException:
                 with self.changed:
@@ -162,41 +203,27 @@ class _Runner:
                 for process in list(self.processes):
                     process.kill()
                 raise
-        results = {name: result for name, result in found.items() if result is not None} | self.outcome.results
         order = [spec.name for spec in specs]
         return Outcome(
-            {name: results[name] for name in order if name in results},
-            {name: self.outcome.failures[name] for name in order if name in self.outcome.failures},
+            {name: self.results[name] for name in order if name in self.results},
+            {name: self.failures[name] for name in order if name in self.failures},
         )
-
-    def _found(self, spec: RunSpec) -> dict[str, Any] | None:
-        result = read_result(self.folder.parent, spec)
-        return result if result is not None and self._fits(result) else None
 
     def _fits(self, record: dict[str, Any]) -> bool:
         return self.any_commit or same_code(record.get("environment", {}), self.environment)
 
-    def _has(self, stage: str) -> bool:
-        path = self.stages / stage / RESULT_FILE
+    def _has(self, stage: str, file: str = RESULT_FILE) -> bool:
+        path = self.stages / stage / file
         return path.is_file() and self._fits(json.loads(path.read_text()))
-
-    def _say_what_is_replaced(self) -> None:
-        others = [spec for spec in self.pending if read_result(self.folder.parent, spec) is not None]
-        if others:
-            self.progress.console.print(
-                f"{len(others)} runs are of another commit or other versions, and are made again: "
-                "any_commit reuses them"
-            )
 
     def _work(self) -> None:
         """Body of each thread: make the first run that can start, then the next, until none are left."""
         while (taken := self._take()) is not None:
-            spec, missing = taken
             try:
-                self._run_and_tell(spec, missing)
+                self._make(*taken)
             finally:
                 with self.changed:
-                    self.busy -= missing
+                    self.busy -= taken[1]
                     self.changed.notify_all()
 
     def _take(self) -> tuple[RunSpec, set[str]] | None:
@@ -212,33 +239,30 @@ class _Runner:
                 self.changed.wait()
         return None
 
-    def _run_and_tell(self, spec: RunSpec, missing: set[str]) -> None:
+    def _make(self, spec: RunSpec, missing: set[str]) -> None:
         folder = self.folder / spec.name
         shutil.rmtree(folder, ignore_errors=True)
         for stage in missing:
-            self._clear(stage)
+            # An unfinished stage made by this code may resume from its checkpoints; one made by other code goes.
+            if (self.stages / stage / RESULT_FILE).is_file() or not self._has(stage, SPEC_FILE):
+                shutil.rmtree(self.stages / stage, ignore_errors=True)
         write_json_atomically(folder / SPEC_FILE, spec.as_json())
         task = self.progress.add_task(spec.name, total=None)
         try:
-            error = self._run(spec, folder, task)
+            said = self._run(spec, folder, task)
         finally:
             self.progress.remove_task(task)
             self.progress.advance(self.whole)
-        if error is not None:
-            self.outcome.failures[spec.name] = error
-            self.progress.console.print(error)
-            write_json_atomically(folder / ERROR_FILE, {"error": error})
-            return
-        result = json.loads((folder / RESULT_FILE).read_text())
-        self.outcome.results[spec.name] = result
-        self.progress.console.print(f"{spec.name}: {_describe(result, missing)}")
-
-    def _clear(self, stage: str) -> None:
-        """Remove an unfinished stage made by other code; one made by this code may resume from its checkpoints."""
-        path = self.stages / stage / SPEC_FILE
-        finished = (self.stages / stage / RESULT_FILE).is_file()
-        if finished or not path.is_file() or not self._fits(json.loads(path.read_text())):
-            shutil.rmtree(self.stages / stage, ignore_errors=True)
+        if said is not None:
+            self.failures[spec.name] = said
+            write_json_atomically(folder / ERROR_FILE, {"error": said})
+        else:
+            result = self.results[spec.name] = json.loads((folder / RESULT_FILE).read_text())
+            seconds = [result["stages"][stage.partition("-")[0]]["seconds"] for stage in missing]
+            said = f"{spec.name}: " + (f"trained in {sum(seconds):.0f} s" if seconds else "stages found")
+            full = [entry["accuracy"] for entry in result["evaluations"] if entry["inference"] == "full"]
+            said += f", accuracy {100 * full[0]:.1f} %" if full else ""
+        self.progress.console.print(said)
 
     def _run(self, spec: RunSpec, folder: Path, task: TaskID) -> str | None:
         """Run one spec in a separate process; return None, or one line on why it failed."""
@@ -260,8 +284,8 @@ class _Runner:
             for line in process.stdout:
                 words = line.split()
                 if len(words) == 4 and words[0] == "progress":
-                    stage, step, total = words[1], int(words[2]), int(words[3])
-                    self.progress.update(task, description=f"{spec.name}, {stage}", completed=step, total=total)
+                    done = {"completed": int(words[2]), "total": int(words[3])}
+                    self.progress.update(task, description=f"{spec.name}, {words[1]}", **done)
             status = process.wait()
             process.stdin.close()
             self.processes.remove(process)
@@ -269,12 +293,3 @@ class _Runner:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             return f"the run {spec.name} ended with status {status}: {' '.join(last)} (see {log})"
         return None
-
-
-def _describe(result: dict[str, Any], missing: set[str]) -> str:
-    trained = [result["stages"][stage.partition("-")[0]]["seconds"] for stage in missing]
-    words = [f"trained in {sum(trained):.0f} s" if trained else "stages found"]
-    full = next((entry for entry in result["evaluations"] if entry["inference"] == "full"), None)
-    if full:
-        words.append(f"accuracy {100 * full['accuracy']:.1f} %")
-    return ", ".join(words)

@@ -41,24 +41,20 @@ def process_clock() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-class _Progress(TrainerCallback):
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-
-    def on_step_end(self, args, state, control, **kwargs):
-        tell(self.stage, state.global_step, state.max_steps)
-
-
 class TrainingClock(TrainerCallback):
-    """Times the training of a stage over all the processes that it takes, without what was lost after a checkpoint.
+    """Tells the sweep of each step of a stage, and times its training over all the processes that it takes, without
+    what was lost after a checkpoint.
 
     Args:
         folder: the stage's.
         now: gives CPU seconds of this process, and seconds of the clock on the wall.
+        stage: its name.
     """
 
-    def __init__(self, folder: Path, now: Callable[[], tuple[float, float]] = process_clock) -> None:
-        self._file, self._now = folder / TIMES_FILE, now
+    def __init__(
+        self, folder: Path, now: Callable[[], tuple[float, float]] = process_clock, stage: str = "training"
+    ) -> None:
+        self._file, self._now, self._stage = folder / TIMES_FILE, now, stage
         self._times: dict[str, list[float]] = {}
         self.spent = (0.0, 0.0)
         """CPU seconds and seconds, when training has ended."""
@@ -70,6 +66,9 @@ class TrainingClock(TrainerCallback):
             self._before = tuple(times.get(str(state.global_step), self._before))
             self._times = {step: spent for step, spent in times.items() if int(step) <= state.global_step}
         self._started = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        tell(self._stage, state.global_step, state.max_steps)
 
     def on_save(self, args, state, control, **kwargs):
         self._times[str(state.global_step)] = list(self._elapsed())
@@ -128,16 +127,16 @@ def train_stage(
         stage: its name.
         values: its fields, for the record.
         recipe: the whole recipe.
-        callbacks: callbacks of the trainer, besides those that print progress and measure the time.
+        callbacks: callbacks of the trainer, besides the one that tells of progress and measures the time.
 
     Raises:
         SaccadeError: if SIGTERM ended it.
     """
     found = environment()
     write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
-    clock = TrainingClock(Path(recipe["output_dir"]))
+    clock = TrainingClock(Path(recipe["output_dir"]), stage=stage)
     made = make_recipe(_resuming(recipe), source=f"stage {stage}")
-    trainer = train_recipe(made, callbacks=[_Progress(stage), clock, *callbacks])
+    trainer = train_recipe(made, callbacks=[clock, *callbacks])
     cpu_seconds, seconds = clock.spent
     if trainer.sigterm.stopped:
         state = trainer.state
@@ -168,33 +167,25 @@ def _resuming(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
 
 
-def evaluate_scenes(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `evaluate_inferences` finds on digit scenes."""
-    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
-    return evaluate_model(folder, recipe, inferences, evaluation.split, evaluation.scenes, partial(tell, "evaluate"))
-
-
-def evaluate_model(
-    folder: Path,
-    recipe: dict[str, Any],
-    inferences: list[Inference],
-    split: str,
-    number: int,
-    on_batch: Callable[[int, int], None],
+def evaluate_scenes(
+    evaluation: Evaluation, folder: Path, recipe: dict[str, Any], on_batch: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Evaluate the model in a folder on the digit scenes of its recipe.
+    """What `evaluate_inferences` finds for the model in a folder on digit scenes.
 
     Args:
-        split: split of the scenes.
-        number: number of scenes.
-        on_batch: called with the number of batches done and their total.
+        evaluation: the scenes, and the ways to run the model.
+        folder: of the trained model.
+        recipe: of its last stage.
+        on_batch: called with the number of batches done and their total; by default it tells the sweep.
     """
+    inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
     # Loaded from its folder even if just trained, so that what was saved is evaluated.
     model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
     if torch.cuda.is_available() and not recipe.get("use_cpu"):
         model.to("cuda")
-    scenes = digit_scenes("sft", split, number, seed=0)
-    return evaluate_inferences(model, processor, scenes, inferences, on_batch=on_batch)
+    scenes = digit_scenes("sft", evaluation.split, evaluation.scenes, seed=0)
+    told = on_batch or partial(tell, "evaluate")
+    return evaluate_inferences(model, processor, scenes, inferences, on_batch=told)
 
 
 def tell(stage: str, done: int, total: int) -> None:
