@@ -91,19 +91,11 @@ class SaccadeModel(lmms):
         return [answers[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> NoReturn:
-        """Not supported: pruned models are scored by what they generate.
-
-        Raises:
-            SaccadeError: always.
-        """
+        """Not supported: pruned models are scored by what they generate."""
         self._refuse(requests, "log-likelihoods")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> NoReturn:
-        """Not supported.
-
-        Raises:
-            SaccadeError: always.
-        """
+        """Not supported."""
         self._refuse(requests, "answers in several rounds")
 
     def _refuse(self, requests: Sequence[Instance], what: str) -> NoReturn:

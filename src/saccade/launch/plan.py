@@ -61,7 +61,7 @@ def make_plan(
     """Read a preset or an accelerate config and check that it can run here.
 
     Args:
-        launch: "ddp", "fsdp2", "zero2", "zero3", or the path of an accelerate config.
+        launch: one of `PRESETS`, or the path of an accelerate config.
         processes: processes on all machines; by default what the config says, or one per GPU.
         machines: number of machines.
         machine_rank: index of this machine, from 0.

@@ -48,7 +48,7 @@ def run_page(folder: Path, workshop: Path) -> Page:
         page.add("Settings", settings_table(record.recipe, "The recipe was given these values."))
     others = {name: value for name, value in record.config.items() if name not in record.recipe}
     if others:
-        table = settings_table(others, "These options have their defaults.")
+        table = settings_table(others, "The recipe leaves these options out.")
         page.add("Settings", blocks.fold("Other options that shape the run", [table]))
     page.record["settings"] = record.config | record.recipe
     evaluated = (record.evaluation or {}).get("environment")
@@ -147,7 +147,10 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
 def _add_curves(page: Page, record: RunRecord) -> None:
     log = record.log_history
     panels = (
-        ("loss.png", losses(log), "training loss", "The cross-entropy of the steps of each mode falls as they learn."),
+        (
+            "loss.png", losses(log), "training loss",
+            "Here is the cross-entropy of each mode's steps, faint as logged, strong as a running mean.",
+        ),
         (
             "kl.png", {"KL": curve(log, "kl")}, "KL(teacher || mode)",
             "This is how far the output of steps with a teacher is from the teacher's: in DualSpeed, slow from fast.",

@@ -28,27 +28,19 @@ def print_table(
     console = Console(file=file)
     if not console.is_terminal:
         console = Console(file=file, width=WIDTH_OFF_TERMINAL)
-    table = Table(
-        title=title or None,
-        box=SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-        show_edge=False,
-        show_header=any(columns),
-    )
     texts = [[column, *(row[number] for row in cells)] for number, column in enumerate(columns)]
     least = [max(cell_len(word) for text in column for word in text.split() or [""]) for column in texts]
     most = [max(cell_len(line) for text in column for line in text.split("\n")) for column in texts]
     # Rich sets a blank on both sides of the line between two columns, and that line is a blank here.
-    spare = console.width - 3 * (len(columns) - 1) - sum(least)
+    spare, wanted = console.width - 3 * (len(columns) - 1) - sum(least), sum(most) - sum(least)
     if spare < 0 and len(columns) > 2:
         for row in cells:
             print_table(title, ["", ""], list(zip(columns, row, strict=True)), file)
             console.print()
             title = ""
         return
-    wanted = sum(most) - sum(least)
+    look = {"box": SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "show_header": any(columns)}
+    table = Table(title=title or None, title_justify="left", title_style="bold", **look)
     for number, column in enumerate(columns):
         align = "right" if is_numeric([row[number] for row in rows]) else "left"
         width = least[number] + (most[number] - least[number]) * spare // wanted if 0 <= spare < wanted else None

@@ -58,11 +58,11 @@ class RunSpec:
         # Through JSON, so that a spec equals one that was read from a file.
         stages = tuple(json.loads(to_json(canonical_stage(stage))) for stage in self.stages)
         object.__setattr__(self, "stages", stages)
-        names = stage_names(stages)
-        digests = [_digest(stages[: number + 1]) for number in range(len(stages))]
+        contents: list[Any] = [stages[: number + 1] for number in range(len(stages))]
         if self.extra:
-            digests[-1] = _digest([*stages, self.extra])
-        ids = tuple(f"{name}-{digest}" for name, digest in zip(names, digests, strict=True))
+            contents[-1] = [*stages, self.extra]
+        digests = [hashlib.sha256(to_json(values).encode()).hexdigest()[:12] for values in contents]
+        ids = tuple(f"{name}-{digest}" for name, digest in zip(stage_names(stages), digests, strict=True))
         object.__setattr__(self, "stage_ids", ids)
 
     def as_json(self) -> dict[str, Any]:
@@ -116,7 +116,3 @@ def canonical_stage(values: Mapping[str, Any]) -> dict[str, Any]:
     always_fast = values.get("freeze_language_model") and values.get("prune_ratio") != 0
     idle = {"output_dir", *(IDLE_WHILE_FAST if always_fast else ())}
     return {name: values[name] for name in sorted(values) if name not in idle}
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(to_json(values).encode()).hexdigest()[:12]
