@@ -89,20 +89,11 @@ def _text(value: Any) -> str:
 
 def is_numeric(values: Sequence[Any]) -> bool:
     """Whether a column contains only numbers, as numbers or as text such as "12.5 %" and "1.9x"."""
-    known = [value for value in values if value is not None]
-    return bool(known) and all(_looks_numeric(value) for value in known)
-
-
-def _looks_numeric(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, (int, float)):
-        return True
+    known = [str(value).strip().rstrip("%sx") for value in values if value is not None]
     try:
-        float(str(value).strip().rstrip("%sx").strip())
+        return bool([float(text) for text in known])
     except ValueError:
         return False
-    return True
 
 
 def _escape(cell: str) -> str:

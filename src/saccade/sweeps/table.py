@@ -122,18 +122,16 @@ class Standing:
 
     def word(self, value: Any) -> str | None:
         """A label's value as shown in tables and pictures."""
-        return self.words.get(value, value) if isinstance(value, str | None) else str(value)
+        return value if value is None else self.words.get(str(value), str(value))
 
     def name(self, labels: Mapping[str, Any]) -> str:
         """What distinguishes a run or an entry of `summary` from others, such as "DualSpeed, p = 0.9"."""
         varying = [key for key in self.keys if len({str(row.get(key)) for row in self.rows}) > 1] or self.keys
         known = [(key, labels[key]) for key in varying if labels.get(key) is not None]
-        words = [
-            self.words.get(value, value)
-            if isinstance(value, str)
-            else f"{SYMBOLS.get(key, key.replace('_', ' '))} = {value}"
+        words = (
+            self.word(value) if isinstance(value, str) else f"{SYMBOLS.get(key, key.replace('_', ' '))} = {value}"
             for key, value in known
-        ]
+        )
         return ", ".join(words) or "the recipe"
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
