@@ -6,7 +6,6 @@ from pathlib import Path
 from rich.console import Console
 
 from saccade.data import digit_scenes
-from saccade.errors import SaccadeError
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.reducers import PruningConfig, reduce
@@ -18,6 +17,7 @@ from saccade.sweeps.plan import make_plan
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing, trade_off
 from saccade.training import ModelOptions, load_model
+from saccade.values import check_counts
 
 FULL = replace(QUICK, pretrain_steps=100, sft_steps=800, test_scenes=2000)
 MAIN_METHODS = ("all_tokens", "prune_only", "dualspeed")
@@ -70,8 +70,7 @@ def run_demo(
         SaccadeError: on a number of seeds or jobs below 1, a folder with another sweep, or a run that failed.
     """
     output, console = Path(output), Console()
-    if seeds is not None and seeds < 1:
-        raise SaccadeError(f"seeds={seeds}: give at least 1")
+    check_counts(seeds=seeds)
     settings = settings or (FULL if full else QUICK)
     title = f"The demo: digit scenes, {settings.test_scenes} test scenes"
     plan = make_plan(title, plan_runs(settings, seeds or (3 if full else 1), full))

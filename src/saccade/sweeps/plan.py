@@ -22,6 +22,7 @@ from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standa
 from saccade.training import ModelOptions, load_rows, make_recipe
 from saccade.training.models import check_family
 from saccade.training.run import check_lora
+from saccade.values import check_counts
 
 PLAN_FILE = "sweep.json"
 BOTH_STAGES = (
@@ -122,9 +123,7 @@ def plan_grid(
     Raises:
         SaccadeError: on a number below 1, a grid over seeds together with `seeds`, or a stage that does not exist.
     """
-    for name, value in (("seeds", seeds), ("scenes", scenes), ("threads", threads)):
-        if value is not None and value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
+    check_counts(seeds=seeds, scenes=scenes, threads=threads)
     if seeds is not None and "seed" in grid:
         raise SaccadeError("--grid seed and --seeds both choose the seeds: give one of them")
     first = {} if pretrain is None else {STAGES[0]: dict(pretrain)}

@@ -29,6 +29,7 @@ from saccade.report.environment import environment
 from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs, choose
 from saccade.sweeps.spec import RunSpec
 from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
+from saccade.values import check_counts
 
 RUNS, STAGES = "runs", "stages"
 LOG_FILE, ERROR_FILE = "log.txt", "error.json"
@@ -87,8 +88,7 @@ def run_sweep(
         SaccadeError: on bad values, or a folder with finished runs of another sweep, before any run starts.
     """
     chosen = choose(plan.runs, only or {})
-    if jobs < 1:
-        raise SaccadeError(f"jobs={jobs}: give at least 1")
+    check_counts(jobs=jobs)
     check_runs(chosen)
     check_folder(plan, output)
     plan.write(output)
