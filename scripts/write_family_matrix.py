@@ -1,7 +1,7 @@
-"""Write docs/families.md from the results of tests/test_families.py: which reducer works on which model family.
+"""Write docs/families.md from the results of the families' tests: which reducer works on which model family.
 
 python scripts/write_family_matrix.py                   # runs the tests of all pairs, some minutes
-python scripts/write_family_matrix.py --results r.xml   # from `pytest tests/test_families.py --junitxml r.xml`
+python scripts/write_family_matrix.py --results r.xml   # of pytest on both test files with --junitxml r.xml
 """
 
 import argparse
@@ -20,6 +20,7 @@ from saccade.reducers import list_reducers
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "families.md"
+TESTS = ("tests/test_families.py", "tests/test_relatives.py")
 
 # Family: models, positions, what is special. The order of the page.
 FAMILIES = {
@@ -33,6 +34,9 @@ FAMILIES = {
         "3",
         "dynamic resolution; deepstack features are reduced too; a video's row is a pair of frames",
     ),
+    "qwen3_vl_moe": ("Qwen3-VL-MoE", "3", "as Qwen3-VL, with experts"),
+    "qwen3_5": ("Qwen3.5", "3", "three of four layers are linear attention; no deepstack features"),
+    "qwen3_5_moe": ("Qwen3.5-MoE", "3", "as Qwen3.5, with experts"),
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
@@ -61,6 +65,13 @@ HOLES = {
     "both; its processor takes neither text-only samples nor conversations. Not registered",
     "compact positions on Qwen-VL": "with three position axes, renumbering a shortened sequence would change what "
     "positions mean; with both values of `positions`, each token keeps its own",
+    "dropped tokens of Qwen3.5": "linear attention knows no positions: a dropped token leaves no gap in its layers, "
+    "so that distances in the image are shorter there, with both values of `positions`. Layers of full attention keep "
+    "the positions; with these alone, pruned equals masked, which is tested",
+    "padding-free batches and Skip-Vision on Qwen3.5": "a state of linear attention would run from one packed row "
+    "into the next, and skipping is defined for attention and feed-forward networks; refused in one line",
+    "a loss that balances experts": "the routers of the MoE models get the gradient of the answers only, as in the "
+    "stock models unless `output_router_logits` is set",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
@@ -82,9 +93,9 @@ INTRODUCTION = """\
 This page tells you whether your model works with Saccade, and with which reducers. `prune_inputs` and
 `DualSpeedTrainer` find the family by `config.model_type`; [Add a family](add-a-family.md) shows how to add one.
 
-`scripts/write_family_matrix.py` wrote this page on {date} from the results of `tests/test_families.py`, with
-transformers {transformers} and torch {torch} on a CPU. The tests use tiny models of the stock classes with random
-weights; no released weights were run.
+`scripts/write_family_matrix.py` wrote this page on {date} from the results of `tests/test_families.py` and
+`tests/test_relatives.py`, with transformers {transformers} and torch {torch} on a CPU. The tests use tiny models of
+the stock classes with random weights; no released weights were run.
 
 | `model_type` | models | position axes | |
 |---|---|---|---|
@@ -118,7 +129,9 @@ before an image. For each pair of a family and a reducer, at a ratio of 0.7 if n
 
 - with a ratio of 0, the output equals the stock model's bit for bit, and `generate` writes the same as on the full
   inputs;
-- with original positions, the pruned sequence equals the full one with the dropped tokens masked, to 1e-4;
+- with original positions, the pruned sequence equals the full one with the dropped tokens masked, to 1e-4. With layers
+  of linear attention or convolutions (Qwen3.5) it equals the language model on the embeddings of the kept tokens
+  alone: those layers know no positions, and a masked token still ages their state;
 - in each position mode, cached generation equals uncached; a batch equals its samples one by one; each of a prompt's
   sequences gets its own images; left padding equals right padding;
 - gradients of a fast step reach the kept or merged tokens, projector, isolator and language model, and nothing else;
@@ -156,7 +169,7 @@ def main() -> None:
     results = parser.parse_args().results
     if results is None:
         results = Path(tempfile.mkdtemp()) / "families.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_families.py", f"--junitxml={results}"]
+        command = [sys.executable, "-m", "pytest", "-q", *TESTS, f"--junitxml={results}"]
         subprocess.run(command, cwd=ROOT, check=False)
     PAGE.write_text(page(read(results)))
     print(f"wrote {PAGE.relative_to(ROOT)}")

@@ -58,9 +58,20 @@ QWEN_SPECIALS = {
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
-def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2-VL, 2.5 or 3: patches of 4 px, merged two by two; "" , "2_5" or "3" for `version`."""
-    prefix = {"2": "Qwen2VL", "2_5": "Qwen2_5_VL", "3": "Qwen3VL"}[version]
+QWENS = {
+    "2": "Qwen2VL",
+    "2_5": "Qwen2_5_VL",
+    "3": "Qwen3VL",
+    "3_moe": "Qwen3VLMoe",
+    "3_5": "Qwen3_5",
+    "3_5_moe": "Qwen3_5Moe",
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
+
+
+def build_qwen(version: str, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen2-VL and its successors, a key of `QWENS`: patches of 4 px, merged two by two. Options are of the text."""
+    prefix = QWENS[version]
     tokenizer = build_tokenizer(QWEN_SPECIALS, QWEN_IMAGE)
     ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in QWEN_SPECIALS.items()}
     vision = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": HEADS, "depth": 2}
@@ -73,12 +84,25 @@ def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         vision |= {"hidden_size": WIDTH, "out_hidden_size": WIDTH, "intermediate_size": 2 * WIDTH}
     if version == "2_5":
         vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
-    if version == "3":
-        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-        # What enters at the second layer has to be attended to by a third one.
-        text |= {"head_dim": WIDTH // HEADS, "num_hidden_layers": 3}
+    if version.startswith("3"):
+        vision["num_position_embeddings"] = 64
+        text["head_dim"] = WIDTH // HEADS
         rope["mrope_interleaved"] = True
-        vision["depth"] = 3
+    if version in ("3", "3_moe"):
+        # What enters at the second layer has to be attended to by a third one.
+        vision |= {"deepstack_visual_indexes": [0, 1], "depth": 3}
+        text["num_hidden_layers"] = 3
+    if version.startswith("3_5"):
+        rope["partial_rotary_factor"] = 1.0
+        text["layer_types"] = ["linear_attention", "full_attention"]
+        text |= {f"linear_num_{part}_heads": HEADS for part in ("key", "value")}
+        text |= {f"linear_{part}_head_dim": WIDTH // HEADS for part in ("key", "value")}
+    if version.endswith("moe"):
+        text |= EXPERTS
+        if version == "3_5_moe":
+            text["shared_expert_intermediate_size"] = WIDTH
+            del text["intermediate_size"]
+    text |= options
     config = getattr(transformers, f"{prefix}Config")(
         vision_config=vision,
         text_config=text,
@@ -91,7 +115,9 @@ def build_qwen(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     image_processor = transformers.Qwen2VLImageProcessorPil(
         size={"shortest_edge": 256, "longest_edge": 1024}, patch_size=PATCH, merge_size=2, temporal_patch_size=2
     )
-    processor_class = images_only(getattr(transformers, f"{prefix}Processor"))
+    # What came after Qwen3-VL has its processor.
+    processor_prefix = "Qwen3VL" if version.startswith("3") else prefix
+    processor_class = images_only(getattr(transformers, f"{processor_prefix}Processor"))
     processor = processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
     return finish(getattr(transformers, f"{prefix}ForConditionalGeneration")(config), processor)
 
@@ -294,6 +320,14 @@ FAMILIES: dict[str, Tiny] = {
     "qwen2_vl": Tiny(lambda: build_qwen("2"), transformers.Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": Tiny(lambda: build_qwen("2_5"), transformers.Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": Tiny(lambda: build_qwen("3"), transformers.Qwen3VLForConditionalGeneration),
+}
+
+
+# Families that share the code of one above: the tests of other subjects leave them out.
+RELATIVES: dict[str, Tiny] = {
+    "qwen3_vl_moe": Tiny(lambda: build_qwen("3_moe"), transformers.Qwen3VLMoeForConditionalGeneration),
+    "qwen3_5": Tiny(lambda: build_qwen("3_5"), transformers.Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe": Tiny(lambda: build_qwen("3_5_moe"), transformers.Qwen3_5MoeForConditionalGeneration),
 }
 
 

@@ -12,6 +12,8 @@ from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaOnevisionFamily
+from saccade.families.qwen3_5 import Qwen35Family
+from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
 
 _FAMILIES: dict[str, type[Family]] = {}
@@ -70,6 +72,8 @@ for _family in (
     LlavaOnevisionFamily,
     Qwen2VLFamily,
     Qwen3VLFamily,
+    Qwen3VLMoeFamily,
+    Qwen35Family,
 ):
     register_family(_family)
 
@@ -84,6 +88,8 @@ __all__ = [
     "LlavaOnevisionFamily",
     "Qwen2VLFamily",
     "Qwen3VLFamily",
+    "Qwen3VLMoeFamily",
+    "Qwen35Family",
     "family_class",
     "get_family",
     "list_families",

@@ -28,6 +28,9 @@ from saccade.families.vision_attention import (
 from saccade.interfaces import changed, check_takes, installed
 from saccade.reducers import FROM_WORDS, PROJECTION, Needs
 
+RECURRENT = frozenset({"linear_attention", "conv"})
+"""Values of `layer_types` of layers that mix tokens by their order, without positions."""
+
 
 class Family(ABC):
     """Gets visual features from a stock model and passes shortened ones back to it.
@@ -215,6 +218,16 @@ class Family(ABC):
     def projector_entry(self) -> nn.Module:
         """The module whose first argument is the encoder's features as the projector receives them."""
         return self.projector
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers of the language model carry a state from token to token, or convolve neighbours.
+
+        Such layers know no positions: a dropped token leaves no gap in them, while a masked one still ages the state
+        and stands between its neighbours. With original positions, a shortened sequence then equals the kept tokens
+        alone, not the full sequence with the dropped ones masked.
+        """
+        return not RECURRENT.isdisjoint(getattr(self.language_model.config, "layer_types", None) or ())
 
     def project(self, encoder_features: Tensor) -> Tensor:
         """Project the encoder features `(..., Dv)` of tokens to `(..., D)`; differentiable.

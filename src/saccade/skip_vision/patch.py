@@ -221,6 +221,11 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     if config.layers is not None and config.layers[1] > count:
         raise SaccadeError(f"layers={config.layers!r}: there are {count} layers, end at {count} or before")
     language = family.language_model
+    if family.recurrent:
+        raise SaccadeError(
+            f"model_type={family.model.config.model_type!r}: layers of its language model carry a state or convolve "
+            "instead of attending, which Skip-Vision does not know; train it with DualSpeed"
+        )
     check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
     cache_name(type(family.model).forward)
     check_language_model(language)
