@@ -1,12 +1,15 @@
 """Build the documentation site: `make docs`, or `python scripts/build_docs.py [FOLDER]` in an environment for it.
 
 The pages are the Markdown files of the repository, unchanged and in the same folders, so that their links work on the
-site too, in the order of docs/README.md. The reference consists of the docstrings: a page for the public names, and
-one for the further names of each room. Any warning of mkdocs, such as one about a broken link, fails the build.
+site too, in the order of docs/README.md; a notebook becomes a page with what it printed and drew. The reference
+consists of the docstrings: a page for the public names, and one for the further names of each room. Any warning of
+mkdocs, such as one about a broken link, fails the build.
 """
 
 import argparse
 import ast
+import base64
+import json
 import os
 import re
 import shutil
@@ -34,6 +37,8 @@ def build(output: Path) -> Path:
     for folder in (pages, source):
         shutil.rmtree(folder, ignore_errors=True)
     copy_pages(pages)
+    for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
+        write_notebook(notebook, pages / "docs")
     copy_source(source)
     reference = write_reference(pages / "reference")
     config = {
@@ -63,6 +68,32 @@ def copy_pages(folder: Path) -> None:
                 target = folder / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target)
+
+
+def write_notebook(notebook: Path, folder: Path) -> Path:
+    """Write a notebook into `folder` as a page: its text, its code, and what that printed and drew.
+
+    Returns:
+        The page. Its pictures lie beside it.
+    """
+    parts = []
+    pictures = 0
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            drawn = output.get("data", {}).get("image/png")
+            if drawn is not None:
+                pictures += 1
+                picture = folder / f"{notebook.stem}_{pictures}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                picture.write_bytes(base64.b64decode("".join(drawn)))
+                parts.append(f"![What the cell above draws]({picture.name})")
+            elif "text" in output:
+                parts.append(f"```text\n{''.join(output['text'])}```")
+    page = folder / f"{notebook.stem}.md"
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
 
 
 def copy_source(folder: Path) -> None:
@@ -112,7 +143,10 @@ def sections() -> list[dict[str, list[dict[str, str]]]]:
     for title, text in zip(parts[::2], parts[1::2], strict=True):
         rows = re.findall(r"^\| \[(.*?)\]\(([^)#]+)\)", text, re.MULTILINE)
         if rows:
-            pages = [{name: str((ROOT / "docs" / page).resolve().relative_to(ROOT))} for name, page in rows]
+            pages = [
+                {name: str((ROOT / "docs" / page).resolve().relative_to(ROOT).with_suffix(".md"))}
+                for name, page in rows
+            ]
             found.append({title: pages})
     return found
 

@@ -171,17 +171,36 @@ def test_the_bare_package_prunes(tmp_path: Path) -> None:
     check(run_bare(site, tmp_path))
 
 
+def build(kind: str, folder: Path) -> Path:
+    """The release archive that `python -m build` would make from what git tracks, "wheel" or "sdist"."""
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            place = folder / "source" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place)
+    code = f"import sys; from setuptools import build_meta; print('BUILT', build_meta.build_{kind}(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("BUILT "))
+    return folder / line.removeprefix("BUILT ")
+
+
 @pytest.mark.slow
-def test_the_wheel_prunes(tmp_path: Path) -> None:
-    """The same with the wheel as pip installs it: with its own list of dependencies, and its own files only."""
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_release_prunes(kind: str, tmp_path: Path) -> None:
+    """The same with a wheel, and with a source archive: with its own list of dependencies, and its own files only."""
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    copy = tmp_path / "source"
-    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    subprocess.run([*pip, "--target", str(site), str(copy)], check=True)
+    subprocess.run([*pip, "--target", str(site), str(build(kind, tmp_path))], check=True)
+    installed = sorted(path.relative_to(site / "saccade") for path in (site / "saccade").rglob("*") if path.is_file())
+    package = Path(saccade.__file__).parent
+    expected = sorted(path.relative_to(package) for path in package.rglob("*") if path.is_file())
+    assert [path for path in installed if "__pycache__" not in path.parts] == [
+        path for path in expected if "__pycache__" not in path.parts
+    ]
     (info,) = site.glob("saccade-*.dist-info")
+    assert (info / "licenses" / "LICENSE").is_file()
     link(closure(Distribution.at(info).requires or []), site)
     check(run_bare(site, tmp_path))
 

@@ -1,10 +1,12 @@
 """What `make docs` builds its site from: every page in its order, the files that pages link to, every public name."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import saccade
 from scripts import build_docs
@@ -28,9 +30,26 @@ def test_every_page_is_in_the_order_of_the_index() -> None:
         for path in page.values()
     ]
     assert len(listed) == len(set(listed))
-    assert set(listed) == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - {"docs/README.md"} | {
-        "CONTRIBUTING.md"
-    }
+    pages = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - {"docs/README.md"}
+    notebooks = {f"docs/{path.stem}.md" for path in (ROOT / "docs").glob("*.ipynb")}
+    assert notebooks
+    assert set(listed) == pages | notebooks | {"CONTRIBUTING.md"}
+
+
+def test_a_notebook_becomes_a_page_with_what_it_printed_and_drew(tmp_path) -> None:
+    page = build_docs.write_notebook(ROOT / "docs" / "quickstart.ipynb", tmp_path / "docs")
+    text = page.read_text()
+    for cell in json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())["cells"]:
+        assert "".join(cell["source"]) in text
+    printed = "".join(re.findall(r"```text\n(.*?)```", text, re.DOTALL))
+    assert "from all tokens, a prompt of 152" in printed
+    pictures = build_docs.LINK.findall(text)
+    drawn = [name for name in pictures if name.endswith(".png")]
+    assert len(drawn) == 2
+    for name in drawn:
+        with Image.open(page.parent / name) as picture:
+            picture.verify()
+    assert all((ROOT / "docs" / name).is_file() for name in set(pictures) - set(drawn))
 
 
 def test_what_pages_link_to_is_copied_with_them(pages) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -67,7 +68,24 @@ class TestDispatch:
     def test_help_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
         out = capsys.readouterr().out
-        assert all(f"\n  {verb} " in out and text in out for verb, (_, text) in VERBS.items())
+        assert all(f"\n  {verb} " in out and text in " ".join(out.split()) for verb, (_, text) in VERBS.items())
+
+    def test_no_help_is_wider_than_80_columns(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        for verb in ("", *VERBS):
+            assert main([verb, "--help"] if verb else ["--help"]) == 0
+            out = capsys.readouterr().out
+            # A word that is wider than the line, such as a path, cannot be helped.
+            wide = [line for line in out.splitlines() if len(line) > 80 and " " in line.strip()]
+            assert wide == [], f"saccade {verb} --help"
+            words = " ".join(re.sub(r" \\\n +", " ", out).split())
+            examples = import_module(VERBS[verb][0]).EXAMPLES.strip() if verb else ""
+            for line in re.sub(r" *\\\n *", " ", examples).splitlines():
+                command, _, about = line.partition("  ")
+                assert " ".join(command.split()) in words
+                assert " ".join(about.split()) in words
 
     def test_no_verb_shows_the_help_and_fails(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 2

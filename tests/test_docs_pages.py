@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,29 @@ def follow(page: str) -> dict:
             for line in text.splitlines():
                 run_line(line)
     return names
+
+
+def test_the_quick_start_notebook(tmp_path) -> None:
+    """Its cells in order, in one namespace, in a process without what other tests have imported; shorter training."""
+    cells = json.loads((DOCS / "quickstart.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for words, others in {"max_steps=40": "max_steps=2", "logging_steps=10": "logging_steps=1"}.items():
+        assert code.count(words) == 1
+        code = code.replace(words, others)
+    code += "\nimport json\nprint('FOUND', json.dumps([len(trainer.state.log_history), answers, seen['grid']]))\n"
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps, answers, grid = json.loads(done.stdout.rpartition("FOUND ")[2])
+    assert steps == 3  # two, and the summary
+    assert answers.keys() == {"all tokens", "kept tokens"}
+    assert grid == [12, 12]
+    printed = re.findall(r"from (\w+) tokens, a prompt of (\d+)", done.stdout)
+    assert [name for name, _ in printed] == ["all", "kept"]
+    assert int(printed[0][1]) - int(printed[1][1]) == 144 - 14
+    assert (tmp_path / "out/quickstart/kept.png").is_file()
+    kept = "".join(next(cell for cell in cells if "kept.png" in "".join(cell["source"]))["outputs"][0]["text"])
+    assert kept in done.stdout  # what the notebook shows is what it prints
 
 
 @pytest.fixture

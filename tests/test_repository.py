@@ -238,6 +238,22 @@ def test_the_install_page_names_the_supported_versions(project: dict) -> None:
             assert f"`{requirement}`" in page, f"docs/install.md does not say `{requirement}`"
 
 
+def test_the_install_page_has_the_versions_that_the_tests_run_on() -> None:
+    lines = (ROOT / "requirements-oldest.txt").read_text().splitlines()
+    oldest = pins() | {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
+    served = dict(
+        line.split("==") for line in (ROOT / "requirements-serve.txt").read_text().splitlines() if "==" in line
+    )
+    rows = re.findall(r"^\| (\w+) \| `.*$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+    assert rows == ["torch", "transformers", "trl", "peft", "accelerate", "datasets"]
+    for name in rows:
+        row = re.search(rf"^\| {name} \| `.*$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)[0]
+        _, _, newest, least, _, vllm = (cell.strip() for cell in row.strip("|").split("|"))
+        assert newest.split()[0] == pins()[name]
+        assert least.split()[0] == oldest[name]
+        assert vllm.split()[0] in ("-", served.get(name, pins()["torch"] if name == "torch" else None))
+
+
 def test_the_licence_is_whole() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text

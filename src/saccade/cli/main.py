@@ -9,12 +9,14 @@ elsewhere too has `outputs(args)`, all of its paths.
 import argparse
 import errno
 import os
+import re
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from textwrap import indent
 from types import ModuleType
 from typing import NoReturn
 
@@ -142,7 +144,7 @@ def _run(verb: str, argv: list[str]) -> int:
     parser = Parser(
         prog=f"saccade {verb}",
         description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"examples:\n{indent(module.EXAMPLES.strip(), '  ')}",
+        epilog=f"examples:\n{_examples(module.EXAMPLES)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An override whose name is a prefix of one of the verb's flags would otherwise be taken for that flag.
         allow_abbrev=False,
@@ -180,15 +182,45 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def _fill(text: str, first: str, indent: int) -> str:
+    """`text` in lines as wide as the terminal, the first after `first`, without breaking a word."""
+    return textwrap.fill(
+        text,
+        shutil.get_terminal_size().columns - 1,
+        initial_indent=first,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _examples(text: str) -> str:
+    """Commands with what they do beside them, or below where the terminal is too narrow for both."""
+    width = shutil.get_terminal_size().columns - 1
+    lines = []
+    for line in re.sub(r" *\\\n *", " ", text.strip()).splitlines():
+        if len(line) + 2 <= width:
+            lines.append(f"  {line}".rstrip())
+            continue
+        command, _, about = line.partition("  ")
+        # A command that goes on in the next line ends with a backslash, as the shell wants it.
+        parts = textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False)
+        lines.append("  " + " \\\n      ".join(parts))
+        if about:
+            lines.append(_fill(about.strip(), " " * 6, 6))
+    return "\n".join(lines)
+
+
 def _top_parser() -> Parser:
     width = max(map(len, VERBS))
-    listing = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
+    listing = "\n".join(_fill(text, f"  {verb:<{width}}  ", width + 4) for verb, (_, text) in VERBS.items())
+    hints = f"`saccade VERB --help` shows a verb's arguments, with examples. With {VERBOSE} a verb shows what "
+    hints += "dependencies say: their warnings, and their bars of loading."
     parser = Parser(
         prog="saccade",
         usage="saccade VERB ...",
         description="Train and serve vision-language models on a fraction of their visual tokens.",
-        epilog=f"verbs:\n{listing}\n\n`saccade VERB --help` shows a verb's arguments, with examples. With "
-        f"{VERBOSE} a verb shows what\ndependencies say: their warnings, and their bars of loading.",
+        epilog=f"verbs:\n{listing}\n\n{_fill(hints, '', 0)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"saccade {_version()}")
