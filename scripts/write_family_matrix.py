@@ -156,9 +156,12 @@ clips and images, and of text; each budget; the saved model and its processor.
 | `llava_onevision` | a frame | the frames of a clip follow one another, then a newline |
 | `qwen2_vl`, `qwen2_5_vl` | two frames, merged by the tower | the pairs of a clip follow one another |
 | `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
+| `internvl` | a frame | `Frame1:` and so on before each |
 
-`budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. Other families do not
-train on videos yet; a row with one is refused if the processor takes none.
+`budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. InternVL's frames are
+images of their own, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3 and Gemma 3
+have no video processor; SmolVLM's takes no images beside videos, and pads short clips with black frames. A row with a
+video is refused for all of these.
 
 """
 

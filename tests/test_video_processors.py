@@ -10,23 +10,28 @@ if find_spec("torchvision") is None:
 
 import torch
 from helpers import make_trainer
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 from video_files import frame_image, numbers_of, write_clip
 from video_models import STOCK, FramesToPatches, build
 
+from saccade.cli.main import main
 from saccade.data.mixture import SourceOptions, mix
 from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.evaluation.digits import collate_prompts
+from saccade.evaluation.rows import file_rows
 from saccade.families import get_family
 from saccade.pruning import prune_inputs
 from saccade.videos import Sampling, open_video
 
 FRAMES = 6
+SHORT = 4
 
 
 def rows_file(folder) -> str:
     """Clips, clips beside images, and text."""
-    for number, seconds in enumerate((1, 3)):
-        write_clip(folder / f"{number}.mp4", 10 * seconds, rate=10)
+    # The first has fewer frames than are taken of the other.
+    for number, frames in enumerate((SHORT, 30)):
+        write_clip(folder / f"{number}.mp4", frames, rate=10)
     frame_image(3).save(folder / "a.png")
     spoken = [{"from": "human", "value": "<video>\nhow many ?"}, {"from": "gpt", "value": "3"}]
     both = [{"from": "human", "value": "<image> or <video> ?"}, {"from": "gpt", "value": "yes"}]
@@ -71,11 +76,12 @@ def test_a_batch(name, case):
     assert counts.tolist()[2] == 0
     assert int(counts.sum()) == int(encoded.context.valid.sum())
     # A row of features for each frame, or pair of frames; those of one clip are a group.
-    frames = FRAMES if name == "llava_onevision" else FRAMES // 2
-    videos = torch.tensor(encoded.videos)
-    assert int(videos.sum()) == 3 * frames
-    groups = encoded.context.group[videos]
-    assert torch.bincount(groups).unique().tolist() in ([frames], [0, frames])
+    if name == "internvl":  # takes frames as images, with text between them
+        assert len(encoded.context.group.unique()) == 3 * FRAMES + 1
+    else:
+        frames = [FRAMES] * 3 if name == "llava_onevision" else [SHORT // 2, FRAMES // 2, FRAMES // 2]
+        groups = encoded.context.group[torch.tensor(encoded.videos)]
+        assert [count for count in torch.bincount(groups).tolist() if count] == frames
     learned = batch["labels"] != -100
     assert not (learned & family.placeholder(batch["input_ids"])).any()
     assert [processor.decode(row[mask]).split()[0] for row, mask in zip(batch["labels"], learned, strict=True)] == [
@@ -159,3 +165,54 @@ def test_pruned_answers_at_a_ratio_of_zero_are_the_stock_models(name, case):
         ours = model(**pruned).logits
     mask = batch["attention_mask"].bool()
     torch.testing.assert_close(ours[pruned["attention_mask"].bool()], stock[mask], rtol=1e-4, atol=1e-4)
+
+
+def test_from_a_folder_of_clips_to_an_exported_model_in_three_commands(tmp_path, capsys):
+    model, processor = build("qwen2_5_vl", stock=True)
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    (tmp_path / "clips").mkdir()
+    rows = rows_file(tmp_path / "clips")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {tmp_path / 'base'}\ndataset: {rows}\noutput_dir: {tmp_path / 'out'}\nvideo_frames: {FRAMES}\n"
+        "reducer: changes\nbudget: image\nprune_ratio: 0.75\nslow_probability: 0.5\nmax_steps: 4\n"
+        "per_device_train_batch_size: 4\nlearning_rate: 1.0e-3\nuse_cpu: true\nbf16: false\n"
+    )
+    assert main(["data", "check", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "check.json")]) == 0
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert (report["bad"], report["videos"], report["frames"], report["images"]) == (0, 6, 2 * SHORT + 4 * FRAMES, 2)
+    batch = collate(model, processor, mix([SourceOptions(rows).open()]))
+    assert report["tokens"]["full"]["max"] == int(batch["attention_mask"].sum(dim=1).max())
+
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert main(["eval", str(tmp_path / "out"), "--dataset", rows, "--batch-size", "4"]) == 0
+    assert main(["export", str(tmp_path / "out"), "--output", str(tmp_path / "new")]) == 0
+
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())["results"]
+    lengths = {result["inference"]: result["mean_prompt_length"] for result in results}
+    assert lengths["pruned"] < lengths["pruned_isolator"] < lengths["full"]
+    assert {result["samples"] for result in results} == {8}
+    assert "8 rows of" in capsys.readouterr().out
+    exported = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "new")
+    loaded = AutoProcessor.from_pretrained(tmp_path / "new")
+    inputs = collate(exported, loaded, mix([SourceOptions(rows).open()]))
+    inputs.pop("labels")
+    with torch.no_grad():
+        pruned = prune_inputs(exported, inputs, tmp_path / "new")
+        assert exported(**pruned).logits.isfinite().all()
+    assert pruned["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_an_answer_is_asked_for_as_it_was_trained(tmp_path):
+    """The prompt of an evaluation is the start of the row in training, whether padded left or right."""
+    model, processor = build("qwen3_vl", stock=True)
+    path = rows_file(tmp_path)
+    batch = collate(model, processor, mix([SourceOptions(path).open()]))
+    rows = file_rows(path, count=4, sampling=Sampling(FRAMES))
+    prompts = collate_prompts(processor, [rows[number] for number in range(4)])
+    for number in range(4):
+        asked = prompts["input_ids"][number][prompts["attention_mask"][number].bool()].tolist()
+        learned = batch["input_ids"][number][batch["attention_mask"][number].bool()].tolist()
+        assert learned[: len(asked)] == asked
+    assert torch.equal(prompts["pixel_values_videos"], batch["pixel_values_videos"])
+    assert rows.select_columns("answer")["answer"][:4] == ["3", "yes", "7", "3"]

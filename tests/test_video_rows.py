@@ -190,7 +190,7 @@ def test_a_model_that_takes_no_videos_refuses_them(model, processor):
     placeholder = get_family(model).placeholder_id
     collator = DualSpeedCollator(processor=processor, assistant_only_loss=True, placeholder_id=placeholder)
     frames = [[frame_image(number) for number in range(3)]]
-    with pytest.raises(RecordError, match="LlavaProcessor, has no video processor") as raised:
+    with pytest.raises(RecordError, match="LlavaProcessor, makes no inputs of videos") as raised:
         collator([{"videos": frames, "messages": chat("how many ?")}])
     assert raised.value.kind == "no_video"
 

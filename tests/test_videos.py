@@ -69,6 +69,11 @@ def test_frames_at_a_rate():
     assert clip.metadata()["total_num_frames"] == 10
     assert numbers_of(open_video(frames, Sampling(2))) == [0, 9]
     assert open_video(clip) is clip
+    # For processors that put clips into one tensor.
+    filled = open_video(frames[:3], Sampling(8)).filled()
+    assert numbers_of(filled) == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert filled.times == (0, 0, 0, 1, 1, 1, 2, 2)
+    assert filled.filled() is filled
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,14 @@ STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaOnevisionVideoProcessor",
         {"size": {"height": 16, "width": 16}},
     ),
+    "internvl": ("InternVLProcessor", "InternVLVideoProcessor", {"size": {"height": 32, "width": 32}}),
 }
 """The stock classes of processor and video processor, and the options of a tiny one."""
 PLACES = {
     "llava_onevision": "<video>",
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<|vision_start|><|video_pad|><|vision_end|>"),
     "qwen3_vl": "<|video_pad|>",
+    "internvl": "<video>",
 }
 """How a chat template writes a video."""
 
@@ -80,6 +82,8 @@ def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMix
         return model, processor
     processor_class, video_class, options = STOCK[name]
     kept = {}
+    if name == "internvl":
+        kept = {"image_seq_length": processor.image_seq_length}
     if name == "llava_onevision":
         names = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio")
         kept = {key: getattr(processor, key) for key in names}

@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -86,12 +86,14 @@ class Clip:
         times: when each is shown, in seconds after the first frame of the clip.
         rate: frames per second of the whole clip, on average.
         duration: seconds of the whole clip.
+        wanted: how many frames were asked for, where the clip may have fewer; None for as many as there are.
     """
 
     frames: np.ndarray
     times: tuple[float, ...]
     rate: float
     duration: float
+    wanted: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,20 +103,24 @@ class Clip:
     def metadata(self) -> dict[str, Any]:
         """What transformers' processors ask to know of a clip, `VideoMetadata` as a dict: they compute a frame's time
         as its index over `fps`."""
-        return clip_metadata(self.times, self.rate, self.duration, self.size)
+        indices = [round(time * self.rate) for time in self.times]
+        return {
+            "total_num_frames": max(round(self.duration * self.rate), indices[-1] + 1),
+            "fps": self.rate,
+            "width": self.size[0],
+            "height": self.size[1],
+            "duration": self.duration,
+            "frames_indices": indices,
+        }
 
-
-def clip_metadata(times: Sequence[float], rate: float, duration: float, size: tuple[int, int]) -> dict[str, Any]:
-    """`Clip.metadata` of a clip that need not be decoded."""
-    indices = [round(time * rate) for time in times]
-    return {
-        "total_num_frames": max(round(duration * rate), indices[-1] + 1),
-        "fps": rate,
-        "width": size[0],
-        "height": size[1],
-        "duration": duration,
-        "frames_indices": indices,
-    }
+    def filled(self) -> "Clip":
+        """The clip with as many frames as wanted: where it has fewer, each stands for several, evenly."""
+        count = len(self.times)
+        wanted = count if self.wanted is None else self.wanted
+        if count >= wanted:
+            return self
+        index = [number * count // wanted for number in range(wanted)]
+        return replace(self, frames=self.frames[index], times=tuple(self.times[number] for number in index))
 
 
 def open_video(video: Any, sampling: Sampling | None = None, max_pixels: int = MAX_PIXELS) -> Clip:
@@ -158,7 +164,8 @@ def open_video(video: Any, sampling: Sampling | None = None, max_pixels: int = M
     if not taken:
         raise RecordError(f"{name} has no frames that can be decoded: replace it", "truncated_video")
     step = float(1 / rate)
-    return Clip(np.stack(taken), tuple(seen), float(rate), max(last, seen[-1]) + min(step, _shortest_step(stream)))
+    end = max(last, seen[-1]) + min(step, _shortest_step(stream))
+    return Clip(np.stack(taken), tuple(seen), float(rate), end, sampling.frames)
 
 
 def video_shape(
@@ -267,7 +274,7 @@ def _from_frames(frames: Sequence[Any], rate: float, sampling: Sampling, max_pix
         if len(opened) == 1:
             _check_size(opened[0].size, max_pixels, name, len(picked))
     pixels = np.stack([np.asarray(image) for image in opened])
-    return Clip(pixels, tuple(index / rate for index in picked), rate, len(frames) / rate)
+    return Clip(pixels, tuple(index / rate for index in picked), rate, len(frames) / rate, sampling.frames)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer vispruner --keep-tokens 16 16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as trained, and without
+saccade eval out/sft --dataset test.json                  rows of your own, by exact match of the last answer
 saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
 
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
@@ -35,8 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
     add_pruning_flags(parser, "as trained")
+    parser.add_argument("--dataset", default=None, metavar="FILE", help="rows to evaluate on in place of the scenes")
+    parser.add_argument("--image-folder", default=None, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
-    parser.add_argument("--num-samples", type=int, default=None, help="scenes to evaluate on (default: 1000)")
+    parser.add_argument("--num-samples", type=int, default=None, help="scenes or rows to evaluate on (default: 1000)")
     parser.add_argument("--batch-size", type=int, default=None, help="prompts at a time (default: 100)")
     parser.add_argument("--suite", default=None, help="with compare: benchmarks of a paper, dualspeed or skip-vision")
     parser.add_argument(
@@ -68,6 +71,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.data import digit_scenes
     from saccade.dualspeed.weights import identify_weights
     from saccade.evaluation import evaluate_inferences, plan_inferences
+    from saccade.evaluation.rows import file_rows, trained_sampling
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
@@ -79,7 +83,14 @@ def _run_scenes(args: argparse.Namespace) -> int:
     check_counts(num_samples=args.num_samples, batch_size=batch_size)
     names = None if args.inference is None else args.inference.split(",")
     inferences = plan_inferences(args.model, names, **given_pruning(args))
-    scenes = digit_scenes("sft", split, num_samples)
+    if args.dataset is None:
+        _refuse(args, ("image_folder",), "is for --dataset only: leave it out")
+        scenes, what = digit_scenes("sft", split, num_samples), f"{num_samples} scenes of the {split} split"
+    else:
+        _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
+        folders = None if args.image_folder is None else args.image_folder.split(",")
+        scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model))
+        split, what = args.dataset, f"{len(scenes)} rows of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
@@ -88,7 +99,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]
     rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
-    print_table(f"{args.model}, {num_samples} scenes of the {split} split", columns, rows)
+    print_table(f"{args.model}, {what}", columns, rows)
     output = args.output or _beside(args.model)
     record = {"model": args.model, "weights": weights, "split": split, "results": results}
     write_json_atomically(output, {**record, "environment": environment()})
@@ -101,7 +112,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.report.tables import print_table
 
-    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size")
+    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder")
     _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(

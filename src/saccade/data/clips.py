@@ -17,20 +17,28 @@ def check_takes_videos(processor: Any) -> None:
     Raises:
         RecordError: naming the processor.
     """
-    if getattr(processor, "video_processor", None) is None:
+    if "pixel_values_videos" not in _outputs(processor):
         raise RecordError(
-            f"this row has videos, and the model's processor, {type(processor).__name__}, has no video processor: "
+            f"this row has videos, and the model's processor, {type(processor).__name__}, makes no inputs of videos: "
             "remove the row, or use a model that takes videos, in an environment with torchvision "
             "(docs/families.md#videos)",
             "no_video",
         )
 
 
-def videos_kwargs(clips: Sequence[Clip]) -> dict[str, Any]:
+def _outputs(processor: Any) -> Sequence[str]:
+    """What a processor makes of videos. SmolVLM's gives frames as if they were images, and not beside images."""
+    return getattr(getattr(processor, "video_processor", None), "model_input_names", ())
+
+
+def videos_kwargs(processor: Any, clips: Sequence[Clip]) -> dict[str, Any]:
     """The arguments of a processor for the clips of a batch, in the order of their places in its texts.
 
-    The frames are taken already, so the processor is told their times and takes none itself.
+    The frames are taken already, so the processor is told their times and takes none itself. Where it puts all clips
+    into one tensor, without a grid for each, they get the same number of frames.
     """
+    if "video_grid_thw" not in _outputs(processor):
+        clips = [clip.filled() for clip in clips]
     return {
         "videos": [clip.frames for clip in clips],
         "videos_kwargs": {

@@ -30,15 +30,16 @@ class ClipShape:
     times: tuple[float, ...]
     rate: float
     duration: float
+    wanted: int | None
 
     @classmethod
     def of(cls, clip: Clip) -> "ClipShape":
-        return cls(clip.size, clip.times, clip.rate, clip.duration)
+        return cls(clip.size, clip.times, clip.rate, clip.duration, clip.wanted)
 
     def blank(self) -> Clip:
         """A black clip of this shape."""
         frames = np.zeros((len(self.times), self.size[1], self.size[0], 3), dtype=np.uint8)
-        return Clip(frames, self.times, self.rate, self.duration)
+        return Clip(frames, self.times, self.rate, self.duration, self.wanted)
 
 
 Shape = Size | ClipShape
@@ -109,11 +110,12 @@ class TokenCounter:
     def _measure_clip(self, shape: ClipShape) -> tuple[int, int, int]:
         message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}
         text = apply_chat_template(self.processor, [message], tokenize=False)
-        inputs = self.processor(text=[text], add_special_tokens=False, **videos_kwargs([shape.blank()]))
+        clip = shape.blank()
+        inputs = self.processor(text=[text], add_special_tokens=False, **videos_kwargs(self.processor, [clip]))
         ids = list(inputs["input_ids"][0])
         visual = sum(ids.count(token) for token in placeholder_ids(self.processor, self.placeholder_id))
         grid = inputs.get("video_grid_thw")
-        return len(ids) - len(self._ids(text)), visual, len(shape.times) if grid is None else int(grid[0][0])
+        return len(ids) - len(self._ids(text)), visual, len(clip.filled().times) if grid is None else int(grid[0][0])
 
     def _kept(self, shape: Shape) -> int:
         """How many visual tokens of an image or a clip the budget keeps."""
@@ -278,7 +280,7 @@ def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool)
         for video in videos_of(row):
             count, size = video_shape(video, counter.sampling)
             # Their number is the same, whenever they are shown.
-            sizes.append(ClipShape(size, tuple(map(float, range(count))), 1.0, float(count)))
+            sizes.append(ClipShape(size, tuple(map(float, range(count))), 1.0, float(count), counter.sampling.frames))
         visual = counter.lengths(0, sizes)[int(shortened)]
         messages = [checked_message(message) for message in _messages(row)]
     except RecordError:

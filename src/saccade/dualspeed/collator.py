@@ -287,7 +287,7 @@ def _process(stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[
     """TRL's batch, whose collator knows no videos: they are given to the processor beside what it gives."""
     clips = [clip for clips in videos for clip in clips]
     if clips:
-        stock = replace(stock, processor=partial(stock.processor, **videos_kwargs(clips)))
+        stock = replace(stock, processor=partial(stock.processor, **videos_kwargs(stock.processor, clips)))
     return _stock_call(stock, rows)
 
 

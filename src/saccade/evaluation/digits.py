@@ -17,6 +17,9 @@ from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
 from saccade.data.chat import apply_chat_template
+from saccade.data.clips import check_takes_videos, videos_kwargs
+from saccade.data.conversation import TAGS, as_parts
+from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
 from saccade.errors import SaccadeError
@@ -28,7 +31,9 @@ from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.reducers.config import trained_options
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
+from saccade.videos import open_video
 
+MEDIA = ("messages", "images", "videos")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 
 
@@ -214,23 +219,43 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
 
 def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
     """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
-    examples = [prepare_example({"messages": row["messages"], "images": row["images"]}) for row in rows]
+    examples = [prepare_example({name: row[name] for name in MEDIA if name in row}) for row in rows]
     return prepare_prompts(
         processor,
-        [prepare_multimodal_messages(example["messages"][:-1], images=example["images"]) for example in examples],
+        [
+            _with_clips(example) or prepare_multimodal_messages(example["messages"][:-1], images=example["images"])
+            for example in examples
+        ],
     )
+
+
+def _with_clips(example: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The prompt of a row with videos, with images and clips in their parts; None of one without."""
+    if not example["videos"]:
+        return None
+    media = {kind: iter(example[f"{kind}s"]) for kind in TAGS}
+    placed = with_places(example["messages"][:-1], len(example["images"]), len(example["videos"]))
+    return [{**message, "content": [_filled(part, media) for part in message["content"]]} for message in placed]
+
+
+def _filled(part: dict[str, Any], media: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+    kind = part["type"]
+    return {**part, kind: next(media[kind])} if kind in media else part
 
 
 def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
     """Processor outputs of a batch of conversations that await an answer, left-padded.
 
-    Images in the parts of messages are anything that `open_image` accepts.
+    Images in the parts of messages are anything that `open_image` accepts, videos anything that `open_video` accepts.
 
     Raises:
-        RecordError: if an image cannot be used, or if the processor has no chat template, or an unsuitable one.
+        RecordError: if an image or a video cannot be used, or if the processor has no chat template, or an unsuitable
+            one.
     """
     pads = pads_to_square(processor)
-    opened = [[_with_open_images(message, pads) for message in conversation] for conversation in conversations]
+    opened = [[_with_open_media(message, pads) for message in conversation] for conversation in conversations]
+    if any(_media(conversation, "video") for conversation in opened):
+        return _prepare_with_clips(processor, opened)
     return apply_chat_template(
         processor,
         opened,
@@ -242,14 +267,49 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
     )
 
 
-def _with_open_images(message: dict[str, Any], padded: bool) -> dict[str, Any]:
-    """The message with its images opened as in training."""
+def _prepare_with_clips(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
+    """`prepare_prompts` of opened conversations: a chat template would let the processor take other frames."""
+    check_takes_videos(processor)
+    bare = [
+        [
+            {**message, "content": [_bare(part) for part in message["content"]]}
+            for message in map(as_parts, conversation)
+        ]
+        for conversation in conversations
+    ]
+    images = [_media(conversation, "image") for conversation in conversations]
+    return processor(
+        text=apply_chat_template(processor, bare, add_generation_prompt=True, tokenize=False),
+        images=images if any(images) else None,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+        **videos_kwargs(processor, [clip for conversation in conversations for clip in _media(conversation, "video")]),
+    )
+
+
+def _media(conversation: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
+    """The images, or the clips, in the parts of a conversation, in order."""
+    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
+    return [part[kind] for content in contents for part in content if part.get(kind) is not None]
+
+
+def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name not in TAGS}
+
+
+def _with_open_media(message: dict[str, Any], padded: bool) -> dict[str, Any]:
+    """The message with its images and videos opened as in training."""
     if isinstance(message["content"], str):
         return message
-    parts = [
-        {**part, "image": open_image(part["image"], padded=padded)} if part.get("image") is not None else part
-        for part in message["content"]
-    ]
+    parts = []
+    for part in message["content"]:
+        if part.get("image") is not None:
+            part = {**part, "image": open_image(part["image"], padded=padded)}
+        if part.get("video") is not None:
+            part = {**part, "video": open_video(part["video"])}
+        parts.append(part)
     return {**message, "content": parts}
 
 

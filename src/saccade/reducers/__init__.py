@@ -4,7 +4,9 @@ from saccade.reducers.adaptive import adaptive_counts, token_need
 from saccade.reducers.avgpool import AveragePool
 from saccade.reducers.budget import keep_count
 from saccade.reducers.cdpruner import CDPruner
+from saccade.reducers.changes import Changes
 from saccade.reducers.config import PRUNING_FILE, PruningConfig
+from saccade.reducers.distinct_frames import DistinctFrames
 from saccade.reducers.divprune import DivPrune
 from saccade.reducers.dpp import Determinantal
 from saccade.reducers.fastervlm import FasterVLM
@@ -37,7 +39,9 @@ __all__ = [
     "PRUNING_FILE",
     "AveragePool",
     "CDPruner",
+    "Changes",
     "Determinantal",
+    "DistinctFrames",
     "DivPrune",
     "FasterVLM",
     "HoloV",

@@ -52,6 +52,8 @@ class VisualContext:
     protected: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid; known without reading device memory."""
+    single_frame: bool = field(init=False)
+    """Whether no grid was given, so that every row is one frame; known without reading device memory."""
 
     def __post_init__(self) -> None:
         if self.features.dim() != 3:
@@ -59,7 +61,7 @@ class VisualContext:
         rows, tokens, _ = self.features.shape
         device = self.features.device
         # The dataclass is frozen, so defaults that depend on `features` are set below, bypassing `__setattr__`.
-        known = {"dense": self.valid is None}
+        known = {"dense": self.valid is None, "single_frame": self.grid is None}
         if self.valid is None:
             known["valid"] = torch.ones(rows, tokens, dtype=torch.bool, device=device)
         elif self.valid.dtype != torch.bool:
@@ -106,5 +108,7 @@ class VisualContext:
 
     def _given(self) -> dict[str, Tensor | None]:
         """The constructor arguments that reproduce this context."""
-        names = [entry.name for entry in fields(self) if entry.init and not (entry.name == "valid" and self.dense)]
+        left_out = {"valid"} if self.dense else set()
+        left_out |= {"grid"} if self.single_frame else set()
+        names = [entry.name for entry in fields(self) if entry.init and entry.name not in left_out]
         return {name: getattr(self, name) for name in names}

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from saccade.data.conversation import checked_message, images_of, text_of, used_columns
+from saccade.data.conversation import checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.lengths import TokenCounter, row_text
 from saccade.errors import RecordError, SaccadeError
 from saccade.reducers import PruningConfig
@@ -24,11 +24,12 @@ CHARACTERS, FORMAT = 4, 8
 
 @dataclass(frozen=True)
 class SampleLength:
-    """One sample."""
+    """One sample. Its videos count as one image each among `images`."""
 
     text: int
     learned: int
     images: int = 1
+    videos: int = 0
 
     def cut(self, limit: int | None, visual: int) -> "SampleLength":
         """The sample truncated to a `max_length` of `limit`, with `visual` tokens per image."""
@@ -130,6 +131,8 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
         records = round(max(size * sum(shares) / share for size, share in zip(sizes, shares, strict=True)))
     records = records if options.dataset_rows is None else min(records, options.dataset_rows)
     how = "its tokenizer" if counter is not None else f"{CHARACTERS} characters per token, without a tokenizer"
+    if any(sample.videos for sample in samples):
+        how += ", and each video as one image (`saccade data check --model` counts the tokens of all its frames)"
     return Lengths(tuple(samples), records, f"{len(samples)} rows of the recipe's own data, counted by {how}")
 
 
@@ -140,7 +143,8 @@ def _count(read: Callable[[int], dict[str, Any]], index: int, counter: TokenCoun
         text, learned = _by_characters(row) if counter is None else counter.text_and_learned(row)
     except RecordError:
         return
-    yield SampleLength(text, min(learned, text), len(images_of(row)))
+    videos = len(videos_of(row))
+    yield SampleLength(text, min(learned, text), len(images_of(row)) + videos, videos)
 
 
 def _by_characters(row: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,0 +1,80 @@
+"""Rows of a data file to evaluate on: each conversation's last answer is the one to find."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from saccade.data.conversation import text_of
+from saccade.data.mixture import SourceOptions
+from saccade.data.sources import Source
+from saccade.dualspeed.folder import read_run_file
+from saccade.errors import RecordError, SaccadeError
+from saccade.videos import Sampling, open_video
+
+COLUMNS = ("images", "videos", "messages", "kind", "answer")
+
+
+def file_rows(
+    path: str, image_folder: Sequence[str] | None = None, count: int | None = None, sampling: Sampling | None = None
+) -> Dataset:
+    """The rows of a data file with what `evaluate_inferences` reads, each opened when it is.
+
+    Args:
+        path: in any form that `dataset` of a recipe has.
+        image_folder: folders of its images and videos; by default that of the file.
+        count: only the first so many rows.
+        sampling: which frames are taken of a video.
+
+    Returns:
+        Columns `images`, `videos` (clips), `messages`, `kind` (the row's own, or "rows") and `answer`, the last turn.
+
+    Raises:
+        SaccadeError: if there are no rows to read.
+    """
+    source = SourceOptions(path, image_folder=image_folder).open()
+    rows = len(source) if count is None else min(count, len(source))
+    return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(_Answers(source, sampling))
+
+
+def trained_sampling(folder: str | Path) -> Sampling:
+    """Which frames of a video the model in a folder was trained on; the defaults if there is no such record.
+
+    Raises:
+        SaccadeError: if the record is damaged.
+    """
+    trained = (read_run_file(folder) or {}).get("config", {}) if Path(folder).is_dir() else {}
+    given = {name: trained.get(f"video_{name}") for name in ("frames", "fps")}
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
+class _Answers:
+    """The transform from numbers of rows to the columns that are read of them."""
+
+    def __init__(self, source: Source, sampling: Sampling | None) -> None:
+        self.source, self.sampling = source, sampling
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        rows = [self._row(number, "videos" in batch) for number in next(iter(batch.values()))]
+        return {name: [row[name] for row in rows] for name in batch}
+
+    def _row(self, number: int, clips: bool) -> dict[str, Any]:
+        name = self.source.name(number)
+        try:
+            record = self.source.record(number)
+            row = self.source.row(record)
+            messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+            if messages[-1]["role"] != "assistant":
+                raise RecordError("it ends with a question: end it with the answer to find", "no_answer")
+            videos = [open_video(video, self.sampling) for video in row["videos"]] if clips else []
+        except RecordError as error:
+            raise SaccadeError(f"{name}: {error}") from error
+        kind = record.get("kind")
+        return {
+            "images": row["images"],
+            "videos": videos,
+            "messages": messages,
+            "kind": kind if isinstance(kind, str) and kind else "rows",
+            "answer": text_of(messages[-1]),
+        }
