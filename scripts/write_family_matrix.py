@@ -149,11 +149,14 @@ VIDEOS = """\
 
 `make test-video` trains and runs tiny models on clips with the stock processors, in an environment that has
 torchvision (`tests/test_video_processors.py`): fast, slow and teacher passes, padded and packed, on rows of clips, of
-clips and images, and of text; each budget; the saved model and its processor.
+clips and images, and of text; each budget; the saved model and its processor; and every invariant listed above, with
+`divprune` and `vispruner`. LLaVA-NeXT-Video (`llava_next_video`) is tested there alone, so it is not in the tables
+above.
 
 | `model_type` | a row of features, which `budget: crop` applies to | in the text |
 |---|---|---|
 | `llava_onevision` | a frame | the frames of a clip follow one another, then a newline |
+| `llava_next_video` | a frame, pooled to a quarter of its tokens | the frames of a clip follow one another |
 | `qwen2_vl`, `qwen2_5_vl` | two frames, merged by the tower | the pairs of a clip follow one another |
 | `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
 | `internvl` | a frame | `Frame1:` and so on before each |

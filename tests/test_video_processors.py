@@ -1,7 +1,12 @@
 """Training and inference on videos with the stock processors: clips in, answers out, tokens pruned per frame."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +26,7 @@ from saccade.evaluation.digits import collate_prompts
 from saccade.evaluation.rows import file_rows
 from saccade.families import get_family
 from saccade.pruning import prune_inputs
+from saccade.testing import families as tester
 from saccade.videos import Sampling, open_video
 
 FRAMES = 6
@@ -79,7 +85,7 @@ def test_a_batch(name, case):
     if name == "internvl":  # takes frames as images, with text between them
         assert len(encoded.context.group.unique()) == 3 * FRAMES + 1
     else:
-        frames = [FRAMES] * 3 if name == "llava_onevision" else [SHORT // 2, FRAMES // 2, FRAMES // 2]
+        frames = [FRAMES] * 3 if name.startswith("llava") else [SHORT // 2, FRAMES // 2, FRAMES // 2]
         groups = encoded.context.group[torch.tensor(encoded.videos)]
         assert [count for count in torch.bincount(groups).tolist() if count] == frames
     learned = batch["labels"] != -100
@@ -193,6 +199,7 @@ def test_from_a_folder_of_clips_to_an_exported_model_in_three_commands(tmp_path,
     assert lengths["pruned"] < lengths["pruned_isolator"] < lengths["full"]
     assert {result["samples"] for result in results} == {8}
     assert "8 rows of" in capsys.readouterr().out
+    assert "on rows of `rows.json`, by exact match" in (tmp_path / "new" / "README.md").read_text()
     exported = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "new")
     loaded = AutoProcessor.from_pretrained(tmp_path / "new")
     inputs = collate(exported, loaded, mix([SourceOptions(rows).open()]))
@@ -216,3 +223,35 @@ def test_an_answer_is_asked_for_as_it_was_trained(tmp_path):
         assert learned[: len(asked)] == asked
     assert torch.equal(prompts["pixel_values_videos"], batch["pixel_values_videos"])
     assert rows.select_columns("answer")["answer"][:4] == ["3", "yes", "7", "3"]
+
+
+class StockCase(tester.Case):
+    """Batches of clips, images and text, as the stock processors make them."""
+
+    @cached_property
+    def built(self):
+        return build(self.name, stock=True)
+
+    @cached_property
+    def path(self) -> str:
+        folder = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, folder)
+        return rows_file(folder)
+
+    @cached_property
+    def batch(self):
+        return dict(collate(self.model, self.processor, mix([SourceOptions(self.path).open()])))
+
+    def prompts(self, rows=range(4)):
+        every = file_rows(self.path, sampling=Sampling(FRAMES))
+        return dict(collate_prompts(self.processor, [every[row] for row in rows]))
+
+
+STOCK_CASES = {name: StockCase(name, None) for name in STOCK}
+
+
+@pytest.mark.parametrize("check", tester.CHECKS)
+@pytest.mark.parametrize("reducer", ["divprune", "vispruner"])
+def test_invariant_of_families(name, reducer, check):
+    """Every invariant that families are held to on images."""
+    tester.CHECKS[check](STOCK_CASES[name], reducer)

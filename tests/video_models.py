@@ -12,7 +12,7 @@ from family_models import FAMILIES
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
-from saccade.testing.tiny_models import PATCH
+from saccade.testing.tiny_models import PATCH, build_tokenizer, finish, special_ids, text_options
 from saccade.tiny.vocabulary import IMAGE
 
 SIZES = {"size": {"shortest_edge": 256, "longest_edge": 1024}, "patch_size": PATCH}
@@ -25,11 +25,16 @@ STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlavaOnevisionVideoProcessor",
         {"size": {"height": 16, "width": 16}},
     ),
+    "llava_next_video": (
+        "LlavaNextVideoProcessor",
+        "LlavaNextVideoVideoProcessor",
+        {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
+    ),
     "internvl": ("InternVLProcessor", "InternVLVideoProcessor", {"size": {"height": 32, "width": 32}}),
 }
 """The stock classes of processor and video processor, and the options of a tiny one."""
 PLACES = {
-    "llava_onevision": "<video>",
+    **dict.fromkeys(("llava_onevision", "llava_next_video"), "<video>"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<|vision_start|><|video_pad|><|vision_end|>"),
     "qwen3_vl": "<|video_pad|>",
     "internvl": "<video>",
@@ -63,13 +68,30 @@ class FramesToPatches:
         }
 
 
+def build_llava_next_video() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-NeXT-Video, as LLaVA-NeXT with 2 x 2 tokens for a frame; with LLaVA-NeXT's processor, of images."""
+    tokenizer = build_tokenizer({"image_token": IMAGE, "video_token": "<video>"}, IMAGE)
+    model, processor = FAMILIES["llava_next"].build()
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=model.config.vision_config,
+        text_config=transformers.LlamaConfig(**text_options(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
+        vision_feature_layer=-1,
+        **special_ids(tokenizer),
+    )
+    processor.tokenizer = tokenizer
+    return finish(transformers.LlavaNextVideoForConditionalGeneration(config), processor)
+
+
 def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A tiny model, and its processor with a video processor.
 
     Args:
         stock: take transformers' own one, which needs torchvision; otherwise Qwen's alone, as `FramesToPatches`.
     """
-    model, processor = FAMILIES[name].build()
+    model, processor = build_llava_next_video() if name == "llava_next_video" else FAMILIES[name].build()
     image = "{{ ' ' + part['text'] }}"
     template = processor.chat_template.replace(
         f"{{% else %}}{image}{{% endif %}}",
@@ -84,6 +106,9 @@ def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMix
     kept = {}
     if name == "internvl":
         kept = {"image_seq_length": processor.image_seq_length}
+    if name == "llava_next_video":
+        names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+        kept = {key: getattr(processor, key) for key in names}
     if name == "llava_onevision":
         names = ("num_image_tokens", "vision_feature_select_strategy", "vision_aspect_ratio")
         kept = {key: getattr(processor, key) for key in names}

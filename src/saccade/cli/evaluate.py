@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", default=None, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes or rows to evaluate on (default: 1000)")
-    parser.add_argument("--batch-size", type=int, default=None, help="prompts at a time (default: 100)")
+    parser.add_argument(
+        "--batch-size", type=int, default=None, help="prompts at a time (default: 100, with --dataset 8)"
+    )
     parser.add_argument("--suite", default=None, help="with compare: benchmarks of a paper, dualspeed or skip-vision")
     parser.add_argument(
         "--output",
@@ -79,7 +81,9 @@ def _run_scenes(args: argparse.Namespace) -> int:
 
     _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
     split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
-    batch_size = 100 if args.batch_size is None else args.batch_size
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 100 if args.dataset is None else 8
     check_counts(num_samples=args.num_samples, batch_size=batch_size)
     names = None if args.inference is None else args.inference.split(",")
     inferences = plan_inferences(args.model, names, **given_pruning(args))
@@ -90,7 +94,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
         _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         folders = None if args.image_folder is None else args.image_folder.split(",")
         scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model))
-        split, what = args.dataset, f"{len(scenes)} rows of {args.dataset}"
+        what = f"{len(scenes)} rows of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
@@ -101,7 +105,9 @@ def _run_scenes(args: argparse.Namespace) -> int:
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
     print_table(f"{args.model}, {what}", columns, rows)
     output = args.output or _beside(args.model)
-    record = {"model": args.model, "weights": weights, "split": split, "results": results}
+    # Of a file its name alone: a model card repeats it.
+    measured = {"split": split} if args.dataset is None else {"dataset": Path(args.dataset).name}
+    record = {"model": args.model, "weights": weights, **measured, "results": results}
     write_json_atomically(output, {**record, "environment": environment()})
     print(f"written to {output}")
     return 0

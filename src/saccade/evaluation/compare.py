@@ -175,9 +175,11 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
             _, fault = read_evaluation(file.parent)
             if fault is not None:
                 raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those next to it")
+        # Of the digit scenes, or of a data file.
+        of = f"{content['dataset']}/" if "dataset" in content else DIGITS
         for entry in results:
             counts = {"documents": entry.get("samples"), "prompt_length": entry.get("mean_prompt_length")}
-            yield _Result(DIGITS + entry["inference"], 100 * entry["accuracy"], **counts)
+            yield _Result(of + entry["inference"], 100 * entry["accuracy"], **counts)
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
         for task, metrics in results.items():

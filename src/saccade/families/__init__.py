@@ -11,7 +11,7 @@ from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
 from saccade.families.llava import LlavaFamily
-from saccade.families.llava_next import LlavaNextFamily, LlavaOnevisionFamily
+from saccade.families.llava_next import LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
 from saccade.families.qwen3_5 import Qwen35Family
 from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
@@ -69,6 +69,7 @@ for _family in (
     InternVLFamily,
     LlavaFamily,
     LlavaNextFamily,
+    LlavaNextVideoFamily,
     LlavaOnevisionFamily,
     Qwen2VLFamily,
     Qwen3VLFamily,
@@ -85,6 +86,7 @@ __all__ = [
     "InternVLFamily",
     "LlavaFamily",
     "LlavaNextFamily",
+    "LlavaNextVideoFamily",
     "LlavaOnevisionFamily",
     "Qwen2VLFamily",
     "Qwen3VLFamily",

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT and LLaVA-OneVision: a thumbnail of the whole image plus a large picture, in crops, at its aspect ratio.
+"""LLaVA-NeXT, LLaVA-NeXT-Video and LLaVA-OneVision: a thumbnail of the whole image plus a large picture, in crops.
 
-Both give the language model an image as `[thumbnail][line newline][line newline]...`: the tokens of the thumbnail,
+All give the language model an image as `[thumbnail][line newline][line newline]...`: the tokens of the thumbnail,
 then the lines of the large picture without its padding, a newline after each. A feature row is one of the two
 pictures, and the two form one group. The newlines are `protected` tokens of the row, see `saccade.reducers.reduce`.
 """
@@ -120,18 +120,15 @@ class LlavaNextFamily(Family):
         return height, width
 
 
-class LlavaOnevisionFamily(LlavaNextFamily):
-    """`LlavaOnevisionForConditionalGeneration`: samples with several images use no crops; a row of a video is a frame.
+class LlavaNextVideoFamily(LlavaNextFamily):
+    """`LlavaNextVideoForConditionalGeneration`: images as in LLaVA-NeXT; a row of a video is a frame, pooled.
 
-    A video is one group; its single newline belongs to the last frame's row.
+    A video is one group.
     """
 
-    name = "llava_onevision"
-    model_types = ("llava_onevision",)
-    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
-    vision_inputs = (*image_inputs, "pixel_values_videos", "image_sizes_videos")
-    # Large pictures and frames are resized after the projector.
-    projects_tokens = False
+    name = "llava_next_video"
+    model_types = ("llava_next_video",)
+    vision_inputs = (*LlavaNextFamily.image_inputs, "pixel_values_videos")
 
     def placeholder(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.placeholder_id) | (input_ids == self.model.config.video_token_id)
@@ -142,7 +139,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
             images, outputs["image"] = self._image_rows(inputs)
         if inputs.get("pixel_values_videos") is not None:
             pixels = inputs["pixel_values_videos"]
-            features = self.model.get_video_features(pixels, return_dict=True).pooler_output  # (V, F * n + 1, D)
+            features = self.model.get_video_features(pixels, return_dict=True).pooler_output  # (V, tokens, D)
             outputs["video"] = BaseModelOutputWithPooling(pooler_output=features)
             for number, video in enumerate(features):
                 videos += self._frames(video, pixels.shape[1], number)
@@ -165,10 +162,41 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         if inputs.get("pixel_values") is not None:
             tokens["image"] = self._pack(next(calls), inputs)
         if inputs.get("pixel_values_videos") is not None:
-            values = self.model.base_model.apply_pooling(next(calls).values)  # (V * F, n, C)
-            videos = values.reshape(len(inputs["pixel_values_videos"]), -1, values.shape[-1])
-            tokens["video"] = torch.nn.functional.pad(videos, (0, 0, 0, 1)).flatten(0, 1)
+            tokens["video"] = self._frame_values(next(calls), len(inputs["pixel_values_videos"]))
         return tokens_to_rows(tokens, encoded)
+
+    def _frame_values(self, patches: Patches, videos: int) -> Tensor:
+        """Values of the patches of all frames as values `(S, C)` of tokens."""
+        values = patches.values[:, 1:] if patches.class_token else patches.values
+        if values.shape[1] == self._side**2:  # not those that enter the projector, which are pooled already
+            square = values.transpose(1, 2).unflatten(2, (self._side, self._side))
+            stride = self.model.config.spatial_pool_stride
+            values = torch.nn.functional.avg_pool2d(square, stride).flatten(2).transpose(1, 2)
+        return values.flatten(0, 1)
+
+    def _frames(self, video: Tensor, count: int, number: int) -> list[FeatureRow]:
+        """The frames of a video `(count * n, D)`."""
+        side = self._side // self.model.config.spatial_pool_stride
+        return [FeatureRow(frame, (1, side, side), number) for frame in video.split(side * side)]
+
+
+class LlavaOnevisionFamily(LlavaNextVideoFamily):
+    """`LlavaOnevisionForConditionalGeneration`: samples with several images use no crops; a row of a video is a frame.
+
+    A video is one group; its single newline belongs to the last frame's row.
+    """
+
+    name = "llava_onevision"
+    model_types = ("llava_onevision",)
+    image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    vision_inputs = (*image_inputs, "pixel_values_videos", "image_sizes_videos")
+    # Large pictures and frames are resized after the projector.
+    projects_tokens = False
+
+    def _frame_values(self, patches: Patches, videos: int) -> Tensor:
+        values = self.model.base_model.apply_pooling(patches.values)  # (V * F, n, C)
+        by_video = values.reshape(videos, -1, values.shape[-1])
+        return torch.nn.functional.pad(by_video, (0, 0, 0, 1)).flatten(0, 1)
 
     @property
     def packing(self) -> dict[str, Any]:

@@ -138,8 +138,9 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
     for kind in kinds:
         rows.append([kind.replace("_", " "), *(_percent(result["accuracy_by_kind"].get(kind)) for result in results)])
     rows.append(["mean tokens per prompt", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
-    split, samples = record.evaluation.get("split", "?"), results[0]["samples"]
-    caption = f"This share of the answers to {samples} questions of the {split} split is right, by kind of question."
+    where = record.evaluation.get("dataset") or f"the {record.evaluation.get('split', '?')} split"
+    samples = results[0]["samples"]
+    caption = f"This share of the answers to {samples} questions of {where} is right, by kind of question."
     page.add("Accuracy", html_table(["questions", *(way_name(one["inference"]) for one in results)], rows, caption))
     page.record["accuracy"] = results
 

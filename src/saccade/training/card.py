@@ -149,7 +149,10 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     table = markdown_table(["inference", "accuracy", "samples", "tokens per prompt"], rows)
-    title = f"## Evaluation\n\n`saccade eval` on the {result.get('split', 'test')} split of the digit scenes.\n\n"
+    where = f"the {result.get('split', 'test')} split of the digit scenes"
+    if "dataset" in result:
+        where = f"rows of `{result['dataset']}`, by exact match"
+    title = f"## Evaluation\n\n`saccade eval` on {where}.\n\n"
     return f"{title}{table}{_where(result.get('environment', {}))}"
 
 
