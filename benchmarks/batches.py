@@ -77,7 +77,7 @@ def make_batch(family: Family, texts: Sequence[TextLength], seed: int) -> dict[s
         **images,
     }
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    if "mm_token_type_ids" in family.token_inputs:
+    if family.uses_mrope:
         batch["mm_token_type_ids"] = family.placeholder(batch["input_ids"]).long()
     return {name: value.to(model.device) for name, value in batch.items()}
 

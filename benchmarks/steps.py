@@ -148,14 +148,11 @@ def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
     adapters = model is not family.model
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name if adapters else True)
-    for module, trains in (
-        (family.vision_tower, False),
-        (family.projector, True),
-        (family.language_model, stage.language),
-        (family.model.get_output_embeddings(), stage.language),
-    ):
-        if not trains or (trains and not adapters) or module is family.projector:
-            module.requires_grad_(trains)
+    family.vision_tower.requires_grad_(False)
+    family.projector.requires_grad_(True)
+    if not (stage.language and adapters):
+        family.language_model.requires_grad_(stage.language)
+        family.model.get_output_embeddings().requires_grad_(stage.language)
     model.train()
 
 
@@ -279,21 +276,25 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
     spent = dict.fromkeys((*PARTS[:4], "backward"), 0.0)
     handles = []
     called: dict[str, bool] = {}
+    # Modules that run now, with the time that others inside of them took.
+    running: list[list[float]] = []
 
     def watch(module: nn.Module, name: str) -> None:
-        begun: list[float] = []
         called[name] = False
-        handles.append(module.register_forward_pre_hook(lambda *_: begun.append(seconds_on(device))))
+        handles.append(module.register_forward_pre_hook(lambda *_: running.append([seconds_on(device), 0.0])))
 
         def end(*_: Any) -> None:
             called[name] = True
-            spent[name] += seconds_on(device) - begun.pop()
+            started, inside = running.pop()
+            seconds = seconds_on(device) - started
+            spent[name] += seconds - inside
+            if running:
+                running[-1][1] += seconds
 
         handles.append(module.register_forward_hook(end))
 
-    watch(family.vision_tower, "tower")
-    if family.projector is not family.vision_tower:
-        watch(family.projector, "projector")
+    watch(_called(family.model, family.vision_tower), "tower")
+    watch(family.projector_entry, "projector")
     watch(family.language_model, "language")
     selectors = [(type(get_reducer(name)), "__call__") for name in list_reducers()]
     selectors.append((ReleasedProcedure, "select"))
@@ -323,6 +324,14 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
     missed = [name for name, seen in called.items() if not seen]
     if missed:
         raise changed(f"the model's forward did not call its {' and its '.join(missed)} as a module")
+
+
+def _called(model: nn.Module, part: nn.Module) -> nn.Module:
+    """The module whose forward runs a part: Qwen-VL's tower is a list of the parts of a module, projector aside."""
+    if not isinstance(part, nn.ModuleList):
+        return part
+    first = part[0]
+    return next(module for module in model.modules() if any(child is first for child in module.children()))
 
 
 def token_rate(timing: Timing) -> float:

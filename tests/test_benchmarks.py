@@ -6,8 +6,10 @@ import statistics
 
 import pytest
 import torch
+from family_models import FAMILIES
+from peft import LoraConfig, get_peft_model
 
-from benchmarks import flops, generate, train
+from benchmarks import flops, generate, steps, train
 from benchmarks.batches import image_inputs, label_count, make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.flops import cache_bytes, prefill_flops
@@ -23,6 +25,7 @@ from saccade.evaluation.counting import count_flops
 from saccade.families import get_family
 from saccade.reducers import PruningConfig, get_reducer
 from saccade.skip_vision import SkipVisionConfig
+from saccade.testing.families import Case
 from saccade.tokens import VisualContext
 from saccade.training.flops import TextShape, VisualRows
 from saccade.training.length_table import LLAVA_665K, draw_lengths
@@ -134,6 +137,45 @@ def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch,
             same = losses.pop(f"{name}, {mode} step")
             torch.testing.assert_close(same, losses[f"DualSpeed, {mode} step"])
     assert len({float(values[0]) for values in losses.values()}) == len(losses)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["whole", "lora"])
+def test_a_stage_trains_the_projector_and_stage_two_the_language_model(name, adapters):
+    """Of Qwen-VL, whose projector lies inside its vision module, too."""
+    model = Case(name, FAMILIES[name]).model
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    family = get_family(model)
+    projector = {id(parameter) for parameter in family.projector.parameters()}
+    language = {id(parameter) for parameter in family.language_model.parameters()}
+    for stage in ("pretrain", "sft"):
+        train_stage(model, family, Stage(stage, (), 1, 1, language=stage == "sft"))
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        adapted = {id(weight) for weight_name, weight in model.named_parameters() if "lora_" in weight_name}
+        expected = projector | ((adapted if adapters else language) if stage == "sft" else set())
+        assert trained - {id(weight) for weight in family.model.get_output_embeddings().parameters()} == expected
+
+
+def test_the_parts_of_a_step_do_not_overlap(monkeypatch):
+    """Qwen-VL's projector runs inside its vision module, and its time is not the tower's."""
+    case = Case("qwen2_5_vl", FAMILIES["qwen2_5_vl"])
+    family, now = case.family, [0]
+
+    def takes(seconds):
+        return lambda *_: now.__setitem__(0, now[0] + seconds)
+
+    monkeypatch.setattr(steps, "seconds_on", lambda device: now[0])
+    handles = [
+        next(family.projector_entry.children()).register_forward_hook(takes(100)),
+        family.model.base_model.visual.blocks[0].register_forward_hook(takes(10)),
+        family.language_layers[0].register_forward_hook(takes(1)),
+    ]
+    with steps._watched(family, torch.device("cpu")) as spent, torch.no_grad():
+        family.model(**case.inputs)
+    for handle in handles:
+        handle.remove()
+    assert (spent["projector"], spent["tower"], spent["language"]) == (100, 10, 1)
 
 
 def test_the_whole_schedule_weighs_stages_by_their_samples():
