@@ -178,6 +178,19 @@ def test_the_parts_of_a_step_do_not_overlap(monkeypatch):
     assert (spent["projector"], spent["tower"], spent["language"]) == (100, 10, 1)
 
 
+@pytest.mark.parametrize(
+    "language", [pytest.param(False, marks=pytest.mark.slow), True], ids=["stage one", "stage two"]
+)
+def test_every_variant_of_qwen_vl_is_timed(language):
+    model = Case("qwen2_5_vl", FAMILIES["qwen2_5_vl"]).model
+    stage = Stage("sft" if language else "pretrain", LLAVA_665K, 1, 1, language)
+    found = steps.measure_stage(model, stage, Settings(), repeats=1, warm_up=0)
+    assert {STOCK, "DualSpeed, fast step", "Skip-Vision"} <= {timing.variant for timing in found}
+    for timing in found:
+        assert timing.flops > 0 < timing.seconds[0]
+        assert not timing.parts or min(timing.parts[name] for name in ("tower", "projector", "language")) > 0
+
+
 def test_the_whole_schedule_weighs_stages_by_their_samples():
     stages = [Stage("pretrain", (), 3, 2, False), Stage("sft", (), 5, 2, True)]
     timings = {
