@@ -178,9 +178,8 @@ def test_the_parts_of_a_step_do_not_overlap(monkeypatch):
     assert (spent["projector"], spent["tower"], spent["language"]) == (100, 10, 1)
 
 
-@pytest.mark.parametrize(
-    "language", [pytest.param(False, marks=pytest.mark.slow), True], ids=["stage one", "stage two"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("language", [False, True], ids=["stage one", "stage two"])
 def test_every_variant_of_qwen_vl_is_timed(language):
     model = Case("qwen2_5_vl", FAMILIES["qwen2_5_vl"]).model
     stage = Stage("sft" if language else "pretrain", LLAVA_665K, 1, 1, language)
