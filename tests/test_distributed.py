@@ -144,7 +144,7 @@ def test_ranks_share_a_feature_cache(one_process, tmp_path):
         check_equal(entries, one)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stream_that_ends_unevenly_is_the_stream_of_one_process(tmp_path, accumulation):
     """Of five rows one rank reads three and the other two; then both begin the next epoch, over and over."""
     data = write_json(tmp_path / "rows.jsonl", good_records(tmp_path, 5))

@@ -33,7 +33,9 @@ def test_parts_with_videos_train_as_the_whole(name):
     "options",
     [
         {"gradient_accumulation_steps": 2},
-        {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
+        ),
         {"gradient_checkpointing": True, "bf16": True},
         {"lora": True},
     ],

@@ -172,7 +172,7 @@ def second_turn(case, prompts, row):
 
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
-@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("row", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_second_turn(case, row, with_image):
     """A conversation continues from the cache, with more text or another image, as if all rows were still there."""
     prompts = case.prompts([row])
