@@ -48,7 +48,15 @@ def started(arguments: list[str], temporary: Path) -> subprocess.Popen:
     # Settings of other gradio apps on this machine, none of which may reach the page.
     environment |= {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SHARE": "True", "GRADIO_ANALYTICS_ENABLED": "True"}
     command = [sys.executable, "-m", "saccade", "play", "--no-browser", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    def listen_to_interrupts() -> None:
+        # A shell that runs the tests in the background has them ignored, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        preexec_fn=listen_to_interrupts,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
