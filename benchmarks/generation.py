@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,34 +120,21 @@ def measure_generation(
         return prune(family, inputs, pruner, lambda laid: laid.inputs, encoded=to_prune, padding_side="left")
 
     full = prune_inputs(model, inputs, reducer="none", prune_ratio=0.0)
-    found = {
-        FULL: Generation({"text": text_tokens, "visual": full["input_ids"].shape[1] - text_tokens}),
-        PRUNE: Generation({}),
-        SKIP: Generation({}),
-    }
+    found = {name: Generation({}) for name in (FULL, PRUNE, SKIP)}
     for turn in range(repeats + 1):
-        for name in found:
-            result, warm = found[name], turn == 0
+        for name, result in found.items():
+            warm = turn == 0
             skip = apply_skip_vision(model, config) if name == SKIP else None
             try:
                 prepared = full
-                if name == PRUNE:
-                    seconds, prepared = _timed(model, pruned)
-                    if warm:
-                        kept = prepared["input_ids"].shape[1] - text_tokens
-                        result.prompt_rows = {"text": text_tokens, "kept": kept}
-                    else:
+                if name != FULL:
+                    seconds, prepared = _timed(
+                        model, pruned if skip is None else partial(skip.prepare, inputs, encoded=encoded)
+                    )
+                    if not warm:
                         result.layout.append(seconds)
-                if skip is not None:
-                    seconds, prepared = _timed(model, lambda skip=skip: skip.prepare(inputs, encoded=encoded))
-                    if warm:
-                        result.prompt_rows = {
-                            role.name.lower(): int((prepared["skip_roles"] == role).sum())
-                            for role in Role
-                            if role not in (Role.PADDING, Role.ANSWER, Role.ISOLATOR)
-                        }
-                    else:
-                        result.layout.append(seconds)
+                if warm:
+                    result.prompt_rows = _prompt_rows(name, prepared, text_tokens)
                 _turn(model, prepared, new_tokens, result, warm)
             finally:
                 if skip is not None:
@@ -157,6 +145,15 @@ def measure_generation(
 def cache_size(cache: Any) -> int:
     """Bytes of the keys and values that a cache stores."""
     return sum(x.nbytes for layer in cache.layers if layer.is_initialized for x in (layer.keys, layer.values))
+
+
+def _prompt_rows(name: str, prepared: dict[str, Any], text_tokens: int) -> dict[str, int]:
+    """Number of rows of a prompt, by kind."""
+    if name != SKIP:
+        visual = prepared["input_ids"].shape[1] - text_tokens
+        return {"text": text_tokens, "visual" if name == FULL else "kept": visual}
+    roles = (role for role in Role if role not in (Role.PADDING, Role.ANSWER, Role.ISOLATOR))
+    return {role.name.lower(): int((prepared["skip_roles"] == role).sum()) for role in roles}
 
 
 def _turn(model: PreTrainedModel, prepared: dict[str, Any], new_tokens: int, result: Generation, warm: bool) -> None:
