@@ -3,12 +3,12 @@
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.interfaces import changed
+from saccade.interfaces import changed, replaced_forward
 
 KNOWN = ("clip_vision_model", "siglip_vision_model")
 """Values of a tower's `config.model_type` whose blocks are `encoder.layers`."""
@@ -21,22 +21,17 @@ class _Passing:
     """Layers of a tower whose forward returns its input unchanged until `put_back`."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
         self.users = 0
         """Number of threads that are running the tower this way."""
         self.count: Counter[int] = Counter()
         """Number of calls passed through, by thread."""
-        self._before = [layer.__dict__.get("forward") for layer in layers]
+        self._replaced = ExitStack()
         for layer in layers:
-            layer.forward = self._pass_on
+            self._replaced.enter_context(replaced_forward(layer, self._pass_on))
 
     def put_back(self) -> None:
         """Restore the layers' own forward."""
-        for layer, forward in zip(self.layers, self._before, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
+        self._replaced.close()
 
     def _pass_on(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.count[threading.get_ident()] += 1
