@@ -292,7 +292,7 @@ class DualSpeedConfig(SFTConfig):
             raise SaccadeError(
                 f"max_image_pixels={self.max_image_pixels!r}: give a number of pixels from 1 to {LARGEST_MAX_PIXELS}"
             )
-        Sampling(self.video_frames, self.video_fps)
+        _ = self.sampling
         self._check_feature_cache()
         if self.loss_type != "nll" or self.label_smoothing_factor:
             raise SaccadeError(
@@ -429,6 +429,11 @@ class DualSpeedConfig(SFTConfig):
     def skip_options(self) -> SkipVisionConfig | None:
         """The options of Skip-Vision, or None if nothing skips."""
         return None if self.skip_vision is None else SkipVisionConfig.from_options(self.skip_vision)
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which frames are taken of a video."""
+        return Sampling(self.video_frames, self.video_fps)
 
     @property
     def pruning(self) -> PruningConfig:

@@ -86,7 +86,6 @@ from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
 from saccade.tokens import IGNORE_INDEX
-from saccade.videos import Sampling
 
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
@@ -245,7 +244,7 @@ class DualSpeedTrainer(SFTTrainer):
                 conversation=args.conversation,
                 stop_ids=stop_ids(self.family.model.generation_config, self._tokenizer),
                 max_image_pixels=args.max_image_pixels,
-                sampling=Sampling(args.video_frames, args.video_fps),
+                sampling=args.sampling,
             )
             if args.conversation == "chat" and not is_plain_text(next(iter(train_dataset))):
                 check_turns(self.data_collator)
@@ -496,7 +495,7 @@ class DualSpeedTrainer(SFTTrainer):
             self.isolator.length if self.isolator is not None and usual.isolator else 0,
             stop_ids(self.family.model.generation_config, self._tokenizer),
             self.args.conversation,
-            Sampling(self.args.video_frames, self.args.video_fps),
+            self.args.sampling,
         )
         lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

@@ -18,7 +18,6 @@ from saccade.recipes import put_over
 from saccade.training.models import load_processor
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.sources import dataset_sources, open_source
-from saccade.videos import Sampling
 
 ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
 """Training options that a machine may not support, and that a check does not need."""
@@ -55,18 +54,17 @@ def check_data(
         names.append(source.path)
         opened.append(rows)
         counts.append(min([len(rows), *limits]))
-    sampling = Sampling(args.video_frames, args.video_fps)
     counter, padded = None, args.image_aspect_ratio is not None
     if "model" in recipe.given:
         processor, placeholder_id, stops = load_processor(options, args.trust_remote_code)
         check_chat(recipe, processor, placeholder_id, stops)
         counter = TokenCounter(
-            processor, placeholder_id, args.pruning, args.isolator_length, stops, args.conversation, sampling
+            processor, placeholder_id, args.pruning, args.isolator_length, stops, args.conversation, args.sampling
         )
         padded = padded or pads_to_square(processor)
     max_length = args.max_length if args.fit_length is None else None
     report = check_sources(
-        opened, counter, args.max_image_pixels, jobs, max_length, padded, sampling, start, progress, counts=counts
+        opened, counter, args.max_image_pixels, jobs, max_length, padded, args.sampling, start, progress, counts=counts
     )
     named = [{"path": name, "records": count} for name, count in zip(names, counts, strict=True)]
     return {"sources": named, **report}
