@@ -67,7 +67,7 @@ class PlainWriter:
             )
         before = self._start + self._image * images
         if videos:
-            before += self._place("video") * videos
+            before += self._video * videos
         caption = f"{text_of(answers[0])}\n"
         return TrainingText(before + caption, ((len(before), len(before + caption)),))
 
@@ -78,6 +78,10 @@ class PlainWriter:
     @cached_property
     def _image(self) -> str:
         return self._place("image")
+
+    @cached_property
+    def _video(self) -> str:
+        return self._place("video")
 
     def _place(self, kind: str) -> str:
         """What the chat template prints for an image or a video, without surrounding whitespace."""

@@ -12,6 +12,7 @@ from saccade.reducers import PruningConfig, reduce
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_curves, plot_trade_off
 from saccade.report.training_log import losses
+from saccade.report.view import panel, token_grid
 from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import make_plan
 from saccade.sweeps.runner import run_sweep
@@ -97,10 +98,8 @@ def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
     scenes = digit_scenes("sft", "test", 200, kinds=["read"])
     row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
     context = get_family(model).encode(collate_prompts(processor, [row])).context
-    panels = []
+    grid, panels = token_grid(model, context), []
     for name in (settings.reducer, "uniform", "random"):
-        reduction = reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio))
-        panels.append((name, reduction.index[0], None))
-    _, rows, columns = context.grid[0].tolist()
+        panels.append(panel(name, reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio)), grid))
     caption = "A test scene, and the tokens that each reducer keeps with the model that DualSpeed trained."
-    draw_kept_tokens(row["images"][0], panels, (rows, columns), path, caption=caption)
+    draw_kept_tokens(row["images"][0], panels, grid, path, caption=caption)
