@@ -34,6 +34,7 @@ from saccade.families.store import SUFFIX
 from saccade.pruning import Pruner
 from saccade.reducers import PruningConfig
 from saccade.training.length_table import draw_lengths
+from saccade.values import check_counts
 
 NONE, FIRST, LATER = WAYS = ("no cache", "first epoch", "later epochs")
 METRICS = ("encode", "step")
@@ -46,8 +47,7 @@ def checked(arguments: argparse.Namespace) -> TrainBench:
     Raises:
         SaccadeError: on a value out of range.
     """
-    if arguments.batches < 1:
-        raise SaccadeError(f"batches={arguments.batches}: give at least 1")
+    check_counts(batches=arguments.batches)
     names = TrainBench.__dataclass_fields__.keys() & vars(arguments).keys()
     return TrainBench(**{name: getattr(arguments, name) for name in names})
 

@@ -22,6 +22,7 @@ from saccade.errors import SaccadeError
 from saccade.reducers import PruningConfig
 from saccade.report.tables import print_table
 from saccade.skip_vision import SkipVisionConfig
+from saccade.values import check_counts
 
 ROOMS = ("skip_vision", "families", "tokens")
 METRICS = ("prefill", "decode", "layout", "cache_peak", "cache")
@@ -60,9 +61,7 @@ class GenerateBench:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("text_tokens", "new_tokens", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        check_counts(**{name: getattr(self, name) for name in ("text_tokens", "new_tokens", "repeats", "threads")})
         if not self.images or min(self.images) < 1:
             raise SaccadeError(f"images={self.images!r}: give numbers from 1 on, such as 1,4,16")
         if self.shape not in MEASURED:

@@ -51,6 +51,7 @@ from saccade.report.tables import print_table
 from saccade.serving.shorten import FIELDS, Shortener, batch_of
 from saccade.serving.tower import bare_family
 from saccade.training.assemble import AssembleOptions, assemble_model
+from saccade.values import check_counts
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOWER = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -97,9 +98,7 @@ class ServingBench:
     python: str = ".venv-serve/bin/python"
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "threads", "kv_gib"):
-            if getattr(self, name) < 1:
-                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        check_counts(**{name: getattr(self, name) for name in ("repeats", "threads", "kv_gib")})
         if self.new_tokens < 2:
             raise SaccadeError(f"new_tokens={self.new_tokens}: give at least 2, a first and a further one")
         if not self.at_once or min(self.at_once) < 1:

@@ -31,6 +31,7 @@ from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, Source
+from saccade.values import check_counts
 
 DIGITS = (Source("digit scenes", 1, 4, 10, 3),)
 """Questions about the embedded digit scenes, four per scene."""
@@ -75,9 +76,7 @@ class TrainBench:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        check_counts(**{name: getattr(self, name) for name in ("batch_size", "repeats", "threads")})
         if self.warm_up < 0:
             raise SaccadeError(f"warm_up={self.warm_up}: give 0 or more")
         check_place(self.device, self.dtype, ("float32", "bfloat16"))

