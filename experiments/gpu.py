@@ -4,8 +4,8 @@ python -m experiments.gpu --output out/gpu                      what fits into t
 python -m experiments.gpu --only train-llava-1.5-7b             one part
 python -m experiments.gpu --size small --device cpu             all of it at toy size, to see that it runs
 
-Weights are random: speed and memory do not depend on them. Each part runs in a process of its own and leaves its
-results and `part.json` in a folder of its own. A part that fails is reported, and the others go on.
+Weights are random: speed and memory do not depend on them. Each part runs in a separate process and leaves its
+results and `part.json` in a separate folder. A part that fails is reported, and the others go on.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from benchmarks.shapes import check_place
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
+from saccade.reducers.config import check_choice
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
 
@@ -185,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=570, metavar="SECONDS", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.size not in SIZES:
-        raise SaccadeError(f"size={args.size!r}: use one of {', '.join(SIZES)}")
+    check_choice("size", args.size, SIZES)
     if args.budget <= 0:
         raise SaccadeError(f"budget={args.budget:g}: give a number of seconds above 0")
     names = list(PARTS) if args.only is None else args.only.split(",")

@@ -96,7 +96,7 @@ def test_a_batch(name, case):
 
 
 def test_the_frames_are_those_that_we_took(tmp_path):
-    """The processor neither takes frames of its own nor reorders them."""
+    """The processor neither chooses other frames nor reorders them."""
     _, processor = build("qwen2_5_vl", stock=True)
     clip = open_video(write_clip(tmp_path / "a.mp4", 20, rate=10), Sampling(FRAMES))
     mine, stock = FramesToPatches(), processor.video_processor

@@ -11,7 +11,7 @@ from saccade.cli.main import main
 from saccade.families import get_family
 from saccade.images import open_image
 from saccade.reducers import Needs, PruningConfig, get_reducer, keep_count, list_reducers
-from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_A_ROW, TITLE_HEIGHT
+from saccade.report.kept_tokens import GAP, OUTLINE, PANELS_PER_ROW, TITLE_HEIGHT
 from saccade.report.view import process_image, seen_part
 from saccade.tiny import load_tiny, save_tiny
 from saccade.tokens import Reduction
@@ -30,8 +30,8 @@ def photo(tmp_path_factory) -> Path:
 
 def outlined(sheet: Image.Image, panel: int) -> list[int]:
     """The patches of a panel that carry an outline on all four edges, read back from the picture."""
-    left = GAP + panel % PANELS_A_ROW * (12 * WIDTH + GAP)
-    top = GAP + panel // PANELS_A_ROW * (12 * HEIGHT + GAP + TITLE_HEIGHT) + TITLE_HEIGHT
+    left = GAP + panel % PANELS_PER_ROW * (12 * WIDTH + GAP)
+    top = GAP + panel // PANELS_PER_ROW * (12 * HEIGHT + GAP + TITLE_HEIGHT) + TITLE_HEIGHT
     found = []
     for token in range(144):
         x, y = left + token % 12 * WIDTH, top + token // 12 * HEIGHT

@@ -3,7 +3,7 @@ but use none of its operators.
 
 PyPI's torchvision is built for CUDA. Its compiled part does not load with the CPU build of torch, which torchvision
 ignores silently; it then refers to two operators that the compiled part would have declared. Here they are declared.
-`make test-serve` and `make test-video` put this file into environments of their own, where a `.pth` file imports it
+`make test-serve` and `make test-video` put this file into separate environments, where a `.pth` file imports it
 first.
 """
 

@@ -281,7 +281,7 @@ def place_media(messages: list[Message], images: int, videos: int = 0) -> list[M
 
 
 def as_parts(message: Message) -> Message:
-    """The message with its text as a list of parts, with a part of its own for each `<image>` and `<video>` tag.
+    """The message with its text as a list of parts, with a separate part for each `<image>` and `<video>` tag.
 
     Line breaks next to a tag are removed, since the model's chat template adds its own.
     """

@@ -1,6 +1,6 @@
 """Clips of handwritten digits that move, with questions that no single frame answers.
 
-A clip has one to three digits, each with a lane of its own. A digit enters at one side, crosses in a straight line and
+A clip has one to three digits, each in its own lane. A digit enters at one side, crosses in a straight line and
 leaves at the other; how fast and when is its own. Between them it is not to be seen.
 """
 

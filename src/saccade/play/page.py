@@ -167,7 +167,7 @@ def serve(models: Mapping[str, str], port: int, browser: bool = True) -> None:
     with tempfile.TemporaryDirectory(prefix="saccade-play-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(models, scenes(), Table())
-        # Other sites cannot reach the page through a name of their own that leads to this machine.
+        # Other sites cannot reach the page under another name that leads to this machine.
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
         page.launch(
             server_name=HOST, server_port=port, share=False, inbrowser=browser, quiet=True, prevent_thread_lock=True,

@@ -20,7 +20,7 @@ class DistinctFrames:
 
     The share of frame t is in proportion to the mean over earlier frames s of d(t, s), the mean over places i of
     1 - cos(x[t, i], x[s, i]); the first frame counts as much as the most distinct one. Shares are whole numbers by
-    largest remainder, at least one token a frame; with a smaller budget than frames, the most distinct ones keep one
+    largest remainder, at least one token per frame; with a smaller budget than frames, the most distinct ones keep one
     token each. Another reducer chooses within a frame. Rows of one frame, such as images, are left to it.
 
     It compares the frames that share a budget: set `budget` to "image", or "sample". With "crop", each frame is a row.

@@ -14,7 +14,7 @@ from saccade.files import atomic_path
 
 Panel = tuple[str, Tensor, Tensor | None]
 
-GAP, TITLE_HEIGHT, LINE_HEIGHT, PANELS_A_ROW = 16, 30, 24, 4
+GAP, TITLE_HEIGHT, LINE_HEIGHT, PANELS_PER_ROW = 16, 30, 24, 4
 PAPER, INK, OUTLINE = (255, 255, 255), (40, 40, 40), (255, 214, 10)
 DIMMED = 0.62  # brightness of a dropped patch: the picture stays recognisable
 TINT = 0.45  # how much of a merged region's colour covers the image
@@ -81,7 +81,7 @@ def kept_tokens_sheet(
     cell = patch_size(image.size, grid, panel_size)
     size = (cell[0] * columns, cell[1] * rows)
     enlarged = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    across = min(PANELS_A_ROW, len(panels))
+    across = min(PANELS_PER_ROW, len(panels))
     down = math.ceil(len(panels) / across)
     width = GAP + across * (size[0] + GAP)
     legend = _legend(any(weight is not None for _, _, weight in panels), width - 2 * GAP)
