@@ -37,6 +37,9 @@ FAMILIES = {
     "qwen3_vl_moe": ("Qwen3-VL-MoE", "3", "as Qwen3-VL, with experts"),
     "qwen3_5": ("Qwen3.5", "3", "three of four layers are linear attention; no deepstack features"),
     "qwen3_5_moe": ("Qwen3.5-MoE", "3", "as Qwen3.5, with experts"),
+    "glm4v": ("GLM-4.1V", "3", "dynamic resolution; a convolution merges the patches"),
+    "glm46v": ("GLM-4.6V", "3", "as GLM-4.1V"),
+    "glm4v_moe": ("GLM-4.5V", "3", "as GLM-4.1V, with experts"),
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
@@ -63,15 +66,17 @@ LEARNED = (
 HOLES = {
     "PaliGemma": "`forward` counts positions from 1 and `generate` from 0, so one set of pruned inputs cannot serve "
     "both; its processor takes neither text-only samples nor conversations. Not registered",
-    "compact positions on Qwen-VL": "with three position axes, renumbering a shortened sequence would change what "
-    "positions mean; with both values of `positions`, each token keeps its own",
+    "compact positions on Qwen-VL and GLM": "with three position axes, renumbering a shortened sequence would change "
+    "what positions mean; with both values of `positions`, each token keeps its own",
     "dropped tokens of Qwen3.5": "linear attention knows no positions: a dropped token leaves no gap in its layers, "
     "so that distances in the image are shorter there, with both values of `positions`. Layers of full attention keep "
     "the positions; with these alone, pruned equals masked, which is tested",
     "padding-free batches and Skip-Vision on Qwen3.5": "a state of linear attention would run from one packed row "
     "into the next, and skipping is defined for attention and feed-forward networks; refused in one line",
     "a loss that balances experts": "the routers of the MoE models get the gradient of the answers only, as in the "
-    "stock models unless `output_router_logits` is set",
+    "stock models unless `output_router_logits` is set; `router_aux_loss_coef` is refused in one line",
+    "videos of GLM": "their placeholders are those of images, and the stock models cannot take both in one batch; "
+    "refused in one line",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",

@@ -323,11 +323,63 @@ FAMILIES: dict[str, Tiny] = {
 }
 
 
+# GLM
+
+GLM_SPECIALS = {
+    "image_token": "<|image|>",
+    "video_token": "<|video|>",
+    **{name: f"<|{name}|>" for name in ("begin_of_image", "end_of_image", "begin_of_video", "end_of_video")},
+}
+GLM_IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+def build_glm(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """GLM-4.1V (`Glm4v`), 4.6V (`Glm46V`) or 4.5V (`Glm4vMoe`): patches of 4 px, merged two by two."""
+    tokenizer = build_tokenizer(GLM_SPECIALS, GLM_IMAGE)
+    vision = {
+        "patch_size": PATCH,
+        "image_size": 32,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_heads": HEADS,
+        "depth": LAYERS,
+        "hidden_size": WIDTH,
+        "out_hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+    }
+    sections = [WIDTH // HEADS // 16 * share for share in (2, 3, 3)]
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, "partial_rotary_factor": 1.0}
+    text = text_options(tokenizer, rope_parameters=rope)
+    if version == "Glm4vMoe":
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH}
+        text |= {**experts, "head_dim": WIDTH // HEADS}
+    config = getattr(transformers, f"{version}Config")(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        image_start_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_image|>"),
+        image_end_token_id=tokenizer.convert_tokens_to_ids("<|end_of_image|>"),
+        video_start_token_id=tokenizer.convert_tokens_to_ids("<|begin_of_video|>"),
+        video_end_token_id=tokenizer.convert_tokens_to_ids("<|end_of_video|>"),
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Glm46VImageProcessorPil(
+        size={"shortest_edge": 256, "longest_edge": 2048}, patch_size=PATCH, merge_size=2, temporal_patch_size=2
+    )
+    processor_class = images_only(transformers.Glm46VProcessor if version == "Glm46V" else transformers.Glm4vProcessor)
+    processor = processor_class(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    return finish(getattr(transformers, f"{version}ForConditionalGeneration")(config), processor)
+
+
 # Families that share the code of one above: the tests of other subjects leave them out.
 RELATIVES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny(lambda: build_qwen("3_moe"), transformers.Qwen3VLMoeForConditionalGeneration),
     "qwen3_5": Tiny(lambda: build_qwen("3_5"), transformers.Qwen3_5ForConditionalGeneration),
     "qwen3_5_moe": Tiny(lambda: build_qwen("3_5_moe"), transformers.Qwen3_5MoeForConditionalGeneration),
+    "glm4v": Tiny(lambda: build_glm("Glm4v"), transformers.Glm4vForConditionalGeneration),
+    "glm46v": Tiny(lambda: build_glm("Glm46V"), transformers.Glm46VForConditionalGeneration),
+    "glm4v_moe": Tiny(lambda: build_glm("Glm4vMoe"), transformers.Glm4vMoeForConditionalGeneration),
 }
 
 

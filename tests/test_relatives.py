@@ -1,29 +1,54 @@
 """The invariants on families that share the code of another, with one reducer; with all of them in the slow tests."""
 
+import copy
+
 import pytest
 import torch
+from datasets import Dataset
 from family_models import RELATIVES, build_qwen
+from helpers import ORDINARY
 from skip_tester import masked_ffn, options_for, skipping, without_roles
 
+from saccade.dualspeed import DualSpeedTrainer
 from saccade.errors import SaccadeError
 from saccade.reducers import list_reducers
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
-from saccade.testing.tiny_models import Tiny
+from saccade.testing.tiny_models import WIDTH, Tiny, mixed_rows
+from saccade.testing.training import make_config
 from saccade.tokens import Role
 
 CASES = {name: tester.Case(name, tiny) for name, tiny in RELATIVES.items()}
-PAIRS = [
-    pytest.param(name, reducer, marks=[] if reducer == "divprune" else pytest.mark.slow)
-    for name in RELATIVES
-    for reducer in list_reducers()
-    if reducer != "none"
-]
+TWINS = ("glm46v",)
+"""Models whose code is that of another one here, under another name."""
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
+EXPERTS = {"qwen3_vl_moe": 0, "glm4v_moe": 1}
+"""The number of a layer with experts."""
 
 
-@pytest.mark.parametrize("check", tester.CHECKS)
-@pytest.mark.parametrize(("name", "reducer"), PAIRS)
+def pairs(every_twin):
+    """Each model and reducer; those with another reducer than one, and twins unless wanted, are slow."""
+    return [
+        pytest.param(name, reducer, marks=[] if reducer == "divprune" and whole else pytest.mark.slow)
+        for name in RELATIVES
+        for whole in [every_twin or name not in TWINS]
+        for reducer in list_reducers()
+        if reducer != "none"
+    ]
+
+
+CORE = ("ratio zero", "original positions", "several sequences")
+"""What is tested of twins, too, in the fast tests."""
+
+
+@pytest.mark.parametrize(
+    ("name", "reducer", "check"),
+    [
+        pytest.param(*pair.values, check, marks=pair.marks)
+        for check in tester.CHECKS
+        for pair in pairs(every_twin=check in CORE)
+    ],
+)
 def test_invariant(name, reducer, check):
     tester.CHECKS[check](CASES[name], reducer)
 
@@ -34,7 +59,7 @@ def test_generation_at_ratio_zero(name):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("name", "reducer"), PAIRS)
+@pytest.mark.parametrize(("name", "reducer"), pairs(every_twin=False))
 def test_training(name, reducer, lora, tmp_path):
     tester.check_training(CASES[name], reducer, tmp_path, lora)
 
@@ -63,14 +88,21 @@ def test_without_recurrent_layers_original_positions_equal_masking():
     tester.check_original_equals_masked(case, "divprune")
 
 
-def test_experts_run_on_tokens_that_do_not_skip():
+def test_glm_refuses_videos():
+    case = CASES["glm4v"]
+    with pytest.raises(SaccadeError, match="model_type='glm4v': videos are not supported"):
+        case.family.encode({**case.inputs, "pixel_values_videos": case.inputs["pixel_values"]})
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_run_on_tokens_that_do_not_skip(name):
     """Skip-Vision's feed-forward network may be a router and its experts: neither sees a skipped token."""
-    case = CASES["qwen3_vl_moe"]
+    case = CASES[name]
     routed = []
     with skipping(case.model, options_for(case.name)) as skip:
         prepared = skip.prepare(case.inputs)
-        gate = skip.family.language_layers[0].mlp.gate
-        handle = gate.register_forward_pre_hook(lambda module, args: routed.append(len(args[0])))
+        gate = skip.family.language_layers[EXPERTS[name]].mlp.gate
+        handle = gate.register_forward_pre_hook(lambda module, args: routed.append(args[0].numel() // WIDTH))
         got = tester.logits(case.model, prepared)
         handle.remove()
     inputs, roles = without_roles(prepared)
@@ -81,3 +113,19 @@ def test_experts_run_on_tokens_that_do_not_skip():
         expected = tester.logits(case.model, inputs)
     seen = ~skipped & (roles != Role.PADDING)
     torch.testing.assert_close(got[seen], expected[seen], **tester.CLOSE)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_no_step_has_a_term_that_balances_experts(name, tmp_path):
+    """TRL adds one to stock steps, with the coefficient in the model's config, and no other step has one."""
+    losses = []
+    for number, options in enumerate(({}, {"slow_micro_batch_size": 4})):
+        model = copy.deepcopy(CASES[name].model)
+        model.config.text_config.router_aux_loss_coef = 1.0
+        args = make_config(tmp_path / str(number), max_steps=1, **ORDINARY, **options)
+        rows = Dataset.from_list(mixed_rows())
+        trainer = DualSpeedTrainer(model, args=args, train_dataset=rows, processing_class=CASES[name].processor)
+        assert trainer.is_ordinary == (not options)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    torch.testing.assert_close(*map(torch.tensor, losses), **tester.CLOSE)

@@ -260,6 +260,7 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"projector_learning_rate": 0.0}, "projector_learning_rate=0.0"),
         ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ({"max_bad_records": None}, "max_bad_records=None, expected int"),
         ({"isolator_length": "4"}, "isolator_length='4' is a str, expected int"),
         ({"freeze_projector": "yes"}, "freeze_projector='yes' is a str, expected bool"),

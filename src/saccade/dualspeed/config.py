@@ -299,6 +299,13 @@ class DualSpeedConfig(SFTConfig):
                 f"loss_type={self.loss_type!r}, label_smoothing_factor={self.label_smoothing_factor!r}: "
                 "DualSpeed trains on plain cross-entropy, leave them at 'nll' and 0"
             )
+        if self.router_aux_loss_coef:
+            raise SaccadeError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef!r}: DualSpeed trains on plain cross-entropy, and no "
+                "step has a term that balances experts; leave it out"
+            )
+        # TRL reads None as the coefficient in the model's config, and applies it to stock steps only.
+        self.router_aux_loss_coef = 0.0
 
     def _check_stock_options(self) -> None:
         """Refuse values of transformers' options that would fail in the middle of a run, or silently change it."""

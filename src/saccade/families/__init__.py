@@ -7,6 +7,7 @@ from saccade.errors import SaccadeError
 from saccade.families.base import Family
 from saccade.families.encoded import Encoded
 from saccade.families.gemma3 import Gemma3Family
+from saccade.families.glm4v import Glm4vFamily
 from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
@@ -65,6 +66,7 @@ def stock_model(model: nn.Module) -> PreTrainedModel:
 
 for _family in (
     Gemma3Family,
+    Glm4vFamily,
     Idefics3Family,
     InternVLFamily,
     LlavaFamily,
@@ -82,6 +84,7 @@ __all__ = [
     "Encoded",
     "Family",
     "Gemma3Family",
+    "Glm4vFamily",
     "Idefics3Family",
     "InternVLFamily",
     "LlavaFamily",

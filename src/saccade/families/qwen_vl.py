@@ -30,12 +30,14 @@ class Qwen2VLFamily(Family):
     vision_inputs = ("pixel_values", "pixel_values_videos")
     joins_pixels = True
     uses_mrope = True
+    mergers: tuple[str, ...] = MERGERS
+    """The children of the vision module that belong to the projector."""
 
     @property
     def projector(self) -> nn.Module:
         """The mergers, which are inside the vision module here."""
         children = self.model.base_model.visual.named_children()
-        return nn.ModuleList(child for name, child in children if name in MERGERS)
+        return nn.ModuleList(child for name, child in children if name in self.mergers)
 
     @property
     def projector_entry(self) -> nn.Module:
@@ -45,7 +47,7 @@ class Qwen2VLFamily(Family):
     def vision_tower(self) -> nn.Module:
         """The vision module without the mergers, so that freezing it leaves them trainable."""
         children = self.model.base_model.visual.named_children()
-        return nn.ModuleList(child for name, child in children if name not in MERGERS)
+        return nn.ModuleList(child for name, child in children if name not in self.mergers)
 
     def placeholder(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.placeholder_id) | (input_ids == self.model.config.video_token_id)
