@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
     )
+    parser.add_argument("--image-urls", metavar="A,B", help="what addresses of images to fetch begin with (none)")
     parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
     parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
@@ -75,6 +76,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     fields = {
         "dataset_format": args.format,
         "image_folder": args.image_folder,
+        "image_urls": None if args.image_urls is None else args.image_urls.split(","),
         "dataset_split": args.split,
         "dataset_rows": args.rows,
         "max_image_pixels": args.max_image_pixels,

@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_pruning_flags(parser, "as trained")
     parser.add_argument("--dataset", default=None, metavar="FILE", help="rows to evaluate on in place of the scenes")
     parser.add_argument("--image-folder", default=None, metavar="A,B", help="with --dataset: its images and videos")
+    parser.add_argument(
+        "--image-urls", default=None, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
+    )
     parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes or rows to evaluate on (default: 1000)")
     parser.add_argument(
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.data import digit_scenes
+    from saccade.data.addresses import ImageAddresses
     from saccade.dualspeed.weights import identify_weights
     from saccade.evaluation import evaluate_inferences, plan_inferences
     from saccade.evaluation.rows import file_rows, trained_sampling
@@ -88,12 +92,13 @@ def _run_scenes(args: argparse.Namespace) -> int:
     names = None if args.inference is None else args.inference.split(",")
     inferences = plan_inferences(args.model, names, **given_pruning(args))
     if args.dataset is None:
-        _refuse(args, ("image_folder",), "is for --dataset only: leave it out")
+        _refuse(args, ("image_folder", "image_urls"), "is for --dataset only: leave it out")
         scenes, what = digit_scenes("sft", split, num_samples), f"{num_samples} scenes of the {split} split"
     else:
         _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         folders = None if args.image_folder is None else args.image_folder.split(",")
-        scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model))
+        addresses = None if args.image_urls is None else ImageAddresses(args.image_urls.split(","))
+        scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model), addresses)
         what = f"{len(scenes)} rows of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
@@ -118,7 +123,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.report.tables import print_table
 
-    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder")
+    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder", "image_urls")
     _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(

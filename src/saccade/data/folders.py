@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from saccade.data.addresses import ImageAddresses, is_address, refuse_address
 from saccade.errors import RecordError, SaccadeError
 from saccade.videos import frame_names
 
@@ -14,25 +15,37 @@ class ImageFolders:
     Args:
         folders: the folders to search, in this order.
         allow_outside: accept paths that leave the folders through `..`, an absolute path or a symbolic link.
+        addresses: fetches images that are named by their address; none are when left out.
 
     Raises:
         SaccadeError: if a folder does not exist.
     """
 
-    def __init__(self, folders: Sequence[str | Path], allow_outside: bool = False) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        allow_outside: bool = False,
+        addresses: ImageAddresses | None = None,
+    ) -> None:
         for folder in folders:
             if not Path(folder).is_dir():
                 raise SaccadeError(f"image_folder={str(folder)!r} is not a folder: correct the path")
         self.folders = [str(folder) for folder in folders]
         self.allow_outside = allow_outside
+        self.addresses = addresses
         self._roots = [os.path.join(os.path.realpath(folder), "") for folder in folders]
 
     def find(self, name: str) -> str:
         """The path of the image that a record calls `name`.
 
         Raises:
-            RecordError: if it is in none of the folders, or outside them.
+            RecordError: if it is in none of the folders, or outside them, or at an address that is not permitted or
+                does not answer.
         """
+        if is_address(name):
+            if self.addresses is None:
+                refuse_address(name)
+            return self.addresses.fetch(name)
         return self._find(name, "image", os.path.isfile)
 
     def find_video(self, name: str) -> str | list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
 
+from saccade.data.addresses import ImageAddresses
 from saccade.data.conversation import FORMATS
 from saccade.data.folders import ImageFolders
 from saccade.data.sources import (
@@ -72,20 +73,20 @@ class SourceOptions:
         if self.weight is not None and not (isinstance(self.weight, (int, float)) and 0 < self.weight < float("inf")):
             raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
 
-    def folders(self, allow_outside: bool) -> ImageFolders:
-        """The folders of its images."""
+    def folders(self, allow_outside: bool, addresses: ImageAddresses | None = None) -> ImageFolders:
+        """The folders of its images; the arguments are those of `ImageFolders`."""
         given = self.image_folder
         if given is None:
             place = Path(self.path)
             given = place if place.is_dir() else place.parent if place.exists() else []
         names = [given] if isinstance(given, (str, Path)) else list(given)
-        return ImageFolders(names, allow_outside)
+        return ImageFolders(names, allow_outside, addresses)
 
-    def open(self, allow_outside: bool = False) -> Source:
-        """Open its rows."""
+    def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
+        """Open its rows; the arguments are those of `ImageFolders`."""
         if is_json(self.path) and not Path(self.path).is_file():
             raise SaccadeError(f"dataset={self.path!r} does not exist: give a JSON or JSON-lines file")
-        folders = self.folders(allow_outside)
+        folders = self.folders(allow_outside, addresses)
         if is_json(self.path):
             return JsonSource(Path(self.path), self.format, folders)
         return TableSource(open_table(self.path, self.split), self.path, self.format, folders)
@@ -159,6 +160,7 @@ def stream(
     shuffle_buffer: int = 0,
     shards: int = 1,
     rows: int | None = None,
+    addresses: ImageAddresses | None = None,
 ) -> IterableDataset:
     """A stream of the rows of all sources; only those in use are in memory.
 
@@ -169,13 +171,14 @@ def stream(
         shuffle_buffer: size of the buffer that rows are shuffled in; 0 keeps the order.
         shards: number of parts to read in parallel: one per process and data-loader worker.
         rows: stop after this many rows.
+        addresses: as for `ImageFolders`.
     """
     streams = []
     columns: tuple[str, ...] | None = None
     for source in options:
         if is_json(source.path) and not Path(source.path).is_file():
             raise SaccadeError(f"dataset={source.path!r} does not exist: give a JSON or JSON-lines file")
-        given = {"source": source, "folders": source.folders(allow_outside), "shards": shards}
+        given = {"source": source, "folders": source.folders(allow_outside, addresses), "shards": shards}
         columns = columns or _first_columns(_generate(**given, columns=None, numbers=[0]))
         part = IterableDataset.from_generator(
             _generate, features=_PACKED, gen_kwargs={**given, "columns": columns, "numbers": list(range(shards))}

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from saccade.data.addresses import ImageAddresses
 from saccade.data.conversation import text_of
 from saccade.data.mixture import SourceOptions
 from saccade.data.sources import Source
@@ -17,7 +18,11 @@ COLUMNS = ("images", "videos", "messages", "kind", "answer")
 
 
 def file_rows(
-    path: str, image_folder: Sequence[str] | None = None, count: int | None = None, sampling: Sampling | None = None
+    path: str,
+    image_folder: Sequence[str] | None = None,
+    count: int | None = None,
+    sampling: Sampling | None = None,
+    addresses: ImageAddresses | None = None,
 ) -> Dataset:
     """The rows of a data file with what `evaluate_inferences` reads, each opened when it is.
 
@@ -26,6 +31,7 @@ def file_rows(
         image_folder: folders of its images and videos; by default that of the file.
         count: only the first so many rows.
         sampling: which frames are taken of a video.
+        addresses: fetches images that are named by their address; none are when left out.
 
     Returns:
         Columns `images`, `videos` (clips), `messages`, `kind` (the row's own, or "rows") and `answer`, the last turn.
@@ -33,7 +39,7 @@ def file_rows(
     Raises:
         SaccadeError: if there are no rows to read.
     """
-    source = SourceOptions(path, image_folder=image_folder).open()
+    source = SourceOptions(path, image_folder=image_folder).open(addresses=addresses)
     rows = len(source) if count is None else min(count, len(source))
     return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(_Answers(source, sampling))
 

@@ -216,7 +216,8 @@ def _check_stage(source: str, values: Mapping[str, Any], is_first: bool, seen: s
         seen.add(f"model {options.model}")
     # One row of generated scenes, or every row of a file, is enough to show what is wrong.
     rows = 1 if options.dataset == "digits" and options.dataset_rows else options.dataset_rows
-    data = {name: value for name, value in asdict(options).items() if name.startswith(("dataset", "image_folder"))}
+    of_data = ("dataset", "image_", "allow_outside_images")
+    data = {name: value for name, value in asdict(options).items() if name.startswith(of_data)}
     data |= {"dataset_rows": rows, "dataset_seed": 0}
     if f"data {data}" not in seen:
         load_rows(ModelOptions(**data))

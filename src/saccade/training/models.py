@@ -61,6 +61,9 @@ class ModelOptions:
             out.
         image_folder: folder, or several, that image paths are relative to; by default that of the data file.
         allow_outside_images: accept image paths that lead outside these folders.
+        image_urls: what addresses begin with that images may be fetched from, one or several, such as
+            "https://images.example.org/coco/"; nothing is fetched when left out.
+        image_cache: folder for images that were fetched; `saccade/images` in the user's cache folder when left out.
         lora: train low-rank adapters of the language model, and the projector in full.
         lora_r: rank of the adapters.
         lora_alpha: scale of the adapters.
@@ -91,6 +94,8 @@ class ModelOptions:
     attn_implementation: str | None = None
     image_folder: str | list[str] | None = None
     allow_outside_images: bool = False
+    image_urls: str | list[str] | None = None
+    image_cache: str | None = None
     lora: bool = False
     lora_r: int = 128
     lora_alpha: int = 256

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datasets import Dataset, IterableDataset
 
 from saccade.data import digit_scenes
+from saccade.data.addresses import ImageAddresses
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.errors import RecordError, SaccadeError
@@ -58,6 +59,7 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
             options.dataset_shuffle_buffer,
             shards,
             options.dataset_rows,
+            image_addresses(options),
         )
     if options.dataset == DIGITS:
         return _digits(options, options.dataset_rows)
@@ -120,7 +122,19 @@ def open_source(source: SourceOptions, options: ModelOptions) -> Source:
     """Open the rows of one source."""
     if source.path == DIGITS:
         return TableSource(_digits(options, source.rows), DIGITS)
-    return source.open(options.allow_outside_images)
+    return source.open(options.allow_outside_images, image_addresses(options))
+
+
+def image_addresses(options: ModelOptions) -> ImageAddresses | None:
+    """What fetches images by their addresses; None without `image_urls`.
+
+    Raises:
+        SaccadeError: on a value that is not the beginning of an address.
+    """
+    given = options.image_urls
+    if given is None:
+        return None
+    return ImageAddresses([given] if isinstance(given, str) else given, options.image_cache)
 
 
 def _digits(options: ModelOptions, rows: int | None) -> Dataset:

@@ -1,0 +1,175 @@
+"""Images that rows name by their address on the web: fetched once, and only from where the user said."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from saccade.errors import RecordError, SaccadeError
+from saccade.files import atomic_path
+
+MAX_BYTES = 64 << 20
+"""Size in bytes above which a file is not fetched."""
+ATTEMPTS = 3
+TIMEOUT = 30.0
+"""Seconds without an answer after which an attempt ends."""
+DEADLINE = 120.0
+"""Seconds after which a file that still arrives is given up."""
+
+_PAUSE = 0.5
+_CHUNK = 1 << 16
+_PORTS = {"http": 80, "https": 443}
+
+
+def is_address(name: str) -> bool:
+    """Whether a row's image is an address rather than a path."""
+    return name[:8].lower().startswith(("http://", "https://"))
+
+
+class ImageAddresses:
+    """Fetches images from the addresses that the user permitted, and keeps them in a folder.
+
+    A data file may come from anybody, and a fetch tells its server who trains on it; therefore nothing is fetched
+    from anywhere else, not by a redirect either. A file that was fetched once is read from the folder from then on, so
+    the resumed run sees the same pixels.
+
+    Args:
+        prefixes: what permitted addresses begin with: scheme, host and a path that ends with "/".
+        cache: folder to keep the files in; `saccade/images` in the user's cache folder when left out.
+
+    Raises:
+        SaccadeError: on a prefix that is not such a beginning.
+    """
+
+    def __init__(self, prefixes: Sequence[str], cache: str | Path | None = None) -> None:
+        self.prefixes = tuple(prefixes)
+        for prefix in self.prefixes:
+            parts = _parts(prefix)
+            if parts is None or not parts.path.endswith("/") or parts.query or parts.fragment:
+                raise SaccadeError(
+                    f"image_urls={prefix!r} is not the beginning of addresses: give scheme, host and a path that ends "
+                    "with '/', such as 'https://images.example.org/coco/'"
+                )
+        if cache is None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saccade" / "images"
+        self.cache = str(cache)
+
+    def allows(self, address: str) -> bool:
+        """Whether an address begins with one of the prefixes, by its parts and not by its letters."""
+        parts = _parts(address)
+        return parts is not None and any(_begins(parts, urlsplit(prefix)) for prefix in self.prefixes)
+
+    def fetch(self, address: str) -> str:
+        """The path of the file at an address, fetched if it is not in the cache.
+
+        Raises:
+            RecordError: if the address is not permitted, or there is no whole file of at most `MAX_BYTES` to be had.
+        """
+        if not self.allows(address):
+            raise _refused(f"image {address!r} is at an address that image_urls does not permit")
+        # The end of the address makes the file known in messages.
+        end = re.sub(r"[^\w.-]", "_", urlsplit(address).path.rpartition("/")[2])[-60:]
+        digest = hashlib.sha256(address.encode()).hexdigest()
+        path = Path(self.cache, digest[:2], f"{digest[2:34]}-{end}")
+        if not path.is_file():
+            with atomic_path(path) as aside:
+                aside.write_bytes(self._download(address))
+        return str(path)
+
+    def _download(self, address: str) -> bytes:
+        opener = build_opener(_Redirects(self))
+        request = Request(address, headers={"User-Agent": "saccade", "Accept": "image/*"})
+        for attempt in range(ATTEMPTS):
+            time.sleep(_PAUSE * attempt)
+            try:
+                with opener.open(request, timeout=TIMEOUT) as response:
+                    return _whole(response)
+            except RecordError:
+                raise
+            except HTTPError as error:
+                fault = f"the server answers {error.code} {error.reason}"
+                if error.code < 500 and error.code != 429:
+                    break
+            except (
+                OSError,
+                HTTPException,
+                ValueError,
+            ) as error:  # ValueError: of a host name that cannot be looked up
+                fault = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(f"image {address!r} cannot be fetched ({fault}): replace it", "missing_image")
+
+
+def refuse_address(name: str) -> None:
+    """Raise the error for an address where none is permitted.
+
+    Raises:
+        RecordError: always.
+    """
+    raise _refused(f"image {name!r} is an address, and nothing is fetched by default")
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows a redirect to permitted addresses alone."""
+
+    def __init__(self, addresses: ImageAddresses) -> None:
+        self.addresses = addresses
+
+    def redirect_request(self, request: Request, file: Any, code: int, message: str, headers: Any, target: str) -> Any:
+        if not self.addresses.allows(target):
+            raise _refused(f"image {request.full_url!r} leads to {target!r}, which image_urls does not permit")
+        return super().redirect_request(request, file, code, message, headers, target)
+
+
+def _refused(what: str) -> RecordError:
+    return RecordError(
+        f"{what}: add the beginning of its address to image_urls, or download it into the image folder",
+        "outside_image_folders",
+    )
+
+
+def _parts(address: str) -> SplitResult | None:
+    """The parts of an address; None if readers may disagree on what they are, or the path climbs."""
+    if re.search(r"[\x00-\x20\x7f\\]", address) or not address.isascii():
+        return None
+    try:
+        parts = urlsplit(address)
+        parts.port  # noqa: B018 raises if it is not a number
+    except ValueError:
+        return None
+    known = parts.scheme in _PORTS and parts.hostname and "@" not in parts.netloc
+    return parts if known and ".." not in unquote(unquote(parts.path)).split("/") else None
+
+
+def _begins(parts: SplitResult, prefix: SplitResult) -> bool:
+    same = (parts.scheme, parts.hostname, _port(parts)) == (prefix.scheme, prefix.hostname, _port(prefix))
+    return same and parts.path.startswith(prefix.path)
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or _PORTS[parts.scheme]
+
+
+def _whole(response: Any) -> bytes:
+    """All bytes of an answer.
+
+    Raises:
+        OSError: if they are too many, arrive too slowly, or end before the length that was announced.
+    """
+    content, announced = bytearray(), response.headers.get("Content-Length")
+    started = time.monotonic()
+    while chunk := response.read1(_CHUNK):
+        content += chunk
+        if len(content) > MAX_BYTES:
+            raise OSError(f"it has more than {MAX_BYTES} bytes")
+        if time.monotonic() - started > DEADLINE:
+            raise OSError(f"it has not arrived after {DEADLINE:g} seconds")
+    if announced is not None and announced.isdecimal() and len(content) != int(announced):
+        raise OSError(f"{len(content)} of {announced} bytes arrived")
+    return bytes(content)
