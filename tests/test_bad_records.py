@@ -202,6 +202,10 @@ def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, t
     expected = collator([rows[0], rows[13], rows[13]])
     assert [entry["kind"] for entry in batch.pop("bad_records")] == ["missing_image"]
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    # What takes the place of a row that only fills up the batch has no labels either.
+    filled = collator([rows[0], {**rows[1], "stands_in": True}, {**rows[13], "stands_in": True}])
+    assert torch.equal(filled["labels"][0], batch["labels"][0])
+    assert (filled["labels"][1:] == -100).all()
     # In a batch without any, the last sample before stands in.
     batch = collator([rows[1], rows[2]])
     assert len(batch["bad_records"]) == 2

@@ -250,6 +250,19 @@ def test_visual_tokens_of_every_family(size, name):
     assert counter.image_tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
 
 
+class ReadOnce:
+    """Rows that may be drawn or decoded anew whenever they are read."""
+
+    def __init__(self, rows):
+        self.count, self.left = len(rows), iter(rows)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return self.left
+
+
 def test_estimates_follow_the_exact_lengths(processor, collator, tmp_path):
     records = good_records(tmp_path, 40)
     for number, record in enumerate(records):
@@ -264,3 +277,6 @@ def test_estimates_follow_the_exact_lengths(processor, collator, tmp_path):
         exact = [counter.lengths(counter.text_tokens(rows[n]), [(96, 96)])[shortened] for n in good]
         assert [estimates[number] for number in good] == pytest.approx(exact, rel=0.15, abs=6)
         assert torch.tensor([estimates[number] for number in good]).diff().ge(0).all()
+    once = ReadOnce(rows)
+    assert estimate_lengths(once, counter, shortened=True) == estimates
+    assert next(once.left, None) is None

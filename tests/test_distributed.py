@@ -144,13 +144,17 @@ def test_ranks_share_a_feature_cache(one_process, tmp_path):
         check_equal(entries, one)
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_stream_that_ends_unevenly_is_the_stream_of_one_process(tmp_path, accumulation):
-    """Of five rows one rank reads three and the other two; then both begin the next epoch, over and over."""
+@pytest.mark.parametrize(
+    ("accumulation", "parts"),
+    [pytest.param(1, 2, marks=pytest.mark.slow), pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)],
+)
+def test_a_stream_that_ends_unevenly_is_the_stream_of_one_process(tmp_path, accumulation, parts):
+    """Of five rows one rank reads three and the other two; then both begin the next epoch, over and over. The same
+    where they share a stream in one part."""
     data = write_json(tmp_path / "rows.jsonl", good_records(tmp_path, 5))
     options = {"stream": str(data), "gradient_accumulation_steps": accumulation, "max_steps": 6}
     one = launch(tmp_path / "one", 1, **options, per_device_train_batch_size=2)
-    two = launch(tmp_path / "two", 2, **options, per_device_train_batch_size=1)
+    two = launch(tmp_path / "two", 2, **options, stream_parts=parts, per_device_train_batch_size=1)
     assert len(one) == 6
     # The row that stands in is counted among the tokens that were computed, and nowhere else.
     check_equal(two, one, tokens=False)

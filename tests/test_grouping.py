@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from datasets import IterableDataset
+from accelerate.data_loader import IterableDatasetShard
+from datasets import Dataset, IterableDataset
 from helpers import losses, make_trainer
 from test_distributed import launch
 from test_resume import run, steps
@@ -10,7 +11,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from saccade import SaccadeError
 from saccade.data import digit_scenes
-from saccade.dualspeed.sampler import GroupedSampler
+from saccade.dualspeed.collator import STANDS_IN
+from saccade.dualspeed.sampler import GroupedSampler, WholeBatches
 from saccade.tiny import build_tiny_llava
 
 
@@ -32,6 +34,24 @@ def test_the_order_is_that_of_transformers_and_a_function_of_seed_and_epoch():
         return sum(max(batch) * len(batch) - sum(batch) for batch in batches)
 
     assert padding(first) < 0.2 * padding(range(1000))
+
+
+def test_a_stream_that_ranks_share_is_filled_up_with_rows_that_do_not_count():
+    rows = (
+        Dataset.from_list([{"number": number} for number in range(5)]).to_iterable_dataset().shuffle(1, buffer_size=5)
+    )
+    whole = WholeBatches(rows, size=4)
+    orders = []
+    for epoch in range(2):
+        whole.set_epoch(epoch)
+        shares = [list(IterableDatasetShard(whole, 2, num_processes=2, process_index=rank)) for rank in range(2)]
+        assert [len(share) for share in shares] == [4, 4]
+        batches = [row for start in (0, 2) for share in shares for row in share[start : start + 2]]
+        assert all(row[STANDS_IN] for row in batches[5:])
+        orders.append([row["number"] for row in batches[:5]])
+        assert orders[-1] == [row["number"] for row in rows]
+        assert sorted(orders[-1]) == list(range(5))
+    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("group_by", ["shortened", "full"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_files import good_records, turn, write_json
 from forked import run_forked
 from helpers import losses, make_trainer
 from peft import LoraConfig
@@ -28,6 +29,7 @@ from saccade.dualspeed.folder import OWNER_FILE, PARTIAL_DIR, RUN_FILE, read_run
 from saccade.pruning import ModeIsolator
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
+from saccade.training import ModelOptions, load_rows
 
 SCRIPT = Path(__file__).parent / "training_process.py"
 # The random reducer draws anew each step, so a resumed run must find its place in the draws too.
@@ -86,6 +88,34 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
         assert final.keys() == whole.keys()
         for key in whole:
             torch.testing.assert_close(final[key], whole[key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_stream_goes_on_in_the_epoch_where_it_stopped(processor, tmp_path):
+    """Three rows in batches of two, in another order in each epoch: the second step of each has a single row. It makes
+    no difference how batches are cut, before the resume or after."""
+    records = good_records(tmp_path, 3)
+    for record, answer in zip(records, ("1", "2 3", "4 5 6"), strict=True):
+        record["conversations"] = turn("<image>\nhow many ?", answer)
+    data = write_json(tmp_path / "rows.jsonl", records)
+    streaming = ModelOptions(dataset=str(data), dataset_streaming=True, dataset_shuffle_buffer=3)
+
+    def curve(name, cut, resume=None):
+        output = tmp_path / name
+        if resume is not None:
+            shutil.copytree(tmp_path / "whole" / resume, output / resume)
+        options = {"per_device_train_batch_size": 2 // cut, "gradient_accumulation_steps": cut, "max_steps": 7}
+        options |= {"save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, output, load_rows(streaming), **options)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(output / resume))
+        return [
+            entry[name] for entry in trainer.state.log_history if "loss" in entry for name in ("loss", "grad_norm")
+        ]
+
+    whole = curve("whole", 1)
+    assert len(set(whole)) == 14
+    assert curve("cut", 2) == pytest.approx(whole, rel=1e-3)
+    for cut, resume in ((1, "checkpoint-5"), (2, "checkpoint-6")):
+        assert curve(resume, cut, resume) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.fixture

@@ -110,6 +110,21 @@ def test_a_stream_equals_the_rows_in_memory(tmp_path, records, name, shards):
     assert shuffled == [row["record"] for row in stream(options, shuffle_buffer=8, seed=1)]
 
 
+def test_every_part_of_a_stream_has_rows_of_every_source(tmp_path):
+    """So the ranks that read the parts end together, and `rows` are the first rows, however many ranks there are."""
+    paths = [
+        write_json(tmp_path / f"{name}.json", [{"conversations": turn("?", f"{name}{row}")} for row in range(count)])
+        for name, count in (("a", 2), ("b", 4), ("c", 4))
+    ]
+    sources = source_options([str(paths[0]), {"path": str(paths[1]), "rows": 3}, str(paths[2])])
+    for rows, expected in (
+        (None, [["a0", "b0", "b2", "c0", "c2"], ["a1", "b1", "c1", "c3"]]),
+        (4, [["a0", "b0"], ["a1", "b1"]]),
+    ):
+        streamed = stream(sources, shards=2, rows=rows)
+        assert [[row["messages"][1]["content"] for row in streamed.shard(2, rank)] for rank in range(2)] == expected
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_mixtures_draw_by_weight(tmp_path, streaming):
     """Shares within four standard deviations, every row of every source at least once, and the same by seed."""

@@ -3,9 +3,9 @@
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
 that step), `text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `stream` (records to
-stream instead), `lora`, `half` (weights in bfloat16), and options of the config. Each step's mode and loss is appended
-to `steps.jsonl` in `output_dir` as it happens. Started by a launcher whose environment asks for FSDP, it lets
-accelerate shard on the CPU.
+stream instead), `stream_parts` (in how many parts it can be read; one per rank by default), `lora`, `half` (weights in
+bfloat16), and options of the config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it
+happens. Started by a launcher whose environment asks for FSDP, it lets accelerate shard on the CPU.
 """
 
 import json
@@ -86,7 +86,7 @@ def main(options: dict) -> None:
     scenes, stream = digit_scenes("sft", "train", **rows), options.pop("stream", None)
     if stream is not None:
         streaming = ModelOptions(dataset=stream, dataset_streaming=True, dataset_shuffle_buffer=0)
-        scenes = load_rows(streaming, shards=int(os.environ.get("WORLD_SIZE", "1")))
+        scenes = load_rows(streaming, shards=options.pop("stream_parts", int(os.environ.get("WORLD_SIZE", "1"))))
     trainer = make_trainer(model, processor, output, scenes, config if lora else None, **options)
     if text_only_rank is not None and trainer.args.process_index == text_only_rank:
         texts = digit_scenes("sft", "train", 64, kinds=["text_only"])

@@ -216,14 +216,19 @@ def estimate_lengths(rows: Sequence[Mapping[str, Any]], counter: TokenCounter, s
     The costs are fitted to the exact counts of a few hundred rows. Unusable rows count as one token. Image files are
     opened, for their headers, only if the number of visual tokens depends on the size of an image; videos always are.
     """
-    found = [_measure_row(row, counter, shortened) for row in rows]
+    found: list[tuple[tuple[int, int, int], int]] = []
+    exact: dict[int, int] = {}
+    usable, step = 0, max(1, len(rows) // _CALIBRATION_ROWS)
+    for number, row in enumerate(rows):
+        found.append(_measure_row(row, counter, shortened))
+        if not found[-1][0][2]:
+            continue
+        if usable % step == 0:
+            with suppress(RecordError):
+                exact[number] = counter.text_tokens(row_text(row))
+        usable += 1
     measured = np.array([text for text, _ in found], dtype=np.float64).reshape(-1, 3)
     images = np.array([visual for _, visual in found], dtype=int)
-    usable = np.flatnonzero(measured[:, 2]).tolist()
-    exact: dict[int, int] = {}
-    for number in usable[:: max(1, len(usable) // _CALIBRATION_ROWS)]:
-        with suppress(RecordError):
-            exact[number] = counter.text_tokens(row_text(rows[number]))
     cost = np.linalg.lstsq(measured[list(exact)], np.array(list(exact.values()), dtype=np.float64), rcond=None)[0]
     lengths = np.rint(measured @ cost).astype(int) + images
     if shortened and counter.budget.fit_length is not None:

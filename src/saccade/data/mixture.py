@@ -173,18 +173,20 @@ def stream(
         rows: stop after this many rows.
         addresses: as for `ImageFolders`.
     """
-    streams = []
-    columns: tuple[str, ...] | None = None
+    opened = []
     for source in options:
         if is_json(source.path) and not Path(source.path).is_file():
             raise SaccadeError(f"dataset={source.path!r} does not exist: give a JSON or JSON-lines file")
-        given = {"source": source, "folders": source.folders(allow_outside, addresses), "shards": shards}
-        columns = columns or _first_columns(_generate(**given, columns=None, numbers=[0]))
-        part = IterableDataset.from_generator(
-            _generate, features=_PACKED, gen_kwargs={**given, "columns": columns, "numbers": list(range(shards))}
-        )
-        streams.append(part if source.rows is None else part.take(source.rows))
+        opened.append((source, source.folders(allow_outside, addresses)))
+    columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
     weights = None if options[0].weight is None else [source.weight for source in options]
+    # Sources that follow one another do so in each part, or each rank would read sources of its own.
+    groups = [opened] if weights is None else [[source] for source in opened]
+    given = {"shards": shards, "columns": columns, "numbers": list(range(shards))}
+    streams = [
+        IterableDataset.from_generator(_generate, features=_PACKED, gen_kwargs={"sources": tuple(group), **given})
+        for group in groups
+    ]
     mixed = _joined(streams, weights, seed)
     mixed = mixed if rows is None else mixed.take(rows)
     mixed = mixed.shuffle(seed=seed, buffer_size=shuffle_buffer) if shuffle_buffer else mixed
@@ -201,11 +203,16 @@ def _joined(parts: list, weights: Sequence[float] | None, seed: int) -> Any:
 
 
 def _generate(
-    source: SourceOptions, folders: ImageFolders, shards: int, columns: tuple[str, ...] | None, numbers: list[int]
+    sources: tuple[tuple[SourceOptions, ImageFolders], ...],
+    shards: int,
+    columns: tuple[str, ...] | None,
+    numbers: list[int],
 ) -> Iterator[Row]:
     for number in numbers:
-        for row in stream_source(source.path, source.format, source.split, folders, columns, number, shards):
-            yield _pack(row)
+        for source, folders in sources:
+            rows = stream_source(source.path, source.format, source.split, folders, columns, number, shards)
+            part = None if source.rows is None else len(range(number, source.rows, shards))
+            yield from map(_pack, islice(rows, part))
 
 
 def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from saccade.videos import Sampling, open_video
 
 WORDS = ("messages", "prompt", "completion")
 STANDS_IN = "stands_in"
-"""Column that is true on rows that replace others or merely fill up a batch, which an evaluation must not count."""
+"""Column that is true on rows that merely fill up a batch, which have no labels."""
 OWN_COLUMNS = ("index", "record", "fault", "kind", STANDS_IN)
 """Columns that `saccade.data.mix` adds to a row, for messages about it, and the mark of replacements."""
 BAD_RECORDS = "bad_records"
@@ -186,6 +186,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             starts: index of the row that each entry was first made from.
             tried: how many other rows were tried for each entry so far; updated in place.
         """
+        unlearned = not self.learn_stand_ins
         for row in range(len(examples)):
             while prepared[row] is None:
                 if len(bad) > self.max_bad_records:
@@ -195,14 +196,14 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                     good = [other for other in others if other is not None]
                     if not good:
                         return False
-                    prepared[row] = {**good[0], STANDS_IN: True}
+                    prepared[row] = {**good[0], STANDS_IN: unlearned or examples[row].get(STANDS_IN) is True}
                     continue
                 tried[row] += 1
                 if tried[row] > len(self.rows):
                     return False
                 examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
                 found = self._prepare(examples[row], bad)
-                prepared[row] = None if found is None else {**found, STANDS_IN: True}
+                prepared[row] = None if found is None else {**found, STANDS_IN: unlearned}
         return True
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
@@ -230,9 +231,8 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             if self.fit_length is None
             else self._fit_faults(batch, is_image, images)
         )
-        if not self.learn_stand_ins:
-            stands_in = torch.tensor([row[STANDS_IN] for row in prepared])  # (B,)
-            batch["labels"] = batch["labels"].masked_fill(stands_in[:, None], IGNORE_INDEX)
+        stands_in = torch.tensor([row[STANDS_IN] for row in prepared])  # (B,)
+        batch["labels"] = batch["labels"].masked_fill(stands_in[:, None], IGNORE_INDEX)
         limit = self.max_length
         if self.fit_length is None and limit is not None and batch["input_ids"].shape[1] > limit:
             shape = batch["input_ids"].shape

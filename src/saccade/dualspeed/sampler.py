@@ -39,14 +39,19 @@ class GroupedSampler(Sampler[int]):
 
 
 class WholeBatches(IterableDataset):
-    """A stream to evaluate on, whose last batch is filled up with rows from its start that do not count.
+    """A stream whose last batch is filled up with rows from its start that do not count.
 
-    Ranks that read parts of their own of a stream may come to its end after different numbers of batches, and the
-    others would wait for the first. This one is read by every rank, which takes its share of each global batch.
+    It is read by every rank, which takes its share of each global batch. Ranks that read parts of their own may come
+    to the end after different numbers of batches, and in an evaluation the others would wait for the first.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], size: int) -> None:
         self.rows, self.size = rows, size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch."""
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         first: list[dict[str, Any]] = []

@@ -1,5 +1,6 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
+import math
 import random
 import shutil
 import warnings
@@ -90,7 +91,8 @@ from saccade.tokens import IGNORE_INDEX
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
-    *("_get_grad_norm", "_get_train_sampler", "_load_best_model", "_load_from_checkpoint", "_load_rng_state", "_save"),
+    *("_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint"),
+    *("_load_rng_state", "_save"),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -428,28 +430,42 @@ class DualSpeedTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loader, with a collator that replaces bad records and lists them in the batch."""
-        with self._collating(self.train_dataset):
-            self._train_loader = super().get_train_dataloader()
+        rows = self.train_dataset
+        with self._collating(rows):
+            if getattr(rows, "num_shards", 1) < self.accelerator.num_processes:
+                # There is not a part for each rank: all of them read all of it.
+                self.train_dataset = self._in_whole_batches(rows, self.args.train_batch_size)
+            try:
+                self._train_loader = super().get_train_dataloader()
+            finally:
+                self.train_dataset = rows
         return self._train_loader
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """The stock loader, with a collator that lists bad records and does not count their replacements."""
         chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        size = self.args.eval_batch_size
         with self._collating(rows, learn_stand_ins=False):
             # For a dataset given by name, the stock loader may be reused in the next evaluation.
-            return super().get_eval_dataloader(eval_dataset if has_length(rows) else self._in_whole_batches(rows))
+            return super().get_eval_dataloader(
+                eval_dataset if has_length(rows) else self._in_whole_batches(rows, size)
+            )
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The same for `predict`, where replacements of bad records have no labels, only -100."""
         with self._collating(test_dataset, learn_stand_ins=False):
-            return super().get_test_dataloader(self._in_whole_batches(test_dataset))
+            return super().get_test_dataloader(self._in_whole_batches(test_dataset, self.args.eval_batch_size))
 
-    def _in_whole_batches(self, rows: Any) -> Any:
-        """A stream, filled up to whole batches on all ranks; other rows, which accelerate splits evenly, unchanged."""
+    def _in_whole_batches(self, rows: Any, size: int) -> Any:
+        """A stream, filled up to whole batches on all ranks; other rows, which accelerate splits evenly, unchanged.
+
+        Args:
+            size: rows of a batch on each rank.
+        """
         if has_length(rows) or self.accelerator.num_processes == 1:
             return rows
-        return WholeBatches(rows, self.args.eval_batch_size * self.accelerator.num_processes)
+        return WholeBatches(rows, size * self.accelerator.num_processes)
 
     @contextmanager
     def _collating(self, rows: Any, **options: Any) -> Iterator[None]:
@@ -512,35 +528,40 @@ class DualSpeedTrainer(SFTTrainer):
         for batch in islice(epoch_iterator, num_batches):
             self._ignore_repeated_rows(batch, self.args.train_batch_size)
             batches.append(batch)
-        if self.accelerator.num_processes > 1 and not has_length(self.train_dataset):
-            batches = self._as_many_on_all_ranks(batches)
+        if not has_length(self.train_dataset):
+            batches = self._fill_up(batches, num_batches)
         if batches:
             found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
             self._note_bad_records(found, given_up=not all(batches))
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def _as_many_on_all_ranks(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Bring every rank to the same number of micro-batches.
+    def _fill_up(self, batches: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+        """Bring the last step of a stream's epoch to `number` micro-batches on every rank.
 
-        Where its part of a stream has ended, a rank repeats its first batch, without labels, until the parts of all
-        have ended. Otherwise it would begin the next epoch alone.
+        An earlier batch, without labels, takes the place of one that is missing. A rank that ran out of rows would
+        otherwise begin the next epoch alone, and the stock loop adds the gradients of too few to the next step.
         """
-        device = self.accelerator.device
-        counts = self.accelerator.gather(torch.tensor([len(batches)], device=device)).tolist()
-        if min(counts) == max(counts):
+        device, counts = self.accelerator.device, [len(batches)]
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(torch.tensor(counts, device=device)).tolist()
+        if max(counts) == 0 or min(counts) == number:
             return batches
-        missing = max(counts) - len(batches)
-        loader = getattr(self._train_loader, "base_dataloader", self._train_loader)
-        first = next(iter(loader), None) if missing else {}
-        empty = self.accelerator.gather(torch.tensor([first is None], device=device)).tolist()
-        if any(empty):
-            raise SaccadeError(
-                f"the training stream has no rows for rank {empty.index(True)}: it has fewer rows than the "
-                f"{len(empty)} processes and their data workers; use fewer of them"
-            )
-        if first and "labels" in first:
-            first["labels"] = torch.full_like(first["labels"], IGNORE_INDEX)
-        return batches + [dict(first) for _ in range(missing)]
+        first = batches[0] if batches else self._first_batch()
+        if min(counts) == 0:
+            empty = self.accelerator.gather(torch.tensor([first is None], device=device)).tolist()
+            if any(empty):
+                raise SaccadeError(
+                    f"the training stream has no rows for rank {empty.index(True)}: it has fewer rows than the "
+                    f"{len(empty)} processes and their data workers; use fewer of them"
+                )
+        stands_in = {name: value for name, value in first.items() if name != BAD_RECORDS}
+        if "labels" in stands_in:
+            stands_in["labels"] = torch.full_like(stands_in["labels"], IGNORE_INDEX)
+        return batches + [dict(stands_in) for _ in range(number - len(batches))]
+
+    def _first_batch(self) -> dict[str, Any] | None:
+        """The first batch of the epoch on this rank, None without one."""
+        return next(iter(getattr(self._train_loader, "base_dataloader", self._train_loader)), None)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The stock step. Every rank must call it.
@@ -830,6 +851,21 @@ class DualSpeedTrainer(SFTTrainer):
                 raise
             remove_old_checkpoints(written, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        """The epoch to begin with, and how many of its micro-batches a resumed run skips."""
+        start = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None or has_length(self.train_dataset):
+            return start
+        # The stock loop takes all steps for one epoch of a stream, and counts micro-batches as a share of them.
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+        epoch = max(math.ceil(saved.epoch) - 1, 0)
+        steps = 0.0 if self.args.ignore_data_skip else (saved.epoch - epoch) * saved.max_steps
+        return epoch, round(steps * self.args.gradient_accumulation_steps)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(f"resume_from_checkpoint={checkpoint!r}: the random state cannot be read"):
