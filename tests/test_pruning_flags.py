@@ -20,6 +20,7 @@ GIVEN = {
     "budget": ("image", "image"),
     "adaptive": (None, True),
     "fit_length": ("300", 300),
+    "patch_tolerance": ("0.05", 0.05),
     "newlines": ("drop", "drop"),
     "positions": ("original", "original"),
 }

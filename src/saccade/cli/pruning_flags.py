@@ -24,6 +24,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "help": "distribute each batch's tokens by how varied its images are",
     },
     "fit_length": {"type": int, "metavar": "N", "help": "longest row: visual tokens are dropped until it fits"},
+    "patch_tolerance": {
+        "type": float,
+        "metavar": "T",
+        "help": "drop before the vision tower what a predictor reproduces to within this, in units of pixel_values",
+    },
     "newlines": {"metavar": "WHAT", "help": "keep or drop the newline tokens of anyres images"},
     "positions": {"metavar": "WHICH", "help": "compact or original"},
 }

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="reducers, one panel each, or all of them with `all` (default: %(default)s)",
     )
-    add_pruning_flags(parser, "a ratio of 0.9", ("prune_ratio", "keep_tokens"))
+    add_pruning_flags(parser, "a ratio of 0.9", ("prune_ratio", "keep_tokens", "patch_tolerance"))
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
     )
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
         note = f", into which {merged} are merged" if "merged_into" in panel else ""
+        note += f"; {len(panel['absent'])} were dropped before the tower" if "absent" in panel else ""
         print(f"{panel['reducer']}: {len(panel['kept'])} of {rows * columns} tokens{note}")
     print(f"written to {args.output}")
     return 0

@@ -103,6 +103,10 @@ class DualSpeedConfig(SFTConfig):
             Maximum number of tokens that the language model runs on at a time, including padding, in every mode: each
             row of a micro-batch gets an equal share of them as its `fit_length`, or the given `fit_length` if that is
             less, and `fit_slow` is set.
+        patch_tolerance (`float`, *optional*):
+            In fast steps, drop before the vision tower what a predictor reproduces within this, see [`PruningConfig`].
+            Passes on all tokens need whole images; where one learns from fast steps, the tower sees them too. Our
+            addition, not the paper's.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, which count towards the budget. `"drop"` drops them in
             fast steps.
@@ -209,6 +213,7 @@ class DualSpeedConfig(SFTConfig):
     fit_length: int | None = None
     fit_slow: bool = False
     max_tokens_per_batch: int | None = None
+    patch_tolerance: float | None = None
     newlines: str = "keep"
     slow_probability: float = 0.1
     schedule: str = "bernoulli"
@@ -275,6 +280,7 @@ class DualSpeedConfig(SFTConfig):
                 "nothing would train, set one to false"
             )
         self._check_fit()
+        self._check_patch_tolerance()
         if self.packing:
             raise SaccadeError(
                 "packing=True joins texts before their images are encoded: set padding_free=True, which packs the "
@@ -377,6 +383,19 @@ class DualSpeedConfig(SFTConfig):
                 f"fit_length={self.fit_length} shortens passes that drop tokens, and there are none: add fit_slow=True"
             )
 
+    def _check_patch_tolerance(self) -> None:
+        modes = {mode.name: mode for mode in self.all_modes()}
+        occurring = [mode for mode in modes.values() if mode.probability]
+        used = [modes[name] for mode in occurring for name in (mode.name, mode.teacher) if name is not None]
+        if self.patch_tolerance is not None and all(mode.patch_tolerance is None for mode in used):
+            raise SaccadeError(
+                f"patch_tolerance={self.patch_tolerance} holds for passes that drop tokens, and there are none: leave "
+                "it out"
+            )
+        for mode in modes.values():
+            if mode.teacher is not None:
+                _ = mode.needs | modes[mode.teacher].needs
+
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
         if not any(mode.keeps_all for mode in self.all_modes()):
@@ -411,7 +430,7 @@ class DualSpeedConfig(SFTConfig):
         modes = self._given_modes()
         if not self.fit_slow:
             return modes
-        fitting = self.pruning.replace(prune_ratio=0.0)
+        fitting = self.pruning.replace(prune_ratio=0.0, patch_tolerance=None)
         return tuple(
             replace(mode, action="drop", pruning=fitting, isolator=False) if mode.action == "keep" else mode
             for mode in modes

@@ -144,9 +144,16 @@ class ModeConfig:
         return self.pruning.needs if self.action == "drop" else self.skip_vision.needs
 
     @property
+    def patch_tolerance(self) -> float | None:
+        """What the mode drops before the vision tower, see [`PruningConfig`]."""
+        return self.pruning.patch_tolerance if self.action == "drop" else None
+
+    @property
     def keeps_all(self) -> bool:
         """Whether the mode runs the stock model on the full sequence, or on as much of it as fits."""
-        return self.action == "keep" or (self.action == "drop" and self.pruning.keeps_fitting and not self.isolator)
+        if self.action != "drop":
+            return self.action == "keep"
+        return self.pruning.keeps_fitting and not self.isolator and self.patch_tolerance is None
 
 
 def fast_and_slow(
@@ -206,6 +213,11 @@ def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVi
     if pruning.fit_length is not None:
         raise SaccadeError(
             f"fit_length={pruning.fit_length}: a mode that skips runs on all visual tokens; leave it out there"
+        )
+    if pruning.patch_tolerance is not None:
+        raise SaccadeError(
+            f"patch_tolerance={pruning.patch_tolerance}: a mode that skips runs on all visual tokens; leave it out "
+            "there"
         )
     if pruning.budget != "crop" or pruning.adaptive:
         raise SaccadeError(

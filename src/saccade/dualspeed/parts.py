@@ -99,6 +99,8 @@ class MicroBatches:
         features, *deepstack = (self._features(x[rows], cut) for x in layers)
         context = whole.context.select_rows(rows).replace(features=features)
         part = Encoded(context, {}, tuple(deepstack), whole.videos[rows])
+        if not whole.outputs:
+            return part
         valid = [[row[keep] for row, keep in zip(x, context.valid, strict=True)] for x in (features, *deepstack)]
         return replace(part, outputs=self.family.wrap_features(valid[0], part, valid[1:]))
 

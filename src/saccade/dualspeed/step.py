@@ -93,8 +93,8 @@ class ModePlan:
     @property
     def needs(self) -> Needs:
         """What the shared encoding has to provide for both passes."""
-        asking = [plan.method.needs for plan in (self, self.teacher) if plan is not None and plan.method is not None]
-        return reduce(operator.or_, asking, Needs())
+        plans = [plan for plan in (self, self.teacher) if plan is not None]
+        return reduce(operator.or_, (Needs() if plan.method is None else plan.method.needs for plan in plans))
 
 
 @dataclass

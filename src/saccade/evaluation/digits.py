@@ -206,6 +206,7 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
             "prune_ratio": 0.0,
             "keep_tokens": None,
             "fit_length": None,
+            "patch_tolerance": None,
         }
     return {
         "inference": inference.name,

@@ -71,6 +71,9 @@ class Family(ABC):
     text_between_crops: bool = False
     """Whether tokens of the text stand between the crops of an image."""
 
+    takes_some_patches: bool = False
+    """Whether the vision tower can run on some of an image's patches: `_encode_some` is then defined."""
+
     thumbnail: int | None = None
     """Which row of an image is the thumbnail beside its crops: 0 for the first, -1 for the last, None for none."""
 
@@ -110,7 +113,7 @@ class Family(ABC):
         layer = getattr(self.model.config, "vision_feature_layer", None)
         tower = unused_layers_passed_over(self.vision_tower, layer)
         with tower, watching(block) as calls, first_arguments(entry) as given:
-            encoded = self._encode(inputs)
+            encoded = self._encode(inputs) if needs.patch_tolerance is None else self._encode_some(inputs, needs)
         known: dict[str, Tensor] = {}
         if seed is not None:
             known["seed"] = torch.arange(encoded.context.shape[0], device=encoded.context.features.device) + seed
@@ -143,6 +146,18 @@ class Family(ABC):
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """`encode` without collecting what a reducer needs; hooks around this call do that."""
 
+    def _encode_some(self, inputs: Mapping[str, Any], needs: Needs) -> Encoded:
+        """`_encode` of the patches that `needs.patch_tolerance` leaves, or of all with `needs.whole_images`; the
+        others' tokens are absent from the context.
+
+        Raises:
+            SaccadeError: if the tower takes whole images only.
+        """
+        raise SaccadeError(
+            f"patch_tolerance={needs.patch_tolerance!r}: the vision tower of "
+            f"model_type={self.model.config.model_type!r} takes whole images only; leave it out"
+        )
+
     def check_gives(self, needs: Needs) -> None:
         """Check that the model provides what is needed, as far as can be told without images.
 
@@ -157,6 +172,8 @@ class Family(ABC):
         Raises:
             SaccadeError: if there is no such block, or single tokens need to be projected and the projector cannot.
         """
+        if needs.patch_tolerance is not None and not self.takes_some_patches:
+            self._encode_some({}, needs)  # raises the error that explains why
         if PROJECTION in needs.fields and not self.projects_tokens:
             self.project(torch.empty(0))  # raises the error that explains why
         wanted = needs.fields & FROM_ATTENTION

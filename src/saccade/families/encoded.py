@@ -1,11 +1,12 @@
 """Types shared by families, vision attention and text relevance: one encoding of a batch's images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from saccade.errors import SaccadeError
 from saccade.tokens import VisualContext
 
 
@@ -15,7 +16,8 @@ class Encoded:
 
     Args:
         context: the visual tokens as a reducer sees them; `context.features` carries the gradient of the projector.
-        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence.
+        outputs: what the stock forward takes as `mm_encoder_outputs` for the full sequence; empty if some patches were
+            dropped before the tower, so that there is no full sequence.
         deepstack_features: features `(R, N, D)` added at deeper layers of the language model, one tensor per layer.
             They are reduced like the context's features, and are zero on isolator rows.
         videos: one bool per row, true if it comes from a video; empty if there are no videos.
@@ -25,6 +27,20 @@ class Encoded:
     outputs: dict[str, ModelOutput]
     deepstack_features: tuple[Tensor, ...] = ()
     videos: tuple[bool, ...] = ()
+
+    def with_all(self) -> "Encoded":
+        """The encoding for a pass that takes every token.
+
+        Raises:
+            SaccadeError: if the tower has not seen every patch.
+        """
+        if self.context.absent is None:
+            return self
+        if not self.outputs:
+            raise SaccadeError(
+                "encoded: patches were dropped before the tower, and this pass needs them all: encode again"
+            )
+        return replace(self, context=self.context.replace(absent=None))
 
 
 @dataclass(frozen=True)

@@ -31,17 +31,19 @@ class Glm4vFamily(Qwen2VLFamily):
     def placeholder(self, input_ids: Tensor) -> Tensor:
         return input_ids == self.placeholder_id
 
-    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+    def _encode_kept(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor], whole: bool = True) -> Encoded:
         if inputs.get("pixel_values_videos") is not None:
             raise SaccadeError(
                 f"model_type={self.model.config.model_type!r}: videos are not supported, since their placeholders are "
                 "those of images; leave them out, or give frames as images"
             )
-        encoded = super()._encode(inputs)
+        encoded = super()._encode_kept(inputs, kept, whole)
         context = encoded.context
         known = replace(
             encoded, context=context.replace(sample=row_samples(context, self.placeholder(inputs["input_ids"])))
         )
+        if not whole:
+            return known
         return replace(known, outputs=self.wrap_features(encoded.outputs["image"].pooler_output, known))
 
     def wrap_features(

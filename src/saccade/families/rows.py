@@ -21,6 +21,7 @@ class FeatureRow:
         source: index of the image or video that the row belongs to, within its kind.
         newlines: indices of the newlines among the n tokens.
         deepstack_features: `(n, D)` for each deeper layer of the language model at which features are added.
+        absent: bool `(n,)`, tokens that were dropped before the tower; None for none.
     """
 
     features: Tensor
@@ -28,6 +29,7 @@ class FeatureRow:
     source: int
     newlines: Sequence[int] = ()
     deepstack_features: Sequence[Tensor] = ()
+    absent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,20 @@ def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_vide
         for number, row in enumerate(rows):
             places[number, list(row.newlines)] = True
         protected = places.to(device)
+    absent = None
+    if any(row.absent is not None for row in rows):
+        lacking = [
+            row.features.new_zeros(len(row.features), dtype=torch.bool) if row.absent is None else row.absent
+            for row in rows
+        ]
+        absent = pad_rows(lacking)[0]
     context = VisualContext(
         features=features,
         valid=valid,
         grid=torch.tensor([row.grid for row in rows], device=device),
         group=torch.tensor(group, device=device),
         protected=protected,
+        absent=absent,
     )
     layers = zip(*(row.deepstack_features for row in rows), strict=True)
     return Assembled(context, tuple(pad_rows(layer)[0] for layer in layers), order)

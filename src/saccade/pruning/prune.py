@@ -89,6 +89,8 @@ def prune(
     with _clear_errors():
         if encoded is None and family.has_images(inputs):
             encoded = family.encode(inputs, None if method is None else method.needs, labels=labels)
+        if encoded is not None and (method is None or method.needs.patch_tolerance is None):
+            encoded = encoded.with_all()
         if method is None:
             laid = _whole(inputs, encoded, labels)
         else:

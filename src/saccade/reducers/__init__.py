@@ -14,6 +14,7 @@ from saccade.reducers.fit import no_room
 from saccade.reducers.holov import HoloV
 from saccade.reducers.mmtok import MMTok
 from saccade.reducers.none import KeepAll
+from saccade.reducers.predictor import reproduced
 from saccade.reducers.prumerge import PruMerge
 from saccade.reducers.random import RandomSubset
 from saccade.reducers.reduce import keep_counts, reduce
@@ -66,5 +67,6 @@ __all__ = [
     "no_room",
     "reduce",
     "register_reducer",
+    "reproduced",
     "token_need",
 ]

@@ -1,6 +1,7 @@
 """`PruningConfig`: how visual tokens are reduced. These options are defined nowhere else."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from saccade.errors import SaccadeError, check_options
 from saccade.files import write_json_atomically
 from saccade.reducers.budget import check_prune_ratio, keep_count
+from saccade.reducers.frames import KNOW_TIME
 from saccade.reducers.registry import Needs, Reducer, get_reducer
 
 PRUNING_FILE = "pruning_config.json"
@@ -43,6 +45,12 @@ class PruningConfig:
             Maximum number of tokens of a sample, including its text and the isolator's rows. A longer sample keeps
             only as many visual tokens as fit, shared among its units by how varied they are, see `fit_counts`; a
             sample that fits is reduced as usual. Text is never cut.
+        patch_tolerance (`float`, *optional*):
+            Drop before the vision tower what a simple predictor reproduces from the image to the left and above, with
+            no pixel value off by more than this, see `saccade.reducers.predictor.reproduced`; 0 drops exact copies
+            only. In the unit of the processor's `pixel_values`, in which a step of 8-bit colour is 0.015 (Qwen2-VL,
+            Qwen2.5-VL) or 0.008 (Qwen3-VL and later). Needs a vision tower of variable resolution. The reducer then
+            chooses among the tokens that are left; its budget is still counted on all tokens of the unit.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget; `"drop"` drops them.
         positions (`str`, *optional*, defaults to `"compact"`):
@@ -63,6 +71,7 @@ class PruningConfig:
     budget: str = "crop"
     adaptive: bool = False
     fit_length: int | None = None
+    patch_tolerance: float | None = None
     newlines: str = "keep"
     positions: str = "compact"
     isolator: str | None = None
@@ -98,9 +107,26 @@ class PruningConfig:
                     f"fit_length={self.fit_length} with reducer='none', which drops no token: use another reducer; "
                     "prune_ratio=0 keeps all tokens of samples that fit"
                 )
+        if self.patch_tolerance is not None:
+            self._check_patch_tolerance()
         if self.isolator is not None:
             object.__setattr__(self, "isolator", str(self.isolator))
         self.make_reducer()
+
+    def _check_patch_tolerance(self) -> None:
+        value = self.patch_tolerance
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise SaccadeError(
+                f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
+                "to drop no patches before the tower"
+            )
+        if self.reducer in KNOW_TIME:
+            raise SaccadeError(
+                f"patch_tolerance={value!r} with reducer={self.reducer!r}, which compares the tokens at each place of "
+                "all frames: use another reducer, or omit it"
+            )
+        object.__setattr__(self, "patch_tolerance", float(value))
 
     def make_reducer(self) -> Reducer:
         """The reducer, with its options."""
@@ -114,11 +140,11 @@ class PruningConfig:
     @property
     def keeps_all(self) -> bool:
         """Whether no token is ever dropped."""
-        return self.keeps_fitting and self.fit_length is None
+        return self.keeps_fitting and self.fit_length is None and self.patch_tolerance is None
 
     @property
     def keeps_fitting(self) -> bool:
-        """Whether tokens are dropped only where a sample is longer than `fit_length`."""
+        """Whether the reducer drops tokens only where a sample is longer than `fit_length`."""
         return self.prune_ratio == 0
 
     def count(self, num_tokens: int) -> int:
@@ -206,7 +232,9 @@ def trained_options(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A model trained on all tokens was trained at ratio 0, which would prune nothing: that one is left out.
     """
-    return {name: values[name] for name in PRUNING_OPTIONS if values.get(name)}
+    given = {name: values[name] for name in PRUNING_OPTIONS if values.get(name)}
+    # Here 0 is a value: only exact copies are dropped.
+    return given if values.get("patch_tolerance") is None else {**given, "patch_tolerance": values["patch_tolerance"]}
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -30,6 +30,9 @@ def reduce(
     the budget, of which at least one token is left for the image; with "drop" they are dropped, and the image gets the
     whole budget.
 
+    Tokens in `context.absent` are never kept. The budget is counted on all tokens of a unit, those included, so that a
+    ratio costs the same with and without them; a unit that has fewer tokens left keeps these.
+
     Args:
         reducer: the config's reducer, if the caller has already made it.
         room: long `(B,)`, the maximum number of visual tokens of each row's sample, at least 1; None for no maximum.
@@ -41,7 +44,7 @@ def reduce(
             belongs to.
     """
     if config.keeps_fitting and room is None:
-        return KeepAll()(context, keep=context.shape[1])
+        return KeepAll()(context.without_absent(), keep=context.shape[1])
     reducer = config.make_reducer() if reducer is None else reducer
     if config.budget == "crop":
         return _reduce_rows(context, config, reducer, room)
@@ -55,25 +58,27 @@ def keep_counts(context: VisualContext, config: PruningConfig) -> int | Tensor:
 
     Kept newlines count towards the budget but are not part of the result.
     """
-    if context.dense and context.protected is None and not config.adaptive:
+    if context.dense and context.protected is None and context.absent is None and not config.adaptive:
         return config.count(context.shape[1])
     available = context.valid.sum(dim=1)
     protected = torch.zeros_like(available)
     if context.protected is not None:
         protected = (context.protected & context.valid).sum(dim=1)
-    numbers = torch.stack((available, protected)).tolist()
-    limits = [tokens - more for tokens, more in zip(*numbers, strict=True)]
+    left = context.without_absent()
+    numbers = torch.stack((available, protected, left.valid.sum(dim=1))).tolist()
+    limits = [tokens - more for tokens, more in zip(numbers[2], numbers[1], strict=True)]
     counts = [config.count(tokens) for tokens in numbers[0]]
     if config.newlines == "keep":
         counts = [max(1, count - more) for count, more in zip(counts, numbers[1], strict=True)]
     counts = [min(count, limit) for count, limit in zip(counts, limits, strict=True)]
-    return torch.tensor(adaptive_counts(context, counts, limits) if config.adaptive else counts)
+    return torch.tensor(adaptive_counts(left, counts, limits) if config.adaptive else counts)
 
 
 def _reduce_rows(context: VisualContext, config: PruningConfig, reducer: Reducer, room: Tensor | None) -> Reduction:
     """`reduce` with a separate budget for each row."""
     keeps_all = config.keeps_fitting
     keep = keep_counts(context, config)
+    context = context.without_absent()
     fit = None
     if room is not None:
         fit = fit_counts(context, keep, room, keeps_newlines=keeps_all or config.newlines == "keep")

@@ -49,7 +49,8 @@ class Budget(Protocol):
 
     budget: str
     fit_length: int | None
-    keeps_all: bool
+    keeps_fitting: bool
+    patch_tolerance: float | None
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,48 @@ class Needs:
         fields: members of `NEEDS`, and "sample" if the images of a sample share a budget or have to fit together.
         text_tower: folder of the CLIP model to compute relevance with, instead of the language model's embeddings.
         tokenizer: folder of the tokenizer that finds the user's words; None for the model's own.
+        patch_tolerance: tokens whose pixels a predictor reproduces within it are to be absent, see [`PruningConfig`];
+            None for none.
+        whole_images: whether the vision tower sees their pixels nevertheless, for another pass on the same encoding.
     """
 
     fields: frozenset[str] = frozenset()
     text_tower: str | None = None
     tokenizer: str | None = None
+    patch_tolerance: float | None = None
+    whole_images: bool = False
 
     @classmethod
     def of(cls, reducer: Reducer, budget: Budget | None = None) -> "Needs":
         """What `reducer` needs under a budget."""
-        if budget is not None and budget.keeps_all:
-            return cls()
+        tolerance = None if budget is None else budget.patch_tolerance
+        if budget is not None and budget.keeps_fitting and budget.fit_length is None:
+            return cls(patch_tolerance=tolerance)
         own = frozenset(reducer.needs)
         by_sample = budget is not None and (budget.budget == "sample" or budget.fit_length is not None)
         shared = frozenset({"sample"}) if by_sample else frozenset()
-        if not own & FROM_WORDS:
-            return cls(own | shared)
-        return cls(own | shared, getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
+        words = (getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
+        return cls(own | shared, *(words if own & FROM_WORDS else (None, None)), tolerance)
 
     def __or__(self, other: "Needs") -> "Needs":
-        """The union of both; of two text towers, the first."""
+        """The union of both; of two text towers, the first.
+
+        Raises:
+            SaccadeError: if both drop patches, by different tolerances.
+        """
+        tolerances = {self.patch_tolerance, other.patch_tolerance}
+        if len(tolerances - {None}) > 1:
+            raise SaccadeError(
+                f"patch_tolerance={self.patch_tolerance!r} and {other.patch_tolerance!r}: two passes on one encoding "
+                "drop the same patches; give both the same tolerance, or one of them none"
+            )
         asks, beside = (self, other) if self.text_tower or not other.text_tower else (other, self)
         return Needs(
             self.fields | other.fields,
             asks.text_tower,
             asks.tokenizer or beside.tokenizer,
+            self.patch_tolerance if other.patch_tolerance is None else other.patch_tolerance,
+            self.whole_images or other.whole_images or len(tolerances) > 1,
         )
 
 

@@ -46,8 +46,8 @@ def view_reducers(
 
     Returns:
         The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `source` (`chosen_by`, or None), `grid` (rows,
-            columns), and for each reducer its `kept` tokens and, if it merges, `merged_into`, the kept token in which
-            each token has the largest weight, -1 if none.
+            columns), and for each reducer its `kept` tokens, those that `patch_tolerance` dropped as `absent`, and, if
+            it merges, `merged_into`, the kept token in which each token has the largest weight, -1 if none.
 
     Raises:
         SaccadeError: on an unknown reducer, a ratio outside [0, 1) or together with a number of tokens, or a model
@@ -68,6 +68,8 @@ def view_reducers(
         reduction = reduce(context.select_rows(slice(1)), config)
         panels.append(panel(name, reduction, grid))
         entries.append({"reducer": name, **_describe(reduction, grid[0] * grid[1])})
+        if context.absent is not None:
+            entries[-1]["absent"] = context.absent[0].nonzero().flatten().tolist()
     chosen_on = None if source is None else chosen_by(source, model)
     draw_kept_tokens(seen_part(processor, image), panels, grid, path, caption=chosen_on or "")
     report = {

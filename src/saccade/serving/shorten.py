@@ -138,6 +138,11 @@ def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
             f"fit_length={config.fit_length} cannot be served: an engine reduces each image separately, whatever "
             "else the prompt contains; remove it from the folder's pruning_config.json, or serve all tokens"
         )
+    if config.patch_tolerance is not None:
+        raise SaccadeError(
+            f"patch_tolerance={config.patch_tolerance} cannot be served: an engine counts the tokens of an image by "
+            "its size, whatever the image shows; remove it from the folder's pruning_config.json"
+        )
     if config.budget == "sample":
         raise SaccadeError(
             "budget='sample' cannot be served: an engine reduces each image separately, whatever other images the "

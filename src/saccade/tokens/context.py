@@ -29,6 +29,8 @@ class VisualContext:
             default, all columns are words.
         protected: bool `(B, N)`, tokens that are not part of the image, such as the newlines of anyres images. The
             other tokens fill the grid. Reducers never see protected tokens: `saccade.reducers.reduce` handles them.
+        absent: bool `(B, N)`, tokens of the image that were dropped before the vision tower: they have a place in the
+            grid and in the full sequence, but no features, or none that may be used. Reducers never see them either.
 
     `encoder_features`, `saliency`, `keys`, `relevance` and `word_relevance`, with `words`, are set only when the
     reducer's `needs` names them. A context is never modified after it is made: `replace` returns a new one.
@@ -50,6 +52,7 @@ class VisualContext:
     word_relevance: Tensor | None = None
     words: Tensor | None = None
     protected: Tensor | None = None
+    absent: Tensor | None = None
     dense: bool = field(init=False)
     """Whether every token is valid; known without reading device memory."""
     single_frame: bool = field(init=False)
@@ -87,6 +90,7 @@ class VisualContext:
             "word_relevance": (rows, tokens),
             "words": (rows,),
             "protected": (rows, tokens),
+            "absent": (rows, tokens),
         }
         for name, shape in expected.items():
             value = getattr(self, name)
@@ -101,6 +105,19 @@ class VisualContext:
     def replace(self, **changes: Any) -> "VisualContext":
         """A copy with some fields replaced; a dense context stays dense unless `valid` is given."""
         return VisualContext(**{**self._given(), **changes})
+
+    def without_absent(self) -> "VisualContext":
+        """The context that a reducer sees: absent tokens are padding.
+
+        The other tokens of such a row no longer fill its grid, so they are taken as one line, in raster order.
+        """
+        if self.absent is None:
+            return self
+        left = self.valid & ~self.absent
+        line = torch.ones_like(self.grid)
+        line[:, 2] = left.sum(dim=1)
+        lacks = (self.valid & self.absent).any(dim=1, keepdim=True)
+        return self.replace(valid=left, grid=torch.where(lacks, line, self.grid), absent=None)
 
     def select_rows(self, rows: Tensor | slice) -> "VisualContext":
         """The context of the given rows only; `rows` is a long or bool index over B, or a slice (no copy)."""
