@@ -1,4 +1,4 @@
-"""Running Qwen-VL's vision towers on some of an image's patches, each at its place in the whole image.
+"""Running the vision towers of Qwen-VL and GLM-4V on some of an image's patches, each at its place in the whole image.
 
 The stock towers take what they otherwise compute from the grid (positions, and where attention is cut) as arguments,
 so no model code is copied: these are those of the whole grid, reduced to the patches that are left.

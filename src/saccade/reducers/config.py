@@ -49,8 +49,8 @@ class PruningConfig:
             Drop before the vision tower what a simple predictor reproduces from the image to the left and above, with
             no pixel value off by more than this, see `saccade.reducers.predictor.reproduced`; 0 drops exact copies
             only. In the unit of the processor's `pixel_values`, in which a step of 8-bit colour is 0.015 (Qwen2-VL,
-            Qwen2.5-VL) or 0.008 (Qwen3-VL and later). Needs a vision tower of variable resolution. The reducer then
-            chooses among the tokens that are left; its budget is still counted on all tokens of the unit.
+            Qwen2.5-VL, GLM-4V) or 0.008 (Qwen3-VL and later). Needs a vision tower of variable resolution. The reducer
+            then chooses among the tokens that are left; its budget is still counted on all tokens of the unit.
         newlines (`str`, *optional*, defaults to `"keep"`):
             `"keep"` keeps the newline tokens of anyres images, counted in the budget; `"drop"` drops them.
         positions (`str`, *optional*, defaults to `"compact"`):
