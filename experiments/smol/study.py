@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.smol.fonts import package_folder
+from experiments.smol.projector import align_projector
 from experiments.smol.rows import rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
@@ -36,6 +38,7 @@ class Settings:
         grid: patches per side, one of `GRIDS`.
         language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
         tower_steps: steps of the tower's pretraining.
+        projector_batches: batches of pictures that the new projector is fitted to.
         rows: pictures of each task in stage one, and in stage two.
         turns: questions about each picture in stage two.
         pretrain_steps: steps of stage one, captions, projector only.
@@ -60,6 +63,7 @@ class Settings:
     grid: int = 12
     language_model: str | None = None
     tower_steps: int = 1600
+    projector_batches: int = 150
     rows: int = 600
     turns: int = 3
     pretrain_steps: int = 80
@@ -82,7 +86,17 @@ class Settings:
             raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches per side")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
-        counts = ("tower_steps", "rows", "turns", "pretrain_steps", "steps", "batch_size", "questions", "threads")
+        counts = (
+            "tower_steps",
+            "projector_batches",
+            "rows",
+            "turns",
+            "pretrain_steps",
+            "steps",
+            "batch_size",
+            "questions",
+            "threads",
+        )
         check_counts(**{name: getattr(self, name) for name in counts})
 
 
@@ -119,8 +133,12 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
     if not model.is_dir():
         log(f"assembling {model}")
         options = AssembleOptions(gguf_file=gguf_file, dtype="float32")
-        facts = assemble_model(output / f"tower-{settings.grid}", language_model, model, options)
-        setup[model.name] = {"language_model": language_model, **facts}
+        partial = output / f"assembled-{settings.grid}"
+        shutil.rmtree(partial, ignore_errors=True)
+        facts = assemble_model(output / f"tower-{settings.grid}", language_model, partial, options)
+        projector = align_projector(partial, settings.projector_batches, settings.grid, log=log)
+        partial.rename(model)
+        setup[model.name] = {"language_model": language_model, **facts, "output": str(model), "projector": projector}
     write_json_atomically(output / SETUP_FILE, setup)
     return {"data": data, "model": str(model), "setup": setup}
 
