@@ -9,9 +9,9 @@ import pytest
 import torch
 from assemble_parts import make_language_model
 from smol_parts import parts_of_the_tests
-from transformers import CLIPVisionModel
+from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGeneration
 
-from experiments.smol import tower
+from experiments.smol import projector, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
 from experiments.smol.study import Settings, plan_runs
@@ -22,6 +22,7 @@ from experiments.tiny_checkpoint.tower import place_positions
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.images import open_image
+from saccade.training.assemble import AssembleOptions, assemble_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -182,6 +183,38 @@ class TestTower:
         assert tower.score_tower(model, heads, 0, 12)["easy_vqa"] == right / 4
         assert 0 < right < 4
 
+    def test_a_projector_tells_the_words_of_patches(self, tmp_path: Path, monkeypatch) -> None:
+        """Its second layer is the weighted least-squares solution, in the language model's embeddings."""
+        monkeypatch.setattr(projector, "score_tower", tower.score_tower)
+        tower.train_tower(tmp_path / "tower", 1, log=lambda line: None)
+        language_model = make_language_model(tmp_path / "language", "qwen2")
+        folder = tmp_path / "model"
+        assemble_model(tmp_path / "tower", language_model, folder, AssembleOptions(dtype="float32"))
+        report = projector.align_projector(folder, 3, 12, log=lambda line: None)
+        assert report["validation"].keys() == TASKS.keys()
+        model = LlavaForConditionalGeneration.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        layers, table = model.model.multi_modal_projector, model.get_input_embeddings().weight.detach()
+        texts = ["\n", *(f" {word}" for word in tower.VOCABULARY[1:])]
+        words = torch.stack([table[tokenizer(text)["input_ids"]].mean(0) for text in texts])
+        units, shown = [], []
+        with torch.no_grad():
+            for step in range(3):
+                pixels, targets = tower.tower_batch("train", step, projector.SEED, 12)
+                states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+                units.append(layers.act(layers.linear_1(states)).flatten(0, 1).double())
+                shown.append(targets.flatten(0, 1).double())
+        units, shown = torch.cat(units), torch.cat(shown)
+        assert 0.3 < units.std(0).median() < units.std(0).max() < 2
+        with_one = torch.cat([units, torch.ones(len(units), 1)], 1)
+        weight = torch.where(shown[:, :1] == 1, 0.2, 1.0).sqrt()
+        ridge = (projector.RIDGE * (weight * with_one).square().sum(0).mean()).sqrt() * torch.eye(with_one.shape[1])
+        # Ridge regression is least squares with a row for each unit that asks for 0.
+        asked = torch.cat([weight * shown, torch.zeros(len(ridge), shown.shape[1])])
+        told = torch.linalg.lstsq(torch.cat([weight * with_one, ridge]), asked).solution
+        expected = (with_one @ told @ words.double()).float()
+        torch.testing.assert_close(layers.linear_2(units.float()), expected, rtol=1e-2, atol=1e-3)
+
 
 PREPARED = {"data": {"pretrain": ["a"], "sft": ["b"]}, "model": "m"}
 
@@ -258,7 +291,16 @@ def test_help_tells_every_setting(capsys) -> None:
 def small_command(folder: Path, *words: str) -> list[str]:
     """The command at a size that learns nothing, with a random language model."""
     language_model = make_language_model(folder / "language", "qwen2")
-    sizes = {"tower-steps": 1, "rows": 2, "turns": 2, "pretrain-steps": 1, "steps": 2, "batch-size": 2, "questions": 2}
+    sizes = {
+        "tower-steps": 1,
+        "projector-batches": 1,
+        "rows": 2,
+        "turns": 2,
+        "pretrain-steps": 1,
+        "steps": 2,
+        "batch-size": 2,
+        "questions": 2,
+    }
     flags = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     return [*flags, "--language-model", str(language_model), "--output", str(folder / "smol"), *words]
 
@@ -282,6 +324,7 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
     setup = json.loads((tmp_path / "smol" / "setup.json").read_text())
     assert setup["tower-12"]["cpu_seconds"] > 0
     assert setup["model-12"]["visual_tokens"] == 144
+    assert setup["model-12"]["projector"]["validation"].keys() == TASKS.keys()
     # The same command finds everything, and an evaluation that was broken off goes on with the tasks that it lacks.
     (kept,) = (Path(result["model"]) / "evaluations").glob("digits-*.json")
     entries = json.loads(kept.read_text())

@@ -1,11 +1,13 @@
 """`saccade export`: a trained model as a plain Hugging Face checkpoint with a model card."""
 
 import argparse
+from pathlib import Path
 
 OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade export out/sft --output out/my-model                      merges LoRA, checks every key, writes a card
 saccade export out/sft/checkpoint-600 --output out/600            a checkpoint of a run
+saccade export out/sft --output out/my-model --push-to-hub me/my-model
 saccade export out/sft --output out/bf16 --dtype bfloat16 --json  in another dtype; the summary as JSON
 """
 
@@ -19,14 +21,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )
+    parser.add_argument("--push-to-hub", metavar="USER/NAME", help="then upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    from saccade.errors import SaccadeError
     from saccade.files import to_json
     from saccade.training.export import export_model
+    from saccade.training.hub import check_hub, push_folder
 
+    if args.push_to_hub is not None:
+        check_hub(args.push_to_hub)
+    elif args.private:
+        raise SaccadeError("private=true is for push_to_hub only: leave it out, or say where to push")
     summary = export_model(args.model, args.output, args.dtype, args.max_shard_size)
+    if args.push_to_hub is not None:
+        summary["url"] = push_folder(Path(summary["output"]), args.push_to_hub, args.private)
     if args.json:
         print(to_json(summary))
         return 0
@@ -35,4 +47,6 @@ def run(args: argparse.Namespace) -> int:
     for note in summary["notes"]:
         print(f"note: {note}")
     print(f"loads in stock transformers, every key checked; {', '.join(summary['files'])}")
+    if "url" in summary:
+        print(f"published at {summary['url']}")
     return 0

@@ -1,0 +1,156 @@
+"""`saccade export --push-to-hub`: the real client against a hub on loopback that keeps what it is given."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from saccade import SaccadeError
+from saccade.cli.main import main
+from saccade.training import export
+from saccade.training.hub import check_hub, push_folder
+
+TOKEN = "hf_" + "a" * 34
+
+
+class Hub(ThreadingHTTPServer):
+    """The few requests of the hub's that an upload of small files consists of."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.made: list[dict] = []
+        self.refuses_commits = False
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if self.path == "/api/whoami-v2" and known:
+            return self.answer(200, {"name": "me", "type": "user"})
+        if self.path.startswith("/api/models/me/"):
+            return self.answer(200, {"id": "me/model", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
+        return self.answer(404 if known else 401, {"error": "no"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.server.made.append(json.loads(body))
+            return self.answer(200, {"url": f"{self.server.url}/me/model"})
+        if self.path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer(200, {"files": [{"path": file["path"], **regular} for file in files]})
+        if self.server.refuses_commits:
+            return self.answer(403, {"error": "read-only"})
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        url = f"{self.server.url}/me/model/commit/{'1' * 40}"
+        return self.answer(200, {"commitUrl": url, "commitOid": "1" * 40, "hookOutput": ""})
+
+    def answer(self, status: int, content: dict) -> None:
+        self.send_response(status)
+        text = json.dumps(content).encode()
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def exported(monkeypatch, tmp_path: Path) -> Path:
+    """A folder that `export_model` would have written."""
+    folder = tmp_path / "out"
+
+    def write(source: str, output: str, dtype: str, size: str) -> dict:
+        folder.mkdir()
+        (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# out\n")
+        (folder / "model.safetensors").write_bytes(bytes(range(256)))
+        names = ["README.md", "model.safetensors"]
+        return {"output": output, "base_model": None, "parameters": 1, "dtype": "float32", "notes": [], "files": names}
+
+    monkeypatch.setattr(export, "export_model", write)
+    return folder
+
+
+def test_what_was_exported_is_on_the_hub(hub: Hub, exported: Path, capsys) -> None:
+    words = ["export", "run", "--output", str(exported), "--push-to-hub", "me/model", "--private"]
+    assert main(words) == 0
+    assert hub.files == {path.name: path.read_bytes() for path in exported.iterdir()}
+    (made,) = hub.made
+    assert (made["name"], made["organization"]) == ("model", "me")
+    # By version of huggingface_hub.
+    assert made.get("private") or made.get("visibility") == "private"
+    assert f"published at {hub.url}/me/model" in capsys.readouterr().out
+
+
+def test_a_refused_upload_keeps_the_folder(hub: Hub, exported: Path, capsys) -> None:
+    hub.refuses_commits = True
+    assert main(["export", "run", "--output", str(exported), "--push-to-hub", "me/model"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("saccade: error: push_to_hub='me/model' failed (")
+    assert error.endswith(f"the model is in {exported}: upload it with `hf upload me/model {exported}`")
+    assert (exported / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a b/c", "is not the name of a repository"), ("model", "has no user or organisation"), ("a/b/c", "is not the")],
+)
+def test_a_wrong_name_is_told(name: str, message: str) -> None:
+    with pytest.raises(SaccadeError, match=message):
+        check_hub(name)
+
+
+def test_a_stranger_is_told_before_anything_is_exported(hub: Hub, exported: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "b" * 34)
+    assert main(["export", "run", "--output", str(exported), "--push-to-hub", "me/model"]) == 2
+    assert "does not know you" in capsys.readouterr().err
+    assert not exported.exists()
+
+
+def test_offline_and_private_without_a_place(exported: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SaccadeError, match="HF_HUB_OFFLINE is set"):
+        check_hub("me/model")
+    assert main(["export", "run", "--output", str(exported), "--private"]) == 2
+    assert "private=true is for push_to_hub only" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_not_there(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(SaccadeError, match=r"push_to_hub='me/model' failed .* `hf upload me/model"):
+        push_folder(tmp_path, "me/model")
