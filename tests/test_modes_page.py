@@ -14,7 +14,7 @@ from saccade.tiny import build_tiny_llava
 
 PAGE = (Path(__file__).parent.parent / "docs" / "modes.md").read_text()
 EXAMPLES = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)]
-ACTIONS_OF = [["skip", "keep"], ["skip"], ["drop", "drop", "skip", "keep"]]
+ACTIONS_OF = [["skip", "keep"], ["skip"], ["drop", "drop", "skip", "keep"], ["drop", "keep"], ["drop", "drop", "keep"]]
 
 
 @pytest.mark.parametrize(("options", "actions"), list(zip(EXAMPLES, ACTIONS_OF, strict=True)))

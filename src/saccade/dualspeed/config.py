@@ -115,6 +115,13 @@ class DualSpeedConfig(SFTConfig):
             language model is always fast.
         schedule (`str`, *optional*, defaults to `"bernoulli"`):
             `"bernoulli"` draws the mode of each step, as published. `"stratified"` spreads the slow steps evenly.
+            `"sequential"` puts them at the end. The last is our addition, not the paper's.
+        ratio_schedule (`str`, *optional*, defaults to `"constant"`):
+            How the ratio of fast steps changes. `"linear"`: from `prune_ratio_start` in the first step to
+            `prune_ratio` in the last. `"random"`: drawn in each step, uniformly between the two. Inference prunes by
+            `prune_ratio`. Our addition, not the paper's.
+        prune_ratio_start (`float`, *optional*):
+            The other end of such a ratio, in [0, 1).
         modes (`list` of [`ModeConfig`], *optional*):
             More than two speeds, replacing fast and slow. In a recipe, each is a mapping, with the options of pruning
             beside the mode's own fields; what it leaves out is taken from the options here. A stage that trains no
@@ -217,6 +224,8 @@ class DualSpeedConfig(SFTConfig):
     newlines: str = "keep"
     slow_probability: float = 0.1
     schedule: str = "bernoulli"
+    ratio_schedule: str = "constant"
+    prune_ratio_start: float | None = None
     modes: list[ModeConfig] | None = None
     skip_vision: dict[str, Any] | str | None = None
     skip_mode: str = "fast"
@@ -270,6 +279,11 @@ class DualSpeedConfig(SFTConfig):
         if self.modes is not None:
             self.modes = list(self._given_modes())
         self.mode_schedule()
+        if self.ratio_schedule != "constant" and not any(mode.ratio_changes for mode in self.all_modes()):
+            raise SaccadeError(
+                f"ratio_schedule={self.ratio_schedule!r} changes the ratio of modes that drop tokens, and this run "
+                "has none that takes it: set it to 'constant'"
+            )
         for name in ("distill_temperature", "projector_learning_rate", "feature_cache_gib"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -442,6 +456,7 @@ class DualSpeedConfig(SFTConfig):
         if self.modes is None and skip is not None and self._trains_on_all:
             return (ModeConfig("skip", 1.0, "skip", skip_vision=skip),)
         defaults = {"pruning": self.pruning, "isolator": self.isolator_length > 0, "skip_vision": skip}
+        defaults |= {name: getattr(self, name) for name in ("ratio_schedule", "prune_ratio_start")}
         if self.modes is not None:
             return listed(self.modes, **defaults)
         return fast_and_slow(
@@ -491,9 +506,10 @@ class DualSpeedConfig(SFTConfig):
         return {**{name: _plain(getattr(self, name)) for name in names}, **self._length()}
 
     def _length(self) -> dict[str, float | None]:
-        """The length of the run if the learning rate depends on it; with a constant rate a resumed run may be
-        longer."""
-        constant = SchedulerType(self.lr_scheduler_type).value.startswith("constant")
+        """The length of the run if the learning rate, a ratio or the order of modes depends on it; otherwise a resumed
+        run may be longer."""
+        constant = SchedulerType(self.lr_scheduler_type).value.startswith("constant") and self.schedule != "sequential"
+        constant = constant and all(mode.ratio_schedule != "linear" for mode in self.all_modes())
         if constant and not 0 < self.warmup_steps < 1:
             return {"max_steps": None, "num_train_epochs": None}
         if self.max_steps > 0:

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean
@@ -17,7 +18,8 @@ from saccade.skip_vision import SkipVisionConfig
 
 ACTIONS = ("keep", "drop", "skip")
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-SCHEDULES = ("bernoulli", "stratified")
+SCHEDULES = ("bernoulli", "stratified", "sequential")
+RATIO_SCHEDULES = ("constant", "linear", "random")
 _BLOCK = 20
 
 
@@ -44,6 +46,11 @@ class ModeConfig:
         skip_vision ([`SkipVisionConfig`], *optional*):
             The options of a `"skip"`, instead of `pruning`. By default those of the run, with the tokens that
             `pruning` keeps as the retained ones.
+        ratio_schedule (`str`, *optional*):
+            How the ratio of a mode that drops changes between steps: `"constant"`, `"linear"` or `"random"`, see
+            [`DualSpeedConfig`]; the run's own by default.
+        prune_ratio_start (`float`, *optional*):
+            Where such a ratio starts, or the other end of its range; the run's own by default.
 
     Raises:
         SaccadeError: if a value is out of range, or two do not go together; the message names the field and the fix.
@@ -56,6 +63,8 @@ class ModeConfig:
     isolator: bool | None = None
     teacher: str | None = None
     skip_vision: SkipVisionConfig | None = None
+    ratio_schedule: str | None = None
+    prune_ratio_start: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -88,6 +97,11 @@ class ModeConfig:
         if self.skip_vision is not None and self.pruning is not None:
             raise SaccadeError(
                 f"modes: skip_vision and pruning {of} both say which tokens stay: leave one of them out"
+            )
+        if self.action != "drop" and (self.ratio_schedule or "constant", self.prune_ratio_start) != ("constant", None):
+            raise SaccadeError(
+                f"modes: ratio_schedule and prune_ratio_start {of}, whose action is {self.action!r}: only a mode that "
+                "drops tokens has a ratio that changes"
             )
 
     @classmethod
@@ -124,17 +138,55 @@ class ModeConfig:
         return {**{name: value for name, value in values.items() if value is not None}, **options}
 
     def with_defaults(
-        self, pruning: PruningConfig, isolator: bool, skip_vision: SkipVisionConfig | None
+        self,
+        pruning: PruningConfig,
+        isolator: bool,
+        skip_vision: SkipVisionConfig | None,
+        ratio_schedule: str,
+        prune_ratio_start: float | None,
     ) -> "ModeConfig":
-        """The mode with what it leaves out taken from the run: one that drops then has `pruning`, and one that skips
-        has `skip_vision` instead."""
+        """The mode with what it leaves out taken from the run: one that drops then has `pruning` and `ratio_schedule`,
+        and one that skips has `skip_vision` instead."""
         if self.action == "keep":
             return replace(self, isolator=False)
         own = self.pruning or pruning
         if self.action == "drop":
-            return replace(self, pruning=own, isolator=isolator if self.isolator is None else self.isolator)
+            kind = self.ratio_schedule or ratio_schedule
+            own_ratios = self.ratio_schedule is not None or self.prune_ratio_start is not None
+            start = self.prune_ratio_start if own_ratios else prune_ratio_start
+            _check_ratios(self.name, kind, start, own)
+            isolator = isolator if self.isolator is None else self.isolator
+            return replace(self, pruning=own, isolator=isolator, ratio_schedule=kind, prune_ratio_start=start)
         options = self.skip_vision or skip_by_reducer(skip_vision or SkipVisionConfig(), own)
         return replace(self, pruning=None, isolator=False, skip_vision=options)
+
+    @property
+    def ratio_changes(self) -> bool:
+        """Whether the ratio of the mode differs between steps."""
+        return self.ratio_schedule not in (None, "constant")
+
+    def pruning_at(self, seed: int, step: int, steps: int) -> PruningConfig:
+        """How the mode reduces in optimizer step `step` of `steps`: a pure function, the same on every rank."""
+        if self.ratio_schedule == "linear":
+            return self._between(step / max(1, steps - 1))
+        if self.ratio_schedule == "random":
+            return self._between(_random(seed, f"ratio {self.name} {step}").random())
+        return self.pruning
+
+    @property
+    def mean_pruning(self) -> PruningConfig:
+        """How the mode reduces in the mean over the steps of a run."""
+        return self._between(0.5) if self.ratio_changes else self.pruning
+
+    @property
+    def mildest_pruning(self) -> PruningConfig:
+        """How the mode reduces in the step in which it keeps most."""
+        milder = self.ratio_changes and self.prune_ratio_start < self.pruning.prune_ratio
+        return self._between(0) if milder else self.pruning
+
+    def _between(self, share: float) -> PruningConfig:
+        start, end = self.prune_ratio_start, self.pruning.prune_ratio
+        return self.pruning.replace(prune_ratio=start + share * (end - start))
 
     @property
     def needs(self) -> Needs:
@@ -156,6 +208,26 @@ class ModeConfig:
         return self.pruning.keeps_fitting and not self.isolator and self.patch_tolerance is None
 
 
+def _check_ratios(name: str, kind: str, start: float | None, pruning: PruningConfig) -> None:
+    """Check how the ratio of a mode changes.
+
+    Raises:
+        SaccadeError: if the kind is unknown, or the start is missing, out of range, or has nothing to lead to.
+    """
+    check_choice("ratio_schedule", kind, RATIO_SCHEDULES)
+    of = f"prune_ratio_start={start!r} of mode {name!r}"
+    if kind == "constant":
+        if start is not None:
+            raise SaccadeError(f"{of}, whose ratio is constant: set ratio_schedule to 'linear' or 'random'")
+        return
+    if start is None:
+        raise SaccadeError(f"ratio_schedule={kind!r} of mode {name!r} has no other end: set prune_ratio_start")
+    if isinstance(start, bool) or not isinstance(start, (int, float)) or not 0 <= start < 1:
+        raise SaccadeError(f"{of} is outside [0, 1): it is the share of visual tokens to drop")
+    if not pruning.prune_ratio:
+        raise SaccadeError(f"{of} has no ratio to lead to: set prune_ratio above 0, and leave out keep_tokens")
+
+
 def fast_and_slow(
     *,
     slow_probability: float,
@@ -164,6 +236,8 @@ def fast_and_slow(
     isolator: bool,
     skip_vision: SkipVisionConfig | None,
     skip_mode: str,
+    ratio_schedule: str,
+    prune_ratio_start: float | None,
 ) -> tuple[ModeConfig, ...]:
     """The modes of fast-slow training: the published two or, with `skip_vision`, one of them with skipping."""
     if not 0 <= slow_probability <= 1:
@@ -175,7 +249,8 @@ def fast_and_slow(
     slow = ModeConfig(
         "slow", slow_probability, "skip" if skips == "slow" else "keep", teacher="fast" if distill else None
     )
-    return tuple(mode.with_defaults(pruning, isolator, skip_vision) for mode in (fast, slow))
+    defaults = (pruning, isolator, skip_vision, ratio_schedule, prune_ratio_start)
+    return tuple(mode.with_defaults(*defaults) for mode in (fast, slow))
 
 
 def listed(
@@ -183,6 +258,8 @@ def listed(
     pruning: PruningConfig,
     isolator: bool,
     skip_vision: SkipVisionConfig | None,
+    ratio_schedule: str,
+    prune_ratio_start: float | None,
 ) -> tuple[ModeConfig, ...]:
     """The modes of a run that lists them, with what they leave out.
 
@@ -191,6 +268,8 @@ def listed(
         pruning: how modes reduce that do not say it.
         isolator: whether modes that drop have the isolator, if they do not say it.
         skip_vision: options of the modes that skip; the defaults if None.
+        ratio_schedule: how the ratio of modes that drop changes, if they do not say it.
+        prune_ratio_start: where it starts.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
@@ -205,7 +284,8 @@ def listed(
             raise SaccadeError(
                 f"modes: teacher={mode.teacher!r} of mode {mode.name!r} is not another mode: use one of {others}"
             )
-    return tuple(mode.with_defaults(pruning, isolator, skip_vision) for mode in given)
+    defaults = (pruning, isolator, skip_vision, ratio_schedule, prune_ratio_start)
+    return tuple(mode.with_defaults(*defaults) for mode in given)
 
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
@@ -242,7 +322,8 @@ class ModeSchedule:
         seed: the run's seed.
         shares: the share of steps of each mode; they add up to 1. The first mode gets what the others leave.
         kind: "bernoulli" draws each step independently, as published. "stratified" gives every block of 20 steps its
-            share of each mode, in random order, so that short runs do not depend on luck.
+            share of each mode, in random order, so that short runs do not depend on luck. "sequential" has the modes
+            one after the other, in their order: slow steps at the end.
 
     Raises:
         SaccadeError: if a share is outside [0, 1], they do not add up to 1, or the kind is unknown.
@@ -263,8 +344,12 @@ class ModeSchedule:
             )
         check_choice("schedule", self.kind, SCHEDULES)
 
-    def mode(self, step: int) -> str:
-        """The mode of optimizer step `step`, counted from 0."""
+    def mode(self, step: int, steps: int | None = None) -> str:
+        """The mode of optimizer step `step`, counted from 0, of a run of so many `steps`.
+
+        Raises:
+            ValueError: for "sequential" modes, if the number of steps is not given.
+        """
         first, *others = self.shares
         if any(share == 1 for share in self.shares.values()):
             return max(self.shares, key=self.shares.__getitem__)
@@ -275,6 +360,12 @@ class ModeSchedule:
                 if draw < 0:
                     return name
             return first
+        if self.kind == "sequential":
+            if steps is None:
+                raise ValueError("sequential modes depend on the number of steps")
+            passed = accumulate(self.shares.values())
+            # The rounding keeps sums of decimal shares from ending a step early.
+            return next(name for name, end in zip(self.shares, passed, strict=True) if step < round(end * steps, 6))
         block, place = divmod(step, _BLOCK)
         return self._block(block).get(place, first)
 
@@ -282,7 +373,7 @@ class ModeSchedule:
         """How many of the first `steps` steps are in each mode."""
         counts = dict.fromkeys(self.shares, 0)
         for step in range(steps):
-            counts[self.mode(step)] += 1
+            counts[self.mode(step, steps)] += 1
         return counts
 
     def _block(self, block: int) -> dict[int, str]:
@@ -299,5 +390,9 @@ class ModeSchedule:
         return dict(zip(places, wanted, strict=True))
 
     def _random(self, key: object) -> random.Random:
-        # Seeding with a string hashes it whole, so neighbouring steps and seeds do not correlate.
-        return random.Random(f"saccade {self.seed} {key}")
+        return _random(self.seed, key)
+
+
+def _random(seed: int, key: object) -> random.Random:
+    # Seeding with a string hashes it whole, so neighbouring steps and seeds do not correlate.
+    return random.Random(f"saccade {seed} {key}")

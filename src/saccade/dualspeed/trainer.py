@@ -292,6 +292,8 @@ class DualSpeedTrainer(SFTTrainer):
             mode.name: ModePlan(methods[mode.name], ModePlan(methods[mode.teacher]) if mode.teacher else None)
             for mode in self.modes
         }
+        self._changing = [(mode, methods[mode.name]) for mode in self.modes if mode.ratio_changes]
+        """Modes whose ratio changes between steps, and their methods."""
         self._step = DualSpeedStep(
             family=self.family,
             modes=plans,
@@ -338,7 +340,7 @@ class DualSpeedTrainer(SFTTrainer):
 
     def mode_of(self, step: int) -> str:
         """The mode of optimizer step `step`, counted from 0."""
-        return self.schedule.mode(step)
+        return self.schedule.mode(step, self.state.max_steps)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if (self.skip is not None or self.args.fit_slow) and not self.model.training:
@@ -398,6 +400,10 @@ class DualSpeedTrainer(SFTTrainer):
         in_parts: InParts | None = None,
     ) -> StepOutput:
         """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
+
+        if self.model.training:
+            for one, method in self._changing:
+                method.config = one.pruning_at(self.args.seed, self.state.global_step, self.state.max_steps)
 
         def run(batch: dict[str, Any]) -> StepOutput:
             # The engine's own autocast wraps the original forward, which is replaced here.
@@ -507,7 +513,7 @@ class DualSpeedTrainer(SFTTrainer):
         counter = TokenCounter(
             self.processing_class,
             self.family.placeholder_id,
-            usual.pruning if usual.action == "drop" else PruningConfig(prune_ratio=0.0),
+            usual.mean_pruning if usual.action == "drop" else PruningConfig(prune_ratio=0.0),
             self.isolator.length if self.isolator is not None and usual.isolator else 0,
             stop_ids(self.family.model.generation_config, self._tokenizer),
             self.args.conversation,

@@ -18,7 +18,8 @@ class Pruner:
     """Drops, or merges, what the reducer of a config does not keep.
 
     Args:
-        config: how tokens are reduced. Its `isolator` is not read here.
+        config: how tokens are reduced. Its `isolator` is not read here. Between calls it may be replaced by one with
+            another ratio.
         isolator: the mode isolator, or its rows `(l, D)`, or None.
         reducer: replaces the config's reducer if given.
     """

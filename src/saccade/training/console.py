@@ -106,6 +106,9 @@ def _what(mode: ModeConfig, visual_tokens: int) -> str:
     else:
         number = f" ({pruning.count(visual_tokens):,} of {visual_tokens:,})" if visual_tokens else ""
         kept = f"{100 * (1 - pruning.prune_ratio):.3g} % of the visual tokens{number}"
+        if mode.prune_ratio_start is not None:
+            start = f"{100 * (1 - mode.prune_ratio_start):.3g}"
+            kept = f"from {start} to {kept}" if mode.ratio_schedule == "linear" else f"between {start} and {kept}"
     return f"{kept} by {pruning.reducer}{', with the isolator' if mode.isolator else ''}"
 
 

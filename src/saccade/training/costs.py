@@ -117,7 +117,7 @@ class Costs:
         if mode.action == "keep":
             return VisualRows(tokens), 0
         isolator = self.recipe.trainer.isolator_length if mode.isolator else 0
-        return VisualRows(self._kept(mode.pruning)), isolator
+        return VisualRows(self._kept(mode.mean_pruning)), isolator
 
     def _kept(self, pruning: PruningConfig) -> int:
         """Number of tokens kept of the image, with one budget for its thumbnail and its large picture or one each."""
@@ -151,6 +151,11 @@ class Costs:
             # Without images a sample is the same in all modes, and has no teacher.
             if teacher is not None and sample.images:
                 language += share * self._forward(sample, *self._sample_rows(sample, teacher)[:2])
+            if mode.ratio_changes:
+                # The memory must suffice for the step that keeps most.
+                mildest = replace(mode, pruning=mode.mildest_pruning, ratio_schedule="constant")
+                most, most_isolator, _ = self._sample_rows(sample, mildest)
+                tokens = most.total + most_isolator + sample.text
             activations = max(activations, self._activations(sample, tokens, own.skipped))
         args = self.recipe.trainer
         samples = args.per_device_train_batch_size
