@@ -40,6 +40,7 @@ FAMILIES = {
     "glm4v": ("GLM-4.1V", "3", "dynamic resolution; a convolution merges the patches"),
     "glm46v": ("GLM-4.6V", "3", "as GLM-4.1V"),
     "glm4v_moe": ("GLM-4.5V", "3", "as GLM-4.1V, with experts"),
+    "mistral3": ("Mistral 3", "1", "dynamic resolution, patches merged two by two; text after each line of tokens"),
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
@@ -77,6 +78,10 @@ HOLES = {
     "stock models unless `output_router_logits` is set; `router_aux_loss_coef` is refused in one line",
     "videos of GLM": "their placeholders are those of images, and the stock models cannot take both in one batch; "
     "refused in one line",
+    "the text in images of Mistral 3": "`[IMG_BREAK]` after each line of tokens is text, and is always kept",
+    "`random` on Mistral 3, a batch against its samples": "the tower attends to all images of a batch in one "
+    "sequence, so that the last bits of features depend on the batch; `random` draws by the bits, where training "
+    "gives no seed",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",

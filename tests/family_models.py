@@ -3,9 +3,12 @@
 A builder returns `(model, processor)` in evaluation mode, in float32: two layers, width 32, images of 32 px or less.
 """
 
+import importlib
+import sys
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -372,6 +375,47 @@ def build_glm(version: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     return finish(getattr(transformers, f"{version}ForConditionalGeneration")(config), processor)
 
 
+# Pixtral's tower
+
+PIXTRAL_SPECIALS = {"image_token": "[IMG]", "break_token": "[IMG_BREAK]", "end_token": "[IMG_END]"}
+
+
+def pixtral_processor() -> type[ProcessorMixin]:
+    """The stock processor's class, whose module takes one function from the image processor that needs torchvision."""
+    pixtral = "transformers.models.pixtral"
+    sizes = importlib.import_module(f"{pixtral}.image_processing_pil_pixtral")
+    with mock.patch.dict(sys.modules, {f"{pixtral}.image_processing_pixtral": sizes}):
+        # By its name: the package holds a placeholder where torchvision is missing.
+        return importlib.import_module(f"{pixtral}.processing_pixtral").PixtralProcessor
+
+
+def build_pixtral(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Mistral 3 (`Mistral3`), which merges patches two by two, or Pixtral (`Llava`): images of up to 32 px."""
+    tokenizer = build_tokenizer(PIXTRAL_SPECIALS, "[IMG]")
+    merged = {"spatial_merge_size": 2} if name == "Mistral3" else {"vision_feature_select_strategy": "full"}
+    vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=transformers.PixtralVisionConfig(**vision, head_dim=WIDTH // HEADS),
+        text_config=transformers.MistralConfig(
+            **text_options(tokenizer, head_dim=WIDTH // HEADS, sliding_window=None)
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("[IMG]"),
+        vision_feature_layer=-1,
+        **merged,
+        **special_ids(tokenizer),
+    )
+    edge = PATCH * merged.get("spatial_merge_size", 1)
+    image_processor = transformers.PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size=edge)
+    processor = pixtral_processor()(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH,
+        spatial_merge_size=merged.get("spatial_merge_size", 1),
+        chat_template=tokenizer.chat_template,
+    )
+    return finish(getattr(transformers, f"{name}ForConditionalGeneration")(config), processor)
+
+
 # Families that share the code of one above: the tests of other subjects leave them out.
 RELATIVES: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny(lambda: build_qwen("3_moe"), transformers.Qwen3VLMoeForConditionalGeneration),
@@ -380,6 +424,7 @@ RELATIVES: dict[str, Tiny] = {
     "glm4v": Tiny(lambda: build_glm("Glm4v"), transformers.Glm4vForConditionalGeneration),
     "glm46v": Tiny(lambda: build_glm("Glm46V"), transformers.Glm46VForConditionalGeneration),
     "glm4v_moe": Tiny(lambda: build_glm("Glm4vMoe"), transformers.Glm4vMoeForConditionalGeneration),
+    "mistral3": Tiny(lambda: build_pixtral("Mistral3"), transformers.Mistral3ForConditionalGeneration),
 }
 
 

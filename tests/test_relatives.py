@@ -11,6 +11,7 @@ from skip_tester import masked_ffn, options_for, skipping, without_roles
 
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.errors import SaccadeError
+from saccade.families.encoded import Patches
 from saccade.reducers import list_reducers
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
@@ -37,6 +38,9 @@ def pairs(every_twin):
     ]
 
 
+ROUNDS_BY_BATCH = ("mistral3", "random", "one by one")
+"""The tower attends to all images of a batch in one sequence, so the last bits of features depend on the batch, and
+`random` draws by the bits."""
 CORE = ("ratio zero", "original positions", "several sequences")
 """What is tested of twins, too, in the fast tests."""
 
@@ -47,6 +51,7 @@ CORE = ("ratio zero", "original positions", "several sequences")
         pytest.param(*pair.values, check, marks=pair.marks)
         for check in tester.CHECKS
         for pair in pairs(every_twin=check in CORE)
+        if (*pair.values, check) != ROUNDS_BY_BATCH
     ],
 )
 def test_invariant(name, reducer, check):
@@ -92,6 +97,23 @@ def test_glm_refuses_videos():
     case = CASES["glm4v"]
     with pytest.raises(SaccadeError, match="model_type='glm4v': videos are not supported"):
         case.family.encode({**case.inputs, "pixel_values_videos": case.inputs["pixel_values"]})
+
+
+@torch.no_grad()
+def test_scores_of_mistrals_patches_stand_with_their_tokens():
+    """Each patch is given the number of the token that the model makes of it, and each token gets its own back."""
+    case = CASES["mistral3"]
+    encoded = case.family.encode(case.inputs)
+    patches, expected = [], []
+    for _, height, width in encoded.context.grid.tolist():
+        number = torch.arange(1.0, height * width + 1)
+        square = number.reshape(height, width).repeat_interleave(2, 0).repeat_interleave(2, 1)
+        merged = torch.nn.functional.unfold(square[None, None], kernel_size=2, stride=2)  # as in the model's merger
+        assert torch.equal(merged[0], number.expand(4, -1))
+        patches.append(square.flatten())
+        expected.append(number)
+    got = case.family.patches_to_tokens([Patches(torch.cat(patches)[None, :, None], False)], encoded, case.inputs)
+    assert torch.equal(got[encoded.context.valid].flatten(), torch.cat(expected))
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -7,6 +7,8 @@ from transformers import (
     AttentionInterface,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+    PixtralVisionModel,
     Qwen2VLConfig,
     SiglipVisionConfig,
 )
@@ -150,6 +152,33 @@ def test_packed_images_and_rotary_positions(grid, monkeypatch):
     segments = int(grid[:, 0].sum())
     torch.testing.assert_close(values["saliency"].flatten(), torch.cat(weights[-segments:]))
     assert values["keys"].shape == (1, patches, 16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[[8, 12], [8, 12]], [[8, 16], [12, 8]]])
+def test_images_packed_behind_a_mask(sizes):
+    config = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    torch.manual_seed(0)
+    tower = PixtralVisionModel(config).eval()
+    block = vision_attention.pixtral_block(tower, -2)
+    pixels, sizes = torch.randn(2, 3, 16, 16), torch.tensor(sizes)
+    with vision_attention.watching(block) as calls:
+        tower(pixels, image_sizes=sizes)
+    values = vision_attention.read_attention(*calls, block, ATTENTION.fields)
+    tower.set_attn_implementation("eager")
+    (attention,) = tower(pixels, image_sizes=sizes, output_attentions=True).attentions[0]
+    lengths = (sizes // 4).prod(dim=1).tolist()
+    starts = [0, lengths[0]]
+    images = [attention[:, start : start + n, start : start + n] for start, n in zip(starts, lengths, strict=True)]
+    expected = torch.cat([image.mean(dim=(0, 1)) for image in images])
+    torch.testing.assert_close(values["saliency"].flatten(), expected)
+    # As FlashAttention is told of the images.
+    borders = torch.tensor([0, *lengths]).cumsum(dim=0)
+    calls[0].given |= {"attention_mask": None, "cu_seq_lens_q": borders}
+    again = vision_attention.read_attention(*calls, block, ATTENTION.fields)
+    assert torch.equal(again["saliency"], values["saliency"])
 
 
 def test_blocks_of_patches_are_averaged():

@@ -13,6 +13,7 @@ from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
+from saccade.families.mistral3 import Mistral3Family
 from saccade.families.qwen3_5 import Qwen35Family
 from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
@@ -73,6 +74,7 @@ for _family in (
     LlavaNextFamily,
     LlavaNextVideoFamily,
     LlavaOnevisionFamily,
+    Mistral3Family,
     Qwen2VLFamily,
     Qwen3VLFamily,
     Qwen3VLMoeFamily,
@@ -91,6 +93,7 @@ __all__ = [
     "LlavaNextFamily",
     "LlavaNextVideoFamily",
     "LlavaOnevisionFamily",
+    "Mistral3Family",
     "Qwen2VLFamily",
     "Qwen3VLFamily",
     "Qwen3VLMoeFamily",

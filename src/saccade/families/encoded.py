@@ -48,8 +48,8 @@ class AttentionBlock:
     """The attention block of a vision tower that saliency and keys are read from.
 
     Args:
-        attention: the attention module. Its arguments `position_embeddings` (rotary), `cu_seqlens` (packed images) and
-            `attention_mask` (padded patches) are taken into account.
+        attention: the attention module. Its arguments `position_embeddings` (rotary), `cu_seqlens` or `cu_seq_lens_q`
+            (packed images) and `attention_mask` (padded patches, or packed images) are taken into account.
         query: the module whose output is the queries `(..., H * d)`: a projection, or the norm after it.
         key: the same for the keys. If one projection yields queries, keys and values, the same module as `query`.
         heads: H.

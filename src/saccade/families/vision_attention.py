@@ -22,10 +22,11 @@ from saccade.interfaces import by_name, changed
 
 FROM_ATTENTION = frozenset({"saliency", "keys"})
 CHUNK_ELEMENTS = 2**25
-READ = ("position_embeddings", "cu_seqlens", "attention_mask")
+READ = ("position_embeddings", "cu_seqlens", "cu_seq_lens_q", "attention_mask")
 """The arguments of an attention block that are taken into account."""
-WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen"})
-"""Arguments that need no handling: already reflected in queries and keys, or without effect on values."""
+WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+"""Arguments that need no handling: already reflected in queries and keys, or without effect on values. Those of keys
+are those of queries, since the attention is an image's own."""
 
 
 def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock | None:
@@ -41,6 +42,16 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
     has_class = hasattr(tower.embeddings, "class_embedding")
     given = frozenset({"attention_mask"})
     return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, has_class, given)
+
+
+def pixtral_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock:
+    """The block of a Pixtral tower whose output is `hidden_states[feature_layer]`, the deepest of several."""
+    layers = tower.transformer.layers
+    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    used = max(number % (len(layers) + 1) for number in numbers)
+    attention = layers[max(used - 1, 0)].attention
+    given = frozenset({"attention_mask", "position_embeddings"})
+    return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, False, given)
 
 
 @contextmanager
@@ -137,8 +148,8 @@ def read_attention(call: Call, block: AttentionBlock, fields: frozenset[str]) ->
         real = _real_patches(call.given["attention_mask"], keys)
         if block.class_token:
             saliency = class_attention(queries[:, :, 0], keys, real)
-        elif call.given["cu_seqlens"] is not None:
-            saliency = _packed_attention(queries, keys, call.given["cu_seqlens"])
+        elif (borders := _borders(call.given)) is not None:
+            saliency = _packed_attention(queries, keys, borders)
         else:
             saliency = attention_received(queries, keys, real)
         values["saliency"] = saliency.unsqueeze(2)
@@ -182,6 +193,24 @@ def attention_received(queries: Tensor, keys: Tensor, real: Tensor | None = None
         total += attention.sum(dim=(1, 2))
     count = patches if real is None else real.sum(dim=1, keepdim=True).clamp(min=1)
     return total / (heads * count)
+
+
+def _borders(given: dict[str, Any]) -> Tensor | None:
+    """Where the images of a packed sequence begin and end; None if it is not packed.
+
+    They are passed as such, under one name or the other, or as a mask `(1, 1, P, P)` of blocks on the diagonal.
+    """
+    for name in ("cu_seqlens", "cu_seq_lens_q"):
+        if given[name] is not None:
+            return given[name]
+    mask = given["attention_mask"]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2] != mask.shape[-1] or len(mask) != 1:
+        return None
+    allowed = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] > torch.finfo(mask.dtype).min / 2
+    # Patches of one image have the same first patch, the image's own.
+    _, lengths = allowed.int().argmax(dim=1).unique_consecutive(return_counts=True)
+    blocks = torch.block_diag(*(torch.ones(n, n, dtype=torch.bool) for n in lengths.tolist())).to(allowed.device)
+    return torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)) if torch.equal(blocks, allowed) else None
 
 
 def _packed_attention(queries: Tensor, keys: Tensor, borders: Tensor) -> Tensor:

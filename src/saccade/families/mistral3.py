@@ -1,0 +1,56 @@
+"""Mistral 3: a Pixtral tower, images of any size, blocks of patches merged, text after each line of tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from saccade.families.base import Family, pad_rows
+from saccade.families.encoded import AttentionBlock, Encoded, Patches
+from saccade.families.vision_attention import pixtral_block
+from saccade.tokens import VisualContext
+
+
+class Mistral3Family(Family):
+    """`Mistral3ForConditionalGeneration` with a Pixtral tower.
+
+    `[IMG_BREAK]` after each line of an image's tokens is text: it is always kept, and not counted among them.
+    """
+
+    name = "mistral3"
+    model_types = ("mistral3",)
+    takes_list = True
+
+    def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
+        sizes = inputs["image_sizes"]
+        output = self.model.get_image_features(
+            pixel_values=inputs["pixel_values"], image_sizes=sizes, return_dict=True
+        )
+        rows = list(output.pooler_output)
+        features, valid = pad_rows(rows)
+        edge = self.model.config.vision_config.patch_size * self._merged
+        grid = torch.cat((torch.ones_like(sizes[:, :1]), sizes // edge), dim=1).to(features.device)
+        context = VisualContext(features=features, valid=valid, grid=grid)
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=rows)})
+
+    @property
+    def _merged(self) -> int:
+        """The edge of a block of patches that becomes one token."""
+        return self.model.config.spatial_merge_size
+
+    def attention_block(self) -> AttentionBlock | None:
+        return pixtral_block(self.vision_tower, self.model.config.vision_feature_layer)
+
+    def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
+        """The mean over the block of patches that becomes a token."""
+        edge, width = self._merged, patches[0].values.shape[-1]
+        shapes = [tuple(shape) for shape in encoded.context.grid[:, 1:].tolist()]
+        values = torch.cat([entry.values.reshape(-1, width) for entry in patches])
+        images = values.split([rows * columns * edge**2 for rows, columns in shapes])
+        means = [
+            image.reshape(rows, edge, columns, edge, width).mean(dim=(1, 3)).reshape(-1, width)
+            for image, (rows, columns) in zip(images, shapes, strict=True)
+        ]
+        return pad_rows(means)[0]
