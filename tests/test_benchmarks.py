@@ -9,7 +9,7 @@ import torch
 from family_models import FAMILIES
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import flops, generate, steps, train
+from benchmarks import flops, generate, images, steps, train
 from benchmarks.batches import image_inputs, label_count, make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.flops import cache_bytes, prefill_flops
@@ -29,6 +29,19 @@ from saccade.testing.families import Case
 from saccade.tokens import VisualContext
 from saccade.training.flops import TextShape, VisualRows
 from saccade.training.length_table import LLAVA_665K, draw_lengths
+
+
+def test_rows_of_images_and_a_clip(tmp_path, capsys):
+    file = tmp_path / "images.json"
+    assert guarded(lambda: images.main(["--quick", "--repeats", "1", "--output", str(file)])) == 0
+    found = json.loads(file.read_text())
+    for row in found["measured"].values():
+        assert (row["all"]["tokens"], row["kept"]["tokens"]) == (64 + 2 + 32, 6 + 2 + 32)
+        assert row["all"]["saved_bytes"] > 2 * row["kept"]["saved_bytes"]
+    assert found["planned"]["1"]["kept"]["tokens"] == 58 + 4 + 128
+    assert "a clip of 2 frames" in capsys.readouterr().out
+    with pytest.raises(SaccadeError, match="repeats=0"):
+        images.main(["--repeats", "0"])
 
 
 @pytest.fixture

@@ -146,6 +146,18 @@ def test_adapters_are_counted_and_frozen_weights_get_no_gradient():
     assert plan["baseline"]["language_flops"] == 2 * weights + 3 * scores + 3 * adapters
 
 
+def test_images_of_a_sample_are_counted():
+    """Each has its tokens and its pass through the tower, and the scores of a row grow with its square."""
+    flags = ["--max_length", "9000", "--gradient_checkpointing", "false", "--slow_probability", "0"]
+    plan = plan_recipe("llava-1.5-7b/sft_full", flags, text_tokens=100, label_rows=40, images=8)
+    assert (plan["lengths"]["images"], plan["baseline"]["length"]) == (8, 8 * 576 + 100)
+    assert plan["modes"][0]["length"] == 8 * (58 + 4) + 100
+    assert plan["baseline"]["language_flops"] == 3 * sum(forward(8 * 576, 100, 40))
+    shape, config = get_shape("llava-1.5-7b"), shape_config("llava-1.5-7b")
+    vision = tower_flops(config, 1, shape.grid) + 3 * projector_flops(config, 1, shape.grid)
+    assert plan["baseline"]["flops"] - plan["baseline"]["language_flops"] == 8 * vision
+
+
 def test_memory_of_weights_gradients_and_optimizer():
     full = plan_recipe("llava-1.5-7b/sft_full")
     count, trained = full["parameters"]["total"], full["parameters"]["trainable"]
@@ -345,6 +357,9 @@ def test_the_published_speedup_stands_beside_the_counted_one(capsys):
         (["--dry-run", "--max_length", "500"], "max_length=500 cuts image tokens"),
         (["--dry-run", "--devices", "0"], "devices=0"),
         (["--dry-run", "--shards", "3"], "shards=3"),
+        (["--dry-run", "--images", "8"], "images=8 without text_tokens"),
+        (["--dry-run", "--text-tokens", "9", "--images", "0"], "images=0: give at least 1"),
+        (["--dry-run", "--text-tokens", "9", "--images", "8"], "8 images of llava-1.5-7b have 4608, give more"),
         (["--dry-run", "--label-rows", "500"], "label_rows=500 without text_tokens"),
         (["--dry-run", "--text-tokens", "9", "--label-rows", "500"], "label_rows=500"),
         (["--dry-run", "--prune_ratio", "2"], "prune_ratio=2"),

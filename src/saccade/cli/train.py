@@ -22,7 +22,7 @@ saccade train my.yaml --launch zero2 --processes 16 --machines 2 --machine-rank 
 saccade train llava-1.5-7b/sft_lora --dry-run           what it would take; nothing is downloaded or trained
 """
 
-PLAN_FLAGS = ("output", "text_tokens", "label_rows", "devices", "shards")
+PLAN_FLAGS = ("output", "text_tokens", "label_rows", "images", "devices", "shards")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-tokens",
         type=int,
         metavar="N",
-        help="with --dry-run: text tokens of a sample with one image (default: those of the recipe's rows, or of a "
-        "shipped table of captions or instructions)",
+        help="with --dry-run: text tokens of a sample (default: those of the recipe's rows, or of a shipped table of "
+        "captions or instructions)",
     )
     parser.add_argument(
         "--label-rows",
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --text-tokens: how many of these have labels (default: half)",
     )
+    parser.add_argument("--images", type=int, metavar="N", help="with --text-tokens: images of a sample (default: 1)")
     parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: number of GPUs (default: 8)")
     parser.add_argument(
         "--shards",
@@ -151,7 +152,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.training.plan import plan_recipe
 
-    names = ("text_tokens", "label_rows", "devices", "shards")
+    names = ("text_tokens", "label_rows", "images", "devices", "shards")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     plan = plan_recipe(args.recipe, args.overrides, **given)
     _print(plan)

@@ -47,6 +47,7 @@ def plan_recipe(
     overrides: Sequence[str] = (),
     text_tokens: int | None = None,
     label_rows: int | None = None,
+    images: int | None = None,
     devices: int = 8,
     shards: int = 1,
 ) -> dict[str, Any]:
@@ -55,8 +56,9 @@ def plan_recipe(
     Args:
         path: path or name of the recipe.
         overrides: fields, as for `load_recipe`.
-        text_tokens: text tokens of a sample with one image; by default, samples are as found by `recipe_lengths`.
+        text_tokens: text tokens of a sample; by default, samples are as found by `recipe_lengths`.
         label_rows: how many of these have labels; by default half.
+        images: images of such a sample; by default one.
         devices: number of devices that train in parallel.
         shards: number of devices that share weights, gradients and optimizer states (FSDP, ZeRO-3); 1 if each has all.
 
@@ -70,7 +72,7 @@ def plan_recipe(
         SaccadeError: on bad input, a model whose configuration is not available, or a chat template from which answers
             and their end tokens cannot be learned.
     """
-    given = _given_lengths(text_tokens, label_rows)
+    given = _given_lengths(text_tokens, label_rows, images)
     check_counts(devices=devices, shards=shards)
     if devices % shards:
         raise SaccadeError(f"shards={shards!r}: give a number that divides the {devices} devices")
@@ -95,17 +97,18 @@ def plan_recipe(
     }
 
 
-def _given_lengths(text_tokens: int | None, label_rows: int | None) -> SampleLength | None:
+def _given_lengths(text_tokens: int | None, label_rows: int | None, images: int | None) -> SampleLength | None:
     if text_tokens is None:
-        if label_rows is not None:
-            raise SaccadeError(f"label_rows={label_rows!r} without text_tokens: give both, or neither")
+        for name, value in {"label_rows": label_rows, "images": images}.items():
+            if value is not None:
+                raise SaccadeError(f"{name}={value!r} without text_tokens: give both, or neither")
         return None
-    if text_tokens < 1:
-        raise SaccadeError(f"text_tokens={text_tokens!r}: give 1 or more")
+    images = 1 if images is None else images
+    check_counts(text_tokens=text_tokens, images=images)
     label_rows = max(1, text_tokens // 2) if label_rows is None else label_rows
     if not 1 <= label_rows <= text_tokens:
         raise SaccadeError(f"label_rows={label_rows!r}: give from 1 to the {text_tokens} text tokens")
-    return SampleLength(text_tokens, label_rows)
+    return SampleLength(text_tokens, label_rows, images)
 
 
 def _plan_stage(
@@ -117,10 +120,12 @@ def _plan_stage(
     shape, config, model_name = find_shape(recipe, path)
     check_aspect_ratio(family_class(config), args.image_aspect_ratio)
     limit = args.max_length if args.fit_length is None else None
-    if limit is not None and shape.visual_tokens >= limit:
+    images = 1 if given is None else given.images
+    if limit is not None and images * shape.visual_tokens >= limit:
+        have = "an image" if images == 1 else f"{images} images"
         raise SaccadeError(
-            f"max_length={limit} cuts image tokens: an image of {shape.name} has {shape.visual_tokens}, "
-            "give more, and room for text, or fit_length, which drops some of them"
+            f"max_length={limit} cuts image tokens: {have} of {shape.name} {'has' if images == 1 else 'have'} "
+            f"{images * shape.visual_tokens}, give more, and room for text, or fit_length, which drops some of them"
         )
     model = meta_model(recipe, config)
     if args.feature_cache is not None:
