@@ -106,8 +106,8 @@ def installed_engine(engine: str | None) -> str:
         raise needs_package("saccade serve --engine vllm", "vllm")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise SaccadeError(
-            'saccade serve needs vLLM or the server of transformers: pip install "saccade[vllm]" in a separate '
-            'environment, or pip install "transformers[serving]" here'
+            'saccade serve needs vLLM or the server of transformers: pip install "CLONE[vllm]", with the path of '
+            'a clone of Saccade, in a separate environment, or pip install "transformers[serving]" here'
         )
     return "transformers"
 
