@@ -78,7 +78,8 @@ $(OLDEST)/.installed: $(STAMP) requirements-oldest.txt
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 -m "interfaces and not slow and not gpu"
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -n 2 -m "interfaces and not slow and not gpu" \
+		$$(grep -l mark.interfaces tests/test_*.py)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu"

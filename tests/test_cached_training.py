@@ -34,7 +34,7 @@ def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, *
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"peft_config": LORA}, marks=pytest.mark.slow),
         pytest.param({"freeze_language_model": True}, marks=pytest.mark.slow),

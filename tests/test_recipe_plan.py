@@ -64,9 +64,12 @@ def test_the_real_recipes_are_there():
     assert names >= {"skip-vision/pretrain", "skip-vision/sft_100_156", "skip-vision/sft_256_320"}
 
 
+TWICE = ("sft_full", "sft_qlora")
+
+
 def as_slow(path):
-    """What differs from another recipe in the size of its model only, or in four bits, shows nothing more."""
-    again = path.parent.name == "llava-1.5-13b" or (path.stem == "sft_qlora" and path.parent.name != "llava-1.5-7b")
+    """What differs from another recipe in its model only, or in what of it trains, shows nothing more."""
+    again = path.parent.name == "llava-1.5-13b" or (path.stem in TWICE and path.parent.name != "llava-1.5-7b")
     return pytest.param(path, marks=[pytest.mark.slow] if again else [], id=f"{path.parent.name}/{path.stem}")
 
 
@@ -97,7 +100,13 @@ def test_real_recipes_are_planned(path):
         assert (plan["modes"][0]["kept"], plan["modes"][0]["skipped"]) == (retained, skipped)
 
 
-@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def as_tiny(path):
+    return pytest.param(
+        path, marks=[] if path.stem in ("sft_lora", "multi_speed") else [pytest.mark.slow], id=path.stem
+    )
+
+
+@pytest.mark.parametrize("path", [as_tiny(path) for path in TINY])
 def test_tiny_recipes_are_planned_before_stage_one_has_run(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     plan = plan_recipe(path)

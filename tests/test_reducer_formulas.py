@@ -221,7 +221,7 @@ def vispruner_oracle(
     return sorted(important + order)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 9, 20, 37])
+@pytest.mark.parametrize("keep", [1, 9, 37])
 def test_vispruner_equals_the_loop(keep):
     context = full_context(tokens=61)
     alike = get_reducer("vispruner")(context, keep)
@@ -252,7 +252,7 @@ def test_vispruner_pairs_follow_saliency():
     assert kept(get_reducer("vispruner")(context, 5)) == [[0, 1, 2, 3, 4]]
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(WHOLE_NUMBERS, st.integers(1, 29))
 def test_vispruner_and_prumerge_settle_ties_by_raster_order(tokens, keep):
     keep = min(keep, tokens.shape[1])
@@ -295,7 +295,7 @@ def prumerge_oracle(
 
 
 @pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("keep", [1, 2, 9, 20, 36, 37])
+@pytest.mark.parametrize("keep", [1, 9, 36, 37])
 def test_prumerge_equals_the_loop(keep, plus):
     context = full_context()
     for neighbours in (32, 5, 0):
@@ -306,7 +306,7 @@ def test_prumerge_equals_the_loop(keep, plus):
             torch.testing.assert_close(reduction.weight[row], weight)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(WHOLE_NUMBERS, st.data())
 def test_the_first_of_equally_near_tokens_is_joined(tokens, data):
     count = tokens.shape[1]
@@ -318,7 +318,7 @@ def test_the_first_of_equally_near_tokens_is_joined(tokens, data):
             assert found[row, token] == near.index(max(near))
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(WHOLE_NUMBERS, st.integers(1, 29))
 def test_tome_settles_ties_by_raster_order(tokens, keep):
     reduction = get_reducer("tome")(make_context(tokens), keep)
@@ -359,7 +359,7 @@ def tome_oracle(
 
 
 @pytest.mark.parametrize("tokens", [37, 40])
-@pytest.mark.parametrize("keep", [1, 4, 9, 20, 36])
+@pytest.mark.parametrize("keep", [1, 9, 36])
 def test_tome_equals_the_loop(tokens, keep):
     context = full_context(tokens=tokens)
     budgets = torch.tensor([keep, 3, 30])

@@ -118,12 +118,17 @@ def test_a_stream_goes_on_in_the_epoch_where_it_stopped(processor, tmp_path):
         assert curve(resume, cut, resume) == pytest.approx(whole, rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def trained(processor, tmp_path_factory):
+    model, folder = build_tiny_llava(processor, seed=0), tmp_path_factory.mktemp("interrupted")
+    make_trainer(model, processor, folder, **LONGER, max_steps=2, save_strategy="steps", save_steps=2).train()
+    return folder
+
+
 @pytest.fixture
-def interrupted(model, processor, tmp_path):
+def interrupted(trained, tmp_path):
     """A folder with a whole checkpoint of step 2."""
-    trainer = make_trainer(model, processor, tmp_path, **LONGER, max_steps=2, save_strategy="steps", save_steps=2)
-    trainer.train()
-    return tmp_path
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
 
 
 def again(processor, output, **options):

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,19 +46,20 @@ class Payload:
         return (os.mkdir, (self.folder,))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_checkpoint_with_code_in_it_is_refused_on_resume(processor, tmp_path, name):
+def test_a_checkpoint_with_code_in_it_is_refused_on_resume(processor, tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path / "out", **options).train()
-    checkpoint = tmp_path / "out" / "checkpoint-1"
-    torch.save(Payload(tmp_path / "harm"), checkpoint / name)
-    # A stranger's checkpoint brings a manifest that fits, or none.
-    (checkpoint / MANIFEST_FILE).unlink()
-    trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path / "out", **options)
-    with pytest.raises(SaccadeError, match=r"checkpoint-1.* contains something other than tensors") as error:
-        trainer.train(resume_from_checkpoint=str(checkpoint))
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "harm").exists()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        output = shutil.copytree(tmp_path / "out", tmp_path / name)
+        checkpoint = output / "checkpoint-1"
+        torch.save(Payload(tmp_path / "harm"), checkpoint / name)
+        # A stranger's checkpoint brings a manifest that fits, or none.
+        (checkpoint / MANIFEST_FILE).unlink()
+        trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, output, **options)
+        with pytest.raises(SaccadeError, match=r"checkpoint-1.* contains something other than tensors") as error:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert "\n" not in str(error.value), name
+        assert not (tmp_path / "harm").exists(), name
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, processor):

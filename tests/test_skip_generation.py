@@ -33,6 +33,18 @@ def case(request):
     return CASES[request.param]
 
 
+KINDS = ("llava", "internvl", "qwen2_5_vl", "qwen3_vl videos")
+"""Positions on one axis and on three, rows of several crops, layers that get features of their own, and clips."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in CASES if name != "gemma3"]
+)
+def kind(request):
+    """For what `generate` does with the cache once a family's prompt is in it: one family of each kind."""
+    return CASES[request.param]
+
+
 @pytest.fixture
 def llava():
     return CASES["llava"]
@@ -42,16 +54,18 @@ def generated(output, inputs):
     return output.sequences[:, inputs["input_ids"].shape[1] :]
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        pytest.param(range(4), id="batch", marks=pytest.mark.interfaces),
-        pytest.param([1], id="two images"),
-        pytest.param([2], id="text"),
-    ],
-)
-def test_compacted_cache_equals_masked_full_cache(case, rows):
+@pytest.mark.interfaces
+def test_compacted_cache_equals_masked_full_cache(case):
     """Greedy tokens and logits, with different numbers of skipped rows, text-only samples and left padding."""
+    check_compacted_cache(case, range(4))
+
+
+@pytest.mark.parametrize("row", [1, 2], ids=["two images", "text"])
+def test_compacted_cache_of_a_prompt_alone(kind, row):
+    check_compacted_cache(kind, [row])
+
+
+def check_compacted_cache(case, rows):
     prompts = case.prompts(rows)
     if case.name == "llava_onevision":
         prompts.pop("mm_token_type_ids", None)  # a text-only sample of the tests has it, the model does not take it
@@ -109,18 +123,18 @@ def test_memory_is_freed(case):
     ],
     ids=lambda options: " ".join(options),
 )
-def test_ways_of_generating(case, options):
+def test_ways_of_generating(kind, options):
     """Each equals the same with all rows in the cache and a mask instead of compaction."""
-    if "prefill_chunk_size" in options and "onevision" in case.name:
+    if "prefill_chunk_size" in options and "onevision" in kind.name:
         pytest.skip("the stock model's chunks count frames otherwise")
-    prompts = case.prompts()
+    prompts = kind.prompts()
     outputs = []
     for config in ({}, {"drop_kv": False, "text_visibility": "prompt_only"}):
         changed = options if config == {} else {k: v for k, v in options.items() if k in SAME_WAY}
-        with skipping(case.model, options_for(case.name, **config)):
+        with skipping(kind.model, options_for(kind.name, **config)):
             torch.manual_seed(5)
-            given = {"max_new_tokens": 8, "suppress_tokens": banned_tokens(case.model), "do_sample": False, **changed}
-            outputs.append(case.model.generate(**prompts, **given))
+            given = {"max_new_tokens": 8, "suppress_tokens": banned_tokens(kind.model), "do_sample": False, **changed}
+            outputs.append(kind.model.generate(**prompts, **given))
     several = options.get("num_return_sequences", 1)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(
@@ -131,12 +145,12 @@ def test_ways_of_generating(case, options):
 SAME_WAY = ("num_beams", "num_return_sequences", "do_sample", "top_k")
 
 
-def test_prompt_lookup_equals_greedy(case):
-    prompts = case.prompts([1])
-    with skipping(case.model, options_for(case.name)):
-        options = greedy_options(case.model, 24)
-        plain = case.model.generate(**prompts, **options)
-        looked = case.model.generate(**prompts, **options, prompt_lookup_num_tokens=3)
+def test_prompt_lookup_equals_greedy(kind):
+    prompts = kind.prompts([1])
+    with skipping(kind.model, options_for(kind.name)):
+        options = greedy_options(kind.model, 24)
+        plain = kind.model.generate(**prompts, **options)
+        looked = kind.model.generate(**prompts, **options, prompt_lookup_num_tokens=3)
     assert torch.equal(plain.sequences, looked.sequences)
 
 
@@ -173,14 +187,14 @@ def second_turn(case, prompts, row):
 
 @pytest.mark.parametrize("with_image", [False, True], ids=["text", "image"])
 @pytest.mark.parametrize("row", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_second_turn(case, row, with_image):
+def test_a_second_turn(kind, row, with_image):
     """A conversation continues from the cache, with more text or another image, as if all rows were still there."""
-    prompts = case.prompts([row])
-    text, picture = second_turn(case, prompts, 3)
+    prompts = kind.prompts([row])
+    text, picture = second_turn(kind, prompts, 3)
     new = picture if with_image else text
-    with skipping(case.model, options_for(case.name)) as skip:
+    with skipping(kind.model, options_for(kind.name)) as skip:
         first_prepared = skip.prepare(prompts, padding_side="left")
-        first = case.model.generate(**prompts, **greedy_options(case.model, 5))
+        first = kind.model.generate(**prompts, **greedy_options(kind.model, 5))
         # The last token that was written is not in the cache yet.
         last = first.sequences[:, -1:]
         behind = {**new, "input_ids": torch.cat((last, new["input_ids"]), dim=1)}
@@ -196,12 +210,12 @@ def test_a_second_turn(case, row, with_image):
             whole["mm_token_type_ids"] = torch.cat((zeros, behind["mm_token_type_ids"]), dim=1)
         cache = cache_of(first)
         kept = stored_length(cache)
-        second = case.model.generate(**whole, **greedy_options(case.model, COUNT), **with_cache(case.model, cache))
+        second = kind.model.generate(**whole, **greedy_options(kind.model, COUNT), **with_cache(kind.model, cache))
         third_kept = stored_length(cache)
-    oracle = FullCache(case.model)
-    tokens, _ = oracle.greedy(oracle.read(first_prepared), 5, banned_tokens(case.model))
+    oracle = FullCache(kind.model)
+    tokens, _ = oracle.greedy(oracle.read(first_prepared), 5, banned_tokens(kind.model))
     assert torch.equal(generated(first, prompts), tokens)
-    tokens, logits = oracle.greedy(oracle.read(second_prepared), COUNT, banned_tokens(case.model))
+    tokens, logits = oracle.greedy(oracle.read(second_prepared), COUNT, banned_tokens(kind.model))
     assert torch.equal(generated(second, whole), tokens)
     torch.testing.assert_close(torch.stack(second.logits), logits, **CLOSE)
     roles = second_prepared["skip_roles"]

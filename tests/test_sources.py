@@ -92,8 +92,7 @@ def test_a_table_does_not_open_what_a_row_names(tmp_path):
     assert found["images"] == [str(tmp_path / "secret.png")]
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("name", "shards"), [("a.json", 1), ("a.jsonl", 3)])
 def test_a_stream_equals_the_rows_in_memory(tmp_path, records, name, shards):
     path = write_json(tmp_path / name, records)
     rows = rows_of(path)

@@ -259,7 +259,7 @@ def isolated_counts(batch: Batch, isolator_length: int) -> list[int]:
     return counts
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     batches(),
     st.integers(0, 4),

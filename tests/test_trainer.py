@@ -89,22 +89,22 @@ def test_our_slow_step_equals_stock_fine_tuning(model, processor, collator, scen
     torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(theirs), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("mode", ["fast", "slow"])
-def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path, mode):
+def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path):
     """The normaliser is the number of labels of the whole step, so that long answers weigh as much anywhere."""
-    rate = 1.0 if mode == "slow" else 0.0
     whole, parts = (
         train(
             build_tiny_llava(processor, seed=0),
             processor,
             tmp_path / f"{size}",
-            slow_probability=rate,
+            slow_probability=0.5,
+            schedule="stratified",
             per_device_train_batch_size=size,
             gradient_accumulation_steps=8 // size,
-            max_steps=3,
+            max_steps=4,
         )
         for size in (8, 2)
     )
+    assert {whole.mode_of(step) for step in range(4)} == {"fast", "slow"}
     torch.testing.assert_close(torch.tensor(losses(whole)), torch.tensor(losses(parts)), rtol=1e-4, atol=1e-4)
 
 
@@ -364,17 +364,17 @@ def test_model_that_does_not_exist(processor, tmp_path):
         make_trainer(str(tmp_path / "nowhere"), processor, tmp_path)
 
 
-@pytest.mark.parametrize("mode", ["fast", "slow"])
 @pytest.mark.parametrize("kind", ["autocast", "bf16 weights"])
-def test_bf16(processor, tmp_path, mode, kind):
+def test_bf16(processor, tmp_path, kind):
     """Close to float32; the isolator stays in float32, where it moves at fine-tuning rates."""
-    options = {"slow_probability": 1.0 if mode == "slow" else 0.0, "max_steps": 2}
+    options = {"slow_probability": 0.5, "schedule": "stratified", "max_steps": 2}
     exact = train(build_tiny_llava(processor, seed=0), processor, tmp_path / "a", **options)
     model = build_tiny_llava(processor, seed=0)
     if kind == "autocast":
         trainer = train(model, processor, tmp_path / "b", bf16=True, **options)
     else:
         trainer = train(model.bfloat16(), processor, tmp_path / "b", **options)
+    assert {trainer.mode_of(step) for step in range(2)} == {"fast", "slow"}
     assert trainer.isolator.weight.dtype == torch.float32
     assert losses(trainer) == pytest.approx(losses(exact), rel=0.02)
 

@@ -9,7 +9,7 @@ Letters: d width, q width of all queries, k width of all keys, f width of the fe
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
@@ -36,7 +36,7 @@ class VisualRows:
     skipped: int = 0
 
     def __post_init__(self) -> None:
-        for name, count in asdict(self).items():
+        for name, count in vars(self).items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise SaccadeError(f"{name}={count!r}: give a number of rows, 0 or more")
 
