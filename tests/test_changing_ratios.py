@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+import torch
 from helpers import fast_slow_schedule, make_config, make_trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,15 +46,16 @@ class TestRatio:
         modes = [
             {"name": "fast", "probability": 0.7, "teacher": "milder"},
             {"name": "milder", "probability": 0.2, "prune_ratio": 0.5, "prune_ratio_start": 0.3},
-            {"name": "fixed", "probability": 0.1, "ratio_schedule": "constant", "prune_ratio": 0.4},
+            {"name": "fixed", "probability": 0.05, "ratio_schedule": "constant", "prune_ratio": 0.4},
+            {"name": "drawn", "probability": 0.05, "ratio_schedule": "random"},
         ]
         config = make_config(tmp_path, modes=modes, **LINEAR)
         assert ratios(config, "fast", 3) == pytest.approx([0.5, 0.7, 0.9])
         assert ratios(config, "milder", 3) == pytest.approx([0.3, 0.4, 0.5])
         assert ratios(config, "fixed", 3) == [0.4] * 3
         means = [mode.mean_pruning.prune_ratio for mode in config.all_modes()]
-        assert means == pytest.approx([0.7, 0.4, 0.4])
-        assert [mode.mildest_pruning.prune_ratio for mode in config.all_modes()] == pytest.approx([0.5, 0.3, 0.4])
+        assert means == pytest.approx([0.7, 0.4, 0.4, 0.7])
+        assert [mode.mildest_pruning.prune_ratio for mode in config.all_modes()] == pytest.approx([0.5, 0.3, 0.4, 0.5])
         assert make_config(tmp_path, modes=config.to_dict()["modes"], **LINEAR).all_modes() == config.all_modes()
 
     def test_the_console_says_how_it_changes(self, tmp_path) -> None:
@@ -113,6 +115,14 @@ class TestSequence:
             assert abs(count - shares[name] * steps) < 1 + 1e-6
         assert schedule.count(steps) == {name: order.count(name) for name in shares}
 
+    def test_steps_outside_of_the_run(self) -> None:
+        schedule = fast_slow_schedule(0, 0.1, "sequential")
+        assert schedule.mode(0, 0) == "slow"
+        assert schedule.mode(100, 100) == "slow"
+        assert fast_slow_schedule(0, 0.0, "sequential").mode(100, 100) == "fast"
+        # A resumed run has done fast steps alone.
+        assert schedule.count(50, 100) == {"fast": 50, "slow": 0}
+
     def test_slow_steps_are_the_last(self) -> None:
         schedule = fast_slow_schedule(0, 0.1, "sequential")
         assert [step for step in range(200) if schedule.mode(step, 200) == "slow"] == list(range(180, 200))
@@ -148,6 +158,10 @@ def test_training_prunes_by_the_ratio_of_its_step(processor, tmp_path) -> None:
     assert teachers == (None, None, pytest.approx(0.5 + 0.8 / 3), pytest.approx(0.9))
     lengths = [entry["length_in"] for entry in trainer.state.log_history if "length_in" in entry]
     assert lengths[0] > lengths[1]
+    with torch.no_grad():
+        trainer.model.eval()
+        trainer._run_step(trainer.model, "fast", trainer.data_collator([trainer.train_dataset[0]]), 1.0)
+    assert trainer._changing[0][1].config.prune_ratio == 0.9
     trainer.save_model(str(tmp_path / "run"))
     assert (tmp_path / "run" / PRUNING_FILE).is_file()
     assert PruningConfig.from_pretrained(tmp_path / "run").prune_ratio == 0.9

@@ -26,6 +26,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.made: list[dict] = []
         self.refuses_commits = False
+        self.exists = False
 
     @property
     def url(self) -> str:
@@ -39,9 +40,12 @@ class Handler(BaseHTTPRequestHandler):
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if self.path == "/api/whoami-v2" and known:
             return self.answer(200, {"name": "me", "type": "user"})
-        if self.path.startswith("/api/models/me/"):
+        if self.path.startswith("/api/models/me/") and self.server.exists:
             return self.answer(200, {"id": "me/model", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
         return self.answer(404 if known else 401, {"error": "no"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -66,6 +70,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, content: dict) -> None:
         self.send_response(status)
         text = json.dumps(content).encode()
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
         self.send_header("Content-Length", str(len(text)))
         self.send_header("Content-Type", "application/json")
         self.end_headers()
@@ -115,6 +121,15 @@ def test_what_was_exported_is_on_the_hub(hub: Hub, exported: Path, capsys) -> No
     assert f"published at {hub.url}/me/model" in capsys.readouterr().out
 
 
+def test_private_does_not_upload_to_what_is_public(hub: Hub, exported: Path, capsys) -> None:
+    hub.exists = True
+    words = ["export", "run", "--output", str(exported), "--push-to-hub", "me/model"]
+    assert main([*words, "--private"]) == 2
+    assert "push_to_hub='me/model' is public" in capsys.readouterr().err
+    assert not exported.exists()
+    assert main(words) == 0
+
+
 def test_a_refused_upload_keeps_the_folder(hub: Hub, exported: Path, capsys) -> None:
     hub.refuses_commits = True
     assert main(["export", "run", "--output", str(exported), "--push-to-hub", "me/model"]) == 2
@@ -136,7 +151,7 @@ def test_a_wrong_name_is_told(name: str, message: str) -> None:
 def test_a_stranger_is_told_before_anything_is_exported(hub: Hub, exported: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "b" * 34)
     assert main(["export", "run", "--output", str(exported), "--push-to-hub", "me/model"]) == 2
-    assert "does not know you" in capsys.readouterr().err
+    assert "did not say who you are" in capsys.readouterr().err
     assert not exported.exists()
 
 

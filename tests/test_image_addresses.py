@@ -27,6 +27,11 @@ class Handler(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         name = self.path.rpartition("/")[2]
         failed = name == "once.png" and self.asked.count(self.path) == 1
+        if name in ("page.png", "empty.png", "later.png"):
+            self.send_response(202 if name == "later.png" else 200)
+            self.end_headers()
+            self.wfile.write({"page.png": b"<html>log in</html>", "empty.png": b""}.get(name, self.png))
+            return
         if name == "missing.png" or failed:
             self.send_error(503 if failed else 404)
             return
@@ -40,6 +45,10 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.png) + (7 if name == "short.png" else 0)))
         self.end_headers()
         self.wfile.write(self.png)
+
+    def do_CONNECT(self) -> None:
+        self.asked.append(f"CONNECT {self.path}")
+        self.send_error(502)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -129,6 +138,10 @@ class TestPermission:
             "https://good.org\\@evil.org/set/a.png",
             "https://good.org/set/a.png\r\nHost: evil.org",
             "https://good.org:port/set/a.png",
+            "https://good.org:0/set/a.png",
+            "https://good.org/set/..;/secret/a.png",
+            "https://good.org/set/..%5c../a.png",
+            "https://good.org/set/%25252e%25252e/a.png",
             "https://gооd.org/set/a.png",  # noqa: RUF001 Cyrillic letters
             "file:///set/a.png",
             "ftp://good.org/set/a.png",
@@ -142,7 +155,17 @@ class TestPermission:
         assert error.value.kind == "outside_image_folders"
 
     @pytest.mark.parametrize(
-        "prefix", ["good.org/", "ftp://good.org/", "https://", "https://good.org", "https://good.org/?a=/", "/folder/"]
+        "prefix",
+        [
+            5,
+            "https://*.good.org/",
+            "good.org/",
+            "ftp://good.org/",
+            "https://",
+            "https://good.org",
+            "https://good.org/?a=/",
+            "/folder/",
+        ],
     )
     def test_what_is_no_beginning(self, prefix: str) -> None:
         with pytest.raises(SaccadeError, match=r"^image_urls=.*ends with '/'"):
@@ -152,7 +175,11 @@ class TestPermission:
 class TestFetch:
     @pytest.mark.parametrize(
         ("name", "reason", "attempts"),
-        [("missing.png", "404 Not Found", 1), ("short.png", r"\d+ of \d+ bytes arrived", 3)],
+        [
+            ("missing.png", "404 Not Found", 1),
+            ("short.png", r"\d+ of \d+ bytes arrived", 3),
+            ("later.png", "the server answers 202", 3),
+        ],
     )
     def test_what_is_not_there_whole_is_not_kept(
         self, server: str, tmp_path: Path, name: str, reason: str, attempts: int
@@ -162,6 +189,30 @@ class TestFetch:
         assert error.value.kind == "missing_image"
         assert len(Handler.asked) == attempts
         assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+    @pytest.mark.parametrize(("name", "kind"), [("page.png", "not_an_image"), ("empty.png", "zero_byte_image")])
+    def test_what_is_not_an_image_is_not_kept(self, server: str, tmp_path: Path, name: str, kind: str) -> None:
+        with pytest.raises(RecordError, match=f"image '{server}{name}' is ") as error:
+            ImageAddresses([server], tmp_path / "cache").fetch(server + name)
+        assert error.value.kind == kind
+        assert not (tmp_path / "cache").exists()
+
+    def test_every_attempt_through_a_proxy_is_encrypted(self, server: str, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv("https_proxy", server)
+        monkeypatch.delenv("no_proxy", raising=False)
+        addresses._opener.cache_clear()
+        try:
+            with pytest.raises(RecordError, match="502"):
+                ImageAddresses(["https://good.org/"], tmp_path).fetch("https://good.org/a.png")
+        finally:
+            addresses._opener.cache_clear()
+        assert Handler.asked == ["CONNECT good.org:443"] * 3
+
+    @pytest.mark.parametrize("cache", ["", "{tmp}/file", "{tmp}/file/below"])
+    def test_a_folder_that_cannot_be_written(self, tmp_path: Path, cache: str) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(SaccadeError, match="image_cache="):
+            ImageAddresses(["https://good.org/"], cache.format(tmp=tmp_path))
 
     def test_a_server_that_fails_is_asked_again(self, server: str, tmp_path: Path) -> None:
         assert Path(ImageAddresses([server], tmp_path).fetch(f"{server}once.png")).read_bytes() == Handler.png

@@ -364,6 +364,7 @@ def test_the_published_speedup_stands_beside_the_counted_one(capsys):
             "model='someone/unknown' is not a folder .* put its config.json",
         ),
         (["--dry-run", "--max_length", "500"], "max_length=500 cuts image tokens"),
+        (["--dry-run", "--patch_tolerance", "0.1"], "patch_tolerance"),
         (["--dry-run", "--devices", "0"], "devices=0"),
         (["--dry-run", "--shards", "3"], "shards=3"),
         (["--dry-run", "--images", "8"], "images=8 without text_tokens"),

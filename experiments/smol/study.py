@@ -134,11 +134,13 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
         language_model, gguf_file = str(package_folder(GGUF_PACKAGE)), GGUF_FILE
     setup = _read_setup(output)
     model = output / f"model-{settings.grid}"
-    before = setup.get(model.name, {}).get("language_model", language_model)
-    if model.is_dir() and before != language_model:
-        raise SaccadeError(
-            f"output={str(output)!r} holds a model of language_model={before!r}: give that one, or another output"
-        )
+    wanted = {"language_model": language_model, "projector_batches": settings.projector_batches}
+    for name, value in wanted.items():
+        before = setup.get(model.name, {}).get(name)
+        if model.is_dir() and before != value:
+            raise SaccadeError(
+                f"output={str(output)!r} holds a model of {name}={before!r}: give that one, or another output"
+            )
     data = _make_data(output / "data" / generators(), settings, setup, log)
     # Now, since the tower takes long: files that are there tell no times.
     write_json_atomically(output / SETUP_FILE, setup)
@@ -154,7 +156,7 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
         facts = assemble_model(output / f"tower-{settings.grid}", language_model, partial, options)
         projector = align_projector(partial, settings.projector_batches, settings.grid, log=log)
         partial.rename(model)
-        setup[model.name] = {"language_model": language_model, **facts, "output": str(model), "projector": projector}
+        setup[model.name] = {**wanted, **facts, "output": str(model), "projector": projector}
     write_json_atomically(output / SETUP_FILE, setup)
     return {"data": data, "model": str(model), "setup": setup}
 

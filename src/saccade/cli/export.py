@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.training.hub import check_hub, push_folder
 
     if args.push_to_hub is not None:
-        check_hub(args.push_to_hub)
+        check_hub(args.push_to_hub, args.private)
     elif args.private:
         raise SaccadeError("private=true is for push_to_hub only: leave it out, or say where to push")
     summary = export_model(args.model, args.output, args.dtype, args.max_shard_size)

@@ -1,23 +1,27 @@
-"""Images that rows name by their address on the web: fetched once, and only from where the user said."""
+"""Images that rows name by their address on the web: fetched only from where the user said, and kept in a folder."""
 
 import hashlib
 import os
 import re
 import time
 from collections.abc import Sequence
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 from saccade.errors import RecordError, SaccadeError
-from saccade.files import atomic_path
+from saccade.files import atomic_path, check_writable
+from saccade.images import LARGEST_MAX_PIXELS, image_size
 
 MAX_BYTES = 64 << 20
 """Size in bytes above which a file is not fetched."""
 ATTEMPTS = 3
+REDIRECTS = 5
+"""How many are followed in an attempt."""
 TIMEOUT = 30.0
 """Seconds without an answer after which an attempt ends."""
 DEADLINE = 120.0
@@ -26,6 +30,7 @@ DEADLINE = 120.0
 _PAUSE = 0.5
 _CHUNK = 1 << 16
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 
 
 def is_address(name: str) -> bool:
@@ -37,21 +42,21 @@ class ImageAddresses:
     """Fetches images from the addresses that the user permitted, and keeps them in a folder.
 
     A data file may come from anybody, and a fetch tells its server who trains on it; therefore nothing is fetched
-    from anywhere else, not by a redirect either. A file that was fetched once is read from the folder from then on, so
-    the resumed run sees the same pixels.
+    from anywhere else, not by a redirect either. A file that was fetched is read from the folder from then on, so the
+    resumed run sees the same pixels.
 
     Args:
         prefixes: what permitted addresses begin with: scheme, host and a path that ends with "/".
         cache: folder to keep the files in; `saccade/images` in the user's cache folder when left out.
 
     Raises:
-        SaccadeError: on a prefix that is not such a beginning.
+        SaccadeError: on a prefix that is not such a beginning, or a folder that cannot be written.
     """
 
     def __init__(self, prefixes: Sequence[str], cache: str | Path | None = None) -> None:
         self.prefixes = tuple(prefixes)
         for prefix in self.prefixes:
-            parts = _parts(prefix)
+            parts = _parts(prefix) if isinstance(prefix, str) else None
             if parts is None or not parts.path.endswith("/") or parts.query or parts.fragment:
                 raise SaccadeError(
                     f"image_urls={prefix!r} is not the beginning of addresses: give scheme, host and a path that ends "
@@ -59,7 +64,10 @@ class ImageAddresses:
                 )
         if cache is None:
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saccade" / "images"
-        self.cache = str(cache)
+        elif not str(cache):
+            raise SaccadeError("image_cache='' is not a folder: give one, or leave it out")
+        self.cache = str(Path(cache).expanduser())
+        check_writable(self.cache, "image_cache", folder=True)
 
     def allows(self, address: str) -> bool:
         """Whether an address begins with one of the prefixes, by its parts and not by its letters."""
@@ -70,7 +78,8 @@ class ImageAddresses:
         """The path of the file at an address, fetched if it is not in the cache.
 
         Raises:
-            RecordError: if the address is not permitted, or there is no whole file of at most `MAX_BYTES` to be had.
+            RecordError: if the address is not permitted, or there is no image of at most `MAX_BYTES` to be had there.
+            SaccadeError: if the cache cannot be written.
         """
         if not self.allows(address):
             raise _refused(f"image {address!r} is at an address that image_urls does not permit")
@@ -79,31 +88,52 @@ class ImageAddresses:
         digest = hashlib.sha256(address.encode()).hexdigest()
         path = Path(self.cache, digest[:2], f"{digest[2:34]}-{end}")
         if not path.is_file():
-            with atomic_path(path) as aside:
-                aside.write_bytes(self._download(address))
+            content = self._download(address)
+            # Many servers answer with a page where there is no image, and what is kept is never fetched again.
+            image_size({"bytes": content, "path": address}, LARGEST_MAX_PIXELS)
+            try:
+                with atomic_path(path) as aside:
+                    aside.write_bytes(content)
+            except OSError as error:
+                raise SaccadeError(f"image_cache={self.cache!r} cannot be written ({_reason(error)})") from error
         return str(path)
 
     def _download(self, address: str) -> bytes:
-        opener = build_opener(_Redirects(self))
-        request = Request(address, headers={"User-Agent": "saccade", "Accept": "image/*"})
         for attempt in range(ATTEMPTS):
             time.sleep(_PAUSE * attempt)
             try:
-                with opener.open(request, timeout=TIMEOUT) as response:
-                    return _whole(response)
+                return self._follow(address)
             except RecordError:
                 raise
             except HTTPError as error:
                 fault = f"the server answers {error.code} {error.reason}"
                 if error.code < 500 and error.code != 429:
                     break
-            except (
-                OSError,
-                HTTPException,
-                ValueError,
-            ) as error:  # ValueError: of a host name that cannot be looked up
-                fault = " ".join(str(error).split()) or type(error).__name__
+            # ValueError: of a host name that cannot be looked up.
+            except (OSError, HTTPException, ValueError) as error:
+                fault = _reason(error)
         raise RecordError(f"image {address!r} cannot be fetched ({fault}): replace it", "missing_image")
+
+    def _follow(self, address: str) -> bytes:
+        """What is at an address, after redirects to permitted addresses."""
+        place = address
+        for _ in range(REDIRECTS + 1):
+            # A new one each time: opening one through a proxy changes where it leads.
+            request = Request(place, headers={"User-Agent": "saccade", "Accept": "image/*"})
+            try:
+                with _opener().open(request, timeout=TIMEOUT) as response:
+                    if response.status != 200:
+                        raise OSError(f"the server answers {response.status} {response.reason}")
+                    return _whole(response)
+            except HTTPError as error:
+                error.close()
+                target = error.headers.get("Location")
+                if error.code not in (301, 302, 303, 307, 308) or target is None:
+                    raise
+                place = urljoin(place, target)
+            if not self.allows(place):
+                raise _refused(f"image {address!r} leads to {place!r}, which image_urls does not permit")
+        raise OSError(f"more than {REDIRECTS} redirects")
 
 
 def refuse_address(name: str) -> None:
@@ -115,16 +145,18 @@ def refuse_address(name: str) -> None:
     raise _refused(f"image {name!r} is an address, and nothing is fetched by default")
 
 
-class _Redirects(HTTPRedirectHandler):
-    """Follows a redirect to permitted addresses alone."""
+class _NoRedirects(HTTPRedirectHandler):
+    """Leaves redirects to `ImageAddresses`: the stock handler reads their bodies, of any size."""
 
-    def __init__(self, addresses: ImageAddresses) -> None:
-        self.addresses = addresses
+    def http_error_302(self, *args: Any) -> None:
+        return None
 
-    def redirect_request(self, request: Request, file: Any, code: int, message: str, headers: Any, target: str) -> Any:
-        if not self.addresses.allows(target):
-            raise _refused(f"image {request.full_url!r} leads to {target!r}, which image_urls does not permit")
-        return super().redirect_request(request, file, code, message, headers, target)
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+@cache
+def _opener() -> OpenerDirector:
+    return build_opener(_NoRedirects())
 
 
 def _refused(what: str) -> RecordError:
@@ -140,11 +172,22 @@ def _parts(address: str) -> SplitResult | None:
         return None
     try:
         parts = urlsplit(address)
-        parts.port  # noqa: B018 raises if it is not a number
+        port = parts.port
     except ValueError:
         return None
-    known = parts.scheme in _PORTS and parts.hostname and "@" not in parts.netloc
-    return parts if known and ".." not in unquote(unquote(parts.path)).split("/") else None
+    known = parts.scheme in _PORTS and _HOST.fullmatch(parts.hostname or "") and "@" not in parts.netloc
+    return parts if known and port != 0 and not _climbs(parts.path) else None
+
+
+def _climbs(path: str) -> bool:
+    """Whether a path has a `..`, for any reader: however often it is quoted, after any separator."""
+    while True:
+        if ".." in re.split(r"[/\\;]", path):
+            return True
+        plain = unquote(path)
+        if plain == path:
+            return False
+        path = plain
 
 
 def _begins(parts: SplitResult, prefix: SplitResult) -> bool:
@@ -153,7 +196,7 @@ def _begins(parts: SplitResult, prefix: SplitResult) -> bool:
 
 
 def _port(parts: SplitResult) -> int:
-    return parts.port or _PORTS[parts.scheme]
+    return _PORTS[parts.scheme] if parts.port is None else parts.port
 
 
 def _whole(response: Any) -> bytes:
@@ -173,3 +216,7 @@ def _whole(response: Any) -> bytes:
     if announced is not None and announced.isdecimal() and len(content) != int(announced):
         raise OSError(f"{len(content)} of {announced} bytes arrived")
     return bytes(content)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

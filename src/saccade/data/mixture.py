@@ -210,7 +210,9 @@ def _generate(
 ) -> Iterator[Row]:
     for number in numbers:
         for source, folders in sources:
-            rows = stream_source(source.path, source.format, source.split, folders, columns, number, shards)
+            # Files of several sizes would each give another share of the first rows.
+            by_file = source.rows is None
+            rows = stream_source(source.path, source.format, source.split, folders, columns, number, shards, by_file)
             part = None if source.rows is None else len(range(number, source.rows, shards))
             yield from map(_pack, islice(rows, part))
 

@@ -256,14 +256,22 @@ def open_table(path: str, split: str) -> Dataset:
 
 
 def stream_source(
-    path: str, form: str, split: str, folders: ImageFolders, columns: tuple[str, ...] | None, shard: int, shards: int
+    path: str,
+    form: str,
+    split: str,
+    folders: ImageFolders,
+    columns: tuple[str, ...] | None,
+    shard: int,
+    shards: int,
+    by_file: bool = True,
 ) -> Iterator[Row]:
     """Every `shards`-th row of a source, in order, without first reading or indexing all of it.
 
     Args:
         columns: the columns that rows must have; None for those of the first row.
+        by_file: instead, read every `shards`-th file, if there are so many.
     """
-    for record, raw in _stream(path, split, shard, shards):
+    for record, raw in _stream(path, split, shard, shards, by_file):
         try:
             row = found(convert(parse(raw) if isinstance(raw, bytes) else raw, form), folders)
             columns = columns or tuple(name for name in row if name not in MEDIA_FIELDS)
@@ -273,7 +281,7 @@ def stream_source(
             yield faulty_row(columns or ("messages",), record, error)
 
 
-def _stream(path: str, split: str, shard: int, shards: int) -> Iterator[tuple[str, bytes | Row]]:
+def _stream(path: str, split: str, shard: int, shards: int, by_file: bool) -> Iterator[tuple[str, bytes | Row]]:
     if is_json(path):
         yield from stream_records(path, shard, shards)
         return
@@ -282,7 +290,7 @@ def _stream(path: str, split: str, shard: int, shards: int) -> Iterator[tuple[st
         dataset: IterableDataset = open_table(path, split).to_iterable_dataset()
     else:
         dataset = _load(path, split, streaming=True)
-    own_files = shards > 1 and dataset.num_shards >= shards
+    own_files = by_file and shards > 1 and dataset.num_shards >= shards
     if own_files:
         dataset = dataset.shard(shards, shard)
     number = 0

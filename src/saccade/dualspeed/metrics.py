@@ -186,7 +186,7 @@ class StepClock(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.meter.steps.update(self.trainer.schedule.count(state.global_step))
+        self.trainer.meter.steps.update(self.trainer.schedule.count(state.global_step, state.max_steps))
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Kept for `on_step_end`, which is called after the global step has been incremented.

@@ -152,8 +152,9 @@ class ModeConfig:
         own = self.pruning or pruning
         if self.action == "drop":
             kind = self.ratio_schedule or ratio_schedule
-            own_ratios = self.ratio_schedule is not None or self.prune_ratio_start is not None
-            start = self.prune_ratio_start if own_ratios else prune_ratio_start
+            start = self.prune_ratio_start
+            if start is None and self.ratio_schedule != "constant":
+                start = prune_ratio_start
             _check_ratios(self.name, kind, start, own)
             isolator = isolator if self.isolator is None else self.isolator
             return replace(self, pruning=own, isolator=isolator, ratio_schedule=kind, prune_ratio_start=start)
@@ -365,15 +366,17 @@ class ModeSchedule:
                 raise ValueError("sequential modes depend on the number of steps")
             passed = accumulate(self.shares.values())
             # The rounding keeps sums of decimal shares from ending a step early.
-            return next(name for name, end in zip(self.shares, passed, strict=True) if step < round(end * steps, 6))
+            ends = {name: round(end * steps, 6) for name, end in zip(self.shares, passed, strict=True)}
+            last = [name for name, share in self.shares.items() if share][-1]
+            return next((name for name, end in ends.items() if step < end), last)
         block, place = divmod(step, _BLOCK)
         return self._block(block).get(place, first)
 
-    def count(self, steps: int) -> dict[str, int]:
-        """How many of the first `steps` steps are in each mode."""
+    def count(self, done: int, steps: int | None = None) -> dict[str, int]:
+        """How many of the first steps, `done` of a run of `steps`, are in each mode; by default of all."""
         counts = dict.fromkeys(self.shares, 0)
-        for step in range(steps):
-            counts[self.mode(step, steps)] += 1
+        for step in range(done):
+            counts[self.mode(step, done if steps is None else steps)] += 1
         return counts
 
     def _block(self, block: int) -> dict[int, str]:

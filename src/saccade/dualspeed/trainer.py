@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -401,9 +401,9 @@ class DualSpeedTrainer(SFTTrainer):
     ) -> StepOutput:
         """One micro-batch in `mode`, inside the forward of the model as the engine wrapped it."""
 
-        if self.model.training:
-            for one, method in self._changing:
-                method.config = one.pruning_at(self.args.seed, self.state.global_step, self.state.max_steps)
+        for one, method in self._changing:
+            step = (self.args.seed, self.state.global_step, self.state.max_steps)
+            method.config = one.pruning_at(*step) if self.model.training else one.pruning
 
         def run(batch: dict[str, Any]) -> StepOutput:
             # The engine's own autocast wraps the original forward, which is replaced here.
@@ -520,6 +520,8 @@ class DualSpeedTrainer(SFTTrainer):
             self.args.sampling,
         )
         lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
+        # A row may be unreadable for one rank alone, and all must draw the same batches.
+        (lengths,) = broadcast_object_list([lengths])
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedSampler(lengths, step, seed)

@@ -9,11 +9,14 @@ from huggingface_hub.utils import validate_repo_id
 from saccade.errors import SaccadeError
 
 
-def check_hub(repository: str) -> None:
+def check_hub(repository: str, private: bool = False) -> None:
     """Check a repository's name and that the user is logged in, before the work whose result goes there.
 
+    Args:
+        private: whether a public repository of this name is refused.
+
     Raises:
-        SaccadeError: if the name is not one, or the hub does not know the user or does not answer.
+        SaccadeError: if the name is not one, the hub does not know the user or does not answer, or it is public.
     """
     name = f"push_to_hub={repository!r}"
     try:
@@ -29,8 +32,13 @@ def check_hub(repository: str) -> None:
         api.whoami()
     except Exception as error:  # of the HTTP client, whose library differs between versions of huggingface_hub
         raise SaccadeError(
-            f"{name}: {api.endpoint} does not know you ({_short(error)}): run `hf auth login`, or set HF_TOKEN"
+            f"{name}: {api.endpoint} did not say who you are ({_short(error)}): run `hf auth login` or set HF_TOKEN, "
+            "or try again when it can be reached"
         ) from error
+    if private and api.repo_exists(repository) and not api.repo_info(repository).private:
+        raise SaccadeError(
+            f"{name} is public, and private=true does not change that: make it private on the hub first"
+        )
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:
