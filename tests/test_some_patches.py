@@ -29,7 +29,7 @@ from saccade.testing.families import CLOSE, Case, generation_options, logits, re
 from saccade.testing.training import fast_slow_step, make_config
 
 PIXELS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
-QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "glm4v")
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -395,10 +395,9 @@ def train(case, folder, **options) -> tuple[DualSpeedTrainer, list[int]]:
     return trainer, seen
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_fast_steps_run_the_tower_on_fewer_patches(name, tmp_path):
+def test_fast_steps_run_the_tower_on_fewer_patches(tmp_path):
     """Slow steps on all, although their teacher does not see the tokens of what is dropped."""
-    case = NOISE[name]
+    case = NOISE["qwen2_5_vl"]
     for slow in (0.0, 1.0):
         folder = tmp_path / str(slow)
         trainer, seen = train(case, folder, slow_probability=slow, patch_tolerance=0.1)
@@ -406,8 +405,8 @@ def test_fast_steps_run_the_tower_on_fewer_patches(name, tmp_path):
         assert all(count == 2 * 64 if slow else 0 < count < 64 for count in seen)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert np.isfinite(losses).all()
-        tower = trainer.family.vision_tower
-        assert all(p.grad is None or p.grad.isfinite().all() for p in tower.parameters())
+        fresh = case.tiny.build()[0].model.visual.patch_embed.proj.weight
+        assert not torch.equal(trainer.family.model.model.visual.patch_embed.proj.weight, fresh)
         trainer.save_model()
         saved = PruningConfig.from_pretrained(folder)
         assert saved.patch_tolerance == 0.1
