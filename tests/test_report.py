@@ -192,12 +192,6 @@ class TestKeptTokens:
         kept_tokens_sheet(Image.new("RGB", (9, 9)), [("m", torch.tensor([3]), torch.ones(1, 12))], (3, 4))
         assert "merged into the outlined token of its colour" in written
 
-    def test_labels_are_drawn(self, tmp_path: Path) -> None:
-        image, panels = Image.new("L", (40, 40), 90), [("labels", torch.tensor([0]), None)]
-        draw_kept_tokens(image, panels, (2, 2), tmp_path / "plain.png")
-        draw_kept_tokens(image, panels, (2, 2), tmp_path / "labelled.png", patch_labels={0: "7"})
-        assert ImageChops.difference(opened(tmp_path / "plain.png"), opened(tmp_path / "labelled.png")).getbbox()
-
     @pytest.mark.parametrize(
         ("panels", "message"),
         [

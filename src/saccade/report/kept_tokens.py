@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,7 +32,6 @@ def draw_kept_tokens(
     path: str | os.PathLike[str],
     *,
     caption: str = "",
-    patch_labels: Mapping[int, str] | None = None,
     panel_size: int = 336,
 ) -> None:
     """Write `kept_tokens_sheet` of the same arguments as PNG.
@@ -40,7 +39,7 @@ def draw_kept_tokens(
     Raises:
         SaccadeError: if there are no panels, or an index or a weight does not match the grid.
     """
-    sheet = kept_tokens_sheet(image, panels, grid, caption=caption, patch_labels=patch_labels, panel_size=panel_size)
+    sheet = kept_tokens_sheet(image, panels, grid, caption=caption, panel_size=panel_size)
     with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
@@ -51,7 +50,6 @@ def kept_tokens_sheet(
     grid: tuple[int, int],
     *,
     caption: str = "",
-    patch_labels: Mapping[int, str] | None = None,
     panel_size: int = 336,
 ) -> Image.Image:
     """Draw `image` once per panel at its aspect ratio, with kept patches outlined and dropped ones dimmed, side by
@@ -66,7 +64,6 @@ def kept_tokens_sheet(
             `(K, N)` or None. Behind the title stands how many of the tokens are kept.
         grid: rows and columns of tokens.
         caption: a line below the panels, such as the model that the tokens come from.
-        patch_labels: short texts to write on patches, by token index.
         panel_size: pixels of a panel's longer edge, rounded so that each patch has a whole number of pixels.
 
     Returns:
@@ -96,7 +93,7 @@ def kept_tokens_sheet(
         text = _shorten(title, f": {len(kept)} of {rows * columns}", size[0])
         pen.text((left, top), text, font=_font(17), fill=INK)
         regions = _regions(title, index, weight, rows * columns)
-        panel = _draw_panel(enlarged, kept, regions, grid, cell, patch_labels or {})
+        panel = _draw_panel(enlarged, kept, regions, grid, cell)
         sheet.paste(panel, (left, top + TITLE_HEIGHT))
     sheet.paste(legend, (GAP, below))
     for number, line in enumerate(lines):
@@ -143,7 +140,6 @@ def _draw_panel(
     regions: Sequence[int] | None,
     grid: tuple[int, int],
     cell: tuple[int, int],
-    labels: Mapping[int, str],
 ) -> Image.Image:
     rows, columns = grid
     panel = Image.blend(Image.new("RGB", image.size), image, DIMMED)
@@ -162,11 +158,6 @@ def _draw_panel(
     for token in stays:
         left, top, right, bottom = _box(token, columns, cell)
         pen.rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE, width=2 if min(cell) >= 14 else 1)
-    for token, text in labels.items():
-        left, top, right, bottom = _box(token, columns, cell)
-        place = ((left + right) / 2, (top + bottom) / 2)
-        font = _font(max(8, round(min(cell) * 0.5)))
-        pen.text(place, text, font=font, anchor="mm", fill=PAPER, stroke_width=2, stroke_fill=INK)
     return panel
 
 

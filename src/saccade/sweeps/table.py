@@ -79,10 +79,10 @@ class Standing:
         line = f"{len(self.results)} of {len(self.plan.runs)} runs done"
         return line + (f", {len(self.failed)} failed: {', '.join(self.failed)}" if self.failed else "")
 
-    def baseline(self, figure: str = "accuracy_full") -> Spread | None:
-        """The spread of a figure for training and inference on all tokens; None until such a run is done."""
+    def baseline(self) -> Spread | None:
+        """The spread of accuracy for training and inference on all tokens; None until such a run is done."""
         entries = summarise([row for row in self.rows if row.get("is_baseline")], ())
-        return entries[0].get(figure) if entries else None
+        return entries[0].get("accuracy_full") if entries else None
 
     def summary(self, where: Sequence[tuple[str, Any]] = ()) -> list[dict[str, Any]]:
         """An entry per combination of labels over its seeds, sorted by amounts.
