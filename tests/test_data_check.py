@@ -250,6 +250,17 @@ def test_visual_tokens_of_every_family(size, name):
     assert counter.image_tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
 
 
+def test_estimates_know_the_largest_image():
+    model, processor = FAMILIES["qwen2_5_vl"].build()
+    counter = TokenCounter(processor, model.config.image_token_id, PruningConfig(prune_ratio=0.0))
+    messages = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": "3"}]
+    rows = [{"images": [Image.new("RGB", (side, side))], "messages": messages} for side in (64, 32)]
+    assert counter.fixed is None
+    large, small = estimate_lengths(rows, counter, shortened=False)
+    assert min(large, small) > 1
+    assert estimate_lengths(rows, counter, shortened=False, max_pixels=2000) == [1, small]
+
+
 class ReadOnce:
     """Rows that may be drawn or decoded anew whenever they are read."""
 

@@ -14,7 +14,7 @@ from saccade.data.clips import check_takes_videos, placeholder_ids, videos_kwarg
 from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
-from saccade.images import image_size
+from saccade.images import MAX_PIXELS, image_size
 from saccade.reducers import PruningConfig, no_room
 from saccade.videos import Clip, Sampling, video_shape
 
@@ -210,17 +210,22 @@ class TokenCounter:
         return visual - 1, visual
 
 
-def estimate_lengths(rows: Sequence[Mapping[str, Any]], counter: TokenCounter, shortened: bool) -> list[int]:
+def estimate_lengths(
+    rows: Sequence[Mapping[str, Any]], counter: TokenCounter, shortened: bool, max_pixels: int = MAX_PIXELS
+) -> list[int]:
     """Estimate the number of tokens of each row: its text by a cost per character and per message, plus its images.
 
     The costs are fitted to the exact counts of a few hundred rows. Unusable rows count as one token. Image files are
     opened, for their headers, only if the number of visual tokens depends on the size of an image; videos always are.
+
+    Args:
+        max_pixels: size above which an image, or a frame, makes its row unusable.
     """
     found: list[tuple[tuple[int, int, int], int]] = []
     exact: dict[int, int] = {}
     usable, step = 0, max(1, len(rows) // _CALIBRATION_ROWS)
     for number, row in enumerate(rows):
-        found.append(_measure_row(row, counter, shortened))
+        found.append(_measure_row(row, counter, shortened, max_pixels))
         if not found[-1][0][2]:
             continue
         if usable % step == 0:
@@ -276,14 +281,18 @@ def row_text(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**texts, "images": [None] * len(images_of(row)), "videos": [None] * len(videos_of(row))}
 
 
-def _measure_row(row: Mapping[str, Any], counter: TokenCounter, shortened: bool) -> tuple[tuple[int, int, int], int]:
+def _measure_row(
+    row: Mapping[str, Any], counter: TokenCounter, shortened: bool, max_pixels: int
+) -> tuple[tuple[int, int, int], int]:
     """Characters and messages of a row's text, and 1, or zeros for an unusable row; and tokens of its images."""
     if row.get("fault"):
         return (0, 0, 0), 0
     try:
-        sizes: list[Shape] = [_PROBES[0] if counter.fixed else image_size(image) for image in images_of(row)]
+        sizes: list[Shape] = [
+            _PROBES[0] if counter.fixed else image_size(image, max_pixels) for image in images_of(row)
+        ]
         for video in videos_of(row):
-            count, size = video_shape(video, counter.sampling)
+            count, size = video_shape(video, counter.sampling, max_pixels)
             # Their number is the same, whenever they are shown.
             sizes.append(ClipShape(size, tuple(map(float, range(count))), 1.0, float(count), counter.sampling.frames))
         visual = counter.lengths(0, sizes)[int(shortened)]

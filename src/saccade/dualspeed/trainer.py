@@ -519,7 +519,8 @@ class DualSpeedTrainer(SFTTrainer):
             self.args.conversation,
             self.args.sampling,
         )
-        lengths = estimate_lengths(dataset, counter, shortened=self.args.group_by == "shortened")
+        shortened = self.args.group_by == "shortened"
+        lengths = estimate_lengths(dataset, counter, shortened, self.args.max_image_pixels)
         # A row may be unreadable for one rank alone, and all must draw the same batches.
         (lengths,) = broadcast_object_list([lengths])
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
