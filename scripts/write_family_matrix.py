@@ -78,16 +78,20 @@ HOLES = {
     "stock models unless `output_router_logits` is set; `router_aux_loss_coef` is refused in one line",
     "videos of GLM": "their placeholders are those of images, and the stock models cannot take both in one batch; "
     "refused in one line",
-    "the text in images of Mistral 3": "`[IMG_BREAK]` after each line of tokens is text, and is always kept",
-    "`random` on Mistral 3, a batch against its samples": "the tower attends to all images of a batch in one "
-    "sequence, so that the last bits of features depend on the batch; `random` draws by the bits, where training "
+    "the text in images of Mistral 3 and Pixtral": "`[IMG_BREAK]` after each line of tokens is text, and is always "
+    "kept",
+    "LLaVA with other towers than CLIP": "`tests/test_towers.py` tests SigLIP (also SigLIP 2 of a fixed size), DINOv2 "
+    "with and without registers, DINOv3, AIMv2, MLCD, I-JEPA, ViT and Pixtral towers with one reducer, not with all. "
+    "A class token and registers among the features are always kept. A `siglip2_vision_model` takes patches, which "
+    "LLaVA's processor does not give; refused in one line",
+    "`random` on Mistral 3 and Pixtral, a batch against its samples": "the tower attends to all images of a batch in "
+    "one sequence, so that the last bits of features depend on the batch; `random` draws by the bits, where training "
     "gives no seed",
     "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
     "reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
     "`image_aspect_ratio` on all families but LLaVA": "Gemma 3's processor resizes the whole image to a square and "
     "cannot pad; the others take images at their own aspect ratio. Nothing is cropped; refused in one line",
-    "LLaVA with a Pixtral tower": "its images have many sizes, but this family expects one; refused in one line",
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never get them. They are kept and count towards the budget, with at least "
     'one token of the image besides them; `newlines="drop"`, in `prune_inputs` and in training, drops them',

@@ -5,15 +5,16 @@ A builder returns `(model, processor)` in evaluation mode, in float32: two layer
 
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from saccade.families.fitting import CLASS_TOKENS
 from saccade.testing.families import Case
 from saccade.testing.tiny_models import (
     HEADS,
@@ -288,15 +289,21 @@ def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
     return finish(transformers.Gemma3ForConditionalGeneration(config), processor)
 
 
-def build_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """LLaVA-1.5 with a CLIP tower: 32 px, 8 x 8 tokens."""
+def build_llava(tower: Callable[..., PreTrainedConfig] | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-1.5 with a CLIP tower: 32 px, 8 x 8 tokens. Another tower has three layers, and features of the second."""
     tokenizer = build_tokenizer({"image_token": IMAGE}, IMAGE)
     vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
+    if tower is not None:
+        vision["num_hidden_layers"] = 3
+    vision_config = (tower or transformers.CLIPVisionConfig)(**vision)
+    before = CLASS_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
+    strategy = "default" if before else "full"
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision),
+        vision_config=vision_config,
         text_config=transformers.LlamaConfig(**text_options(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-1,
+        vision_feature_layer=-1 if tower is None else -2,
+        vision_feature_select_strategy=strategy,
         image_seq_length=64,
         **special_ids(tokenizer),
     )
@@ -305,8 +312,8 @@ def build_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_processor,
         tokenizer,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=before,
         chat_template=tokenizer.chat_template,
     )
     return finish(transformers.LlavaForConditionalGeneration(config), processor)

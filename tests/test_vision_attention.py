@@ -162,7 +162,7 @@ def test_images_packed_behind_a_mask(sizes):
     )
     torch.manual_seed(0)
     tower = PixtralVisionModel(config).eval()
-    block = vision_attention.pixtral_block(tower, -2)
+    block = vision_attention.encoder_block(tower, -2)
     pixels, sizes = torch.randn(2, 3, 16, 16), torch.tensor(sizes)
     with vision_attention.watching(block) as calls:
         tower(pixels, image_sizes=sizes)

@@ -13,24 +13,25 @@ from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
-from saccade.families.mistral3 import Mistral3Family
+from saccade.families.mistral3 import Mistral3Family, PixtralFamily
 from saccade.families.qwen3_5 import Qwen35Family
 from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
 
-_FAMILIES: dict[str, type[Family]] = {}
+_FAMILIES: dict[tuple[str, str | None], type[Family]] = {}
 
 
 def register_family(family: type[Family]) -> type[Family]:
-    """Register a family for each of its `model_types`. Usable as a class decorator."""
+    """Register a family for each of its `model_types`, with its `towers`. Usable as a class decorator."""
     for model_type in family.model_types:
-        _FAMILIES[model_type] = family
+        for tower in family.towers or (None,):
+            _FAMILIES[model_type, tower] = family
     return family
 
 
 def list_families() -> list[str]:
     """The values of `config.model_type` that have a registered family."""
-    return sorted(_FAMILIES)
+    return sorted({model_type for model_type, _ in _FAMILIES})
 
 
 def family_class(config: PreTrainedConfig) -> type[Family]:
@@ -39,7 +40,8 @@ def family_class(config: PreTrainedConfig) -> type[Family]:
     Raises:
         SaccadeError: if none is registered; the message names the known ones.
     """
-    family = _FAMILIES.get(config.model_type)
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    family = _FAMILIES.get((config.model_type, tower)) or _FAMILIES.get((config.model_type, None))
     if family is None:
         raise SaccadeError(
             f"model_type={config.model_type!r} has no family in saccade; known: {', '.join(list_families())}. "
@@ -75,6 +77,7 @@ for _family in (
     LlavaNextVideoFamily,
     LlavaOnevisionFamily,
     Mistral3Family,
+    PixtralFamily,
     Qwen2VLFamily,
     Qwen3VLFamily,
     Qwen3VLMoeFamily,
@@ -94,6 +97,7 @@ __all__ = [
     "LlavaNextVideoFamily",
     "LlavaOnevisionFamily",
     "Mistral3Family",
+    "PixtralFamily",
     "Qwen2VLFamily",
     "Qwen3VLFamily",
     "Qwen3VLMoeFamily",

@@ -45,6 +45,8 @@ class Family(ABC):
     name: str
     model_types: tuple[str, ...]
     """The values of `config.model_type` that this family covers."""
+    towers: tuple[str, ...] = ()
+    """The values of `vision_config.model_type` that it covers; empty for all that no other family names."""
     vision_inputs: tuple[str, ...] = ("pixel_values",)
     """Processor outputs that `encode` consumes and that must not be passed again along with encoded features."""
     token_inputs: Mapping[str, int] = {}

@@ -4,8 +4,10 @@ from typing import Any
 
 from saccade.errors import SaccadeError
 
-CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0}
-"""Number of tokens that a tower puts before its patches."""
+WITH_CLASS = ("clip_vision_model", "mlcd_vision_model", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+WITHOUT_CLASS = ("siglip_vision_model", "siglip2_vision_model", "aimv2_vision_model", "ijepa")
+CLASS_TOKENS = {**dict.fromkeys(WITH_CLASS, 1), **dict.fromkeys(WITHOUT_CLASS, 0)}
+"""Number of tokens that a tower puts before its patches, besides its registers."""
 
 
 def check_processor(processor: Any, config: Any) -> None:
@@ -21,7 +23,7 @@ def check_processor(processor: Any, config: Any) -> None:
     tower = getattr(config, "vision_config", None)
     fitting = {
         "patch_size": getattr(tower, "patch_size", None),
-        "num_additional_image_tokens": CLASS_TOKENS.get(getattr(tower, "model_type", None)),
+        "num_additional_image_tokens": _beyond_patches(tower),
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
     }
     given = {name: getattr(processor, name, None) for name in fitting}
@@ -35,6 +37,12 @@ def check_processor(processor: Any, config: Any) -> None:
                 f"{name}={found!r} of the processor (processor_config.json) does not fit the model's vision tower: "
                 f"set it to {expected!r}"
             )
+
+
+def _beyond_patches(tower: Any) -> int | None:
+    """The tokens that a tower puts before its patches; None if this is not known."""
+    count = CLASS_TOKENS.get(getattr(tower, "model_type", None))
+    return None if count is None else count + getattr(tower, "num_register_tokens", 0)
 
 
 def _beside_patches(settings: dict[str, Any]) -> int | None:

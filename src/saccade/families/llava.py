@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one image, one row of visual tokens, one-dimensional positions."""
+"""LLaVA-1.5, with CLIP or another tower of square patches: an image is a row, positions are one-dimensional."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,12 +14,17 @@ from saccade.families.tower import used_states
 from saccade.families.vision_attention import encoder_block
 from saccade.tokens import VisualContext
 
+TAKES_PATCHES = ("siglip2_vision_model",)
+
 
 class LlavaFamily(Family):
-    """`LlavaForConditionalGeneration` with a tower that takes images of one size, such as CLIP or SigLIP.
+    """`LlavaForConditionalGeneration` with a tower that takes pictures of one size, such as CLIP, SigLIP or DINO.
+
+    A class token or registers among the features are not part of the image, so reducers do not get them. There are
+    some with `vision_feature_select_strategy="full"`, and with DINO's registers.
 
     Raises:
-        SaccadeError: for a Pixtral tower, whose images vary in size.
+        SaccadeError: for a tower that takes patches instead of pictures (SigLIP 2 with its own shapes).
     """
 
     name = "llava"
@@ -31,10 +36,10 @@ class LlavaFamily(Family):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
         tower = model.config.vision_config.model_type
-        if tower == "pixtral":
+        if tower in TAKES_PATCHES:
             raise SaccadeError(
-                f"vision_config.model_type={tower!r}: this family knows LLaVA with images of one size only; "
-                "docs/add-a-family.md says how to add one for images of many"
+                f"vision_config.model_type={tower!r}: LLaVA's processor gives pictures, and this tower takes patches; "
+                "SigLIP 2 with a fixed size is a 'siglip_vision_model', use that"
             )
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
@@ -43,10 +48,15 @@ class LlavaFamily(Family):
         features = torch.stack(tuple(outputs.pooler_output))  # (R, N, D)
         patch = config.vision_config.patch_size
         height, width = inputs["pixel_values"].shape[-2:]
-        grid = square_grid(features.shape[0], height // patch, width // patch, features.device)
-        if features.shape[1] != (height // patch) * (width // patch):
-            grid = None  # the features include the class token, so they do not fill a grid; SigLIP has none
-        context = VisualContext(features=features, grid=grid)
+        rows, tokens, _ = features.shape
+        grid = square_grid(rows, height // patch, width // patch, features.device)
+        before = tokens - (height // patch) * (width // patch)
+        protected = None
+        if before > 0:
+            protected = (torch.arange(tokens, device=features.device) < before).expand(rows, -1)
+        elif before < 0:
+            grid = None  # a tower that merges patches, or the first patch left out as if it were a class token
+        context = VisualContext(features=features, grid=grid, protected=protected)
         return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
 
     def attention_block(self) -> AttentionBlock | None:

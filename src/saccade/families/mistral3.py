@@ -1,4 +1,4 @@
-"""Mistral 3: a Pixtral tower, images of any size, blocks of patches merged, text after each line of tokens."""
+"""Mistral 3 and LLaVA with a Pixtral tower: images of any size, and text after each line of their tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Family, pad_rows
 from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.vision_attention import pixtral_block
+from saccade.families.vision_attention import encoder_block
 from saccade.tokens import VisualContext
 
 
@@ -41,7 +41,7 @@ class Mistral3Family(Family):
         return self.model.config.spatial_merge_size
 
     def attention_block(self) -> AttentionBlock | None:
-        return pixtral_block(self.vision_tower, self.model.config.vision_feature_layer)
+        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """The mean over the block of patches that becomes a token."""
@@ -54,3 +54,16 @@ class Mistral3Family(Family):
             for image, (rows, columns) in zip(images, shapes, strict=True)
         ]
         return pad_rows(means)[0]
+
+
+class PixtralFamily(Mistral3Family):
+    """`LlavaForConditionalGeneration` with a Pixtral tower, each of whose patches becomes a token."""
+
+    name = "pixtral"
+    model_types = ("llava",)
+    towers = ("pixtral",)
+    projects_tokens = True
+
+    @property
+    def _merged(self) -> int:
+        return 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saccade.interfaces import changed, replaced_forward
 
 KNOWN = ("clip_vision_model", "siglip_vision_model")
-"""Values of a tower's `config.model_type` whose blocks are `encoder.layers`."""
+"""Values of a tower's `config.model_type` whose blocks are known to be `encoder.layers`."""
 
 _PASSING = "_saccade_passing"
 _lock = threading.Lock()
@@ -39,21 +39,39 @@ class _Passing:
 
 
 def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
-    """The blocks of a CLIP or SigLIP tower up to the one whose output is `hidden_states[feature_layer]`.
+    """The blocks of a tower up to the one whose output is `hidden_states[feature_layer]`.
 
-    Of several feature layers, the deepest counts. None for other towers; empty if the features are the embeddings.
+    Of several feature layers, the deepest counts. None if the tower has no such blocks; empty if the features are the
+    embeddings.
     """
     used = used_states(tower, feature_layer)
-    return None if used is None else list(tower.encoder.layers)[: max(used)]
+    return None if used is None else list(tower_layers(tower))[: max(used)]
+
+
+def tower_layers(tower: nn.Module) -> nn.ModuleList | None:
+    """The blocks of a vision transformer, wherever in its module they are; None for other towers."""
+    config = getattr(tower, "config", None)
+    if getattr(config, "model_type", None) in KNOWN:
+        if not hasattr(tower.encoder, "layers"):
+            raise changed(f"{type(tower).__name__} ({config.model_type}) has no 'encoder.layers'")
+        return tower.encoder.layers
+    count = getattr(config, "num_hidden_layers", None)
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and block_attention(module[0]) is not None:
+            return module
+    return None
+
+
+def block_attention(block: nn.Module) -> nn.Module | None:
+    """The attention of a block, which projects queries and keys separately; None if it has none."""
+    attention = getattr(block, "self_attn", None) or getattr(block, "attention", None)
+    return attention if hasattr(attention, "q_proj") and hasattr(attention, "k_proj") else None
 
 
 def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, ...] | None:
     """The hidden states that a model with this `vision_feature_layer` reads, counted from 0; None for other towers."""
-    layers = getattr(getattr(tower, "encoder", None), "layers", None)
+    layers = tower_layers(tower)
     if layers is None:
-        model_type = getattr(getattr(tower, "config", None), "model_type", None)
-        if model_type in KNOWN:
-            raise changed(f"{type(tower).__name__} ({model_type}) has no 'encoder.layers'")
         return None
     states = len(layers) + 1  # hidden_states[n] is the output of layer n - 1, hidden_states[0] that of the embeddings
     numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
@@ -68,7 +86,7 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
     in the module tree, so neither the indices of hidden states nor what training engines know of the modules change.
 
     Args:
-        tower: a CLIP or SigLIP tower; others run unchanged.
+        tower: a vision transformer; other towers run unchanged.
         feature_layer: `vision_feature_layer` of the model's configuration.
 
     Raises:
@@ -78,7 +96,7 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
     if used is None:
         yield
         return
-    unused = list(tower.encoder.layers)[len(used) :]
+    unused = list(tower_layers(tower))[len(used) :]
     here, ran = threading.get_ident(), 0
 
     def count(*_: Any) -> None:

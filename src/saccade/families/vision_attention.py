@@ -11,13 +11,14 @@ Shapes: R images (crops, frames) of P patches, including a class token; H heads 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saccade.families.encoded import AttentionBlock, Call, Encoded, Patches
-from saccade.families.tower import used_layers
+from saccade.families.tower import block_attention, tower_layers, used_layers
 from saccade.interfaces import by_name, changed
 
 FROM_ATTENTION = frozenset({"saliency", "keys"})
@@ -30,7 +31,7 @@ are those of queries, since the attention is an image's own."""
 
 
 def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock | None:
-    """The block of a CLIP or SigLIP tower whose output is `hidden_states[feature_layer]`; None for other towers.
+    """The block of a vision transformer whose output is `hidden_states[feature_layer]`; None for other towers.
 
     Of several feature layers, the deepest counts.
     """
@@ -38,20 +39,14 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
     if used is None:
         return None
     # No block outputs the embeddings, so use the first one, which reads them.
-    attention = (used[-1] if used else tower.encoder.layers[0]).self_attn
-    has_class = hasattr(tower.embeddings, "class_embedding")
-    given = frozenset({"attention_mask"})
-    return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, has_class, given)
-
-
-def pixtral_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock:
-    """The block of a Pixtral tower whose output is `hidden_states[feature_layer]`, the deepest of several."""
-    layers = tower.transformer.layers
-    numbers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    used = max(number % (len(layers) + 1) for number in numbers)
-    attention = layers[max(used - 1, 0)].attention
-    given = frozenset({"attention_mask", "position_embeddings"})
-    return AttentionBlock(attention, attention.q_proj, attention.k_proj, attention.num_heads, False, given)
+    block = used[-1] if used else tower_layers(tower)[0]
+    attention = block_attention(block)
+    given = {"attention_mask"} & signature(type(block).forward).parameters.keys()
+    given |= {"position_embeddings"} & signature(type(attention).forward).parameters.keys()
+    heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
+    embeddings = getattr(tower, "embeddings", None)
+    has_class = any(getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
+    return AttentionBlock(attention, attention.q_proj, attention.k_proj, heads, has_class, frozenset(given))
 
 
 @contextmanager
@@ -138,7 +133,11 @@ def read_attention(call: Call, block: AttentionBlock, fields: frozenset[str]) ->
         queries, keys = queries.unsqueeze(0), keys.unsqueeze(0)
     queries, keys = (value.unflatten(-1, (block.heads, -1)).float() for value in (queries, keys))  # (R, P, H, d)
     if call.given["position_embeddings"] is not None:
-        cos, sin = (value.detach().float().unsqueeze(-2) for value in call.given["position_embeddings"])
+        cos, sin = (value.detach().float() for value in call.given["position_embeddings"])
+        # DINOv3 rotates patches only: the class token and the registers before them have an angle of zero.
+        before = (0, 0, queries.shape[1] - cos.shape[-2], 0)
+        cos = torch.nn.functional.pad(cos, before, value=1.0).unsqueeze(-2)
+        sin = torch.nn.functional.pad(sin, before).unsqueeze(-2)
         queries, keys = (value * cos + _rotate_half(value) * sin for value in (queries, keys))
     values = {}
     if "keys" in fields:
