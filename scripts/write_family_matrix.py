@@ -87,8 +87,12 @@ HOLES = {
     "`random` on Mistral 3 and Pixtral, a batch against its samples": "the tower attends to all images of a batch in "
     "one sequence, so that the last bits of features depend on the batch; `random` draws by the bits, where training "
     "gives no seed",
-    "Gemma 3 beyond its sliding window": "windows count tokens, not positions: in a shortened sequence a window "
-    "reaches further back, and pruned no longer equals masked",
+    "Gemma 4": "text and images work, with Skip-Vision too; `tests/test_gemma4.py` tests them with three reducers, "
+    "not with all. Videos and sound are refused in one line, and so is Skip-Vision where layers have experts beside "
+    "their feed-forward network. PEFT does not take the layers of its tower: with `target_modules` as a regular "
+    "expression, such as `.*language_model.*(q_proj\\|v_proj)`, LoRA goes into the language model",
+    "Gemma 3 and 4 beyond their sliding windows": "windows count tokens, not positions: in a shortened sequence a "
+    "window reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
     "`image_aspect_ratio` on all families but LLaVA": "Gemma 3's processor resizes the whole image to a square and "
     "cannot pad; the others take images at their own aspect ratio. Nothing is cropped; refused in one line",

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -38,12 +39,19 @@ def images_only(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
         def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
             stock = ProcessorMixin.__init__
 
-            def without_videos(self, image_processor, tokenizer, video_processor=None, **options):
+            def without_videos(
+                self, image_processor, tokenizer, video_processor=None, feature_extractor=None, **options
+            ):
                 stock(self, image_processor, tokenizer, **options)
 
             ProcessorMixin.__init__ = without_videos
+            absent = {"feature_extractor": None, "video_processor": None}
+            takes = signature(processor_class.__init__).parameters
+            kwargs |= {name: value for name, value in absent.items() if name in takes}
             try:
-                super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+                super().__init__(
+                    image_processor=image_processor, tokenizer=tokenizer, chat_template=chat_template, **kwargs
+                )
             finally:
                 ProcessorMixin.__init__ = stock
 
@@ -421,6 +429,59 @@ def build_pixtral(name: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         chat_template=tokenizer.chat_template,
     )
     return finish(getattr(transformers, f"{name}ForConditionalGeneration")(config), processor)
+
+
+# Gemma 4
+
+GEMMA4_SPECIALS = {
+    "image_token": "<|image|>",
+    "boi_token": "<|image>",
+    "eoi_token": "<image|>",
+    "audio_token": "<|audio|>",
+    "boa_token": "<|audio>",
+    "eoa_token": "<audio|>",
+}
+
+
+def build_gemma4(**options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Gemma 4: images of up to 70 tokens of 2 x 2 patches, as few as the processor allows. Options are of the text."""
+    tokenizer = build_tokenizer(GEMMA4_SPECIALS, "<|image|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|video|>"]})
+    ids = {name: tokenizer.convert_tokens_to_ids(word) for name, word in GEMMA4_SPECIALS.items()}
+    vision = {key: value for key, value in siglip_options(32).items() if key not in ("vision_use_head", "image_size")}
+    layer_types = ["sliding_attention", "full_attention"]
+    text = text_options(
+        tokenizer,
+        head_dim=WIDTH // HEADS,
+        global_head_dim=WIDTH // HEADS,
+        layer_types=layer_types,
+        vocab_size_per_layer_input=len(tokenizer),
+        hidden_size_per_layer_input=8,
+        use_bidirectional_attention="vision",
+        final_logit_softcapping=30.0,
+    )
+    config = transformers.Gemma4Config(
+        vision_config={
+            **vision,
+            "num_key_value_heads": HEADS,
+            "head_dim": WIDTH // HEADS,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 256,
+        },
+        text_config=text | options,
+        audio_config=None,
+        image_token_id=ids["image_token"],
+        boi_token_id=ids["boi_token"],
+        eoi_token_id=ids["eoi_token"],
+        audio_token_id=ids["audio_token"],
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Gemma4ImageProcessorPil(patch_size=PATCH, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = images_only(transformers.Gemma4Processor)(
+        image_processor, tokenizer, chat_template=tokenizer.chat_template
+    )
+    return finish(transformers.Gemma4ForConditionalGeneration(config), processor)
 
 
 # Families that share the code of one above: the tests of other subjects leave them out.

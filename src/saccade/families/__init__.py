@@ -7,6 +7,7 @@ from saccade.errors import SaccadeError
 from saccade.families.base import Family
 from saccade.families.encoded import Encoded
 from saccade.families.gemma3 import Gemma3Family
+from saccade.families.gemma4 import Gemma4Family
 from saccade.families.glm4v import Glm4vFamily
 from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily
@@ -69,6 +70,7 @@ def stock_model(model: nn.Module) -> PreTrainedModel:
 
 for _family in (
     Gemma3Family,
+    Gemma4Family,
     Glm4vFamily,
     Idefics3Family,
     InternVLFamily,
@@ -89,6 +91,7 @@ __all__ = [
     "Encoded",
     "Family",
     "Gemma3Family",
+    "Gemma4Family",
     "Glm4vFamily",
     "Idefics3Family",
     "InternVLFamily",

@@ -54,6 +54,8 @@ class AttentionBlock:
         key: the same for the keys. If one projection yields queries, keys and values, the same module as `query`.
         heads: H.
         class_token: whether the first token of each image is a class token.
+        scale: factor of the products of queries and keys; None for one over the root of d.
+        axes: number of equal parts of a head, each of which is rotated by itself.
         given: arguments that the model passes in every call of `attention`. A call without one of them is an error,
             since its effect would be missed.
     """
@@ -64,6 +66,8 @@ class AttentionBlock:
     heads: int
     class_token: bool
     given: frozenset[str] = frozenset()
+    scale: float | None = None
+    axes: int = 1
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,11 @@ FROM_ATTENTION = frozenset({"saliency", "keys"})
 CHUNK_ELEMENTS = 2**25
 READ = ("position_embeddings", "cu_seqlens", "cu_seq_lens_q", "attention_mask")
 """The arguments of an attention block that are taken into account."""
-WITHOUT_EFFECT = frozenset({"hidden_states", "max_seqlen", "cu_seq_lens_k", "max_length_q", "max_length_k"})
-"""Arguments that need no handling: already reflected in queries and keys, or without effect on values. Those of keys
-are those of queries, since the attention is an image's own."""
+WITHOUT_EFFECT = frozenset(
+    {"hidden_states", "position_ids", "max_seqlen", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+)
+"""Arguments that need no handling: already reflected in queries, keys and rotary positions, or without effect on
+values. Those of keys are those of queries, since the attention is an image's own."""
 
 
 def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> AttentionBlock | None:
@@ -43,9 +45,9 @@ def encoder_block(tower: nn.Module, feature_layer: int | list[int]) -> Attention
     attention = block_attention(block)
     given = {"attention_mask"} & signature(type(block).forward).parameters.keys()
     given |= {"position_embeddings"} & signature(type(attention).forward).parameters.keys()
-    heads = attention.num_heads if hasattr(attention, "num_heads") else attention.num_attention_heads
     embeddings = getattr(tower, "embeddings", None)
     has_class = any(getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
+    heads = tower.config.num_attention_heads
     return AttentionBlock(attention, attention.q_proj, attention.k_proj, heads, has_class, frozenset(given))
 
 
@@ -131,19 +133,23 @@ def read_attention(call: Call, block: AttentionBlock, fields: frozenset[str]) ->
     packed = queries.dim() == 2
     if packed:
         queries, keys = queries.unsqueeze(0), keys.unsqueeze(0)
-    queries, keys = (value.unflatten(-1, (block.heads, -1)).float() for value in (queries, keys))  # (R, P, H, d)
+    if queries.dim() == 3:
+        queries, keys = (value.unflatten(-1, (block.heads, -1)) for value in (queries, keys))
+    queries, keys = queries.float(), keys.float()  # (R, P, H, d)
     if call.given["position_embeddings"] is not None:
         cos, sin = (value.detach().float() for value in call.given["position_embeddings"])
         # DINOv3 rotates patches only: the class token and the registers before them have an angle of zero.
         before = (0, 0, queries.shape[1] - cos.shape[-2], 0)
         cos = torch.nn.functional.pad(cos, before, value=1.0).unsqueeze(-2)
         sin = torch.nn.functional.pad(sin, before).unsqueeze(-2)
-        queries, keys = (value * cos + _rotate_half(value) * sin for value in (queries, keys))
+        queries, keys = (value * cos + _rotate_half(value, block.axes) * sin for value in (queries, keys))
     values = {}
     if "keys" in fields:
         values["keys"] = keys.mean(dim=2)
     if "saliency" in fields:
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)  # (R, H, P, d)
+        if block.scale is not None:
+            queries = queries * (block.scale * queries.shape[-1] ** 0.5)
         real = _real_patches(call.given["attention_mask"], keys)
         if block.class_token:
             saliency = class_attention(queries[:, :, 0], keys, real)
@@ -232,9 +238,9 @@ def _real_patches(mask: Any, keys: Tensor) -> Tensor | None:
     return mask.bool().expand(keys.shape[0], -1) if mask.dim() == 2 else None
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+def _rotate_half(x: Tensor, axes: int) -> Tensor:
+    first, second = x.unflatten(-1, (axes, 2, -1)).unbind(dim=-2)
+    return torch.stack((-second, first), dim=-2).flatten(-3)
 
 
 def pool_patches(patches: list[Patches], encoded: Encoded) -> Tensor:

@@ -226,6 +226,11 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
             f"model_type={family.model.config.model_type!r}: layers of its language model carry a state or convolve "
             "instead of attending, which Skip-Vision does not know; train it with DualSpeed"
         )
+    if any(hasattr(layer, "experts") for layer in family.language_layers):
+        raise SaccadeError(
+            f"model_type={family.model.config.model_type!r}: its layers have experts beside the feed-forward network, "
+            "which Skip-Vision does not know; train it with DualSpeed"
+        )
     check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
     cache_name(type(family.model).forward)
     check_language_model(language)

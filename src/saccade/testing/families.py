@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from saccade.dualspeed import DualSpeedCollator, DualSpeedTrainer
@@ -303,7 +303,10 @@ def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
         schedule="stratified",
         isolator_length=3,
     )
-    peft_config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4) if lora else None
+    # PEFT takes no other modules, such as the clipped layers of Gemma 4's tower.
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [name for name in linear if name.endswith(("q_proj", "v_proj"))]
+    peft_config = LoraConfig(target_modules=adapted, r=4) if lora else None
     trainer = DualSpeedTrainer(
         model,
         args=args,
