@@ -182,6 +182,9 @@ class DualSpeedConfig(SFTConfig):
             Number of samples per language-model pass in modes on all tokens. This reduces the memory of slow steps, so
             that a larger `per_device_train_batch_size` fits for the fast ones. Images are encoded once, and loss and
             gradients do not change. Not under FSDP and DeepSpeed.
+        linear_patches (`bool`, *optional*, defaults to `False`):
+            Run the patch embedding of Qwen-VL and GLM-V, a `Conv3d`, as a matrix product, which is faster on a CPU.
+            Values change by rounding only, weights and what is saved do not. The given model is modified in place.
         max_bad_records (`int`, *optional*, defaults to `0`):
             How many unusable records to skip before the run stops. Each is replaced by the next usable one and listed
             in `bad_records.jsonl`. 0 stops at the first.
@@ -246,6 +249,7 @@ class DualSpeedConfig(SFTConfig):
     group_by: str = "none"
     padding_free: bool | None = None
     slow_micro_batch_size: int | None = None
+    linear_patches: bool = False
     max_bad_records: int = 0
     max_image_pixels: int = MAX_PIXELS
     video_frames: int = VIDEO_FRAMES

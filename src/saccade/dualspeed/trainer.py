@@ -80,6 +80,7 @@ from saccade.errors import SaccadeError
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
+from saccade.families.linear_patches import use_linear_patches, warn_of_slow_patches
 from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
@@ -317,6 +318,10 @@ class DualSpeedTrainer(SFTTrainer):
         self.packs_rows = self._packs()
         if self.packs_rows:
             allow_packing(self.family)
+        if args.linear_patches:
+            use_linear_patches(self.family.vision_tower)
+        else:
+            warn_of_slow_patches(self.family.vision_tower)
         if self.engine != "ddp":
             if args.slow_micro_batch_size is not None:
                 raise SaccadeError(
