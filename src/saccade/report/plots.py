@@ -69,6 +69,7 @@ def plot_curves(
     path: str | os.PathLike[str],
     title: str = "",
     smooth: bool = False,
+    size: tuple[float, float] = SIZE,
 ) -> None:
     """Draw curves in one panel.
 
@@ -76,6 +77,7 @@ def plot_curves(
         curves: points (x, y) by name; more than seven curves also differ in their dashes.
         title: above the panel, such as the name of the run.
         smooth: draw running means; of one or two curves also the values themselves, faint.
+        size: width and height in inches, without the legend.
 
     Raises:
         ValueError: if there is no point to draw.
@@ -85,7 +87,7 @@ def plot_curves(
         raise ValueError("there are no curves to draw")
     columns = min(len(known), 2 if max(map(len, known)) > 16 else 3)
     rows = -(-len(known) // columns)
-    figure, (axes,) = styled_figure(1, (SIZE[0], SIZE[1] + 0.25 * rows), title)
+    figure, (axes,) = styled_figure(1, (size[0], size[1] + 0.25 * rows), title)
     for number, (name, curve) in enumerate(known.items()):
         look = {"color": COLORS[number % len(COLORS)], "linestyle": LINES[number // len(COLORS) % len(LINES)]}
         xs, ys = zip(*curve, strict=True)
