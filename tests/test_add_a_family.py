@@ -46,7 +46,7 @@ def page():
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
         exec(compile(block, str(PAGE), "exec"), names)
     yield names
-    families._FAMILIES.pop("vipllava")
+    families._FAMILIES.pop(("vipllava", None))
 
 
 @pytest.mark.parametrize("reducer", ["divprune", "avgpool", "fastervlm"])

@@ -47,9 +47,10 @@ def test_the_formats(folder):
 
 
 def test_the_mixture_trains(folder, capsys):
+    (mixture,) = (text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL) if "dataset:" in text)
     (folder / "recipe.yaml").write_text(
         f"model: tiny\noutput_dir: out\nmax_steps: 2\nper_device_train_batch_size: 2\nbf16: false\nuse_cpu: true\n"
-        f"save_strategy: 'no'\ndisable_tqdm: true\ngradient_checkpointing: false\n{example('yaml')}"
+        f"save_strategy: 'no'\ndisable_tqdm: true\ngradient_checkpointing: false\n{mixture}"
     )
     assert main(["data", "check", "recipe.yaml"]) == 0
     assert main(["train", "recipe.yaml", "--group_by", "shortened"]) == 0, capsys.readouterr().err
