@@ -19,7 +19,7 @@ VIDEO_CASES = {name: VideoCase(name, FAMILIES[name]) for name in WITH_VIDEO}
 
 
 def merging(name):
-    """Merged tokens are split as kept ones are; layers that get features of their own are the one difference."""
+    """Merged tokens are split like kept ones; the one difference is features that are added at deeper layers."""
     return pytest.param(name, "avgpool", marks=[] if name in ("llava", "qwen3_vl") else pytest.mark.slow)
 
 

@@ -34,7 +34,7 @@ def case(request):
 
 
 KINDS = ("llava", "internvl", "qwen2_5_vl", "qwen3_vl videos")
-"""Positions on one axis and on three, rows of several crops, layers that get features of their own, and clips."""
+"""Positions on one axis and on three, rows of several crops, features that are added at deeper layers, and clips."""
 
 
 @pytest.fixture(

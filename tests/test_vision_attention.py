@@ -251,7 +251,7 @@ def test_under_peft_checkpointing_and_autocast(model, inputs):
 
 def test_a_tower_without_a_known_block_is_refused(model, inputs):
     model.model.vision_tower.config.model_type = "another"
-    model.model.vision_tower.config.num_hidden_layers += 1  # there is no list of so many blocks
+    model.model.vision_tower.config.num_hidden_layers += 1  # no module list has this many blocks
     with pytest.raises(SaccadeError, match=r"model_type='llava' of transformers .* gives no keys and saliency"):
         get_family(model).encode(inputs, ATTENTION)
 

@@ -180,7 +180,7 @@ def stream(
         opened.append((source, source.folders(allow_outside, addresses)))
     columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
     weights = None if options[0].weight is None else [source.weight for source in options]
-    # Sources that follow one another do so in each part, or each rank would read sources of its own.
+    # Without weights, each part holds rows of every source in turn; otherwise ranks would read different sources.
     groups = [opened] if weights is None else [[source] for source in opened]
     given = {"shards": shards, "columns": columns, "numbers": list(range(shards))}
     streams = [

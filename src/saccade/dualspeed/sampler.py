@@ -41,8 +41,8 @@ class GroupedSampler(Sampler[int]):
 class WholeBatches(IterableDataset):
     """A stream whose last batch is filled up with rows from its start that do not count.
 
-    It is read by every rank, which takes its share of each global batch. Ranks that read parts of their own may come
-    to the end after different numbers of batches, and in an evaluation the others would wait for the first.
+    Every rank reads the whole stream and takes its share of each global batch. Ranks that each read a different part
+    may reach the end after different numbers of batches, and in an evaluation the others would wait for the first.
     """
 
     def __init__(self, rows: Iterable[dict[str, Any]], size: int) -> None:
