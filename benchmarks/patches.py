@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,19 @@ def seconds_on(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else wall_seconds_on(device)
 
 
+def tower_family(vision: Mapping[str, Any], key_value_heads: int = 1) -> Family:
+    """Qwen2.5-VL with this tower, random weights, and a language model that is not run."""
+    width = vision["out_hidden_size"]
+    text = {"hidden_size": width, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 16}
+    text |= {"num_attention_heads": width // 16, "num_key_value_heads": key_value_heads}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}}
+    text |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    config = Qwen2_5_VLConfig(vision_config=dict(vision), text_config=text, image_token_id=1, video_token_id=2)
+    return get_family(Qwen2_5_VLForConditionalGeneration(config))
+
+
 def build_family(layers: int, width: int, device: torch.device) -> Family:
-    """Qwen2.5-VL with so many layers of its tower, random weights, and a language model that is not run."""
+    """`tower_family` with so many layers of this width."""
     vision = {
         "depth": layers,
         "hidden_size": width,
@@ -61,18 +73,10 @@ def build_family(layers: int, width: int, device: torch.device) -> Family:
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
     }
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    text = {
-        "hidden_size": 2 * width,
-        "num_hidden_layers": 1,
-        "intermediate_size": 8,
-        "num_attention_heads": width // 8,
-    }
-    text |= {"num_key_value_heads": 1, "vocab_size": 16, "rope_parameters": rope}
-    text |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=1, video_token_id=2)
     torch.manual_seed(0)
-    return get_family(Qwen2_5_VLForConditionalGeneration(config).eval().to(device))
+    family = tower_family(vision)
+    family.model.eval().to(device)
+    return family
 
 
 def process(image: Image.Image, most: int) -> dict[str, torch.Tensor]:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import Qwen2VLImageProcessorPil
 
+from benchmarks.patches import WHOLE, tower_family
 from saccade.data.digits import digit_samples, split_indices
-from saccade.families import Family, get_family
+from saccade.families import Family
 from saccade.files import write_json_atomically
 from saccade.reducers import Needs
 from saccade.report.environment import environment
@@ -34,7 +35,6 @@ COVERED = 0.3
 """Share of a square that a digit must cover to be what its token shows."""
 BATCH = 16
 TOLERANCES = (0.0, 0.05, 0.2)
-WHOLE = "whole"
 
 
 def form(split: str, number: int) -> tuple[Image.Image, np.ndarray]:
@@ -76,12 +76,7 @@ def build() -> tuple[Family, nn.Linear]:
     vision = {"depth": LAYERS, "hidden_size": WIDTH, "num_heads": 4, "intermediate_size": 2 * WIDTH}
     vision |= {"out_hidden_size": WIDTH, "patch_size": PATCH, "window_size": 4 * PATCH}
     vision["fullatt_block_indexes"] = [LAYERS - 1]
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    text = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4}
-    text |= {"intermediate_size": 8, "vocab_size": 16, "rope_parameters": rope}
-    text |= dict.fromkeys(("bos_token_id", "eos_token_id"))
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, image_token_id=1, video_token_id=2)
-    return get_family(Qwen2_5_VLForConditionalGeneration(config)), nn.Linear(WIDTH, NOTHING + 1)
+    return tower_family(vision, key_value_heads=4), nn.Linear(WIDTH, NOTHING + 1)
 
 
 def train(steps: int, tolerance: float | None, seed: int) -> tuple[Family, nn.Linear]:

@@ -133,6 +133,11 @@ def check_options(given: Iterable[str], known: Iterable[str], of: str) -> None:
             raise SaccadeError(f"{name!r} is not an option of {of}: {hint}")
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line; the name of its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     """The hint for an unknown name: the most similar known one, or else `otherwise`."""
     near = difflib.get_close_matches(name, known, n=1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from saccade.errors import RecordError
+from saccade.errors import RecordError, reason_of
 
 MAX_PIXELS = 89_478_485
 """Number of pixels above which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
@@ -140,7 +140,7 @@ def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise RecordError(f"{name} is too large ({error}): shrink it", "decompression_bomb") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise RecordError(f"{name} {what.format(reason)}", otherwise) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.errors import RecordError, SaccadeError, needing_extras
+from saccade.errors import RecordError, SaccadeError, needing_extras, reason_of
 from saccade.images import MAX_PIXELS, open_image
 
 VIDEO_FRAMES = 32
@@ -314,7 +314,7 @@ def _opened(video: Any, name: str) -> Iterator[tuple[Any, Any]]:
     except FileNotFoundError as error:
         raise RecordError(f"{name} does not exist: correct the path, or remove the sample", "missing_video") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = reason_of(error)
         raise RecordError(f"{name} cannot be decoded ({reason}): replace it", "truncated_video") from error
 
 

@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
-from saccade.errors import RecordError, SaccadeError
+from saccade.errors import RecordError, SaccadeError, reason_of
 from saccade.files import atomic_path, check_writable
 from saccade.images import LARGEST_MAX_PIXELS, image_size
 
@@ -78,7 +78,7 @@ class ImageAddresses:
         """The path of the file at an address, fetched if it is not in the cache.
 
         Raises:
-            RecordError: if the address is not permitted, or there is no image of at most `MAX_BYTES` to be had there.
+            RecordError: if the address is not permitted, or does not lead to an image of at most `MAX_BYTES`.
             SaccadeError: if the cache cannot be written.
         """
         if not self.allows(address):
@@ -89,13 +89,13 @@ class ImageAddresses:
         path = Path(self.cache, digest[:2], f"{digest[2:34]}-{end}")
         if not path.is_file():
             content = self._download(address)
-            # Many servers answer with a page where there is no image, and what is kept is never fetched again.
+            # Many servers send a web page in place of a missing image, and a cached file is never fetched again.
             image_size({"bytes": content, "path": address}, LARGEST_MAX_PIXELS)
             try:
                 with atomic_path(path) as aside:
                     aside.write_bytes(content)
             except OSError as error:
-                raise SaccadeError(f"image_cache={self.cache!r} cannot be written ({_reason(error)})") from error
+                raise SaccadeError(f"image_cache={self.cache!r} cannot be written ({reason_of(error)})") from error
         return str(path)
 
     def _download(self, address: str) -> bytes:
@@ -111,7 +111,7 @@ class ImageAddresses:
                     break
             # ValueError: of a host name that cannot be looked up.
             except (OSError, HTTPException, ValueError) as error:
-                fault = _reason(error)
+                fault = reason_of(error)
         raise RecordError(f"image {address!r} cannot be fetched ({fault}): replace it", "missing_image")
 
     def _follow(self, address: str) -> bytes:
@@ -216,7 +216,3 @@ def _whole(response: Any) -> bytes:
     if announced is not None and announced.isdecimal() and len(content) != int(announced):
         raise OSError(f"{len(content)} of {announced} bytes arrived")
     return bytes(content)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -462,13 +462,11 @@ class DualSpeedConfig(SFTConfig):
         defaults = {"pruning": self.pruning, "isolator": self.isolator_length > 0, "skip_vision": skip}
         defaults |= {name: getattr(self, name) for name in ("ratio_schedule", "prune_ratio_start")}
         if self.modes is not None:
-            return listed(self.modes, **defaults)
-        return fast_and_slow(
-            slow_probability=self.slow_probability,
-            distill=self.distill_weight > 0,
-            skip_mode=self.skip_mode,
-            **defaults,
-        )
+            modes = listed(self.modes, self.pruning)
+        else:
+            skips = None if skip is None else self.skip_mode
+            modes = fast_and_slow(self.slow_probability, self.distill_weight > 0, skips)
+        return tuple(mode.with_defaults(**defaults) for mode in modes)
 
     @property
     def skip_options(self) -> SkipVisionConfig | None:

@@ -146,7 +146,15 @@ class ModeConfig:
         prune_ratio_start: float | None,
     ) -> "ModeConfig":
         """The mode with what it leaves out taken from the run: one that drops then has `pruning` and `ratio_schedule`,
-        and one that skips has `skip_vision` instead."""
+        and one that skips has `skip_vision` instead.
+
+        Args:
+            pruning: how it reduces.
+            isolator: whether it has the isolator, if it drops.
+            skip_vision: its options, if it skips; the defaults if None.
+            ratio_schedule: how its ratio changes, if it drops.
+            prune_ratio_start: where that ratio starts.
+        """
         if self.action == "keep":
             return replace(self, isolator=False)
         own = self.pruning or pruning
@@ -229,48 +237,25 @@ def _check_ratios(name: str, kind: str, start: float | None, pruning: PruningCon
         raise SaccadeError(f"{of} has no ratio to lead to: set prune_ratio above 0, and leave out keep_tokens")
 
 
-def fast_and_slow(
-    *,
-    slow_probability: float,
-    distill: bool,
-    pruning: PruningConfig,
-    isolator: bool,
-    skip_vision: SkipVisionConfig | None,
-    skip_mode: str,
-    ratio_schedule: str,
-    prune_ratio_start: float | None,
-) -> tuple[ModeConfig, ...]:
-    """The modes of fast-slow training: the published two or, with `skip_vision`, one of them with skipping."""
+def fast_and_slow(slow_probability: float, distill: bool, skips: str | None) -> list[ModeConfig]:
+    """The modes of fast-slow training: the published two or, if one `skips`, with skipping in that one."""
     if not 0 <= slow_probability <= 1:
         raise SaccadeError(
             f"slow_probability={slow_probability!r} is outside [0, 1]: it is the share of steps on all tokens"
         )
-    skips = skip_mode if skip_vision is not None else None
     fast = ModeConfig("fast", 1 - slow_probability, "skip" if skips == "fast" else "drop")
     slow = ModeConfig(
         "slow", slow_probability, "skip" if skips == "slow" else "keep", teacher="fast" if distill else None
     )
-    defaults = (pruning, isolator, skip_vision, ratio_schedule, prune_ratio_start)
-    return tuple(mode.with_defaults(*defaults) for mode in (fast, slow))
+    return [fast, slow]
 
 
-def listed(
-    modes: Sequence[ModeConfig | Mapping[str, Any]],
-    pruning: PruningConfig,
-    isolator: bool,
-    skip_vision: SkipVisionConfig | None,
-    ratio_schedule: str,
-    prune_ratio_start: float | None,
-) -> tuple[ModeConfig, ...]:
-    """The modes of a run that lists them, with what they leave out.
+def listed(modes: Sequence[ModeConfig | Mapping[str, Any]], pruning: PruningConfig) -> list[ModeConfig]:
+    """The modes of a run that lists them.
 
     Args:
         modes: one per mode, a mapping as [`ModeConfig.from_dict`] takes it.
         pruning: how modes reduce that do not say it.
-        isolator: whether modes that drop have the isolator, if they do not say it.
-        skip_vision: options of the modes that skip; the defaults if None.
-        ratio_schedule: how the ratio of modes that drop changes, if they do not say it.
-        prune_ratio_start: where it starts.
     """
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
@@ -285,8 +270,7 @@ def listed(
             raise SaccadeError(
                 f"modes: teacher={mode.teacher!r} of mode {mode.name!r} is not another mode: use one of {others}"
             )
-    defaults = (pruning, isolator, skip_vision, ratio_schedule, prune_ratio_start)
-    return tuple(mode.with_defaults(*defaults) for mode in given)
+    return given
 
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
@@ -355,7 +339,7 @@ class ModeSchedule:
         if any(share == 1 for share in self.shares.values()):
             return max(self.shares, key=self.shares.__getitem__)
         if self.kind == "bernoulli":
-            draw = self._random(step).random()
+            draw = _random(self.seed, step).random()
             for name in others:
                 draw -= self.shares[name]
                 if draw < 0:
@@ -384,16 +368,13 @@ class ModeSchedule:
         wanted: list[str] = []
         for number, name in enumerate(list(self.shares)[1:]):
             # Each mode's own offset decides in which blocks its fractional steps are rounded up.
-            offset = self._random("offset" if number == 0 else f"offset {name}").random()
+            offset = _random(self.seed, "offset" if number == 0 else f"offset {name}").random()
             before, after = (math.floor(n * _BLOCK * self.shares[name] + offset) for n in (block, block + 1))
             wanted += [name] * (after - before)
         # If the first mode is rare, rounding may request one step more than a block has.
         wanted = wanted[:_BLOCK]
-        places = self._random(f"block {block}").sample(range(_BLOCK), len(wanted))
+        places = _random(self.seed, f"block {block}").sample(range(_BLOCK), len(wanted))
         return dict(zip(places, wanted, strict=True))
-
-    def _random(self, key: object) -> random.Random:
-        return _random(self.seed, key)
 
 
 def _random(seed: int, key: object) -> random.Random:

@@ -128,12 +128,13 @@ def _plan_stage(
             f"{images * shape.visual_tokens}, give more, and room for text, or fit_length, which drops some of them"
         )
     model = meta_model(recipe, config)
+    family = get_family(model)
     for mode in args.all_modes():
-        get_family(model).check_gives(mode.needs)
+        family.check_gives(mode.needs)
     if args.feature_cache is not None:
-        check_cacheable(get_family(model), args.feature_cache)
+        check_cacheable(family, args.feature_cache)
     if args.padding_free:
-        check_packing(get_family(model))
+        check_packing(family)
     if given is None:
         lengths = recipe_lengths(recipe, model_name)
     else:
