@@ -277,6 +277,7 @@ def test_tasks_count_alike() -> None:
     [
         (["--reducer", "divprun"], "reducer='divprun' is not known"),
         (["--prune-ratio", "1.5"], "prune_ratio=1.5"),
+        (["--tasks", "charts,maps"], "tasks='charts,maps': 'maps' is unknown, use one of digits, easy_vqa"),
         (["--split", "dev"], "split='dev': use one of train, validation, test"),
         (["--seeds", "0"], "seeds=0: give at least 1"),
         (["--table"], "has no sweep"),
@@ -350,14 +351,18 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
 
 
 @pytest.mark.slow
-def test_the_larger_grid_has_a_tower_and_a_model_of_its_own(tmp_path: Path, monkeypatch) -> None:
+def test_the_larger_grid_has_its_own_tower_and_two_tasks_their_own_runs(tmp_path: Path, monkeypatch) -> None:
     real = tower.score_tower
     monkeypatch.setattr(tower, "score_tower", lambda *args: real(*args, number=2))
-    assert main(small_command(tmp_path, "--grid", "24", "--methods", "dualspeed")) == 0
+    tasks = ("easy_vqa", "charts")
+    assert main(small_command(tmp_path, "--grid", "24", "--methods", "dualspeed", "--tasks", ",".join(tasks))) == 0
     setup = json.loads((tmp_path / "smol" / "setup.json").read_text())
     assert setup["model-24"]["visual_tokens"] == 576
     report = json.loads((tmp_path / "smol" / "tower-24" / tower.REPORT_FILE).read_text())
     assert report["settings"]["start"] == str(tmp_path / "smol" / "tower-12")
-    result = json.loads((tmp_path / "smol" / "runs-24" / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    runs = tmp_path / "smol" / "runs-24-easy_vqa-charts"
+    result = json.loads((runs / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    assert set(result["evaluations"][0]["accuracy_by_task"]) == set(tasks)
+    assert "documents" not in (runs / "tasks.md").read_text()
     full, pruned = (entry["mean_prompt_length"] for entry in result["evaluations"][:2])
     assert round(full - pruned) == 576 - 58

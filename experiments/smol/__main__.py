@@ -2,6 +2,7 @@
 
 python -m experiments.smol --output out/smol                                 all tokens and DualSpeed, one seed
 python -m experiments.smol --methods all_tokens,prune_only,dualspeed --seeds 3 --output out/smol
+python -m experiments.smol --tasks easy_vqa --output out/smol                one task alone
 python -m experiments.smol --grid 24 --output out/smol                       576 visual tokens
 python -m experiments.smol --output out/smol --table                         what is done so far
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("out/smol"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     settings = Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
-    folder, console = args.output / f"runs-{settings.grid}", Console()
+    chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
+    folder, console = args.output / f"runs-{settings.grid}{chosen}", Console()
     if args.table:
         _show(Standing(Plan.read(folder), folder), folder, console)
         return 0

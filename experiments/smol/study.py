@@ -52,6 +52,7 @@ class Settings:
 
     Args:
         grid: patches per side, one of `GRIDS`.
+        tasks: what is learned and asked, separated by commas; tower and projector are of all tasks whatever it is.
         language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
         tower_steps: steps of the tower's pretraining.
         projector_batches: batches of pictures that the new projector is fitted to.
@@ -73,10 +74,11 @@ class Settings:
         threads: compute threads per run.
 
     Raises:
-        SaccadeError: on an unknown grid or split, or a number below 1.
+        SaccadeError: on an unknown grid, task or split, or a number below 1.
     """
 
     grid: int = 12
+    tasks: str = ",".join(TASKS)
     language_model: str | None = None
     tower_steps: int = 1600
     projector_batches: int = 150
@@ -100,6 +102,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
             raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches per side")
+        for task in self.task_names:
+            if task not in TASKS:
+                raise SaccadeError(f"tasks={self.tasks!r}: {task!r} is unknown, use one of {', '.join(TASKS)}")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
         counts = (
@@ -114,6 +119,10 @@ class Settings:
             "threads",
         )
         check_counts(**{name: getattr(self, name) for name in counts})
+
+    @property
+    def task_names(self) -> list[str]:
+        return self.tasks.split(",")
 
 
 def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
@@ -199,13 +208,12 @@ def plan_runs(
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     """Columns and cells: accuracy of each task, by method and by what is answered from, over the seeds."""
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-    samples = 0
+    names, samples = ["all"], 0
     for result in standing.results.values():
         for entry in result["evaluations"]:
             key = (result["spec"]["labels"]["method"], entry["inference"])
             groups.setdefault(key, []).append({**entry["accuracy_by_task"], "all": entry["accuracy"]})
-            samples = entry["samples"]
-    names = [*TASKS, "all"]
+            names, samples = [*entry["accuracy_by_task"], "all"], entry["samples"]
     columns = ["training", "answers from", "seeds", *(name.replace("_", " ") for name in names)]
     cells = [
         [
@@ -230,7 +238,7 @@ def _make_data(
     folder: Path, settings: Settings, setup: dict[str, Any], log: Callable[[str], None]
 ) -> dict[str, list[str]]:
     grid, files = settings.grid, {"pretrain": [], "sft": []}
-    for task in TASKS:
+    for task in settings.task_names:
         started, made = time.process_time(), 0
         for stage, turns in (("pretrain", 1), ("sft", settings.turns)):
             # The two stages share no pictures.

@@ -31,7 +31,7 @@ def run_smol(spec: RunSpec, stages: Path) -> dict[str, Any]:
 
 
 def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each way to run the model, over all tasks alike, as `merge_tasks` makes it.
+    """One entry for each way to run the model, over the tasks that it was trained on alike, as `merge_tasks` makes it.
 
     The results of a task are kept in the model's folder, so that an interrupted evaluation resumes from the next task.
 
@@ -42,16 +42,17 @@ def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any])
     """
     inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
     digest = hashlib.sha256(to_json(evaluation.inferences).encode()).hexdigest()[:12]
-    data = Path(recipe["dataset"][0]).parent
+    files = [Path(file) for file in recipe["dataset"]]
+    data, tasks = files[0].parent, [task for task in TASKS if any(file.name.startswith(f"{task}-") for file in files)]
     found, model, processor = {}, None, None
-    for number, task in enumerate(TASKS):
+    for number, task in enumerate(tasks):
         file = folder / "evaluations" / f"{task}-{evaluation.split}-{evaluation.scenes}-{digest}.json"
         if not file.is_file():
             if model is None:
                 model, processor = load_model(ModelOptions(model=str(folder)))
             grid = model.config.vision_config.image_size // PATCH
             rows = read_rows([rows_file(data, task, evaluation.split, "sft", evaluation.scenes, 0, grid, 1)])
-            told = partial(_tell, number)
+            told = partial(_tell, number, len(tasks))
             entries = evaluate_inferences(model, processor, rows, inferences, BATCH, told)
             write_json_atomically(file, entries)
         found[task] = json.loads(file.read_text())
@@ -83,8 +84,8 @@ def merge_tasks(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return merged
 
 
-def _tell(number: int, done: int, total: int) -> None:
-    tell("evaluate", number * total + done, len(TASKS) * total)
+def _tell(number: int, tasks: int, done: int, total: int) -> None:
+    tell("evaluate", number * total + done, tasks * total)
 
 
 if __name__ == "__main__":
