@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ def same_answers(case, prompts, config=CONFIG, **options):
     """What a pruning model generates, and what `prune_inputs` before `generate` does, cut at the shorter prompt."""
     options = {**generation_options(case), **options}
     pruned = prune_inputs(case.model, prompts, config)
+    torch.manual_seed(0)
     expected = case.model.generate(**dict(pruned), **options)[:, pruned["input_ids"].shape[1] :]
     with apply_pruning(case.model, config):
+        torch.manual_seed(0)
         found = case.model.generate(**dict(prompts), **options)
     several = found.shape[0] // prompts["input_ids"].shape[0]
     length = prompts["input_ids"].shape[1]
@@ -34,7 +37,7 @@ def same_answers(case, prompts, config=CONFIG, **options):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generates_what_prune_inputs_does(name):
-    """Batches, several images, text-only rows, and beams; after removal the model is the stock one again."""
+    """Batches, several images, text-only rows, beams and samples; after removal the model is the stock one again."""
     case = CASES[name]
     prompts = case.prompts()
     before = case.model.generate(**dict(prompts), **generation_options(case))
@@ -42,6 +45,7 @@ def test_generates_what_prune_inputs_does(name):
     for positions in case.positions:
         same_answers(case, prompts, CONFIG.replace(positions=positions))
     same_answers(case, prompts, num_beams=2, num_return_sequences=2)
+    same_answers(case, prompts, do_sample=True, num_return_sequences=2)
     assert vars(case.model) == attributes
     assert torch.equal(case.model.generate(**dict(prompts), **generation_options(case)), before)
 
@@ -194,8 +198,13 @@ def test_what_cannot_be_is_said_in_one_line():
             case.model.generate(input_ids=cached.sequences[:, 1:], **on)
         with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
             case.model.generate(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
-        with pytest.raises(SaccadeError, match="continuous batching"):
-            case.model.generate_batch([[1]])
+        for batching in (
+            partial(case.model.generate_batch, [[1]]),
+            case.model.init_continuous_batching,
+            case.model.continuous_batching_context_manager().__enter__,
+        ):
+            with pytest.raises(SaccadeError, match="continuous batching reads text only"):
+                batching()
     skip = apply_skip_vision(case.model)
     with pytest.raises(SaccadeError, match="prunes or skips already"):
         apply_pruning(case.model, CONFIG)

@@ -20,6 +20,7 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from lmms_tasks import TASKS, choice_documents, write_tasks, yes_no_documents
 
+from saccade import apply_pruning, prune_inputs
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.evaluation import INFERENCES, Inference, plan_inferences
@@ -162,6 +163,32 @@ def test_its_own_command_knows_the_model_and_its_results_are_compared(
     assert scores.documents == {"digits_pope": 2 * SCENES, "digits_mme": 2 * SCENES}
     assert main(["eval", "compare", str(tmp_path), str(tmp_path)]) == 0
     assert "100.0 %" in capsys.readouterr().out
+
+
+def test_a_stock_model_of_lmms_eval_prunes_in_place(
+    tasks: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lmms-eval's own LLaVA, whose code knows nothing of it: the answers that it scores are those of kept tokens."""
+    lm = get_model("llava_hf")(pretrained=str(trained), device="cpu", dtype="float32", device_map="cpu")
+    answered = []
+    with apply_pruning(lm.model, **PRUNED):
+        generate = lm.model.generate
+
+        def noted(**inputs: Any) -> torch.Tensor:
+            output = generate(**inputs)
+            answered.append((inputs, output[:, inputs["input_ids"].shape[1] :]))
+            return output
+
+        monkeypatch.setitem(lm.model.__dict__, "generate", noted)
+        samples = evaluate(lm, "digits_pope", TaskManager(include_path=str(tasks), model_name="llava_hf"), tmp_path)
+        monkeypatch.undo()
+    assert len(answered) == samples["n-samples"]["digits_pope"]["effective"] == 2 * SCENES
+    model, _ = load_tiny()
+    for inputs, output in answered:
+        given = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "pixel_values")}
+        pruned = prune_inputs(model, given, **PRUNED)
+        assert pruned["input_ids"].shape[1] < given["input_ids"].shape[1] - 100
+        assert torch.equal(model.generate(**pruned, **inputs)[:, pruned["input_ids"].shape[1] :], output)
 
 
 def test_the_task_of_the_page_runs(trained: Path, tasks: Path, tmp_path: Path) -> None:

@@ -9,14 +9,24 @@ import io
 import json
 import shlex
 import sys
+from functools import partial
 
 import family_models
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config
+from transformers.cli.serving.model_manager import ModelManager
 
-from saccade import PruningConfig, SaccadeError, prune_inputs
+from saccade import (
+    PruningConfig,
+    SaccadeError,
+    SkipVisionConfig,
+    apply_pruning,
+    apply_skip_vision,
+    prune_inputs,
+)
 from saccade.cli.main import main
 from saccade.families import get_family, use_released_names
 from saccade.pruning import ModeIsolator
@@ -24,7 +34,10 @@ from saccade.serving import vllm_request
 from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
 from saccade.serving.tower import bare_family, tower_family
+from saccade.serving.transformers_server import prune_when_loaded
 from saccade.serving.vllm_plugin import ARCHITECTURES, fingerprint, folder_pruning
+from saccade.skip_vision.cache import cache_of
+from saccade.tiny import load_tiny
 
 RATIO = PruningConfig(prune_ratio=0.75)
 ATTENTION = PruningConfig(prune_ratio=0.5, positions="original", reducer="fastervlm")
@@ -131,6 +144,7 @@ def test_weights_of_the_tower_that_are_missing(tmp_path):
     [
         ("llava", PruningConfig(adaptive=True), False, "adaptive=True cannot be served: an engine counts"),
         ("llava", PruningConfig(fit_length=100), False, "fit_length=100 cannot be served: an engine reduces each"),
+        ("qwen2_5_vl", PruningConfig(patch_tolerance=0), False, "patch_tolerance=0.0 cannot be served: an engine"),
         ("llava", PruningConfig(budget="sample"), False, "budget='sample' cannot be served"),
         ("idefics3", PruningConfig(budget="image"), False, "budget='image' cannot be served for idefics3"),
         ("llava", PruningConfig(reducer="cdpruner"), False, "use one of .*divprune.*visionzip"),
@@ -143,6 +157,24 @@ def test_what_an_engine_cannot_do_is_refused_before_it_starts(name, config, isol
     rows = torch.zeros(2, family_models.WIDTH) if isolator else None
     with pytest.raises(SaccadeError, match=line):
         Shortener(bare_family(tmp_path), config, rows)
+
+
+def test_models_that_vllm_cannot_prune_are_refused_before_it_starts(tmp_path, capsys, monkeypatch):
+    """Each model that has a family, and is none of the plug-in's; and a tower that vLLM's LLaVA does not know."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
+    builders = {name: tiny.build for name, tiny in family_models.RELATIVES.items()}
+    builders |= {"gemma4": family_models.build_gemma4, "dino": partial(family_models.build_llava, Dinov2Config)}
+    for name, build in builders.items():
+        folder = tmp_path / name
+        model, _ = build()
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        PruningConfig().save_pretrained(folder)
+        assert main(["serve", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{str(folder)!r} cannot be pruned in vLLM" in line
+        assert ("'dinov2'" if name == "dino" else type(model).__name__) in line
 
 
 def test_the_reducers_that_are_offered_do_serve(tmp_path):
@@ -225,8 +257,16 @@ def test_prepared_requests(tmp_path):
         assert torch.equal(read, request.rows[0])
         # With a token for each row, the prompt is the one that is generated from.
         assert request.sglang["input_ids"] == expected["input_ids"][0].tolist()
-        assert [one["format"] for one in request.sglang["image_data"]] == ["precomputed_embedding"] * 2
-        assert all(map(torch.equal, (one["feature"] for one in request.sglang["image_data"]), request.rows))
+        (item,) = request.sglang["image_data"]
+        assert item["format"] == "precomputed_embedding"
+        visual = torch.tensor(request.sglang["input_ids"]) == request.placeholder_id
+        places = torch.cat([torch.arange(first, last + 1) for first, last in item["offsets"]])
+        assert torch.equal(places, visual.nonzero().squeeze(1))
+        assert len(item["offsets"]) == 2
+        assert torch.equal(item["feature"], torch.cat(request.rows))
+    words = vllm_request(model, processor, [], "max ?", RATIO)
+    ids = tokenizer("max ?")["input_ids"]
+    assert (words.offline, words.sglang, words.parts) == ({"prompt_token_ids": ids}, {"input_ids": ids}, [])
 
 
 def test_requests_that_cannot_be_prepared(tmp_path):
@@ -260,6 +300,29 @@ def test_what_a_server_is_started_with(tmp_path):
     curl = ready_text("http://127.0.0.1:8000", "export").splitlines()[1]
     body = shlex.split(curl.replace("$(base64 -w0 picture.png)", "AAAA"))[-1]
     assert json.loads(body)["messages"][0]["content"][0]["image_url"]["url"] == "data:image/png;base64,AAAA"
+
+
+@pytest.mark.parametrize("kind", ["pruned", "skipped", "all tokens"])
+def test_what_the_server_of_transformers_loads_runs_as_it_was_trained(kind, tmp_path, monkeypatch):
+    model, processor = load_tiny()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    if kind == "skipped":
+        apply_skip_vision(model, SkipVisionConfig(retained=20, skipped=40)).save_pretrained(tmp_path)
+    else:
+        RATIO.save_pretrained(tmp_path)
+        apply_pruning(model, RATIO if kind == "pruned" else ALL)
+    # As a server does it, which needs packages that are not needed here.
+    monkeypatch.setattr(ModelManager, "_load_model", ModelManager._load_model)
+    prune_when_loaded(tmp_path, False if kind == "all tokens" else None)
+    served, _ = ModelManager(device="cpu").load_model_and_processor(str(tmp_path))
+    inputs = asked(processor, picture(96, 96))
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    wanted, found = (each.generate(**inputs, **options) for each in (model, served))
+    assert torch.equal(found.sequences, wanted.sequences)
+    stored = [cache_of(each).layers[-1].keys.shape[2] for each in (wanted, found)]
+    assert stored[0] == stored[1]
+    assert (stored[1] < inputs["input_ids"].shape[1]) == (kind != "all tokens")
 
 
 def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monkeypatch):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from skip_tester import options_for
 
-from saccade import apply_skip_vision, prune_inputs
+from saccade import apply_pruning, apply_skip_vision, prune_inputs
 from saccade.data import digit_scenes
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.families.encoded import AttentionBlock, Call
 from saccade.families.vision_attention import first_arguments, watching
+from saccade.skip_vision.cache import cache_name, cache_of
 
 ROUNDS = 12
 
@@ -77,6 +78,25 @@ def test_pruning_at_once(model, batches, eager_switching, reducer):
     # Nothing of it is left in the model.
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules] == before
     assert not any("forward" in module.__dict__ for module in modules)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_generating_at_once_on_a_model_that_prunes(model, batches, eager_switching):
+    """A first turn, and a second one on its cache."""
+    words, image = torch.tensor([[7, 11]]), get_family(model).placeholder_id
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "suppress_tokens": [image]}
+    options["return_dict_in_generate"] = True
+
+    def call(batch):
+        first = model.generate(**batch, **options)
+        ids = torch.cat((first.sequences, words.expand(len(first.sequences), -1)), dim=1)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 4), value=1)
+        cache = {cache_name(type(model).forward): cache_of(first)}
+        second = model.generate(input_ids=ids, attention_mask=mask, **cache, **options)
+        return {"answers": second.sequences}
+
+    with apply_pruning(model.eval(), reducer="fastervlm", prune_ratio=0.8):
+        same_at_once(call, batches)
 
 
 def test_hook_of_another_thread_that_is_half_hung_up(model, batches):

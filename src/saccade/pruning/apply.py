@@ -156,8 +156,9 @@ def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = 
     stock = family.model
     patch(stock, like(stock.forward, _forward))
     patch(stock, like(stock.generate, _generate), "generate")
-    if hasattr(stock, "generate_batch"):
-        patch(stock, like(stock.generate_batch, _generate_batch), "generate_batch")
+    # `generate_batch` and the server of transformers go through it as well.
+    if hasattr(stock, "init_continuous_batching"):
+        patch(stock, like(stock.init_continuous_batching, _init_continuous_batching), "init_continuous_batching")
     stock.__dict__[HANDLE] = pruning
     return pruning
 
@@ -216,10 +217,10 @@ def _generate_on(model: nn.Module, given: Tensor, shorter: dict[str, Any]) -> An
     return with_given_prompt(output, given, length)
 
 
-def _generate_batch(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     raise SaccadeError(
-        "generate_batch: continuous batching reads text only, and would leave the images out; use generate, or serve "
-        "the model with vLLM (docs/serve.md)"
+        "init_continuous_batching: continuous batching reads text only, and would leave the images out; use generate, "
+        "or serve the model with vLLM (docs/serve.md)"
     )
 
 

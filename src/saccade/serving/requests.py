@@ -52,12 +52,21 @@ class PreparedRequest:
 
     @property
     def sglang(self) -> dict[str, Any]:
-        """The request as SGLang's documentation describes it for `Engine.generate`; not tested with SGLang."""
-        images, ids = iter(self.rows), []
+        """The request as SGLang's documentation describes it for `Engine.generate`; not run with SGLang.
+
+        SGLang takes one item of this format for all images of a prompt, and the places of each image in it: the
+        indices of its first and its last token.
+        """
+        if not self.rows:
+            return {"input_ids": self.prompt_token_ids}
+        images, ids, places = iter(self.rows), [], []
         for token in self.prompt_token_ids:
-            ids += [token] * next(images).shape[0] if token == self.placeholder_id else [token]
-        data = [{"format": "precomputed_embedding", "feature": rows} for rows in self.rows]
-        return {"input_ids": ids, "image_data": data}
+            count = next(images).shape[0] if token == self.placeholder_id else 1
+            if token == self.placeholder_id:
+                places.append((len(ids), len(ids) + count - 1))
+            ids += [token] * count
+        item = {"format": "precomputed_embedding", "feature": torch.cat(self.rows), "offsets": places}
+        return {"input_ids": ids, "image_data": [item]}
 
 
 def encoded(rows: Tensor) -> str:

@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 
 from saccade.errors import SaccadeError, needs_package
-from saccade.serving.vllm_plugin import SETTING, folder_pruning
+from saccade.files import reading
+from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
 
 ENGINES = ("vllm", "transformers")
 VLLM = "vllm.entrypoints.openai.api_server"
@@ -51,9 +52,13 @@ def serve_folder(
     """
     folder = Path(folder)
     check_folder(folder)
-    folder_pruning(folder, setting)
+    config = folder_pruning(folder, setting)
     engine = installed_engine(engine)
     if engine == "vllm":
+        if config is not None:
+            with reading(f"model={str(folder)!r}: its config.json cannot be read"):
+                stock = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            check_prunes(folder, stock, config)
         name = folder.resolve().name if name is None else name
         command = vllm_command(folder, setting, flags, host, port, name)
     else:

@@ -1,4 +1,4 @@
-"""`transformers serve` on a model that prunes in place, see `main`."""
+"""`transformers serve` on a model that prunes, or skips, in place, see `main`."""
 
 import json
 import sys
@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saccade.companions import find_companion
 from saccade.interfaces import check_methods
 from saccade.pruning import apply_pruning
 from saccade.serving.vllm_plugin import folder_pruning
+from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 
 
 def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | None) -> None:
     """Make the server prune in each model that it loads, according to `folder` and `setting`.
+
+    A folder that was trained to skip visual tokens skips them, unless `setting` says otherwise.
 
     Raises:
         SaccadeError: on a wrong setting, or if this version of transformers loads models in another way.
@@ -21,16 +25,20 @@ def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | No
 
     config = folder_pruning(Path(folder), setting)
     check_methods(ModelManager, ("_load_model",), "transformers")
-    if config is None:
+    skips = config is None and setting is not False and find_companion(Path(folder), SUMMARY_FILE) is not None
+    if config is None and not skips:
         return
     load = ModelManager._load_model
 
-    def load_and_prune(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_and_patch(self: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(self, *args, **kwargs)
-        apply_pruning(model, config)
+        if skips:
+            apply_skip_vision(model.eval(), folder)
+        else:
+            apply_pruning(model, config)
         return model
 
-    ModelManager._load_model = load_and_prune
+    ModelManager._load_model = load_and_patch
 
 
 def main(argv: list[str]) -> None:

@@ -8,11 +8,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saccade.companions import find_companion
 from saccade.errors import SaccadeError
 from saccade.interfaces import installed
+
+if TYPE_CHECKING:
+    from saccade.families import Family
+    from saccade.reducers import PruningConfig
 
 SETTING = "saccade"
 """Key in `--hf-overrides`: options that override the folder's, or false for all tokens."""
@@ -33,6 +37,8 @@ ARCHITECTURES: dict[str, str] = {
     "Gemma3ForConditionalGeneration": "gemma3_mm:Gemma3ForConditionalGeneration",
 }
 """Architectures that can prune, with the module and class of vLLM's model."""
+LLAVA_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
+"""Values of `vision_config.model_type` that vLLM's LLaVA models know."""
 TINY_RATE = 1e-9
 """Any rate turns on vLLM's own pruning of videos, and only then does vLLM ask a model for kept tokens' positions."""
 
@@ -46,10 +52,11 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         # vLLM caches facts about a class on disk under its name, and they change with vLLM's version.
         ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}_of_{version}")
+    # Those of other models too, or a folder that is to be pruned would be served on all tokens without a word.
+    for architecture in ModelRegistry.get_supported_archs():
         before = MODELS_CONFIG_MAP.get(architecture)
-        if getattr(before, "checks_pruning", False):
-            continue
-        MODELS_CONFIG_MAP[architecture] = _check_after(before)
+        if not getattr(before, "checks_pruning", False):
+            MODELS_CONFIG_MAP[architecture] = _check_after(before)
 
 
 def vllm_version() -> str | None:
@@ -85,24 +92,23 @@ def settle(vllm_config: Any) -> None:
     """
     from vllm.logger import init_logger
 
-    from saccade.serving.shorten import check_serves
-    from saccade.serving.tower import bare_family
     from saccade.skip_vision import SUMMARY_FILE
 
     logger = init_logger("vllm.saccade")
     model = vllm_config.model_config
+    if model.multimodal_config is None:
+        return
     folder = local_folder(model)
     setting = getattr(model.hf_config, SETTING, None)
     config = folder_pruning(folder, setting)
     if folder is not None and find_companion(folder, SUMMARY_FILE) is not None:
         logger.warning("saccade: %s was trained to skip visual tokens; vLLM does not support this", folder)
-    if config is None or model.multimodal_config is None:
+    if config is None:
         return
     version = vllm_version()
     if version is None or not version.startswith(tuple(f"{known}." for known in TESTED)):
         logger.warning("saccade: pruning is tested with vLLM %s, this is %s", " and ".join(TESTED), version)
-    family = bare_family(model.model, model.revision)
-    check_serves(family, config, config.isolator is not None)
+    family = check_prunes(model.model, model.hf_config.to_dict(), config, model.revision)
     setattr(model.hf_config, RESOLVED, asdict(config))
     multimodal = model.multimodal_config
     multimodal.mm_device_do_normalize = False  # the processor has already normalised the pixels
@@ -115,6 +121,38 @@ def settle(vllm_config: Any) -> None:
     logger.info(
         "saccade: images are pruned by %s, %s, positions=%s%s",
         *(config.reducer, amount, config.positions, ", after an isolator" if config.isolator else ""),
+    )
+
+
+def check_prunes(
+    folder: str | Path, stock: Mapping[str, Any], config: "PruningConfig", revision: str | None = None
+) -> "Family":
+    """Check that vLLM can serve a model on the tokens that `config` keeps, and return its family, without weights.
+
+    Args:
+        folder: the model's folder, or its name on a hub.
+        stock: what its `config.json` holds.
+
+    Raises:
+        SaccadeError: naming the model, or the option, and what can be served.
+    """
+    from saccade.serving.shorten import check_serves
+    from saccade.serving.tower import bare_family
+
+    architecture = next(iter(stock.get("architectures") or ()), None)
+    tower = (stock.get("vision_config") or {}).get("model_type", LLAVA_TOWERS[0])
+    known = ", ".join(name.removesuffix("ForConditionalGeneration") for name in ARCHITECTURES)
+    if architecture not in ARCHITECTURES:
+        reason = f"{architecture} is not one of the models that the plug-in knows ({known})"
+    elif architecture.startswith("Llava") and tower not in LLAVA_TOWERS:
+        reason = f"vLLM's LLaVA does not know the tower {tower!r}, only {', '.join(LLAVA_TOWERS)}"
+    else:
+        family = bare_family(folder, revision)
+        check_serves(family, config, config.isolator is not None)
+        return family
+    raise SaccadeError(
+        f"model={str(folder)!r} cannot be pruned in vLLM: {reason}; `saccade serve --engine transformers` prunes it, "
+        f"and vLLM may serve all tokens: `saccade serve --all-tokens`, or --hf-overrides '{{\"{SETTING}\": false}}'"
     )
 
 
