@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 
-from benchmarks.serving_tables import Spread, Summary
+from benchmarks.serving_tables import Spread, Summary, rounded
 from saccade.report.plots import COLORS, FAINT, INK, save_figure, styled_figure
 
 Speedup = tuple[float, float, float, float]
@@ -91,7 +91,7 @@ def _bars(axes: Axes, values: Mapping[str, tuple[Spread, float, str]]) -> None:
         whole = name.endswith("all tokens")
         axes.barh(place, middle, color=FAINT if whole else COLORS[0], alpha=0.75, height=0.66)
         axes.plot([low, high], [place, place], color=INK, linewidth=1.2)
-        said = f"{middle:.2g}" if whole else f"{middle:.2g}   {ratio:.1f} times {words}"
+        said = rounded(middle, 2) if whole else f"{rounded(middle, 2)}   {ratio:.1f} times {words}"
         axes.text(high + 0.015 * most, place, said, va="center", fontsize=10, color=INK)
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(0, 1.5 * most)

@@ -158,4 +158,9 @@ def selection_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[Any
 
 def _range(values: Sequence[float]) -> str:
     middle, low, high = values
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    return f"{rounded(middle)} ({rounded(low)} to {rounded(high)})"
+
+
+def rounded(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, without an exponent."""
+    return f"{float(f'{value:.{digits}g}'):g}"
