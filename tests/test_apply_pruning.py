@@ -6,15 +6,17 @@ from functools import partial
 
 import pytest
 import torch
-from family_models import FAMILIES, WITH_VIDEO, VideoCase
+from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_gemma4, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import GenerationConfig, pipeline
+from transformers import Gemma4ForConditionalGeneration, GenerationConfig, LlavaForConditionalGeneration, pipeline
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
+from saccade.pruning.apply import USED_UP
 from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.testing.families import Case, generation_options, logits
+from saccade.testing.tiny_models import Tiny
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
 CONFIG = PruningConfig("divprune", prune_ratio=0.7)
@@ -50,6 +52,22 @@ def test_generates_what_prune_inputs_does(name):
     assert torch.equal(case.model.generate(**dict(prompts), **generation_options(case)), before)
 
 
+OTHERS = RELATIVES | {
+    "gemma4": Tiny(build_gemma4, Gemma4ForConditionalGeneration),
+    "pixtral": Tiny(lambda: build_pixtral("Llava"), LlavaForConditionalGeneration),
+}
+
+
+def test_other_families_prune_in_place_too():
+    """Those of the shared tester's relatives: what a processor returns is told apart, and the model generates."""
+    for name, tiny in OTHERS.items():
+        case = Case(name, tiny)
+        prompts, family = case.prompts([0, 2]), case.family
+        known = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *USED_UP}
+        assert prompts.keys() <= known, name
+        same_answers(case, prompts)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_further_turn_of_text_on_the_same_cache(name):
     """The answers of one prefill on the whole conversation: the prompt pruned, and the turns after it as they are."""
@@ -77,6 +95,60 @@ def test_a_further_turn_of_text_on_the_same_cache(name):
         shorter = prune_inputs(case.model, {**whole, **longer(case, whole, new)}, config)
         expected = case.model.generate(**shorter, **options).sequences
         assert torch.equal(found.sequences[:, -options["max_new_tokens"] :], expected[:, -options["max_new_tokens"] :])
+
+
+def with_later_image(case, rows, config):
+    """Three turns on one cache: the prompts of `rows[0]`, then of `rows[1]` with their images, then text.
+
+    What is written after the second prompt, the conversation up to that, and the second answer with the third prompt.
+    """
+    options = {**generation_options(case), "return_dict_in_generate": True}
+    first, second = map(case.prompts, rows)
+    with apply_pruning(case.model, config):
+        found = case.model.generate(**first, **options)
+        ids = torch.cat((found.sequences, second["input_ids"]), dim=1)
+        answered = torch.ones_like(found.sequences[:, first["input_ids"].shape[1] :])
+        per_token = {"attention_mask": torch.cat((first["attention_mask"], answered, second["attention_mask"]), dim=1)}
+        for name in {*case.family.token_inputs, "mm_token_type_ids"} & second.keys():
+            per_token[name] = torch.cat((first[name], torch.zeros_like(answered), second[name]), dim=1)
+        cache = {cache_name(case.model.forward): cache_of(found)}
+        whole = {"input_ids": ids, **per_token}
+        found = case.model.generate(**{**second, **whole}, **cache, **options).sequences
+        assert torch.equal(found[:, : ids.shape[1]], ids)
+        new = torch.cat((found[:, ids.shape[1] :], torch.tensor([[7, 11, 9]]).expand(len(ids), -1)), dim=1)
+        ids = torch.cat((ids, new), dim=1)
+        mask = torch.nn.functional.pad(per_token["attention_mask"], (0, new.shape[1]), value=1)
+        last = case.model.generate(input_ids=ids, attention_mask=mask, **cache, **options).sequences
+    return last[:, whole["input_ids"].shape[1] :], whole, new
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3"])
+def test_a_further_turn_with_an_image_on_the_same_cache(name):
+    """The answers of one prefill on the whole conversation with all images, each of which is reduced by itself."""
+    case = CASES[name]
+    for positions in case.positions:
+        config = CONFIG.replace(positions=positions)
+        found, whole, new = with_later_image(case, ([0], [3]), config)
+        for key, value in case.prompts([0, 3]).items():
+            if key not in whole:
+                crops = name in ("idefics3", "smolvlm")
+                whole[key] = value.reshape(1, -1, *value.shape[2:]) if crops else value
+        answers = []
+        for inputs in (whole, {**whole, **longer(case, whole, new)}):
+            pruned = prune_inputs(case.model, inputs, config)
+            answers.append(case.model.generate(**pruned, **generation_options(case))[:, -6:])
+        assert torch.equal(found[:, :6], answers[0])
+        assert torch.equal(found[:, -6:], answers[1])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_further_turn_with_images_in_a_batch(name):
+    """Rows with and without an image in either turn, of different lengths: each as by itself."""
+    case = CASES[name]
+    together, *_ = with_later_image(case, ([0, 1, 0], [3, 2, 1]), CONFIG)
+    for number, rows in enumerate((([0], [3]), ([1], [2]), ([0], [1]))):
+        alone, *_ = with_later_image(case, rows, CONFIG)
+        assert torch.equal(together[number], alone[0])
 
 
 def longer(case, prompts, new):
@@ -192,8 +264,6 @@ def test_what_cannot_be_is_said_in_one_line():
             apply_skip_vision(case.model)
         cached = case.model.generate(**prompts, **generation_options(case), return_dict_in_generate=True)
         on = {cache_name(case.model.forward): cache_of(cached)}
-        with pytest.raises(SaccadeError, match=f"{next(iter(on))}: it holds a conversation already"):
-            case.model.generate(**prompts, **on)
         with pytest.raises(SaccadeError, match="input_ids: a further turn on the cache of a pruned"):
             case.model.generate(input_ids=cached.sequences[:, 1:], **on)
         with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
@@ -205,6 +275,19 @@ def test_what_cannot_be_is_said_in_one_line():
         ):
             with pytest.raises(SaccadeError, match="continuous batching reads text only"):
                 batching()
+        words = case.model.generate(**case.prompts([2]), **generation_options(case), return_dict_in_generate=True)
+        with pytest.raises(SaccadeError, match="holds a conversation that did not begin with pruned images"):
+            case.model.generate(**prompts, **{next(iter(on)): cache_of(words)})
+    for config, reason in (
+        (CONFIG.replace(adaptive=True), "adaptive=True"),
+        (CONFIG.replace(fit_length=100), "fit_length=100"),
+        (CONFIG.replace(budget="sample"), "budget='sample'"),
+        (PruningConfig("cdpruner"), "reducer='cdpruner'"),
+    ):
+        with pytest.raises(SaccadeError, match=f"images of a further turn: with {reason}, which tokens"):
+            with_later_image(case, ([0], [3]), config)
+    with pytest.raises(SaccadeError, match=r"with attention in both directions \(gemma3\)"):
+        with_later_image(CASES["gemma3"], ([0], [3]), CONFIG)
     skip = apply_skip_vision(case.model)
     with pytest.raises(SaccadeError, match="prunes or skips already"):
         apply_pruning(case.model, CONFIG)

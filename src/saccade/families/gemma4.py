@@ -24,7 +24,7 @@ class Gemma4Family(Family):
 
     name = "gemma4"
     model_types = ("gemma4",)
-    vision_inputs = ("pixel_values", "pixel_values_videos", "input_features")
+    vision_inputs = ("pixel_values", "image_position_ids", "pixel_values_videos", "input_features")
     token_inputs: Mapping[str, int] = {"mm_token_type_ids": 0}
     takes_list = True
 

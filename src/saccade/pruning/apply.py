@@ -17,7 +17,7 @@ from saccade.families import Family, get_family
 from saccade.interfaces import by_name
 from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch, with_given_prompt
 from saccade.pruning.prune_inputs import isolator_rows, prune_inputs, pruning_config
-from saccade.reducers import PruningConfig
+from saccade.reducers import FROM_WORDS, PruningConfig
 
 ENCODED = "mm_encoder_outputs"
 USED_UP = (
@@ -118,12 +118,52 @@ class Pruning:
             known = given.get(name)
             further[name] = torch.full_like(further["input_ids"], fill) if known is None else known[:, length:]
         positions = turn.shorter["position_ids"]  # (B, S), or (A, B, S)
-        last = positions.amax(dim=-1, keepdim=True)
-        last = last.amax(dim=0, keepdim=True) if positions.dim() == 3 else last
         count = further["attention_mask"].cumsum(dim=1)  # (B, n)
-        further["position_ids"] = (last + count).expand(*positions.shape[:-1], -1)
+        further["position_ids"] = (last_position(positions) + count).expand(*positions.shape[:-1], -1)
         joined = {name: torch.cat((kept, further[name]), dim=-1) for name, kept in turn.shorter.items()}
         return {**given, **joined}
+
+    def go_on_with_images(self, given: dict[str, Any], turn: Turn, cached: int) -> dict[str, Any]:
+        """The arguments of a call with a further turn, whose images are the only ones given, after `cached` tokens.
+
+        Raises:
+            SaccadeError: as `go_on`, and if an image's tokens depend on what else the conversation contains.
+        """
+        reason = self._reduces_together()
+        if reason is not None:
+            raise SaccadeError(
+                f"images of a further turn: with {reason}, which tokens of an image stay depends on the rest of the "
+                "conversation; pass all of it without the cache, or a further turn of text without images"
+            )
+        images = {*self.family.vision_inputs, *USED_UP} - self.family.token_inputs.keys()
+        whole = self.go_on({name: value for name, value in given.items() if name not in images}, turn)
+        known = {name: whole[name][..., :cached] for name in turn.shorter}
+        new = {name: whole[name][..., cached:] for name in turn.shorter if name != "position_ids"}
+        new |= {name: given[name] for name in images if given.get(name) is not None}
+        if "mm_token_type_ids" in new:
+            new["mm_token_type_ids"] = new["mm_token_type_ids"][:, -new["input_ids"].shape[1] :]
+        shorter = self.shorten(new, "left")
+        shorter["position_ids"] = last_position(known["position_ids"]) + 1 + shorter["position_ids"]
+        joined = {name: torch.cat((value, shorter[name]), dim=-1) for name, value in known.items()}
+        return {**whole, **shorter, **joined}
+
+    def _reduces_together(self) -> str | None:
+        """What makes the tokens that stay of an image depend on more than the image; None if nothing does."""
+        config = self.config
+        if self.family.bidirectional_image_attention:
+            return f"attention in both directions ({self.family.name})"
+        for name, value in (("adaptive", config.adaptive), ("fit_length", config.fit_length)):
+            if value:
+                return f"{name}={value!r}"
+        if config.budget == "sample":
+            return "budget='sample'"
+        return f"reducer={config.reducer!r}" if config.needs.fields & FROM_WORDS else None
+
+
+def last_position(positions: Tensor) -> Tensor:
+    """The greatest position of each sample, `(B, 1)` of `(B, S)`, or `(1, B, 1)` of `(A, B, S)`."""
+    last = positions.amax(dim=-1, keepdim=True)
+    return last.amax(dim=0, keepdim=True) if positions.dim() == 3 else last
 
 
 def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = None, **options: Any) -> Pruning:
@@ -189,15 +229,14 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if turn is None:
             return call_original(model, method="generate", **kwargs)
         return _generate_on(model, kwargs["input_ids"], pruning.go_on(kwargs, turn))
-    if cache is not None and cache.get_seq_length():
-        raise SaccadeError(
-            f"{name}: it holds a conversation already, and a prompt with images is shortened as a whole; pass the "
-            "whole conversation without the cache, or a further turn of text without the images"
-        )
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError("assistant_model: an assistant would need a shorter prompt of its own; leave it out")
-    given = kwargs["input_ids"]
-    shorter = pruning.shorten(kwargs, "left")
+    given, cached = kwargs["input_ids"], 0 if cache is None else cache.get_seq_length()
+    if cached and turn is None:
+        raise SaccadeError(
+            f"{name}: it holds a conversation that did not begin with pruned images; pass all of it without the cache"
+        )
+    shorter = pruning.go_on_with_images(kwargs, turn, cached) if cached else pruning.shorten(kwargs, "left")
     output = _generate_on(model, given, shorter)
     if cache is None and isinstance(output, ModelOutput):
         cache = next((value for value in output.values() if isinstance(value, Cache)), None)
