@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from saccade.families.chain_of_sight import ChainOfSightConfig, ChainOfSightForConditionalGeneration
 from saccade.families.fitting import CLASS_TOKENS
 from saccade.testing.families import Case
 from saccade.testing.tiny_models import (
@@ -297,7 +298,10 @@ def build_gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
     return finish(transformers.Gemma3ForConditionalGeneration(config), processor)
 
 
-def build_llava(tower: Callable[..., PreTrainedConfig] | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def build_llava(
+    tower: Callable[..., PreTrainedConfig] | None = None,
+    config_class: Callable[..., PreTrainedConfig] = transformers.LlavaConfig,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.5 with a CLIP tower: 32 px, 8 x 8 tokens. Another tower has three layers, and features of the second."""
     tokenizer = build_tokenizer({"image_token": IMAGE}, IMAGE)
     vision = {key: value for key, value in siglip_options(32).items() if key != "vision_use_head"}
@@ -306,7 +310,7 @@ def build_llava(tower: Callable[..., PreTrainedConfig] | None = None) -> tuple[P
     vision_config = (tower or transformers.CLIPVisionConfig)(**vision)
     before = CLASS_TOKENS[vision_config.model_type] + getattr(vision_config, "num_register_tokens", 0)
     strategy = "default" if before else "full"
-    config = transformers.LlavaConfig(
+    config = config_class(
         vision_config=vision_config,
         text_config=transformers.LlamaConfig(**text_options(tokenizer)),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
@@ -321,10 +325,10 @@ def build_llava(tower: Callable[..., PreTrainedConfig] | None = None) -> tuple[P
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=before,
+        num_additional_image_tokens=before + getattr(config, "tokens_beyond_patches", 0),
         chat_template=tokenizer.chat_template,
     )
-    return finish(transformers.LlavaForConditionalGeneration(config), processor)
+    return finish(transformers.AutoModelForImageTextToText.from_config(config), processor)
 
 
 FAMILIES: dict[str, Tiny] = {
@@ -486,6 +490,7 @@ def build_gemma4(**options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 # Families that share the code of one above: the tests of other subjects leave them out.
 RELATIVES: dict[str, Tiny] = {
+    "chain_of_sight": Tiny(lambda: build_llava(config_class=ChainOfSightConfig), ChainOfSightForConditionalGeneration),
     "qwen3_vl_moe": Tiny(lambda: build_qwen("3_moe"), transformers.Qwen3VLMoeForConditionalGeneration),
     "qwen3_5": Tiny(lambda: build_qwen("3_5"), transformers.Qwen3_5ForConditionalGeneration),
     "qwen3_5_moe": Tiny(lambda: build_qwen("3_5_moe"), transformers.Qwen3_5MoeForConditionalGeneration),

@@ -9,6 +9,8 @@ saccade assemble --vision-tower openai/clip-vit-large-patch14-336 --language-mod
 saccade assemble --vision-tower google/siglip-so400m-patch14-384 --language-model Qwen/Qwen3-4B --output out/start
 saccade assemble --vision-tower tiny --language-model FOLDER --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf \\
     --output out/smol                                  a language model in a GGUF file
+saccade assemble --vision-tower tiny --language-model tiny --projector resampler \\
+    --output out/chain-of-sight/start                  the embedded model with Chain-of-Sight's resampler
 """
 
 
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--language-model",
         required=True,
         metavar="MODEL",
-        help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model",
+        help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 language model, or a LLaVA that has one; or tiny",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
     parser.add_argument(
@@ -33,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--crops",
         default="none",
         help="none (LLaVA-1.5), anyres (LLaVA-NeXT) or hd (LLaVA-HD's 2 x 2 crops) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--projector",
+        default="mlp",
+        help="mlp (LLaVA), or resampler (Chain-of-Sight: queries look at windows) (default: %(default)s)",
     )
     parser.add_argument(
         "--chat-template",

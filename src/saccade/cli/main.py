@@ -26,6 +26,7 @@ from saccade.files import check_writable
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("saccade.cli.train", "train or fine-tune a model from a recipe"),
     "assemble": ("saccade.cli.assemble", "assemble a LLaVA from a vision tower and a language model"),
+    "grow": ("saccade.cli.grow", "grow a Chain-of-Sight model to larger images and a finer scale"),
     "data": ("saccade.cli.data", "read a whole dataset and report every bad record"),
     "demo": ("saccade.cli.demo", "train the tiny model three ways on this machine and compare"),
     "sweep": ("saccade.cli.sweep", "many runs and one table: a grid over a recipe and seeds"),

@@ -5,6 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Family
+from saccade.families.chain_of_sight import ChainOfSightFamily
 from saccade.families.encoded import Encoded
 from saccade.families.gemma3 import Gemma3Family
 from saccade.families.gemma4 import Gemma4Family
@@ -69,6 +70,7 @@ def stock_model(model: nn.Module) -> PreTrainedModel:
 
 
 for _family in (
+    ChainOfSightFamily,
     Gemma3Family,
     Gemma4Family,
     Glm4vFamily,
@@ -88,6 +90,7 @@ for _family in (
     register_family(_family)
 
 __all__ = [
+    "ChainOfSightFamily",
     "Encoded",
     "Family",
     "Gemma3Family",

@@ -79,6 +79,9 @@ class Family(ABC):
     thumbnail: int | None = None
     """Which row of an image is the thumbnail beside its crops: 0 for the first, -1 for the last, None for none."""
 
+    has_scales: bool = False
+    """Whether the rows of an image are its scales, coarse to fine."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         # Without this parameter, a forward that accepts any keyword would silently ignore all images.
         check_takes(type(model).forward, ("mm_encoder_outputs",))

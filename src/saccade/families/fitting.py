@@ -23,7 +23,7 @@ def check_processor(processor: Any, config: Any) -> None:
     tower = getattr(config, "vision_config", None)
     fitting = {
         "patch_size": getattr(tower, "patch_size", None),
-        "num_additional_image_tokens": _beyond_patches(tower),
+        "num_additional_image_tokens": _beyond_patches(tower, getattr(config, "tokens_beyond_patches", 0)),
         "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
     }
     given = {name: getattr(processor, name, None) for name in fitting}
@@ -39,10 +39,10 @@ def check_processor(processor: Any, config: Any) -> None:
             )
 
 
-def _beyond_patches(tower: Any) -> int | None:
-    """The tokens that a tower puts before its patches; None if this is not known."""
+def _beyond_patches(tower: Any, projector: int) -> int | None:
+    """The tokens that a tower puts before its patches and a projector adds; None if this is not known."""
     count = CLASS_TOKENS.get(getattr(tower, "model_type", None))
-    return None if count is None else count + getattr(tower, "num_register_tokens", 0)
+    return None if count is None else count + getattr(tower, "num_register_tokens", 0) + projector
 
 
 def _beside_patches(settings: dict[str, Any]) -> int | None:

@@ -34,8 +34,9 @@ class SkipVisionConfig:
             others.
         split (`str`, *optional*, defaults to `"cls_attention"`):
             `"cls_attention"` retains the tokens that the vision tower's class token attends to most, `"thumbnail"` the
-            small picture of an image that comes in crops, `"scale"` coarser scales made by average pooling. The name
-            of a reducer retains the tokens that it keeps.
+            small picture of an image that comes in crops, `"scale"` all but the finest of the model's own scales
+            (Chain-of-Sight) or, where it has none, coarser scales made by average pooling. The name of a reducer
+            retains the tokens that it keeps.
         split_options (`dict`, *optional*):
             Keyword options of that reducer.
         scales (`tuple` of `int`, *optional*, defaults to `(8, 2)`):

@@ -5,7 +5,7 @@ Shapes: G images (blocks of placeholders) of M visual tokens, R feature rows of 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -118,7 +118,7 @@ def split_tokens(
     if config.split == "thumbnail":
         return _by_thumbnail(family, encoded, blocks, context)
     if config.split == "scale":
-        return _by_scale(config, context)
+        return _by_own_scales(blocks, context) if family.has_scales else _by_scale(config, context)
     sizes = context.valid.sum(dim=1).tolist()
     budgets = [max(1, amount_of(config.retained, size)) for size in sizes]
     image = context.valid if context.protected is None else context.valid & ~context.protected
@@ -155,6 +155,15 @@ def _by_thumbnail(family: Family, encoded: Encoded, blocks: Blocks, context: Vis
         number = rows.amax(dim=1, keepdim=True)
     chosen = (rows == number) & context.valid
     return _chosen(context, chosen, chosen.sum(dim=1).tolist())
+
+
+def _by_own_scales(blocks: Blocks, context: VisualContext) -> Split:
+    """All scales but the finest are retained; a share of skipped tokens refers to the finest."""
+    rows = blocks.feature_row
+    finest = rows.amax(dim=1, keepdim=True)
+    split = _chosen(context, context.valid & (rows < finest), (rows == finest).sum(dim=1).tolist())
+    # As published, the first summary is pooled over the finest of the retained scales.
+    return replace(split, pooled=split.pooled & (rows.gather(1, split.retained.index.clamp(min=0)) == finest - 1))
 
 
 def _by_scale(config: SkipVisionConfig, context: VisualContext) -> Split:

@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from saccade.errors import SaccadeError, needs_package
 from saccade.families import family_class, use_released_names
+from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
 from saccade.files import check_new_folder, reading
 from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
@@ -48,6 +49,7 @@ TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVis
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),)}
 """For each kind of crops, the sizes that an image may be resized to, in crops (down, across)."""
+PROJECTORS = ("mlp", "resampler")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class AssembleOptions:
         gguf_file: name of a GGUF file in the language model's folder or hub repository to read it from.
         crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops at about the image's
             own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops (LLaVA-HD, see docs/recipes.md).
+        projector: "mlp" for LLaVA's two layers on each patch; "resampler" for Chain-of-Sight's, whose queries look at
+            windows of two sizes, see `MultiScaleResampler`.
         chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
         system_prompt: for conversations without one; by default that of the template.
         feature_layer: index of the tower's hidden state that the projector reads.
@@ -68,6 +72,7 @@ class AssembleOptions:
 
     gguf_file: str | None = None
     crops: str = "none"
+    projector: str = "mlp"
     chat_template: str = "own"
     system_prompt: str | None = None
     feature_layer: int = -2
@@ -79,16 +84,18 @@ class AssembleOptions:
 def assemble_model(
     vision_tower: str | Path, language_model: str | Path, output: str | Path, options: AssembleOptions | None = None
 ) -> dict[str, Any]:
-    """Write a stock LLaVA: a trained tower, a trained language model, and a new projector between them.
+    """Write a LLaVA: a trained tower, a trained language model, and a new projector between them.
 
-    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, with torch's default initialisation.
+    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, or Chain-of-Sight's resampler, with
+    torch's default initialisation. All but the resampler is stock.
     The tokenizer gets an image token; new embedding rows are the mean of the others, and tied embeddings stay tied.
     Only one copy of the weights is in memory. The folder appears under its name only once it is complete.
 
     Args:
         vision_tower: folder or hub id of a CLIP or SigLIP model or vision tower, or of a LLaVA with such a tower;
             "tiny" for the tower of the embedded model.
-        language_model: folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
+        language_model: folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 causal language model, or of a LLaVA with
+            such a model; "tiny" for that of the embedded model.
         output: folder to create; it must not exist, or be empty.
         options: see `AssembleOptions`.
 
@@ -103,23 +110,27 @@ def assemble_model(
     options, output = options or AssembleOptions(), Path(output)
     _check_options(options)
     check_new_folder(output, "output")
-    eyes = _Tower.find(str(tiny_checkpoint()) if str(vision_tower) == "tiny" else str(vision_tower), options)
-    _check_language_model(str(language_model), options.gguf_file)
-    tokenizer = _tokenizer(str(language_model), options.gguf_file)
+    vision_tower, language_model = (
+        str(tiny_checkpoint() if str(part) == "tiny" else part) for part in (vision_tower, language_model)
+    )
+    eyes = _Tower.find(vision_tower, options)
+    config = _check_language_model(language_model, options.gguf_file)
+    tokenizer = _tokenizer(language_model, options.gguf_file)
     template = make_template(tokenizer, options.chat_template, IMAGE_TOKEN, options.system_prompt)
     with _quiet(), torch.random.fork_rng(devices=[]):
-        language = _language_model(str(language_model), options)
+        language = _language_model(language_model, config, options)
         tower = eyes.load(language.dtype)
         _grow_embeddings(language, len(tokenizer))
         model = _join(language, tower, eyes, tokenizer, options)
     model.generation_config = _generation_config(language, tokenizer, template.end_id)
-    _save(model, eyes.processor(tokenizer, template.text, options), output, options.max_shard_size)
+    beyond = getattr(model.config, "tokens_beyond_patches", 0)
+    save_checked(model, eyes.processor(tokenizer, template.text, options, beyond), output, options.max_shard_size)
     return {
         "output": str(output),
         "architecture": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "projector_parameters": sum(p.numel() for p in model.model.multi_modal_projector.parameters()),
-        "visual_tokens": eyes.side**2,
+        "visual_tokens": model.config.image_seq_length,
         "vocabulary": language.config.vocab_size,
         "image_token_id": model.config.image_token_id,
         "chat_template": template.source,
@@ -175,6 +186,15 @@ class _Tower:
                 f"crops={options.crops!r} with a {self.config.model_type}: LLaVA-NeXT is only known with CLIP towers "
                 "here; leave it at 'none'"
             )
+        if options.projector == "resampler":
+            windows = SCALES[-1][0]
+            if options.crops != "none":
+                raise SaccadeError(f"projector='resampler' takes whole pictures, not crops={options.crops!r}")
+            if self.side % windows:
+                raise SaccadeError(
+                    f"projector='resampler' cuts a picture into {windows} x {windows} windows, which do not divide "
+                    f"the {self.side} x {self.side} patches of vision_tower={self.place!r}"
+                )
 
     @property
     def class_token(self) -> bool:
@@ -205,9 +225,13 @@ class _Tower:
         _check_whole(self.place, "vision_tower", info)
         return tower
 
-    def processor(self, tokenizer: PreTrainedTokenizerBase, template: str, options: AssembleOptions) -> ProcessorMixin:
-        """The processor of the assembled model."""
+    def processor(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, options: AssembleOptions, beyond: int
+    ) -> ProcessorMixin:
+        """The processor of the assembled model, which has so many more visual tokens than patches."""
         kind, images = LlavaProcessor, self.images
+        if options.projector == "resampler":
+            resize_plainly(images, self.config.image_size)
         if options.crops != "none":
             kind, size = LlavaNextProcessor, self.config.image_size
             images = LlavaNextImageProcessorPil(
@@ -223,7 +247,7 @@ class _Tower:
             tokenizer=tokenizer,
             patch_size=self.config.patch_size,
             vision_feature_select_strategy=self.strategy,
-            num_additional_image_tokens=int(self.class_token),
+            num_additional_image_tokens=int(self.class_token) + beyond,
             image_token=IMAGE_TOKEN,
             chat_template=template,
         )
@@ -231,6 +255,7 @@ class _Tower:
 
 def _check_options(options: AssembleOptions) -> None:
     check_choice("crops", options.crops, tuple(CROPS))
+    check_choice("projector", options.projector, PROJECTORS)
     check_choice("dtype", options.dtype, DTYPES)
     check_shard_size(options.max_shard_size)
 
@@ -241,16 +266,20 @@ def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(place, **options)
 
 
-def _check_language_model(place: str, gguf_file: str | None) -> None:
+def _check_language_model(place: str, gguf_file: str | None) -> PreTrainedConfig:
+    """The language model's configuration, which is a part of a LLaVA's."""
     if gguf_file is not None:
         _check_gguf(place, gguf_file)
     config = _config(place, "language_model", **_gguf(gguf_file))
+    if config.model_type == "llava":
+        config = config.text_config
     if config.model_type not in LANGUAGE_MODELS:
         encodes = "is an encoder-decoder and " if getattr(config, "is_encoder_decoder", False) else ""
         raise SaccadeError(
             f"language_model={place!r} {encodes}has model_type={config.model_type!r}: name a causal language model "
             f"that is one of {', '.join(LANGUAGE_MODELS)}"
         )
+    return config
 
 
 def _check_gguf(place: str, gguf_file: str) -> None:
@@ -280,8 +309,10 @@ def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _language_model(place: str, options: AssembleOptions) -> PreTrainedModel:
+def _language_model(place: str, config: PreTrainedConfig, options: AssembleOptions) -> PreTrainedModel:
     loading = {"dtype": options.dtype, "output_loading_info": True, **_gguf(options.gguf_file)}
+    if options.gguf_file is None:  # the names in a LLaVA, as released and as its modules are called
+        loading |= {"config": config, "key_mapping": {r"^language_model\.": "", r"^model\.language_model\.": "model."}}
     with reading(f"language_model={place!r} cannot be loaded"):
         model, info = AutoModelForCausalLM.from_pretrained(place, **loading)
     _check_whole(place, "language_model", info)
@@ -347,7 +378,7 @@ def _join(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if options.crops == "none":
-        config = LlavaConfig(**shared)
+        config = (ChainOfSightConfig if options.projector == "resampler" else LlavaConfig)(**shared)
     else:
         config = LlavaNextConfig(**shared, image_grid_pinpoints=eyes.pinpoints(options.crops))
     family_class(config)
@@ -358,8 +389,8 @@ def _join(
     model.model.vision_tower = tower
     torch.manual_seed(options.seed)
     projector = model.model.multi_modal_projector.to_empty(device="cpu").float()
-    for layer in projector.children():
-        if isinstance(layer, nn.Linear):
+    for layer in projector.modules():
+        if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
     projector.to(dtype)
     if options.crops != "none":
@@ -368,7 +399,7 @@ def _join(
     return model.eval()
 
 
-def _save(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_shard_size: str) -> None:
+def save_checked(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_shard_size: str) -> None:
     """Write to a temporary folder, check that the stock classes find every key, and rename it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
@@ -384,6 +415,15 @@ def _save(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_s
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
+
+
+def resize_plainly(images: Any, size: int) -> None:
+    """Make an image processor resize whole images to a square without cropping, as Chain-of-Sight does, in place."""
+    images.size = {"height": size, "width": size}
+    if getattr(images, "do_center_crop", None) is not None:
+        images.do_center_crop = False
+    if getattr(images, "crop_size", None) is not None:
+        images.crop_size = {"height": size, "width": size}  # read by the code that counts tokens
 
 
 def _picture_size(images: Any) -> tuple[int, int]:

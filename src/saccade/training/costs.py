@@ -113,7 +113,7 @@ class Costs:
             crop = tokens
             if mode.skip_vision.split == "thumbnail":
                 crop = self.shape.grid[0] * self.shape.grid[1]
-            return skip_rows(mode.skip_vision, crop), 0
+            return skip_rows(mode.skip_vision, crop, getattr(self.config, "sides", ())), 0
         if mode.action == "keep":
             return VisualRows(tokens), 0
         isolator = self.recipe.trainer.isolator_length if mode.isolator else 0

@@ -9,6 +9,7 @@ Letters: d width, q width of all queries, k width of all keys, f width of the fe
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -51,16 +52,20 @@ class VisualRows:
         return self.retained + self.summary
 
 
-def skip_rows(config: SkipVisionConfig, tokens: int) -> VisualRows:
+def skip_rows(config: SkipVisionConfig, tokens: int, sides: Sequence[int] = ()) -> VisualRows:
     """The tokens that Skip-Vision makes of one image.
 
     Args:
         tokens: visual tokens of the image; with `split="thumbnail"`, of one crop.
+        sides: tokens along an edge of each scale, if the model has scales of its own.
     """
     if config.split == "thumbnail":
         if config.skipped is None:
             raise SaccadeError("skipped=None: the number of crops next to a thumbnail varies, give a number of tokens")
         retained, rest = tokens, None
+    elif config.split == "scale" and sides:
+        retained, rest = tokens - sides[-1] ** 2, sides[-1] ** 2
+        tokens = rest  # what a share refers to
     elif config.split == "scale":
         side = math.isqrt(tokens)
         if side * side != tokens:
@@ -185,14 +190,28 @@ def tower_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> 
 
 
 def projector_flops(config: PreTrainedConfig, crops: int, grid: tuple[int, int]) -> int:
-    """The projector: LLaVA's two layers per patch, or Qwen's mergers of square blocks of patches."""
+    """The projector: LLaVA's two layers per patch, Qwen's mergers of square blocks of patches, or Chain-of-Sight's
+    resampler."""
     vision, width = config.vision_config, config.get_text_config().hidden_size
     patches = crops * grid[0] * grid[1]
+    if scales := getattr(config, "scales", None):
+        return _resampler_flops(config, patches, scales)
     if hasattr(vision, "out_hidden_size") and hasattr(vision, "spatial_merge_size"):
         merged = vision.hidden_size * vision.spatial_merge_size**2
         mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
         return 2 * mergers * (patches // vision.spatial_merge_size**2) * (merged**2 + merged * vision.out_hidden_size)
     return 2 * patches * (vision.hidden_size * width + width**2)
+
+
+def _resampler_flops(config: PreTrainedConfig, patches: int, scales: Sequence[tuple[int, int]]) -> int:
+    """Keys and values of each scale, queries once for each scale, attention, its output, and LLaVA's two layers."""
+    width, text = config.vision_config.hidden_size, config.get_text_config().hidden_size
+    row = tokens = pairs = 0
+    for windows, queries in scales:
+        row += 2 * patches + queries**2
+        tokens += (windows * queries) ** 2
+        pairs += patches * queries**2
+    return 2 * (row * width**2 + 2 * pairs * width + tokens * (width**2 + width * text + text**2))
 
 
 def _window_pairs(vision: PreTrainedConfig, grid: tuple[int, int]) -> int:

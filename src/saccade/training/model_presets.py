@@ -59,6 +59,9 @@ def shape_of(name: str, config: PreTrainedConfig) -> Shape:
     if config.model_type == "llava":
         side = vision.image_size // vision.patch_size
         tokens, grid, crops, newlines = side * side, (side, side), 1, 0
+    elif config.model_type == "chain_of_sight":
+        side, tokens = config.patches_side, config.image_seq_length
+        grid, crops, newlines = (side, side), 1, 0
     elif config.model_type == "llava_next":
         # A thumbnail and 2 x 2 crops, with a newline after each line of the crops.
         side = vision.image_size // vision.patch_size
@@ -70,6 +73,6 @@ def shape_of(name: str, config: PreTrainedConfig) -> Shape:
     else:
         raise SaccadeError(
             f"model={name!r}: images of model_type={config.model_type!r} cannot be counted yet, only those of llava, "
-            "llava_next, qwen2_5_vl and qwen3_vl"
+            "llava_next, chain_of_sight, qwen2_5_vl and qwen3_vl"
         )
     return Shape(name, config.model_type, lambda: config, crops, grid, tokens, newlines=newlines)
