@@ -79,7 +79,7 @@ def test_answers(kind):
     [
         ({"split": "none"}, "split is 'none'"),
         ({"num_rows": -1}, "num_rows is -1"),
-        ({"frames": 3}, "frames is 3: give an int of at least 4"),
+        ({"frames": 4}, "frames is 4: give an int of at least 5"),
         ({"width": 40}, "width is 40"),
         ({"kinds": ["speed"]}, "choose from direction, first, passed"),
     ],

@@ -74,7 +74,7 @@ def motion_clips(
         split: "train", "validation" or "test".
         num_rows: number of rows.
         seed: selects the sequence of clips.
-        frames: of a clip, at least 4.
+        frames: of a clip, at least 5: three digits enter one after the other, and the last is seen in three.
         width: of a frame in pixels, at least three digits.
         kinds: of questions, in equal shares, from `MOTION_KINDS`.
 
@@ -88,7 +88,7 @@ def motion_clips(
         raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
     if not isinstance(num_rows, int) or num_rows < 0:
         raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
-    for name, value, least in (("frames", frames, 4), ("width", width, 3 * LANE)):
+    for name, value, least in (("frames", frames, LANES + 2), ("width", width, 3 * LANE)):
         if not isinstance(value, int) or value < least:
             raise SaccadeError(f"{name} is {value!r}: give an int of at least {least}")
     unknown = [kind for kind in kinds if kind not in MOTION_KINDS]

@@ -1,0 +1,1 @@
+"""Training on clips: all tokens, pruning only and DualSpeed on digits that move."""

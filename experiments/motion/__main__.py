@@ -1,0 +1,166 @@
+"""Clips of digits that move: training on all tokens, on kept ones alone, and with DualSpeed.
+
+make .venv-video/.installed                                    the stock processors of clips need torchvision
+.venv-video/bin/python -m experiments.motion --seeds 3 --output out/motion
+.venv-video/bin/python -m experiments.motion --output out/motion --table            what is done so far
+
+The same command resumes after a kill, at the run at which it was.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from datasets import disable_progress_bars
+from rich.console import Console
+from transformers.utils import logging
+
+from experiments.motion.model import save_motion_model
+from experiments.motion.rows import clips_path, write_clips
+from saccade.cli.main import Parser, guarded
+from saccade.data.motion import motion_clips
+from saccade.errors import SaccadeError
+from saccade.sweeps import RunSpec
+from saccade.sweeps.digits import method_fields, stage_fields
+from saccade.sweeps.plan import Plan, make_plan
+from saccade.sweeps.runner import run_sweep
+from saccade.sweeps.spec import Evaluation, standard_inferences
+from saccade.sweeps.table import Standing
+from saccade.values import check_counts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers that all runs share.
+
+    Args:
+        frames: frames of a clip, of 9 tokens each.
+        steps: steps of training, of projector and language model.
+        batch_size: clips per step.
+        learning_rate: the highest of the language model.
+        pretrain_learning_rate: the highest of the projector, which starts at random.
+        reducer: method that chooses the tokens of a clip, with one budget for all its frames.
+        prune_ratio: p.
+        slow_probability: r.
+        isolator_length: l.
+        clips: clips in the evaluation.
+        split: of the evaluation; settings are tuned on "validation".
+        threads: compute threads per run.
+
+    Raises:
+        SaccadeError: on an unknown split, or a number that is too small.
+    """
+
+    frames: int = 8
+    steps: int = 2000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    pretrain_learning_rate: float = 3e-3
+    reducer: str = "changes"
+    prune_ratio: float = 0.9
+    slow_probability: float = 0.1
+    isolator_length: int = 4
+    clips: int = 1000
+    split: str = "test"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        # Refuses a number of frames in which digits cannot move.
+        motion_clips(self.split, 0, frames=self.frames)
+        names = ("steps", "batch_size", "clips", "threads")
+        check_counts(**{name: getattr(self, name) for name in names})
+
+    @property
+    def files(self) -> tuple[tuple[str, int, int], tuple[str, int, int]]:
+        """Split, number and frames of the clips to train on, and of those to evaluate on."""
+        return ("train", self.steps * self.batch_size, self.frames), (self.split, self.clips, self.frames)
+
+
+def plan_runs(output: Path, settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> list[RunSpec]:
+    """The training and the evaluation of each method and seed, seed by seed.
+
+    Args:
+        output: where model and clips are.
+        methods: keys of `saccade.sweeps.METHODS`.
+
+    Raises:
+        SaccadeError: on an unknown method.
+    """
+    train, evaluated = (str(clips_path(output, *entry)) for entry in settings.files)
+    runs = []
+    for seed in seeds:
+        for method in methods:
+            stage = {
+                **stage_fields("sft", settings.steps, seed, settings),
+                "model": str(output / "model"),
+                "dataset": train,
+                "video_frames": settings.frames,
+                "projector_learning_rate": settings.pretrain_learning_rate,
+                # Which frame a token is of is told by its position alone.
+                "positions": "original",
+                "budget": "sample",
+                "save_strategy": "no",
+                "dataloader_num_workers": 0,
+                **method_fields(method),
+            }
+            evaluation = Evaluation(standard_inferences(stage), settings.split, settings.clips)
+            labels, extra = {"method": method, "seed": seed}, {"evaluated": evaluated}
+            runs.append(RunSpec(f"{method}-seed{seed}", labels, (stage,), evaluation, settings.threads, extra))
+    return runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make what is missing, and show the table.
+
+    Raises:
+        SaccadeError: on bad input, before anything long starts.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("experiments.motion", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument(
+        "--methods", default="all_tokens,prune_only,dualspeed", metavar="A,B", help="(default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    told = dict(re.findall(r"^ +(\w+): (.*)\.$", Settings.__doc__, re.MULTILINE))
+    for entry in fields(Settings):
+        flag, text = f"--{entry.name.replace('_', '-')}", f"{told[entry.name]} (default: %(default)s)"
+        parser.add_argument(flag, type=type(entry.default), default=entry.default, metavar="X", help=text)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
+    parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/motion"), metavar="DIR", help="(default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    settings: dict[str, Any] = {entry.name: getattr(args, entry.name) for entry in fields(Settings)}
+    folder, console = args.output / "runs", Console()
+    if args.table:
+        Standing(Plan.read(folder), folder).report(console)
+        return 0
+    check_counts(seeds=args.seeds, jobs=args.jobs)
+    made = Settings(**settings)
+    runs = plan_runs(args.output, made, args.methods.split(","), range(args.seeds))
+    if find_spec("torchvision") is None:
+        raise SaccadeError(
+            "the stock processors of clips need torchvision: run `make .venv-video/.installed`, and this command with "
+            ".venv-video/bin/python"
+        )
+    save_motion_model(args.output / "model")
+    for entry in made.files:
+        write_clips(args.output, *entry)
+    plan = make_plan("digits that move", runs, ("python", "-m", "experiments.motion"), {"settings": settings})
+    worker = "experiments.motion.worker"
+    outcome = run_sweep(plan, folder, args.output / "stages", {}, args.jobs, args.any_commit, console, worker)
+    Standing(plan, folder).report(console)
+    return outcome.tell_failures()
+
+
+if __name__ == "__main__":
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    sys.exit(guarded(main))
