@@ -8,6 +8,7 @@ import multiprocessing
 import pytest
 import torch
 from datasets import Dataset
+from family_models import FAMILIES
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_trainer
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from saccade.data import digit_scenes
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
 from saccade.pruning import ModeIsolator
+from saccade.testing.tiny_models import mixed_rows
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 from saccade.training import make_recipe
@@ -215,6 +217,38 @@ def test_projector_learning_rate(model, processor, tmp_path):
     assert not rates
 
 
+@pytest.mark.parametrize("projector", [None, 5e-3])
+def test_learning_rates_by_layer_of_the_tower(projector, model, processor, tmp_path):
+    """The features are the third hidden state of four layers; what comes after trains at the base rate, if at all."""
+    options = {"vision_layer_decay": 0.5, "freeze_vision_tower": False, "projector_learning_rate": projector}
+    trainer = make_trainer(model, processor, tmp_path, **options)
+    optimizer = trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    depths = {"embeddings": 4, "pre_layrnorm": 4, "layers.0": 3, "layers.1": 2, "layers.2": 1, "layers.3": 0}
+    depths["post_layernorm"] = 0
+    counted = dict.fromkeys(depths, 0)
+    for name, parameter in trainer.family.vision_tower.named_parameters():
+        part = next(part for part in depths if part in name)
+        assert rates.pop(id(parameter)) == 1e-3 * 0.5 ** depths[part]
+        counted[part] += 1
+    assert all(counted.values())
+    special = {id(p) for p in (*trainer.family.projector.parameters(), *trainer.isolator.parameters())}
+    assert all(rate == (projector if projector and key in special else 1e-3) for key, rate in rates.items())
+    assert optimizer.param_groups[0]["lr"] == 1e-3  # the one that is logged
+    assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+
+
+def test_a_tower_whose_layers_are_not_known_has_one_learning_rate(tmp_path):
+    model, processor = FAMILIES["qwen2_vl"].build()
+    with pytest.raises(SaccadeError, match=r"vision_layer_decay=0.9: .* model_type='qwen2_vl' are not known"):
+        DualSpeedTrainer(
+            model,
+            args=make_config(tmp_path, vision_layer_decay=0.9, freeze_vision_tower=False),
+            train_dataset=Dataset.from_list(mixed_rows()),
+            processing_class=processor,
+        )
+
+
 @pytest.mark.interfaces
 def test_lora_trains_and_saves_adapters_and_isolator(model, processor, tmp_path):
     lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj", modules_to_save=["multi_modal_projector"])
@@ -258,6 +292,12 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"distill_temperature": 0.0}, "distill_temperature=0.0"),
         ({"positions": "middle"}, "compact, original"),
         ({"projector_learning_rate": 0.0}, "projector_learning_rate=0.0"),
+        (
+            {"vision_layer_decay": 0.0, "freeze_vision_tower": False},
+            "vision_layer_decay=0.0: give a number from 0 to 1",
+        ),
+        ({"vision_layer_decay": 1.1, "freeze_vision_tower": False}, "vision_layer_decay=1.1"),
+        ({"vision_layer_decay": 0.9}, "needs a tower that trains: set freeze_vision_tower to false"),
         ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),

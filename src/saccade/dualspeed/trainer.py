@@ -4,6 +4,7 @@ import math
 import random
 import shutil
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -82,6 +83,7 @@ from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
 from saccade.families.linear_patches import use_linear_patches, warn_of_slow_patches
 from saccade.families.padding import check_aspect_ratio, pad_to_square
+from saccade.families.tower import depths_below_features
 from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
@@ -227,6 +229,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.family = get_family(self.model)
         check_processor(self.processing_class, self.family.model.config)
         use_released_names(self.family.model)
+        if args.vision_layer_decay is not None:
+            self._tower_depths()  # before anything long starts
         if args.image_aspect_ratio is not None:
             pad_to_square(self.processing_class)
         self._speed_up()
@@ -700,19 +704,31 @@ class DualSpeedTrainer(SFTTrainer):
         return optimizer
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move projector and isolator to separate parameter groups if they have their own learning rate."""
-        rate = self.args.projector_learning_rate
-        if rate is None:
-            return
-        projector = {id(parameter) for parameter in self.family.projector.parameters()}
-        if self.isolator is not None:
-            projector |= {id(parameter) for parameter in self.isolator.parameters()}
+        """Move parameters with their own learning rate to separate groups: of projector and isolator, of the tower."""
+        rates: dict[int, float] = {}
+        if self.args.projector_learning_rate is not None:
+            own = [*self.family.projector.parameters(), *(() if self.isolator is None else self.isolator.parameters())]
+            rates |= {id(parameter): self.args.projector_learning_rate for parameter in own}
+        if self.args.vision_layer_decay is not None:
+            base, decay = self.args.learning_rate, self.args.vision_layer_decay
+            rates |= {id(parameter): base * decay**depth for parameter, depth in self._tower_depths()}
         for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in projector]
-            if moved:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                optimizer.add_param_group({**group, "params": moved, "lr": rate})
+            moved = defaultdict(list)
+            for parameter in group["params"]:
+                moved[rates.get(id(parameter))].append(parameter)
+            group["params"] = moved.pop(None, [])
+            for rate, parameters in moved.items():
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate})
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+    def _tower_depths(self) -> list[tuple[nn.Parameter, int]]:
+        depths = depths_below_features(self.family.vision_tower, self.family.vision_feature_layers)
+        if depths is None:
+            raise SaccadeError(
+                f"vision_layer_decay={self.args.vision_layer_decay!r}: the layers of the vision tower of "
+                f"model_type={self.family.model.config.model_type!r} are not known; leave it out"
+            )
+        return depths
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is not None:

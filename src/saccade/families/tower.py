@@ -78,6 +78,28 @@ def used_states(tower: nn.Module, feature_layer: int | list[int]) -> tuple[int, 
     return tuple(dict.fromkeys(number % states for number in numbers))
 
 
+def depths_below_features(tower: nn.Module, states: tuple[int, ...] | None) -> list[tuple[nn.Parameter, int]] | None:
+    """A tower's parameters, and how far each stands below the features that a model reads; None for unknown towers.
+
+    1 for the block that yields the features, one more for each block before it and for the embeddings; 0 for what
+    comes after.
+
+    Args:
+        tower: a vision transformer.
+        states: the hidden states that the model reads; None or empty for the output of the last block.
+    """
+    blocks = tower_layers(tower)
+    if blocks is None:
+        return None
+    top = max(states) if states else len(blocks)
+    number = {id(parameter): at for at, block in enumerate(blocks) for parameter in block.parameters()}
+    depths, reached = [], -1
+    for parameter in tower.parameters():  # embeddings, blocks, and what comes after them
+        reached = number.get(id(parameter), len(blocks) if reached == len(blocks) - 1 else reached)
+        depths.append((parameter, max(top - reached, 0)))
+    return depths
+
+
 @contextmanager
 def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] | None) -> Iterator[None]:
     """Skip the layers after the last used one while the tower runs.
