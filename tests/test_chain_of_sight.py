@@ -18,6 +18,7 @@ from saccade.families.chain_of_sight import (
     ChainOfSightConfig,
     ChainOfSightForConditionalGeneration,
     MultiScaleResampler,
+    grown_config,
     place_codes,
 )
 from saccade.families.encoded import Patches
@@ -29,7 +30,6 @@ from saccade.tiny import tiny_checkpoint
 from saccade.tokens import Places, Role
 from saccade.training.assemble import AssembleOptions, assemble_model
 from saccade.training.flops import projector_flops, skip_rows
-from saccade.training.grow import grown_config
 
 THREE = [[1, 2], [2, 2], [4, 2]]
 """Of 8 x 8 patches: 4 tokens of the whole, 16 of windows of 4 x 4 patches, 64 of windows of 2 x 2."""

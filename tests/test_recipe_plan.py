@@ -33,6 +33,8 @@ BILLIONS = {
     "llava-llama3-8b": 8.355,
     "llava-1.5-13b": 13.351,
     "llava-hd-llama3-8b": 8.355,
+    "chain-of-sight-224-llama3-8b": 8.36,
+    "chain-of-sight-448-llama3-8b": 8.36,
 }
 TOKENS = {
     "llava-1.5-7b": 576,
@@ -42,10 +44,13 @@ TOKENS = {
     "llava-llama3-8b": 576,
     "llava-1.5-13b": 576,
     "llava-hd-llama3-8b": 2928,
+    "chain-of-sight-224-llama3-8b": 80,
+    "chain-of-sight-448-llama3-8b": 1296,
 }
 GLOBAL_BATCH = {
     "pretrain": 256,
     "hd_pretrain": 256,
+    "cos_pretrain": 256,
     "vicuna_pretrain": 256,
     "sft_lora": 128,
     "sft_full": 128,
@@ -102,7 +107,9 @@ def test_real_recipes_are_planned(path):
 
 def as_tiny(path):
     return pytest.param(
-        path, marks=[] if path.stem in ("sft_lora", "multi_speed") else [pytest.mark.slow], id=path.stem
+        path,
+        marks=[] if path.stem in ("sft_lora", "multi_speed", "chain_of_sight") else [pytest.mark.slow],
+        id=path.stem,
     )
 
 
@@ -110,8 +117,8 @@ def as_tiny(path):
 def test_tiny_recipes_are_planned_before_stage_one_has_run(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     plan = plan_recipe(path)
-    assert plan["visual_tokens"] == 144
-    assert plan["parameters"]["total"] == sum(p.numel() for p in build_shape("tiny").parameters())
+    assert plan["visual_tokens"] == (16 + 64 + 144 if path.stem == "chain_of_sight" else 144)
+    assert plan["parameters"]["total"] == sum(p.numel() for p in build_shape(plan["shape"]).parameters())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -41,6 +41,7 @@ def test_recipes_are_there():
         "prune_only",
         "all_tokens",
         "skip_vision",
+        "chain_of_sight",
         "dualspeed_skip",
         "multi_speed",
     }

@@ -24,6 +24,8 @@ from saccade.families.rows import FeatureRow, assemble, tokens_to_rows
 
 SCALES = ((1, 4), (4, 2))
 """The published scales at 224 px: 16 queries for the whole map, and 4 for each of 4 x 4 windows; 80 tokens."""
+FINEST = 2
+"""Patches along an edge of a window of the scale that `saccade grow` adds."""
 
 
 class ChainOfSightConfig(LlavaConfig):
@@ -69,6 +71,31 @@ class ChainOfSightConfig(LlavaConfig):
     def tokens_beyond_patches(self) -> int:
         """Visual tokens of an image minus its patches, usually below zero."""
         return self.image_seq_length - self.patches_side**2
+
+
+def grown_config(config: ChainOfSightConfig, image_size: int) -> ChainOfSightConfig:
+    """The configuration for `image_size` pixels along an edge.
+
+    Raises:
+        SaccadeError: if that is not a multiple of the size before, or the finest scale is there already.
+    """
+    vision = config.vision_config
+    times, remainder = divmod(image_size, vision.image_size)
+    if times < 1 or remainder:
+        raise SaccadeError(
+            f"image_size={image_size!r}: give a multiple of the {vision.image_size} pixels of this model"
+        )
+    windows, beyond = divmod(image_size // vision.patch_size, FINEST)
+    scales = [[count if count == 1 else count * times, queries] for count, queries in config.scales]
+    if beyond or windows <= scales[-1][0]:
+        raise SaccadeError(
+            f"image_size={image_size!r}: {image_size // vision.patch_size} patches along an edge leave no scale finer "
+            f"than {scales[-1][0]} windows with windows of {FINEST} x {FINEST} patches; give a larger multiple"
+        )
+    scales.append([windows, config.scales[-1][1]])
+    values = config.to_dict()
+    values["vision_config"] |= {"image_size": image_size}
+    return ChainOfSightConfig.from_dict({**values, "scales": scales})
 
 
 class MultiScaleResampler(LlavaMultiModalProjector):

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoModelForImageTextToText
 
 from saccade.errors import SaccadeError
-from saccade.families.chain_of_sight import ChainOfSightConfig
+from saccade.families.chain_of_sight import ChainOfSightConfig, grown_config
 from saccade.files import check_new_folder
 from saccade.training.assemble import resize_plainly, save_checked
 from saccade.training.export import check_shard_size
@@ -18,8 +18,6 @@ from saccade.training.models import ModelOptions, check_family, load_model
 
 POSITIONS = "vision_tower.embeddings.position_embedding.weight"
 QUERIES = "multi_modal_projector.queries."
-FINEST = 2
-"""Patches along an edge of a window of the finest scale."""
 
 
 def grow_model(source: str | Path, output: str | Path, image_size: int, max_shard_size: str = "5GB") -> dict[str, Any]:
@@ -65,31 +63,6 @@ def grow_model(source: str | Path, output: str | Path, image_size: int, max_shar
         "visual_tokens": config.image_seq_length,
         "parameters": sum(parameter.numel() for parameter in grown.parameters()),
     }
-
-
-def grown_config(config: ChainOfSightConfig, image_size: int) -> ChainOfSightConfig:
-    """The configuration for `image_size` pixels along an edge.
-
-    Raises:
-        SaccadeError: if that is not a multiple of the size before, or the finest scale is there already.
-    """
-    vision = config.vision_config
-    times, remainder = divmod(image_size, vision.image_size)
-    if times < 1 or remainder:
-        raise SaccadeError(
-            f"image_size={image_size!r}: give a multiple of the {vision.image_size} pixels of this model"
-        )
-    windows, beyond = divmod(image_size // vision.patch_size, FINEST)
-    scales = [[count if count == 1 else count * times, queries] for count, queries in config.scales]
-    if beyond or windows <= scales[-1][0]:
-        raise SaccadeError(
-            f"image_size={image_size!r}: {image_size // vision.patch_size} patches along an edge leave no scale finer "
-            f"than {scales[-1][0]} windows with windows of {FINEST} x {FINEST} patches; give a larger multiple"
-        )
-    scales.append([windows, config.scales[-1][1]])
-    values = config.to_dict()
-    values["vision_config"] |= {"image_size": image_size}
-    return ChainOfSightConfig.from_dict({**values, "scales": scales})
 
 
 def grown_weights(weights: Mapping[str, Tensor], config: ChainOfSightConfig) -> dict[str, Tensor]:

@@ -10,8 +10,11 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
+from saccade.data.scenes import PATCH_SIZE
 from saccade.errors import SaccadeError
+from saccade.families.chain_of_sight import ChainOfSightConfig, grown_config
 from saccade.tiny import build_tiny_llava, build_tiny_processor
+from saccade.tiny.model import GRID
 
 PIXELS = 672
 
@@ -35,13 +38,21 @@ def _tiny() -> PreTrainedConfig:
     return build_tiny_llava(build_tiny_processor()).config
 
 
+def _tiny_scales() -> PreTrainedConfig:
+    values = {**_tiny().to_dict(), "model_type": ChainOfSightConfig.model_type}
+    return grown_config(ChainOfSightConfig.from_dict(values), GRID * PATCH_SIZE)
+
+
 def _stock(values: Mapping[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**deepcopy(values))
 
 
 def _presets() -> dict[str, Shape]:
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    shapes = {"tiny": Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, (12, 12), 144, ("tiny",))}
+    side = (GRID, GRID)
+    shapes = {"tiny": Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, side, 144, ("tiny",))}
+    name, about = "tiny-chain-of-sight", "the embedded Chain-of-Sight, 96 x 96 pixels, grown"
+    shapes[name] = Shape(name, about, _tiny_scales, 1, side, 224, folders=("out/chain-of-sight/grown",))
     for name, entry in yaml.safe_load(text)["shapes"].items():
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
         values["config"] = partial(_stock, entry["config"])
