@@ -31,7 +31,7 @@ def gpus(monkeypatch):
 
 
 def local_plan(processes, **environment):
-    return LaunchPlan(processes, 1, 0, "127.0.0.1", 29999, {**os.environ, **environment})
+    return LaunchPlan(processes, {**os.environ, **environment})
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -53,19 +53,6 @@ def test_the_presets_are_configs_that_accelerate_takes(name, gpus):
         assert config.deepspeed_config["deepspeed_config_file"] == f"{name}.json"
 
 
-def test_a_plan_over_machines(gpus):
-    plan = make_plan("fsdp2", 16, machines=2, machine_rank=1, main_address="10.0.0.1:29500")
-    environment = plan.environment_of(3)
-    assert plan.local_processes == 8
-    assert {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "11",
-        "LOCAL_RANK": "3",
-        "WORLD_SIZE": "16",
-        "LOCAL_WORLD_SIZE": "8",
-    }
-    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "29500")
-
-
 def test_a_users_own_config(tmp_path, gpus):
     config = yaml.safe_load((FOLDER / "fsdp2.yaml").read_text())
     config["num_processes"] = 4
@@ -85,21 +72,18 @@ def test_a_users_own_config(tmp_path, gpus):
         (["--launch", "ddp"], "processes=0: give --processes"),
         (["--launch", "ddp", "--processes", "-1"], "processes=-1"),
         (["--launch", "fsdp2", "--processes", "2"], "shards over GPUs and none was found"),
-        (["--launch", "ddp", "--processes", "3", "--machines", "2"], "processes=3 on machines=2"),
-        (["--launch", "ddp", "--processes", "2", "--machines", "2"], "main_address is missing"),
-        (["--launch", "ddp", "--processes", "2", "--main-address", "here"], "main_address='here': write HOST:PORT"),
-        (["--launch", "ddp", "--processes", "2", "--machine-rank", "1"], "machine_rank=1, machines=1"),
         (["--launch", "ddp", "--processes", "2", "--prune_ratoi", "1"], "unknown field 'prune_ratoi'"),
         (["--processes", "2"], "processes=2 without --launch"),
         (["--launch", "{bad}", "--processes", "2"], "is not valid YAML"),
         (["--launch", "{tpu}", "--processes", "2"], "distributed_type='XLA', expected one of"),
         (["--launch", "{list}", "--processes", "2"], "must be an accelerate config"),
+        (["--launch", "{two}", "--processes", "2"], "num_machines=2, and --launch starts processes on one"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(plan_module, "_gpus", lambda: 0)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    files = {"bad": "a: [", "tpu": "distributed_type: XLA", "list": "- a"}
+    files = {"bad": "a: [", "tpu": "distributed_type: XLA", "list": "- a", "two": "num_machines: 2"}
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     words = [flag.format(**{name: tmp_path / f"{name}.yaml" for name in files}) for flag in flags]
@@ -117,7 +101,7 @@ def test_zero_without_deepspeed(monkeypatch):
 
 
 def test_more_processes_than_gpus(gpus):
-    with pytest.raises(SaccadeError, match="9 per machine, but this one has 8 GPUs"):
+    with pytest.raises(SaccadeError, match="processes=9: this machine has 8 GPUs"):
         make_plan("ddp", 9)
 
 

@@ -18,7 +18,6 @@ saccade train my.yaml --resume auto                     resumes from the newest 
 saccade train my.yaml --overwrite                       starts again, removing what an earlier run left in output_dir
 saccade train my.yaml --dataset data.jsonl --lora true  your own rows: {"messages": [...], "images": [...]}
 saccade train my.yaml --launch fsdp2 --processes 8      sharded over eight GPUs
-saccade train my.yaml --launch zero2 --processes 16 --machines 2 --machine-rank 0 --main-address 10.0.0.1:29500
 saccade train llava-1.5-7b/sft_lora --dry-run           what it would take; nothing is downloaded or trained
 """
 
@@ -31,11 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launch", default=None, metavar="NAME", help="ddp, fsdp2, zero2, zero3, or the path of an accelerate config"
     )
     parser.add_argument(
-        "--processes", type=int, default=None, help="processes on all machines (default: the config's, or one per GPU)"
+        "--processes", type=int, default=None, help="how many processes (default: the config's, or one per GPU)"
     )
-    parser.add_argument("--machines", type=int, default=None, help="number of machines (default: 1)")
-    parser.add_argument("--machine-rank", type=int, default=None, help="number of this machine, from 0 (default: 0)")
-    parser.add_argument("--main-address", default=None, metavar="HOST:PORT", help="where machine 0 listens")
     parser.add_argument(
         "--overwrite",
         nargs="?",
@@ -87,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
             raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
     if args.launch is not None:
         return _launch(args)
-    _check_alone(args)
+    if args.processes is not None:
+        raise SaccadeError(f"processes={args.processes!r} without --launch: add --launch ddp, fsdp2, zero2 or zero3")
     from saccade.training import LOG_FILE, load_recipe, train_recipe
     from saccade.training.run import check_recipe, find_resume
 
@@ -131,21 +128,12 @@ def _launch(args: argparse.Namespace) -> int:
         raise SaccadeError(
             f"launch={args.launch!r} inside a process of another launcher: leave out --launch, or that launcher"
         )
-    plan = make_plan(args.launch, args.processes, args.machines or 1, args.machine_rank or 0, args.main_address)
+    plan = make_plan(args.launch, args.processes)
     command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
     # Check once, so that a mistake is reported in one line rather than one per process. In a subprocess, since parsing
     # the options initialises the GPU and would keep memory allocated.
     status = subprocess.run([*command, "--check", *args.overrides]).returncode
     return status or run_processes(plan, [*command, *args.overrides])
-
-
-def _check_alone(args: argparse.Namespace) -> None:
-    from saccade.errors import SaccadeError
-
-    for name in ("processes", "machines", "machine_rank", "main_address"):
-        value = getattr(args, name)
-        if value is not None:
-            raise SaccadeError(f"{name}={value!r} without --launch: add --launch ddp, fsdp2, zero2 or zero3")
 
 
 def _dry_run(args: argparse.Namespace) -> int:

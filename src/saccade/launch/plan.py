@@ -18,57 +18,30 @@ _ENGINES = ("MULTI_GPU", "MULTI_CPU", "FSDP", "DEEPSPEED", "NO")
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What to start on this machine: its share of `processes`, which are those on all `machines`.
-
-    Args:
-        machine_rank: index of this machine, from 0.
-        address: host of machine 0, where process 0 listens on `port`.
-        environment: the variables that accelerate sets for every process.
-    """
+    """What to start: `processes` on this machine, with the variables that accelerate sets for each of them."""
 
     processes: int
-    machines: int
-    machine_rank: int
-    address: str
-    port: int
     environment: dict[str, str]
 
-    @property
-    def local_processes(self) -> int:
-        """Processes on this machine."""
-        return self.processes // self.machines
-
-    def environment_of(self, local_rank: int) -> dict[str, str]:
-        """The complete environment of one process on this machine."""
+    def environment_of(self, rank: int) -> dict[str, str]:
+        """The complete environment of one process."""
         return {
             **self.environment,
-            "RANK": str(self.machine_rank * self.local_processes + local_rank),
-            "LOCAL_RANK": str(local_rank),
-            "WORLD_SIZE": str(self.processes),
-            "LOCAL_WORLD_SIZE": str(self.local_processes),
-            "MASTER_ADDR": self.address,
-            "MASTER_PORT": str(self.port),
+            **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(self.processes)),
         }
 
 
-def make_plan(
-    launch: str,
-    processes: int | None = None,
-    machines: int = 1,
-    machine_rank: int = 0,
-    main_address: str | None = None,
-) -> LaunchPlan:
+def make_plan(launch: str, processes: int | None = None) -> LaunchPlan:
     """Read a preset or an accelerate config and check that it can run here.
 
     Args:
         launch: one of `PRESETS`, or the path of an accelerate config.
-        processes: processes on all machines; by default what the config says, or one per GPU.
-        machines: number of machines.
-        machine_rank: index of this machine, from 0.
-        main_address: "host:port" of machine 0, required for several machines.
+        processes: by default what the config says, or one per GPU.
 
     Raises:
-        SaccadeError: on an unknown name, a config that accelerate does not accept, or inconsistent numbers.
+        SaccadeError: on an unknown name, a config that accelerate does not accept, a config for several machines, or
+            more processes than GPUs.
     """
     path = FOLDER / f"{launch}.yaml" if launch in PRESETS else Path(launch)
     if not path.is_file():
@@ -79,31 +52,34 @@ def make_plan(
     engine = str(config.get("distributed_type", "NO")).upper()
     if engine not in _ENGINES:
         raise SaccadeError(f"launch={launch!r}: distributed_type={engine!r}, expected one of {', '.join(_ENGINES)}")
-    gpus = _gpus()
-    if machines < 1 or not 0 <= machine_rank < machines:
+    machines = config.get("num_machines", 1)
+    if machines != 1:
         raise SaccadeError(
-            f"machine_rank={machine_rank}, machines={machines}: the rank is 0 to machines - 1, and machines at least 1"
+            f"launch={launch!r}: num_machines={machines!r}, and --launch starts processes on one: run "
+            f"`accelerate launch --config_file {path} -m saccade.cli.main train RECIPE` on each machine"
         )
+    gpus = _gpus()
     if processes is None:
         given = config.get("num_processes")
-        processes = given if isinstance(given, int) and given > 0 else gpus * machines
+        processes = given if isinstance(given, int) and given > 0 else gpus
     if processes < 1:
         raise SaccadeError(f"processes={processes}: give --processes, at least 1; no GPU was found to count")
-    if processes % machines:
-        raise SaccadeError(f"processes={processes} on machines={machines}: give a multiple, processes counts them all")
-    if gpus and processes // machines > gpus:
-        raise SaccadeError(f"processes={processes}: {processes // machines} per machine, but this one has {gpus} GPUs")
+    if gpus and processes > gpus:
+        raise SaccadeError(f"processes={processes}: this machine has {gpus} GPUs")
     _check_can_shard(launch, engine, gpus)
-    address, port = _address(main_address, machines)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     flags = {
         "config_file": str(path),
         "num_processes": processes,
-        "num_machines": machines,
-        "machine_rank": machine_rank,
-        "main_process_ip": address,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_process_ip": address["MASTER_ADDR"],
         "main_process_port": port,
     }
-    return LaunchPlan(processes, machines, machine_rank, address, port, _environment(launch, path, flags))
+    return LaunchPlan(processes, {**_environment(launch, path, flags), **address})
 
 
 def check_engine(accelerator: Any) -> None:
@@ -158,19 +134,6 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def _address(main_address: str | None, machines: int) -> tuple[str, int]:
-    if main_address is None:
-        if machines > 1:
-            raise SaccadeError("main_address is missing: several machines need --main-address HOST:PORT of machine 0")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            return "127.0.0.1", free.getsockname()[1]
-    host, _, port = main_address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SaccadeError(f"main_address={main_address!r}: write HOST:PORT, such as 10.0.0.1:29500")
-    return host, int(port)
 
 
 def _environment(launch: str, path: Path, flags: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Start the processes of one machine, and end together with them."""
+"""Start the processes of a run, and end together with them."""
 
 import ctypes
 import os
@@ -17,7 +17,7 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: float = 15.0) -> int:
-    """Run `command` once per process of this machine, wait for all, and return the exit status of the run.
+    """Run `command` once per process, wait for all, and return the exit status of the run.
 
     SIGTERM and Ctrl-C are passed on to every process, so that all of them save and stop. If one fails, the others get
     `patience_seconds` to end by themselves and are then killed, since they may be waiting for it forever. If this
@@ -35,12 +35,12 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for local_rank in range(plan.local_processes):
+        for rank in range(plan.processes):
             # In separate process groups, so that Ctrl-C in a terminal reaches each of them exactly once, from here.
             started.append(
                 subprocess.Popen(
                     command,
-                    env=plan.environment_of(local_rank),
+                    env=plan.environment_of(rank),
                     process_group=0,
                     preexec_fn=partial(_end_with, os.getpid()),
                 )
@@ -50,12 +50,11 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
             return 0
         _wait(started, time.monotonic() + patience_seconds, all_of_them=True)
         status = started[failed].returncode
-        rank = plan.machine_rank * plan.local_processes + failed
         if status < 0:
             name = signal.Signals(-status).name
             hint = ", often because memory ran out" if -status == signal.SIGKILL else ""
             print(
-                f"saccade: error: rank {rank} was killed by {name}{hint}; --resume auto continues from the newest "
+                f"saccade: error: rank {failed} was killed by {name}{hint}; --resume auto continues from the newest "
                 "whole checkpoint",
                 file=sys.stderr,
             )
