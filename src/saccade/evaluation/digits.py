@@ -13,16 +13,15 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import ProcessorMixin
-from trl import prepare_multimodal_messages
 
 from saccade.companions import find_companion
 from saccade.data.chat import apply_chat_template
 from saccade.data.clips import check_takes_videos, videos_kwargs
-from saccade.data.conversation import TAGS, as_parts
+from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.folder import read_run_file
-from saccade.errors import SaccadeError
+from saccade.errors import RecordError, SaccadeError, reason_of
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.files import check_entries, reading
@@ -31,7 +30,7 @@ from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.reducers.config import trained_options
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
-from saccade.videos import open_video
+from saccade.videos import Clip, open_video
 
 MEDIA = ("messages", "images", "videos")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
@@ -221,27 +220,8 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
 def collate_prompts(processor: ProcessorMixin, rows: list[dict[str, Any]]) -> Any:
     """Processor outputs of a batch of prompts, left-padded: each conversation without its last answer."""
     examples = [prepare_example({name: row[name] for name in MEDIA if name in row}) for row in rows]
-    return prepare_prompts(
-        processor,
-        [
-            _with_clips(example) or prepare_multimodal_messages(example["messages"][:-1], images=example["images"])
-            for example in examples
-        ],
-    )
-
-
-def _with_clips(example: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The prompt of a row with videos, with images and clips in their parts; None of one without."""
-    if not example["videos"]:
-        return None
-    media = {kind: iter(example[f"{kind}s"]) for kind in TAGS}
-    placed = with_places(example["messages"][:-1], len(example["images"]), len(example["videos"]))
-    return [{**message, "content": [_filled(part, media) for part in message["content"]]} for message in placed]
-
-
-def _filled(part: dict[str, Any], media: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
-    kind = part["type"]
-    return {**part, kind: next(media[kind])} if kind in media else part
+    asked = [with_places(one["messages"][:-1], len(one["images"]), len(one["videos"])) for one in examples]
+    return _process(processor, asked, *([one[name] for one in examples] for name in ("images", "videos")))
 
 
 def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
@@ -254,64 +234,49 @@ def prepare_prompts(processor: ProcessorMixin, conversations: list[list[dict[str
             one.
     """
     pads = pads_to_square(processor)
-    opened = [[_with_open_media(message, pads) for message in conversation] for conversation in conversations]
-    if any(_media(conversation, "video") for conversation in opened):
-        return _prepare_with_clips(processor, opened)
-    return apply_chat_template(
-        processor,
-        opened,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
-    )
+    images, videos = [], []
+    for conversation in conversations:
+        lists = [message["content"] for message in conversation if not isinstance(message["content"], str)]
+        parts = [part for content in lists for part in content]
+        images.append([open_image(part["image"], padded=pads) for part in parts if part.get("image") is not None])
+        videos.append([open_video(part["video"]) for part in parts if part.get("video") is not None])
+    return _process(processor, [list(map(_bare, conversation)) for conversation in conversations], images, videos)
 
 
-def _prepare_with_clips(processor: ProcessorMixin, conversations: list[list[dict[str, Any]]]) -> Any:
-    """`prepare_prompts` of opened conversations: a chat template would let the processor take other frames."""
-    check_takes_videos(processor)
-    bare = [
-        [
-            {**message, "content": [_bare(part) for part in message["content"]]}
-            for message in map(as_parts, conversation)
-        ]
-        for conversation in conversations
-    ]
-    images = [_media(conversation, "image") for conversation in conversations]
-    return processor(
-        text=apply_chat_template(processor, bare, add_generation_prompt=True, tokenize=False),
-        images=images if any(images) else None,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=False,
-        return_tensors="pt",
-        **videos_kwargs(processor, [clip for conversation in conversations for clip in _media(conversation, "video")]),
-    )
-
-
-def _media(conversation: Sequence[Mapping[str, Any]], kind: str) -> list[Any]:
-    """The images, or the clips, in the parts of a conversation, in order."""
-    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
-    return [part[kind] for content in contents for part in content if part.get(kind) is not None]
-
-
-def _bare(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name not in TAGS}
-
-
-def _with_open_media(message: dict[str, Any], padded: bool) -> dict[str, Any]:
-    """The message with its images and videos opened as in training."""
+def _bare(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with places for its images and videos instead of these."""
     if isinstance(message["content"], str):
         return message
-    parts = []
-    for part in message["content"]:
-        if part.get("image") is not None:
-            part = {**part, "image": open_image(part["image"], padded=padded)}
-        if part.get("video") is not None:
-            part = {**part, "video": open_video(part["video"])}
-        parts.append(part)
+    parts = [{name: value for name, value in part.items() if name not in TAGS} for part in message["content"]]
     return {**message, "content": parts}
+
+
+def _process(
+    processor: ProcessorMixin,
+    conversations: list[list[dict[str, Any]]],
+    images: list[list[Any]],
+    videos: list[list[Clip]],
+) -> Any:
+    """Processor outputs of conversations with places for their images and clips.
+
+    As in training, the processor gets the rendered text: a chat template would let it take other frames of a video.
+    """
+    text = apply_chat_template(processor, conversations, add_generation_prompt=True, tokenize=False)
+    clips = [clip for row in videos for clip in row]
+    if clips:
+        check_takes_videos(processor)
+    try:
+        return processor(
+            text=text,
+            images=images if any(images) else None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+            return_tensors="pt",
+            **(videos_kwargs(processor, clips) if clips else {}),
+        )
+    except Exception as error:  # processors come with a model, and raise all sorts of errors
+        raise RecordError(f"the model's processor makes no prompt of its chat template: {reason_of(error)}") from error
 
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:

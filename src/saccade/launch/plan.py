@@ -52,7 +52,7 @@ def make_plan(launch: str, processes: int | None = None) -> LaunchPlan:
     engine = str(config.get("distributed_type", "NO")).upper()
     if engine not in _ENGINES:
         raise SaccadeError(f"launch={launch!r}: distributed_type={engine!r}, expected one of {', '.join(_ENGINES)}")
-    machines = config.get("num_machines", 1)
+    machines = config.get("num_machines") or 1
     if machines != 1:
         raise SaccadeError(
             f"launch={launch!r}: num_machines={machines!r}, and --launch starts processes on one: run "
