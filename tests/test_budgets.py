@@ -11,8 +11,6 @@ from torch import Tensor
 
 from saccade import DualSpeedConfig, SaccadeError, prune_inputs
 from saccade.cli.main import main
-from saccade.dualspeed.checkpoint import check_same_run
-from saccade.dualspeed.folder import write_run_file
 from saccade.evaluation import Inference, plan_inferences
 from saccade.pruning import ModeIsolator
 from saccade.reducers import (
@@ -418,22 +416,6 @@ def test_a_mode_has_a_budget_of_its_own_or_that_of_the_run(tmp_path):
     config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, prune_ratio=0.5, modes=modes)
     budgets = [(mode.pruning.prune_ratio, mode.pruning.keep_tokens) for mode in config.all_modes()]
     assert budgets == [(None, 6), (0.5, None)]
-
-
-def test_files_of_runs_that_wrote_a_ratio_beside_the_number(tmp_path):
-    """Earlier versions saved the default ratio with `keep_tokens`: such a run can be evaluated and resumed."""
-    config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, keep_tokens=6)
-    write_run_file(tmp_path, {**config.resume_state(), "prune_ratio": 0.9}, None)
-    (pruned,) = plan_inferences(tmp_path, ["pruned"])
-    assert (pruned.pruning.prune_ratio, pruned.pruning.keep_tokens) == (None, 6)
-    (other,) = plan_inferences(tmp_path, ["pruned"], prune_ratio=0.5)
-    assert (other.pruning.prune_ratio, other.pruning.keep_tokens) == (0.5, None)
-    check_same_run(tmp_path, config.resume_state())
-    config = DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(
-        SaccadeError, match=r"prune_ratio=0.9 \(checkpoint: None\), keep_tokens=None \(checkpoint: 6\)"
-    ):
-        check_same_run(tmp_path, config.resume_state())
 
 
 def test_every_reducer_takes_a_shared_budget():

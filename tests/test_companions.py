@@ -1,4 +1,4 @@
-"""Files beside the weights: engines do not mistake them for weights, and those of earlier versions can be read."""
+"""Files beside the weights: engines do not mistake them for weights."""
 
 import json
 import os
@@ -10,9 +10,7 @@ import torch
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.companions import read_companion
-from saccade.dualspeed.checkpoint import newest_checkpoint, remove_other_kind
-from saccade.evaluation.digits import plan_inferences
+from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.skip_vision import SUMMARY_FILE, SkipVisionConfig, apply_skip_vision
 from saccade.training.export import export_model
@@ -26,7 +24,6 @@ MODES = [
     {"name": "fast", "probability": 0.5, "isolator": True},
     {"name": "skipping", "probability": 0.5, "action": "skip", "teacher": "fast"},
 ]
-BEFORE = {ISOLATOR_FILE: "mode_isolator.safetensors", SUMMARY_FILE: "skip_vision.safetensors"}
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
@@ -66,19 +63,6 @@ def test_engines_find_only_stock_weights_in_what_is_written(trained):
     assert Path("export/model.safetensors") in taken
 
 
-@pytest.fixture
-def old_folder(model, tmp_path):
-    """A folder with both files as earlier versions called them, and what they hold."""
-    isolator = ModeIsolator(4, 128)
-    isolator.save_pretrained(tmp_path, metadata={"length": 4})
-    skip = apply_skip_vision(model, SkipVisionConfig(retained=10, skipped=20))
-    skip.save_pretrained(tmp_path)
-    head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
-    for name, before in BEFORE.items():
-        (tmp_path / name).rename(tmp_path / before)
-    return tmp_path, isolator, head
-
-
 def test_a_folder_says_how_its_model_skips(model, tmp_path):
     config = SkipVisionConfig(retained=10, skipped=20, layers=(0, 2), text_visibility="prompt_only")
     skip = apply_skip_vision(model, config)
@@ -94,48 +78,6 @@ def test_a_folder_says_how_its_model_skips(model, tmp_path):
         apply_skip_vision(model, tmp_path, drop_kw=False)
     with pytest.raises(SaccadeError, match=f"has no {SUMMARY_FILE}"):
         apply_skip_vision(model, tmp_path / "nothing")
-
-
-def test_files_of_an_earlier_version_are_read(old_folder):
-    folder, isolator, head = old_folder
-    for place in (folder, folder / BEFORE[ISOLATOR_FILE]):
-        assert torch.equal(ModeIsolator.from_pretrained(place).weight, isolator.weight)
-        assert ModeIsolator.config_of(place) == {"length": 4}
-    for place in (folder, folder / BEFORE[SUMMARY_FILE]):
-        _, tensors = read_companion(place, SUMMARY_FILE, "folder")
-        assert tensors.keys() == head.keys()
-        assert all(torch.equal(tensors[name], value) for name, value in head.items())
-    assert [found.name for found in plan_inferences(folder)] == ["full", "pruned", "pruned_isolator", "skip"]
-
-
-def test_writing_replaces_what_an_earlier_version_wrote(old_folder, model):
-    folder, isolator, _ = old_folder
-    isolator.save_pretrained(folder)
-    assert {path.name for path in folder.iterdir()} == {ISOLATOR_FILE, BEFORE[SUMMARY_FILE]}
-    remove_other_kind(folder, adapters=False, isolator=False, prunes=False, skips=False)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_newer_file_goes_before_an_older_one(old_folder):
-    folder, _, _ = old_folder
-    newer = ModeIsolator(2, 128)
-    older = (folder / BEFORE[ISOLATOR_FILE]).read_bytes()
-    newer.save_pretrained(folder)
-    (folder / BEFORE[ISOLATOR_FILE]).write_bytes(older)
-    assert torch.equal(ModeIsolator.from_pretrained(folder).weight, newer.weight)
-
-
-def test_export_renames_what_an_earlier_version_wrote(trained, tmp_path):
-    source = tmp_path / "out"
-    source.mkdir()
-    for path in (trained / "out").iterdir():
-        if path.is_file():
-            (source / BEFORE.get(path.name, path.name)).write_bytes(path.read_bytes())
-    export_model(source, tmp_path / "export")
-    names = {path.name for path in (tmp_path / "export").iterdir()}
-    assert set(BEFORE) <= names
-    assert not names & set(BEFORE.values())
-    assert (tmp_path / "export" / ISOLATOR_FILE).read_bytes() == (trained / "out" / ISOLATOR_FILE).read_bytes()
 
 
 def test_a_file_that_is_cut_short(trained, tmp_path):

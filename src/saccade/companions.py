@@ -18,18 +18,16 @@ from saccade.errors import SaccadeError
 from saccade.files import atomic_path, reading
 
 ENDING = ".saccade"
-_ENDING_BEFORE = ".safetensors"
-"""The suffix used by earlier versions, whose files are still read."""
 
 
 def find_companion(folder: str | Path, name: str) -> Path | None:
-    """The file called `name` in `folder`, or its counterpart of earlier versions; None if there is neither."""
+    """The file called `name` in `folder`, or None."""
     path = Path(folder) / name
-    return next((found for found in (path, _before(path)) if found.is_file()), None)
+    return path if path.is_file() else None
 
 
 def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
-    """Write `tensors` to `folder/name`, whole or not at all, and remove its counterpart of earlier versions.
+    """Write `tensors` to `folder/name`, whole or not at all.
 
     Args:
         config: how they were trained, stored as JSON in the file's header.
@@ -41,7 +39,6 @@ def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor],
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic_path(path) as partial:
         save_file(tensors, partial, metadata={"config": json.dumps(dict(config))})
-    _before(path).unlink(missing_ok=True)
     return path
 
 
@@ -66,14 +63,3 @@ def read_companion(place: str | Path, name: str, field: str) -> tuple[dict[str, 
         if not isinstance(config, dict):
             raise TypeError("its config is not a mapping")
         return config, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def remove_companion(folder: str | Path, name: str) -> None:
-    """Remove `folder/name` and its counterpart of earlier versions, if they exist."""
-    path = Path(folder) / name
-    path.unlink(missing_ok=True)
-    _before(path).unlink(missing_ok=True)
-
-
-def _before(path: Path) -> Path:
-    return path.with_suffix(_ENDING_BEFORE)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from saccade.companions import ENDING, remove_companion
+from saccade.companions import ENDING
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.identity import through_json
 from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, checksums, load_whole
@@ -297,14 +297,14 @@ def remove_other_kind(folder: Path, adapters: bool, isolator: bool, prunes: bool
         prunes: whether one of its modes drops tokens.
         skips: whether one of its modes is Skip-Vision's.
     """
-    if not isolator:
-        remove_companion(folder, ISOLATOR_FILE)
-    if not prunes:
-        (folder / PRUNING_FILE).unlink(missing_ok=True)
-    if not skips:
-        remove_companion(folder, SUMMARY_FILE)
-    if not adapters:
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+    others = {
+        ISOLATOR_FILE: not isolator,
+        PRUNING_FILE: not prunes,
+        SUMMARY_FILE: not skips,
+        **dict.fromkeys(("adapter_config.json", "adapter_model.safetensors"), not adapters),
+    }
+    for name, is_old in others.items():
+        if is_old:
             (folder / name).unlink(missing_ok=True)
 
 

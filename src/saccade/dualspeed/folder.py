@@ -66,8 +66,6 @@ def read_run_file(folder: str | Path) -> dict[str, Any] | None:
             raise ValueError("its config is not a mapping")
     except ValueError as error:
         raise SaccadeError(f"{path} is damaged ({error}): restore it, or remove it") from error
-    if config.get("keep_tokens") is not None:
-        config["prune_ratio"] = None  # earlier versions also wrote the ratio that the number replaced
     return found
 
 

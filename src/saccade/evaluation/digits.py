@@ -20,7 +20,6 @@ from saccade.data.clips import check_takes_videos, videos_kwargs
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
-from saccade.dualspeed.folder import read_run_file
 from saccade.errors import RecordError, SaccadeError, reason_of
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
@@ -28,7 +27,6 @@ from saccade.files import check_entries, reading
 from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
-from saccade.reducers.config import trained_options
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 from saccade.videos import Clip, open_video
 
@@ -127,12 +125,8 @@ def trained_pruning(folder: str | Path) -> PruningConfig:
     Raises:
         SaccadeError: if the file that says so is damaged.
     """
-    folder = Path(folder)
-    if (folder / PRUNING_FILE).is_file():
-        return PruningConfig.from_pretrained(folder)
-    # Earlier versions stored it among the run's other options.
-    trained = (read_run_file(folder) or {}).get("config", {}) if folder.is_dir() else {}
-    return PruningConfig(**trained_options(trained))
+    there = (Path(folder) / PRUNING_FILE).is_file()
+    return PruningConfig.from_pretrained(folder) if there else PruningConfig()
 
 
 @torch.no_grad()
