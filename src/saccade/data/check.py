@@ -5,10 +5,9 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from saccade.videos import Sampling, open_video
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _CHUNK = 64
-_WAITING = 4  # chunks per process that are submitted ahead
 
 Chunk = tuple[int, int, int]
 """A part of a source: the index of the source, the first row, and the row after the last one."""
@@ -204,24 +202,12 @@ def _read_in_process(chunk: Chunk) -> Findings:
 
 
 def _results(reader: _Reader, chunks: list[Chunk], jobs: int) -> Iterator[Findings]:
-    """The findings of each chunk, in order of completion."""
+    """The findings of each chunk, in order."""
     if jobs == 1:
         yield from map(reader.read, chunks)
         return
-    pool = ProcessPoolExecutor(jobs, initializer=_start_process, initargs=(reader,))
-    remaining = iter(chunks)
-    waiting: set[Future] = set()
-    try:
-        while True:
-            free = jobs * _WAITING - len(waiting)
-            waiting |= {pool.submit(_read_in_process, chunk) for chunk in islice(remaining, free)}
-            if not waiting:
-                return
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with ProcessPoolExecutor(jobs, initializer=_start_process, initargs=(reader,)) as pool:
+        yield from pool.map(_read_in_process, chunks)
 
 
 def _token_report(found: Findings, counter: TokenCounter, max_length: int | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import cycle
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -55,8 +56,8 @@ def kept_tokens_sheet(
     """Draw `image` once per panel at its aspect ratio, with kept patches outlined and dropped ones dimmed, side by
     side above a legend.
 
-    For a merge, every patch has the colour of the output token in which it has the largest weight, neighbouring
-    regions have different colours, and the outlined patch of a region is the token that the others are merged into.
+    For a merge, every patch has the colour of the output token in which it has the largest weight, a border
+    divides neighbouring regions, and the outlined patch of a region is the token that the others are merged into.
 
     Args:
         image: the picture that the tokens come from.
@@ -143,7 +144,8 @@ def _draw_panel(
 ) -> Image.Image:
     rows, columns = grid
     panel = Image.blend(Image.new("RGB", image.size), image, DIMMED)
-    colors = _region_colors(regions, grid) if regions else {}
+    # In raster order: neighbouring regions mostly differ, and a border divides them where they do not.
+    colors = dict(zip(sorted(set(regions or ()) - {-1}), cycle(REGION_COLORS), strict=False))
     stays = set(kept)
     for token in range(rows * columns):
         box = _box(token, columns, cell)
@@ -165,24 +167,6 @@ def _box(token: int, columns: int, cell: tuple[int, int]) -> tuple[int, int, int
     width, height = cell
     left, top = token % columns * width, token // columns * height
     return left, top, left + width, top + height
-
-
-def _region_colors(regions: Sequence[int], grid: tuple[int, int]) -> dict[int, tuple[int, int, int]]:
-    """A colour per region, different from neighbouring regions as far as there are enough colours."""
-    neighbours: dict[int, set[int]] = {region: set() for region in dict.fromkeys(regions) if region >= 0}
-    for one, other in _adjacent(grid):
-        first, second = regions[one], regions[other]
-        if first != second and first >= 0 and second >= 0:
-            neighbours[first].add(second)
-            neighbours[second].add(first)
-    chosen: dict[int, int] = {}
-    used = [0] * len(REGION_COLORS)
-    for region in sorted(neighbours, key=lambda region: -len(neighbours[region])):
-        beside = {chosen[other] for other in neighbours[region] if other in chosen}
-        free = [number for number in range(len(REGION_COLORS)) if number not in beside] or range(len(REGION_COLORS))
-        chosen[region] = min(free, key=lambda number: used[number])
-        used[chosen[region]] += 1
-    return {region: REGION_COLORS[number] for region, number in chosen.items()}
 
 
 def _adjacent(grid: tuple[int, int]) -> list[tuple[int, int]]:
