@@ -44,7 +44,7 @@ def main(url: str, job: str, answers: str) -> None:
                 extra_body=given.get("extra"),
             )
         except APIStatusError as error:
-            return {"status": error.status_code, "error": str(error)}
+            return {"status": error.status_code, "error": error.body["message"]}
         choice = answer.choices[0]
         if "extra" not in given:
             return {"text": choice.message.content}

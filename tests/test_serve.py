@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -214,14 +215,16 @@ def test_every_family_prunes_in_the_engine(models, tmp_path):
     """The folder's setting, with its isolator where the family serves one; then others by `--hf-overrides`."""
     questions = [(QUESTIONS[0], smooth_image(32)), (QUESTIONS[1], None), ("max ?", smooth_image(32).rotate(90))]
     names, expected, jobs = [], [], []
+    small, large = smooth_image(32).crop((0, 0, 32, 8)), smooth_image(32).resize((640, 480))
     for name, (model, processor, folder) in models.items():
         isolator = ModeIsolator(3, model.config.get_text_config().hidden_size)
         isolator.save_pretrained(folder)
         config = PruningConfig(prune_ratio=0.75, isolator=None if name == "gemma3" else str(folder))
         config.save_pretrained(folder)
         names.append(name)
-        expected.append(pruned(model, processor, questions, config))
-        jobs.append(job(folder, questions, 8))
+        asked = [*questions, ("sum ?", small)] if name.startswith("qwen") else questions
+        expected.append(pruned(model, processor, asked, config))
+        jobs.append(job(folder, asked, 8))
         if name in ("llava", "qwen3_vl", "idefics3"):
             names.append(f"{name}, {ORIGINAL['positions']}")
             expected.append(pruned(model, processor, questions, config.replace(**ORIGINAL)))
@@ -238,11 +241,41 @@ def test_every_family_prunes_in_the_engine(models, tmp_path):
     }
     for name, setting, _ in refused.values():
         jobs.append(job(models[name][2], questions, 8) | {"options": {"hf_overrides": {"saccade": setting}}})
+    # As many tokens as an image can have. It is scaled down, and the pixels there are others than here.
+    sized = [("sum ?", large)]
+    jobs.append(job(models["qwen2_5_vl"][2], sized, 8))
     served = serve(jobs, tmp_path, plugins="saccade")
+    *served, largest = served
     pairs = zip(names, map(differences, served[: len(names)], expected), strict=True)
     assert {name: found for name, found in pairs if found} == {}
     for found, (_, _, line) in zip(served[len(names) :], refused.values(), strict=True):
         assert line in found["error"]
+    model, processor, folder = models["qwen2_5_vl"]
+    wanted = pruned(model, processor, sized, PruningConfig.from_pretrained(folder))
+    assert [each["prompt"] for each in largest] == [each.prompt for each in wanted]
+
+
+def test_what_is_settled_before_a_start(models, tmp_path):
+    """The identity of an image in vLLM's caches contains the setting; what the plug-in cannot prune is refused."""
+    _, processor, folder = models["llava"]
+    PruningConfig(prune_ratio=0.75).save_pretrained(folder)
+    settings = [True, {"prune_ratio": 0.5}, {"reducer": "random"}, False, {"prune_ratio": 0.75}]
+    prompt = chat_prompt(processor, QUESTIONS[0], smooth_image(32))
+    asked = {"model": str(folder), "identify": prompt}
+    jobs = [asked | {"options": {"hf_overrides": {"saccade": setting}}} for setting in settings]
+    others = {name: tiny.build()[0] for name, tiny in family_models.RELATIVES.items()}
+    others["gemma4"] = family_models.build_gemma4()[0]
+    for name, model in others.items():
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(tmp_path / name)
+        PruningConfig().save_pretrained(tmp_path / name)
+        jobs.append({"model": str(tmp_path / name), "identify": prompt})
+    found = serve(jobs, tmp_path, plugins="saccade")
+    identities = [identity for (identity,) in found[: len(settings)]]
+    assert len(set(identities[:-1])) == len(settings) - 1
+    assert identities[-1] == identities[0]
+    for each, model in zip(found[len(settings) :], others.values(), strict=True):
+        assert re.search(rf"cannot be pruned in vLLM: {type(model).__name__} is not one of the models", each["error"])
 
 
 def test_prepared_requests_need_no_plugin(models, tmp_path):
@@ -286,11 +319,13 @@ def test_a_server_and_many_clients(models, tmp_path):
         ("sum ?", image.resize((1, 1))),
         ("how many digits ?", [image, other]),
         ("max ?", smooth_image(32).resize((96, 96), Image.Resampling.NEAREST)),
+        ("sum ?", Image.new("RGB", (4000, 3000), (90, 30, 200))),
     ]
     good = job(folder, questions)["conversations"]
     wrong = {
         "an image that is none": ["image_url", {"url": "data:image/png;base64,AAAA"}],
         "features": ["image_embeds", base64.b64encode(b"no tensor").decode()],
+        "a video": ["video_url", {"url": "data:video/mp4;base64,AAAA"}],
     }
     bad = [
         [{"role": "user", "content": [{"type": kind, kind: value}, {"type": "text", "text": "max ?"}]}]
@@ -318,6 +353,7 @@ def test_a_server_and_many_clients(models, tmp_path):
             kind = number % (len(good) + len(bad))
             if kind >= len(good):
                 assert found["status"] == 400, found
+                assert len(found["error"].splitlines()) == 1
             else:
                 assert (found["prompt"], found["answer"]) == (expected[kind].prompt, expected[kind].answer), kind
 
@@ -334,9 +370,11 @@ def test_without_vllm_it_is_the_server_of_transformers(models, tmp_path):
     (tmp_path / "hidden").mkdir()
     (tmp_path / "hidden" / "sitecustomize.py").write_text('import sys\n\nsys.modules["torchvision"] = None\n')
     flags, hidden = ["--engine", "transformers", "--device", "cpu"], {"PYTHONPATH": str(tmp_path / "hidden")}
+    flags.append("--continuous-batching")  # which that server leaves for models that see images
     with server(folder, flags, tmp_path / "server.log", folder, hidden) as url:
         command = [PYTHON, ROOT / "tests" / "serving_client.py", url, tmp_path / "job.json", tmp_path / "found.json"]
         assert subprocess.run(command, env=engine_environment(), check=False).returncode == 0
+    assert "does not support continuous batching. Falling back" in (tmp_path / "server.log").read_text()
     found = [each["text"] for each in json.loads((tmp_path / "found.json").read_text())]
 
     def texts(answers: list[Answer]) -> list[str]:
