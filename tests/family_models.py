@@ -500,6 +500,9 @@ RELATIVES: dict[str, Tiny] = {
     "mistral3": Tiny(lambda: build_pixtral("Mistral3"), transformers.Mistral3ForConditionalGeneration),
 }
 
+# Families that vLLM's plug-in prunes.
+SERVED: dict[str, Tiny] = FAMILIES | {name: RELATIVES[name] for name in ("glm4v",)}
+
 
 # Videos. The video processors need torchvision, so what they would return is put together here.
 

@@ -46,7 +46,7 @@ ALL = PruningConfig(prune_ratio=0)
 
 def saved(name: str, folder):
     """A family's tiny model and processor, which are also saved to `folder`."""
-    model, processor = family_models.FAMILIES[name].build()
+    model, processor = family_models.SERVED[name].build()
     use_released_names(model)
     model.save_pretrained(folder)
     return model, processor
@@ -78,7 +78,7 @@ def alone(model, inputs: dict) -> tuple[int, torch.Tensor, dict]:
     return start, ids[start:end], image
 
 
-@pytest.mark.parametrize("name", list(family_models.FAMILIES))
+@pytest.mark.parametrize("name", list(family_models.SERVED))
 def test_an_image_alone_is_shortened_as_in_its_prompt(name, tmp_path):
     """The tokens without weights, the features without a language model: both as `prune_inputs` has them."""
     model, processor = saved(name, tmp_path)
@@ -163,8 +163,14 @@ def test_models_that_vllm_cannot_prune_are_refused_before_it_starts(tmp_path, ca
     """Each model that has a family, and is none of the plug-in's; and a tower that vLLM's LLaVA does not know."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
-    builders = {name: tiny.build for name, tiny in family_models.RELATIVES.items()}
+    others = family_models.RELATIVES.keys() - family_models.SERVED.keys()
+    builders = {name: family_models.RELATIVES[name].build for name in sorted(others)}
     builders |= {"gemma4": family_models.build_gemma4, "dino": partial(family_models.build_llava, Dinov2Config)}
+    builders["pixtral"] = partial(family_models.build_pixtral, "Llava")
+    reasons = {
+        "dino": "cannot be pruned in vLLM: vLLM's LLaVA does not know the tower 'dinov2'",
+        "pixtral": "pixtral: cannot be served, since there is text between the lines of an image's tokens",
+    }
     for name, build in builders.items():
         folder = tmp_path / name
         model, _ = build()
@@ -173,8 +179,7 @@ def test_models_that_vllm_cannot_prune_are_refused_before_it_starts(tmp_path, ca
         PruningConfig().save_pretrained(folder)
         assert main(["serve", str(folder)]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert f"{str(folder)!r} cannot be pruned in vLLM" in line
-        assert ("'dinov2'" if name == "dino" else type(model).__name__) in line
+        assert reasons.get(name, f"{str(folder)!r} cannot be pruned in vLLM: {type(model).__name__} is not") in line
 
 
 def test_the_reducers_that_are_offered_do_serve(tmp_path):
@@ -231,7 +236,7 @@ def test_caches_tell_every_setting_from_every_other(tmp_path):
 
 
 def test_every_familys_architecture_is_known_to_the_plugin():
-    built = {family.model_class.__name__ for family in family_models.FAMILIES.values()}
+    built = {family.model_class.__name__ for family in family_models.SERVED.values()}
     assert built == set(ARCHITECTURES)
 
 

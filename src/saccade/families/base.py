@@ -73,6 +73,9 @@ class Family(ABC):
     text_between_crops: bool = False
     """Whether tokens of the text stand between the crops of an image."""
 
+    text_between_lines: bool = False
+    """Whether tokens of the text stand between the lines of an image's tokens."""
+
     takes_some_patches: bool = False
     """Whether the vision tower can run on some of an image's patches: `_encode_some` is then defined."""
 

@@ -22,6 +22,7 @@ class Mistral3Family(Family):
     name = "mistral3"
     model_types = ("mistral3",)
     takes_list = True
+    text_between_lines = True
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         sizes = inputs["image_sizes"]

@@ -153,6 +153,11 @@ def check_serves(family: Family, config: PruningConfig, isolator: bool) -> None:
             f"budget='image' cannot be served for {family.name}: there is text between the crops of an image, and how "
             "many tokens each crop keeps is not known before the tower has run; use 'crop'"
         )
+    if family.text_between_lines:
+        raise SaccadeError(
+            f"{family.name}: cannot be served, since there is text between the lines of an image's tokens, and how "
+            "many tokens each line keeps is not known before the tower has run; serve all tokens"
+        )
     if config.needs.fields & FROM_WORDS:
         raise SaccadeError(
             f"reducer={config.reducer!r} cannot be served: it reads the question, and an engine encodes an image once "

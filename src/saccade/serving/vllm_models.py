@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
@@ -98,7 +98,8 @@ class PrunedModel:
             return
         for name in self._tower_model_names:
             holder, _, leaf = name.rpartition(".")
-            module = self.get_submodule(name).to("meta")
+            module = self.get_submodule(name)
+            _free_parameters(module)
             setattr(self.get_submodule(holder), leaf, StageMissingLayer("image tower", module))
         device = vllm_config.device_config.device
         weights = vllm_config.load_config.load_format != "dummy"
@@ -179,6 +180,13 @@ class PrunedModel:
         if self.shortener is not None and positions.dim() == 2 and not self.shortener.family.uses_mrope:
             positions = positions[0]
         return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+
+
+def _free_parameters(module: nn.Module) -> None:
+    """Drop the values of a module's parameters. Its buffers stay: vLLM shares rotary embeddings among all models."""
+    for each in module.modules():
+        for name, value in each.named_parameters(recurse=False):
+            each.register_parameter(name, nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False))
 
 
 def _let_cpu_runner_ask() -> None:

@@ -31,6 +31,7 @@ ARCHITECTURES: dict[str, str] = {
     "Qwen2VLForConditionalGeneration": "qwen2_vl:Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration": "qwen3_vl:Qwen3VLForConditionalGeneration",
+    "Glm4vForConditionalGeneration": "glm4_1v:Glm4vForConditionalGeneration",
     "InternVLForConditionalGeneration": "interns1:InternS1ForConditionalGeneration",
     "Idefics3ForConditionalGeneration": "idefics3:Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration": "smolvlm:SmolVLMForConditionalGeneration",
