@@ -27,6 +27,11 @@ FAMILIES = {
     "llava": ("LLaVA-1.5", "1", "a row is an image"),
     "llava_next": ("LLaVA-NeXT", "1", "anyres, unpadded; a row is the thumbnail or the large image; newlines"),
     "llava_onevision": ("LLaVA-OneVision", "1", "anyres for single images; newlines; a video's row is a frame"),
+    "chain_of_sight": (
+        "Chain-of-Sight",
+        "1",
+        "a LLaVA with a multi-scale resampler; a row is a scale, those of an image are a group",
+    ),
     "qwen2_vl": ("Qwen2-VL", "3", "dynamic resolution; a video's row is a pair of frames"),
     "qwen2_5_vl": ("Qwen2.5-VL", "3", "dynamic resolution; a video's row is a pair of frames"),
     "qwen3_vl": (

@@ -7,13 +7,25 @@ import torch
 from assemble_parts import make_language_model, make_tower, tokenizer_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, T5Config
+from skip_tester import skipping
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextImageProcessorPil,
+    T5Config,
+)
 
-from saccade import SaccadeError
+from saccade import SaccadeError, SkipVisionConfig
 from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.data.rows import write_jsonl
 from saccade.families import family_class, get_family
+from saccade.families.padding import pads_to_square
+from saccade.testing.tiny_models import noise_image
+from saccade.tokens import Role
 from saccade.training.assemble import AssembleOptions, assemble_model
 from saccade.training.chat_format import V1_SYSTEM, make_template
 
@@ -216,7 +228,7 @@ def test_the_projector_is_drawn_by_its_seed_and_leaves_the_random_state(tmp_path
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("crops", ["anyres", "hd"])
+@pytest.mark.parametrize("crops", ["anyres", "hd", "hd_pad"])
 def test_crops(crops, tmp_path):
     """Of a square image: a thumbnail of 4 x 4, and 8 lines of 8 with a newline each."""
     make_language_model(tmp_path / "language", "llama")
@@ -229,7 +241,40 @@ def test_crops(crops, tmp_path):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == count
     encoded = get_family(model).encode(inputs)
     assert int(encoded.context.valid.sum()) == count
-    assert len(model.config.image_grid_pinpoints) == {"anyres": 5, "hd": 1}[crops]
+    assert len(model.config.image_grid_pinpoints) == {"anyres": 5, "hd": 1, "hd_pad": 1}[crops]
+
+
+def test_hd_pad_is_hd_of_a_square(tmp_path):
+    """Any image has all crops, and their pixels are those of the square that a user would have padded it to."""
+    make_language_model(tmp_path / "language", "llama")
+    make_tower(tmp_path / "tower")
+    processors = []
+    for crops in ("hd", "hd_pad"):
+        assemble_model(tmp_path / "tower", tmp_path / "language", tmp_path / crops, AssembleOptions(crops=crops))
+        processors.append(AutoProcessor.from_pretrained(tmp_path / crops))
+    plain, pads = processors
+    assert pads_to_square(pads)
+    assert not pads_to_square(plain)
+    for size in ((64, 30), (21, 64)):
+        image = noise_image(*size, 3)
+        square = Image.new("RGB", (64, 64), tuple(int(255 * mean) for mean in pads.image_processor.image_mean))
+        square.paste(image, ((64 - size[0]) // 2, (64 - size[1]) // 2))
+        wanted, got = (
+            processor(images=picture, text="<image>", return_tensors="pt")
+            for processor, picture in ((plain, square), (pads, image))
+        )
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) for name in got)
+        assert (got["input_ids"] == plain.image_token_id).sum() == 16 + 8 * 8 + 8
+        assert plain(images=image, text="<image>", return_tensors="pt")["input_ids"].shape < got["input_ids"].shape
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hd_pad")
+    with skipping(model, SkipVisionConfig.preset("576/576", newlines="drop")) as skip:
+        roles = skip.prepare(got)["skip_roles"]
+    assert (roles == Role.RETAINED).sum() == (roles == Role.SKIPPED).sum() == 16
+    # LLaVA-NeXT's own folders are read as before.
+    stock = LlavaNextImageProcessorPil(image_grid_pinpoints=[[64, 64]])
+    stock.save_pretrained(tmp_path / "stock")
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "stock")) is LlavaNextImageProcessorPil
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +308,7 @@ def good(tmp_path_factory):
         ({"language-model": "{p}/nowhere"}, "language_model='{p}/nowhere' is not a folder"),
         ({"output": "{p}/taken"}, "output='{p}/taken' exists: name a folder"),
         ({"gguf-file": "model.gguf"}, "gguf_file='model.gguf' is not in"),
-        ({"crops": "many"}, "crops='many' is unknown: use one of none, anyres, hd"),
+        ({"crops": "many"}, "crops='many' is unknown: use one of none, anyres, hd, hd_pad"),
         ({"vision-tower": "{p}/siglip", "crops": "anyres"}, "LLaVA-NeXT is only known with CLIP towers here"),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"feature-layer": "-9"}, "feature_layer=-9: the tower has 3 layers"),

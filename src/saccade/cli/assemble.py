@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--crops",
         default="none",
-        help="none (LLaVA-1.5), anyres (LLaVA-NeXT) or hd (LLaVA-HD's 2 x 2 crops) (default: %(default)s)",
+        help="none (LLaVA-1.5), anyres (LLaVA-NeXT), hd (2 x 2 crops), hd_pad (of a square) (default: %(default)s)",
     )
     parser.add_argument(
         "--projector",

@@ -4,7 +4,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import LlavaImageProcessorPil, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    ProcessorMixin,
+)
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Family
@@ -28,6 +34,32 @@ _STEPS = (
 )
 """Settings of the stock processor that are kept: what it does with a square image."""
 _PROBE = 100
+
+
+class HdPadImageProcessor(LlavaNextImageProcessorPil):
+    """LLaVA-HD's `hd_pad`: LLaVA-NeXT's crops of an image that is first padded to a square with the mean colour.
+
+    With a single resolution that is a square, every image then has the same number of crops, and none has padding.
+    """
+
+    def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
+        image = super().process_image(image, **kwargs)  # (3, H, W)
+        _, height, width = image.shape
+        side = max(height, width)
+        colour = np.array([int(255 * mean) for mean in self.image_mean], dtype=image.dtype)
+        square = np.broadcast_to(colour[:, None, None], (3, side, side)).copy()
+        top, left = (side - height) // 2, (side - width) // 2
+        square[:, top : top + height, left : left + width] = image
+        return square
+
+
+class _HdPadConfig(LlavaNextConfig):
+    """The key of the registration below: under LLaVA-NeXT's own, the processor would replace its."""
+
+
+AutoImageProcessor.register(
+    _HdPadConfig, image_processor_classes={"pil": HdPadImageProcessor, "torchvision": HdPadImageProcessor}
+)
 
 
 def check_aspect_ratio(family: type[Family], image_aspect_ratio: str | None) -> None:
@@ -74,6 +106,8 @@ def pad_to_square(processor: ProcessorMixin) -> None:
 def pads_to_square(processor: ProcessorMixin) -> bool:
     """Whether a processor pads images to a square before it scales them."""
     stock = getattr(processor, "image_processor", None)
+    if isinstance(stock, HdPadImageProcessor):
+        return True
     return isinstance(stock, _padding_class(stock)) and bool(stock.do_pad)
 
 

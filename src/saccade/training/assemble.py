@@ -35,6 +35,7 @@ from transformers.utils import logging
 from saccade.errors import SaccadeError, needs_package
 from saccade.families import family_class, use_released_names
 from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
+from saccade.families.padding import HdPadImageProcessor
 from saccade.files import check_new_folder, reading
 from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
@@ -47,7 +48,7 @@ PADDED = 64
 """Embeddings that must grow get a multiple of so many rows."""
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),)}
+CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),), "hd_pad": ((2, 2),)}
 """For each kind of crops, the sizes that an image may be resized to, in crops (down, across)."""
 PROJECTORS = ("mlp", "resampler")
 
@@ -59,7 +60,8 @@ class AssembleOptions:
     Args:
         gguf_file: name of a GGUF file in the language model's folder or hub repository to read it from.
         crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops at about the image's
-            own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops (LLaVA-HD, see docs/recipes.md).
+            own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops; "hd_pad" for the same of the
+            image padded to a square (LLaVA-HD, see docs/recipes.md).
         projector: "mlp" for LLaVA's two layers on each patch; "resampler" for Chain-of-Sight's, whose queries look at
             windows of two sizes, see `MultiScaleResampler`.
         chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
@@ -234,7 +236,7 @@ class _Tower:
             resize_plainly(images, self.config.image_size)
         if options.crops != "none":
             kind, size = LlavaNextProcessor, self.config.image_size
-            images = LlavaNextImageProcessorPil(
+            images = (HdPadImageProcessor if options.crops == "hd_pad" else LlavaNextImageProcessorPil)(
                 size={"shortest_edge": size},
                 crop_size={"height": size, "width": size},
                 image_mean=self.images.image_mean,
