@@ -1,5 +1,7 @@
 """Chain-of-Sight: the resampler against loops, its scales under Skip-Vision, and from parts to a saved model."""
 
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -215,3 +217,16 @@ def test_operations_of_the_resampler(case):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         case.family.projector(torch.zeros(1, 64, 32))
     assert counter.get_total_flops() == projector_flops(case.model.config, 1, (8, 8))
+
+
+def test_an_exported_model_says_that_it_needs_this_package(start, tmp_path, capsys):
+    """In a new process, the snippet of its card loads it."""
+    assert main(["export", str(start), "--output", str(tmp_path / "out")]) == 0
+    assert "loads in transformers, with `import saccade.families`" in " ".join(capsys.readouterr().out.split())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Saccade has the code of ChainOfSightForConditionalGeneration." in card
+    code = card.split("```python\n")[1].split("```")[0] + "print(type(model).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "ChainOfSightForConditionalGeneration"

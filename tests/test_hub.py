@@ -104,7 +104,8 @@ def exported(monkeypatch, tmp_path: Path) -> Path:
         (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# out\n")
         (folder / "model.safetensors").write_bytes(bytes(range(256)))
         names = ["README.md", "model.safetensors"]
-        return {"output": output, "base_model": None, "parameters": 1, "dtype": "float32", "notes": [], "files": names}
+        facts = {"base_model": None, "parameters": 1, "dtype": "float32", "own_classes": [], "notes": []}
+        return {"output": output, **facts, "files": names}
 
     monkeypatch.setattr(export, "export_model", write)
     return folder

@@ -78,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
         f"written to {summary['output']}: {summary['architecture']}, {summary['parameters']:,} parameters, of which "
         f"{summary['projector_parameters']:,} are the new projector's, {summary['dtype']}"
     )
+    stock = "transformers, with `import saccade.families`" if summary["own_classes"] else "stock transformers"
     print(
         f"chat template: {summary['chat_template']}; a picture has {summary['visual_tokens']} visual tokens; "
-        "loads in stock transformers, every key checked"
+        f"loads in {stock}, every key checked"
     )
     return 0

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"written to {summary['output']}: {summary['parameters']:,} parameters, {summary['dtype']}{merged}")
     for note in summary["notes"]:
         print(f"note: {note}")
-    print(f"loads in stock transformers, every key checked; {', '.join(summary['files'])}")
+    stock = "transformers, with `import saccade.families`" if summary["own_classes"] else "stock transformers"
+    print(f"loads in {stock}, every key checked; {', '.join(summary['files'])}")
     if "url" in summary:
         print(f"published at {summary['url']}")
     return 0

@@ -40,7 +40,7 @@ from saccade.files import check_new_folder, reading
 from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
-from saccade.training.export import check_shard_size
+from saccade.training.export import check_shard_size, own_classes
 from saccade.training.models import DTYPES
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -103,7 +103,8 @@ def assemble_model(
 
     Returns:
         `output`, `architecture`, `parameters`, `projector_parameters`, `visual_tokens` (of one picture or crop),
-        `vocabulary`, `image_token_id`, `chat_template` ("own", "v1", or the file), `eos_token_ids`, `dtype`.
+        `vocabulary`, `image_token_id`, `chat_template` ("own", "v1", or the file), `eos_token_ids`, `dtype`,
+        `own_classes` (those that transformers does not have).
 
     Raises:
         SaccadeError: if a part is of another kind or does not fit; raised before weights are read.
@@ -126,7 +127,8 @@ def assemble_model(
         model = _join(language, tower, eyes, tokenizer, options)
     model.generation_config = _generation_config(language, tokenizer, template.end_id)
     beyond = getattr(model.config, "tokens_beyond_patches", 0)
-    save_checked(model, eyes.processor(tokenizer, template.text, options, beyond), output, options.max_shard_size)
+    processor = eyes.processor(tokenizer, template.text, options, beyond)
+    save_checked(model, processor, output, options.max_shard_size)
     return {
         "output": str(output),
         "architecture": type(model).__name__,
@@ -138,6 +140,7 @@ def assemble_model(
         "chat_template": template.source,
         "eos_token_ids": model.generation_config.eos_token_id,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "own_classes": own_classes(model, processor),
     }
 
 

@@ -1,7 +1,7 @@
 """The model card of an exported model: how it was trained and what was measured, nothing else."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +46,7 @@ def model_card(
     Args:
         source: folder of the run, whose `dualspeed.json` and `log.json` (of the same run) or `trainer_state.json` are
             used if present.
-        facts: `parameters`, `dtype`, `architecture`, `base_model`.
+        facts: `parameters`, `dtype`, `architecture`, `base_model`, `own_classes`.
         evaluation: what `saccade eval` measured on these weights.
     """
     log = _read(source / LOG_FILE)
@@ -61,7 +61,7 @@ def model_card(
         _front_matter(base),
         f"# {name}\n",
         _first_words(facts, base, run, source),
-        _usage(facts["architecture"], (source / PRUNING_FILE).is_file()),
+        _usage(facts["architecture"], facts["own_classes"], (source / PRUNING_FILE).is_file()),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
         _evaluation(evaluation or {}),
@@ -89,7 +89,7 @@ def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, A
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
 
 
-def _usage(architecture: str, pruned: bool) -> str:
+def _usage(architecture: str, own_classes: Sequence[str], pruned: bool) -> str:
     pruned = (
         "\nPruned inference, as the model was trained:\n\n```python\n"
         "from saccade import prune_inputs\n\n"
@@ -97,9 +97,14 @@ def _usage(architecture: str, pruned: bool) -> str:
         if pruned
         else ""
     )
+    needs, first = "Saccade is not needed", ""
+    if own_classes:
+        needs = f"Saccade has the code of {' and '.join(own_classes)}"
+        first = "import saccade.families  # before the folder is loaded\n"
+        architecture = "AutoModelForImageTextToText"
     return (
-        "## Use\n\nA plain transformers checkpoint; Saccade is not needed.\n\n```python\n"
-        f"from transformers import AutoProcessor, {architecture}\n\n"
+        f"## Use\n\nA plain transformers checkpoint; {needs}.\n\n```python\n{first}"
+        f"from transformers import {', '.join(sorted(('AutoProcessor', architecture)))}\n\n"
         'folder = "."  # where this file is\n'
         f"model = {architecture}.from_pretrained(folder)\n"
         f"processor = AutoProcessor.from_pretrained(folder)\n```\n{pruned}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from saccade.companions import find_companion
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
@@ -40,8 +40,8 @@ def export_model(
         max_shard_size: size above which the weights are split into several files.
 
     Returns:
-        `output`, `source`, `base_model` (None if nothing was merged), `parameters`, `dtype`, `bytes`, `files`, `notes`
-        (what was left out, and why).
+        `output`, `source`, `base_model` (None if nothing was merged), `parameters`, `dtype`, `own_classes` (those that
+        transformers does not have), `bytes`, `files`, `notes` (what was left out, and why).
 
     Raises:
         SaccadeError: if `source` is not a trained model, `output` is taken, or the written model does not load
@@ -75,6 +75,7 @@ def export_model(
             "dtype": str(model.dtype).removeprefix("torch."),
             "architecture": type(model).__name__,
             "base_model": base,
+            "own_classes": own_classes(model, processor),
         }
         with reading(f"model={str(source)!r}: its files about the run cannot be read"):
             card = model_card(output.name, source, facts, evaluation)
@@ -89,10 +90,17 @@ def export_model(
         "base_model": base,
         "parameters": facts["parameters"],
         "dtype": facts["dtype"],
+        "own_classes": facts["own_classes"],
         "bytes": sum(path.stat().st_size for path in files),
         "files": [path.name for path in files],
         "notes": [] if note is None else [f"{note}, and was left out: `saccade eval {source}` measures these"],
     }
+
+
+def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
+    """The names of a checkpoint's classes that transformers finds only once `saccade.families` is imported."""
+    parts = (type(model), type(getattr(processor, "image_processor", None)))
+    return [part.__name__ for part in parts if part.__module__.startswith("saccade.")]
 
 
 def check_loads(folder: Path, model: PreTrainedModel) -> None:
