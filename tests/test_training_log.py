@@ -11,7 +11,6 @@ from saccade.report.training_log import (
     OTHER,
     TEACHER,
     curve,
-    hides_teacher,
     last,
     losses,
     modes_of,
@@ -76,7 +75,6 @@ def test_the_parts_are_those_of_the_windows(windows, with_teacher) -> None:
     log = log_of(windows, with_teacher)
     found = time_parts(log)
     assert {name: found.get(name, 0) for name in expected} == pytest.approx(expected, abs=1e-6)
-    assert hides_teacher(log) == (not with_teacher and any(window["slow"] for window in windows))
 
 
 def test_modes_of_any_name() -> None:

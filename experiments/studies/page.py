@@ -15,7 +15,7 @@ from saccade.pages.page import Page, blocks, html_table
 from saccade.pages.run import KEPT
 from saccade.pages.sweep import Result, add_runs, begin_sweep
 from saccade.reducers import PruningConfig
-from saccade.report.training_log import hides_teacher, time_parts
+from saccade.report.training_log import time_parts
 from saccade.report.view import view_reducers
 from saccade.sweeps.runner import STAGES
 from saccade.sweeps.table import Standing
@@ -60,7 +60,6 @@ def _add_pictures(page: Page, standing: Standing) -> None:
 
 def _add_time(page: Page, standing: Standing) -> None:
     spent: dict[str, dict[str, float]] = {}
-    logs = []
     for name, results in standing.groups().items():
         of_runs = [[stage["log_history"] for stage in one["stages"].values()] for one in results]
         found = [parts for one in of_runs if (parts := [known for log in one if (known := time_parts(log))])]
@@ -69,14 +68,12 @@ def _add_time(page: Page, standing: Standing) -> None:
             spent[name] = {
                 part: fmean(sum(known.get(part, 0.0) for known in parts) for parts in found) for part in shown
             }
-        logs += [log for one in of_runs for log in one]
     if not spent:
         page.add("Time", blocks.paragraph("The logs do not say how long the steps took."))
         return
     shown = list(dict.fromkeys(part for parts in spent.values() for part in parts))
     rows = [[name, *(round(parts.get(part, 0.0), 1) for part in shown)] for name, parts in spent.items()]
     caption = "Values are seconds of both stages up to the last log, means over seeds."
-    caption += " Some logs count teachers with their steps." if any(map(hides_teacher, logs)) else ""
     page.add("Time", html_table(("training", *shown), rows, caption))
     page.record["seconds"] = spent
 

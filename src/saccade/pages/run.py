@@ -15,7 +15,7 @@ from saccade.evaluation.digits import collate_prompts
 from saccade.pages.page import Page, blocks, html_table, option_text, settings_table
 from saccade.pages.source import RunRecord, read_run
 from saccade.report.plots import SMALL, plot_curves, way_name
-from saccade.report.training_log import curve, hides_teacher, last, losses, modes_of, not_finite, part_of, time_parts
+from saccade.report.training_log import curve, last, losses, modes_of, not_finite, part_of, time_parts
 from saccade.report.view import view_reducers
 from saccade.training import ModelOptions, load_model
 
@@ -38,7 +38,7 @@ def run_page(folder: Path, workshop: Path) -> Page:
     _add_summary(page, record, parts)
     _add_accuracy(page, record)
     _add_curves(page, record)
-    _add_time(page, parts, hides_teacher(record.log_history))
+    _add_time(page, parts)
     if record.recipe.get("dataset", "digits") == "digits" and record.recipe:
         _add_answered_scenes(page, record.model)
     else:
@@ -174,7 +174,7 @@ def _add_curves(page: Page, record: RunRecord) -> None:
     page.add("Curves", blocks.gallery(drawn))
 
 
-def _add_time(page: Page, parts: Mapping[str, float] | None, with_teacher: bool) -> None:
+def _add_time(page: Page, parts: Mapping[str, float] | None) -> None:
     if not parts:
         page.add("Time", blocks.paragraph("The log does not say how long the steps took."))
         return
@@ -183,8 +183,6 @@ def _add_time(page: Page, parts: Mapping[str, float] | None, with_teacher: bool)
     page.add(
         "Time", html_table(("part", "seconds", "share"), rows, "This is where the time went, up to the last log.")
     )
-    if with_teacher:
-        page.add("Time", blocks.paragraph("The log does not separate the time of teachers from that of their steps."))
     page.record["seconds"] = parts
 
 

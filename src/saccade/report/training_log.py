@@ -52,8 +52,8 @@ def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | N
     samples x `length_full` / `tokens_per_second`. So it is also known for unfinished and resumed runs.
 
     Returns:
-        Seconds of the steps of each mode, without their teacher's pass if the log separates it; `TEACHER`;
-        `EVALUATION`; and `OTHER`, the rest. Parts of zero length are left out.
+        Seconds of the steps of each mode, without their teacher's pass; `TEACHER`; `EVALUATION`; and `OTHER`, the
+        rest. Parts of zero length are left out.
     """
     modes = modes_of(log_history)
     seconds = dict.fromkeys([*map(part_of, modes), TEACHER, EVALUATION, OTHER], 0.0)
@@ -76,12 +76,6 @@ def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | N
         return None
     seconds[OTHER] = max(0.0, wall - sum(seconds.values()))
     return {name: value for name, value in seconds.items() if value > 0}
-
-
-def hides_teacher(log_history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether steps had a teacher whose time the log does not separate from theirs, as in older logs."""
-    keys = {key for entry in log_history for key in entry}
-    return "kl" in keys and not any(key.startswith("teacher_seconds_") for key in keys)
 
 
 def _is_finite(value: Any) -> bool:
