@@ -117,7 +117,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, assemble, data, "),
+            (["frobnicate"], "unknown verb 'frobnicate': expected one of train, assemble, grow, data, "),
             (["evl"], "unknown verb 'evl': did you mean 'eval'?"),
             (["--frobnicate"], "--frobnicate"),
             (["probe"], "the following arguments are required: FILE (see `saccade probe --help`)"),
