@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
+from experiments.motion.clips import LANE, LANES, MOTION_KINDS, Mover, ask, motion_clips, render_clip, sample_movers
 from saccade import SaccadeError
-from saccade.data.motion import LANE, LANES, MOTION_KINDS, Mover, ask, motion_clips, render_clip, sample_movers
 from saccade.tiny.vocabulary import WORDS, build_tokenizer
 
 FRAMES = 8

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from experiments.motion.__main__ import Settings, main, plan_runs
+from experiments.motion.clips import motion_clips
 from experiments.motion.model import SIDE, build_motion_model
 from experiments.motion.rows import clips_path, write_clips
-from saccade.data.motion import motion_clips
 from saccade.errors import SaccadeError
 from saccade.evaluation.rows import file_rows
 from saccade.tiny import load_tiny

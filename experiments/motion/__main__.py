@@ -20,10 +20,10 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
 
+from experiments.motion.clips import motion_clips
 from experiments.motion.model import save_motion_model
 from experiments.motion.rows import clips_path, write_clips
 from saccade.cli.main import Parser, guarded
-from saccade.data.motion import motion_clips
 from saccade.errors import SaccadeError
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import method_fields, stage_fields

@@ -12,7 +12,7 @@ from transformers import (
     LlavaOnevisionProcessor,
 )
 
-from saccade.data.motion import LANE, LANES
+from experiments.motion.clips import LANE, LANES
 from saccade.data.scenes import PATCH_SIZE
 from saccade.tiny import load_tiny
 from saccade.tiny.vocabulary import IMAGE, build_tokenizer

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 
-from saccade.data.motion import motion_clips
+from experiments.motion.clips import motion_clips
 from saccade.files import atomic_path
 
 _FEATURES = Features(
