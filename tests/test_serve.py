@@ -238,7 +238,7 @@ def test_every_family_prunes_in_the_engine(models, tmp_path):
         jobs.append(job(folder, asked, 8))
         if name in ("llava", "qwen3_vl", "idefics3"):
             names.append(f"{name}, {ORIGINAL['positions']}")
-            expected.append(pruned(model, processor, questions, config.replace(**ORIGINAL)))
+            expected.append(pruned(model, processor, asked, config.replace(**ORIGINAL)))
             jobs.append(jobs[-1] | {"options": {"hf_overrides": {"saccade": ORIGINAL}}})
     # All tokens, of a folder that says how it was pruned; and settings that cannot be served, each in a line.
     model, processor, folder = models["llava"]
