@@ -49,7 +49,10 @@ FAMILIES = {
     "internvl": ("InternVL", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "idefics3": ("Idefics3", "1", "pixel shuffle; a row is a crop, the crops of an image are a group"),
     "smolvlm": ("SmolVLM", "1", "as Idefics3"),
+    "ovis2": ("Ovis 2", "1", "tokens are mixtures of a visual vocabulary; a row is a thumbnail or a crop"),
+    "lfm2_vl": ("LFM2-VL", "1", "own aspect ratio, large images in crops; most layers are short convolutions"),
     "gemma3": ("Gemma 3", "1", "attention in both directions within an image"),
+    "gemma4": ("Gemma 4", "1", "own aspect ratio; attention in both directions within an image in the larger models"),
 }
 
 # The released models with a chat template of their own: family, language model where it decides, what the stock
@@ -74,11 +77,13 @@ HOLES = {
     "both; its processor takes neither text-only samples nor conversations. Not registered",
     "compact positions on Qwen-VL and GLM": "with three position axes, renumbering a shortened sequence would change "
     "what positions mean; with both values of `positions`, each token keeps its own",
-    "dropped tokens of Qwen3.5": "linear attention knows no positions: a dropped token leaves no gap in its layers, "
-    "so that distances in the image are shorter there, with both values of `positions`. Layers of full attention keep "
-    "the positions; with these alone, pruned equals masked, which is tested",
-    "padding-free batches and Skip-Vision on Qwen3.5": "a state of linear attention would run from one packed row "
-    "into the next, and skipping is defined for attention and feed-forward networks; refused in one line",
+    "dropped tokens of Qwen3.5 and LFM2-VL": "linear attention and convolutions know no positions: a dropped token "
+    "leaves no gap in their layers, so that distances in the image are shorter there, with both values of "
+    "`positions`. Layers of full attention keep the positions; with these alone, pruned equals masked, which is "
+    "tested",
+    "padding-free batches and Skip-Vision on Qwen3.5 and LFM2-VL": "a state of linear attention, or a convolution, "
+    "would run from one packed row into the next, and skipping is defined for attention and feed-forward networks; "
+    "refused in one line",
     "a loss that balances experts": "the routers of the MoE models get the gradient of the answers only, as in the "
     "stock models unless `output_router_logits` is set; `router_aux_loss_coef` is refused in one line",
     "videos of GLM": "their placeholders are those of images, and the stock models cannot take both in one batch; "
@@ -92,12 +97,16 @@ HOLES = {
     "`random` on Mistral 3 and Pixtral, a batch against its samples": "the tower attends to all images of a batch in "
     "one sequence, so that the last bits of features depend on the batch; `random` draws by the bits, where training "
     "gives no seed",
-    "Ovis 2 and LFM2-VL": "their stock classes take encoded features, but there is no family for them yet. "
-    "LFM2-VL's image processor needs torchvision",
-    "Gemma 4": "text and images work, with Skip-Vision too; `tests/test_gemma4.py` tests them with three reducers, "
-    "not with all. Videos and sound are refused in one line, and so is Skip-Vision where layers have experts beside "
-    "their feed-forward network. PEFT does not take the layers of its tower: with `target_modules` as a regular "
-    "expression, such as `.*language_model.*(q_proj\\|v_proj)`, LoRA goes into the language model",
+    "LFM2-VL's own image processor": "needs torchvision; the tests of the tables use one that cuts images alike, and "
+    "`make test-video` the stock one",
+    "markers between the crops of Ovis 2 and LFM2-VL": "they are text, and are always kept. Servers refuse "
+    "`budget: image` for that reason",
+    "Ovis 2 whose tokens are drawn (`tokenize_function: gumbel_argmax`)": "the stock model draws them anew in each "
+    "encoding. All passes of a step share one encoding, but answers differ from call to call. The released models mix",
+    "Gemma 4": "text and images work, with Skip-Vision too. Videos and sound are refused in one line, and so is "
+    "Skip-Vision where layers have experts beside their feed-forward network. PEFT does not take the layers of its "
+    "tower: with `target_modules` as a regular expression, such as `.*language_model.*(q_proj\\|v_proj)`, LoRA goes "
+    "into the language model",
     "Gemma 3 and 4 beyond their sliding windows": "windows count tokens, not positions: in a shortened sequence a "
     "window reaches further back, and pruned no longer equals masked",
     "Gemma 3 pan-and-scan crops": "text separates them, so each counts as an image and has its own isolator",
@@ -106,9 +115,9 @@ HOLES = {
     'LLaVA-NeXT with `vision_feature_select_strategy="full"`': "the stock model itself cannot pack the class token",
     "newlines of anyres images": "reducers never get them. They are kept and count towards the budget, with at least "
     'one token of the image besides them; `newlines="drop"`, in `prune_inputs` and in training, drops them',
-    "`merge: encoder` of `visionzip` and `prumerge`, except on LLaVA, LLaVA-NeXT and InternVL": "the projector does "
-    "not take tokens one by one: it pools or merges patches itself, tokens are resized after it, or features enter at "
-    "several layers; refused in one line",
+    "`merge: encoder` of `visionzip` and `prumerge`, except on LLaVA, LLaVA-NeXT, InternVL and Ovis 2": "the "
+    "projector does not take tokens one by one: it pools or merges patches itself, tokens are resized after it, or "
+    "features enter at several layers; refused in one line",
     "SmolVLM's own processor": "needs the num2words package; the tests use Idefics3's, which writes the same tokens",
 }
 
@@ -155,8 +164,8 @@ before an image. For each pair of a family and a reducer, at a ratio of 0.7 if n
 - with a ratio of 0, the output equals the stock model's bit for bit, and `generate` writes the same as on the full
   inputs;
 - with original positions, the pruned sequence equals the full one with the dropped tokens masked, to 1e-4. With layers
-  of linear attention or convolutions (Qwen3.5) it equals the language model on the embeddings of the kept tokens
-  alone: those layers know no positions, and a masked token still ages their state;
+  of linear attention or convolutions (Qwen3.5, LFM2-VL) it equals the language model on the embeddings of the kept
+  tokens alone: those layers know no positions, and a masked token still ages their state;
 - in each position mode, cached generation equals uncached; a batch equals its samples one by one; each of a prompt's
   sequences gets its own images; left padding equals right padding;
 - gradients of a fast step reach the kept or merged tokens, projector, isolator and language model, and nothing else;

@@ -14,6 +14,8 @@ from unittest import mock
 import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import make_flat_list_of_images
 
 from saccade.families.chain_of_sight import ChainOfSightConfig, ChainOfSightForConditionalGeneration
 from saccade.families.fitting import CLASS_TOKENS
@@ -488,7 +490,105 @@ def build_gemma4(**options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     return finish(transformers.Gemma4ForConditionalGeneration(config), processor)
 
 
-# Families that share the code of one above: the tests of other subjects leave them out.
+# Ovis 2
+
+OVIS_SPECIALS = {
+    "image_token": IMAGE,
+    "atom_token": "<IMG_ATOM>",
+    **{f"{name}_token": f"<IMG_{name.upper()}>" for name in ("start", "grid", "col", "row", "end")},
+}
+
+
+def build_ovis2() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Ovis 2: crops of 16 px, four by four patches, merged two by two; a larger image has a thumbnail before them."""
+    tokenizer = build_tokenizer(OVIS_SPECIALS, IMAGE)
+    ids = [tokenizer.convert_tokens_to_ids(word) for word in list(OVIS_SPECIALS.values())[1:]]
+    vision = {key: value for key, value in siglip_options(16).items() if key != "vision_use_head"}
+    config = transformers.Ovis2Config(
+        vision_config={**vision, "hidden_stride": 2, "vocab_size": 32},
+        text_config=transformers.Qwen2Config(**text_options(tokenizer)),
+        image_token_id=ids[0],
+        visual_indicator_token_ids=ids[1:],
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        tie_word_embeddings=False,
+        **special_ids(tokenizer),
+    )
+    image_processor = transformers.Ovis2ImageProcessorPil(
+        size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=4
+    )
+    processor = transformers.Ovis2Processor(
+        image_processor, tokenizer, image_seq_length=4, chat_template=tokenizer.chat_template
+    )
+    return finish(transformers.Ovis2ForConditionalGeneration(config), processor)
+
+
+# LFM2-VL
+
+LFM2_SPECIALS = {
+    "image_token": IMAGE,
+    "image_start_token": "<|image_start|>",
+    "image_end_token": "<|image_end|>",
+    "image_thumbnail_token": "<|img_thumbnail|>",
+    **{f"tile_{row}_{column}": f"<|img_row_{row}_col_{column}|>" for row in (1, 2) for column in (1, 2)},
+}
+LFM2_SIZES = {"tile_size": 16, "max_image_tokens": 8, "min_image_tokens": 4, "max_pixels_tolerance": 1.0}
+
+
+class TileOptions(transformers.Siglip2ImageProcessorPil.valid_kwargs, total=False):
+    return_row_col_info: bool
+
+
+class TilesWithoutTorchvision(transformers.Siglip2ImageProcessorPil):
+    """What `Lfm2VlImageProcessor` makes of images whose sides are multiples of 8 px, without torchvision: one of more
+    than eight tokens becomes two by two tiles of 16 px and a thumbnail."""
+
+    valid_kwargs = TileOptions
+    downsample_factor, encoder_patch_size, tile_size, use_thumbnail = 2, PATCH, 16, True
+
+    def preprocess(self, images, **options):
+        tiles, found = [], {"image_rows": [], "image_cols": [], "image_sizes": []}
+        edge = PATCH * self.downsample_factor
+        for image in make_flat_list_of_images(images):
+            high, wide = image.height // edge, image.width // edge
+            small = (high, wide) if high * wide <= 8 else (2, 2)
+            parts = 1 if high * wide <= 8 else 2
+            if parts == 2:
+                whole = image.resize((2 * self.tile_size, 2 * self.tile_size))
+                corners = [(x * self.tile_size, y * self.tile_size) for y in range(2) for x in range(2)]
+                tiles += [whole.crop((x, y, x + self.tile_size, y + self.tile_size)) for x, y in corners]
+            tiles.append(image.resize((small[1] * edge, small[0] * edge)))
+            found["image_rows"].append(parts)
+            found["image_cols"].append(parts)
+            found["image_sizes"].append([small[0] * edge, small[1] * edge])
+        return super().preprocess(tiles, do_resize=False, return_tensors="pt") | found
+
+
+def build_lfm2_vl(image_processor: BaseImageProcessor | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LFM2-VL: tokens of two by two patches of 4 px; a layer that convolves, and one that attends.
+
+    Its own image processor needs torchvision; by default one that cuts alike.
+    """
+    tokenizer = build_tokenizer(LFM2_SPECIALS, IMAGE)
+    vision = {key: value for key, value in siglip_options(16).items() if key != "image_size"}
+    text = text_options(
+        tokenizer, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False, tie_word_embeddings=False
+    )
+    config = transformers.Lfm2VlConfig(
+        vision_config=transformers.Siglip2VisionConfig(**vision, num_patches=16),
+        text_config=transformers.Lfm2Config(**text),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        projector_hidden_size=WIDTH,
+        tie_word_embeddings=False,
+        **special_ids(tokenizer),
+    )
+    if image_processor is None:
+        image_processor = TilesWithoutTorchvision(patch_size=PATCH, max_num_patches=32)
+    processor = transformers.Lfm2VlProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    return finish(transformers.Lfm2VlForConditionalGeneration(config), processor)
+
+
+# Families that the tests of other subjects leave out, most of which share the code of one above.
 RELATIVES: dict[str, Tiny] = {
     "chain_of_sight": Tiny(lambda: build_llava(config_class=ChainOfSightConfig), ChainOfSightForConditionalGeneration),
     "qwen3_vl_moe": Tiny(lambda: build_qwen("3_moe"), transformers.Qwen3VLMoeForConditionalGeneration),
@@ -498,6 +598,9 @@ RELATIVES: dict[str, Tiny] = {
     "glm46v": Tiny(lambda: build_glm("Glm46V"), transformers.Glm46VForConditionalGeneration),
     "glm4v_moe": Tiny(lambda: build_glm("Glm4vMoe"), transformers.Glm4vMoeForConditionalGeneration),
     "mistral3": Tiny(lambda: build_pixtral("Mistral3"), transformers.Mistral3ForConditionalGeneration),
+    "gemma4": Tiny(build_gemma4, transformers.Gemma4ForConditionalGeneration),
+    "ovis2": Tiny(build_ovis2, transformers.Ovis2ForConditionalGeneration),
+    "lfm2_vl": Tiny(build_lfm2_vl, transformers.Lfm2VlForConditionalGeneration),
 }
 
 # Families that vLLM's plug-in prunes.

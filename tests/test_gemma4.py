@@ -1,40 +1,18 @@
-"""The invariants on Gemma 4, with some reducers, and what is its own: attention by positions along two axes."""
+"""What is Gemma 4's own: attention by positions along two axes. tests/test_relatives.py has the invariants."""
 
 import pytest
 import torch
-import transformers
-from family_models import build_gemma4
+from family_models import RELATIVES, build_gemma4
 from skip_tester import masked_ffn, options_for, skipping, without_roles
 
 from saccade.errors import SaccadeError
 from saccade.reducers import Needs
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
-from saccade.testing.tiny_models import WIDTH, Tiny
+from saccade.testing.tiny_models import WIDTH
 from saccade.tokens import Role
 
-CASE = tester.Case("gemma4", Tiny(build_gemma4, transformers.Gemma4ForConditionalGeneration))
-
-
-@pytest.mark.parametrize("check", tester.CHECKS)
-@pytest.mark.parametrize(
-    "reducer", ["divprune", *[pytest.param(name, marks=pytest.mark.slow) for name in ("cdpruner", "visionzip")]]
-)
-def test_invariant(reducer, check):
-    tester.CHECKS[check](CASE, reducer)
-
-
-def test_merging_and_saliency():
-    tester.check_original_equals_masked(CASE, "visionzip")
-
-
-def test_generation_at_ratio_zero():
-    tester.check_generation_at_ratio_zero(CASE)
-
-
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_training(lora, tmp_path):
-    tester.check_training(CASE, "divprune", tmp_path, lora)
+CASE = tester.Case("gemma4", RELATIVES["gemma4"])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The invariants on families that share the code of another, with one reducer; with all of them in the slow tests."""
+"""The invariants on the families that other tests leave out, with one reducer; with all of them in the slow tests."""
 
 import copy
 
@@ -22,7 +22,7 @@ from saccade.tokens import Role
 CASES = {name: tester.Case(name, tiny) for name, tiny in RELATIVES.items()}
 TWINS = ("glm46v",)
 """Models whose code is that of another one here, under another name."""
-RECURRENT = ("qwen3_5", "qwen3_5_moe")
+RECURRENT = ("qwen3_5", "qwen3_5_moe", "lfm2_vl")
 EXPERTS = {"qwen3_vl_moe": 0, "glm4v_moe": 1}
 """The number of a layer with experts."""
 

@@ -1,4 +1,5 @@
-"""Training and inference on videos with the stock processors: clips in, answers out, tokens pruned per frame."""
+"""Training and inference with the stock processors that need torchvision: on videos, clips in, answers out, tokens
+pruned per frame; and LFM2-VL's, on images."""
 
 import atexit
 import json
@@ -14,8 +15,14 @@ if find_spec("torchvision") is None:
     pytest.skip("torchvision is not installed; `make test-video` has it in a separate venv", allow_module_level=True)
 
 import torch
+from family_models import LFM2_SIZES, build_lfm2_vl
 from helpers import make_trainer
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    Lfm2VlForConditionalGeneration,
+    Lfm2VlImageProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from video_files import frame_image, numbers_of, write_clip
 from video_models import STOCK, FramesToPatches, build
 
@@ -27,6 +34,7 @@ from saccade.evaluation.rows import file_rows
 from saccade.families import get_family
 from saccade.pruning import prune_inputs
 from saccade.testing import families as tester
+from saccade.testing.tiny_models import PATCH, Tiny
 from saccade.videos import Sampling, open_video
 
 FRAMES = 6
@@ -255,3 +263,28 @@ STOCK_CASES = {name: StockCase(name, None) for name in STOCK}
 def test_invariant_of_families(name, reducer, check):
     """Every invariant that families are held to on images."""
     tester.CHECKS[check](STOCK_CASES[name], reducer)
+
+
+LFM2 = tester.Case(
+    "lfm2_vl",
+    Tiny(
+        lambda: build_lfm2_vl(Lfm2VlImageProcessor(encoder_patch_size=PATCH, max_tiles=4, **LFM2_SIZES)),
+        Lfm2VlForConditionalGeneration,
+    ),
+)
+
+
+@pytest.mark.parametrize("check", tester.CHECKS)
+def test_invariant_of_lfm2(check):
+    """With its own image processor, in whose place other tests have one that needs no torchvision."""
+    tester.CHECKS[check](LFM2, "divprune")
+
+
+def test_images_of_lfm2_are_cut_as_the_other_tests_cut_them():
+    plain = tester.Case("lfm2_vl", Tiny(build_lfm2_vl, Lfm2VlForConditionalGeneration))
+    for name in ("input_ids", "spatial_shapes", "pixel_attention_mask"):
+        assert torch.equal(LFM2.inputs[name], plain.inputs[name]), name
+
+
+def test_training_of_lfm2(tmp_path):
+    tester.check_training(LFM2, "divprune", tmp_path, lora=False)

@@ -13,9 +13,11 @@ from saccade.families.glm4v import Glm4vFamily
 from saccade.families.idefics3 import Idefics3Family
 from saccade.families.internvl import InternVLFamily
 from saccade.families.layout import use_released_names
+from saccade.families.lfm2_vl import Lfm2VlFamily
 from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
 from saccade.families.mistral3 import Mistral3Family, PixtralFamily
+from saccade.families.ovis2 import Ovis2Family
 from saccade.families.qwen3_5 import Qwen35Family
 from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
 from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
@@ -76,11 +78,13 @@ for _family in (
     Glm4vFamily,
     Idefics3Family,
     InternVLFamily,
+    Lfm2VlFamily,
     LlavaFamily,
     LlavaNextFamily,
     LlavaNextVideoFamily,
     LlavaOnevisionFamily,
     Mistral3Family,
+    Ovis2Family,
     PixtralFamily,
     Qwen2VLFamily,
     Qwen3VLFamily,
@@ -98,11 +102,13 @@ __all__ = [
     "Glm4vFamily",
     "Idefics3Family",
     "InternVLFamily",
+    "Lfm2VlFamily",
     "LlavaFamily",
     "LlavaNextFamily",
     "LlavaNextVideoFamily",
     "LlavaOnevisionFamily",
     "Mistral3Family",
+    "Ovis2Family",
     "PixtralFamily",
     "Qwen2VLFamily",
     "Qwen3VLFamily",

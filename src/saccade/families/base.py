@@ -330,6 +330,26 @@ def run_numbers(placeholder: Tensor) -> Tensor:
     return first.reshape(-1).cumsum(dim=0)[placeholder.reshape(-1)] - 1
 
 
+def images_of_crops(placeholder: Tensor, lengths: Sequence[int]) -> Tensor | None:
+    """For each feature row, the index of its image: long `(R,)`. Rows are of one image if at most a marker is between.
+
+    None (one image per row) if placeholders and visual tokens differ in number; the splice reports that clearly.
+
+    Args:
+        placeholder: bool `(B, L)`, true on the placeholders of visual tokens.
+        lengths: the number of tokens of each of the R rows, in the order of the placeholders.
+    """
+    places = placeholder.reshape(-1).nonzero().squeeze(1)
+    if len(places) != sum(lengths) or not lengths:
+        return None
+    ends = torch.tensor(lengths, device=places.device).cumsum(dim=0)
+    first = places[torch.nn.functional.pad(ends[:-1], (1, 0))]
+    last = places[ends - 1]
+    samples = first // placeholder.shape[1]
+    new = (first[1:] - last[:-1] > 2) | (samples[1:] != samples[:-1])
+    return torch.nn.functional.pad(new.long().cumsum(dim=0), (1, 0))
+
+
 def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """One-dimensional positions as `generate` counts them: long `(B, L)`, zero on left padding."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
