@@ -1,7 +1,8 @@
 """Write docs/families.md from the results of the families' tests: which reducer works on which model family.
 
-python scripts/write_family_matrix.py                   # runs the tests of all pairs, some minutes
-python scripts/write_family_matrix.py --results r.xml   # of pytest on both test files with --junitxml r.xml
+python scripts/write_family_matrix.py                          # runs the tests of all pairs, some minutes
+python scripts/write_family_matrix.py --results r.xml          # of pytest on both test files with --junitxml r.xml
+python scripts/write_family_matrix.py --results r.xml --keep   # of some of the tests; the page's other figures stay
 """
 
 import argparse
@@ -102,7 +103,7 @@ HOLES = {
     "markers between the crops of Ovis 2 and LFM2-VL": "they are text, and are always kept. Servers refuse "
     "`budget: image` for that reason",
     "Ovis 2 whose tokens are drawn (`tokenize_function: gumbel_argmax`)": "the stock model draws them anew in each "
-    "encoding. All passes of a step share one encoding, but answers differ from call to call. The released models mix",
+    "encoding. All passes of a step share one encoding, but answers differ from call to call. The default mixes them",
     "Gemma 4": "text and images work, with Skip-Vision too. Videos and sound are refused in one line, and so is "
     "Skip-Vision where layers have experts beside their feed-forward network. PEFT does not take the layers of its "
     "tower: with `target_modules` as a regular expression, such as `.*language_model.*(q_proj\\|v_proj)`, LoRA goes "
@@ -178,6 +179,13 @@ The tables give the number of tests that passed, in bold if one failed. `-` mean
 has the reason. The reducer `none` has no column: it keeps everything, which is what the first test checks.
 """
 
+EARLIER = """\
+The figures are of several runs. All families but those that follow: 2026-11-21, transformers 5.23.0; of these, the
+columns `changes`, `frames`, `holov`, `mmtok` and `scope`: 2026-11-29, transformers 5.24.0. The rows of
+`chain_of_sight`, `qwen3_vl_moe`, `qwen3_5`, `qwen3_5_moe`, `glm4v`, `glm46v`, `glm4v_moe`, `mistral3`, `ovis2`,
+`lfm2_vl` and `gemma4`: 2026-11-29, transformers 5.24.0.
+"""
+
 VIDEOS = """\
 ## Videos
 
@@ -195,8 +203,8 @@ above.
 | `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
 | `internvl` | a frame | `Frame1:` and so on before each |
 
-`budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. InternVL's frames are
-images of their own, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3 and Gemma 3
+`budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. InternVL counts each
+frame as an image, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3 and Gemma 3
 have no video processor; SmolVLM's takes no images beside videos, and pads short clips with black frames. A row with a
 video is refused for all of these.
 
@@ -206,12 +214,15 @@ video is refused for all of these.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="JUnit XML of a finished run; without it the tests are run")
-    results = parser.parse_args().results
+    parser.add_argument("--keep", action="store_true", help="keep the page's figures of pairs without results")
+    arguments = parser.parse_args()
+    results = arguments.results
     if results is None:
         results = Path(tempfile.mkdtemp()) / "families.xml"
         command = [sys.executable, "-m", "pytest", "-q", *TESTS, f"--junitxml={results}"]
         subprocess.run(command, cwd=ROOT, check=False)
-    PAGE.write_text(page(read(results)))
+    kept = figures(PAGE.read_text()) if arguments.keep else {}
+    PAGE.write_text(page(read(results), kept))
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
@@ -229,22 +240,42 @@ def read(path: Path) -> dict[tuple[str, str, bool], list[bool]]:
     return outcomes
 
 
-def page(outcomes: dict[tuple[str, str, bool], list[bool]]) -> str:
-    """The whole page."""
-    reducers = sorted({reducer for _, reducer, _ in outcomes if reducer})
-    missing = set(FAMILIES) ^ {family for family, _, _ in outcomes}
+def figures(text: str) -> dict[tuple[str, str, bool], str]:
+    """The figures of a page's tables, by family, reducer and whether videos were among the inputs."""
+    found: dict[tuple[str, str, bool], str] = {}
+    head: list[str] = []
+    tables = 0
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| | ") and set(cells[1:]) <= set(list_reducers()):
+            head, tables = cells[1:], tables + 1
+        elif not line.startswith("|"):
+            head = []
+        elif head and cells[0].startswith("`"):
+            found |= {
+                (cells[0].strip("`"), name, tables > 1): cell for name, cell in zip(head, cells[1:], strict=True)
+            }
+    return found
+
+
+def page(outcomes: dict[tuple[str, str, bool], list[bool]], kept: dict[tuple[str, str, bool], str]) -> str:
+    """The whole page; of pairs that have no outcome, the figures that are kept."""
+    shown = kept | {pair: cell(passed) for pair, passed in outcomes.items() if pair[1]}
+    reducers = sorted({reducer for _, reducer, _ in shown})
+    missing = set(FAMILIES) ^ {family for family, _, _ in shown}
     if missing:
         raise SystemExit(f"{', '.join(sorted(missing))}: in the tests or on this page only; complete FAMILIES")
     families = (f"| `{name}` | {models} | {axes} | {note} |" for name, (models, axes, note) in FAMILIES.items())
     versions = {name: version(name) for name in ("transformers", "torch")} | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
     lines = [INTRODUCTION.format(families="\n".join(families), learned="\n".join(learned_rows()), **versions)]
-    lines += matrix(outcomes, reducers, videos=False)
+    lines += matrix(shown, reducers, videos=False)
     by_hand = "With videos, put together by hand and without the trainer:"
     lines += [
         "",
+        *([EARLIER] if kept else []),
         by_hand,
         "",
-        *matrix(outcomes, reducers, videos=True),
+        *matrix(shown, reducers, videos=True),
         "",
         VIDEOS + "## What does not work or was not tested",
         "",
@@ -264,20 +295,18 @@ def learned_rows() -> list[str]:
     return rows
 
 
-def matrix(outcomes: dict[tuple[str, str, bool], list[bool]], reducers: list[str], videos: bool) -> list[str]:
+def matrix(shown: dict[tuple[str, str, bool], str], reducers: list[str], videos: bool) -> list[str]:
     """Rows of a table, a line each."""
     rows = [f"| | {' | '.join(reducers)} |", "|---" * (len(reducers) + 1) + "|"]
     for family in FAMILIES:
-        cells = [outcomes.get((family, reducer, videos), []) for reducer in reducers]
-        if any(cells):
-            rows.append(f"| `{family}` | {' | '.join(map(cell, cells))} |")
+        cells = [shown.get((family, reducer, videos), "-") for reducer in reducers]
+        if set(cells) != {"-"}:
+            rows.append(f"| `{family}` | {' | '.join(cells)} |")
     return rows
 
 
 def cell(passed: list[bool]) -> str:
     """A pair's entry in the table."""
-    if not passed:
-        return "-"
     return f"{sum(passed)}" if all(passed) else f"**{sum(passed)} of {len(passed)}**"
 
 
