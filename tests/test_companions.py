@@ -10,8 +10,9 @@ import torch
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.checkpoint import newest_checkpoint, remove_other_kind
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
+from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE, SkipVisionConfig, apply_skip_vision
 from saccade.training.export import export_model
 
@@ -78,6 +79,27 @@ def test_a_folder_says_how_its_model_skips(model, tmp_path):
         apply_skip_vision(model, tmp_path, drop_kw=False)
     with pytest.raises(SaccadeError, match=f"has no {SUMMARY_FILE}"):
         apply_skip_vision(model, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"),
+    [
+        ("adapters", {"adapter_config.json", "adapter_model.safetensors"}),
+        ("isolator", {ISOLATOR_FILE}),
+        ("prunes", {PRUNING_FILE}),
+        ("skips", {SUMMARY_FILE}),
+    ],
+)
+def test_what_a_run_of_another_kind_left_goes(tmp_path, kind, files):
+    """Loading would prefer it over the new files. What the new run has too stays."""
+    kinds = ("adapters", "isolator", "prunes", "skips")
+    for name in ("adapter_config.json", "adapter_model.safetensors", ISOLATOR_FILE, PRUNING_FILE, SUMMARY_FILE, "own"):
+        (tmp_path / name).touch()
+    before = {path.name for path in tmp_path.iterdir()}
+    remove_other_kind(tmp_path, **{one: one != kind for one in kinds})
+    assert before - {path.name for path in tmp_path.iterdir()} == files
+    remove_other_kind(tmp_path, **dict.fromkeys(kinds, False))
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_a_file_that_is_cut_short(trained, tmp_path):
