@@ -283,6 +283,7 @@ def good(tmp_path_factory):
     make_language_model(parts / "language", "qwen2")
     make_tower(parts / "tower")
     make_tower(parts / "siglip", "siglip_vision_model")
+    make_tower(parts / "odd", size=24)
     make_tower(parts / "other_size")
     config = json.loads((parts / "other_size" / "config.json").read_text())
     (parts / "other_size" / "config.json").write_text(json.dumps({**config, "image_size": 64}))
@@ -310,6 +311,9 @@ def good(tmp_path_factory):
         ({"gguf-file": "model.gguf"}, "gguf_file='model.gguf' is not in"),
         ({"crops": "many"}, "crops='many' is unknown: use one of none, anyres, hd, hd_pad"),
         ({"vision-tower": "{p}/siglip", "crops": "anyres"}, "LLaVA-NeXT is only known with CLIP towers here"),
+        ({"projector": "pool"}, "projector='pool' is unknown: use one of mlp, resampler"),
+        ({"projector": "resampler", "crops": "hd"}, "takes whole pictures, not crops='hd'"),
+        ({"projector": "resampler", "vision-tower": "{p}/odd"}, "do not divide the 3 x 3 patches of vision_tower="),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"feature-layer": "-9"}, "feature_layer=-9: the tower has 3 layers"),
         ({"chat-template": "{p}/nowhere.jinja"}, "cannot be read: use 'own', 'v1', or a text file"),

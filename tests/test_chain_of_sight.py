@@ -125,11 +125,11 @@ def test_bad_scales_are_refused():
     vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 4}
     for scales, message in (
         ([[1, 4], [3, 2]], "divides the 8 patches"),
-        ([[1, 4], [2, 0]], "two positive|positive numbers|is not"),
+        ([[1, 4], [2, 0]], "in a window; .* is not"),
         ([[4, 2], [1, 4]], "from coarse to fine"),
         ([[4, 2]], "two or more"),
     ):
-        with pytest.raises((SaccadeError, ValueError), match=message):
+        with pytest.raises(SaccadeError, match=message):
             ChainOfSightConfig(vision_config=vision, scales=scales)
 
 

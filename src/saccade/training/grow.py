@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import AutoModelForImageTextToText
 
+from saccade.dualspeed.weights import base_of
 from saccade.errors import SaccadeError
 from saccade.families.chain_of_sight import ChainOfSightConfig, grown_config
 from saccade.files import check_new_folder
@@ -46,7 +47,7 @@ def grow_model(source: str | Path, output: str | Path, image_size: int, max_shar
     check_shard_size(max_shard_size)
     if "chain_of_sight" not in check_family(str(source)).model_types:
         raise SaccadeError(f"model={str(source)!r} has no resampler that grows: name a Chain-of-Sight model")
-    config = grown_config(ChainOfSightConfig.from_pretrained(source), image_size)
+    config = grown_config(ChainOfSightConfig.from_pretrained(base_of(source) or source), image_size)
     model, processor = load_model(ModelOptions(model=str(source)))
     with torch.device("meta"):
         grown = AutoModelForImageTextToText.from_config(config, dtype=model.dtype)
