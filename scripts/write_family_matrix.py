@@ -87,8 +87,9 @@ HOLES = {
     "refused in one line",
     "a loss that balances experts": "the routers of the MoE models get the gradient of the answers only, as in the "
     "stock models unless `output_router_logits` is set; `router_aux_loss_coef` is refused in one line",
-    "videos of GLM": "their placeholders are those of images, and the stock models cannot take both in one batch; "
-    "refused in one line",
+    "images beside videos in a batch of GLM": "the placeholders of both are the same, and the stock models take a "
+    "batch of either. Fast and slow steps and `prune_inputs` pass on both together, which is tested. Where the stock "
+    "model gets the batch as it is, in stock steps and for answers on all tokens, it fails on it",
     "the text in images of Mistral 3 and Pixtral": "`[IMG_BREAK]` after each line of tokens is text, and is always "
     "kept",
     "LLaVA with other towers than CLIP": "`tests/test_towers.py` tests SigLIP (also SigLIP 2 of a fixed size), DINOv2 "
@@ -201,7 +202,10 @@ above.
 | `llava_next_video` | a frame, pooled to a quarter of its tokens | the frames of a clip follow one another |
 | `qwen2_vl`, `qwen2_5_vl` | two frames, merged by the tower | the pairs of a clip follow one another |
 | `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
+| `glm4v`, `glm46v` | two frames, merged by the tower | the time of each pair stands behind it |
 | `internvl` | a frame | `Frame1:` and so on before each |
+
+`glm4v_moe` has the code and the processor of `glm4v`.
 
 `budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. InternVL counts each
 frame as an image, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3 and Gemma 3

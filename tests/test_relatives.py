@@ -93,12 +93,6 @@ def test_without_recurrent_layers_original_positions_equal_masking():
     tester.check_original_equals_masked(case, "divprune")
 
 
-def test_glm_refuses_videos():
-    case = CASES["glm4v"]
-    with pytest.raises(SaccadeError, match="model_type='glm4v': videos are not supported"):
-        case.family.encode({**case.inputs, "pixel_values_videos": case.inputs["pixel_values"]})
-
-
 @torch.no_grad()
 def test_scores_of_mistrals_patches_stand_with_their_tokens():
     """Each patch is given the number of the token that the model makes of it, and each token gets its own back."""

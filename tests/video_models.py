@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from family_models import FAMILIES
+from family_models import FAMILIES, RELATIVES
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
@@ -31,6 +31,8 @@ STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
     ),
     "internvl": ("InternVLProcessor", "InternVLVideoProcessor", {"size": {"height": 32, "width": 32}}),
+    "glm4v": ("Glm4vProcessor", "Glm4vVideoProcessor", SIZES),
+    "glm46v": ("Glm46VProcessor", "Glm46VVideoProcessor", SIZES),
 }
 """The stock classes of processor and video processor, and the options of a tiny one."""
 PLACES = {
@@ -38,6 +40,7 @@ PLACES = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<|vision_start|><|video_pad|><|vision_end|>"),
     "qwen3_vl": "<|video_pad|>",
     "internvl": "<video>",
+    **dict.fromkeys(("glm4v", "glm46v"), "<|begin_of_video|><|video|><|end_of_video|>"),
 }
 """How a chat template writes a video."""
 
@@ -91,7 +94,7 @@ def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMix
     Args:
         stock: take transformers' own one, which needs torchvision; otherwise Qwen's alone, as `FramesToPatches`.
     """
-    model, processor = build_llava_next_video() if name == "llava_next_video" else FAMILIES[name].build()
+    model, processor = build_llava_next_video() if name == "llava_next_video" else (FAMILIES | RELATIVES)[name].build()
     image = "{{ ' ' + part['text'] }}"
     template = processor.chat_template.replace(
         f"{{% else %}}{image}{{% endif %}}",

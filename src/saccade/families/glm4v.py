@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.errors import SaccadeError
 from saccade.families.encoded import Encoded
 from saccade.families.qwen_vl import Qwen2VLFamily
 from saccade.families.text_relevance import row_samples
@@ -17,7 +16,8 @@ from saccade.families.text_relevance import row_samples
 class Glm4vFamily(Qwen2VLFamily):
     """`Glm4vForConditionalGeneration`, `Glm46VForConditionalGeneration` and `Glm4vMoeForConditionalGeneration`.
 
-    Videos are refused: their placeholders are those of images, and the stock models cannot take both in one batch.
+    The placeholders of videos are those of images, and the stock models take a batch of either. Here the rows of both
+    are passed on together, in the order of their placeholders, so that a batch may have both.
     """
 
     name = "glm4v"
@@ -32,11 +32,6 @@ class Glm4vFamily(Qwen2VLFamily):
         return input_ids == self.placeholder_id
 
     def _encode_kept(self, inputs: Mapping[str, Any], kept: Mapping[str, Tensor], whole: bool = True) -> Encoded:
-        if inputs.get("pixel_values_videos") is not None:
-            raise SaccadeError(
-                f"model_type={self.model.config.model_type!r}: videos are not supported, since their placeholders are "
-                "those of images; leave them out, or give frames as images"
-            )
         encoded = super()._encode_kept(inputs, kept, whole)
         context = encoded.context
         known = replace(
@@ -44,7 +39,21 @@ class Glm4vFamily(Qwen2VLFamily):
         )
         if not whole:
             return known
-        return replace(known, outputs=self.wrap_features(encoded.outputs["image"].pooler_output, known))
+        rows = [row[valid] for row, valid in zip(context.features, context.valid, strict=True)]
+        return replace(known, outputs=self.wrap_features(rows, known))
+
+    def _features_of(self, pixels: Tensor, grid: Tensor, kept: Tensor) -> list[list[Tensor]]:
+        """As the stock model does, the tower is given each frame of a video as an image."""
+        frames = grid[:, 0].tolist()
+        each = grid.repeat_interleave(grid[:, 0], dim=0)
+        each[:, 0] = 1
+        (rows,) = super()._features_of(pixels, each, kept)
+        pieces = iter(rows)
+        return [[torch.cat([next(pieces) for _ in range(count)]) for count in frames]]
+
+    def _video_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
+        kinds = inputs.get("mm_token_type_ids")
+        return torch.zeros_like(inputs["input_ids"], dtype=torch.bool) if kinds is None else kinds == 2
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()

@@ -125,10 +125,13 @@ class Qwen2VLFamily(Family):
     def _assembled(
         self, rows: Mapping[str, list[FeatureRow]], inputs: Mapping[str, Any], outputs: dict[str, Any]
     ) -> Encoded:
-        ids = inputs["input_ids"]
-        is_video = (ids == self.model.config.video_token_id)[self.placeholder(ids)]
+        is_video = self._video_tokens(inputs)[self.placeholder(inputs["input_ids"])]
         parts = assemble(rows["image"], rows["video"], is_video)
         return Encoded(parts.context, outputs, parts.deepstack_features, parts.videos)
+
+    def _video_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
+        """bool `(B, L)`, true on the placeholders of videos."""
+        return inputs["input_ids"] == self.model.config.video_token_id
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
