@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_gemma4, build_pixtral
+from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import Gemma4ForConditionalGeneration, GenerationConfig, LlavaForConditionalGeneration, pipeline
+from transformers import GenerationConfig, LlavaForConditionalGeneration, pipeline
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
@@ -53,7 +53,6 @@ def test_generates_what_prune_inputs_does(name):
 
 
 OTHERS = RELATIVES | {
-    "gemma4": Tiny(build_gemma4, Gemma4ForConditionalGeneration),
     "pixtral": Tiny(lambda: build_pixtral("Llava"), LlavaForConditionalGeneration),
 }
 
