@@ -208,9 +208,10 @@ above.
 `glm4v_moe` has the code and the processor of `glm4v`.
 
 `budget: image` gives the frames of a clip one budget, `sample` all clips and images of a sample. InternVL counts each
-frame as an image, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3 and Gemma 3
-have no video processor; SmolVLM's takes no images beside videos, and pads short clips with black frames. A row with a
-video is refused for all of these.
+frame as an image, also for `image`: set `sample`. Of the other families, LLaVA, LLaVA-NeXT, Idefics3, Gemma 3,
+Mistral 3, LFM2-VL and Ovis 2 have no video processor. SmolVLM's gives the frames of a clip under the name of images,
+and those of images beside it are lost (`tests/test_video_processors.py` shows it). Gemma 4's is not supported. A row
+with a video is refused for all of these.
 
 """
 

@@ -15,20 +15,24 @@ if find_spec("torchvision") is None:
     pytest.skip("torchvision is not installed; `make test-video` has it in a separate venv", allow_module_level=True)
 
 import torch
-from family_models import LFM2_SIZES, build_lfm2_vl
+from family_models import LFM2_SIZES, build_idefics3, build_lfm2_vl
 from helpers import make_trainer
 from transformers import (
     AutoProcessor,
     Lfm2VlForConditionalGeneration,
     Lfm2VlImageProcessor,
     Qwen2_5_VLForConditionalGeneration,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
 )
 from video_files import frame_image, numbers_of, write_clip
 from video_models import STOCK, FramesToPatches, build
 
 from saccade.cli.main import main
+from saccade.data.clips import check_takes_videos, videos_kwargs
 from saccade.data.mixture import SourceOptions, mix
 from saccade.dualspeed.collator import DualSpeedCollator
+from saccade.errors import RecordError
 from saccade.evaluation.digits import collate_prompts
 from saccade.evaluation.rows import file_rows
 from saccade.families import get_family
@@ -325,3 +329,23 @@ def test_images_of_lfm2_are_cut_as_the_other_tests_cut_them():
 
 def test_training_of_lfm2(tmp_path):
     tester.check_training(LFM2, "divprune", tmp_path, lora=False)
+
+
+def test_smolvlms_processor_loses_the_images_beside_a_clip(tmp_path):
+    """Why rows with videos are refused for it: what it makes of a clip takes the place of what it makes of images."""
+    model, parts = build_idefics3("SmolVLM")
+    parts.tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    clips = SmolVLMVideoProcessor(size={"longest_edge": 48}, max_image_size={"longest_edge": 24}, num_frames=4, fps=1)
+    processor = SmolVLMProcessor(parts.image_processor, parts.tokenizer, clips, image_seq_len=parts.image_seq_len)
+    clip = open_video(write_clip(tmp_path / "a.mp4", 4, rate=10), Sampling(4))
+    given = processor(
+        images=[[frame_image(3)]],
+        text=["<image> <video>"],
+        return_tensors="pt",
+        **videos_kwargs(processor, [clip]),
+    )
+    tokens = int((given["input_ids"] == model.config.image_token_id).sum())
+    assert given["pixel_values"].shape[1] == 4
+    assert tokens > 4 * parts.image_seq_len
+    with pytest.raises(RecordError, match="SmolVLMProcessor, makes no inputs of videos"):
+        check_takes_videos(processor)
