@@ -26,8 +26,8 @@ from benchmarks.ledger import append_rows, check_ledger, figures, origin
 from benchmarks.shapes import build_shape
 from benchmarks.steps import seconds_on, train_stage
 from benchmarks.train import TrainBench
+from saccade.cli.main import Parser, guarded
 from saccade.dualspeed.step import DualSpeedStep, ModePlan
-from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache, tower_fingerprint
 from saccade.families.store import SUFFIX
@@ -129,8 +129,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> tuple[Bench, dict[tu
     return bench, found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="tiny", help="model shape, as for `python -m benchmarks.train`")
     parser.add_argument("--layers", type=int, help="language layers to keep")
     parser.add_argument("--width", type=int, help="width of the language model")
@@ -145,20 +145,17 @@ def main() -> None:
     parser.add_argument("--ledger", type=Path, help="CSV file to append to")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    checked(arguments)
+    if arguments.ledger is not None:
+        check_ledger(arguments.ledger)
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="features-", dir=arguments.folder))
     try:
-        checked(arguments)
-        if arguments.ledger is not None:
-            check_ledger(arguments.ledger)
-        if arguments.folder is not None:
-            arguments.folder.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="features-", dir=arguments.folder))
-        try:
-            bench, found = measure(arguments, folder)
-            row_bytes, image_bytes = bench.row_bytes(), bench.image_bytes()
-        finally:
-            shutil.rmtree(folder)
-    except SaccadeError as error:
-        raise SystemExit(str(error)) from error
+        bench, found = measure(arguments, folder)
+        row_bytes, image_bytes = bench.row_bytes(), bench.image_bytes()
+    finally:
+        shutil.rmtree(folder)
     console = Console(width=None if sys.stdout.isatty() else 120)
     table = Table("ms", *WAYS, "first / none", "later / none")
     for metric in METRICS:
@@ -180,7 +177,8 @@ def main() -> None:
             for (way, metric), values in found.items()
         ]
         append_rows(arguments.ledger, rows)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

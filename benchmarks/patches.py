@@ -28,6 +28,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from benchmarks.pictures import KINDS
 from benchmarks.steps import seconds_on as wall_seconds_on
+from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.families.some_patches import window_grids, windows_of
@@ -177,7 +178,7 @@ def report(found: dict[str, Any]) -> list[Table]:
 
 
 def main(flags: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=4, help="pictures per kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), metavar="KIND", help="of pictures (default: all)")
     parser.add_argument("--images-from", type=Path, metavar="FOLDER", help="your own images instead of drawn ones")
@@ -195,10 +196,7 @@ def main(flags: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     arguments = parser.parse_args(flags)
     torch.set_num_threads(arguments.threads)
-    try:
-        found = measure(arguments)
-    except SaccadeError as error:
-        raise SystemExit(str(error)) from error
+    found = measure(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in report(found):
         console.print(table)
@@ -208,4 +206,4 @@ def main(flags: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(guarded(main))

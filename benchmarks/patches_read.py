@@ -11,6 +11,7 @@ is the share of the tokens of digits that are read right; those that were droppe
 
 import argparse
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLImageProcessorPil
 
 from benchmarks.patches import WHOLE, tower_family
+from saccade.cli.main import Parser, guarded
 from saccade.data.digits import digit_samples, split_indices
 from saccade.families import Family
 from saccade.files import write_json_atomically
@@ -131,7 +133,7 @@ def score(family: Family, reader: nn.Linear, tolerance: float | None, count: int
 
 
 def main(flags: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH} forms (default: %(default)s)")
     parser.add_argument("--train-tolerance", type=float, help="in training (default: all patches)")
     parser.add_argument("--seed", type=int, default=0)
@@ -154,4 +156,4 @@ def main(flags: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(guarded(main))

@@ -309,7 +309,7 @@ def good(tmp_path_factory):
         ({"language-model": "{p}/nowhere"}, "language_model='{p}/nowhere' is not a folder"),
         ({"output": "{p}/taken"}, "output='{p}/taken' exists: name a folder"),
         ({"gguf-file": "model.gguf"}, "gguf_file='model.gguf' is not in"),
-        ({"crops": "many"}, "crops='many' is unknown: use one of none, anyres, hd, hd_pad"),
+        ({"crops": "many"}, "crops='many' is unknown: did you mean 'anyres'?"),
         ({"vision-tower": "{p}/siglip", "crops": "anyres"}, "LLaVA-NeXT is only known with CLIP towers here"),
         ({"projector": "pool"}, "projector='pool' is unknown: use one of mlp, resampler"),
         ({"projector": "resampler", "crops": "hd"}, "takes whole pictures, not crops='hd'"),

@@ -389,6 +389,7 @@ def test_a_ratio_beside_a_number_is_refused_wherever_both_can_be_given(give, tmp
 )
 def test_a_ratio_beside_a_number_is_one_line_of_every_verb(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "none.png").touch()
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "prune_ratio=0.8 and keep_tokens=6" in line

@@ -22,6 +22,7 @@ from saccade.errors import SaccadeError
 from saccade.recipes import OPTIONS, check_early, source_fields
 from saccade.reducers import list_reducers
 
+HERE = Path(__file__).parent
 Install = Callable[..., None]
 
 
@@ -226,6 +227,15 @@ class TestFlags:
         )
         assert run_python(code).strip() == str(hidden)
 
+    def test_where_images_may_be_fetched_it_can_be_said_where_they_are_kept(self) -> None:
+        found = {}
+        for verb, (home, _) in VERBS.items():
+            parser = main_module.Parser(prog=verb)
+            import_module(home).add_arguments(parser)
+            found[verb] = {"--image-urls", "--image-cache"} & parser.flags()
+        assert {verb for verb, flags in found.items() if flags} == {"data", "eval"}
+        assert all(len(flags) == 2 for flags in found.values() if flags)
+
 
 class TestQuickStart:
     @pytest.mark.parametrize(
@@ -237,12 +247,18 @@ class TestQuickStart:
                 ["tiny-digits/sft", "--learning-rat", "1"],
                 "unknown field 'learning_rat': did you mean 'learning_rate'?",
             ),
+            (
+                ["sweep", "tiny-digits/sft", "--grid", "sft.prune_ratoi=0.8,0.9"],
+                "unknown field 'prune_ratoi': did you mean 'prune_ratio'?",
+            ),
+            (["view", f"{HERE}/conftets.py"], f"conftets.py' does not exist: did you mean '{HERE}/conftest.py'?"),
         ],
     )
     def test_a_mistyped_recipe_is_told_before_anything_is_imported(self, words: list[str], message: str) -> None:
+        verb, *words = ["train", *words] if words[0].startswith("tiny") else words
         code = (
             "import io, sys; from contextlib import redirect_stderr; from saccade.cli.main import main; "
-            f"told = io.StringIO()\nwith redirect_stderr(told): status = main(['train', *{words!r}])\n"
+            f"told = io.StringIO()\nwith redirect_stderr(told): status = main([{verb!r}, *{words!r}])\n"
             "print(status, {'torch', 'transformers', 'trl'} & set(sys.modules), told.getvalue())"
         )
         out = run_python(code)

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from saccade.files import atomic_path, write_json_atomically, write_text_atomically
+from saccade.files import atomic_path, similar_path, write_json_atomically, write_text_atomically
 
 
 def names(folder: Path) -> list[str]:
@@ -105,3 +105,12 @@ def test_what_has_no_json_form_is_an_error_and_leaves_the_old_file(tmp_path: Pat
         write_json_atomically(target, {"new": object()})
     assert json.loads(target.read_text()) == {"old": 1}
     assert names(tmp_path) == ["result.json"]
+
+
+def test_the_hint_for_a_missing_path_compares_names_and_not_their_folders(tmp_path):
+    for name in ("sft", "recipe.yaml", ".hidden"):
+        (tmp_path / name).touch()
+    assert similar_path(tmp_path / "stf", "x") == f"did you mean {str(tmp_path / 'sft')!r}?"
+    assert similar_path(tmp_path / "recipes.yaml", "x") == f"did you mean {str(tmp_path / 'recipe.yaml')!r}?"
+    for name in ("other.yaml", "hidden", "gone/sft"):
+        assert similar_path(tmp_path / name, "x") == "x"

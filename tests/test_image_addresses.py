@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 from PIL import Image
 
+from saccade.cli.main import main
 from saccade.data import addresses
 from saccade.data.addresses import ImageAddresses
 from saccade.errors import RecordError, SaccadeError
@@ -106,6 +107,21 @@ class TestRows:
         path = rows_with(tmp_path, "b.png")
         with pytest.raises(SaccadeError, match=r"image_urls='https://x.org' is not the beginning of addresses"):
             load_rows(ModelOptions(dataset=str(path), image_urls=["https://x.org"]))
+
+
+class TestVerbs:
+    def test_what_they_fetch_is_kept_where_it_is_said(self, server: str, tmp_path: Path, capsys) -> None:
+        rows, cache = rows_with(tmp_path, f"{server}a.png"), tmp_path / "kept"
+        fetching = ["--image-urls", server, "--image-cache", str(cache)]
+        report = tmp_path / "report.json"
+        assert main(["data", "check", str(rows), *fetching, "--jobs", "1", "--output", str(report)]) == 0
+        assert [path.name[-6:] for path in cache.rglob("*.png")] == ["-a.png"]
+        answers = ["--num-samples", "1", "--inference", "full", "--output", str(tmp_path / "eval.json")]
+        assert main(["eval", "tiny", "--dataset", str(rows), *fetching, *answers]) == 0
+        assert Handler.asked == ["/pictures/a.png"]
+        alone = ["eval", "tiny", "--dataset", str(rows), "--image-cache", str(cache), *answers]
+        assert main(alone) == 2
+        assert "--image-cache goes with --image-urls" in capsys.readouterr().err
 
 
 class TestPermission:

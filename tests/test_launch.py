@@ -68,7 +68,7 @@ def test_a_users_own_config(tmp_path, gpus):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--launch", "fsdp3", "--processes", "2"], "launch='fsdp3' is unknown: use ddp, fsdp2, zero2, zero3"),
+        (["--launch", "fsdp3", "--processes", "2"], "launch='fsdp3' is unknown: did you mean 'fsdp2'?"),
         (["--launch", "ddp"], "processes=0: give --processes"),
         (["--launch", "ddp", "--processes", "-1"], "processes=-1"),
         (["--launch", "fsdp2", "--processes", "2"], "shards over GPUs and none was found"),

@@ -77,7 +77,7 @@ def test_answers(kind):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "none"}, "split is 'none'"),
+        ({"split": "none"}, "split='none' is unknown"),
         ({"num_rows": -1}, "num_rows is -1"),
         ({"frames": 4}, "frames is 4: give an int of at least 5"),
         ({"width": 40}, "width is 40"),

@@ -58,7 +58,7 @@ def test_every_method_trains_with_one_budget_and_the_positions_of_frames(tmp_pat
     [
         (["--methods", "all"], "method='all' is unknown"),
         (["--frames", "4"], "frames is 4: give an int of at least 5"),
-        (["--split", "dev"], "split is 'dev'"),
+        (["--split", "dev"], "split='dev' is unknown"),
         (["--clips", "0"], "clips=0: give at least 1"),
         (["--table"], "has no sweep"),
     ],

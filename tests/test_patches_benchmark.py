@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import patches, patches_read
 from benchmarks.pictures import KINDS, page, screenshot
+from saccade.errors import SaccadeError
 
 SMALL = ["--images", "1", "--width", "168", "--height", "224", "--tolerances", "0", "0.1", "--repeats", "1"]
 TIMED = ["--tower-layers", "2", "--tower-width", "160", "--timed-width", "112", "--timed-height", "168"]
@@ -36,9 +37,9 @@ def test_your_own_images(tmp_path, capsys):
     assert patches.main(["--images-from", str(tmp_path), "--tolerances", "0"]) == 0
     assert patches.OWN in capsys.readouterr().out
     (tmp_path / "shot.png").unlink()
-    with pytest.raises(SystemExit, match="has no files: give a folder of images"):
+    with pytest.raises(SaccadeError, match="has no files: give a folder of images"):
         patches.main(["--images-from", str(tmp_path)])
-    with pytest.raises(SystemExit, match="images=0: give at least 1"):
+    with pytest.raises(SaccadeError, match="images=0: give at least 1"):
         patches.main(["--images", "0"])
 
 

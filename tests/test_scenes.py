@@ -201,8 +201,8 @@ def test_written_files_are_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage": "finetune"}, "stage is 'finetune'"),
-        ({"split": "dev"}, "split is 'dev'"),
+        ({"stage": "finetune"}, "stage='finetune' is unknown"),
+        ({"split": "dev"}, "split='dev' is unknown"),
         ({"num_rows": -1}, "num_rows is -1"),
         ({"grid": 8}, "grid is 8"),
         ({"grid": (12, 4)}, r"grid is \(12, 4\)"),

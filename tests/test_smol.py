@@ -275,7 +275,7 @@ def test_tasks_count_alike() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--reducer", "divprun"], "reducer='divprun' is not known"),
+        (["--reducer", "divprun"], "reducer='divprun' is unknown: did you mean 'divprune'?"),
         (["--prune-ratio", "1.5"], "prune_ratio=1.5"),
         (["--tasks", "charts,maps"], "tasks='charts,maps': 'maps' is unknown, use one of digits, easy_vqa"),
         (["--split", "dev"], "split='dev': use one of train, validation, test"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from forked import Forked
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.files import file_lock
-from saccade.sweeps import run_specs
+from saccade.files import file_lock, write_json_atomically
+from saccade.sweeps import QUICK, digit_run, run_specs
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import check_folder, same_code
 from saccade.sweeps.table import Standing
@@ -188,6 +189,29 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+def test_an_interruption_says_what_is_kept_and_is_no_failure_of_the_other_runs(tmp_path, monkeypatch) -> None:
+    specs = [digit_run(f"r{seed}", {}, QUICK, "dualspeed", seed) for seed in range(3)]
+
+    def make(runner, spec, folder, task) -> str | None:
+        if spec is specs[0]:
+            for stage in spec.stage_ids:
+                write_json_atomically(runner.stages / stage / "result.json", {})
+            stages = {stage: {"seconds": 1.0} for stage in ("pretrain", "sft")}
+            write_json_atomically(folder / "result.json", {"spec": {}, "stages": stages, "evaluations": []})
+        elif spec is specs[1]:
+            wait_for(lambda: runner.stopped)
+            return "its process was killed"
+        else:
+            raise KeyboardInterrupt
+        return None
+
+    monkeypatch.setattr("saccade.sweeps.runner._Runner._run", make)
+    kept = f"1 of 3 runs and 2 of their 6 trained stages are kept in {tmp_path}; the same command makes the rest"
+    with pytest.raises(KeyboardInterrupt, match=re.escape(kept)):
+        run_specs(specs, tmp_path, jobs=2, any_commit=True)
+    assert list(tmp_path.rglob("error.json")) == []
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
         ([str(text)], "is not an image in a supported format: replace it"),
         ([str(cut)], "cannot be decoded"),
         ([str(tmp_path)], "is not a file"),
-        ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is not known"),
+        ([str(photo), "--reducer", "divprune,fastv"], "reducer='fastv' is unknown"),
         ([str(photo), "--reducer", "tome,tome"], "given twice"),
         ([str(photo), "--prune-ratio", "1"], "prune_ratio=1.0"),
         ([str(photo), "--output", str(tmp_path / "out.jpg")], "ends with .png"),

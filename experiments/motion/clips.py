@@ -14,7 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from saccade.data.digits import SPLITS, digit_samples, split_indices
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.videos import Clip
 
 MOTION_KINDS = ("direction", "first", "passed")
@@ -85,7 +85,7 @@ def motion_clips(
         SaccadeError: on an argument out of range.
     """
     if split not in SPLITS:
-        raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+        raise SaccadeError(f"split={split!r} is unknown: {one_of(split, SPLITS)}")
     if not isinstance(num_rows, int) or num_rows < 0:
         raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
     for name, value, least in (("frames", frames, LANES + 2), ("width", width, 3 * LANE)):

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class SaccadeError(ValueError):
@@ -129,13 +130,18 @@ def check_options(given: Iterable[str], known: Iterable[str], of: str) -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            hint = did_you_mean(name, known, f"use one of {', '.join(known)}")
-            raise SaccadeError(f"{name!r} is not an option of {of}: {hint}")
+            raise SaccadeError(f"{name!r} is not an option of {of}: {one_of(name, known)}")
 
 
 def reason_of(error: Exception) -> str:
     """What an error says, in one line; the name of its type if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_of(name: Any, known: Iterable[str]) -> str:
+    """The hint for an unknown value of an option: the most similar known one, or else all of them."""
+    known = list(known)
+    return did_you_mean(str(name), known, f"use one of {', '.join(known)}")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

@@ -1,5 +1,6 @@
 """Write files so that an incomplete one never looks complete."""
 
+import difflib
 import errno
 import fcntl
 import json
@@ -91,6 +92,18 @@ def check_writable(path: str | os.PathLike[str], field: str, folder: bool = Fals
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SaccadeError(f"{field}={str(path)!r} cannot be written ({reason}): give another path") from error
+
+
+def similar_path(path: str | os.PathLike[str], otherwise: str) -> str:
+    """The hint for a path that does not exist: the most similar one in its folder, or else `otherwise`."""
+    path = Path(path)
+    try:
+        entries = [entry for entry in path.parent.iterdir() if not entry.name.startswith(".") and entry != path]
+    except (OSError, ValueError):
+        return otherwise
+    # By the stems alone: a long folder or the same suffix would make any two names similar.
+    near = difflib.get_close_matches(path.stem, [entry.stem for entry in entries], n=1)
+    return next((f"did you mean {str(entry)!r}?" for entry in entries if entry.stem in near), otherwise)
 
 
 def check_new_folder(path: str | os.PathLike[str], field: str) -> None:

@@ -23,11 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
     )
     parser.add_argument("--image-urls", metavar="A,B", help="what addresses of images to fetch begin with (none)")
+    parser.add_argument(
+        "--image-cache", metavar="DIR", help="where what was fetched is kept (default: the user's cache folder)"
+    )
     parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
     parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
     parser.add_argument("--video-frames", type=int, metavar="N", help="most frames taken of a video (default: 32)")
-    parser.add_argument("--video-fps", type=float, metavar="N", help="frames taken per second (default: as many)")
+    parser.add_argument("--video-fps", type=float, metavar="N", help="frames taken per second (default: evenly)")
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
     add_pruning_flags(parser, "as the recipe says, or a ratio of 0.9", ("prune_ratio", "keep_tokens", "fit_length"))
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
@@ -77,6 +80,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "dataset_format": args.format,
         "image_folder": args.image_folder,
         "image_urls": None if args.image_urls is None else args.image_urls.split(","),
+        "image_cache": args.image_cache,
         "dataset_split": args.split,
         "dataset_rows": args.rows,
         "max_image_pixels": args.max_image_pixels,

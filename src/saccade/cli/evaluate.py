@@ -11,7 +11,7 @@ from saccade.values import check_counts
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
 saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
-saccade eval out/sft --reducer vispruner --keep-tokens 16 16 tokens per image, by another method
+saccade eval out/sft --reducer vispruner --keep-tokens 16  16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as trained, and without
 saccade eval out/sft --dataset test.json                  rows of your own, by exact match of the last answer
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", default=None, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument(
         "--image-urls", default=None, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
+    )
+    parser.add_argument(
+        "--image-cache", default=None, metavar="DIR", help="where what was fetched is kept (default: the user's cache)"
     )
     parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
     parser.add_argument("--num-samples", type=int, default=None, help="scenes or rows to evaluate on (default: 1000)")
@@ -92,12 +95,15 @@ def _run_scenes(args: argparse.Namespace) -> int:
     names = None if args.inference is None else args.inference.split(",")
     inferences = plan_inferences(args.model, names, **given_pruning(args))
     if args.dataset is None:
-        _refuse(args, ("image_folder", "image_urls"), "is for --dataset only: leave it out")
+        _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")
         scenes, what = digit_scenes("sft", split, num_samples), f"{num_samples} scenes of the {split} split"
     else:
         _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         folders = None if args.image_folder is None else args.image_folder.split(",")
-        addresses = None if args.image_urls is None else ImageAddresses(args.image_urls.split(","))
+        if args.image_cache is not None and args.image_urls is None:
+            raise SaccadeError("--image-cache goes with --image-urls: give both, or leave it out")
+        urls = None if args.image_urls is None else args.image_urls.split(",")
+        addresses = None if urls is None else ImageAddresses(urls, args.image_cache)
         scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model), addresses)
         what = f"{len(scenes)} rows of {args.dataset}"
     weights = identify_weights(args.model)
@@ -123,7 +129,7 @@ def _compare(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.report.tables import print_table
 
-    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder", "image_urls")
+    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder", "image_urls", "image_cache")
     _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(

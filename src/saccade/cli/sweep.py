@@ -1,6 +1,7 @@
 """`saccade sweep`: a grid over a recipe's fields and seeds, several runs at a time, and one table."""
 
 import argparse
+import re
 
 OUTPUT_IS_FOLDER = True
 PASS_UNKNOWN = True
@@ -50,9 +51,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from saccade.errors import SaccadeError
+    from saccade.recipes import check_early
+
+    # Before the seconds that the imports take.
+    if args.recipe and not args.table:
+        grid = [f"--{text}" for text in args.grid if "=" in text]
+        check_early(args.recipe, [re.sub(r"^--(pretrain|sft)\.", "--", word) for word in [*args.overrides, *grid]])
     from rich.console import Console
 
-    from saccade.errors import SaccadeError
     from saccade.sweeps.plan import Plan, parse_grid
     from saccade.sweeps.runner import run_sweep
     from saccade.sweeps.table import Standing

@@ -44,6 +44,12 @@ def outputs(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
+    from saccade.files import similar_path
+
+    # Before the seconds that the imports take.
+    if not Path(args.image).exists():
+        hint = similar_path(args.image, "give an image file")
+        raise SaccadeError(f"image {args.image!r} does not exist: {hint}")
     from saccade.images import open_image
     from saccade.reducers import PruningConfig, list_reducers
     from saccade.report.view import view_reducers

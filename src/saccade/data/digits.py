@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 
 SPLITS = ("train", "validation", "test")
 # Share of each class, in the order of SPLITS.
@@ -40,7 +40,7 @@ def split_indices(split: str) -> tuple[tuple[int, ...], ...]:
         SaccadeError: if `split` is none of the three.
     """
     if split not in SPLITS:
-        raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+        raise SaccadeError(f"split={split!r} is unknown: {one_of(split, SPLITS)}")
     _, classes = digit_samples()
     generator = np.random.default_rng(0)
     part = SPLITS.index(split)

@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from saccade.data.addresses import ImageAddresses
 from saccade.data.conversation import FORMATS
 from saccade.data.folders import ImageFolders
+from saccade.data.records import no_dataset
 from saccade.data.sources import (
     PROBED,
     JsonSource,
@@ -25,7 +26,7 @@ from saccade.data.sources import (
     open_table,
     stream_source,
 )
-from saccade.errors import RecordError, SaccadeError
+from saccade.errors import RecordError, SaccadeError, one_of
 
 _NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
 _FILE = {"bytes": Value("binary"), "path": Value("string")}
@@ -67,7 +68,7 @@ class SourceOptions:
         if not isinstance(self.path, str) or not self.path:
             raise SaccadeError(f"dataset path={self.path!r}: give a file, a folder or a hub id")
         if self.format not in FORMATS:
-            raise SaccadeError(f"dataset format={self.format!r} is unknown: use one of {', '.join(FORMATS)}")
+            raise SaccadeError(f"dataset format={self.format!r} is unknown: {one_of(self.format, FORMATS)}")
         if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
             raise SaccadeError(f"dataset rows={self.rows!r}: give at least 1, or null for all")
         if self.weight is not None and not (isinstance(self.weight, (int, float)) and 0 < self.weight < float("inf")):
@@ -85,7 +86,7 @@ class SourceOptions:
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
         """Open its rows; the arguments are those of `ImageFolders`."""
         if is_json(self.path) and not Path(self.path).is_file():
-            raise SaccadeError(f"dataset={self.path!r} does not exist: give a JSON or JSON-lines file")
+            raise no_dataset(self.path)
         folders = self.folders(allow_outside, addresses)
         if is_json(self.path):
             return JsonSource(Path(self.path), self.format, folders)
@@ -176,7 +177,7 @@ def stream(
     opened = []
     for source in options:
         if is_json(source.path) and not Path(source.path).is_file():
-            raise SaccadeError(f"dataset={source.path!r} does not exist: give a JSON or JSON-lines file")
+            raise no_dataset(source.path)
         opened.append((source, source.folders(allow_outside, addresses)))
     columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
     weights = None if options[0].weight is None else [source.weight for source in options]

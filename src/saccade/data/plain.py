@@ -8,7 +8,7 @@ from typing import Any
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import images_of, text_of, used_columns, videos_of
 from saccade.data.turns import TrainingText, TurnWriter
-from saccade.errors import RecordError, SaccadeError
+from saccade.errors import RecordError, SaccadeError, one_of
 
 CONVERSATIONS = ("chat", "plain")
 _WORD = "zq"
@@ -21,7 +21,7 @@ def check_conversation(conversation: str) -> None:
         SaccadeError: if it is unknown; the message lists the known values.
     """
     if conversation not in CONVERSATIONS:
-        raise SaccadeError(f"conversation={conversation!r} is unknown: use one of {', '.join(CONVERSATIONS)}")
+        raise SaccadeError(f"conversation={conversation!r} is unknown: {one_of(conversation, CONVERSATIONS)}")
 
 
 def row_writer(

@@ -11,6 +11,7 @@ from typing import Any
 
 from saccade.data.stamps import FileStamps
 from saccade.errors import RecordError, SaccadeError
+from saccade.files import similar_path
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -121,6 +122,12 @@ def parse(content: bytes) -> dict[str, Any]:
     return record
 
 
+def no_dataset(path: str | Path) -> SaccadeError:
+    """The error for a data file that does not exist."""
+    hint = similar_path(path, "give a JSON or JSON-lines file")
+    return SaccadeError(f"dataset={str(path)!r} does not exist: {hint}")
+
+
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -128,7 +135,7 @@ def _map(path: Path) -> mmap.mmap:
 
 def _is_list(path: Path) -> bool:
     if not path.is_file():
-        raise SaccadeError(f"dataset={str(path)!r} does not exist: give a JSON or JSON-lines file")
+        raise no_dataset(path)
     with path.open("rb") as file:
         head = file.read(1 << 16).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
     if not head:

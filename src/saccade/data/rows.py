@@ -12,7 +12,7 @@ from datasets import Dataset
 from saccade.data.digits import SPLITS
 from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_several, caption
 from saccade.data.scenes import check_grid, render_scene, sample_scene
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.files import write_text_atomically
 
 STAGES = ("pretrain", "sft")
@@ -56,9 +56,9 @@ def digit_scenes(
             `grid`.
     """
     if stage not in STAGES:
-        raise SaccadeError(f"stage is {stage!r}: choose one of {', '.join(STAGES)}")
+        raise SaccadeError(f"stage={stage!r} is unknown: {one_of(stage, STAGES)}")
     if split not in SPLITS:
-        raise SaccadeError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+        raise SaccadeError(f"split={split!r} is unknown: {one_of(split, SPLITS)}")
     if not isinstance(num_rows, int) or num_rows < 0:
         raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
     if not isinstance(turns, int) or turns < 1:

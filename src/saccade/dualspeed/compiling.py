@@ -2,7 +2,7 @@
 
 import torch
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.families import Family
 
 RECOMPILE_LIMIT = 64
@@ -13,10 +13,10 @@ def check_compiling(backend: str | None, mode: str | None) -> None:
     """Check the options of `torch_compile`."""
     backends = torch._dynamo.list_backends(exclude_tags=())
     if backend is not None and backend not in backends:
-        raise SaccadeError(f"torch_compile_backend={backend!r} is unknown: use one of {', '.join(backends)}")
+        raise SaccadeError(f"torch_compile_backend={backend!r} is unknown: {one_of(backend, backends)}")
     modes = torch._inductor.list_mode_options()
     if mode is not None and mode not in modes:
-        raise SaccadeError(f"torch_compile_mode={mode!r} is unknown: use one of {', '.join(modes)}")
+        raise SaccadeError(f"torch_compile_mode={mode!r} is unknown: {one_of(mode, modes)}")
 
 
 def compile_layers(family: Family, backend: str | None = None, mode: str | None = None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
 from typing import Any
 
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError, did_you_mean, one_of
 from saccade.reducers import Needs, PruningConfig
 from saccade.reducers.config import PRUNING_OPTIONS, check_choice
 from saccade.skip_vision import SkipVisionConfig
@@ -73,7 +73,7 @@ class ModeConfig:
         if isinstance(self.probability, bool) or not isinstance(self.probability, (int, float)):
             raise SaccadeError(f"modes: probability={self.probability!r} {of} is not a number")
         if self.action not in ACTIONS:
-            raise SaccadeError(f"modes: action={self.action!r} {of} is unknown: use one of {', '.join(ACTIONS)}")
+            raise SaccadeError(f"modes: action={self.action!r} {of} is unknown: {one_of(self.action, ACTIONS)}")
         for name, kind in (("pruning", PruningConfig), ("skip_vision", SkipVisionConfig)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):

@@ -20,7 +20,7 @@ from saccade.data.clips import check_takes_videos, videos_kwargs
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
-from saccade.errors import RecordError, SaccadeError, reason_of
+from saccade.errors import RecordError, SaccadeError, one_of, reason_of
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.files import check_entries, reading
@@ -55,7 +55,7 @@ class Inference:
 
     def __post_init__(self) -> None:
         if self.name not in INFERENCES:
-            raise SaccadeError(f"inference={self.name!r} is unknown: use one of {', '.join(INFERENCES)}")
+            raise SaccadeError(f"inference={self.name!r} is unknown: {one_of(self.name, INFERENCES)}")
         if self.name == "pruned_isolator" and self.pruning.isolator is None:
             raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
         if self.name == "skip" and self.skip_vision is None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 
 
 class Benchmark(NamedTuple):
@@ -73,5 +73,5 @@ def get_suite(name: str) -> Suite:
         SaccadeError: if there is none.
     """
     if name not in SUITES:
-        raise SaccadeError(f"suite={name!r} is unknown: use one of {', '.join(SUITES)}")
+        raise SaccadeError(f"suite={name!r} is unknown: {one_of(name, SUITES)}")
     return SUITES[name]

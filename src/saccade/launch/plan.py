@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from saccade.errors import SaccadeError, needs_package
+from saccade.errors import SaccadeError, did_you_mean, needs_package
 
 FOLDER = Path(__file__).parent
 PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
@@ -45,9 +45,8 @@ def make_plan(launch: str, processes: int | None = None) -> LaunchPlan:
     """
     path = FOLDER / f"{launch}.yaml" if launch in PRESETS else Path(launch)
     if not path.is_file():
-        raise SaccadeError(
-            f"launch={launch!r} is unknown: use {', '.join(PRESETS)}, or the path of an accelerate config"
-        )
+        hint = did_you_mean(launch, PRESETS, f"use {', '.join(PRESETS)}, or the path of an accelerate config")
+        raise SaccadeError(f"launch={launch!r} is unknown: {hint}")
     config = _read(path)
     engine = str(config.get("distributed_type", "NO")).upper()
     if engine not in _ENGINES:

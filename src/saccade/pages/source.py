@@ -9,7 +9,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import read_evaluation
 from saccade.errors import SaccadeError
-from saccade.files import check_entries
+from saccade.files import check_entries, similar_path
 from saccade.sweeps.plan import PLAN_FILE
 from saccade.sweeps.runner import RUNS
 from saccade.sweeps.worker import RESULT_FILE
@@ -56,7 +56,8 @@ def is_sweep(folder: Path) -> bool:
     shown = f"folder={str(folder)!r}"
     if not folder.is_dir():
         state = "is a file" if folder.exists() else "does not exist"
-        raise SaccadeError(f"{shown} {state}: give the folder of a run, a sweep or a demo")
+        hint = similar_path(folder, "give the folder of a run, a sweep or a demo")
+        raise SaccadeError(f"{shown} {state}: {hint}")
     check_entries(folder, "folder")
     if (folder / PLAN_FILE).is_file():
         return True

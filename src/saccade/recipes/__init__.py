@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from saccade.errors import SaccadeError, did_you_mean
+from saccade.files import similar_path
 
 RECIPES = Path(__file__).parent
 OPTIONS = {"saccade.training.recipe": "ModelOptions", "saccade.dualspeed.config": "DualSpeedConfig"}
@@ -27,7 +28,9 @@ def find_recipe(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
-    hint = did_you_mean(str(name), names, f"give a YAML file, or one of {', '.join(names)}")
+    folders = sorted({name.partition("/")[0] for name in names})
+    otherwise = f"give a YAML file, or a shipped recipe, such as tiny-digits/sft (there are {', '.join(folders)})"
+    hint = did_you_mean(str(name), names, similar_path(path, otherwise))
     raise SaccadeError(f"recipe {str(name)!r} does not exist: {hint}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.reducers.registry import PROJECTION
 from saccade.tokens import Reduction, VisualContext
 
@@ -88,7 +88,7 @@ def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
         SaccadeError: if `merge` is neither "projected" nor "encoder"; the message names the reducer.
     """
     if merge not in MERGES:
-        raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: use one of {', '.join(MERGES)}")
+        raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: {one_of(merge, MERGES)}")
     return needs | {"encoder_features", PROJECTION} if merge == "encoder" else needs
 
 

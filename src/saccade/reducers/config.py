@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, check_options
+from saccade.errors import SaccadeError, check_options, one_of
 from saccade.files import write_json_atomically
 from saccade.reducers.budget import check_prune_ratio, keep_count
 from saccade.reducers.frames import KNOW_TIME
@@ -244,4 +244,4 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
         SaccadeError: if it is not; the message names the option, its value and the known ones.
     """
     if value not in known:
-        raise SaccadeError(f"{name}={value!r} is unknown: use one of {', '.join(known)}")
+        raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")

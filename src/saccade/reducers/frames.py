@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.reducers.registry import Reducer, get_reducer, list_reducers
 from saccade.reducers.shared_budget import NOT_PER_TOKEN
 from saccade.tokens import Reduction, VisualContext
@@ -113,7 +113,7 @@ def reducer_within(name: str, within: str) -> Reducer:
     """
     known = [each for each in list_reducers() if each not in KNOW_TIME]
     if within not in known:
-        raise SaccadeError(f"reducer {name!r}: within={within!r} is unknown: use one of {', '.join(known)}")
+        raise SaccadeError(f"reducer {name!r}: within={within!r} is unknown: {one_of(within, known)}")
     return get_reducer(within)
 
 

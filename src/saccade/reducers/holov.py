@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.reducers.common import (
     Budget,
     best_first,
@@ -65,7 +65,7 @@ class HoloV:
             raise SaccadeError(f"reducer 'holov': runs={self.runs!r}: expected an integer of at least 1")
         if self.windows not in WINDOWS:
             raise SaccadeError(
-                f"reducer 'holov': windows={self.windows!r} is unknown: use one of {', '.join(WINDOWS)}"
+                f"reducer 'holov': windows={self.windows!r} is unknown: {one_of(self.windows, WINDOWS)}"
             )
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.tokens import Reduction, VisualContext
 
 ENTRY_POINT_GROUP = "saccade.reducers"
@@ -146,7 +146,7 @@ def get_reducer(name: str, **options: Any) -> Reducer:
     """
     _load_plugins()
     if name not in _classes:
-        raise SaccadeError(f"reducer={name!r} is not known: choose one of {', '.join(list_reducers())}")
+        raise SaccadeError(f"reducer={name!r} is unknown: {one_of(name, list_reducers())}")
     cls = _classes[name]
     accepted = inspect.signature(cls).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from saccade.errors import SaccadeError, needs_package
-from saccade.files import reading
+from saccade.errors import SaccadeError, needs_package, one_of
+from saccade.files import reading, similar_path
 from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
 
 ENGINES = ("vllm", "transformers")
@@ -89,7 +89,8 @@ def check_folder(folder: Path) -> None:
         SaccadeError: saying what is wrong with it.
     """
     if not folder.is_dir():
-        raise SaccadeError(f"model={str(folder)!r} is not a folder: name the folder of an export or of a run")
+        hint = similar_path(folder, "name the folder of an export or of a run")
+        raise SaccadeError(f"model={str(folder)!r} is not a folder: {hint}")
     if not (folder / "config.json").is_file():
         hint = "give a folder with a config.json"
         if (folder / "adapter_config.json").is_file():
@@ -104,7 +105,7 @@ def installed_engine(engine: str | None) -> str:
         SaccadeError: if there is no such engine, or it is not installed.
     """
     if engine not in (None, *ENGINES):
-        raise SaccadeError(f"engine={engine!r} is unknown: use one of {', '.join(ENGINES)}")
+        raise SaccadeError(f"engine={engine!r} is unknown: {one_of(engine, ENGINES)}")
     if engine != "transformers" and importlib.util.find_spec("vllm") is not None:
         return "vllm"
     if engine == "vllm":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.companions import read_companion
-from saccade.errors import SaccadeError, check_options
+from saccade.errors import SaccadeError, check_options, one_of
 from saccade.reducers import Needs, get_reducer
 from saccade.reducers.config import NEWLINES, check_choice
 from saccade.skip_vision.summary import SUMMARY_FILE
@@ -145,7 +145,7 @@ class SkipVisionConfig:
             SaccadeError: if no budget has this name.
         """
         if name not in PRESETS:
-            raise SaccadeError(f"preset={name!r} is not known: choose one of {', '.join(PRESETS)}")
+            raise SaccadeError(f"preset={name!r} is unknown: {one_of(name, PRESETS)}")
         return cls(**{**PRESETS[name], **options})
 
     @classmethod

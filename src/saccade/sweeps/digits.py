@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.sweeps.spec import Evaluation, RunSpec, standard_inferences
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -113,7 +113,7 @@ def method_fields(name: str) -> Mapping[str, Any]:
         SaccadeError: on an unknown method.
     """
     if name not in METHODS:
-        raise SaccadeError(f"method={name!r} is unknown: use one of {', '.join(METHODS)}")
+        raise SaccadeError(f"method={name!r} is unknown: {one_of(name, METHODS)}")
     return METHODS[name]
 
 

@@ -126,7 +126,8 @@ def run_specs(
     """Make the runs that are missing in `output`, in order, and return all results.
 
     An existing run with the same spec, commit and package versions is reused, and so is a stage. An interrupted run
-    starts again at the stage that was interrupted; a failing run does not stop the others.
+    starts again at the stage that was interrupted; a failing run does not stop the others. Ctrl-C raises a
+    `KeyboardInterrupt` that says what is kept.
 
     Raises:
         SaccadeError: on several runs with one name, or another sweep running in the same folder.
@@ -173,6 +174,8 @@ class _Runner:
         self.processes: set[subprocess.Popen] = set()
         self.busy: set[str] = set()
         """Stages that are being trained."""
+        self.stopped = False
+        """Whether the runs under way were ended from here, and so did not fail."""
         self.changed = threading.Condition()
 
     def run(self, specs: list[RunSpec], jobs: int) -> Outcome:
@@ -196,17 +199,29 @@ class _Runner:
             try:
                 for worker in [pool.submit(self._work) for _ in range(jobs)]:
                     worker.result()
-            except BaseException:
+            except BaseException as error:
                 with self.changed:
+                    self.stopped = True
                     self.pending.clear()
                     self.changed.notify_all()
                 for process in list(self.processes):
                     process.kill()
+                if isinstance(error, KeyboardInterrupt):
+                    raise KeyboardInterrupt(self._kept(specs)) from error
                 raise
         order = [spec.name for spec in specs]
         return Outcome(
             {name: self.results[name] for name in order if name in self.results},
             {name: self.failures[name] for name in order if name in self.failures},
+        )
+
+    def _kept(self, specs: list[RunSpec]) -> str:
+        """What an interruption leaves."""
+        planned = list(dict.fromkeys(stage for spec in specs for stage in spec.stage_ids))
+        stages = sum(self._has(stage) for stage in planned)
+        return (
+            f"{len(self.results)} of {len(specs)} runs and {stages} of their {len(planned)} trained stages are kept "
+            f"in {self.folder.parent}; the same command makes the rest"
         )
 
     def _fits(self, record: dict[str, Any]) -> bool:
@@ -254,6 +269,8 @@ class _Runner:
             self.progress.remove_task(task)
             self.progress.advance(self.whole)
         if said is not None:
+            if self.stopped:
+                return
             self.failures[spec.name] = said
             write_json_atomically(folder / ERROR_FILE, {"error": said})
         else:
@@ -279,6 +296,8 @@ class _Runner:
                 stderr=stderr,
                 text=True,
                 env=variables,
+                # A Ctrl-C in the terminal is for the sweep, which then ends its runs.
+                process_group=0,
             )
             self.processes.add(process)
             for line in process.stdout:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.skip_vision import SkipVisionConfig
 from saccade.skip_vision.config import amount_of
 
@@ -130,7 +130,7 @@ def linear_flops(text: TextShape, rows: VisualRows, text_tokens: int = 0) -> int
 def score_flops(text: TextShape, length: int, attention: str = "full") -> int:
     """Attention scores and weighted sums of all layers over `length` tokens."""
     if attention not in ATTENTIONS:
-        raise SaccadeError(f"attention={attention!r} is not known: choose one of {', '.join(ATTENTIONS)}")
+        raise SaccadeError(f"attention={attention!r} is unknown: {one_of(attention, ATTENTIONS)}")
     pairs = length**2 if attention == "full" else length * (length + 1) // 2
     return 2 * text.layers * 2 * pairs * text.query_width
 
@@ -158,7 +158,7 @@ def training_flops(
         trained: "language", or "projector" with a frozen language model that gradients pass through.
     """
     if trained not in TRAINED:
-        raise SaccadeError(f"trained={trained!r} is not known: choose one of {', '.join(TRAINED)}")
+        raise SaccadeError(f"trained={trained!r} is unknown: {one_of(trained, TRAINED)}")
     weights = 3 if trained == "language" else 2
     elided = 2 * rows.skipped * 2 * text.width * text.query_width
     length = rows.total + text_tokens

@@ -23,7 +23,7 @@ from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_ad
 from saccade.errors import SaccadeError, needs_package
 from saccade.families import Family, family_class, get_family, use_released_names
 from saccade.families.fitting import check_processor
-from saccade.files import reading
+from saccade.files import reading, similar_path
 from saccade.reducers.config import check_choice
 from saccade.tiny import build_tiny_processor, load_tiny
 
@@ -227,7 +227,10 @@ def check_family(model: str, trust_remote_code: bool = False, local_files_only: 
     if base is not None:
         model = base
         check_files(model)
-    where = "cannot be loaded" if Path(model).is_dir() else "is not a local folder, and cannot be loaded from the hub"
+    where = "cannot be loaded"
+    if not Path(model).is_dir():
+        near = similar_path(model, "")
+        where = f"is not a local folder{near and f' ({near})'}, and {where} from the hub"
     with reading(f"model={model!r} {where}"):
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
