@@ -17,7 +17,6 @@ from trl import SFTConfig
 from saccade import DualSpeedConfig
 from saccade.cli.main import main
 from saccade.data import digit_scenes
-from saccade.demo.run import plan_runs
 from saccade.reducers import list_reducers
 from saccade.testing.tiny_models import noise_image
 from saccade.tiny import tiny_checkpoint
@@ -123,9 +122,7 @@ def train_first(stage: str) -> None:
 
 
 @pytest.mark.slow
-def test_start(folder, monkeypatch) -> None:
-    # Of the demo's five runs the two that it draws; tests/test_demo.py makes them all.
-    monkeypatch.setattr("saccade.demo.run.plan_runs", lambda *args: [plan_runs(*args)[number] for number in (0, 2)])
+def test_start(folder) -> None:
     follow("start.md")
     results = json.loads((folder / "out/sft/eval.json").read_text())["results"]
     assert [result["inference"] for result in results] == ["full", "pruned", "pruned_isolator"]

@@ -1,6 +1,5 @@
 """The demo: a small LLaVA trained on handwritten digits with all tokens, with pruning only, and with DualSpeed."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -9,18 +8,20 @@ from saccade.data import digit_scenes
 from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.reducers import PruningConfig, reduce
+from saccade.report.environment import available_cores
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_curves, plot_trade_off
 from saccade.report.training_log import losses
 from saccade.report.view import panel, token_grid
-from saccade.sweeps import METHODS, QUICK, DigitSettings, RunSpec, digit_run
+from saccade.sweeps import METHODS, DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import make_plan
 from saccade.sweeps.runner import run_sweep
-from saccade.sweeps.table import Standing, trade_off
+from saccade.sweeps.table import Standing, percent, trade_off
 from saccade.training import ModelOptions, load_model
 from saccade.values import check_counts
 
-FULL = replace(QUICK, pretrain_steps=100, sft_steps=800, test_scenes=2000)
+SHORT = DigitSettings(pretrain_steps=60, sft_steps=240, batch_size=16, test_scenes=500)
+FULL = DigitSettings(pretrain_steps=100, sft_steps=800, test_scenes=2000)
 MAIN_METHODS = ("all_tokens", "prune_only", "dualspeed")
 
 
@@ -30,10 +31,10 @@ def plan_runs(settings: DigitSettings, seeds: int, full: bool) -> list[RunSpec]:
     Args:
         settings: what all runs share.
         seeds: number of seeds.
-        full: also `slow_steps` and `slow_steps_isolator`, the steps of the paper's Table 3.
+        full: also `slow_steps` and `slow_steps_isolator`, the steps of the paper's Table 3, and original positions.
     """
     variants = [(method, "compact") for method in METHODS if full or method in MAIN_METHODS]
-    variants += [(method, "original") for method in ("prune_only", "dualspeed")]
+    variants += [(method, "original") for method in ("prune_only", "dualspeed") if full]
     return [
         digit_run(
             f"{method}-{positions}-seed{seed}",
@@ -53,9 +54,9 @@ def run_demo(
     full: bool = False,
     seeds: int | None = None,
     settings: DigitSettings | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
 ) -> Standing:
-    """Make the missing runs, print the table and the finding, and write both and the pictures into `output`.
+    """Make the missing runs, print the table and what was found, and write both and the pictures into `output`.
 
     A demo is a sweep: finished runs in `output` are reused, so an interrupted demo continues where it stopped.
 
@@ -63,16 +64,16 @@ def run_demo(
         output: the demo's folder.
         full: three seeds by default, and the parts of the method added one by one.
         seeds: number of seeds; by default 1, or 3 with `full`.
-        settings: the shared settings; by default those of the quick or the full demo.
-        jobs: runs at a time. One leaves a second core to the process that prepares batches; with more, all runs slow
-            each other down equally.
+        settings: the shared settings; by default those of the short or the full demo.
+        jobs: runs at a time; by default two where there are two cores.
 
     Raises:
         SaccadeError: on a number of seeds or jobs below 1, a folder with another sweep, or a run that failed.
     """
     output, console = Path(output), Console()
     check_counts(seeds=seeds)
-    settings = settings or (FULL if full else QUICK)
+    settings = settings or (FULL if full else SHORT)
+    jobs = min(2, available_cores()) if jobs is None else jobs
     title = f"The demo: digit scenes, {settings.test_scenes} test scenes"
     plan = make_plan(title, plan_runs(settings, seeds or (3 if full else 1), full))
     outcome = run_sweep(plan, output, jobs=jobs, console=console)
@@ -84,12 +85,29 @@ def run_demo(
     curves = losses(chosen["stages"]["sft"]["log_history"])
     plot_curves(curves, "optimizer step", "training loss", output / "loss.png", chosen["spec"]["name"], smooth=True)
     draw_scene(Path(chosen["model"]), settings, output / "kept_tokens.png")
-    console.print(f"\n{standing.finding()} (answering from all tokens)", highlight=False)
     console.print(
-        f"Written to {output}: table.md, table.json, accuracy_over_time.png, kept_tokens.png, loss.png; "
-        f"`saccade report {output}` makes a page of it"
+        f"\nWritten to {output}: table.md, table.json, accuracy_over_time.png, kept_tokens.png, loss.png; "
+        f"`saccade report {output}` makes a page of it",
+        highlight=False,
     )
+    console.print(f"\n{conclusion(standing)}", highlight=False)
     return standing
+
+
+def conclusion(standing: Standing) -> str:
+    """What a demo whose runs are all done has found, in one sentence."""
+    entries = {one["method"]: one for one in standing.ranked() if one["positions"] == "compact"}
+    dualspeed, only = entries["dualspeed"], entries["prune_only"]
+    early = (
+        " All-token training has not converged in so few steps."
+        if dualspeed["share_of_all_tokens"]["mean"] > 1
+        else ""
+    )
+    return (
+        f"Answering from all tokens, DualSpeed reaches {percent(dualspeed['share_of_all_tokens'])} of the accuracy of "
+        f"all-token training in {100 / dualspeed['speedup']['mean']:.0f} % of its time; "
+        f"pruning only reaches {percent(only['share_of_all_tokens'])}.{early}"
+    )
 
 
 def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
