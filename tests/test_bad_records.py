@@ -444,7 +444,9 @@ def test_what_the_chat_template_refuses_is_bad(model, processor, tmp_path):
     check = f"{{% if 'forbidden' in {word} %}}{{{{ raise_exception('no such word') }}}}{{% endif %}}"
     trainer.data_collator.chat_template = check + template
     batch = collate(trainer, [0, 1])
-    assert [entry["reason"] for entry in batch["bad_records"]] == ["the chat template refuses it: no such word"]
+    assert [entry["reason"] for entry in batch["bad_records"]] == [
+        "the chat template (chat_template.jinja) refuses it: no such word"
+    ]
     assert batch["input_ids"].shape[0] == 2
 
 

@@ -19,6 +19,7 @@ from saccade.tiny import build_tiny_llava
 COMMANDS = {
     "train": ["train", "no.yaml", "--dry-run"],
     "assemble": ["assemble", "--vision-tower", "no", "--language-model", "no"],
+    "grow": ["grow", "no", "--image-size", "448"],
     "data": ["data", "check", "no.json"],
     "demo": ["demo", "--steps", "1"],
     "sweep": ["sweep", "no.yaml"],
@@ -30,7 +31,7 @@ COMMANDS = {
     "env": ["env"],
 }
 """A command of each verb; of what it is to read there is nothing, so that another complaint would come first."""
-FOLDERS = {"assemble", "demo", "sweep", "report", "export"}
+FOLDERS = {"assemble", "grow", "demo", "sweep", "report", "export"}
 
 
 @pytest.fixture

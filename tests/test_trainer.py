@@ -285,7 +285,7 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"prune_ratio": -0.1}, "prune_ratio"),
         ({"slow_probability": 2}, r"slow_probability=2.0 is outside \[0, 1\]"),
         ({"schedule": "annealed"}, "bernoulli, stratified"),
-        ({"reducer": "nope"}, "divprune"),
+        ({"reducer": "divprun"}, "did you mean 'divprune'"),
         ({"reducer": "random", "reducer_options": {"sed": 1}}, "sed"),
         ({"isolator_length": -1}, "isolator_length=-1"),
         ({"distill_weight": -1.0}, "distill_weight=-1.0"),

@@ -27,7 +27,7 @@ def apply_chat_template(processor: Any, messages: Any, **options: Any) -> Any:
         line = " ".join(str(error).split())[:600]
         # Of others, such as a KeyError, the text alone says little.
         kind = "" if isinstance(error, (TemplateError, ValueError)) and line else f"{type(error).__name__}: "
-        what = "the chat template refuses it"
+        what = "the chat template (chat_template.jinja) refuses it"
         if options.get("tokenize"):
             what = "the model's chat template (chat_template.jinja) and processor make no prompt"
         raise RecordError(f"{what}: {kind}{line}") from error

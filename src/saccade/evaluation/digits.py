@@ -269,8 +269,12 @@ def _process(
             return_tensors="pt",
             **(videos_kwargs(processor, clips) if clips else {}),
         )
+    except SaccadeError:
+        raise
     except Exception as error:  # processors come with a model, and raise all sorts of errors
-        raise RecordError(f"the model's processor makes no prompt of its chat template: {reason_of(error)}") from error
+        raise RecordError(
+            f"the model's processor makes no prompt of its chat template (chat_template.jinja): {reason_of(error)}"
+        ) from error
 
 
 def _batches(dataset: Dataset, size: int) -> Iterator[list[dict[str, Any]]]:
