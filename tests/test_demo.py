@@ -92,9 +92,16 @@ def test_its_finding(tmp_path):
     standing = Standing(plan, tmp_path)
     assert standing.finding() == "DualSpeed, compact: 98.3 % of all-token accuracy in 37 % of the time"
     assert conclusion(standing) == (
-        "Answering from all tokens, DualSpeed reaches 98.3 % of the accuracy of all-token training in 37 % of its "
-        "time; pruning only reaches 90.0 %."
+        "Answering from all tokens, DualSpeed reaches 98.3 % after 37 % of the time in which training on all tokens "
+        "reaches 100.0 %; pruning only reaches 90.0 %."
     )
+    early = tmp_path / "runs" / plan.runs[0].name / "result.json"
+    write_json_atomically(early, result_of(plan.runs[0], 0.9, 100))
+    assert conclusion(Standing(plan, tmp_path)).endswith(
+        "training on all tokens reaches 90.0 %; pruning only reaches 90.0 %. "
+        "All-token training has not converged in so few steps."
+    )
+    write_json_atomically(early, result_of(plan.runs[0], 1.0, 100))
     ranked = [entry["name"] for entry in standing.ranked()]
     assert ranked[:3] == ["all tokens, compact", "DualSpeed, original", "DualSpeed, compact"]
     shutil.rmtree(tmp_path / "runs" / plan.runs[0].name)
