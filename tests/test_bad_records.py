@@ -329,6 +329,7 @@ def test_an_evaluation_in_the_middle_counts_with_the_training(processor, tmp_pat
         evaluating(processor, tmp_path / "few", rows, max_bad_records=10, **options).train()
 
 
+@pytest.mark.slow
 def test_two_ranks_evaluate_together(processor, tmp_path, data):
     """A bad row of one rank is taken up by all, and none waits for one that stops or whose stream is shorter."""
     good, bad = good_records(data.parent, 7), list(bad_records(data.parent).values())

@@ -289,6 +289,7 @@ def test_flops_measured(tmp_path):
     assert all(len(measured[kind][name]) == 2 for kind in ("full", "skip") for name in ("prefill", "decode"))
 
 
+@pytest.mark.slow
 def test_generation_of_several_images_of_a_cut_shape():
     model = generation_model("llama3-8b", layers=1, width=512)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -38,8 +38,11 @@ def short_run(model, processor, tmp_path, name, cached=True, peft_config=None, *
         pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"peft_config": LORA}, marks=pytest.mark.slow),
         pytest.param({"freeze_language_model": True}, marks=pytest.mark.slow),
-        {"padding_free": True, "slow_micro_batch_size": 2, "feature_cache_gib": float("inf")},
-        {"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}},
+        pytest.param(
+            {"padding_free": True, "slow_micro_batch_size": 2, "feature_cache_gib": float("inf")},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"skip_vision": {"split": "divprune", "retained": 10, "skipped": 20}}, marks=pytest.mark.slow),
         ORDINARY,
     ],
     ids=["default", "checkpointing", "lora", "projector", "no padding, in parts", "skip", "ordinary"],

@@ -219,6 +219,7 @@ def test_operations_of_the_resampler(case):
     assert counter.get_total_flops() == projector_flops(case.model.config, 1, (8, 8))
 
 
+@pytest.mark.slow
 def test_an_exported_model_says_that_it_needs_this_package(start, tmp_path, capsys):
     """In a new process, the snippet of its card loads it."""
     assert main(["export", str(start), "--output", str(tmp_path / "out")]) == 0

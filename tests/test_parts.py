@@ -40,7 +40,7 @@ def test_parts_with_videos_train_as_the_whole(name):
         pytest.param(
             {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}, marks=pytest.mark.slow
         ),
-        {"gradient_checkpointing": True, "bf16": True},
+        pytest.param({"gradient_checkpointing": True, "bf16": True}, marks=pytest.mark.slow),
         pytest.param({"lora": True}, marks=pytest.mark.slow),
     ],
     ids=["accumulation", "means", "checkpointing in bf16", "lora"],

@@ -112,6 +112,7 @@ def test_text_worlds_follow_the_chat_template(processor):
         assert torch.equal(labels != IGNORED, torch.as_tensor(encoded["assistant_masks"]).bool().view_as(labels))
 
 
+@pytest.mark.slow
 def test_shipped_weights_are_small_and_good():
     model, processor = load_tiny()
     assert sum(file.stat().st_size for file in tiny_checkpoint().iterdir()) < 4_000_000
