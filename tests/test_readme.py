@@ -78,8 +78,8 @@ def test_its_figures_are_those_of_the_full_demo(model, processor) -> None:
         f"is right in {every['accuracy, all tokens']} of cases after training on all of them",
         f"in {dualspeed['accuracy, all tokens']} after DualSpeed",
         f"in {only['accuracy, all tokens']} after training on pruned images alone",
-        f"the model trained on all of them is right in {every['accuracy, pruned']}",
-        f"that of DualSpeed in {dualspeed['pruned + isolator']} with its *mode isolator*",
+        f"the first of these models is right in {every['accuracy, pruned']}",
+        f"DualSpeed's in {dualspeed['pruned + isolator']} with its *mode isolator*",
         f"{NUMBERS[FULL.isolator_length]} learned vectors before each image",
     ):
         assert words in WORDS
