@@ -12,6 +12,7 @@ from family_models import FAMILIES, RELATIVES
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.video_utils import VideoMetadata
 
+from experiments.motion.model import with_videos
 from saccade.testing.tiny_models import PATCH, build_tokenizer, finish, special_ids, text_options
 from saccade.tiny.vocabulary import IMAGE
 
@@ -95,11 +96,7 @@ def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMix
         stock: take transformers' own one, which needs torchvision; otherwise Qwen's alone, as `FramesToPatches`.
     """
     model, processor = build_llava_next_video() if name == "llava_next_video" else (FAMILIES | RELATIVES)[name].build()
-    image = "{{ ' ' + part['text'] }}"
-    template = processor.chat_template.replace(
-        f"{{% else %}}{image}{{% endif %}}",
-        f"{{% elif part['type'] == 'video' %}}{{{{ '{PLACES[name]}' }}}}{{% else %}}{image}{{% endif %}}",
-    )
+    template = with_videos(processor.chat_template, PLACES[name])
     assert PLACES[name] in template
     if not stock:
         processor.chat_template = template

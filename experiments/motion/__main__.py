@@ -8,18 +8,17 @@ The same command resumes after a kill, at the run at which it was.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from datasets import disable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
 
+from experiments.arguments import add_study_arguments, given_settings
 from experiments.motion.clips import motion_clips
 from experiments.motion.model import save_motion_model
 from experiments.motion.rows import clips_path, write_clips
@@ -122,38 +121,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("experiments.motion", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument(
-        "--methods", default="all_tokens,prune_only,dualspeed", metavar="A,B", help="(default: %(default)s)"
-    )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
-    told = dict(re.findall(r"^ +(\w+): (.*)\.$", Settings.__doc__, re.MULTILINE))
-    for entry in fields(Settings):
-        flag, text = f"--{entry.name.replace('_', '-')}", f"{told[entry.name]} (default: %(default)s)"
-        parser.add_argument(flag, type=type(entry.default), default=entry.default, metavar="X", help=text)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
-    parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")
-    parser.add_argument(
-        "--output", type=Path, default=Path("out/motion"), metavar="DIR", help="(default: %(default)s)"
-    )
+    add_study_arguments(parser, Settings, "all_tokens,prune_only,dualspeed", "out/motion")
     args = parser.parse_args(argv)
-    settings: dict[str, Any] = {entry.name: getattr(args, entry.name) for entry in fields(Settings)}
     folder, console = args.output / "runs", Console()
     if args.table:
         Standing(Plan.read(folder), folder).report(console)
         return 0
     check_counts(seeds=args.seeds, jobs=args.jobs)
-    made = Settings(**settings)
-    runs = plan_runs(args.output, made, args.methods.split(","), range(args.seeds))
+    settings = given_settings(args, Settings)
+    runs = plan_runs(args.output, settings, args.methods.split(","), range(args.seeds))
     if find_spec("torchvision") is None:
         raise SaccadeError(
             "the stock processors of clips need torchvision: run `make .venv-video/.installed`, and this command with "
             ".venv-video/bin/python"
         )
     save_motion_model(args.output / "model")
-    for entry in made.files:
+    for entry in settings.files:
         write_clips(args.output, *entry)
-    plan = make_plan("digits that move", runs, ("python", "-m", "experiments.motion"), {"settings": settings})
+    plan = make_plan("digits that move", runs, ("python", "-m", "experiments.motion"), {"settings": asdict(settings)})
     worker = "experiments.motion.worker"
     outcome = run_sweep(plan, folder, args.output / "stages", {}, args.jobs, args.any_commit, console, worker)
     Standing(plan, folder).report(console)

@@ -9,7 +9,9 @@ from transformers import (
     LlamaConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
 )
 
 from experiments.motion.clips import LANE, LANES
@@ -31,9 +33,6 @@ def build_motion_model(seed: int = 0) -> tuple[LlavaOnevisionForConditionalGener
     Raises:
         ImportError: without torchvision, which the stock processor of clips needs.
     """
-    # Without torchvision these names are stand-ins that say so when they are called.
-    from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionVideoProcessor
-
     tiny, tiny_processor = load_tiny()
     tokenizer = build_tokenizer({"image_token": IMAGE, "video_token": VIDEO})
     config = LlavaOnevisionConfig(
@@ -64,22 +63,21 @@ def build_motion_model(seed: int = 0) -> tuple[LlavaOnevisionForConditionalGener
         image_processor=LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=[[SIDE, SIDE]], **normalised),
         video_processor=LlavaOnevisionVideoProcessor(size=size, **normalised),
         tokenizer=tokenizer,
-        chat_template=_with_videos(tokenizer.chat_template),
+        chat_template=with_videos(tokenizer.chat_template, f"image {VIDEO}"),
         num_image_tokens=(SIDE // PATCH_SIZE) ** 2,
         vision_feature_select_strategy="default",
     )
     return model.eval(), processor
 
 
-def save_motion_model(folder: Path) -> Path:
-    """Write model and processor as a Hugging Face folder, if it is not there yet; returns the folder."""
+def save_motion_model(folder: Path) -> None:
+    """Write model and processor as a Hugging Face folder, if it is not there yet."""
     if not folder.is_dir():
         model, processor = build_motion_model()
         aside = folder.with_name(f".{folder.name}")
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
         aside.rename(folder)
-    return folder
 
 
 def _middle_positions(table: Tensor, grid: int) -> Tensor:
@@ -95,7 +93,8 @@ def _middle_positions(table: Tensor, grid: int) -> Tensor:
     return torch.cat([table[:1], middle.flatten(0, 1)])
 
 
-def _with_videos(template: str) -> str:
+def with_videos(template: str, place: str) -> str:
+    """The embedded model's chat template, with `place` for each video."""
     text = "{% else %}{{ ' ' + part['text'] }}{% endif %}"
     assert template.count(text) == 1
-    return template.replace(text, f"{{% elif part['type'] == 'video' %}}{{{{ 'image {VIDEO}' }}}}{text}")
+    return template.replace(text, f"{{% elif part['type'] == 'video' %}}{{{{ '{place}' }}}}{text}")

@@ -10,10 +10,9 @@ The same command goes on after a kill: with the rows, the tower, the stage and t
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
 
+from experiments.arguments import add_study_arguments, given_settings
 from experiments.smol.study import Settings, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
 from saccade.report.tables import print_table
@@ -39,21 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("experiments.smol", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--methods", default="all_tokens,dualspeed", metavar="A,B", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
-    told = dict(re.findall(r"^ +(\w+): ([^.]*)\.$", Settings.__doc__, re.MULTILINE))
-    for entry in fields(Settings):
-        kind = str if entry.name == "language_model" else type(entry.default)
-        metavar = kind.__name__.upper() if kind is not str else "TEXT"
-        flag, text = f"--{entry.name.replace('_', '-')}", f"{told[entry.name]} (default: %(default)s)"
-        parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)
+    add_study_arguments(parser, Settings, "all_tokens,dualspeed", "out/smol")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL=A,B", help="such as method=dualspeed")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
-    parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
-    parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")
-    parser.add_argument("--output", type=Path, default=Path("out/smol"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    settings = Settings(**{entry.name: getattr(args, entry.name) for entry in fields(Settings)})
+    settings = given_settings(args, Settings)
     chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
     folder, console = args.output / f"runs-{settings.grid}{chosen}", Console()
     if args.table:

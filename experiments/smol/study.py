@@ -16,7 +16,7 @@ from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import train_tower
 from saccade.data.digits import SPLITS
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
@@ -104,7 +104,7 @@ class Settings:
             raise SaccadeError(f"grid={self.grid}: use one of {', '.join(map(str, GRIDS))} patches per side")
         for task in self.task_names:
             if task not in TASKS:
-                raise SaccadeError(f"tasks={self.tasks!r}: {task!r} is unknown, use one of {', '.join(TASKS)}")
+                raise SaccadeError(f"tasks={self.tasks!r}: {task!r} is unknown, {one_of(task, TASKS)}")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
         counts = (

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     from saccade.files import to_json
     from saccade.training.assemble import AssembleOptions, assemble_model
+    from saccade.training.export import loads_in
 
     options = AssembleOptions(**{entry.name: getattr(args, entry.name) for entry in fields(AssembleOptions)})
     summary = assemble_model(args.vision_tower, args.language_model, args.output, options)
@@ -78,9 +79,8 @@ def run(args: argparse.Namespace) -> int:
         f"written to {summary['output']}: {summary['architecture']}, {summary['parameters']:,} parameters, of which "
         f"{summary['projector_parameters']:,} are the new projector's, {summary['dtype']}"
     )
-    stock = "transformers, with `import saccade.families`" if summary["own_classes"] else "stock transformers"
     print(
         f"chat template: {summary['chat_template']}; a picture has {summary['visual_tokens']} visual tokens; "
-        f"loads in {stock}, every key checked"
+        f"loads in {loads_in(summary)}, every key checked"
     )
     return 0

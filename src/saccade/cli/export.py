@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
     from saccade.files import to_json
-    from saccade.training.export import export_model
+    from saccade.training.export import export_model, loads_in
     from saccade.training.hub import check_hub, push_folder
 
     if args.push_to_hub is not None:
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"written to {summary['output']}: {summary['parameters']:,} parameters, {summary['dtype']}{merged}")
     for note in summary["notes"]:
         print(f"note: {note}")
-    stock = "transformers, with `import saccade.families`" if summary["own_classes"] else "stock transformers"
-    print(f"loads in {stock}, every key checked; {', '.join(summary['files'])}")
+    print(f"loads in {loads_in(summary)}, every key checked; {', '.join(summary['files'])}")
     if "url" in summary:
         print(f"published at {summary['url']}")
     return 0

@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
     """The names of a checkpoint's classes that transformers finds only once `saccade.families` is imported."""
     parts = (type(model), type(getattr(processor, "image_processor", None)))
     return [part.__name__ for part in parts if part.__module__.startswith("saccade.")]
+
+
+def loads_in(summary: Mapping[str, Any]) -> str:
+    """What a written folder loads in, by the summary of what wrote it."""
+    return "transformers, with `import saccade.families`" if summary["own_classes"] else "stock transformers"
 
 
 def check_loads(folder: Path, model: PreTrainedModel) -> None:
