@@ -202,7 +202,7 @@ above.
 | `llava_next_video` | a frame, pooled to a quarter of its tokens | the frames of a clip follow one another |
 | `qwen2_vl`, `qwen2_5_vl` | two frames, merged by the tower | the pairs of a clip follow one another |
 | `qwen3_vl` | two frames, merged by the tower | the time of each pair stands before it |
-| `glm4v`, `glm46v` | two frames, merged by the tower | the time of each pair stands behind it |
+| `glm4v`, `glm46v` | two frames, merged by the tower | the time of each pair follows it |
 | `internvl` | a frame | `Frame1:` and so on before each |
 
 `glm4v_moe` has the code and the processor of `glm4v`.

@@ -1,4 +1,4 @@
-"""What Ovis 2 and LFM2-VL have of their own: crops with a marker between them, and scores of merged patches."""
+"""What only Ovis 2 and LFM2-VL have: crops with a marker between them, and scores of merged patches."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ class HdPadImageProcessor(LlavaNextImageProcessorPil):
 
 
 class _HdPadConfig(LlavaNextConfig):
-    """The key of the registration below: under LLaVA-NeXT's own, the processor would replace its."""
+    """The key of the registration below. Under `LlavaNextConfig`, it would replace LLaVA-NeXT's image processor."""
 
 
 AutoImageProcessor.register(

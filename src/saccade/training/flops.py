@@ -57,7 +57,7 @@ def skip_rows(config: SkipVisionConfig, tokens: int, sides: Sequence[int] = ()) 
 
     Args:
         tokens: visual tokens of the image; with `split="thumbnail"`, of one crop.
-        sides: tokens along an edge of each scale, if the model has scales of its own.
+        sides: tokens along an edge of each scale, if the model has its own scales.
     """
     if config.split == "thumbnail":
         if config.skipped is None:
