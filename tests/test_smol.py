@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGene
 from experiments.smol import projector, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
-from experiments.smol.study import CANDIDATES, Settings, plan_runs
+from experiments.smol.study import CANDIDATES, Settings, plan_ranking, plan_runs, ranking_table
 from experiments.smol.tasks import TASKS, Region, Sample
 from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
@@ -245,7 +246,23 @@ class TestPlan:
         one, other = (plan_runs(PREPARED, Settings(questions=number), ["dualspeed"], [0])[0] for number in (1, 2))
         assert one.stage_ids == other.stage_ids
 
+    def test_reducers_are_ranked_on_the_models_of_the_runs(self) -> None:
+        settings = Settings(positions="original")
+        runs = plan_runs(PREPARED, settings, ["all_tokens"], range(2))
+        ranked = plan_ranking(PREPARED, settings, ["all_tokens"], range(2), ["tome", "random"], [0.75, 0.9])
+        assert [run.name for run in ranked[::2]] == ["tome-all_tokens-seed0", "random-all_tokens-seed0"]
+        assert [run.stage_ids for run in ranked] == 2 * [run.stage_ids for run in runs]
+        first, second = ranked[0].evaluation.inferences
+        common = {"name": "pruned", "reducer": "tome", "positions": "original"}
+        assert (first, second) == ({**common, "prune_ratio": 0.75}, {**common, "prune_ratio": 0.9})
+
+    def test_precision_is_the_recipe_s(self) -> None:
+        run = plan_runs(PREPARED, Settings(precision="bfloat16"), ["dualspeed"], [0])[0]
+        assert [stage["bf16"] for stage in run.stages] == [True, True]
+
     def test_bad_input_is_told(self) -> None:
+        with pytest.raises(SaccadeError, match="precision='half' is unknown: use one of float32, bfloat16"):
+            Settings(precision="half")
         with pytest.raises(SaccadeError, match="method='dual' is unknown"):
             plan_runs(PREPARED, Settings(), ["dual"], [0])
         with pytest.raises(SaccadeError, match="grid=13"):
@@ -272,11 +289,31 @@ def test_tasks_count_alike() -> None:
     assert (merged["samples"], merged["mean_prompt_length"], merged["prefill_flops"]) == (4, 200, 3)
 
 
+def test_the_best_reducer_comes_first() -> None:
+    def result(reducer: str, seed: int, accuracies: list[float]) -> dict:
+        entries = [
+            {"prune_ratio": ratio, "accuracy_by_task": {"charts": accuracy}, "accuracy": accuracy}
+            for ratio, accuracy in zip((0.75, 0.9), accuracies, strict=True)
+        ]
+        labels = {"method": "all_tokens", "reducer": reducer, "seed": seed}
+        return {"spec": {"labels": labels}, "evaluations": entries}
+
+    found = [result("random", 0, [0.5, 0.25]), result("tome", 0, [0.75, 0.5]), result("tome", 1, [0.25, 1.0])]
+    standing = SimpleNamespace(results=dict(enumerate(found)), word=lambda method: method)
+    columns, cells = ranking_table(standing)
+    assert columns[2:] == ["charts, p = 0.75", "charts, p = 0.9", "mean, p = 0.75", "mean, p = 0.9"]
+    assert [row[1] for row in cells] == ["tome", "random"]
+    assert cells[0][2:4] == ["50.0 % (25.0-75.0)", "75.0 % (50.0-100.0)"]
+    assert cells[1][2:] == ["50.0 %", "25.0 %", "50.0 %", "25.0 %"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--reducer", "divprun"], "reducer='divprun' is unknown: did you mean 'divprune'?"),
         (["--prune-ratio", "1.5"], "prune_ratio=1.5"),
+        (["--rank", "divprune,randm"], "reducer='randm' is unknown: did you mean 'random'?"),
+        (["--rank", "all", "--ratios", "0.5", "2"], "prune_ratio=2.0"),
         (["--tasks", "charts,maps"], "tasks='charts,maps': 'maps' is unknown, use one of digits, easy_vqa"),
         (["--split", "dev"], "split='dev': use one of train, validation, test"),
         (["--seeds", "0"], "seeds=0: give at least 1"),
@@ -328,6 +365,13 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
     full, pruned = (entry["mean_prompt_length"] for entry in result["evaluations"][:2])
     assert round(full - pruned) == 144 - 14
     assert all(stage["cpu_seconds"] > 0 for stage in result["stages"].values())
+    # The same models, asked again.
+    trained = sorted((tmp_path / "smol" / "stages").iterdir())
+    assert main([*command, "--methods", "all_tokens", "--rank", "random,tome", "--ratios", "0.9"]) == 0
+    assert sorted((tmp_path / "smol" / "stages").iterdir()) == trained
+    table = (tmp_path / "smol" / "ranking-12" / "tasks.md").read_text()
+    assert "tome" in table
+    assert "charts, p = 0.9" in table
     table = (runs / "tasks.md").read_text().splitlines()
     assert len(table) == 2 + 2 + 3
     setup = json.loads((tmp_path / "smol" / "setup.json").read_text())

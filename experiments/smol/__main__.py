@@ -4,6 +4,7 @@ python -m experiments.smol --output out/smol                                 all
 python -m experiments.smol --methods all_tokens,prune_only,dualspeed --seeds 3 --output out/smol
 python -m experiments.smol --tasks easy_vqa --output out/smol                one task alone
 python -m experiments.smol --grid 24 --output out/smol                       576 visual tokens
+python -m experiments.smol --methods all_tokens --rank all --output out/smol  every reducer, at inference
 python -m experiments.smol --output out/smol --table                         what is done so far
 
 The same command goes on after a kill: with the rows, the tower, the stage and the task at which it was.
@@ -13,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +23,10 @@ from rich.console import Console
 from transformers.utils import logging
 
 from experiments.arguments import add_study_arguments, given_settings
-from experiments.smol.study import Settings, plan_runs, prepare, write_task_table
+from experiments.smol.study import Settings, plan_ranking, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
+from saccade.reducers import list_reducers
+from saccade.reducers.frames import KNOW_TIME
 from saccade.report.tables import print_table
 from saccade.sweeps.plan import Plan, make_plan, parse_grid
 from saccade.sweeps.runner import run_sweep
@@ -41,16 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("experiments.smol", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add_study_arguments(parser, Settings, "all_tokens,dualspeed", "out/smol")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL=A,B", help="such as method=dualspeed")
+    parser.add_argument("--rank", metavar="A,B", help='answer from what these reducers keep; "all" for every one')
+    ratios = [0.75, 0.9, 0.95]
+    parser.add_argument("--ratios", type=float, nargs="+", default=ratios, metavar="P", help="of --rank")
     args = parser.parse_args(argv)
     settings = given_settings(args, Settings)
     chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
-    folder, console = args.output / f"runs-{settings.grid}{chosen}", Console()
+    kind = "ranking" if args.rank else "runs"
+    folder, console = args.output / f"{kind}-{settings.grid}{chosen}", Console()
     if args.table:
         _show(Standing(Plan.read(folder), folder), folder, console)
         return 0
     check_counts(seeds=args.seeds, jobs=args.jobs)
     methods = args.methods.split(",")
-    for run in plan_runs({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
+    planned = plan_runs
+    if args.rank:
+        everyone = [name for name in list_reducers() if name not in ("none", *KNOW_TIME)]
+        reducers = everyone if args.rank == "all" else args.rank.split(",")
+        planned = partial(plan_ranking, reducers=reducers, ratios=args.ratios)
+    for run in planned({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
         for stage in run.stages:
             make_recipe(stage, f"run {run.name}")
     threads = torch.get_num_threads()
@@ -59,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = prepare(args.output, settings, lambda line: console.print(line, markup=False, highlight=False))
     finally:
         torch.set_num_threads(threads)
-    runs = plan_runs(prepared, settings, methods, range(args.seeds))
+    runs = planned(prepared, settings, methods, range(args.seeds))
     command = ("python", "-m", "experiments.smol")
     plan = make_plan(
         f"smol at {settings.grid} x {settings.grid} patches", runs, command, {"settings": asdict(settings)}

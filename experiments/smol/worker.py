@@ -49,7 +49,8 @@ def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any])
         file = folder / "evaluations" / f"{task}-{evaluation.split}-{evaluation.scenes}-{digest}.json"
         if not file.is_file():
             if model is None:
-                model, processor = load_model(ModelOptions(model=str(folder)))
+                dtype = "bfloat16" if recipe["bf16"] else "auto"
+                model, processor = load_model(ModelOptions(model=str(folder), dtype=dtype))
             grid = model.config.vision_config.image_size // PATCH
             rows = read_rows([rows_file(data, task, evaluation.split, "sft", evaluation.scenes, 0, grid, 1)])
             told = partial(_tell, number, len(tasks))
