@@ -95,9 +95,13 @@ def test_the_command_trains_and_evaluates(tmp_path: Path, capfd) -> None:
     command = [*sizes, "--methods", "all_tokens,dualspeed", "--output", str(tmp_path)]
     assert main(command) == 0
     assert "DualSpeed" in capfd.readouterr().out
-    result = json.loads((tmp_path / "runs" / "runs" / "dualspeed-seed0" / "result.json").read_text())
+    result = json.loads((tmp_path / "test" / "runs" / "dualspeed-seed0" / "result.json").read_text())
     full, pruned, isolated = (entry["mean_prompt_length"] for entry in result["evaluations"])
     # Five frames of nine tokens, of which a tenth stays.
     assert (round(full - pruned), round(isolated - pruned)) == (5 * 9 + 1 - 5, 4)
     assert main([*command, "--any-commit"]) == 0
     assert "found, not trained again" in capfd.readouterr().out
+    # The models are those of the other split.
+    stages = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()}
+    assert main([*command, "--split", "validation"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "stages").iterdir()} == stages

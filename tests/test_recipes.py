@@ -42,6 +42,7 @@ def test_recipes_are_there():
         "all_tokens",
         "skip_vision",
         "chain_of_sight",
+        "llava_hd",
         "dualspeed_skip",
         "multi_speed",
     }

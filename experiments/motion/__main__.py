@@ -90,7 +90,7 @@ def plan_runs(output: Path, settings: Settings, methods: Sequence[str], seeds: S
     Raises:
         SaccadeError: on an unknown method.
     """
-    train, evaluated = (str(clips_path(output, *entry)) for entry in settings.files)
+    train = str(clips_path(output, *settings.files[0]))
     runs = []
     for seed in seeds:
         for method in methods:
@@ -108,8 +108,8 @@ def plan_runs(output: Path, settings: Settings, methods: Sequence[str], seeds: S
                 **method_fields(method),
             }
             evaluation = Evaluation(standard_inferences(stage), settings.split, settings.clips)
-            labels, extra = {"method": method, "seed": seed}, {"evaluated": evaluated}
-            runs.append(RunSpec(f"{method}-seed{seed}", labels, (stage,), evaluation, settings.threads, extra))
+            labels = {"method": method, "seed": seed}
+            runs.append(RunSpec(f"{method}-seed{seed}", labels, (stage,), evaluation, settings.threads))
     return runs
 
 
@@ -123,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("experiments.motion", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add_study_arguments(parser, Settings, "all_tokens,prune_only,dualspeed", "out/motion")
     args = parser.parse_args(argv)
-    folder, console = args.output / "runs", Console()
+    # A folder for each split: the models, which do not depend on it, are trained once.
+    folder, console = args.output / args.split, Console()
     if args.table:
         Standing(Plan.read(folder), folder).report(console)
         return 0
