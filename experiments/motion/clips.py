@@ -14,6 +14,7 @@ from datasets import Dataset
 from PIL import Image
 
 from saccade.data.digits import SPLITS, digit_samples, split_indices
+from saccade.data.scenes import PATCH_SIZE
 from saccade.errors import SaccadeError, one_of
 from saccade.videos import Clip
 
@@ -37,7 +38,7 @@ class Mover:
         sample: number of its picture among the digits.
         lane: counted from the top.
         start: frame in which it enters.
-        frames: in how many frames it is seen.
+        frames: in how many frames it is seen, at least 2.
         right: whether it moves to the right.
     """
 
@@ -49,12 +50,15 @@ class Mover:
     right: bool
 
     def position(self, frame: int, width: int) -> int | None:
-        """Its left edge in a frame, in pixels; None if it is not there."""
+        """Its left edge in a frame, in pixels; None if it is not there.
+
+        Digits stand at whole patches, as those that the embedded tower has learned.
+        """
         step = frame - self.start
         if not 0 <= step < self.frames:
             return None
-        share = (step + 0.5) / self.frames
-        place = round(share * (width - LANE))
+        share = step / (self.frames - 1)
+        place = PATCH_SIZE * round(share * (width - LANE) / PATCH_SIZE)
         return place if self.right else width - LANE - place
 
 
