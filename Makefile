@@ -124,7 +124,8 @@ $(VIDEO)/.installed: $(STAMP) requirements-video.txt tests/torchvision_operators
 	@touch $@
 
 test-video: $(VIDEO)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VIDEO)/bin/python -m pytest tests/test_video_processors.py tests/test_motion_study.py
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VIDEO)/bin/python -m pytest -m "not slow" tests/test_video_processors.py \
+		tests/test_motion_study.py
 
 # gradio in a separate environment, on top of what $(VENV) has: it wants a Pillow older than the pinned one.
 $(PLAY)/.installed: $(STAMP) requirements-play.txt

@@ -5,7 +5,8 @@
 The first table is measured on a small Qwen2.5-VL with random weights, forward and backward of the language model,
 projector and tower frozen; both kinds of step take turns on the same rows, and times are CPU time, medians of
 several. The second is the dry run of Qwen2.5-VL-7B with LoRA, whose memory is what the backward pass needs beside
-the weights. A clip of 64 frames is 32 pairs of frames, and a pair costs what an image costs.
+the weights. A clip of 64 frames is 32 pairs of frames, and a pair costs what an image costs: the dry run counts the
+clip as 32 images, without the isolator before each, of which a clip has one.
 """
 
 import argparse
@@ -72,17 +73,17 @@ def main(argv: list[str] | None = None) -> int:
         for name, row in measured.items()
     ]
     print_table("a step of a small Qwen2.5-VL", columns, cells)
-    planned = plan(sorted({max(images, frames // 2) for images, frames in chosen.values()}), pruning)
-    columns = ["images", "tokens, all", "kept", "TFLOP, all", "kept", "times", "GiB, all", "kept"]
+    planned = plan(chosen, pruning)
+    columns = ["row", "tokens, all", "kept", "TFLOP, all", "kept", "times", "GiB, all", "kept"]
     cells = [
         [
-            str(images),
+            name,
             *(f"{row[kind]['tokens']:.0f}" for kind in ("all", "kept")),
             *(f"{row[kind]['flops'] / 1e12:.0f}" for kind in ("all", "kept")),
             f"{row['all']['flops'] / row['kept']['flops']:.1f}x",
             *(f"{row[kind]['bytes'] / 2**30:.1f}" for kind in ("all", "kept")),
         ]
-        for images, row in planned.items()
+        for name, row in planned.items()
     ]
     print_table(f"the dry run of {RECIPE}, images of 672 x 672 pixels", columns, cells)
     if args.output is not None:
@@ -121,16 +122,18 @@ def measure(rows: dict[str, tuple[int, int]], pruning: PruningConfig, repeats: i
     return found
 
 
-def plan(images: list[int], pruning: PruningConfig) -> dict[int, Any]:
-    """Tokens, operations and bytes for the backward pass of a row of Qwen2.5-VL-7B, by number of images."""
-    found: dict[int, Any] = {}
-    for count in images:
+def plan(rows: dict[str, tuple[int, int]], pruning: PruningConfig) -> dict[str, Any]:
+    """Tokens, operations and bytes for the backward pass of each row on Qwen2.5-VL-7B, by kind of step."""
+    found: dict[str, Any] = {}
+    for name, (images, frames) in rows.items():
+        count = images or frames // 2
         flags = ["--slow_probability", "0", "--prune_ratio", str(pruning.prune_ratio), "--reducer", pruning.reducer]
         flags += ["--per_device_train_batch_size", "1", "--max_length", str(1000 * (count + 1))]
+        flags += [] if images else ["--isolator_length", "0"]
         kept = plan_recipe(RECIPE, flags, text_tokens=128, images=count)
         ordinary = ["--slow_probability", "1", "--prune_ratio", "0", "--distill_weight", "0"]
         full = plan_recipe(RECIPE, [*flags, *ordinary], text_tokens=128, images=count)
-        found[count] = {
+        found[name] = {
             kind: {
                 "tokens": one["expected"]["length"],
                 "flops": one["expected"]["flops"],

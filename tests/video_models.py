@@ -10,6 +10,7 @@ import torch
 import transformers
 from family_models import FAMILIES, RELATIVES
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 from transformers.video_utils import VideoMetadata
 
 from experiments.motion.model import with_videos
@@ -20,7 +21,7 @@ SIZES = {"size": {"shortest_edge": 256, "longest_edge": 1024}, "patch_size": PAT
 STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2_vl": ("Qwen2VLProcessor", "Qwen2VLVideoProcessor", SIZES),
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", SIZES),
-    "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", SIZES),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5"), ("Qwen3VLProcessor", "Qwen3VLVideoProcessor", SIZES)),
     "llava_onevision": (
         "LlavaOnevisionProcessor",
         "LlavaOnevisionVideoProcessor",
@@ -32,6 +33,11 @@ STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}},
     ),
     "internvl": ("InternVLProcessor", "InternVLVideoProcessor", {"size": {"height": 32, "width": 32}}),
+    "smolvlm": (
+        "SmolVLMProcessor",
+        "SmolVLMVideoProcessor",
+        {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}, "num_frames": 4, "fps": 1},
+    ),
     "glm4v": ("Glm4vProcessor", "Glm4vVideoProcessor", SIZES),
     "glm46v": ("Glm46VProcessor", "Glm46VVideoProcessor", SIZES),
 }
@@ -39,8 +45,8 @@ STOCK: dict[str, tuple[str, str, dict[str, Any]]] = {
 PLACES = {
     **dict.fromkeys(("llava_onevision", "llava_next_video"), "<video>"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), "<|vision_start|><|video_pad|><|vision_end|>"),
-    "qwen3_vl": "<|video_pad|>",
-    "internvl": "<video>",
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5"), "<|video_pad|>"),
+    **dict.fromkeys(("internvl", "smolvlm"), "<video>"),
     **dict.fromkeys(("glm4v", "glm46v"), "<|begin_of_video|><|video|><|end_of_video|>"),
 }
 """How a chat template writes a video."""
@@ -106,6 +112,12 @@ def build(name: str, stock: bool = False) -> tuple[PreTrainedModel, ProcessorMix
     kept = {}
     if name == "internvl":
         kept = {"image_seq_length": processor.image_seq_length}
+    if name == "smolvlm":
+        kept = {"image_seq_len": processor.image_seq_len}
+        # Its processor takes this template for conversations with videos, whatever the model's is.
+        template = DEFAULT_CHAT_TEMPLATE
+        end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        model.generation_config.eos_token_id = end
     if name == "llava_next_video":
         names = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
         kept = {key: getattr(processor, key) for key in names}

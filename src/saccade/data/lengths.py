@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from saccade.data.chat import apply_chat_template
-from saccade.data.clips import check_takes_videos, placeholder_ids, videos_kwargs
+from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
@@ -111,7 +111,7 @@ class TokenCounter:
         message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}
         text = apply_chat_template(self.processor, [message], tokenize=False)
         clip = shape.blank()
-        inputs = self.processor(text=[text], add_special_tokens=False, **videos_kwargs(self.processor, [clip]))
+        inputs = with_clips(self.processor, [clip])(text=[text], add_special_tokens=False)
         ids = list(inputs["input_ids"][0])
         visual = sum(ids.count(token) for token in placeholder_ids(self.processor, self.placeholder_id))
         grid = inputs.get("video_grid_thw")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.data.clips import check_takes_videos, placeholder_ids, videos_kwargs
+from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import (
     checked_message,
     images_of,
@@ -287,7 +287,7 @@ def _process(stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[
     """TRL's batch, whose collator knows no videos: they are given to the processor beside what it gives."""
     clips = [clip for clips in videos for clip in clips]
     if clips:
-        stock = replace(stock, processor=partial(stock.processor, **videos_kwargs(stock.processor, clips)))
+        stock = replace(stock, processor=with_clips(stock.processor, clips))
     return _stock_call(stock, rows)
 
 

@@ -16,7 +16,7 @@ from transformers import ProcessorMixin
 
 from saccade.companions import find_companion
 from saccade.data.chat import apply_chat_template
-from saccade.data.clips import check_takes_videos, videos_kwargs
+from saccade.data.clips import check_takes_videos, with_clips
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
@@ -255,19 +255,22 @@ def _process(
 
     As in training, the processor gets the rendered text: a chat template would let it take other frames of a video.
     """
-    text = apply_chat_template(processor, conversations, add_generation_prompt=True, tokenize=False)
+    # One by one: SmolVLM's processor takes another template for all of them where one has a video.
+    options = {"add_generation_prompt": True, "tokenize": False}
+    text = [apply_chat_template(processor, conversation, **options) for conversation in conversations]
     clips = [clip for row in videos for clip in row]
+    call = processor
     if clips:
         check_takes_videos(processor)
+        call = with_clips(processor, clips)
     try:
-        return processor(
+        return call(
             text=text,
             images=images if any(images) else None,
             padding=True,
             padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
-            **(videos_kwargs(processor, clips) if clips else {}),
         )
     except SaccadeError:
         raise
