@@ -277,6 +277,34 @@ def test_hd_pad_is_hd_of_a_square(tmp_path):
     assert type(AutoImageProcessor.from_pretrained(tmp_path / "stock")) is LlavaNextImageProcessorPil
 
 
+@pytest.mark.parametrize("kind", ["clip", "clip_vision_model", "siglip_vision_model", "llava"])
+def test_smaller_pictures_have_the_positions_of_the_middle(kind, tmp_path):
+    make_language_model(tmp_path / "language", "llama")
+    place = tmp_path / "tower"
+    make_tower(place, kind.replace("llava", "clip_vision_model"))
+    if kind == "llava":
+        place = tmp_path / "whole"
+        assemble_model(tmp_path / "tower", tmp_path / "language", place)
+    assemble_model(place, tmp_path / "language", tmp_path / "large")
+    crops = "none" if kind.startswith("siglip") else "hd_pad"
+    options = AssembleOptions(image_size=16, crops=crops)
+    assert assemble_model(place, tmp_path / "language", tmp_path / "small", options)["visual_tokens"] == 4
+    large, small = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).model.vision_tower for name in ("large", "small")
+    )
+    before, after = large.state_dict(), small.state_dict()
+    (name,) = (name for name in before if name.endswith("position_embedding.weight"))
+    extra = 0 if kind.startswith("siglip") else 1
+    middle = [extra + number for number in (5, 6, 9, 10)]
+    assert torch.equal(after[name], before[name][[*range(extra), *middle]])
+    assert all(torch.equal(after[other], before[other]) for other in before.keys() - {name})
+    processor = AutoProcessor.from_pretrained(tmp_path / "small")
+    inputs = processor(images=noise_image(32, 32, 0), text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (16, 16)
+    count = (inputs["input_ids"] == processor.image_token_id).sum()
+    assert count == (4 if crops == "none" else 5 * 4 + 4)
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     parts = tmp_path_factory.mktemp("good")
@@ -314,6 +342,9 @@ def good(tmp_path_factory):
         ({"projector": "pool"}, "projector='pool' is unknown: use one of mlp, resampler"),
         ({"projector": "resampler", "crops": "hd"}, "takes whole pictures, not crops='hd'"),
         ({"projector": "resampler", "vision-tower": "{p}/odd"}, "do not divide the 3 x 3 patches of vision_tower="),
+        ({"image-size": "20"}, "image_size=20: the tower takes 32 x 32 pixels in patches of 8; give a multiple of 8"),
+        ({"image-size": "40"}, "image_size=40: the tower takes 32 x 32"),
+        ({"projector": "resampler", "image-size": "24"}, "do not divide the 3 x 3 patches of vision_tower="),
         ({"dtype": "int4"}, "dtype='int4' is unknown"),
         ({"feature-layer": "-9"}, "feature_layer=-9: the tower has 3 layers"),
         ({"chat-template": "{p}/nowhere.jinja"}, "cannot be read: use 'own', 'v1', or a text file"),

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,6 +17,7 @@ from experiments.motion.clips import LANE, LANES
 from saccade.data.scenes import PATCH_SIZE
 from saccade.tiny import load_tiny
 from saccade.tiny.vocabulary import IMAGE, build_tokenizer
+from saccade.training.assemble import middle_positions
 
 VIDEO = "<video>"
 SIDE = LANE * LANES
@@ -52,7 +52,7 @@ def build_motion_model(seed: int = 0) -> tuple[LlavaOnevisionForConditionalGener
     weights = model.state_dict()
     for name, value in tiny.state_dict().items():
         if name.endswith("position_embedding.weight"):
-            weights[name] = _middle_positions(value, SIDE // PATCH_SIZE)
+            weights[name] = middle_positions(value, SIDE // PATCH_SIZE)
         elif "multi_modal_projector" not in name:
             # The vocabulary has grown by the token of a clip.
             weights[name][: len(value)] = value
@@ -78,19 +78,6 @@ def save_motion_model(folder: Path) -> None:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
         aside.rename(folder)
-
-
-def _middle_positions(table: Tensor, grid: int) -> Tensor:
-    """Positions of the middle of a larger square, so that neighbours are as far apart as in pretraining.
-
-    Args:
-        table: (1 + patches, width), CLS first.
-        grid: patches per side to keep.
-    """
-    side = round((len(table) - 1) ** 0.5)
-    first = (side - grid) // 2
-    middle = table[1:].reshape(side, side, -1)[first : first + grid, first : first + grid]
-    return torch.cat([table[:1], middle.flatten(0, 1)])
 
 
 def with_videos(template: str, place: str) -> str:

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system-prompt", default=None, metavar="TEXT", help="for conversations without one")
     parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="pixels along a picture or a crop (default: the tower's, and at most)",
+    )
+    parser.add_argument(
         "--feature-layer", type=int, default=-2, help="hidden state that the projector reads (default: %(default)s)"
     )
     parser.add_argument(

@@ -3,14 +3,15 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -66,6 +67,9 @@ class AssembleOptions:
             windows of two sizes, see `MultiScaleResampler`.
         chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
         system_prompt: for conversations without one; by default that of the template.
+        image_size: edge in pixels of what the tower takes at once, a picture or a crop; by default its own, which it
+            cannot exceed. A smaller one has the position embeddings of the middle, so that neighbours are as far apart
+            as the tower has learned.
         feature_layer: index of the tower's hidden state that the projector reads.
         dtype: of the weights: "auto" (the language model's), "float32", "bfloat16" or "float16".
         seed: seed of the projector's weights.
@@ -77,6 +81,7 @@ class AssembleOptions:
     projector: str = "mlp"
     chat_template: str = "own"
     system_prompt: str | None = None
+    image_size: int | None = None
     feature_layer: int = -2
     dtype: str = "auto"
     seed: int = 0
@@ -152,6 +157,8 @@ class _Tower:
     config: PreTrainedConfig
     images: Any
     from_llava: bool
+    own_size: int | None = None
+    """Edge of the pictures that it was trained on, if others are wanted."""
 
     @classmethod
     def find(cls, place: str, options: AssembleOptions) -> "_Tower":
@@ -167,7 +174,31 @@ class _Tower:
             images = AutoImageProcessor.from_pretrained(place)
         found = cls(place, config, images, from_llava=whole.model_type not in ("clip", "siglip", config.model_type))
         found._check(options)
+        if options.image_size is not None:
+            found = found._resized(options.image_size)
+            found._check(options)
         return found
+
+    def _resized(self, size: int) -> "_Tower":
+        """The same for smaller pictures.
+
+        Raises:
+            SaccadeError: if they are larger than the tower's own, or not whole patches.
+        """
+        own, patch = self.config.image_size, self.config.patch_size
+        if not 0 < size <= own or size % patch:
+            raise SaccadeError(
+                f"image_size={size}: the tower takes {own} x {own} pixels in patches of {patch}; give a multiple of "
+                f"{patch} up to {own}"
+            )
+        square, cuts = {"height": size, "width": size}, bool(getattr(self.images, "do_center_crop", False))
+        sizes = {"size": {"shortest_edge": size} if cuts else square}
+        if getattr(self.images, "crop_size", None) is not None:
+            sizes["crop_size"] = square
+        images = type(self.images).from_dict({**self.images.to_dict(), **sizes})
+        config = deepcopy(self.config)
+        config.image_size = size
+        return replace(self, config=config, images=images, own_size=own)
 
     def _check(self, options: AssembleOptions) -> None:
         size, patch, layers = self.config.image_size, self.config.patch_size, self.config.num_hidden_layers
@@ -223,12 +254,22 @@ class _Tower:
         if not self.class_token:
             self.config.vision_use_head = False
         if self.from_llava:
-            return AutoModelForImageTextToText.from_pretrained(self.place, dtype=dtype).model.vision_tower
-        tower, info = TOWERS[self.config.model_type].from_pretrained(
-            self.place, config=self.config, dtype=dtype, output_loading_info=True
-        )
-        _check_whole(self.place, "vision_tower", info)
-        return tower
+            tower = AutoModelForImageTextToText.from_pretrained(self.place, dtype=dtype).model.vision_tower
+        else:
+            config = deepcopy(self.config)
+            config.image_size = self.own_size or config.image_size
+            tower, info = TOWERS[self.config.model_type].from_pretrained(
+                self.place, config=config, dtype=dtype, output_loading_info=True
+            )
+            _check_whole(self.place, "vision_tower", info)
+        if self.own_size is None:
+            return tower
+        weights = tower.state_dict()
+        (name,) = (name for name in weights if name.endswith("position_embedding.weight"))
+        weights[name] = middle_positions(weights[name], self.side)
+        smaller = type(tower)(self.config).to(dtype)
+        smaller.load_state_dict(weights)
+        return smaller
 
     def processor(
         self, tokenizer: PreTrainedTokenizerBase, template: str, options: AssembleOptions, beyond: int
@@ -420,6 +461,20 @@ def save_checked(model: PreTrainedModel, processor: ProcessorMixin, output: Path
         if output.is_dir():
             output.rmdir()
         folder.rename(output)
+
+
+def middle_positions(table: Tensor, side: int) -> Tensor:
+    """Position embeddings of the middle of a larger square, so that neighbours are as far apart as in training.
+
+    Args:
+        table: `(n, D)` of a square of patches, or `(1 + n, D)` with a class token first.
+        side: patches per side to keep.
+    """
+    whole = int(len(table) ** 0.5)  # a class token makes it one more than a square
+    before = len(table) - whole**2
+    first = (whole - side) // 2
+    square = table[before:].unflatten(0, (whole, whole))[first : first + side, first : first + side]
+    return torch.cat([table[:before], square.flatten(0, 1)])
 
 
 def resize_plainly(images: Any, size: int) -> None:

@@ -44,7 +44,8 @@ def _tiny_scales() -> PreTrainedConfig:
 
 
 def _tiny_crops() -> PreTrainedConfig:
-    values, side = _tiny().to_dict(), 2 * GRID * PATCH_SIZE
+    values, side = _tiny().to_dict(), GRID * PATCH_SIZE
+    values["vision_config"]["image_size"] = side // 2
     return LlavaNextConfig.from_dict({**values, "model_type": "llava_next", "image_grid_pinpoints": [[side, side]]})
 
 
@@ -58,9 +59,9 @@ def _presets() -> dict[str, Shape]:
     shapes = {"tiny": Shape("tiny", "the embedded LLaVA, 96 x 96 pixels", _tiny, 1, side, 144, ("tiny",))}
     name, about = "tiny-chain-of-sight", "the embedded Chain-of-Sight, 96 x 96 pixels, grown"
     shapes[name] = Shape(name, about, _tiny_scales, 1, side, 224, folders=("out/chain-of-sight/grown",))
-    name, about, tokens = "tiny-llava-hd", "the embedded LLaVA-HD, 192 x 192 pixels, 5 crops", 5 * 144 + 2 * GRID
-    place = "out/llava-hd/pretrain"
-    shapes[name] = Shape(name, about, _tiny_crops, 5, side, tokens, newlines=2 * GRID, folders=(place,))
+    name, about, place = "tiny-llava-hd", "the embedded LLaVA-HD, 96 x 96 pixels, 5 crops", "out/llava-hd/pretrain"
+    half = (GRID // 2, GRID // 2)
+    shapes[name] = Shape(name, about, _tiny_crops, 5, half, 192, newlines=GRID, folders=(place,))
     for name, entry in yaml.safe_load(text)["shapes"].items():
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
         values["config"] = partial(_stock, entry["config"])
