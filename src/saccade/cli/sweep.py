@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     # Before the seconds that the imports take.
     if args.recipe and not args.table:
-        grid = [f"--{text}" for text in args.grid if "=" in text]
+        pairs = (text.partition("=") for text in args.grid)
+        grid = [f"--{name}=[{values}]" for name, equals, values in pairs if equals]
         check_early(args.recipe, [re.sub(r"^--(pretrain|sft)\.", "--", word) for word in [*args.overrides, *grid]])
     from rich.console import Console
 
