@@ -123,7 +123,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
             "run prune_ratio=1.5-seed=0: prune_ratio=1.5",
         ),
         (["tiny-digits/sft", "--model", "tiny", "--grid", "reducer=divprune,nope"], "reducer='nope' is unknown"),
-        (["tiny-digits/sft", "--model", "tiny", "--grid", "skip_vision={preset: no},null"], "preset='no' is unknown"),
+        (["tiny-digits/sft", "--model", "tiny", "--grid", "skip_vision={preset: a},null"], "preset='a' is unknown"),
         (["tiny-digits/sft", "--grid", "model=tiny,nowhere"], "model='nowhere' is not a local folder"),
         (["tiny-digits/sft", "--grid", "seed=1,2", "--seeds", "2"], "--grid seed and --seeds both"),
         (["tiny-digits/sft", "--model", "tiny", "--dataset", "no.jsonl"], "'no.jsonl' does not exist"),
