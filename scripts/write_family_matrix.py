@@ -198,8 +198,8 @@ VIDEOS = """\
 `make test-video` trains and runs tiny models on clips with the stock processors, in an environment that has
 torchvision (`tests/test_video_processors.py`): fast, slow and teacher passes, padded and packed, on rows of clips, of
 clips and images, and of text; each budget; the saved model and its processor; and the invariants listed above but for
-training, with `divprune` and `vispruner`, and with the other reducers for this table, which has the number of tests
-that passed:
+training, with `divprune` and `vispruner`. Its slow tests have the other reducers. The table gives the number of tests
+of invariants that passed on clips; `-` was not run:
 
 {matrix}
 
