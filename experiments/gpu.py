@@ -27,9 +27,9 @@ from benchmarks.shapes import check_place
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
-from saccade.reducers.config import check_choice
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
+from saccade.values import check_choice
 
 PART_FILE, LOG_FILE, LEDGER_FILE = "part.json", "log.txt", "ledger.csv"
 SIZES = ("real", "small")

@@ -17,11 +17,55 @@ import pytest
 
 import saccade
 from saccade.cli import main as main_module
+from saccade.cli.early import check_dataset, check_model, check_reducer, check_values, reducer_names
 from saccade.cli.main import VERBOSE_TOO, VERBS, main
 from saccade.errors import SaccadeError
 from saccade.recipes import OPTIONS, check_early, source_fields
 from saccade.reducers import list_reducers
 
+MISTYPED = """
+train tiny-digit/sft | recipe 'tiny-digit/sft' does not exist: did you mean 'tiny-digits/sft'?
+train tiny-digits/sft --prune_ratoi 0.5 | unknown field 'prune_ratoi': did you mean 'prune_ratio'?
+train tiny-digits/sft --learning-rat 1 | unknown field 'learning_rat': did you mean 'learning_rate'?
+train tiny-digits/sft --dry-runn | unknown field 'dry_runn': did you mean 'dry_run'?
+train tiny-digits/sft --reducer divprun | reducer='divprun' is unknown: did you mean 'divprune'?
+train tiny-digits/sft --prune_ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
+train tiny-digits/sft --model out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
+train tiny-digits/sft --dataset rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+train tiny-digits/sft --launch dpd | launch='dpd' is unknown: did you mean 'ddp'?
+sweep tiny-digits/stf | recipe 'tiny-digits/stf' does not exist: did you mean 'tiny-digits/sft'?
+sweep tiny-digits/sft --grid sft.prune_ratoi=0.8,0.9 | unknown field 'prune_ratoi': did you mean 'prune_ratio'?
+sweep tiny-digits/sft --grid reducer=random,divprun | reducer='divprun' is unknown: did you mean 'divprune'?
+sweep tiny-digits/sft --grid pretrain.prune_ratio=0.8,1.9 | prune_ratio=1.9 is outside [0, 1)
+sweep tiny-digits/sft --split tets | split='tets' is unknown: did you mean 'test'?
+sweep --table --output out/swep | output='out/swep' does not exist
+eval out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
+eval out/sft --inference full,prund | inference='prund' is unknown: did you mean 'pruned'?
+eval out/sft --reducer divprun | reducer='divprun' is unknown: did you mean 'divprune'?
+eval out/sft --prune-ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
+eval out/sft --keep_tokens 0 | keep_tokens=0: expected an integer of at least 1
+eval out/sft --budget crp | budget='crp' is unknown: did you mean 'crop'?
+eval out/sft --split tets | split='tets' is unknown: did you mean 'test'?
+eval out/sft --dataset rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+eval compare out/sftt out/sft | folder='out/sftt' does not exist: did you mean 'out/sft'?
+eval compare out/sft out/sft --suite dualsped | suite='dualsped' is unknown: did you mean 'dualspeed'?
+assemble --vision-tower tiny --language-model tiny --output o --crops anyrs | did you mean 'anyres'?
+assemble --vision-tower tiny --language-model tiny --outpt o | unknown flag '--outpt': did you mean '--output'?
+grow out/sftt --image-size 448 --output o | model='out/sftt' is not a folder: did you mean 'out/sft'?
+data check rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+data check rows.json --format lava | dataset format='lava' is unknown: did you mean 'llava'?
+data check rows.json --prune-ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
+report out/sftt | folder='out/sftt' does not exist: did you mean 'out/sft'?
+export out/sftt --output o | model='out/sftt' is not a folder: did you mean 'out/sft'?
+export out/sft --output o --dtype flot32 | dtype='flot32' is unknown: did you mean 'float32'?
+serve out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
+serve out/sft --engine vlm | engine='vlm' is unknown: did you mean 'vllm'?
+serve out/sft --prune-ratio 1.5 | error: prune_ratio=1.5 is outside [0, 1)
+view phot.jpg | image='phot.jpg' does not exist: did you mean 'photo.jpg'?
+view photo.jpg --reducer divprune,dp | reducer='dp' is unknown: did you mean 'dpp'?
+view photo.jpg --model out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
+demo --steps 0 | steps=0: give at least 1
+"""
 HERE = Path(__file__).parent
 Install = Callable[..., None]
 
@@ -61,8 +105,10 @@ def one_line(text: str) -> str:
     return text[:-1]
 
 
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def run_python(code: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 class TestDispatch:
@@ -238,32 +284,40 @@ class TestFlags:
 
 
 class TestQuickStart:
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["tiny-digit/sft"], "recipe 'tiny-digit/sft' does not exist: did you mean 'tiny-digits/sft'?"),
-            (["tiny-digits/sft", "--prune_ratoi", "0.5"], "unknown field 'prune_ratoi': did you mean 'prune_ratio'?"),
-            (
-                ["tiny-digits/sft", "--learning-rat", "1"],
-                "unknown field 'learning_rat': did you mean 'learning_rate'?",
-            ),
-            (
-                ["sweep", "tiny-digits/sft", "--grid", "sft.prune_ratoi=0.8,0.9"],
-                "unknown field 'prune_ratoi': did you mean 'prune_ratio'?",
-            ),
-            (["view", f"{HERE}/conftets.py"], f"conftets.py' does not exist: did you mean '{HERE}/conftest.py'?"),
-        ],
-    )
-    def test_a_mistyped_recipe_is_told_before_anything_is_imported(self, words: list[str], message: str) -> None:
-        verb, *words = ["train", *words] if words[0].startswith("tiny") else words
+    def test_what_is_mistyped_is_told_before_anything_is_imported(self, tmp_path: Path) -> None:
+        (tmp_path / "out" / "sft").mkdir(parents=True)
+        (tmp_path / "out" / "sft" / "pruning_config.json").write_text("{}")
+        for name in ("rows.json", "photo.jpg"):
+            (tmp_path / name).write_text("[]")
+        cases = [line.split(" | ") for line in MISTYPED.strip().splitlines()]
         code = (
-            "import io, sys; from contextlib import redirect_stderr; from saccade.cli.main import main; "
-            f"told = io.StringIO()\nwith redirect_stderr(told): status = main([{verb!r}, *{words!r}])\n"
-            "print(status, {'torch', 'transformers', 'trl'} & set(sys.modules), told.getvalue())"
+            "import io, sys; from contextlib import redirect_stderr; from saccade.cli.main import main\n"
+            f"for words, message in {cases!r}:\n"
+            "    told = io.StringIO()\n"
+            "    with redirect_stderr(told): status = main(words.split())\n"
+            "    slow, told = {'torch', 'transformers', 'trl'} & set(sys.modules), told.getvalue()\n"
+            "    assert status == 2 and not slow and message in told, (words, status, slow, told)\n"
+            "print('all')"
         )
-        out = run_python(code)
-        assert out.startswith("2 set() saccade: error: ")
-        assert message in out
+        assert run_python(code, cwd=tmp_path) == "all\n"
+
+    def test_the_reducers_found_in_the_source_are_those_there_are(self) -> None:
+        assert reducer_names() == set(list_reducers())
+
+    def test_what_may_be_right_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for folder, name in (("out/sft", "pruning_config.json"), ("Qwen/Qwen2-VL-2B", "config.json")):
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / name).write_text("{}")
+        for model in ("tiny", "out/sft", "Qwen/Qwen2-VL-7B", "llava-hf/llava-1.5-7b-hf", "gpt2", None):
+            check_model(model)
+        for model in ("out/sftt", "./new", "/none", "out/sft/checkpoint-3"):
+            with pytest.raises(SaccadeError, match="is not a folder"):
+                check_model(model)
+        check_dataset("someone/rows")
+        check_values({"prune_ratio": "1e-1", "keep_tokens": None, "reducer": None, "learning_rate": 3})
+        monkeypatch.setattr("saccade.cli.early.entry_points", lambda group: [group])
+        check_reducer("from-a-plugin")
 
     @pytest.mark.interfaces
     def test_the_names_found_in_the_source_are_those_of_the_classes(self) -> None:
@@ -273,7 +327,7 @@ class TestQuickStart:
 
     def test_what_is_not_found_in_the_source_is_left_to_the_whole_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("saccade.recipes.OPTIONS", {"saccade.training.recipe": "Gone"})
-        check_early("tiny-digits/sft", ["--prune_ratoi", "0.5"])
+        assert check_early("tiny-digits/sft", ["--prune_ratoi", "0.5"])["prune_ratoi"] == 0.5
 
     def test_help_imports_no_torch(self) -> None:
         code = (

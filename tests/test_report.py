@@ -117,14 +117,16 @@ class TestPlots:
     def test_labels_of_points_in_one_place_do_not_overlap(self) -> None:
         boxes = [(0.49, 0.48, 0.51, 0.52)]
         for _ in range(8):
-            box, side = free_box(0.5, 0.5, 0.2, 0.08, boxes)
-            assert side in (1, -1)
+            (box, side), far = free_box(0.5, 0.5, 0.2, 0.08, boxes)
+            assert side in (1, 0, -1)
+            assert far < 1
             assert not any(overlap(box, other) for other in boxes)
             boxes.append(box)
 
     def test_a_label_with_no_free_place_stays_at_its_point(self) -> None:
-        box, side = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
+        (box, side), far = free_box(0.5, 0.5, 0.2, 0.08, [(0, 0, 1, 1)])
         assert side == 1
+        assert far > 1
         assert (box[1] + box[3]) / 2 == pytest.approx(0.5)
 
     def test_curves_are_drawn_each_and_with_a_title(self, tmp_path: Path) -> None:

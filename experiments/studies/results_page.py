@@ -32,6 +32,9 @@ From the root of a clone, `python -m experiments.studies NAME --output OUT` runs
 experiments.studies --output OUT --write-docs docs` writes this page from its folders. The notes, marked in the source
 of the page, are written by hand and are kept; everything else is overwritten.
 
+Each section ends with the command, the date and the commits of its runs, whose folders are not in the repository.
+The code has changed since; where a method chooses differently today, the notes say so.
+
 An answer counts if greedy decoding matches it exactly. Accuracies are means over seeds, with minimum and maximum in
 brackets; *n* is the number of seeds if some are missing. *Share* is relative to all-token training with the same
 seed. *Speed-up of steps* is measured within a run: the time of a slow step without its teacher, divided by that of

@@ -94,16 +94,38 @@ def check_writable(path: str | os.PathLike[str], field: str, folder: bool = Fals
         raise SaccadeError(f"{field}={str(path)!r} cannot be written ({reason}): give another path") from error
 
 
-def similar_path(path: str | os.PathLike[str], otherwise: str) -> str:
-    """The hint for a path that does not exist: the most similar one in its folder, or else `otherwise`."""
+def nearest_path(path: str | os.PathLike[str]) -> Path | None:
+    """The most similar path in the folder of one that does not exist, if any is similar."""
     path = Path(path)
     try:
         entries = [entry for entry in path.parent.iterdir() if not entry.name.startswith(".") and entry != path]
     except (OSError, ValueError):
-        return otherwise
+        return None
     # By the stems alone: a long folder or the same suffix would make any two names similar.
     near = difflib.get_close_matches(path.stem, [entry.stem for entry in entries], n=1)
-    return next((f"did you mean {str(entry)!r}?" for entry in entries if entry.stem in near), otherwise)
+    return next((entry for entry in entries if entry.stem in near), None)
+
+
+def similar_path(path: str | os.PathLike[str], otherwise: str) -> str:
+    """The hint for a path that does not exist: the most similar one in its folder, or else `otherwise`."""
+    near = nearest_path(path)
+    return otherwise if near is None else f"did you mean {str(near)!r}?"
+
+
+def check_exists(path: str | os.PathLike[str], field: str, otherwise: str, folder: bool = False) -> None:
+    """Refuse a path that does not exist.
+
+    Args:
+        field: the path's name for the user.
+        otherwise: what to do if there is no similar path.
+        folder: whether it has to be a folder.
+
+    Raises:
+        SaccadeError: with the most similar path.
+    """
+    if not (Path(path).is_dir() if folder else Path(path).exists()):
+        state = "is not a folder" if folder else "does not exist"
+        raise SaccadeError(f"{field}={str(path)!r} {state}: {similar_path(path, otherwise)}")
 
 
 def check_new_folder(path: str | os.PathLike[str], field: str) -> None:

@@ -1,4 +1,5 @@
-"""Check values of options against the types in their dataclass."""
+"""Check values of options: against the types in their dataclass, and those that are light enough to be refused before
+torch is imported."""
 
 import math
 import types
@@ -6,8 +7,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, Union, get_args, get_origin
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, one_of
 
+BUDGETS = ("crop", "image", "sample")
+NEWLINES = ("keep", "drop")
+POSITIONS = ("compact", "original")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CROPS = ("none", "anyres", "hd", "hd_pad")
+PROJECTORS = ("mlp", "resampler")
+INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
+ENGINES = ("vllm", "transformers")
+SPLITS = ("train", "validation", "test")
 BOUNDS = frozenset({"feature_cache_gib"})
 """Options for which infinity means no limit."""
 
@@ -90,3 +100,69 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Check that a value is one of the known ones.
+
+    Raises:
+        SaccadeError: if it is not; the message names the option, its value and the known ones.
+    """
+    if value not in known:
+        raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")
+
+
+def check_prune_ratio(prune_ratio: float) -> float:
+    """Return `prune_ratio` if it lies in [0, 1).
+
+    Raises:
+        SaccadeError: for any other value, NaN included.
+    """
+    if not isinstance(prune_ratio, (int, float)) or isinstance(prune_ratio, bool) or not 0 <= prune_ratio < 1:
+        raise SaccadeError(
+            f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the share of visual tokens to drop, "
+            "0.9 keeps a tenth, 0 keeps all"
+        )
+    return float(prune_ratio)
+
+
+def check_pruning(values: Mapping[str, Any]) -> None:
+    """Check those options of `saccade.reducers.PruningConfig` that are given and not None, as far as that needs no
+    reducer.
+
+    Raises:
+        SaccadeError: if one is out of range, or two exclude each other.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if "prune_ratio" in given and "keep_tokens" in given:
+        raise SaccadeError(
+            f"prune_ratio={given['prune_ratio']!r} and keep_tokens={given['keep_tokens']!r} both say how many visual "
+            "tokens to keep: leave one of them out"
+        )
+    if "prune_ratio" in given:
+        check_prune_ratio(given["prune_ratio"])
+    if "keep_tokens" in given:
+        _check_positive("keep_tokens", given["keep_tokens"], "omit it to use prune_ratio")
+    for name, known in (("budget", BUDGETS), ("newlines", NEWLINES), ("positions", POSITIONS)):
+        if name in values:
+            check_choice(name, values[name], known)
+    if "fit_length" in given:
+        _check_positive("fit_length", given["fit_length"], "omit it for no maximum")
+        if given.get("reducer") == "none":
+            raise SaccadeError(
+                f"fit_length={given['fit_length']} with reducer='none', which drops no token: use another reducer; "
+                "prune_ratio=0 keeps all tokens of samples that fit"
+            )
+    if "patch_tolerance" in given:
+        value = given["patch_tolerance"]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf:
+            raise SaccadeError(
+                f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
+                "to drop no patches before the tower"
+            )
+
+
+def _check_positive(name: str, value: Any, otherwise: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SaccadeError(f"{name}={value!r}: expected an integer of at least 1; {otherwise}")

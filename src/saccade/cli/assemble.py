@@ -2,6 +2,8 @@
 
 import argparse
 
+from saccade.values import CROPS, DTYPES, PROJECTORS, check_choice
+
 OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade assemble --vision-tower openai/clip-vit-large-patch14-336 --language-model lmsys/vicuna-7b-v1.5 \\
@@ -70,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_choice("crops", args.crops, CROPS)
+    check_choice("projector", args.projector, PROJECTORS)
+    check_choice("dtype", args.dtype, DTYPES)
     from dataclasses import fields
 
     from saccade.files import to_json

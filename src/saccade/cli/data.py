@@ -4,7 +4,9 @@ import argparse
 from contextlib import ExitStack
 from typing import Any
 
+from saccade.cli.early import check_dataset, check_model
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+from saccade.values import check_choice
 
 EXAMPLES = """
 saccade data check llava_v1_5_mix665k.json --image-folder data/images
@@ -42,6 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, show, write the report, and return 1 if a record is bad or the check was interrupted."""
+    from saccade.data.conversation import FORMATS
+    from saccade.recipes import find_recipe
+
+    # Before the seconds that the other imports take.
+    given = _given(args)
+    check_choice("dataset format", args.format or "auto", FORMATS)
+    check_dataset(args.path)
+    if args.path.endswith((".yaml", ".yml")):
+        find_recipe(args.path)
+    check_model(args.model)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
         report = check_data(
             args.path,
-            _given(args),
+            given,
             jobs=available_cores() if args.jobs is None else args.jobs,
             start=start,
             progress=lambda count: bar.advance(task, count),

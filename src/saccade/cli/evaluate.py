@@ -4,9 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from saccade.cli.early import check_dataset, check_model
 from saccade.cli.pruning_flags import FLAGS, add_pruning_flags, given_pruning
 from saccade.errors import SaccadeError
-from saccade.values import check_counts
+from saccade.files import check_exists
+from saccade.values import INFERENCES, SPLITS, check_choice, check_counts
 
 EXAMPLES = """
 saccade eval out/sft                                      all tokens, pruned, and pruned with the isolator
@@ -76,6 +78,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_scenes(args: argparse.Namespace) -> int:
+    _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
+    split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 100 if args.dataset is None else 8
+    check_counts(num_samples=args.num_samples, batch_size=batch_size)
+    names = None if args.inference is None else args.inference.split(",")
+    for name in names or ():
+        check_choice("inference", name, INFERENCES)
+    given = given_pruning(args)
+    check_model(args.model)
+    if args.dataset is None:
+        _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")
+        check_choice("split", split, SPLITS)
+    else:
+        _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
+        check_dataset(args.dataset)
+        if args.image_cache is not None and args.image_urls is None:
+            raise SaccadeError("--image-cache goes with --image-urls: give both, or leave it out")
+    # What comes from here on takes seconds to import.
     from saccade.data import digit_scenes
     from saccade.data.addresses import ImageAddresses
     from saccade.dualspeed.weights import identify_weights
@@ -86,22 +108,11 @@ def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_model
 
-    _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
-    split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = 100 if args.dataset is None else 8
-    check_counts(num_samples=args.num_samples, batch_size=batch_size)
-    names = None if args.inference is None else args.inference.split(",")
-    inferences = plan_inferences(args.model, names, **given_pruning(args))
+    inferences = plan_inferences(args.model, names, **given)
     if args.dataset is None:
-        _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")
         scenes, what = digit_scenes("sft", split, num_samples), f"{num_samples} scenes of the {split} split"
     else:
-        _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         folders = None if args.image_folder is None else args.image_folder.split(",")
-        if args.image_cache is not None and args.image_urls is None:
-            raise SaccadeError("--image-cache goes with --image-urls: give both, or leave it out")
         urls = None if args.image_urls is None else args.image_urls.split(",")
         addresses = None if urls is None else ImageAddresses(urls, args.image_cache)
         scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model), addresses)
@@ -125,9 +136,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from saccade.evaluation.compare import compare_results, comparison_rows
-    from saccade.files import write_json_atomically
-    from saccade.report.tables import print_table
+    from saccade.evaluation.suites import get_suite
 
     names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder", "image_urls", "image_cache")
     _refuse(args, names, "is not for compare: leave it out")
@@ -135,6 +144,14 @@ def _compare(args: argparse.Namespace) -> int:
         raise SaccadeError(
             f"compare takes two folders of results, the baseline's first, and was given {len(args.folders)}"
         )
+    for folder in args.folders:
+        check_exists(folder, "folder", "give what an evaluation wrote")
+    if args.suite is not None:
+        get_suite(args.suite)
+    from saccade.evaluation.compare import compare_results, comparison_rows
+    from saccade.files import write_json_atomically
+    from saccade.report.tables import print_table
+
     comparison = compare_results(*args.folders, suite=args.suite)
     columns, rows = comparison_rows(comparison)
     print_table(f"{comparison['model']} against {comparison['baseline']}", columns, rows)

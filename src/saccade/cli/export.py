@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from saccade.files import check_exists
+from saccade.values import DTYPES, check_choice
+
 OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade export out/sft --output out/my-model                      merges LoRA, checks every key, writes a card
@@ -27,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_exists(args.model, "model", "name the output_dir of a run, or a checkpoint in it", folder=True)
+    check_choice("dtype", args.dtype, DTYPES)
     from saccade.errors import SaccadeError
     from saccade.files import to_json
     from saccade.training.export import export_model, loads_in

@@ -2,6 +2,8 @@
 
 import argparse
 
+from saccade.cli.early import check_model
+
 OUTPUT_IS_FOLDER = True
 EXAMPLES = """
 saccade grow out/skip-vision/cos_pretrain --image-size 448 --output out/skip-vision/cos_grown
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_model(args.model)
     from saccade.files import to_json
     from saccade.training.grow import grow_model
 

@@ -162,17 +162,24 @@ def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Name
     flags = parser.flags()
     # Fields of a recipe have an underscore where flags have a dash, and nobody should have to remember which is which.
     words = [_dashed(word) if _dashed(word).partition("=")[0] in flags else word for word in argv]
-    args, unknown = parser.parse_known_args(words)
     passes = getattr(module, "PASS_UNKNOWN", False)
+    # Before argparse misses a required flag, which may only be mistyped.
+    for word in () if passes else words[: words.index("--") if "--" in words else None]:
+        if word.startswith("--") and word.partition("=")[0] not in flags:
+            _refuse_flag(parser, word)
+    args, unknown = parser.parse_known_args(words)
     if unknown and (not passes or not unknown[0].startswith("--")):
         if not unknown[0].startswith("-"):
             parser.error(f"unknown argument {unknown[0]!r}")
-        name = _dashed(unknown[0]).partition("=")[0]
-        near = did_you_mean(name, flags, "")
-        parser.error(f"unknown flag {unknown[0]!r}" + (f": {near}" if near else ""))
+        _refuse_flag(parser, unknown[0])
     if passes:
         args.overrides = unknown
     return args
+
+
+def _refuse_flag(parser: Parser, word: str) -> NoReturn:
+    near = did_you_mean(_dashed(word).partition("=")[0], parser.flags(), "")
+    parser.error(f"unknown flag {word!r}" + (f": {near}" if near else ""))
 
 
 def _dashed(word: str) -> str:

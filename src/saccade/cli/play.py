@@ -2,6 +2,8 @@
 
 import argparse
 
+from saccade.files import check_exists
+
 EXAMPLES = """
 saccade play                        what `train`, `demo` and `smol` wrote to out/, and the embedded model
 saccade play out/sft out/export     models to choose from, each pruned as it was trained
@@ -28,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("gradio") is None:
         raise needs_package("saccade play", "gradio")
     check_port(args.port)
+    for model in args.models:
+        if model != "tiny":
+            check_exists(model, "model", "give the folder of a trained model, or tiny", folder=True)
     from saccade.play.ask import find_models
 
     models = find_models(args.models)

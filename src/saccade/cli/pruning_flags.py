@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from saccade.cli.early import check_values
+
 
 def _json(text: str) -> Any:
     try:
@@ -48,5 +50,11 @@ def add_pruning_flags(parser: argparse.ArgumentParser, default: str, names: Iter
 
 
 def given_pruning(args: argparse.Namespace) -> dict[str, Any]:
-    """The pruning options that were given, by their field."""
-    return {name: getattr(args, name) for name in FLAGS if getattr(args, name, None) is not None}
+    """The pruning options that were given, by their field.
+
+    Raises:
+        SaccadeError: on one that is certainly wrong, before anything slow is imported.
+    """
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name, None) is not None}
+    check_values(given)
+    return given

@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from saccade.files import check_exists
+
+    check_exists(args.folder, "folder", "give the folder of a run, a sweep or a demo")
     from saccade.pages import write_report
 
     page = write_report(Path(args.folder), Path(args.output) if args.output else None, args.overwrite)

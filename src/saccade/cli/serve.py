@@ -3,6 +3,8 @@
 import argparse
 
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+from saccade.files import check_exists
+from saccade.values import ENGINES, check_choice
 
 PASS_UNKNOWN = True
 
@@ -28,13 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
-    from saccade.serving.start import serve_folder
 
+    check_exists(args.model, "model", "name the folder of an export or of a run", folder=True)
+    if args.engine is not None:
+        check_choice("engine", args.engine, ENGINES)
     options = given_pruning(args)
     if args.no_isolator:
         options["isolator"] = None
     if args.all_tokens and options:
         raise SaccadeError(f"--all-tokens and --{next(iter(options)).replace('_', '-')}: leave one of them out")
     setting = False if args.all_tokens else options or None
+    from saccade.serving.start import serve_folder
+
     where = {"host": args.host, "port": args.port, "name": args.name, "engine": args.engine}
     return serve_folder(args.model, setting, args.overrides, **where)

@@ -3,6 +3,10 @@
 import argparse
 import re
 
+from saccade.cli.early import check_values
+from saccade.files import check_exists
+from saccade.values import SPLITS, check_choice, check_counts
+
 OUTPUT_IS_FOLDER = True
 PASS_UNKNOWN = True
 EXAMPLES = """
@@ -52,27 +56,34 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from saccade.errors import SaccadeError
-    from saccade.recipes import check_early
+    from saccade.recipes import check_early, parse_grid
 
     # Before the seconds that the imports take.
-    if args.recipe and not args.table:
+    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
+    check_choice("split", args.split, SPLITS)
+    if args.table:
+        check_exists(args.output, "output", "give the folder of a sweep")
+    elif not args.recipe:
+        raise SaccadeError("nothing to run: give a recipe, or --table for what is done so far")
+    else:
         pairs = (text.partition("=") for text in args.grid)
-        grid = [f"--{name}=[{values}]" for name, equals, values in pairs if equals]
-        check_early(args.recipe, [re.sub(r"^--(pretrain|sft)\.", "--", word) for word in [*args.overrides, *grid]])
+        fields = [f"--{name}=[{values}]" for name, equals, values in pairs if equals]
+        overrides = [_of_any_stage(word) for word in args.overrides]
+        check_early(args.recipe, [*overrides, *map(_of_any_stage, fields)], vars(args))
+        check_values(check_early(args.recipe, overrides))
+        for name, values in parse_grid(args.grid).items():
+            for value in values:
+                check_values({_of_any_stage(f"--{name}")[2:]: value})
     from rich.console import Console
 
-    from saccade.sweeps.plan import Plan, parse_grid
+    from saccade.sweeps.plan import Plan
     from saccade.sweeps.runner import run_sweep
     from saccade.sweeps.table import Standing
-    from saccade.values import check_counts
 
     output, console = Path(args.output), Console()
-    check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
     if args.table:
         Standing(Plan.read(output), output).report(console)
         return 0
-    if not args.recipe:
-        raise SaccadeError("nothing to run: give a recipe, or --table for what is done so far")
     only = parse_grid(args.only, "--only")
     plan = plan_recipe(args)
     outcome = run_sweep(plan, output, None, only, args.jobs, args.any_commit, console)
@@ -81,10 +92,15 @@ def run(args: argparse.Namespace) -> int:
     return outcome.tell_failures()
 
 
+def _of_any_stage(word: str) -> str:
+    """A field's flag without the stage that it is for."""
+    return re.sub(r"^--(pretrain|sft)\.", "--", word)
+
+
 def plan_recipe(args: argparse.Namespace):
     """The plan of a grid over a recipe, and over the recipe before it if there is one."""
-    from saccade.recipes import parse_overrides, read_recipe
-    from saccade.sweeps.plan import make_plan, parse_grid, place, plan_grid
+    from saccade.recipes import parse_grid, parse_overrides, read_recipe
+    from saccade.sweeps.plan import make_plan, place, plan_grid
 
     recipe = read_recipe(args.recipe)
     before = args.pretrain or recipe.get("pretrain")

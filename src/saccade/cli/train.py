@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saccade.cli.early import check_dataset, check_model, check_values
+
 if TYPE_CHECKING:
     from saccade.training import Recipe
 
@@ -75,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.overwrite is not None:
         args.overrides += ["--overwrite", args.overwrite]
-    check_early(args.recipe, args.overrides)
+    values = check_early(args.recipe, args.overrides, vars(args))
+    check_values(values)
+    check_model(values.get("model"))
+    check_dataset(values.get("dataset"))
     if args.dry_run:
         return _dry_run(args)
     for name in PLAN_FLAGS:

@@ -3,7 +3,9 @@
 import argparse
 from pathlib import Path
 
+from saccade.cli.early import check_model, check_reducer
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
+from saccade.files import check_exists
 
 EXAMPLES = """
 saccade view photo.jpg
@@ -44,21 +46,24 @@ def outputs(args: argparse.Namespace) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     from saccade.errors import SaccadeError
-    from saccade.files import similar_path
 
     # Before the seconds that the imports take.
-    if not Path(args.image).exists():
-        hint = similar_path(args.image, "give an image file")
-        raise SaccadeError(f"image {args.image!r} does not exist: {hint}")
+    check_exists(args.image, "image", "give an image file")
+    # Of this verb, the flag names several.
+    names, args.reducer = [name.strip() for name in args.reducer.split(",")], None
+    repeated = [name for number, name in enumerate(names) if name in names[:number]]
+    if repeated:
+        raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
+    everything = names == ["all"]
+    for name in () if everything else names:
+        check_reducer(name)
+    options = given_pruning(args)
+    check_model(args.model)
     from saccade.images import open_image
     from saccade.reducers import PruningConfig, list_reducers
     from saccade.report.view import view_reducers
 
-    names = list_reducers() if args.reducer == "all" else [name.strip() for name in args.reducer.split(",")]
-    repeated = [name for number, name in enumerate(names) if name in names[:number]]
-    if repeated:
-        raise SaccadeError(f"reducer {repeated[0]!r} is given twice: name each once")
-    options = {name: value for name, value in given_pruning(args).items() if name != "reducer"}
+    names = list_reducers() if everything else names
     # Before anything is loaded, so that mistakes show at once.
     pruning = PruningConfig(names[0], **options)
     for name in names:

@@ -4,9 +4,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from saccade.errors import SaccadeError, one_of
+from saccade.values import SPLITS, check_choice
 
-SPLITS = ("train", "validation", "test")
 # Share of each class, in the order of SPLITS.
 _SHARES = (0.70, 0.15, 0.15)
 
@@ -39,8 +38,7 @@ def split_indices(split: str) -> tuple[tuple[int, ...], ...]:
     Raises:
         SaccadeError: if `split` is none of the three.
     """
-    if split not in SPLITS:
-        raise SaccadeError(f"split={split!r} is unknown: {one_of(split, SPLITS)}")
+    check_choice("split", split, SPLITS)
     _, classes = digit_samples()
     generator = np.random.default_rng(0)
     part = SPLITS.index(split)

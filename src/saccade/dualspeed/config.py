@@ -19,9 +19,9 @@ from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
 from saccade.reducers import PruningConfig
-from saccade.reducers.config import PRUNING_OPTIONS, check_choice
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig
-from saccade.values import check_finite, coerce
+from saccade.values import check_choice, check_finite, coerce
 from saccade.videos import VIDEO_FRAMES, Sampling
 
 logger = logging.getLogger(__name__)

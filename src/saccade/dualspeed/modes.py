@@ -13,8 +13,9 @@ from typing import Any
 
 from saccade.errors import SaccadeError, did_you_mean, one_of
 from saccade.reducers import Needs, PruningConfig
-from saccade.reducers.config import PRUNING_OPTIONS, check_choice
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig
+from saccade.values import check_choice
 
 ACTIONS = ("keep", "drop", "skip")
 NAME = re.compile(r"[a-z][a-z0-9_]*")

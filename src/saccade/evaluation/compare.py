@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
 from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
+from saccade.files import check_exists
 
 LMMS_FILES = "*results.json"
 DIGIT_FILE = "eval.json"
@@ -134,8 +135,7 @@ def read_scores(path: str | Path) -> Scores:
         SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
     """
     place, shown = Path(path), f"folder={str(path)!r}"
-    if not place.exists():
-        raise SaccadeError(f"{shown} does not exist: give what an evaluation wrote")
+    check_exists(place, "folder", "give what an evaluation wrote")
     files = [place] if place.is_file() else {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
     scores, origin = Scores(str(path)), {}
     # Files of equal time are ordered by name, which in lmms-eval begins with the date.

@@ -20,7 +20,7 @@ from saccade.data.clips import check_takes_videos, with_clips
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
-from saccade.errors import RecordError, SaccadeError, one_of, reason_of
+from saccade.errors import RecordError, SaccadeError, reason_of
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.files import check_entries, reading
@@ -28,10 +28,10 @@ from saccade.images import open_image
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
+from saccade.values import INFERENCES, check_choice
 from saccade.videos import Clip, open_video
 
 MEDIA = ("messages", "images", "videos")
-INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class Inference:
     skip_vision: Path | str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in INFERENCES:
-            raise SaccadeError(f"inference={self.name!r} is unknown: {one_of(self.name, INFERENCES)}")
+        check_choice("inference", self.name, INFERENCES)
         if self.name == "pruned_isolator" and self.pruning.isolator is None:
             raise SaccadeError("inference='pruned_isolator' needs an isolator: name the folder of a DualSpeed run")
         if self.name == "skip" and self.skip_vision is None:

@@ -9,7 +9,7 @@ from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import read_evaluation
 from saccade.errors import SaccadeError
-from saccade.files import check_entries, similar_path
+from saccade.files import check_entries, check_exists
 from saccade.sweeps.plan import PLAN_FILE
 from saccade.sweeps.runner import RUNS
 from saccade.sweeps.worker import RESULT_FILE
@@ -54,10 +54,9 @@ def is_sweep(folder: Path) -> bool:
         SaccadeError: if it is missing or contains neither.
     """
     shown = f"folder={str(folder)!r}"
+    check_exists(folder, "folder", "give the folder of a run, a sweep or a demo")
     if not folder.is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        hint = similar_path(folder, "give the folder of a run, a sweep or a demo")
-        raise SaccadeError(f"{shown} {state}: {hint}")
+        raise SaccadeError(f"{shown} is a file: give the folder of a run, a sweep or a demo")
     check_entries(folder, "folder")
     if (folder / PLAN_FILE).is_file():
         return True

@@ -17,7 +17,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluation.digits import prepare_prompts, trained_pruning
 from saccade.families import get_family
 from saccade.families.padding import pads_to_square
-from saccade.files import similar_path
+from saccade.files import check_exists
 from saccade.images import open_image
 from saccade.pages.source import read_json
 from saccade.pruning import prune_inputs
@@ -170,9 +170,8 @@ def check_folder(name: str) -> None:
     Raises:
         SaccadeError: if `name` is neither a folder nor `TINY`.
     """
-    if name != TINY and not Path(name).is_dir():
-        hint = similar_path(name, f"give the folder of a trained model, or {TINY}")
-        raise SaccadeError(f"model={name!r} is not a folder: {hint}")
+    if name != TINY:
+        check_exists(name, "model", f"give the folder of a trained model, or {TINY}", folder=True)
 
 
 def open_model(name: str) -> OpenModel:

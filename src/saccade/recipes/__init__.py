@@ -82,26 +82,63 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def check_fields(names: Collection[Any], known: Collection[str], source: str) -> None:
-    """Refuse a field that a recipe cannot have."""
+def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any]]:
+    """Parse one `field=a,b,c` per field; values are read as YAML.
+
+    Raises:
+        SaccadeError: on a text without values, a field given twice, or a value given twice.
+    """
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name or not values.strip():
+            raise SaccadeError(f"{flag} {text!r}: write {flag} field=a,b,c")
+        if name in grid:
+            raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
+        try:
+            grid[name] = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
+        repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]
+        if repeated:
+            raise SaccadeError(f"{flag} {name}: the value {repeated[0]!r} is given twice")
+    return grid
+
+
+def check_fields(names: Collection[Any], known: Collection[str], source: str, flags: Collection[str] = ()) -> None:
+    """Refuse a field that a recipe cannot have.
+
+    Args:
+        flags: what else could have been meant.
+    """
     for name in names:
         if name not in known:
-            hint = did_you_mean(str(name), known, "DualSpeedConfig and docs/recipes.md list the fields")
+            hint = did_you_mean(str(name), [*known, *flags], "DualSpeedConfig and docs/recipes.md list the fields")
             raise SaccadeError(f"{source}: unknown field {name!r}: {hint}")
 
 
-def check_early(path: str | Path, overrides: Sequence[str]) -> None:
+def check_early(path: str | Path, overrides: Sequence[str], flags: Collection[str] = ()) -> dict[str, Any]:
     """Refuse a recipe whose name or fields are mistyped, before the seconds that torch and trl take to import.
 
     Where a library keeps its fields is its own affair. What cannot be found is left to the check of the whole recipe.
+
+    Args:
+        flags: of the verb, with underscores, which a mistyped field may have been meant as.
+
+    Returns:
+        The recipe's fields, overridden, as written.
     """
-    values = put_over(read_recipe(path), parse_overrides(overrides))
+    values, source = read_recipe(path), str(find_recipe(path))
     try:
         known = {name for module, owner in OPTIONS.items() for name in source_fields(module, owner)}
     except (LookupError, OSError, SyntaxError):
-        return
-    # It is a sweep's, and the whole check says so.
-    check_fields(values, known | {"pretrain"}, str(find_recipe(path)))
+        return put_over(values, parse_overrides(overrides))
+    # Without their values, since a mistyped flag may have none.
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
+    # `pretrain` is a sweep's, and the whole check says so.
+    check_fields([*values, *given], known | {"pretrain"}, source, flags)
+    return put_over(values, parse_overrides(overrides))
 
 
 def source_fields(module: str, owner: str) -> set[str]:

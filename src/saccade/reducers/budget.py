@@ -3,21 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from saccade.errors import SaccadeError
-
-
-def check_prune_ratio(prune_ratio: float) -> float:
-    """Return `prune_ratio` if it lies in [0, 1).
-
-    Raises:
-        SaccadeError: for any other value, NaN included.
-    """
-    if not isinstance(prune_ratio, (int, float)) or isinstance(prune_ratio, bool) or not 0 <= prune_ratio < 1:
-        raise SaccadeError(
-            f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the share of visual tokens to drop, "
-            "0.9 keeps a tenth, 0 keeps all"
-        )
-    return float(prune_ratio)
+from saccade.values import check_prune_ratio
 
 
 def keep_count(num_tokens: int, prune_ratio: float) -> int:

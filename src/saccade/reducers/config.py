@@ -1,23 +1,20 @@
 """`PruningConfig`: how visual tokens are reduced. These options are defined nowhere else."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, check_options, one_of
+from saccade.errors import SaccadeError, check_options
 from saccade.files import write_json_atomically
-from saccade.reducers.budget import check_prune_ratio, keep_count
+from saccade.reducers.budget import keep_count
 from saccade.reducers.frames import KNOW_TIME
 from saccade.reducers.registry import Needs, Reducer, get_reducer
+from saccade.values import check_pruning
 
 PRUNING_FILE = "pruning_config.json"
 PRUNE_RATIO = 0.9
-BUDGETS = ("crop", "image", "sample")
-NEWLINES = ("keep", "drop")
-POSITIONS = ("compact", "original")
 BESIDE = "."
 
 
@@ -81,52 +78,22 @@ class PruningConfig:
         if not isinstance(options, Mapping):
             raise SaccadeError(f"reducer_options={options!r}: give a mapping of options to values")
         object.__setattr__(self, "reducer_options", dict(options))
-        if self.prune_ratio is not None and self.keep_tokens is not None:
-            raise SaccadeError(
-                f"prune_ratio={self.prune_ratio!r} and keep_tokens={self.keep_tokens!r} both say how many visual "
-                "tokens to keep: leave one of them out"
-            )
+        check_pruning(vars(self))
         if self.keep_tokens is None:
             ratio = PRUNE_RATIO if self.prune_ratio is None else self.prune_ratio
-            object.__setattr__(self, "prune_ratio", check_prune_ratio(ratio))
-        elif not isinstance(self.keep_tokens, int) or isinstance(self.keep_tokens, bool) or self.keep_tokens < 1:
-            raise SaccadeError(
-                f"keep_tokens={self.keep_tokens!r}: expected an integer of at least 1; omit it to use prune_ratio"
-            )
-        for name, known in (("budget", BUDGETS), ("newlines", NEWLINES), ("positions", POSITIONS)):
-            check_choice(name, getattr(self, name), known)
+            object.__setattr__(self, "prune_ratio", float(ratio))
         if not isinstance(self.adaptive, bool):
             raise SaccadeError(f"adaptive={self.adaptive!r} is neither true nor false")
-        if self.fit_length is not None:
-            if not isinstance(self.fit_length, int) or isinstance(self.fit_length, bool) or self.fit_length < 1:
-                raise SaccadeError(
-                    f"fit_length={self.fit_length!r}: expected an integer of at least 1; omit it for no maximum"
-                )
-            if self.reducer == "none":
-                raise SaccadeError(
-                    f"fit_length={self.fit_length} with reducer='none', which drops no token: use another reducer; "
-                    "prune_ratio=0 keeps all tokens of samples that fit"
-                )
         if self.patch_tolerance is not None:
-            self._check_patch_tolerance()
+            if self.reducer in KNOW_TIME:
+                raise SaccadeError(
+                    f"patch_tolerance={self.patch_tolerance!r} with reducer={self.reducer!r}, which compares the "
+                    "tokens at each place of all frames: use another reducer, or omit it"
+                )
+            object.__setattr__(self, "patch_tolerance", float(self.patch_tolerance))
         if self.isolator is not None:
             object.__setattr__(self, "isolator", str(self.isolator))
         self.make_reducer()
-
-    def _check_patch_tolerance(self) -> None:
-        value = self.patch_tolerance
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:
-            raise SaccadeError(
-                f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
-                "to drop no patches before the tower"
-            )
-        if self.reducer in KNOW_TIME:
-            raise SaccadeError(
-                f"patch_tolerance={value!r} with reducer={self.reducer!r}, which compares the tokens at each place of "
-                "all frames: use another reducer, or omit it"
-            )
-        object.__setattr__(self, "patch_tolerance", float(value))
 
     def make_reducer(self) -> Reducer:
         """The reducer, with its options."""
@@ -235,13 +202,3 @@ def trained_options(values: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: values[name] for name in PRUNING_OPTIONS if values.get(name)}
     # Here 0 is a value: only exact copies are dropped.
     return given if values.get("patch_tolerance") is None else {**given, "patch_tolerance": values["patch_tolerance"]}
-
-
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Check that a value is one of the known ones.
-
-    Raises:
-        SaccadeError: if it is not; the message names the option, its value and the known ones.
-    """
-    if value not in known:
-        raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")

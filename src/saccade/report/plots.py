@@ -1,7 +1,9 @@
 """Plots as PNG: curves over steps, and accuracy over training time."""
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +20,7 @@ INK, FAINT = "#333333", "#8A8A8A"
 SIZE, DPI = (8.0, 4.75), 150
 SMALL = (5.0, 3.4)
 """Size of the plots of one run: text stays readable when a phone shows them 320 pixels wide."""
-TALL = (6.0, 5.0)
+TALL, WIDE = (6.0, 5.0), (9.0, 5.6)
 WAYS = {"full": "all tokens", "pruned": "pruned", "pruned_isolator": "pruned, with isolator", "skip": "skipping"}
 LONGEST_NAME = 44
 NAMED_POINTS = 8
@@ -26,6 +28,7 @@ NAMED_POINTS = 8
 # As fractions of the axes, since matplotlib only knows the extent of a text after drawing it.
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 LABEL_GAP = 0.026
+ORDERS = 24  # in which labels are placed, to find the one with the shortest lines
 LETTER = 0.0017  # width of a letter of one point, in a picture of size `TALL`
 
 
@@ -126,7 +129,8 @@ def plot_trade_off(
     """
     if not points:
         raise ValueError("there are no points to draw")
-    figure, (axes,) = styled_figure(1, TALL, title)
+    crowded = len({point["training"] for point in points}) > 4
+    figure, (axes,) = styled_figure(1, WIDE if crowded else TALL, title)
     trainings: dict[str, list[Mapping[str, Any]]] = {}
     plain = {point["training"] for point in points if point["inference"] == "pruned"}
     for point in points:
@@ -152,19 +156,26 @@ def plot_trade_off(
                 seconds[0], height, "o", markersize=6 if place else 9, markeredgecolor=color, markerfacecolor=face,
                 zorder=3,
             )  # fmt: skip
-    _name_points(axes, list(trainings.values()))
+    _name_points(axes, list(trainings.values()), 0.9 * TALL[0] / WIDE[0] if crowded else 1.0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("accuracy (%)")
     save_figure(figure, path)
 
 
-def _name_points(axes: Axes, trainings: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+def _name_points(axes: Axes, trainings: Sequence[Sequence[Mapping[str, Any]]], scale: float) -> None:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
 
     def place(point: Mapping[str, Any]) -> tuple[float, float]:
         return (point["seconds"] - left) / (right - left), (100 * point["accuracy"] - bottom) / (top - bottom)
 
-    taken = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in (place(one) for few in trainings for one in few)]
+    points = [one for few in trainings for one in few]
+    taken = [(x - 0.012, y - 0.02, x + 0.012, y + 0.02) for x, y in map(place, points)]
+    for members in trainings:
+        x, _ = place(members[0])
+        ends = [
+            [(100 * one[f"accuracy_{end}"] - bottom) / (top - bottom) for one in members] for end in ("low", "high")
+        ]
+        taken.append((x - 0.002, min(ends[0]), x + 0.002, max(ends[1])))
     few = len(trainings) <= NAMED_POINTS
     labels = []
     for number, (first, *others) in enumerate(trainings, start=1):
@@ -172,33 +183,76 @@ def _name_points(axes: Axes, trainings: Sequence[Sequence[Mapping[str, Any]]]) -
         labels.append((first, name, {"color": INK, "fontweight": "bold", "fontsize": 10}))
         for point in others if few else ():
             labels.append((point, way_name(point["inference"]), {"color": "#6A6A6A", "fontsize": 9}))
-    for point, text, style in sorted(labels, key=lambda label: label[2]["fontsize"], reverse=True):
+    for (point, text, style), (box, side) in zip(labels, _lay_out(labels, place, scale, taken), strict=True):
         x, y = place(point)
-        box, side = free_box(x, y, style["fontsize"] * LETTER * len(text) + 0.012, 0.04, taken)
-        taken.append(box)
         middle = (box[1] + box[3]) / 2
-        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4}
+        # From the edge of the text that is next to the point.
+        start = ((0.5, float(middle < y)), (0, 0.5), (1, 0.5))[side]
+        leader = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4, "relpos": start}
         axes.annotate(
-            text, xy=(x, y), xycoords="axes fraction", xytext=(x + side * 0.032, middle), textcoords="axes fraction",
-            va="center", ha="left" if side > 0 else "right", arrowprops=leader if abs(middle - y) > 0.03 else None,
-            zorder=5, **style,
+            text, xy=(x, y), xycoords="axes fraction",
+            xytext=(x + side * 0.032 if side else (box[0] + box[2]) / 2, middle),
+            textcoords="axes fraction", va="center", ha=("center", "left", "right")[side],
+            arrowprops=leader if abs(middle - y) > (0.03 if side else 0.06) else None, zorder=5, **style,
         )  # fmt: skip
 
 
-def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[Box, int]:
-    """The nearest free place for a label beside (x, y), and its side: 1 right, -1 left. In fractions of the axes."""
+def _lay_out(
+    labels: Sequence[tuple[Mapping[str, Any], str, Mapping[str, Any]]],
+    place: Callable[[Mapping[str, Any]], tuple[float, float]],
+    scale: float,
+    taken: Sequence[Box],
+) -> list[tuple[Box, int]]:
+    """The box and the side of each label: of several orders of placing them, the one with the shortest lines."""
+    shuffler, best = random.Random(0), (math.inf, [])
+    for attempt in range(ORDERS):
+        order = list(range(len(labels)))
+        if attempt:
+            shuffler.shuffle(order)
+        # The names before what is less important.
+        order.sort(key=lambda number: -labels[number][2]["fontsize"])
+        boxes, found, cost = list(taken), [((0.0,) * 4, 0)] * len(labels), 0.0
+        for number in order:
+            point, text, style = labels[number]
+            x, y = place(point)
+            width = scale * (style["fontsize"] * LETTER * len(text) + 0.012)
+            found[number], far = free_box(x, y, width, 0.04, boxes)
+            boxes.append(found[number][0])
+            cost += far
+        best = min(best, (cost, found), key=lambda one: one[0])
+    return best[1]
+
+
+def free_box(x: float, y: float, width: float, height: float, taken: Sequence[Box]) -> tuple[tuple[Box, int], float]:
+    """The nearest free place for a label of (x, y), in fractions of the axes, and its side: 1 right, -1 left, 0 above
+    or below; and how far it is, plus 1 if the line from there crosses something, and 1 if nothing is free.
+    """
     candidates = []
-    for shift in sorted((number * height / 4 for number in range(-24, 25)), key=abs):
+    for shift in sorted((number * height / 4 for number in range(-48, 49)), key=abs):
+        low = min(max(y + shift - height / 2, 0), 1 - height)
         for side in (1, -1):
             near, far = x + side * LABEL_GAP, x + side * (LABEL_GAP + width)
-            low = min(max(y + shift - height / 2, 0), 1 - height)
             candidates.append(((min(near, far), low, max(near, far), low + height), side))
-    free = (
-        (box, side)
-        for box, side in candidates
-        if box[0] >= 0 and box[2] <= 1.01 and not any(overlap(box, other) for other in taken)
-    )
-    return next(free, candidates[0])
+        if abs(shift) >= height:
+            left = min(max(x - width / 2, 0), 1 - width)
+            candidates.append(((left, low, left + width, low + height), 0))
+    # A line may cross whiskers, which are thin.
+    others = [a for a in taken if not (a[0] <= x <= a[2] and a[1] <= y <= a[3]) and a[2] - a[0] > 0.01]
+
+    def is_free(box: Box) -> bool:
+        return box[0] >= 0 and box[2] <= 1.01 and not any(overlap(box, other) for other in taken)
+
+    def is_clear(box: Box, side: int) -> bool:
+        upright = box[1] if box[1] > y else box[3]
+        end = (x + side * LABEL_GAP, (box[1] + box[3]) / 2) if side else ((box[0] + box[2]) / 2, upright)
+        steps = [part / 16 for part in range(17)]
+        line = [(x + part * (end[0] - x), y + part * (end[1] - y)) for part in steps]
+        return not any(a[0] < u < a[2] and a[1] < v < a[3] for u, v in line for a in others)
+
+    free = [one for one in candidates if is_free(one[0])]
+    found = next((one for one in free if is_clear(*one)), (free or candidates)[0])
+    far = abs((found[0][1] + found[0][3]) / 2 - y)
+    return found, far + (0 if free and is_clear(*found) else 1) + (0 if free else 1)
 
 
 def overlap(one: Box, other: Box) -> bool:

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from saccade.errors import SaccadeError, needs_package, one_of
-from saccade.files import reading, similar_path
+from saccade.errors import SaccadeError, needs_package
+from saccade.files import check_exists, reading
 from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
+from saccade.values import ENGINES, check_choice
 
-ENGINES = ("vllm", "transformers")
 VLLM = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself exits at once in vLLM's CPU build, whose package has another name."""
 TRANSFORMERS = "saccade.serving.transformers_server"
@@ -88,9 +88,7 @@ def check_folder(folder: Path) -> None:
     Raises:
         SaccadeError: saying what is wrong with it.
     """
-    if not folder.is_dir():
-        hint = similar_path(folder, "name the folder of an export or of a run")
-        raise SaccadeError(f"model={str(folder)!r} is not a folder: {hint}")
+    check_exists(folder, "model", "name the folder of an export or of a run", folder=True)
     if not (folder / "config.json").is_file():
         hint = "give a folder with a config.json"
         if (folder / "adapter_config.json").is_file():
@@ -104,8 +102,8 @@ def installed_engine(engine: str | None) -> str:
     Raises:
         SaccadeError: if there is no such engine, or it is not installed.
     """
-    if engine not in (None, *ENGINES):
-        raise SaccadeError(f"engine={engine!r} is unknown: {one_of(engine, ENGINES)}")
+    if engine is not None:
+        check_choice("engine", engine, ENGINES)
     if engine != "transformers" and importlib.util.find_spec("vllm") is not None:
         return "vllm"
     if engine == "vllm":

@@ -9,8 +9,8 @@ from typing import Any
 from saccade.companions import read_companion
 from saccade.errors import SaccadeError, check_options, one_of
 from saccade.reducers import Needs, get_reducer
-from saccade.reducers.config import NEWLINES, check_choice
 from saccade.skip_vision.summary import SUMMARY_FILE
+from saccade.values import NEWLINES, check_choice
 
 SPLITS = ("cls_attention", "thumbnail", "scale")
 MERGE_ORDERS = ("published", "raster")

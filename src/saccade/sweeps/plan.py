@@ -11,8 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
@@ -74,30 +72,6 @@ def make_plan(
 ) -> Plan:
     """A plan with today's date and the command line of this process: `command` is the program before its arguments."""
     return Plan(title, tuple(runs), shlex.join([*command, *sys.argv[1:]]), date.today().isoformat(), about)
-
-
-def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any]]:
-    """Parse one `field=a,b,c` per field; values are read as YAML.
-
-    Raises:
-        SaccadeError: on a text without values, a field given twice, or a value given twice.
-    """
-    grid: dict[str, list[Any]] = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name or not values.strip():
-            raise SaccadeError(f"{flag} {text!r}: write {flag} field=a,b,c")
-        if name in grid:
-            raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
-        try:
-            grid[name] = yaml.safe_load(f"[{values}]")
-        except yaml.YAMLError as error:
-            raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
-        repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]
-        if repeated:
-            raise SaccadeError(f"{flag} {name}: the value {repeated[0]!r} is given twice")
-    return grid
 
 
 def plan_grid(

@@ -38,20 +38,18 @@ from saccade.families import family_class, use_released_names
 from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
 from saccade.families.padding import HdPadImageProcessor
 from saccade.files import check_new_folder, reading
-from saccade.reducers.config import check_choice
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
 from saccade.training.export import check_shard_size, own_classes
-from saccade.training.models import DTYPES
+from saccade.values import CROPS, DTYPES, PROJECTORS, check_choice
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 PADDED = 64
 """Embeddings that must grow get a multiple of so many rows."""
 TOWERS = {"clip_vision_model": CLIPVisionModel, "siglip_vision_model": SiglipVisionModel}
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-CROPS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),), "hd_pad": ((2, 2),)}
+CROP_GRIDS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "hd": ((2, 2),), "hd_pad": ((2, 2),)}
 """For each kind of crops, the sizes that an image may be resized to, in crops (down, across)."""
-PROJECTORS = ("mlp", "resampler")
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ class _Tower:
         return self.config.image_size // self.config.patch_size
 
     def pinpoints(self, crops: str) -> list[list[int]]:
-        return [[down * self.config.image_size, across * self.config.image_size] for down, across in CROPS[crops]]
+        return [[down * self.config.image_size, across * self.config.image_size] for down, across in CROP_GRIDS[crops]]
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """The tower with its weights, without SigLIP's pooling head."""
@@ -300,7 +298,7 @@ class _Tower:
 
 
 def _check_options(options: AssembleOptions) -> None:
-    check_choice("crops", options.crops, tuple(CROPS))
+    check_choice("crops", options.crops, CROPS)
     check_choice("projector", options.projector, PROJECTORS)
     check_choice("dtype", options.dtype, DTYPES)
     check_shard_size(options.max_shard_size)

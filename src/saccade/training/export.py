@@ -14,7 +14,7 @@ from saccade.companions import find_companion
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import base_of, check_keys, identify_weights, load_whole, read_evaluation
 from saccade.errors import SaccadeError
-from saccade.files import check_new_folder, reading, similar_path, write_json_atomically, write_text_atomically
+from saccade.files import check_exists, check_new_folder, reading, write_json_atomically, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE
@@ -119,9 +119,7 @@ def check_loads(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _check_paths(source: Path, output: Path) -> None:
-    if not source.is_dir():
-        hint = similar_path(source, "name the output_dir of a run, or a checkpoint in it")
-        raise SaccadeError(f"model={str(source)!r} is not a folder: {hint}")
+    check_exists(source, "model", "name the output_dir of a run, or a checkpoint in it", folder=True)
     if not any((source / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise SaccadeError(
             f"model={str(source)!r} has no config.json and no adapter_config.json: name the output_dir of a finished "

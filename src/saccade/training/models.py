@@ -24,10 +24,9 @@ from saccade.errors import SaccadeError, needs_package
 from saccade.families import Family, family_class, get_family, use_released_names
 from saccade.families.fitting import check_processor
 from saccade.files import reading, similar_path
-from saccade.reducers.config import check_choice
 from saccade.tiny import build_tiny_processor, load_tiny
+from saccade.values import DTYPES, check_choice
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes per weight: four bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales (QLoRA, Sec. 3)."""
 

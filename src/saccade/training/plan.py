@@ -23,15 +23,14 @@ from saccade.families.cache import check_cacheable
 from saccade.families.padding import check_aspect_ratio
 from saccade.recipes import find_recipe, parse_overrides, read_recipe
 from saccade.reducers import PruningConfig
-from saccade.reducers.config import check_choice
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs
 from saccade.training.lengths import SampleLength, recipe_lengths
 from saccade.training.model_presets import SHAPES, Shape, shape_of
-from saccade.training.models import DTYPES, quantized_weights
+from saccade.training.models import quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
-from saccade.values import check_counts
+from saccade.values import DTYPES, check_choice, check_counts
 
 ANYWHERE = ("--use_cpu", "true")
 PUBLISHED = {

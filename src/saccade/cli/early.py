@@ -1,0 +1,83 @@
+"""Mistyped values, told before the seconds that torch and transformers take to import.
+
+Only what is certainly wrong is refused here. The rest passes, and the whole checks come later.
+"""
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from saccade.errors import SaccadeError, one_of
+from saccade.files import check_exists, nearest_path
+from saccade.values import check_pruning
+
+REDUCERS = Path(__file__).parents[1] / "reducers"
+REDUCER_PLUGINS = "saccade.reducers"
+WRITTEN = ("pruning_config.json", "log.json", "eval.json")
+"""Files of which a folder that this library trained or evaluated has at least one."""
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+NUMBERS = ("prune_ratio", "keep_tokens", "fit_length", "patch_tolerance")
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """Refuse a reducer that there is not, or a pruning option that is out of range.
+
+    Args:
+        values: of the options, or of all fields of a recipe.
+
+    Raises:
+        SaccadeError: naming the first of them.
+    """
+    check_reducer(values.get("reducer"))
+    # YAML reads 1e-1 as a string, which is converted later.
+    check_pruning({name: value for name, value in values.items() if name not in NUMBERS or _is_number(value)})
+
+
+def check_reducer(name: Any) -> None:
+    """Refuse a reducer that there is not. Where plug-ins are installed, they may provide it under any name.
+
+    Raises:
+        SaccadeError: with the most similar one.
+    """
+    known = sorted(reducer_names())
+    if isinstance(name, str) and name not in known and not entry_points(group=REDUCER_PLUGINS):
+        raise SaccadeError(f"reducer={name!r} is unknown: {one_of(name, known)}")
+
+
+def reducer_names() -> set[str]:
+    """The names of the library's own reducers, from their source."""
+    sources = (path.read_text(encoding="utf-8") for path in REDUCERS.glob("*.py"))
+    return {name for source in sources for name in re.findall(r'^@register_reducer\("(\w+)"\)', source, re.MULTILINE)}
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that is neither a folder nor a hub id.
+
+    An id has at most one slash and may look like a path, so such a name is only refused if it resembles the folder of
+    a model that was trained here.
+
+    Raises:
+        SaccadeError: with the most similar folder.
+    """
+    if not isinstance(model, str) or model == "tiny" or Path(model).exists():
+        return
+    near = nearest_path(model)
+    trained = near is not None and any((near / name).is_file() for name in WRITTEN)
+    if trained or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        check_exists(model, "model", "give the folder of a model, or a hub id", folder=True)
+
+
+def check_dataset(path: Any) -> None:
+    """Refuse a data file that does not exist. What does not end as one may be a hub id.
+
+    Raises:
+        SaccadeError: with the most similar file.
+    """
+    if isinstance(path, str) and path.endswith(DATA_SUFFIXES):
+        check_exists(path, "dataset", "give a JSON or JSON-lines file")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
