@@ -9,6 +9,7 @@ import pytest
 from transformers import PrinterCallback, ProgressCallback
 
 from saccade.cli.main import main
+from saccade.report import lines
 from saccade.training import load_recipe, train_recipe
 from saccade.training.console import Console, duration, log_line
 
@@ -96,3 +97,26 @@ def test_log_lines(logs, line):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_on_a_narrow_terminal_a_log_is_one_line_and_no_word_breaks(monkeypatch):
+    logs = {
+        "loss": 1.0,
+        "loss_fast": 0.913,
+        "loss_slow": 1.511,
+        "kl": 1.308,
+        "tokens_per_second": 13.6e3,
+        "speedup": 2.1,
+    }
+    line = f"1000/1200  {log_line(logs, ('fast', 'slow'), short=True)}  10:00, 10:00 to go"
+    assert "loss 0.91 fast, 1.51 slow  13.6k tokens/s  2.10x" in line
+    assert len(line) < 80
+    assert "KL 1.308" in log_line(logs, ("fast", "slow"))
+    text = "modes   fast: 20 steps, 10 % of the visual tokens (14 of 144) by divprune, with the isolator"
+    monkeypatch.setattr(lines, "room", lambda: None)
+    assert lines.wrapped(text, 8) == text
+    monkeypatch.setattr(lines, "room", lambda: 79)
+    first, second = lines.wrapped(text, 8).splitlines()
+    assert len(first) < 80
+    assert second.startswith(" " * 8)
+    assert [*first.split(), *second.split()] == text.split()

@@ -91,6 +91,20 @@ def test_its_figures_are_those_of_the_full_demo(model, processor) -> None:
     assert f"A LLaVA of {size / 1e6:.1f} million parameters" in WORDS
 
 
+def test_its_figures_of_skip_vision_are_those_of_the_study() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    title = "Both methods, alone and together: accuracy, training time and inference cost"
+    heading, *rows = tables(page[page.index(f"## {title}") :])[0]
+    every, skip = (
+        {name: cell.split()[0] for name, cell in zip(heading, row, strict=True)} for row in (rows[0], rows[-2])
+    )
+    assert rows[-2][0] == "Skip-Vision 100/156"
+    share = round(100 * float(skip["CPU time of training"]) / float(every["CPU time of training"]))
+    assert skip["share"] == str(share)
+    said = f"[{share} % of the training time and of the operations per prompt](docs/results.md#"
+    assert said + re.sub(r"[^\w ]", "", title).lower().replace(" ", "-") + ")" in README
+
+
 def test_its_figures_of_serving_are_those_of_the_benchmark() -> None:
     page = (ROOT / "docs" / "serve.md").read_text()
 

@@ -9,8 +9,9 @@ import pytest
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.recipes import parse_grid
 from saccade.sweeps import METHODS, QUICK, Evaluation, RunSpec, digit_run
-from saccade.sweeps.plan import Plan, choose, make_plan, parse_grid, place, plan_grid
+from saccade.sweeps.plan import Plan, choose, make_plan, place, plan_grid
 
 SFT = {"dataset": "digits", "max_steps": 2, "learning_rate": 1e-3}
 PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_model": True, "max_steps": 1}
@@ -118,9 +119,10 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         (["tiny-digits/sft", "--grid", "prune_ratio"], "write --grid field=a,b,c"),
         (["tiny-digits/sft", "--grid", "prune_ratio=0.5,0.5"], "the value 0.5 is given twice"),
         (["tiny-digits/sft", "--grid", "prune_rat=0.5"], "unknown field 'prune_rat': did you mean 'prune_ratio'?"),
+        (["tiny-digits/sft", "--model", "tiny", "--grid", "prune_ratio=0.5,1.5"], "prune_ratio=1.5 is outside"),
         (
-            ["tiny-digits/sft", "--model", "tiny", "--grid", "prune_ratio=0.5,1.5"],
-            "run prune_ratio=1.5-seed=0: prune_ratio=1.5",
+            ["tiny-digits/sft", "--model", "tiny", "--grid", "slow_probability=0.5,1.5"],
+            "run slow_probability=1.5-seed=0: slow_probability=1.5",
         ),
         (["tiny-digits/sft", "--model", "tiny", "--grid", "reducer=divprune,nope"], "reducer='nope' is unknown"),
         (["tiny-digits/sft", "--model", "tiny", "--grid", "skip_vision={preset: a},null"], "preset='a' is unknown"),
@@ -132,7 +134,7 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         (["tiny-digits/sft", "--seeds", "0"], "seeds=0"),
         (["tiny-digits/sft", "--jobs", "0"], "jobs=0"),
         (["tiny-digits/sft", "--grid", "seed=0,1", "--only", "seed=9"], "--only seed=9: no run has it"),
-        (["--table"], "has no sweep"),
+        (["--table"], "does not exist: give the folder of a sweep"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_starts(words, message, tmp_path, capsys) -> None:

@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(photo, tmp_path, capsys):
         ([str(photo), "--reducer", "tome,tome"], "given twice"),
         ([str(photo), "--prune-ratio", "1"], "prune_ratio=1.0"),
         ([str(photo), "--output", str(tmp_path / "out.jpg")], "ends with .png"),
-        ([str(photo), "--model", str(tmp_path / "nothing")], "is not a local folder"),
+        ([str(photo), "--model", str(tmp_path / "nothing")], "is not a folder"),
     ):
         assert main(["view", *arguments]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -25,10 +25,11 @@ from transformers.utils import logging
 from experiments.arguments import add_study_arguments, given_settings
 from experiments.smol.study import Settings, plan_ranking, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
+from saccade.recipes import parse_grid
 from saccade.reducers import list_reducers
 from saccade.reducers.frames import KNOW_TIME
 from saccade.report.tables import print_table
-from saccade.sweeps.plan import Plan, make_plan, parse_grid
+from saccade.sweeps.plan import Plan, make_plan
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
 from saccade.training import make_recipe

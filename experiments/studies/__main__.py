@@ -23,8 +23,9 @@ from saccade.cli.main import Parser, guarded
 from saccade.cli.sweep import add_run_arguments
 from saccade.errors import SaccadeError
 from saccade.pages import write_report
+from saccade.recipes import parse_grid
 from saccade.sweeps import QUICK
-from saccade.sweeps.plan import Plan, parse_grid
+from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
 from saccade.values import check_counts

@@ -79,13 +79,13 @@ def run(args: argparse.Namespace) -> int:
         args.overrides += ["--overwrite", args.overwrite]
     values = check_early(args.recipe, args.overrides, vars(args))
     check_values(values)
-    check_model(values.get("model"))
-    check_dataset(values.get("dataset"))
     if args.dry_run:
         return _dry_run(args)
     for name in PLAN_FLAGS:
         if getattr(args, name) is not None:
             raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
+    check_model(values.get("model"))
+    check_dataset(values.get("dataset"))
     if args.launch is not None:
         return _launch(args)
     if args.processes is not None:
@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _next(recipe: "Recipe") -> str:
     """What to do with a trained model."""
+    from saccade.report.lines import room
+
     folder = recipe.trainer.output_dir
     merged = ", adapters merged" if recipe.options.lora else ""
     steps = {f"saccade report {folder}": "one page: losses, speed, what is kept"}
@@ -121,8 +123,10 @@ def _next(recipe: "Recipe") -> str:
     if recipe.options.dataset == "digits":
         steps[f"saccade eval {folder}"] = "accuracy on all visual tokens and on a few"
     steps[f"saccade export {folder} --output {folder}-export"] = f"a plain checkpoint{merged}, for `saccade serve`"
-    width = max(map(len, steps))
-    return "next:\n" + "\n".join(f"  {command:<{width}}  {what}" for command, what in steps.items())
+    width, columns = max(map(len, steps)), room()
+    below = columns is not None and max(2 + width + 2 + len(what) for what in steps.values()) > columns
+    ends = [f"{command}\n      {what}" if below else f"{command:<{width}}  {what}" for command, what in steps.items()]
+    return "\n".join(["next:", *(f"  {end}" for end in ends)])
 
 
 def _launch(args: argparse.Namespace) -> int:

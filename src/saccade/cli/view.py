@@ -70,12 +70,13 @@ def run(args: argparse.Namespace) -> int:
         pruning.replace(reducer=name)
     image = open_image(args.image)
 
+    from saccade.report.lines import wrapped
     from saccade.training import ModelOptions, load_model
 
     model, processor = load_model(ModelOptions(model=args.model))
     report = view_reducers(model, processor, image, names, args.prompt, args.output, pruning, args.model)
     rows, columns = report["grid"]
-    print(report["source"])
+    print(wrapped(report["source"]))
     for panel in report["panels"]:
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
         note = f", into which {merged} are merged" if "merged_into" in panel else ""

@@ -40,7 +40,9 @@ def print_table(
             title = ""
         return
     look = {"box": SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "show_header": any(columns)}
-    table = Table(title=title or None, title_justify="left", title_style="bold", **look)
+    if title:  # not the table's own, which would be no wider than the table
+        console.print(Text(title, style="bold"))
+    table = Table(**look)
     for number, column in enumerate(columns):
         align = "right" if is_numeric([row[number] for row in rows]) else "left"
         width = least[number] + (most[number] - least[number]) * spare // wanted if 0 <= spare < wanted else None

@@ -10,6 +10,7 @@ from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.modes import ModeConfig
+from saccade.report.lines import room, wrapped
 from saccade.skip_vision.config import amount_of
 
 REST = ("runtime", "samples_per_second", "steps_per_second")
@@ -38,7 +39,7 @@ class Console(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
-            _say("\n".join(opening(self.trainer, self.model, self.visual_tokens)))
+            _say("\n".join(wrapped(line, 8) for line in opening(self.trainer, self.model, self.visual_tokens)))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -48,8 +49,10 @@ class Console(TrainerCallback):
             left = seconds / done * (state.max_steps - state.global_step) if done else 0
             to_go = f", {duration(left)} to go" if left else ""
             width = len(str(state.max_steps))
-            steps = f"{state.global_step:>{width}}/{state.max_steps}"
-            _say(f"{steps}  {log_line(logs, self.trainer.meter.modes)}  {duration(seconds)}{to_go}")
+            steps, times = f"{state.global_step:>{width}}/{state.max_steps}", f"{duration(seconds)}{to_go}"
+            lines = [f"{steps}  {log_line(logs, self.trainer.meter.modes, short)}  {times}" for short in (False, True)]
+            columns = room()
+            _say(wrapped(lines[columns is not None and len(lines[0]) > columns], len(steps) + 2))
         elif "train_runtime" in logs:
             rate = logs.get("train_samples_per_second")
             rows = "" if rate is None else f", {rate:.3g} rows per second"
@@ -118,16 +121,17 @@ def _saves(args: TrainingArguments) -> str:
     return ", a checkpoint per epoch" if args.save_strategy == "epoch" else ""
 
 
-def log_line(logs: Mapping[str, float], modes: tuple[str, ...]) -> str:
-    """The losses of the modes, the rate and the speed-up of a log, in about fifty characters."""
-    by_mode = [f"{logs[f'loss_{mode}']:.3f} {mode}" for mode in modes if f"loss_{mode}" in logs]
-    words = [f"loss {', '.join(by_mode) or format(logs['loss'], '.3f')}"]
-    if "kl" in logs:
+def log_line(logs: Mapping[str, float], modes: tuple[str, ...], short: bool = False) -> str:
+    """The losses of the modes, the rate and the speed-up of a log, in about seventy characters, or fifty."""
+    digits = 2 if short else 3
+    by_mode = [f"{logs[f'loss_{mode}']:.{digits}f} {mode}" for mode in modes if f"loss_{mode}" in logs]
+    words = [f"loss {', '.join(by_mode) or format(logs['loss'], f'.{digits}f')}"]
+    if "kl" in logs and not short:
         words[0] += f", KL {logs['kl']:.3f}"
     if "tokens_per_second" in logs:
         words.append(f"{_size(logs['tokens_per_second'])} tokens/s")
     if "speedup" in logs:
-        words.append(f"{logs['speedup']:.2f}x as fast")
+        words.append(f"{logs['speedup']:.2f}x{'' if short else ' as fast'}")
     elif "speedup_tokens" in logs:
         words.append(f"{logs['speedup_tokens']:.2f}x by token counts")
     if logs.get("rows_cut"):
