@@ -146,6 +146,9 @@ def test_nothing_is_cut_off(browser: Browser, page: str, photo: Path, width: int
     browser.type("#photo input[type=file]", str(photo))
     browser.wait(HOLDS, "#result", "are kept")
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    ends = "return [...document.querySelectorAll('#scenes button')].map(one => one.getBoundingClientRect().right)"
+    assert len(shown := browser.run(ends)) == 8
+    assert max(shown) <= width
 
 
 def test_an_error_is_one_line_of_text_and_not_of_markup() -> None:

@@ -20,7 +20,14 @@ from saccade.play import HOST, check_port
 from saccade.play.ask import Answer, Comparison, OpenModel, Scene, compare, open_model, scenes
 from saccade.reducers import list_reducers
 
-CSS = ".problem {color: #b00020; font-weight: 600}"
+CSS = """
+.problem {color: #b00020; font-weight: 600}
+@media (max-width: 480px) {
+  #scenes .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; min-width: 0}
+  #scenes .caption-label {display: none}
+}
+"""
+"""The second rule is for a phone: the gallery's own columns do not fit, and a question of two words says nothing."""
 LARGEST_UPLOAD = "64mb"
 
 
