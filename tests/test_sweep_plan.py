@@ -18,6 +18,13 @@ PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_m
 
 
 class TestGrid:
+    def test_mappings_are_placed_as_they_are_and_their_labels_are_words(self) -> None:
+        wanted = {"preset": "576/576", "newlines": "drop"}
+        specs = plan_grid(SFT, None, {"skip_vision": [wanted, None]}, seeds=1)
+        assert [spec.stages[-1].get("skip_vision") for spec in specs] == [wanted, None]
+        assert [spec.labels["skip_vision"] for spec in specs] == ["{preset: 576/576, newlines: drop}", None]
+        assert choose(specs, {"skip_vision": [wanted]}) == specs[:1]
+
     def test_values_are_read_as_yaml(self) -> None:
         grid = parse_grid(["prune_ratio=0.5,0.9", "reducer=divprune,random", "reducer_options={seed: 1},{seed: 2}"])
         assert grid == {

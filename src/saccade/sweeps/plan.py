@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
@@ -106,9 +108,10 @@ def plan_grid(
     fields = ["seed", *(name for name in grid if name != "seed")]
     specs: list[RunSpec] = []
     for seed, *values in product(*(values_by_field[name] for name in fields)):
-        labels = {**dict(zip(fields[1:], values, strict=True)), "seed": seed}
+        given = {**dict(zip(fields[1:], values, strict=True)), "seed": seed}
+        labels = {name: label_of(value) for name, value in given.items()}
         stages = {name: dict(stage) for name, stage in (first | {STAGES[1]: dict(recipe)}).items()}
-        place(stages, labels)
+        place(stages, given)
         for stage in stages.values() if seeded else ():
             if stage.get("dataset", "digits") == "digits":
                 stage["dataset_seed"] = seed
@@ -118,6 +121,13 @@ def plan_grid(
         name = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", "-".join(f"{name}={value}" for name, value in labels.items()))
         specs.append(RunSpec(name, labels, tuple(stages.values()), evaluation, threads))
     return specs
+
+
+def label_of(value: Any) -> Any:
+    """A field's value as a label, which tables compare: a mapping or a list as the text of a recipe."""
+    if not isinstance(value, (Mapping, list)):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
 
 
 def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
@@ -147,6 +157,7 @@ def choose(specs: Sequence[RunSpec], only: Mapping[str, Sequence[Any]]) -> list[
     Raises:
         SaccadeError: on a label or a value that no run has.
     """
+    only = {name: [label_of(value) for value in values] for name, values in only.items()}
     for name, values in only.items():
         known = list(dict.fromkeys(spec.labels[name] for spec in specs if name in spec.labels))
         if not known:
