@@ -248,7 +248,7 @@ def test_the_install_page_has_the_versions_that_the_tests_run_on() -> None:
     assert rows == ["torch", "transformers", "trl", "peft", "accelerate", "datasets"]
     for name in rows:
         row = re.search(rf"^\| {name} \| `.*$", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)[0]
-        _, _, newest, least, _, vllm = (cell.strip() for cell in row.strip("|").split("|"))
+        _, _, newest, least, _, _, vllm = (cell.strip() for cell in row.strip("|").split("|"))
         assert newest.split()[0] == pins()[name]
         assert least.split()[0] == oldest[name]
         assert vllm.split()[0] in ("-", served.get(name, pins()["torch"] if name == "torch" else None))

@@ -160,6 +160,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _print(plan: dict[str, Any]) -> None:
+    from saccade.report.lines import wrapped
     from saccade.report.tables import print_table
 
     parameters, expected, batch, lengths = (plan[name] for name in ("parameters", "expected", "batch", "lengths"))
@@ -205,16 +206,16 @@ def _print(plan: dict[str, Any]) -> None:
     print_table("schedule", ["stage", "samples", "text tokens per sample", "speed-up, in operations"], rows)
     if published:
         names = {"stage two": "stage two, an estimate from the other two"}
-        print(
-            "published, in seconds on one L40: "
-            + "; ".join(f"{value}x ({names.get(name, name)})" for name, value in published.items())
-        )
+        said = "; ".join(f"{value}x ({names.get(name, name)})" for name, value in published.items())
+        print(wrapped(f"published, in seconds on one L40: {said}"))
     print()
     sizes = [[name, f"{value / 2**30:.3f}"] for name, value in plan["memory"].items()]
     print_table("memory, GiB", ["per device, estimated", "GiB"], sizes)
     text, learned, images = (lengths[name] for name in ("text_tokens", "label_rows", "images"))
-    print(
-        f"\nA sample has {text:.0f} tokens of text, {learned:.0f} of them learned, and {images:.2f} images: "
+    print()
+    said = (
+        f"A sample has {text:.0f} tokens of text, {learned:.0f} of them learned, and {images:.2f} images: "
         f"{lengths['source']}. Operations are counted, without padding, not timed; memory is an estimate for the "
         "longest samples."
     )
+    print(wrapped(said))
