@@ -101,7 +101,7 @@ def test_its_figures_of_skip_vision_are_those_of_the_study() -> None:
     assert rows[-2][0] == "Skip-Vision 100/156"
     share = round(100 * float(skip["CPU time of training"]) / float(every["CPU time of training"]))
     assert skip["share"] == str(share)
-    said = f"[{share} % of the training time and of the operations per prompt](docs/results.md#"
+    said = f"[{share} % of all tokens' training time and operations per prompt](docs/results.md#"
     assert said + re.sub(r"[^\w ]", "", title).lower().replace(" ", "-") + ")" in README
 
 
