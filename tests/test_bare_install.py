@@ -91,7 +91,7 @@ VERBS = [
 """Verbs that need none, the first two, and that need an extra."""
 
 OTHERS = {
-    ("view", "none.png"): "image 'none.png'",
+    ("view", "none.png"): "image='none.png'",
     ("export", "out", "--output", "out2"): "'out'",
     ("serve", "out"): "model='out' is not a folder",
     ("assemble", "--vision-tower", "tiny", "--language-model", "none", "--output", "out2"): "none",

@@ -143,11 +143,14 @@ def test_it_says_of_the_demo_how_long_it_took_and_what_it_trains() -> None:
 
 def test_its_models_and_reducers_are_all_that_there_are_and_work_together() -> None:
     models, reducers = tables(README)
-    known = [row[1] for row in tables(FAMILIES)[0][1:]]
+    matrix = next(table for table in tables(FAMILIES) if "divprune" in table[0])
+    tested = {row[0] for row in matrix[1:]}
+    # LLaVA-NeXT-Video is not: it was tried with videos only.
+    known = [row[1] for row in tables(FAMILIES)[0][1:] if row[0] in tested]
     assert sorted(name for row in models[1:] for name in row[1].split(", ")) == sorted(known)
     named = [name for row in reducers[1:] for name in re.findall(r"`(\w+)`", row[1])]
     assert sorted(named) == sorted(list_reducers())
-    heading, *rows = next(table for table in tables(FAMILIES) if "divprune" in table[0])
+    heading, *rows = matrix
     assert len(rows) == len(known)
     assert set(heading[1:]) == set(named) - {"none"}
     assert {cell for row in rows for cell in row[1:]} <= {str(number) for number in range(1, 100)}
