@@ -86,7 +86,7 @@ VERBS = [
     ["train", "tiny-digits/sft"],
     ["demo"],
     ["eval", "tiny"],
-    ["data", "check", "rows.json"],
+    ["data", "check", "someone/rows"],
 ]
 """Verbs that need none, the first two, and that need an extra."""
 
