@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from experiments.smol.tasks import TASKS, Sample
+from experiments.smol.tasks.base import Question
 from saccade.errors import SaccadeError
 from saccade.files import atomic_path
 from saccade.values import check_counts
@@ -92,9 +93,17 @@ def _row(task: str, split: str, stage: str, index: int, seed: int, grid: int, tu
 
 
 def _ask(sample: Sample, rng: random.Random, turns: int) -> tuple[str, list[tuple[str, str]]]:
-    """Different questions about a sample; the last is of a kind drawn from those that there are."""
-    last_kind = rng.choice(sorted({question.kind for question in sample.questions}))
-    last = rng.choice([question for question in sample.questions if question.kind == last_kind])
-    others = [question for question in sample.questions if question.text != last.text]
-    chosen = [*rng.sample(others, min(turns - 1, len(others))), last]
-    return last_kind, [(question.text, question.answer) for question in chosen]
+    """Different questions about a sample, of kinds taken in turn so that each is learned; the last is of a kind drawn
+    from those that there are."""
+    by_kind: dict[str, list[Question]] = {}
+    for question in rng.sample(sample.questions, len(sample.questions)):
+        by_kind.setdefault(question.kind, []).append(question)
+    kinds = rng.sample(sorted(by_kind), len(by_kind))
+    in_turn = (
+        by_kind[kind][place] for place in range(len(sample.questions)) for kind in kinds if place < len(by_kind[kind])
+    )
+    asked: dict[str, str] = {}
+    for question in in_turn:
+        if len(asked) < turns:
+            asked.setdefault(question.text, question.answer)
+    return kinds[0], list(asked.items())[::-1]

@@ -335,6 +335,8 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
         if pretrain
         else settings.pretrain_learning_rate / 4,
         "max_length": 2048,
+        # For training on all tokens too: on a CPU, TRL's own step computes the logits of every position.
+        "padding_free": True,
         "bf16": settings.precision == "bfloat16",
         # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
         "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
