@@ -96,8 +96,10 @@ def hub(monkeypatch) -> Iterator[Hub]:
 
 @pytest.fixture
 def exported(monkeypatch, tmp_path: Path) -> Path:
-    """A folder that `export_model` would have written."""
+    """A folder that `export_model` would have written, from the folder `run`."""
     folder = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
 
     def write(source: str, output: str, dtype: str, size: str) -> dict:
         folder.mkdir()

@@ -98,7 +98,9 @@ def test_a_share_of_a_file_is_held_out(tmp_path):
         ),
     ],
 )
-def test_evaluation_that_cannot_be_is_refused_before_anything_is_loaded(flags, message, capsys):
+def test_evaluation_that_cannot_be_is_refused_before_anything_is_loaded(flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
     assert main(["train", "tiny-digits/sft", "--check", "--use_cpu", "true", *flags]) == 2
     assert message in capsys.readouterr().err
 
