@@ -78,7 +78,7 @@ def test_its_figures_are_those_of_the_full_demo(model, processor) -> None:
         f"is right in {every['accuracy, all tokens']} of cases after training on all of them",
         f"in {dualspeed['accuracy, all tokens']} after DualSpeed",
         f"in {only['accuracy, all tokens']} after training on pruned images alone",
-        f"the first of these models is right in {every['accuracy, pruned']}",
+        f"the all-token model is right in {every['accuracy, pruned']}",
         f"DualSpeed's in {dualspeed['pruned + isolator']} with its *mode isolator*",
         f"{NUMBERS[FULL.isolator_length]} learned vectors before each image",
     ):
@@ -101,7 +101,7 @@ def test_its_figures_of_skip_vision_are_those_of_the_study() -> None:
     assert rows[-2][0] == "Skip-Vision 100/156"
     share = round(100 * float(skip["CPU time of training"]) / float(every["CPU time of training"]))
     assert skip["share"] == str(share)
-    said = f"[{share} % of all tokens' training time and operations per prompt](docs/results.md#"
+    said = f"[{share} % of the training time and operations per prompt that all tokens take](docs/results.md#"
     assert said + re.sub(r"[^\w ]", "", title).lower().replace(" ", "-") + ")" in README
 
 
