@@ -16,7 +16,7 @@ saccade eval out/sft --prune-ratio 0.95 --reducer random  other ways to prune
 saccade eval out/sft --reducer vispruner --keep-tokens 16  16 tokens per image, by another method
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as trained, and without
-saccade eval out/sft --dataset test.json                  rows of your own, by exact match of the last answer
+saccade eval out/sft --dataset test.json                  your own rows, by exact match of the last answer
 saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
 
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md

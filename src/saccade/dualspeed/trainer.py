@@ -808,7 +808,7 @@ class DualSpeedTrainer(SFTTrainer):
                 raise
             raise SaccadeError(
                 f"resume_from_checkpoint={str(checkpoint)!r} contains something other than tensors and plain values, "
-                "which could run code: resume from a checkpoint of your own"
+                "which could run code: resume from your own checkpoint"
             ) from error
         finally:
             self.end_workers()

@@ -230,7 +230,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return call_original(model, method="generate", **kwargs)
         return _generate_on(model, kwargs["input_ids"], pruning.go_on(kwargs, turn))
     if kwargs.get("assistant_model") is not None:
-        raise SaccadeError("assistant_model: an assistant would need a shorter prompt of its own; leave it out")
+        raise SaccadeError("assistant_model: an assistant would need a separate, shorter prompt; leave it out")
     given, cached = kwargs["input_ids"], 0 if cache is None else cache.get_seq_length()
     if cached and turn is None:
         raise SaccadeError(

@@ -139,7 +139,7 @@ class SkipVisionConfig:
         """A published budget, scaled to the model's number of tokens, with `options` on top.
 
         Args:
-            name: retained / skipped as published, at 576 tokens an image or crop and, for 272/256, at 32 x 32.
+            name: retained / skipped as published, at 576 tokens per image or crop and, for 272/256, at 32 x 32.
 
         Raises:
             SaccadeError: if no budget has this name.
@@ -217,7 +217,7 @@ def _check_amount(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SaccadeError(f"{name}={value!r}: use a number of tokens, or a share such as 0.25")
     if isinstance(value, int) and value < least:
-        raise SaccadeError(f"{name}={value!r}: use {least} or more tokens an image, or a share such as 0.25")
+        raise SaccadeError(f"{name}={value!r}: use {least} or more tokens per image, or a share such as 0.25")
     if isinstance(value, float) and not (0 < value <= 1 or value == 0 == least):
         raise SaccadeError(f"{name}={value!r}: a float is a share, from 0 to 1; use an int for a number of tokens")
 

@@ -285,8 +285,7 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs["input_ids"] = kwargs.pop("inputs")
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError(
-            "assistant_model: an assistant would need the same layout of its own; leave it out, or use "
-            "prompt_lookup_num_tokens"
+            "assistant_model: an assistant would need a separate layout; leave it out, or use prompt_lookup_num_tokens"
         )
     cache = cache_of(kwargs)
     state = state_of(cache)

@@ -215,7 +215,7 @@ def make_template(
             return ChatTemplate(template, learned[0][-1], kind)
     raise SaccadeError(
         f"chat_template={kind!r}: of the answers {list(_LABELLED[1::2])} it marks "
-        f"{[tokenizer.decode(ids) for ids in learned]}; give a file with a template of your own"
+        f"{[tokenizer.decode(ids) for ids in learned]}; give a file with your own template"
     )
 
 
@@ -319,7 +319,7 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, found: ChatFormat) -> None:
 def _refusal(reason: str) -> SaccadeError:
     return SaccadeError(
         f"language_model: its chat template cannot be adapted to images: {reason}; "
-        "give chat_template='v1', or a file with a template of your own"
+        "give chat_template='v1', or a file with your own template"
     )
 
 
