@@ -6,6 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saccade.reducers import list_reducers
+from saccade.reducers.frames import KNOW_TIME
+
 S = TypeVar("S")
 
 
@@ -29,6 +32,11 @@ def add_study_arguments(parser: argparse.ArgumentParser, settings: type, methods
     parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
     parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")
     parser.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="(default: %(default)s)")
+
+
+def image_reducers() -> list[str]:
+    """The reducers to compare on images: all but the one that drops nothing, and those that compare frames."""
+    return [name for name in list_reducers() if name not in ("none", *KNOW_TIME)]
 
 
 def given_settings(args: argparse.Namespace, settings: type[S]) -> S:

@@ -22,12 +22,10 @@ from datasets import disable_progress_bars
 from rich.console import Console
 from transformers.utils import logging
 
-from experiments.arguments import add_study_arguments, given_settings
+from experiments.arguments import add_study_arguments, given_settings, image_reducers
 from experiments.smol.study import Settings, plan_ranking, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
 from saccade.recipes import parse_grid
-from saccade.reducers import list_reducers
-from saccade.reducers.frames import KNOW_TIME
 from saccade.report.tables import print_table
 from saccade.sweeps.plan import Plan, make_plan
 from saccade.sweeps.runner import run_sweep
@@ -61,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = args.methods.split(",")
     planned = plan_runs
     if args.rank:
-        everyone = [name for name in list_reducers() if name not in ("none", *KNOW_TIME)]
-        reducers = everyone if args.rank == "all" else args.rank.split(",")
+        reducers = image_reducers() if args.rank == "all" else args.rank.split(",")
         planned = partial(plan_ranking, reducers=reducers, ratios=args.ratios)
     for run in planned({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
         for stage in run.stages:

@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from experiments.arguments import image_reducers
 from experiments.studies.methods import ALL_METHODS
 from saccade.errors import SaccadeError
-from saccade.reducers import list_reducers
-from saccade.reducers.frames import KNOW_TIME
 from saccade.sweeps import DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import Plan, make_plan
 from saccade.values import check_counts
@@ -118,7 +117,7 @@ def _all_tokens(settings: DigitSettings, seed: int, labels: dict[str, Any] | Non
 
 def _reducers(settings: DigitSettings, seeds: int) -> Iterator[RunSpec]:
     """Every reducer at p = 0.9, seed by seed, then other ratios and positions of the core, then everything else."""
-    names = [name for name in list_reducers() if name not in ("none", *KNOW_TIME)]
+    names = image_reducers()
     # A fixed order with the core first, so that a new reducer does not change the place of another.
     names.sort(key=lambda name: (CORE.index(name) if name in CORE else len(CORE), name))
     core = [name for name in names if name in CORE]

@@ -18,6 +18,8 @@ PROJECTORS = ("mlp", "resampler")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 ENGINES = ("vllm", "transformers")
 SPLITS = ("train", "validation", "test")
+ENTRY_POINT_GROUP = "saccade.reducers"
+"""The entry points of other packages' reducers."""
 BOUNDS = frozenset({"feature_cache_gib"})
 """Options for which infinity means no limit."""
 
@@ -91,6 +93,11 @@ def _names(kinds: set[type]) -> str:
     return " or ".join(sorted(kind.__name__ for kind in kinds))
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float, which a bool is not here."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_counts(**counts: int | None) -> None:
     """Check that counts are at least 1, where they are given.
 
@@ -118,7 +125,7 @@ def check_prune_ratio(prune_ratio: float) -> float:
     Raises:
         SaccadeError: for any other value, NaN included.
     """
-    if not isinstance(prune_ratio, (int, float)) or isinstance(prune_ratio, bool) or not 0 <= prune_ratio < 1:
+    if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
         raise SaccadeError(
             f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the share of visual tokens to drop, "
             "0.9 keeps a tenth, 0 keeps all"
@@ -155,8 +162,7 @@ def check_pruning(values: Mapping[str, Any]) -> None:
             )
     if "patch_tolerance" in given:
         value = given["patch_tolerance"]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise SaccadeError(
                 f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
                 "to drop no patches before the tower"

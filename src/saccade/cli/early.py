@@ -11,10 +11,9 @@ from typing import Any
 
 from saccade.errors import SaccadeError, one_of
 from saccade.files import check_exists, nearest_path
-from saccade.values import check_pruning
+from saccade.values import ENTRY_POINT_GROUP, check_pruning, is_number
 
 REDUCERS = Path(__file__).parents[1] / "reducers"
-REDUCER_PLUGINS = "saccade.reducers"
 WRITTEN = ("pruning_config.json", "log.json", "eval.json")
 """Files of which a folder that this library trained or evaluated has at least one."""
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
@@ -32,7 +31,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     """
     check_reducer(values.get("reducer"))
     # YAML reads 1e-1 as a string, which is converted later.
-    check_pruning({name: value for name, value in values.items() if name not in NUMBERS or _is_number(value)})
+    check_pruning({name: value for name, value in values.items() if name not in NUMBERS or is_number(value)})
 
 
 def check_reducer(name: Any) -> None:
@@ -42,7 +41,7 @@ def check_reducer(name: Any) -> None:
         SaccadeError: with the most similar one.
     """
     known = sorted(reducer_names())
-    if isinstance(name, str) and name not in known and not entry_points(group=REDUCER_PLUGINS):
+    if isinstance(name, str) and name not in known and not entry_points(group=ENTRY_POINT_GROUP):
         raise SaccadeError(f"reducer={name!r} is unknown: {one_of(name, known)}")
 
 
@@ -77,7 +76,3 @@ def check_dataset(path: Any) -> None:
     """
     if isinstance(path, str) and path.endswith(DATA_SUFFIXES):
         check_exists(path, "dataset", "give a JSON or JSON-lines file")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

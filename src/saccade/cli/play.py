@@ -2,8 +2,6 @@
 
 import argparse
 
-from saccade.files import check_exists
-
 EXAMPLES = """
 saccade play                        what `train`, `demo` and `smol` wrote to out/, and the embedded model
 saccade play out/sft out/export     models to choose from, each pruned as it was trained
@@ -24,15 +22,14 @@ def run(args: argparse.Namespace) -> int:
     import importlib.util
 
     from saccade.errors import needs_package
-    from saccade.play import check_port
+    from saccade.play import check_folder, check_port
 
     # The one that only this verb needs, so that its extra is named and not that of another package.
     if importlib.util.find_spec("gradio") is None:
         raise needs_package("saccade play", "gradio")
     check_port(args.port)
     for model in args.models:
-        if model != "tiny":
-            check_exists(model, "model", "give the folder of a trained model, or tiny", folder=True)
+        check_folder(model)
     from saccade.play.ask import find_models
 
     models = find_models(args.models)

@@ -11,6 +11,7 @@ from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
 from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
 from saccade.files import check_exists
+from saccade.values import is_number
 
 LMMS_FILES = "*results.json"
 DIGIT_FILE = "eval.json"
@@ -203,7 +204,7 @@ def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str,
     # lmms-eval names entries "metric,filter".
     numbers: dict[str, float] = {}
     for key, value in metrics.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if is_number(value) and math.isfinite(value):
             name = key.partition(",")[0]
             if name != "samples" and "_stderr" not in name:
                 numbers.setdefault(name, float(value))

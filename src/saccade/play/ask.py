@@ -17,16 +17,15 @@ from saccade.errors import SaccadeError
 from saccade.evaluation.digits import prepare_prompts, trained_pruning
 from saccade.families import get_family
 from saccade.families.padding import pads_to_square
-from saccade.files import check_exists
 from saccade.images import open_image
 from saccade.pages.source import read_json
+from saccade.play import TINY, check_folder
 from saccade.pruning import prune_inputs
 from saccade.reducers import PruningConfig, reduce
 from saccade.report.kept_tokens import kept_tokens_sheet
 from saccade.report.view import panel, seen_part, token_grid
 from saccade.training import ModelOptions, load_model
 
-TINY = "tiny"
 USUAL = ("out/sft", "out/demo", "out/smol")
 """Where the documented commands write: what is offered if no folder is named, as far as it exists."""
 SCENE_KINDS = ("read", "count", "max", "where", "leftmost", "has", "rightmost", "min")
@@ -162,16 +161,6 @@ def _models_in(place: str) -> dict[str, str]:
         if model.is_dir():
             found[f"{place}: {result.parent.name}"] = str(model)
     return found
-
-
-def check_folder(name: str) -> None:
-    """Refuse a model that is not on this machine: the page never downloads one.
-
-    Raises:
-        SaccadeError: if `name` is neither a folder nor `TINY`.
-    """
-    if name != TINY:
-        check_exists(name, "model", f"give the folder of a trained model, or {TINY}", folder=True)
 
 
 def open_model(name: str) -> OpenModel:

@@ -14,6 +14,7 @@ from torch import Tensor
 from saccade.errors import SaccadeError, one_of
 from saccade.reducers.registry import PROJECTION
 from saccade.tokens import Reduction, VisualContext
+from saccade.values import is_number
 
 CPU_CACHED_ELEMENTS = 2**20  # about one LLaVA-1.5 image: fits a core's cache, a fifth faster than all at once
 GPU_ELEMENTS = 2**27  # a gigabyte of float64
@@ -98,8 +99,7 @@ def check_number(name: str, field: str, value: Any, interval: str) -> None:
     Raises:
         SaccadeError: naming the reducer, the field and its value.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not INTERVALS[interval](value):
+    if not is_number(value) or not INTERVALS[interval](value):
         raise SaccadeError(f"reducer {name!r}: {field}={value!r} is outside {interval}")
 
 

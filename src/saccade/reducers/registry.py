@@ -11,8 +11,8 @@ from torch import Tensor
 
 from saccade.errors import SaccadeError, one_of
 from saccade.tokens import Reduction, VisualContext
+from saccade.values import ENTRY_POINT_GROUP
 
-ENTRY_POINT_GROUP = "saccade.reducers"
 PROJECTION = "projection"
 """Needed by reducers that merge before the projector: a family that can project tokens one by one."""
 FROM_WORDS = frozenset({"relevance", "word_relevance"})

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from saccade.values import is_number
+
 TEACHER = "teachers"
 EVALUATION = "evaluation while training"
 OTHER = "waiting for batches, saving, start-up"
@@ -79,4 +81,4 @@ def time_parts(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float] | N
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)

@@ -14,6 +14,7 @@ from saccade.sweeps.digits import LABELS
 from saccade.sweeps.plan import Plan
 from saccade.sweeps.runner import read_failure, read_result
 from saccade.sweeps.spec import RunSpec
+from saccade.values import is_number
 
 FIGURES: Mapping[str, tuple[str, str | None]] = {
     "accuracy_full": ("accuracy, all tokens", None),
@@ -295,7 +296,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[di
         entry = {**dict(zip(keys, values, strict=True)), "seeds": len(members)}
         for name in {name: None for row in members for name in row if name not in (*keys, "seed")}:
             found = [row.get(name) for row in members]
-            numbers = [one for one in found if isinstance(one, (int, float)) and not isinstance(one, bool)]
+            numbers = [one for one in found if is_number(one)]
             if numbers:
                 entry[name] = mean_and_range(numbers)
         entries.append(entry)
