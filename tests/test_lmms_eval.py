@@ -158,9 +158,10 @@ def test_its_own_command_knows_the_model_and_its_results_are_compared(
     scores = read_scores(tmp_path)
     found = results["pruned"]
     pope, mme = (found[task]["results"][task] for task in ("digits_pope", "digits_mme"))
-    assert scores.values["digits_pope"] == pytest.approx(pope["pope_accuracy,none"])
-    assert scores.values["digits_mme"] == pytest.approx(mme["mme_perception_score,none"])
-    assert scores.documents == {"digits_pope": 2 * SCENES, "digits_mme": 2 * SCENES}
+    assert scores["digits_pope"].value == pytest.approx(pope["pope_accuracy,none"])
+    assert scores["digits_mme"].value == pytest.approx(mme["mme_perception_score,none"])
+    assert {task: score.documents for task, score in scores.items()} == dict.fromkeys(scores, 2 * SCENES)
+    assert set(scores) == {"digits_pope", "digits_mme"}
     assert main(["eval", "compare", str(tmp_path), str(tmp_path)]) == 0
     assert "100.0 %" in capsys.readouterr().out
 

@@ -143,14 +143,14 @@ def test_the_newest_result_of_a_task_counts(tmp_path: Path) -> None:
     new = write_results(tmp_path, {"gqa": {"exact_match": 0.25}}, name="a_new")
     os.utime(old, (1, 1))
     os.utime(new, (2, 2))
-    assert read_scores(tmp_path).values == {"gqa": 25.0}
-    assert read_scores(old).values == {"gqa": 50.0}
+    assert read_scores(tmp_path)["gqa"].value == 25.0
+    assert read_scores(old)["gqa"].value == 50.0
 
 
 def test_a_task_of_no_suite_stands_for_its_first_number(tmp_path: Path) -> None:
     scores = {"own": {"submission": None, "errors": 3.0, "right": 0.5, "right_stderr": 0.1, "other": 0.7}}
     write_results(tmp_path, scores, higher_is_better={"own": {"errors": False, "right": True}})
-    assert read_scores(tmp_path).values == {"own": 0.5}
+    assert read_scores(tmp_path)["own"].value == 0.5
 
 
 def test_digit_scenes_compare_inference_by_inference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

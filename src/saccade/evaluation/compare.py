@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,33 +17,24 @@ DIGIT_FILE = "eval.json"
 DIGITS = "digits/"
 
 
-@dataclass
-class Scores:
-    """The scores of one model in one folder.
+class Score(NamedTuple):
+    """The score of a task.
 
     Args:
-        source: the folder, or the file.
-        values: score by task, in the unit used in papers.
-        settings: how the model was run, as lmms-eval's `model_args`; None for digit scenes.
-        documents: number of answered documents by task, if known.
-        prompt_lengths: mean number of tokens read by the language model by task, if known.
+        value: in the unit used in papers.
+        settings: how the model was run, as lmms-eval's `model_args`; empty for `saccade eval`.
+        documents: number of answered documents, if known.
+        prompt_length: mean number of tokens read by the language model, if known.
     """
 
-    source: str
-    values: dict[str, float] = field(default_factory=dict)
-    settings: str | None = None
-    documents: dict[str, int | None] = field(default_factory=dict)
-    prompt_lengths: dict[str, float | None] = field(default_factory=dict)
-
-
-class _Result(NamedTuple):
-    """One task's result in one file."""
-
-    task: str
-    score: float
+    value: float
     settings: str = ""
     documents: int | None = None
     prompt_length: float | None = None
+
+
+Scores = dict[str, Score]
+"""The scores of one model, by task."""
 
 
 def compare_results(baseline: str | Path, model: str | Path, suite: str | None = None) -> dict[str, Any]:
@@ -71,30 +61,30 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
     """
     named = None if suite is None else get_suite(suite)
     first, second = read_scores(baseline), read_scores(model)
-    tasks = list(dict.fromkeys([*first.values, *second.values]))
+    tasks = list(dict.fromkeys([*first, *second]))
     fitting = [one for one in SUITES.values() if tasks and set(tasks) <= set(one.tasks)]
     chosen = named or (fitting[0] if len(fitting) == 1 else None)
     if chosen:
         tasks = [task for task in chosen.tasks if named or task in tasks]
-    common = [task for task in tasks if task in first.values and task in second.values]
+    common = [task for task in tasks if task in first and task in second]
     if not common:
         raise SaccadeError(
-            f"baseline={first.source!r} has {', '.join(first.values)} and model={second.source!r} "
-            f"{', '.join(second.values)}: no benchmark {f'of suite {named.name} ' if named else ''}is in both"
+            f"baseline={str(baseline)!r} has {', '.join(first)} and model={str(model)!r} {', '.join(second)}: no "
+            f"benchmark {f'of suite {named.name} ' if named else ''}is in both"
         )
     rows = [
         {
             "benchmark": BENCHMARKS[task].name if task in BENCHMARKS else task,
             "task": task,
-            **_pair(first.values.get(task), second.values.get(task)),
+            **_pair(*(scores[task].value if task in scores else None for scores in (first, second))),
         }
         for task in tasks
     ]
     shares = [row["share"] for row in rows if row["share"] is not None]
-    lengths = [(first.prompt_lengths.get(task), second.prompt_lengths.get(task)) for task in common]
+    lengths = [(first[task].prompt_length, second[task].prompt_length) for task in common]
     return {
-        "baseline": first.source,
-        "model": second.source,
+        "baseline": str(baseline),
+        "model": str(model),
         "suite": chosen.name if chosen else None,
         "rows": rows,
         "mean_share": sum(shares) / len(shares) if shares else None,
@@ -102,7 +92,7 @@ def compare_results(baseline: str | Path, model: str | Path, suite: str | None =
         "benchmarks": len(chosen.benchmarks) if chosen else len(rows),
         "average": _average(chosen, rows) if chosen and chosen.average else None,
         "prompt_length": None if any(None in pair for pair in lengths) else _pair(*_means(lengths)),
-        "notes": _notes(rows, first, second),
+        "notes": _notes(rows, {f"{baseline} (baseline)": first, f"{model} (model)": second}),
     }
 
 
@@ -138,30 +128,30 @@ def read_scores(path: str | Path) -> Scores:
     place, shown = Path(path), f"folder={str(path)!r}"
     check_exists(place, "folder", "give what an evaluation wrote")
     files = [place] if place.is_file() else {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
-    scores, origin = Scores(str(path)), {}
+    scores: Scores = {}
+    origin: dict[str, Path] = {}
+    settings: str | None = None
     # Files of equal time are ordered by name, which in lmms-eval begins with the date.
     for file in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
-        for result in _read(file, must=file is place):
-            task = result.task
+        for task, score in _read(file, must=file is place):
             if task.startswith(DIGITS):
                 if file != origin.setdefault(task, file):
                     raise SaccadeError(f"{shown} has {origin[task]} and {file}: name the folder of one")
-            elif scores.settings not in (None, result.settings):
+            elif settings not in (None, score.settings):
                 raise SaccadeError(
-                    f"{shown} has results of a model run in two ways, {scores.settings!r} and "
-                    f"{result.settings!r} in {file}: name the folder of one"
+                    f"{shown} has results of a model run in two ways, {settings!r} and {score.settings!r} in {file}: "
+                    "name the folder of one"
                 )
             else:
-                scores.settings = result.settings
-            scores.values[task] = result.score
-            scores.documents[task], scores.prompt_lengths[task] = result.documents, result.prompt_length
-    if not scores.values:
+                settings = score.settings
+            scores[task] = score
+    if not scores:
         raise SaccadeError(f"{shown} has no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}")
     return scores
 
 
-def _read(file: Path, must: bool) -> Iterator[_Result]:
-    """Every result in a file. JSON files of another kind have none, which is an error if `must` is true."""
+def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
+    """Every task in a file with its score. JSON of another kind has none, which is an error if `must` is true."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -179,15 +169,15 @@ def _read(file: Path, must: bool) -> Iterator[_Result]:
         # Of the digit scenes, or of a data file.
         of = f"{content['dataset']}/" if "dataset" in content else DIGITS
         for entry in results:
-            counts = {"documents": entry.get("samples"), "prompt_length": entry.get("mean_prompt_length")}
-            yield _Result(of + entry["inference"], 100 * entry["accuracy"], **counts)
+            score = Score(100 * entry["accuracy"], "", entry.get("samples"), entry.get("mean_prompt_length"))
+            yield of + entry["inference"], score
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
         for task, metrics in results.items():
             score = _score(task, metrics, (content.get("higher_is_better") or {}).get(task) or {}, file)
             if score is not None:
                 samples = (content.get("n-samples") or {}).get(task) or {}
-                yield _Result(task, score, settings, samples.get("effective"))
+                yield task, Score(score, settings, samples.get("effective"))
     elif must:
         raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
 
@@ -243,16 +233,14 @@ def _average(suite: Suite, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**_pair(*_means(pairs)), "scores": len(pairs), "of": len(averaged)}
 
 
-def _notes(rows: Sequence[dict[str, Any]], baseline: Scores, model: Scores) -> list[str]:
-    """Reasons why rows are not proper comparisons."""
+def _notes(rows: Sequence[dict[str, Any]], both: Mapping[str, Scores]) -> list[str]:
+    """Reasons why rows are not proper comparisons; `both` has the scores by their source."""
     notes = []
     for row in rows:
         task, name = row["task"], row["benchmark"]
-        for scores, role in ((baseline, "baseline"), (model, "model")):
-            if task not in scores.values:
-                notes.append(f"{name}: no score in {scores.source} ({role})")
-        counts = [scores.documents.get(task) for scores in (baseline, model)]
-        if None not in counts and counts[0] != counts[1]:
+        notes += [f"{name}: no score in {source}" for source, scores in both.items() if task not in scores]
+        counts = [scores[task].documents for scores in both.values() if task in scores]
+        if len(counts) == 2 and None not in counts and counts[0] != counts[1]:
             notes.append(f"{name}: {counts[0]} documents against {counts[1]}, not the same benchmark")
         if row["baseline"] == 0:
             notes.append(f"{name}: the baseline's score is 0, so there is no share")
