@@ -24,7 +24,7 @@ def _llama3() -> PreTrainedConfig:
 
 SHAPES: dict[str, Shape] = {
     **PRESETS,
-    "llama3-8b": Shape("llama3-8b", "Llama-3-8B alone, with 576 visual tokens", _llama3, 0, (0, 0), 576),
+    "llama3-8b": Shape("llama3-8b", _llama3, 0, (0, 0), 576),
 }
 """The known shapes by name."""
 

@@ -1,6 +1,5 @@
 """Assemble a LLaVA from a separately trained vision tower and language model, the starting point of both papers."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -40,7 +39,7 @@ from saccade.families.padding import HdPadImageProcessor
 from saccade.files import check_new_folder, reading
 from saccade.tiny import tiny_checkpoint
 from saccade.training.chat_format import make_template
-from saccade.training.export import check_shard_size, own_classes
+from saccade.training.export import check_shard_size, own_classes, whole_folder
 from saccade.values import CROPS, DTYPES, PROJECTORS, check_choice
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
@@ -114,7 +113,10 @@ def assemble_model(
         OSError: if the folder cannot be written; nothing is left behind.
     """
     options, output = options or AssembleOptions(), Path(output)
-    _check_options(options)
+    check_choice("crops", options.crops, CROPS)
+    check_choice("projector", options.projector, PROJECTORS)
+    check_choice("dtype", options.dtype, DTYPES)
+    check_shard_size(options.max_shard_size)
     check_new_folder(output, "output")
     vision_tower, language_model = (
         str(tiny_checkpoint() if str(part) == "tiny" else part) for part in (vision_tower, language_model)
@@ -297,13 +299,6 @@ class _Tower:
         )
 
 
-def _check_options(options: AssembleOptions) -> None:
-    check_choice("crops", options.crops, CROPS)
-    check_choice("projector", options.projector, PROJECTORS)
-    check_choice("dtype", options.dtype, DTYPES)
-    check_shard_size(options.max_shard_size)
-
-
 def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
     where = "cannot be loaded" if Path(place).is_dir() else "is not a folder, and cannot be loaded from the hub"
     with reading(f"{field}={place!r} {where}"):
@@ -445,9 +440,7 @@ def _join(
 
 def save_checked(model: PreTrainedModel, processor: ProcessorMixin, output: Path, max_shard_size: str) -> None:
     """Write to a temporary folder, check that the stock classes find every key, and rename it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
-        folder = Path(temporary) / "model"
+    with whole_folder(output) as folder:
         use_released_names(model)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
@@ -456,9 +449,6 @@ def save_checked(model: PreTrainedModel, processor: ProcessorMixin, output: Path
         problems = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys and name.endswith("_keys")}
         if problems:
             raise SaccadeError(f"output={str(output)!r}: the written model does not load unchanged: {problems}")
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
 
 
 def middle_positions(table: Tensor, side: int) -> Tensor:
@@ -487,10 +477,8 @@ def resize_plainly(images: Any, size: int) -> None:
 def _picture_size(images: Any) -> tuple[int, int]:
     """Height and width of an image processor's output."""
     size = images.crop_size if getattr(images, "do_center_crop", False) else images.size
-    if getattr(size, "height", None) is None:
-        size = {name: getattr(size, "shortest_edge", None) for name in ("height", "width")}
-        return size["height"], size["width"]
-    return size.height, size.width
+    edge = getattr(size, "shortest_edge", None)
+    return getattr(size, "height", None) or edge, getattr(size, "width", None) or edge
 
 
 @contextmanager

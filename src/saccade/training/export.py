@@ -3,7 +3,8 @@
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def export_model(
     base = base_of(source)
     evaluation, note = read_evaluation(source)
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
-        folder = Path(temporary) / "export"
+    with whole_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         check_loads(folder, model)
@@ -67,8 +66,7 @@ def export_model(
             if path is not None:
                 shutil.copy2(path, folder / name)
         if evaluation is not None:
-            # Merging or another dtype changes the bytes; the evaluation still records the weights that it was measured
-            # on.
+            # Merging or another dtype changes the bytes; what it was measured on stays recorded.
             evaluation = {**evaluation, "exported_weights": identify_weights(folder)}
             write_json_atomically(folder / EVALUATION_FILE, evaluation)
         facts = {
@@ -81,21 +79,27 @@ def export_model(
         with reading(f"model={str(source)!r}: its files about the run cannot be read"):
             card = model_card(output.name, source, facts, evaluation)
         write_text_atomically(folder / "README.md", card)
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
     files = sorted(path for path in output.iterdir() if path.is_file())
     return {
         "output": str(output),
         "source": str(source),
-        "base_model": base,
-        "parameters": facts["parameters"],
-        "dtype": facts["dtype"],
-        "own_classes": facts["own_classes"],
+        **{name: facts[name] for name in ("base_model", "parameters", "dtype", "own_classes")},
         "bytes": sum(path.stat().st_size for path in files),
         "files": [path.name for path in files],
         "notes": [] if note is None else [f"{note}, and was left out: `saccade eval {source}` measures these"],
     }
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside `output`, renamed to it if the block succeeds and removed if it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
+        folder = Path(temporary) / "model"
+        yield folder
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
 
 
 def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
