@@ -20,8 +20,9 @@ from saccade.cli import main as main_module
 from saccade.cli.early import check_dataset, check_model, check_reducer, check_values, reducer_names
 from saccade.cli.main import VERBOSE_TOO, VERBS, main
 from saccade.errors import SaccadeError
-from saccade.recipes import OPTIONS, check_early, source_fields
+from saccade.recipes import check_early, source_fields
 from saccade.reducers import list_reducers
+from saccade.training import ModelOptions
 
 MISTYPED = """
 train tiny-digit/sft | recipe 'tiny-digit/sft' does not exist: did you mean 'tiny-digits/sft'?
@@ -321,12 +322,11 @@ class TestQuickStart:
 
     @pytest.mark.interfaces
     def test_the_names_found_in_the_source_are_those_of_the_classes(self) -> None:
-        for module, owner in OPTIONS.items():
-            fields = {entry.name for entry in dataclasses.fields(getattr(import_module(module), owner)) if entry.init}
-            assert fields <= source_fields(module, owner)
+        for owner in (ModelOptions, saccade.DualSpeedConfig):
+            assert {entry.name for entry in dataclasses.fields(owner) if entry.init} <= source_fields()
 
     def test_what_is_not_found_in_the_source_is_left_to_the_whole_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("saccade.recipes.OPTIONS", {"saccade.training.recipe": "Gone"})
+        monkeypatch.setattr("saccade.recipes.FIELD_FILES", ("saccade/training/models.py", "saccade/gone.py"))
         assert check_early("tiny-digits/sft", ["--prune_ratoi", "0.5"])["prune_ratoi"] == 0.5
 
     def test_help_imports_no_torch(self) -> None:

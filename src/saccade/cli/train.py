@@ -23,7 +23,7 @@ saccade train my.yaml --launch fsdp2 --processes 8      sharded over eight GPUs
 saccade train llava-1.5-7b/sft_lora --dry-run           what it would take; nothing is downloaded or trained
 """
 
-PLAN_FLAGS = ("output", "text_tokens", "label_rows", "images", "devices", "shards")
+PLAN_FLAGS = ("text_tokens", "label_rows", "images", "devices", "shards")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     check_values(values)
     if args.dry_run:
         return _dry_run(args)
-    for name in PLAN_FLAGS:
+    for name in ("output", *PLAN_FLAGS):
         if getattr(args, name) is not None:
             raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
     check_model(values.get("model"))
@@ -149,8 +149,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.training.plan import plan_recipe
 
-    names = ("text_tokens", "label_rows", "images", "devices", "shards")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in PLAN_FLAGS if getattr(args, name) is not None}
     plan = plan_recipe(args.recipe, args.overrides, **given)
     _print(plan)
     if args.output:
@@ -164,6 +163,9 @@ def _print(plan: dict[str, Any]) -> None:
     from saccade.report.tables import print_table
 
     parameters, expected, batch, lengths = (plan[name] for name in ("parameters", "expected", "batch", "lengths"))
+    checked = "the answer and its end, checked"
+    if not plan["chat_checked"]:
+        checked = "not checked, the processor is not available"
     rows = [
         ["model", plan["model"] if plan["model"] == plan["shape"] else f"{plan['model']} ({plan['shape']})"],
         ["parameters", f"{parameters['total']:,}"],
@@ -178,12 +180,7 @@ def _print(plan: dict[str, Any]) -> None:
             "global batch",
             f"{batch['global']} = {batch['per_device']} x {batch['accumulation']} steps x {batch['devices']} devices",
         ],
-        [
-            "learned in a turn",
-            "the answer and its end, checked"
-            if plan["chat_checked"]
-            else "not checked, the processor is not available",
-        ],
+        ["learned in a turn", checked],
     ]
     print_table(f"dry run of {plan['recipe']}", ["", "value"], rows)
     columns = ["mode", "share of steps", "kept", "skipped", "summary", "isolator", "length", "TFLOP per sample"]

@@ -1,6 +1,6 @@
 """The shipped recipes, and how a recipe is read: light enough that a mistyped name is answered at once."""
 
-import ast
+import re
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +12,11 @@ from saccade.errors import SaccadeError, did_you_mean
 from saccade.files import similar_path
 
 RECIPES = Path(__file__).parent
-OPTIONS = {"saccade.training.recipe": "ModelOptions", "saccade.dualspeed.config": "DualSpeedConfig"}
-"""The dataclasses whose fields a recipe may have, by module."""
+FIELD_FILES = (
+    *("saccade/training/models.py", "saccade/dualspeed/config.py"),
+    *("trl/trainer/base_config.py", "trl/trainer/sft_config.py", "transformers/training_args.py"),
+)
+"""The files of the dataclasses whose fields a recipe may have."""
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -121,66 +124,32 @@ def check_fields(names: Collection[Any], known: Collection[str], source: str, fl
 def check_early(path: str | Path, overrides: Sequence[str], flags: Collection[str] = ()) -> dict[str, Any]:
     """Refuse a recipe whose name or fields are mistyped, before the seconds that torch and trl take to import.
 
-    Where a library keeps its fields is its own affair. What cannot be found is left to the check of the whole recipe.
-
     Args:
         flags: of the verb, with underscores, which a mistyped field may have been meant as.
 
     Returns:
         The recipe's fields, overridden, as written.
     """
-    values, source = read_recipe(path), str(find_recipe(path))
-    try:
-        known = {name for module, owner in OPTIONS.items() for name in source_fields(module, owner)}
-    except (LookupError, OSError, SyntaxError):
-        return put_over(values, parse_overrides(overrides))
-    # Without their values, since a mistyped flag may have none.
-    given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
-    # `pretrain` is a sweep's, and the whole check says so.
-    check_fields([*values, *given], known | {"pretrain"}, source, flags)
+    values, source, known = read_recipe(path), str(find_recipe(path)), source_fields()
+    if known is not None:
+        # Without their values, since a mistyped flag may have none.
+        given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
+        # `pretrain` is a sweep's, and the whole check says so.
+        check_fields([*values, *given], known | {"pretrain"}, source, flags)
     return put_over(values, parse_overrides(overrides))
 
 
-def source_fields(module: str, owner: str) -> set[str]:
-    """The annotated names of a class and its bases, from their source alone: nothing is imported.
+def source_fields() -> set[str] | None:
+    """The annotated names in `FIELD_FILES`, from their text alone: nothing is imported.
 
-    Args:
-        module: dotted name of the module that defines the class, or imports it.
-        owner: name of the class.
+    None if a file is not there: where a library keeps its fields is its own affair. The whole check comes later.
     """
-    path = _source(module)
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    for node in nodes:
-        if isinstance(node, ast.ClassDef) and node.name == owner:
-            own = {
-                entry.target.id
-                for entry in node.body
-                if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)
-            }
-            bases = [source_fields(module, base.id) for base in node.bases if isinstance(base, ast.Name)]
-            return own.union(*bases)
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                if owner == (alias.asname or alias.name):
-                    return source_fields(_absolute(node, module, path), alias.name)
-    raise LookupError(f"{module} has no class {owner}")
-
-
-def _source(module: str) -> Path:
-    top, *rest = module.split(".")
-    # Of a top-level package, this finds the folder without importing it.
-    spec = find_spec(top)
-    if spec is None or not spec.submodule_search_locations:
-        raise LookupError(f"there is no package {top}")
-    place = Path(spec.submodule_search_locations[0], *rest)
-    return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-
-
-def _absolute(node: ast.ImportFrom, module: str, path: Path) -> str:
-    """The module that an import names, from the top."""
-    if not node.level:
-        return node.module or ""
-    parents = module.split(".")
-    up = node.level - (path.name == "__init__.py")
-    return ".".join([*parents[: len(parents) - up], *([node.module] if node.module else [])])
+    names: set[str] = set()
+    for file in FIELD_FILES:
+        package, _, inner = file.partition("/")
+        spec = find_spec(package)  # of a top-level package, this finds the folder without importing it
+        path = Path(*(spec.submodule_search_locations or ()), inner) if spec else None
+        if path is None or not path.is_file():
+            return None
+        names |= set(re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return names
