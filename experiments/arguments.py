@@ -1,11 +1,11 @@
 """Flags that experiments of many runs share: their settings, which methods and seeds, and how runs are made."""
 
 import argparse
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saccade.cli.field_flags import add_field_flags
 from saccade.reducers import list_reducers
 from saccade.reducers.frames import KNOW_TIME
 
@@ -16,18 +16,13 @@ def add_study_arguments(parser: argparse.ArgumentParser, settings: type, methods
     """Add a flag for each setting, with its words in the docstring as help, and the flags of the runs.
 
     Args:
-        settings: a dataclass whose fields all have defaults, each on one line under `Args:`.
+        settings: a dataclass whose fields all have defaults, and words under `Args:`.
         methods: the default of `--methods`.
         output: the default of `--output`.
     """
     parser.add_argument("--methods", default=methods, metavar="A,B", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
-    told = dict(re.findall(r"^ +(\w+): (.*)\.$", settings.__doc__, re.MULTILINE))
-    for entry in fields(settings):
-        kind = str if entry.default is None else type(entry.default)
-        metavar = "TEXT" if kind is str else kind.__name__.upper()
-        flag, text = f"--{entry.name.replace('_', '-')}", f"{told[entry.name]} (default: %(default)s)"
-        parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)
+    add_field_flags(parser, settings)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--any-commit", action="store_true", help="accept existing runs of other commits and versions")
     parser.add_argument("--table", action="store_true", help="make nothing, show what is done so far")

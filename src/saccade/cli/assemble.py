@@ -2,6 +2,8 @@
 
 import argparse
 
+from saccade.cli.field_flags import add_field_flags
+from saccade.training.assemble_options import AssembleOptions
 from saccade.values import CROPS, DTYPES, PROJECTORS, check_choice
 
 OUTPUT_IS_FOLDER = True
@@ -30,44 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 language model, or a LLaVA that has one; or tiny",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
-    parser.add_argument(
-        "--gguf-file", default=None, metavar="NAME", help="read the language model from this GGUF file"
-    )
-    parser.add_argument(
-        "--crops",
-        default="none",
-        help="none (LLaVA-1.5), anyres (LLaVA-NeXT), hd (2 x 2 crops), hd_pad (of a square) (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--projector",
-        default="mlp",
-        help="mlp (LLaVA), or resampler (Chain-of-Sight: queries look at windows) (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--chat-template",
-        default="own",
-        metavar="WHICH",
-        help="own (the language model's, or v1 if it has none), v1, or a file (default: %(default)s)",
-    )
-    parser.add_argument("--system-prompt", default=None, metavar="TEXT", help="for conversations without one")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="pixels along a picture or a crop (default: the tower's, and at most)",
-    )
-    parser.add_argument(
-        "--feature-layer", type=int, default=-2, help="hidden state that the projector reads (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="auto (the language model's), float32, bfloat16 or float16 (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
-    parser.add_argument(
-        "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
-    )
+    add_field_flags(parser, AssembleOptions)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -78,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import fields
 
     from saccade.files import to_json
-    from saccade.training.assemble import AssembleOptions, assemble_model
+    from saccade.training.assemble import assemble_model
     from saccade.training.export import loads_in
 
     options = AssembleOptions(**{entry.name: getattr(args, entry.name) for entry in fields(AssembleOptions)})

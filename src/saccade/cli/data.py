@@ -15,21 +15,30 @@ saccade data check my_recipe.yaml                       every source that the re
 saccade data check rows.parquet --output report.json
 """
 SHOWN = 20
+RECIPE_FIELDS = (
+    *("dataset_format", "dataset_split", "dataset_rows", "image_folder", "image_urls", "image_cache"),
+    *("max_image_pixels", "video_frames", "video_fps", "model", "max_length"),
+)
+"""Flags that set a field of the recipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["check"], metavar="check", help="read every row, image and video")
     parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
-    parser.add_argument("--format", metavar="NAME", help="llava, chat or auto (default: auto)")
+    parser.add_argument("--format", dest="dataset_format", metavar="NAME", help="llava, chat or auto (default: auto)")
     parser.add_argument(
         "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
     )
-    parser.add_argument("--image-urls", metavar="A,B", help="what addresses of images to fetch begin with (none)")
+    parser.add_argument(
+        "--image-urls", type=_listed, metavar="A,B", help="what addresses of images to fetch begin with (none)"
+    )
     parser.add_argument(
         "--image-cache", metavar="DIR", help="where what was fetched is kept (default: the user's cache folder)"
     )
-    parser.add_argument("--split", metavar="NAME", help="split, if there are several (default: train)")
-    parser.add_argument("--rows", type=int, metavar="N", help="check the first N rows only")
+    parser.add_argument(
+        "--split", dest="dataset_split", metavar="NAME", help="split, if there are several (default: train)"
+    )
+    parser.add_argument("--rows", dest="dataset_rows", type=int, metavar="N", help="check the first N rows only")
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="largest image (default: 89478485)")
     parser.add_argument("--video-frames", type=int, metavar="N", help="most frames taken of a video (default: 32)")
     parser.add_argument("--video-fps", type=float, metavar="N", help="frames taken per second (default: evenly)")
@@ -49,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Before the seconds that the other imports take.
     given = _given(args)
-    check_choice("dataset format", args.format or "auto", FORMATS)
+    check_choice("dataset format", args.dataset_format or "auto", FORMATS)
     check_dataset(args.path)
     if args.path.endswith((".yaml", ".yml")):
         find_recipe(args.path)
@@ -88,20 +97,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a recipe that the flags set."""
-    fields = {
-        "dataset_format": args.format,
-        "image_folder": args.image_folder,
-        "image_urls": None if args.image_urls is None else args.image_urls.split(","),
-        "image_cache": args.image_cache,
-        "dataset_split": args.split,
-        "dataset_rows": args.rows,
-        "max_image_pixels": args.max_image_pixels,
-        "video_frames": args.video_frames,
-        "video_fps": args.video_fps,
-        "model": args.model,
-        "max_length": args.max_length,
-    }
-    return {name: value for name, value in fields.items() if value is not None} | given_pruning(args)
+    fields = {name: value for name, value in vars(args).items() if name in RECIPE_FIELDS and value is not None}
+    return fields | given_pruning(args)
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ saccade eval compare out/eval/full out/eval/pruned        each score, and the me
 
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
 """
-DIGITS_ONLY = {"split": "test", "num_samples": 1000}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_pruning_flags(parser, "as trained")
     parser.add_argument("--dataset", default=None, metavar="FILE", help="rows to evaluate on in place of the scenes")
-    parser.add_argument("--image-folder", default=None, metavar="A,B", help="with --dataset: its images and videos")
+    parser.add_argument("--image-folder", type=_listed, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument(
-        "--image-urls", default=None, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
+        "--image-urls", type=_listed, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
     )
     parser.add_argument(
         "--image-cache", default=None, metavar="DIR", help="where what was fetched is kept (default: the user's cache)"
@@ -60,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
 def outputs(args: argparse.Namespace) -> list[str]:
     """The JSON, which a comparison writes only where it is asked for."""
     if args.output is None and args.model == "compare":
@@ -74,16 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise SaccadeError(
             f"argument {args.folders[0]!r}: give one model, or `saccade eval compare A B` for two folders"
         )
-    return _run_scenes(args)
-
-
-def _run_scenes(args: argparse.Namespace) -> int:
     _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
-    split, num_samples = (getattr(args, name) or default for name, default in DIGITS_ONLY.items())
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = 100 if args.dataset is None else 8
-    check_counts(num_samples=args.num_samples, batch_size=batch_size)
+    check_counts(num_samples=args.num_samples, batch_size=args.batch_size)
     names = None if args.inference is None else args.inference.split(",")
     for name in names or ():
         check_choice("inference", name, INFERENCES)
@@ -91,7 +86,7 @@ def _run_scenes(args: argparse.Namespace) -> int:
     check_model(args.model)
     if args.dataset is None:
         _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")
-        check_choice("split", split, SPLITS)
+        check_choice("split", args.split or "test", SPLITS)
     else:
         _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         check_dataset(args.dataset)
@@ -109,14 +104,16 @@ def _run_scenes(args: argparse.Namespace) -> int:
     from saccade.training import ModelOptions, load_model
 
     inferences = plan_inferences(args.model, names, **given)
+    count = args.num_samples or 1000
     if args.dataset is None:
-        scenes, what = digit_scenes("sft", split, num_samples), f"{num_samples} scenes of the {split} split"
+        measured, batch_size = {"split": args.split or "test"}, args.batch_size or 100
+        scenes, what = digit_scenes("sft", measured["split"], count), f"scenes of the {measured['split']} split"
     else:
-        folders = None if args.image_folder is None else args.image_folder.split(",")
-        urls = None if args.image_urls is None else args.image_urls.split(",")
-        addresses = None if urls is None else ImageAddresses(urls, args.image_cache)
-        scenes = file_rows(args.dataset, folders, num_samples, trained_sampling(args.model), addresses)
-        what = f"{len(scenes)} rows of {args.dataset}"
+        # Its name alone: a model card repeats it.
+        measured, batch_size = {"dataset": Path(args.dataset).name}, args.batch_size or 8
+        addresses = None if args.image_urls is None else ImageAddresses(args.image_urls, args.image_cache)
+        scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses)
+        what = f"rows of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_model(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
@@ -125,10 +122,8 @@ def _run_scenes(args: argparse.Namespace) -> int:
     rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]
     rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
-    print_table(f"{args.model}, {what}", columns, rows)
+    print_table(f"{args.model}, {len(scenes)} {what}", columns, rows)
     output = args.output or _beside(args.model)
-    # Of a file its name alone: a model card repeats it.
-    measured = {"split": split} if args.dataset is None else {"dataset": Path(args.dataset).name}
     record = {"model": args.model, "weights": weights, **measured, "results": results}
     write_json_atomically(output, {**record, "environment": environment()})
     print(f"written to {output}")
@@ -138,7 +133,8 @@ def _run_scenes(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from saccade.evaluation.suites import get_suite
 
-    names = ("inference", *FLAGS, *DIGITS_ONLY, "batch_size", "dataset", "image_folder", "image_urls", "image_cache")
+    names = ("inference", *FLAGS, "dataset", "image_folder", "image_urls", "image_cache")
+    names += ("split", "num_samples", "batch_size")
     _refuse(args, names, "is not for compare: leave it out")
     if len(args.folders) != 2:
         raise SaccadeError(

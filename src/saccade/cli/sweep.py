@@ -66,12 +66,11 @@ def run(args: argparse.Namespace) -> int:
     elif not args.recipe:
         raise SaccadeError("nothing to run: give a recipe, or --table for what is done so far")
     else:
-        pairs = (text.partition("=") for text in args.grid)
-        fields = [f"--{name}=[{values}]" for name, equals, values in pairs if equals]
+        grid = parse_grid(args.grid)
         overrides = [_of_any_stage(word) for word in args.overrides]
-        check_early(args.recipe, [*overrides, *map(_of_any_stage, fields)], vars(args))
+        check_early(args.recipe, [*overrides, *(f"{_of_any_stage(f'--{name}')}=" for name in grid)], vars(args))
         check_values(check_early(args.recipe, overrides))
-        for name, values in parse_grid(args.grid).items():
+        for name, values in grid.items():
             for value in values:
                 check_values({_of_any_stage(f"--{name}")[2:]: value})
     from rich.console import Console

@@ -38,6 +38,7 @@ from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
 from saccade.families.padding import HdPadImageProcessor
 from saccade.files import check_new_folder, reading
 from saccade.tiny import tiny_checkpoint
+from saccade.training.assemble_options import AssembleOptions
 from saccade.training.chat_format import make_template
 from saccade.training.export import check_shard_size, own_classes, whole_folder
 from saccade.values import CROPS, DTYPES, PROJECTORS, check_choice
@@ -51,49 +52,14 @@ CROP_GRIDS = {"none": (), "anyres": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), "h
 """For each kind of crops, the sizes that an image may be resized to, in crops (down, across)."""
 
 
-@dataclass(frozen=True)
-class AssembleOptions:
-    """How to assemble the parts.
-
-    Args:
-        gguf_file: name of a GGUF file in the language model's folder or hub repository to read it from.
-        crops: "none" for one picture per image (LLaVA-1.5); "anyres" for a thumbnail, and crops at about the image's
-            own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops; "hd_pad" for the same of the
-            image padded to a square (LLaVA-HD, see docs/recipes.md).
-        projector: "mlp" for LLaVA's two layers on each patch; "resampler" for Chain-of-Sight's, whose queries look at
-            windows of two sizes, see `MultiScaleResampler`.
-        chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
-        system_prompt: for conversations without one; by default that of the template.
-        image_size: edge in pixels of what the tower takes at once, a picture or a crop; by default its own, which it
-            cannot exceed. A smaller one has the position embeddings of the middle, so that neighbours are as far apart
-            as the tower has learned.
-        feature_layer: index of the tower's hidden state that the projector reads.
-        dtype: of the weights: "auto" (the language model's), "float32", "bfloat16" or "float16".
-        seed: seed of the projector's weights.
-        max_shard_size: size above which the weights are split into several files.
-    """
-
-    gguf_file: str | None = None
-    crops: str = "none"
-    projector: str = "mlp"
-    chat_template: str = "own"
-    system_prompt: str | None = None
-    image_size: int | None = None
-    feature_layer: int = -2
-    dtype: str = "auto"
-    seed: int = 0
-    max_shard_size: str = "5GB"
-
-
 def assemble_model(
     vision_tower: str | Path, language_model: str | Path, output: str | Path, options: AssembleOptions | None = None
 ) -> dict[str, Any]:
     """Write a LLaVA: a trained tower, a trained language model, and a new projector between them.
 
-    The projector is two linear layers with a GELU between them, as in LLaVA-1.5, or Chain-of-Sight's resampler, with
-    torch's default initialisation. All but the resampler is stock.
-    The tokenizer gets an image token; new embedding rows are the mean of the others, and tied embeddings stay tied.
-    Only one copy of the weights is in memory. The folder appears under its name only once it is complete.
+    The projector has torch's default initialisation. All but Chain-of-Sight's resampler is stock. The tokenizer gets
+    an image token; new embedding rows are the mean of the others, and tied embeddings stay tied. Only one copy of the
+    weights is in memory. The folder appears under its name only once it is complete.
 
     Args:
         vision_tower: folder or hub id of a CLIP or SigLIP model or vision tower, or of a LLaVA with such a tower;

@@ -1,0 +1,25 @@
+"""A flag for each field of a dataclass, with its words in the docstring as help."""
+
+import argparse
+import inspect
+import re
+from dataclasses import fields
+from types import NoneType
+from typing import get_args, get_type_hints
+
+
+def add_field_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add a flag for each field.
+
+    Args:
+        settings: a dataclass whose fields all have defaults and words in its docstring, under `Args:`.
+    """
+    words = dict(re.findall(r"^    (\w+): (.+(?:\n     .+)*)", inspect.getdoc(settings) or "", re.MULTILINE))
+    types = get_type_hints(settings)
+    for entry in fields(settings):
+        (kind,) = set(get_args(types[entry.name]) or [types[entry.name]]) - {NoneType}
+        default = "" if entry.default is None else " (default: %(default)s)"
+        text = " ".join(words[entry.name].split()).rstrip(".").replace("%", "%%") + default
+        metavar = "TEXT" if kind is str else "N"
+        flag = f"--{entry.name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)
