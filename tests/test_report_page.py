@@ -365,7 +365,7 @@ class TestBadInput:
         with pytest.raises(SaccadeError, match="contains a report: give another --output, or --overwrite"):
             write_report(run)
         (tmp_path / "file").touch()
-        with pytest.raises(SaccadeError, match=r"cannot be written \(.+\): give another --output"):
+        with pytest.raises(SaccadeError, match=r"cannot be written \(.+\): give another path"):
             write_report(run, tmp_path / "file" / "report")
         with pytest.raises(SaccadeError, match="is a folder with other files: give a new one"):
             write_report(run, tmp_path)

@@ -1,13 +1,11 @@
 """`saccade report`: one page about a run or a sweep, such as the demo, with pictures."""
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from saccade.errors import SaccadeError
-from saccade.files import reading
+from saccade.files import check_writable, reading
 from saccade.pages.page import PAGE_FILE, RECORD_FILE, Page
 from saccade.pages.run import run_page
 from saccade.pages.source import is_sweep, read_json
@@ -25,7 +23,6 @@ def write_report(
     """Write the page about a run or a sweep, with pictures and JSON, and return the page's path.
 
     Args:
-        folder: a folder written by `saccade train`, `saccade sweep` or `saccade demo`.
         output: the folder to write to; by default `report` inside `folder`.
         overwrite: whether to replace an existing report.
         make: makes the page, given the folder and one to draw in; by default chosen by what the folder contains.
@@ -37,9 +34,10 @@ def write_report(
     make = make or (sweep_page if is_sweep(folder) else run_page)
     output = folder / "report" if output is None else output
     before = _check_output(output, overwrite)
-    with _workshop(output) as workshop:
+    # Drawn elsewhere, so that a report that fails leaves nothing behind.
+    with TemporaryDirectory(prefix="saccade-report-") as workshop:
         with reading(f"folder={str(folder)!r}: a file in it is not what Saccade writes"):
-            page = make(folder, workshop)
+            page = make(folder, Path(workshop))
         path = page.write(output)
     for name in before - {entry["file"] for entry in page.pictures}:
         (output / name).unlink(missing_ok=True)
@@ -48,6 +46,7 @@ def write_report(
 
 def _check_output(output: Path, overwrite: bool) -> set[str]:
     """The names of the pictures of the report that is replaced."""
+    check_writable(output, "output", folder=True)
     if (output / PAGE_FILE).exists() and not overwrite:
         raise SaccadeError(f"output={str(output)!r} contains a report: give another --output, or --overwrite")
     if not (output / PAGE_FILE).exists():
@@ -59,22 +58,3 @@ def _check_output(output: Path, overwrite: bool) -> set[str]:
     # Only names inside this folder, whatever the record says.
     pictures = read_json(output / RECORD_FILE).get("pictures", [])
     return {Path(entry["file"]).name for entry in pictures if str(entry.get("file", "")).endswith(".png")}
-
-
-@contextmanager
-def _workshop(output: Path) -> Iterator[Path]:
-    """A folder inside `output` to draw in, so that a report that fails leaves nothing behind."""
-    is_new = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        workshop = TemporaryDirectory(prefix=".drawing-", dir=output)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise SaccadeError(f"output={str(output)!r} cannot be written ({reason}): give another --output") from error
-    try:
-        with workshop:
-            yield Path(workshop.name)
-    finally:
-        if is_new:
-            with suppress(OSError):  # not empty: the report was written
-                output.rmdir()

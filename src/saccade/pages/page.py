@@ -4,7 +4,7 @@ The markup is in templates/, which escape whatever they are given; only what the
 """
 
 import base64
-import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
-from saccade.files import write_json_atomically, write_text_atomically
+from saccade.files import atomic_path, write_json_atomically, write_text_atomically
 from saccade.report.environment import environment, environment_lines
 from saccade.report.plots import short_name
 from saccade.report.tables import is_numeric, table_cells
@@ -35,8 +35,7 @@ class Page:
         workshop: the folder in which its pictures are drawn.
         kind: what it is about: "run", "sweep" or "demo".
         source: the folder that it describes; its name is in every picture's name.
-        finding: the first line of the page.
-        lead: what it is about, in a sentence.
+        finding: the first line of the page; `lead` is the sentence below it.
     """
 
     def __init__(self, workshop: Path, kind: str, source: Path, finding: str, lead: str) -> None:
@@ -60,10 +59,7 @@ class Page:
     ) -> Markup:
         """Draw a picture with `plot(*arguments, path, **options)`, and return it as a block.
 
-        Args:
-            file: its name, which gets the page's name in front.
-            alt: description for readers who cannot see it.
-            caption: a sentence under it.
+        `file` gets the page's name in front; `alt` is for readers who cannot see the picture.
         """
         file = f"{_plain(self.name)}-{file}"
         plot(*arguments, self.workshop / file, **options)
@@ -83,13 +79,7 @@ class Page:
         days: Sequence[str],
         caption: str = "The training took place here.",
     ) -> None:
-        """Add where the runs took place.
-
-        Args:
-            found: what `environment` returned in each run; empty if it was not recorded.
-            days: when the runs ended.
-            caption: a sentence above the table.
-        """
+        """Add where the runs took place: what `environment` returned in each, and the days when they ended."""
         heading = "Environment"
         values: dict[str, dict[str, None]] = {}
         for name, text in (pair for one in found for pair in environment_lines(dict(one))):
@@ -111,10 +101,7 @@ class Page:
         return TEMPLATES.get_template("page.html").render(sections=shown, **values)
 
     def write(self, output: Path) -> Path:
-        """Write the page, its pictures and its content as JSON to `output`, and return the page's path.
-
-        Args:
-            output: a folder on the same file system as the workshop.
+        """Write the page, its pictures and its content as JSON to the folder `output`, and return the page's path.
 
         Raises:
             OSError: if a file cannot be written.
@@ -125,16 +112,14 @@ class Page:
         footer += f"{self.record['folder']}. The pictures and {RECORD_FILE} are next to this page."
         text = self.html(footer)
         for entry in self.pictures:
-            os.replace(self.workshop / entry["file"], output / entry["file"])
+            with atomic_path(output / entry["file"]) as picture:
+                shutil.copyfile(self.workshop / entry["file"], picture)
         write_json_atomically(output / RECORD_FILE, {**self.record, "pictures": self.pictures, "made": footer})
         return write_text_atomically(output / PAGE_FILE, text)
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> Markup:
     """A table that fits: words wrap, and on a phone the rows of a wide one become blocks. Numbers are right-aligned.
-
-    Args:
-        caption: a sentence on what the table shows.
 
     Raises:
         ValueError: if a row does not have one cell per column.

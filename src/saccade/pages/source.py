@@ -20,31 +20,18 @@ STATE_FILE = "trainer_state.json"
 
 @dataclass
 class RunRecord:
-    """What the folder of a run says about it.
-
-    Args:
-        model: the folder with the weights.
-        log_history: the trainer's log.
-        recipe: the fields as given; empty if there is only a checkpoint.
-        config: the options that a resumed run must share.
-        tokens: total tokens of the full batches, of the trained passes, and of the teacher.
-        environment: where it took place; None if not recorded.
-        finished: the date; None if not recorded.
-        evaluation: the result of `saccade eval` on the digit scenes with these weights, or None.
-        left_out: why an evaluation in the folder does not belong to these weights, or None.
-        checkpoint: name of the checkpoint that was read because there is no log of a finished run.
-    """
+    """What the folder of a run says about it; None for what is not recorded."""
 
     model: Path
     log_history: list[dict[str, Any]]
-    recipe: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    tokens: dict[str, float] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)  # as given; empty if there is only a checkpoint
+    config: dict[str, Any] = field(default_factory=dict)  # the options that a resumed run must share
+    tokens: dict[str, float] = field(default_factory=dict)  # of the full batches, the trained passes, the teacher
     environment: dict[str, Any] | None = None
-    finished: str | None = None
-    evaluation: dict[str, Any] | None = None
-    left_out: str | None = None
-    checkpoint: str | None = None
+    finished: str | None = None  # the date
+    evaluation: dict[str, Any] | None = None  # of `saccade eval` on the digit scenes, with these weights
+    left_out: str | None = None  # why an evaluation in the folder does not belong to these weights
+    checkpoint: str | None = None  # what was read because there is no log of a finished run
 
 
 def is_sweep(folder: Path) -> bool:

@@ -36,10 +36,6 @@ def begin_sweep(
 ) -> tuple[Page, Standing]:
     """A page with the finding, the best settings, and the table of a sweep; and the sweep's state.
 
-    Args:
-        words: names of label values.
-        figures: the columns of the table.
-
     Raises:
         SaccadeError: if no run is done, or a file is half-written.
     """

@@ -82,14 +82,10 @@ class OpenModel:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and what it took.
+    """An answer, its tokens, and those of the prompt that the language model read.
 
-    Args:
-        text: without special tokens.
-        prompt: tokens of the prompt that the language model read.
-        tokens: number of generated tokens.
-        first: seconds from the processed picture to the first token: encoding, reducing and reading the prompt.
-        seconds: seconds to the last one.
+    `first` are the seconds from the processed picture to the first token: encoding, reducing and reading the prompt;
+    `seconds` those to the last one.
     """
 
     text: str
@@ -101,15 +97,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers to a question.
-
-    Args:
-        picture: the photograph with the kept tokens.
-        kept: tokens that are kept of the picture that is drawn.
-        total: its tokens.
-        full: the answer from all tokens.
-        pruned: the answer from the kept ones.
-    """
+    """Both answers to a question, and the picture with the tokens that are kept of it, `kept` of `total`."""
 
     picture: Image.Image
     kept: int

@@ -35,10 +35,6 @@ def view_reducers(
     The picture is the part of the image that the model sees; for models that split images into crops, the thumbnail.
 
     Args:
-        model: a model of a known family.
-        processor: its processor.
-        image: any size.
-        reducers: names, one panel each.
         prompt: the user's words, for reducers that read them.
         path: the PNG to write; the JSON has the same name with another suffix.
         pruning: how many tokens to keep, and options for its own reducer.
@@ -85,11 +81,7 @@ def view_reducers(
 
 
 def chosen_by(source: str, model: PreTrainedModel) -> str:
-    """A sentence on the model whose features the reducers chose from.
-
-    Args:
-        source: the name by which the model was loaded.
-    """
+    """A sentence on the model, loaded by the name `source`, whose features the reducers chose from."""
     if source == "tiny":
         return (
             "Tokens of tiny, the embedded model, which has only learned digit scenes: a stand-in for your own model."

@@ -82,14 +82,11 @@ def digit_run(
     """A run of both stages on the digit scenes, and the evaluation.
 
     Args:
-        name: name of the run's folder.
         labels: what distinguishes it from the others; `seed` is added.
         method: a key of `METHODS`, or the fields in which another method differs from DualSpeed.
-        seed: seed of weights, data order and modes.
         options: fields of the recipe that differ in this run, in both stages.
         pretrain_method: the method of stage one, if different.
-        inferences: ways to run the trained model; by default all tokens, pruned as in training, and with its isolator
-            if it has one.
+        inferences: ways to run the trained model; those of `standard_inferences` when left out.
         extra: values read by a custom worker.
 
     Raises:
@@ -122,8 +119,6 @@ def stage_fields(stage: str, steps: int, seed: int, settings: Any) -> dict[str, 
 
     Args:
         stage: "pretrain", where the projector alone learns, or "sft".
-        steps: of the stage.
-        seed: of weights, data order and modes.
         settings: `DigitSettings`, or another dataclass that has its fields of the method, the rates and the batch.
     """
     pretrain = stage == "pretrain"

@@ -34,14 +34,9 @@ BOTH_STAGES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """The content of `sweep.json`: every run of a sweep, and where they came from.
+    """The content of `sweep.json`: every run of a sweep, the command and the date on which it began.
 
-    Args:
-        title: title of the table.
-        runs: the runs, in order.
-        command: the command line.
-        started: the date.
-        about: further values for the caller's own use.
+    `about` has further values for the caller's own use.
     """
 
     title: str
@@ -88,13 +83,10 @@ def plan_grid(
     """The product of a grid and seeds, seed by seed, so that an interrupted sweep contains complete comparisons.
 
     Args:
-        recipe: the fields of the recipe.
+        recipe: the fields of the recipe, whose own seed counts without `seeds`.
         pretrain: those of the recipe that runs before it, or None.
         grid: values by field, which apply to the stages as in `place`.
-        seeds: number of seeds, starting at 0; by default the recipe's own seed.
-        scenes: number of scenes to evaluate on if the recipe trains on "digits".
-        split: their split.
-        threads: compute threads per run.
+        scenes: number of scenes of `split` to evaluate on if the recipe trains on "digits".
 
     Raises:
         SaccadeError: on a number below 1, a grid over seeds together with `seeds`, or a stage that does not exist.

@@ -76,11 +76,8 @@ def run_sweep(
     """Check every run, write the plan, and make the runs that are missing.
 
     Args:
-        plan: all runs of the sweep.
-        output: the sweep's folder.
         stages: folder of stages that several sweeps share; by default inside `output`.
         only: labels and their values to make now; the plan still contains all runs.
-        jobs: runs at a time.
         any_commit: reuse runs and stages of any commit and version.
         worker: the module that makes one run.
 

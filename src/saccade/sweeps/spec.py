@@ -17,13 +17,8 @@ IDLE_WHILE_FAST = ("slow_probability", "schedule", "distill_weight", "distill_te
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The digit scenes that a trained model is evaluated on, and the ways in which it is run.
-
-    Args:
-        inferences: fields of `saccade.evaluation.Inference`, without the isolator, which is the run's own.
-        split: "train", "validation" or "test".
-        scenes: number of scenes.
-    """
+    """The digit scenes that a trained model is evaluated on, and the ways in which it is run: fields of
+    `saccade.evaluation.Inference`, without the isolator, which is the run's own."""
 
     inferences: tuple[dict[str, Any], ...]
     split: str = "test"

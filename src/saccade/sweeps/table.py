@@ -39,11 +39,7 @@ Spread = Mapping[str, float]
 class Standing:
     """The finished runs of a plan, read from their folders. Runs of any commit count, but only with the same spec.
 
-    Args:
-        plan: every run of the sweep.
-        output: the sweep's folder.
-        words: names of label values.
-        figures: the columns of the table, as `FIGURES`.
+    `words` are names of label values, `figures` the columns of the table.
     """
 
     def __init__(
@@ -86,11 +82,7 @@ class Standing:
         return entries[0].get("accuracy_full") if entries else None
 
     def summary(self, where: Sequence[tuple[str, Any]] = ()) -> list[dict[str, Any]]:
-        """An entry per combination of labels over its seeds, sorted by amounts.
-
-        Args:
-            where: labels and values that a run must have.
-        """
+        """An entry per combination of labels over its seeds, sorted by amounts; a run must have the labels `where`."""
         rows = [row for row in self.rows if all(row.get(name) == value for name, value in where)]
         ranks = {key: list(dict.fromkeys(row.get(key) for row in rows)) for key in self.keys}
 
@@ -211,10 +203,9 @@ def has_own_training(result: Mapping[str, Any]) -> bool:
 
 
 def run_figures(result: Mapping[str, Any], baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The figures of a run with one evaluation of each kind; None for those that are missing.
+    """The figures of a run with one evaluation of each kind, None for those that are missing.
 
-    Args:
-        baseline: the result of all-token training with the same seed, for the share of its accuracy and the speed-up.
+    `baseline`, the result of all-token training with the same seed, is for the share of its accuracy and the speed-up.
     """
     stages, entries = result["stages"], {entry["inference"]: entry for entry in result["evaluations"]}
     last = list(stages.values())[-1]
@@ -255,12 +246,7 @@ def train_cpu_seconds(result: Mapping[str, Any]) -> float | None:
 
 
 def trade_off(groups: Mapping[str, Sequence[Mapping[str, Any]]], seconds_of: Any = train_seconds) -> list[dict]:
-    """One point per group of results and way to run its models, in the form that `plot_trade_off` takes.
-
-    Args:
-        groups: results by the name of their training.
-        seconds_of: the seconds of training of a result.
-    """
+    """One point per group of results and way to run its models, in the form that `plot_trade_off` takes."""
     points = []
     for name, results in groups.items():
         ways: dict[str, list[dict[str, Any]]] = {}

@@ -43,13 +43,7 @@ def process_clock() -> tuple[float, float]:
 
 class TrainingClock(TrainerCallback):
     """Tells the sweep of each step of a stage, and times its training over all the processes that it takes, without
-    what was lost after a checkpoint.
-
-    Args:
-        folder: the stage's.
-        now: gives CPU seconds of this process, and seconds of the clock on the wall.
-        stage: its name.
-    """
+    what was lost after a checkpoint."""
 
     def __init__(
         self, folder: Path, now: Callable[[], tuple[float, float]] = process_clock, stage: str = "training"
@@ -92,9 +86,8 @@ def run_one(
 
     Args:
         stages: the folder of the stages of all runs.
-        train: trains a stage, as `train_stage` does.
-        evaluate: makes the evaluations of the model in a folder, given the recipe of its last stage; on digit scenes
-            when left out.
+        train: takes the place of `train_stage`.
+        evaluate: takes the place of `evaluate_scenes`.
 
     Raises:
         SaccadeError: if SIGTERM ended the training of a stage.
@@ -124,10 +117,8 @@ def train_stage(
     """Train a stage, and return the content of its `result.json`.
 
     Args:
-        stage: its name.
         values: its fields, for the record.
         recipe: the whole recipe.
-        callbacks: callbacks of the trainer, besides the one that tells of progress and measures the time.
 
     Raises:
         SaccadeError: if SIGTERM ended it.
@@ -173,8 +164,6 @@ def evaluate_scenes(
     """What `evaluate_inferences` finds for the model in a folder on digit scenes.
 
     Args:
-        evaluation: the scenes, and the ways to run the model.
-        folder: of the trained model.
         recipe: of its last stage.
         on_batch: called with the number of batches done and their total; by default it tells the sweep.
     """
@@ -201,11 +190,7 @@ def _end_with_parent() -> None:
 
 
 def main(run: Callable[[RunSpec, Path], dict[str, Any]] = run_one) -> int:
-    """Entry point: the run's folder and the folder of stages are the arguments.
-
-    Args:
-        run: makes the result, as `run_one` does.
-    """
+    """Entry point: the run's folder and the folder of stages are the arguments; `run` makes the result."""
     folder, stages = map(Path, sys.argv[1:])
     threading.Thread(target=_end_with_parent, daemon=True).start()
     spec = RunSpec.from_json(json.loads((folder / SPEC_FILE).read_text()))
