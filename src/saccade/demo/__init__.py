@@ -1,1 +1,1 @@
-"""The demo: a small LLaVA trained on handwritten digits with all tokens, with pruning only, and with DualSpeed."""
+"""A small LLaVA trained on handwritten digits with all tokens, with pruning only, and with DualSpeed."""
