@@ -192,14 +192,8 @@ def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens
     options = asdict(inference.pruning)
     options.pop("isolator")
     if not inference.prunes:
-        options |= {
-            "reducer": None,
-            "reducer_options": {},
-            "prune_ratio": 0.0,
-            "keep_tokens": None,
-            "fit_length": None,
-            "patch_tolerance": None,
-        }
+        options |= dict.fromkeys(("reducer", "keep_tokens", "fit_length", "patch_tolerance"))
+        options |= {"reducer_options": {}, "prune_ratio": 0.0}
     return {
         "inference": inference.name,
         **options,

@@ -1,6 +1,7 @@
 """Rows of a data file to evaluate on: each conversation's last answer is the one to find."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def file_rows(
     """
     source = SourceOptions(path, image_folder=image_folder).open(addresses=addresses)
     rows = len(source) if count is None else min(count, len(source))
-    return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(_Answers(source, sampling))
+    return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(
+        partial(_answers, source, sampling)
+    )
 
 
 def trained_sampling(folder: str | Path) -> Sampling:
@@ -55,32 +58,27 @@ def trained_sampling(folder: str | Path) -> Sampling:
     return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
-class _Answers:
+def _answers(source: Source, sampling: Sampling | None, batch: dict[str, list]) -> dict[str, list]:
     """The transform from numbers of rows to the columns that are read of them."""
+    rows = [_row(source, sampling, number, clips="videos" in batch) for number in next(iter(batch.values()))]
+    return {name: [row[name] for row in rows] for name in batch}
 
-    def __init__(self, source: Source, sampling: Sampling | None) -> None:
-        self.source, self.sampling = source, sampling
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
-        rows = [self._row(number, "videos" in batch) for number in next(iter(batch.values()))]
-        return {name: [row[name] for row in rows] for name in batch}
-
-    def _row(self, number: int, clips: bool) -> dict[str, Any]:
-        name = self.source.name(number)
-        try:
-            record = self.source.record(number)
-            row = self.source.row(record)
-            messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
-            if messages[-1]["role"] != "assistant":
-                raise RecordError("it ends with a question: end it with the answer to find", "no_answer")
-            videos = [open_video(video, self.sampling) for video in row["videos"]] if clips else []
-        except RecordError as error:
-            raise SaccadeError(f"{name}: {error}") from error
-        kind = record.get("kind")
-        return {
-            "images": row["images"],
-            "videos": videos,
-            "messages": messages,
-            "kind": kind if isinstance(kind, str) and kind else "rows",
-            "answer": text_of(messages[-1]),
-        }
+def _row(source: Source, sampling: Sampling | None, number: int, clips: bool) -> dict[str, Any]:
+    try:
+        record = source.record(number)
+        row = source.row(record)
+        messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+        if messages[-1]["role"] != "assistant":
+            raise RecordError("it ends with a question: end it with the answer to find", "no_answer")
+        videos = [open_video(video, sampling) for video in row["videos"]] if clips else []
+    except RecordError as error:
+        raise SaccadeError(f"{source.name(number)}: {error}") from error
+    kind = record.get("kind")
+    return {
+        "images": row["images"],
+        "videos": videos,
+        "messages": messages,
+        "kind": kind if isinstance(kind, str) and kind else "rows",
+        "answer": text_of(messages[-1]),
+    }

@@ -87,9 +87,6 @@ def check_engine(accelerator: Any) -> None:
     Accelerate falls back silently: FSDP without a GPU becomes plain data parallelism, and several processes without a
     backend become independent runs.
 
-    Args:
-        accelerator: the trainer's `Accelerator`.
-
     Raises:
         SaccadeError: if they differ; the message names both.
     """

@@ -97,7 +97,7 @@ def check_folder(folder: Path) -> None:
 
 
 def installed_engine(engine: str | None) -> str:
-    """The requested or default engine, checked to be installed.
+    """The requested or default engine.
 
     Raises:
         SaccadeError: if there is no such engine, or it is not installed.

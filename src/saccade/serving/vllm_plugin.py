@@ -137,9 +137,7 @@ def check_prunes(
 ) -> "Family":
     """Check that vLLM can serve a model on the tokens that `config` keeps, and return its family, without weights.
 
-    Args:
-        folder: the model's folder, or its name on a hub.
-        stock: what its `config.json` holds.
+    `stock` is what the `config.json` of the model, a folder or a name on a hub, holds.
 
     Raises:
         SaccadeError: naming the model, or the option, and what can be served.

@@ -44,8 +44,7 @@ def model_card(
     """The card's Markdown, with the front matter that the hub reads.
 
     Args:
-        source: folder of the run, whose `dualspeed.json` and `log.json` (of the same run) or `trainer_state.json` are
-            used if present.
+        source: folder of the run, whose files are used if present: `dualspeed.json`, and the log of the same run.
         facts: `parameters`, `dtype`, `architecture`, `base_model`, `own_classes`.
         evaluation: what `saccade eval` measured on these weights.
     """

@@ -36,8 +36,7 @@ def check_data(
         path: a data file, a folder, a hub id, or a recipe's YAML.
         given: fields of a recipe that override those of the YAML. With a `model`, tokens are counted.
         jobs: number of processes that read in parallel.
-        start: called with the number of rows before the first is read.
-        progress: called with the number of rows just read.
+        start, progress: called with the number of rows before the first is read, and with that of rows just read.
 
     Returns:
         The result of `saccade.data.check.check_sources`, plus `sources`, the path and the number of rows of each.

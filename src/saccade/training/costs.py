@@ -33,8 +33,7 @@ class ModeCost:
         kept, skipped, summary, isolator: tokens of an image in the trained pass.
         length: length of the whole sequence.
         cut: the share of samples that keep fewer visual tokens, so that they fit.
-        flops: operations of the trained and the teacher's pass, including tower and projector.
-        language_flops: the language model's share of these.
+        flops, language_flops: operations of the trained and the teacher's pass, and of these the language model's.
         samples: how many samples of a micro-batch run at a time.
         activations: bytes that the backward pass needs for the longest sample.
     """
@@ -71,8 +70,8 @@ class Costs:
         layers = list(self.family.language_layers.named_parameters())
         self.trains_language = any(p.requires_grad for _, p in layers)
         adapters = [(name, p.numel()) for name, p in layers if "lora_" in name]
-        self.adapters_feed_forward = sum(count for name, count in adapters if "mlp" in name)
-        self.adapters_attention = sum(count for _, count in adapters) - self.adapters_feed_forward
+        self.adapters = sum(count for _, count in adapters)
+        self.adapters_attention = sum(count for name, count in adapters if "mlp" not in name)
 
     def parameters(self) -> dict[str, int]:
         """Numbers of parameters of the stock model, of trainable ones, and of adapters."""
@@ -196,8 +195,7 @@ class Costs:
 
     def _adapter_flops(self, sample: SampleLength, rows: VisualRows, isolator: int) -> int:
         full = rows.kept + isolator + sample.text
-        every = self.adapters_attention + self.adapters_feed_forward
-        return 2 * (full * every + rows.skipped * self.adapters_attention)
+        return 2 * (full * self.adapters + rows.skipped * self.adapters_attention)
 
     def _vision(self) -> int:
         """Tower and projector on the full image, once per step; three times as much if they train."""
@@ -213,12 +211,8 @@ class Costs:
         """Estimated bytes per device, without the framework's own memory, fragmentation and buffers.
 
         Trainable half-precision weights have float32 masters and optimizer states: 2 bytes for the weight, 2 for the
-        gradient, 4 for the master and 8 for the states. FSDP and DeepSpeed arrive at the same sum.
-
-        Args:
-            modes: the modes of the run; the one that needs most memory counts.
-            shards: number of devices that share weights, gradients and optimizer states.
-            own: number of parameters of isolator and summary head.
+        gradient, 4 for the master and 8 for the states. FSDP and DeepSpeed arrive at the same sum. The mode that needs
+        most memory counts. `own` is the number of parameters of isolator and summary head.
         """
         four_bit = set()
         if self.recipe.options.load_in_4bit:

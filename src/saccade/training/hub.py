@@ -12,11 +12,9 @@ from saccade.errors import SaccadeError
 def check_hub(repository: str, private: bool = False) -> None:
     """Check a repository's name and that the user is logged in, before the work whose result goes there.
 
-    Args:
-        private: whether a public repository of this name is refused.
-
     Raises:
-        SaccadeError: if the name is not one, the hub does not know the user or does not answer, or it is public.
+        SaccadeError: if the name is not one, the hub does not know the user or does not answer, or the repository is
+            public and `private` is true.
     """
     name = f"push_to_hub={repository!r}"
     try:
@@ -42,14 +40,10 @@ def check_hub(repository: str, private: bool = False) -> None:
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:
-    """Upload a folder as one commit, to a repository that is created if it does not exist.
+    """Upload a folder as one commit, and return the address of the repository, which is created if it does not exist.
 
     Args:
-        folder: what to upload, whole.
         private: of a new repository; one that exists stays as it is.
-
-    Returns:
-        The address of the repository.
 
     Raises:
         SaccadeError: if the hub refuses it or cannot be reached; the folder stays.

@@ -88,9 +88,8 @@ def _presets() -> dict[str, Shape]:
         "tiny-chain-of-sight": (_tiny_scales, {"folders": ["out/chain-of-sight/grown"]}),
         "tiny-llava-hd": (_tiny_crops, {"folders": ["out/llava-hd/pretrain"]}),
     }
-    for name, entry in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[
-        "shapes"
-    ].items():
+    text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+    for name, entry in yaml.safe_load(text)["shapes"].items():
         values = entry.pop("config")
         configs[name] = (lambda values=values: AutoConfig.for_model(**deepcopy(values))), entry
     return {

@@ -87,10 +87,9 @@ def plan_recipe(
         first = make_recipe({**fields, **parse_overrides(ANYWHERE)}, source=str(before))
         stages.insert(0, _plan_stage(first, before, None, devices, shards)[1])
     baseline, expected = (sum(one["samples"] * one[name] for one in stages) for name in ("baseline_flops", "flops"))
-    schedule = {"stages": stages, "speedup": baseline / expected}
     return {
         **plan,
-        "schedule": schedule,
+        "schedule": {"stages": stages, "speedup": baseline / expected},
         "published": published_speedups(recipe, plan["shape"], len(stages)),
         "chat_checked": chat_checked,
     }
@@ -147,6 +146,7 @@ def _plan_stage(
     own = cost.own_parameters()
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch = micro * accumulation * devices
+    sizes = {"per_device": micro, "accumulation": accumulation, "devices": devices, "shards": shards}
     plan = {
         "recipe": str(find_recipe(path)),
         "model": recipe.options.model,
@@ -163,13 +163,7 @@ def _plan_stage(
             "speedup_language": baseline.language_flops / language,
         },
         "memory": cost.memory([mode for mode in modes if mode.probability], shards, own),
-        "batch": {
-            "per_device": micro,
-            "accumulation": accumulation,
-            "devices": devices,
-            "shards": shards,
-            "global": batch,
-        },
+        "batch": {**sizes, "global": batch},
         "lengths": {**replace(lengths, samples=tuple(cut)).means(), "source": lengths.source},
     }
     stage = {
@@ -184,12 +178,7 @@ def _plan_stage(
 
 
 def published_speedups(recipe: Recipe, shape: str, stages: int) -> dict[str, float]:
-    """The paper's speed-ups by stage for a recipe with the paper's settings; empty for others.
-
-    Args:
-        shape: name of the model's shape.
-        stages: number of stages that are planned.
-    """
+    """The paper's speed-ups by stage for a recipe with its settings, if `stages` are planned; empty for others."""
     options, args = recipe.options, recipe.trainer
     setting = (args.pruning, args.slow_probability, args.modes, args.skip_vision)
     adapters = args.freeze_language_model or (options.lora and not options.load_in_4bit)
@@ -221,15 +210,12 @@ def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfi
     if before is not None:
         options = replace(recipe.options, model=read_recipe(before)["model"])
         return find_shape(replace(recipe, options=options), before)
+    trust = recipe.trainer.trust_remote_code
     try:
-        place = model
         if (Path(model) / "adapter_config.json").is_file():
-            place = PeftConfig.from_pretrained(model).base_model_name_or_path
-            options = replace(recipe.options, model=place)
-            return find_shape(replace(recipe, options=options), path)
-        config = AutoConfig.from_pretrained(
-            place, local_files_only=True, trust_remote_code=recipe.trainer.trust_remote_code
-        )
+            base = PeftConfig.from_pretrained(model).base_model_name_or_path
+            return find_shape(replace(recipe, options=replace(recipe.options, model=base)), path)
+        config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
         known = ", ".join(name for shape in SHAPES.values() for name in shape.hub_ids)
         raise SaccadeError(

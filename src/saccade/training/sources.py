@@ -52,24 +52,13 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     if options.dataset_streaming:
         if any(source.path == DIGITS for source in sources):
             raise SaccadeError("dataset_streaming=true: digits are drawn when they are read, set it to false")
-        return stream(
-            sources,
-            options.allow_outside_images,
-            options.dataset_seed,
-            options.dataset_shuffle_buffer,
-            shards,
-            options.dataset_rows,
-            image_addresses(options),
-        )
+        order = (options.dataset_seed, options.dataset_shuffle_buffer, shards, options.dataset_rows)
+        return stream(sources, options.allow_outside_images, *order, image_addresses(options))
     if options.dataset == DIGITS:
         return _digits(options, options.dataset_rows)
     opened = [open_source(source, options) for source in sources]
-    mixed = mix(
-        opened,
-        None if sources[0].weight is None else [source.weight for source in sources],
-        [source.rows for source in sources],
-        options.dataset_seed,
-    )
+    weights = None if sources[0].weight is None else [source.weight for source in sources]
+    mixed = mix(opened, weights, [source.rows for source in sources], options.dataset_seed)
     _warn_without_images(opened)
     return mixed if options.dataset_rows is None else mixed.select(range(min(options.dataset_rows, len(mixed))))
 
@@ -86,11 +75,10 @@ def load_eval_rows(options: ModelOptions) -> Dataset | None:
 
 
 def hold_out(rows: Dataset, share: float, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
-    """Split rows into those to train on and those to evaluate on. The order within each part is as before.
+    """Split rows into those to train on and those to evaluate on, in the order as before.
 
     Args:
-        share: of the rows to hold out, in (0, 1).
-        seed: of the draw.
+        share: of the rows to hold out, in (0, 1), drawn by `seed`.
         most: evaluate on at most so many of those held out.
     """
     number = round(share * len(rows))
@@ -126,11 +114,7 @@ def open_source(source: SourceOptions, options: ModelOptions) -> Source:
 
 
 def image_addresses(options: ModelOptions) -> ImageAddresses | None:
-    """What fetches images by their addresses; None without `image_urls`.
-
-    Raises:
-        SaccadeError: on a value that is not the beginning of an address.
-    """
+    """What fetches images by their addresses; None without `image_urls`."""
     given = options.image_urls
     if given is None:
         return None
