@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
-from saccade.dualspeed.metrics import Moment, Span
+from saccade.dualspeed.metrics import Span
 from saccade.dualspeed.packing import pack, packed_states
 from saccade.dualspeed.parts import InParts, MicroBatches
 from saccade.families import Encoded, Family
@@ -80,12 +80,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class ModePlan:
-    """What a mode trains on.
-
-    Args:
-        method: decides about the visual tokens; None keeps all.
-        teacher: the plan of the pass that the mode learns from, or None.
-    """
+    """What a mode trains on: its method, None for all tokens, and the plan of the pass that it learns from, if any."""
 
     method: Method | None = None
     teacher: "ModePlan | None" = None
@@ -184,9 +179,9 @@ class DualSpeedStep:
     def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
         """The pass of a plan, after that of its teacher, on the same encoding."""
         if plan.teacher is not None:
-            started = Moment(labels.device)
+            teacher_pass = Span(labels.device)
             teacher, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
-            teacher_pass = Span(started, Moment(labels.device))
+            teacher_pass.end()
         rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
         if plan.teacher is None:
             return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
