@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, pipeli
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
-from saccade.pruning.apply import USED_UP
+from saccade.pruning.patching import PER_IMAGE
 from saccade.skip_vision.cache import cache_name, cache_of
 from saccade.testing.families import Case, generation_options, logits
 from saccade.testing.tiny_models import Tiny
@@ -62,7 +62,7 @@ def test_other_families_prune_in_place_too():
     for name, tiny in OTHERS.items():
         case = Case(name, tiny)
         prompts, family = case.prompts([0, 2]), case.family
-        known = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *USED_UP}
+        known = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}
         assert prompts.keys() <= known, name
         same_answers(case, prompts)
 

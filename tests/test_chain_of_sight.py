@@ -25,7 +25,8 @@ from saccade.families.chain_of_sight import (
 )
 from saccade.families.encoded import Patches
 from saccade.families.fitting import check_processor
-from saccade.skip_vision.split import Blocks, block_context, split_tokens
+from saccade.reducers.shared_budget import Units
+from saccade.skip_vision.split import split_tokens
 from saccade.testing import families as tester
 from saccade.testing.tiny_models import Tiny, noise_image
 from saccade.tiny import tiny_checkpoint
@@ -106,9 +107,9 @@ def test_the_finest_scale_is_skipped_and_the_first_summary_pools_the_one_before(
     with torch.no_grad():
         encoded = case.family.encode(case.inputs)
         places = Places.of(case.family.placeholder(case.inputs["input_ids"]), encoded.context)
-    blocks = Blocks.of(places)
-    split = split_tokens(case.family, config, encoded, blocks, block_context(encoded, blocks))
-    images = len(blocks.token)
+    blocks = Units.of_tokens(encoded.context, places.block)
+    split = split_tokens(case.family, config, encoded, blocks, blocks.context(encoded.context))
+    images = len(blocks.place)
     assert split.retained.index.tolist() == [list(range(20))] * images
     assert split.pooled.tolist() == [[False] * 4 + [True] * 16] * images
     assert split.rest.tolist() == [[False] * 20 + [True] * 64] * images

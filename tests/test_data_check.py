@@ -247,7 +247,7 @@ def test_visual_tokens_of_every_family(size, name):
     text = processor.apply_chat_template([message], tokenize=False)
     ids = processor(images=[Image.effect_noise(size, 50).convert("RGB")], text=[text])["input_ids"][0]
     bare = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert counter.image_tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
+    assert counter.tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
 
 
 def test_estimates_know_the_largest_image():

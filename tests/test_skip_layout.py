@@ -14,9 +14,10 @@ from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 from saccade import SaccadeError
 from saccade.reducers import Needs
 from saccade.reducers.redundancy import RedundancyMerge
+from saccade.reducers.shared_budget import Units
 from saccade.skip_vision import PRESETS, SkipVisionConfig, SummaryHead
 from saccade.skip_vision.config import amount_of
-from saccade.skip_vision.split import Blocks, _pyramid
+from saccade.skip_vision.split import _pyramid
 from saccade.testing.families import Case
 from saccade.testing.tiny_models import mixed_rows
 from saccade.tokens import IGNORE_INDEX, Places, Role, VisualContext, VisualTokens, splice
@@ -145,12 +146,12 @@ def test_layout_equals_loops(samples, side, pad_left, data):
     assert torch.equal(twice[1].masked_fill(layout.role == Role.SUMMARY, IMAGE), layout.input_ids)
 
 
-def test_blocks_gather_the_crops_of_an_image():
+def test_blocks_join_the_crops_of_an_image():
     context = VisualContext(features=torch.zeros(3, 2, 1), group=torch.tensor([0, 1, 1]))
-    blocks = Blocks.of(Places.of(torch.tensor([[True] * 6]), context))
-    assert blocks.feature_row.tolist() == [[0, 0, -1, -1], [1, 1, 2, 2]]
+    blocks = Units.of_tokens(context, Places.of(torch.tensor([[True] * 6]), context).block)
+    assert blocks.row.tolist() == [[0, 0, -1, -1], [1, 1, 2, 2]]
     features = torch.arange(6.0).reshape(3, 2, 1)
-    assert blocks.gather(features, context).squeeze(2).tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
+    assert blocks.join(features).squeeze(2).tolist() == [[0, 1, 0, 0], [2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize(("height", "width", "windows"), [(12, 12, (8, 2)), (24, 24, (8, 2)), (5, 7, (4, 3, 1))])

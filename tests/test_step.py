@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from saccade import prune_inputs
+from saccade.dualspeed.parts import Part
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.reducers import get_reducer
@@ -133,8 +134,8 @@ def test_the_teacher_runs_without_dropout_and_leaves_the_mode_alone(model, batch
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     encoded = step.family.encode(inputs)
     text = step.family.without_vision(inputs)
-    first, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
-    second, _ = step._teacher_rows(step.modes["slow"].teacher, encoded, text, batch["labels"])
+    first, _ = step._teacher_rows(step.modes["slow"].teacher, Part(encoded, text, batch["labels"]))
+    second, _ = step._teacher_rows(step.modes["slow"].teacher, Part(encoded, text, batch["labels"]))
     assert torch.equal(first, second)
     assert all(module.training for module in model.modules())
 

@@ -17,10 +17,11 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
+from saccade.companions import read_companion
 from saccade.data import digit_scenes
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
-from saccade.pruning import ModeIsolator
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.testing.tiny_models import mixed_rows
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
@@ -193,7 +194,7 @@ def test_saved_model_is_stock(model, processor, tmp_path):
         assert all(torch.equal(value, saved[name]) for name, value in loaded.state_dict().items())
     config = json.loads((tmp_path / "final" / "dualspeed.json").read_text())["config"]
     assert config["prune_ratio"] == 0.9
-    assert ModeIsolator.config_of(tmp_path / "final") == config
+    assert read_companion(tmp_path / "final", ISOLATOR_FILE, "isolator")[0] == config
 
 
 def test_isolator_carries_over_from_stage_one(model, processor, tmp_path):

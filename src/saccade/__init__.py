@@ -17,21 +17,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "DualSpeedConfig": "saccade.dualspeed",
-    "DualSpeedTrainer": "saccade.dualspeed",
-    "ModeConfig": "saccade.dualspeed",
-    "PruningConfig": "saccade.reducers",
-    "Reduction": "saccade.tokens",
-    "SaccadeError": "saccade.errors",
-    "SkipVisionConfig": "saccade.skip_vision",
-    "VisualContext": "saccade.tokens",
-    "apply_pruning": "saccade.pruning",
-    "apply_skip_vision": "saccade.skip_vision",
-    "get_reducer": "saccade.reducers",
-    "list_reducers": "saccade.reducers",
-    "open_image": "saccade.images",
-    "prune_inputs": "saccade.pruning",
-    "register_reducer": "saccade.reducers",
+    "saccade.dualspeed": ("DualSpeedConfig", "DualSpeedTrainer", "ModeConfig"),
+    "saccade.errors": ("SaccadeError",),
+    "saccade.images": ("open_image",),
+    "saccade.pruning": ("apply_pruning", "prune_inputs"),
+    "saccade.reducers": ("PruningConfig", "get_reducer", "list_reducers", "register_reducer"),
+    "saccade.skip_vision": ("SkipVisionConfig", "apply_skip_vision"),
+    "saccade.tokens": ("Reduction", "VisualContext"),
 }
 __all__ = [
     "DualSpeedConfig",

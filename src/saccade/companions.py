@@ -10,14 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from saccade.errors import SaccadeError
 from saccade.files import atomic_path, reading
 
 ENDING = ".saccade"
+
+
+@torch.no_grad()
+def copy_whole(value: Tensor, parameter: nn.Parameter) -> None:
+    """Copy a whole tensor into a parameter, which an engine may have sharded."""
+    value = value.detach().to(parameter)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def find_companion(folder: str | Path, name: str) -> Path | None:
@@ -31,9 +42,6 @@ def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor],
 
     Args:
         config: how they were trained, stored as JSON in the file's header.
-
-    Raises:
-        OSError: if the file cannot be written.
     """
     path = Path(folder) / name
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

@@ -102,9 +102,6 @@ def needs_package(what: str, package: str) -> MissingPackageError:
 def needing_extras(what: str) -> Iterator[None]:
     """Name the extra to install if the block imports an optional package that is not installed.
 
-    Args:
-        what: a name of this package or a command.
-
     Raises:
         MissingPackageError: instead of the ModuleNotFoundError, for a package in `EXTRAS`.
     """
@@ -119,14 +116,7 @@ def needing_extras(what: str) -> Iterator[None]:
 
 
 def check_options(given: Iterable[str], known: Iterable[str], of: str) -> None:
-    """Refuse the name of an option that there is not.
-
-    Args:
-        of: what the options are of, for the message.
-
-    Raises:
-        SaccadeError: with the option that looks like it, or else all of them.
-    """
+    """Refuse the name of an option that there is not."""
     known = list(known)
     for name in given:
         if name not in known:

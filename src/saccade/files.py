@@ -68,9 +68,6 @@ def check_writable(path: str | os.PathLike[str], field: str, folder: bool = Fals
     Args:
         field: the path's name for the user.
         folder: whether the path is for a folder; otherwise for a file.
-
-    Raises:
-        SaccadeError: if it cannot be written; the message names the field.
     """
     target, parent = Path(path), Path(path) if folder else Path(path).parent
     try:
@@ -113,27 +110,14 @@ def similar_path(path: str | os.PathLike[str], otherwise: str) -> str:
 
 
 def check_exists(path: str | os.PathLike[str], field: str, otherwise: str, folder: bool = False) -> None:
-    """Refuse a path that does not exist.
-
-    Args:
-        field: the path's name for the user.
-        otherwise: what to do if there is no similar path.
-        folder: whether it has to be a folder.
-
-    Raises:
-        SaccadeError: with the most similar path.
-    """
+    """Refuse a path that does not exist."""
     if not (Path(path).is_dir() if folder else Path(path).exists()):
         state = "is not a folder" if folder else "does not exist"
         raise SaccadeError(f"{field}={str(path)!r} {state}: {similar_path(path, otherwise)}")
 
 
 def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
-    """Check that a path for a new folder does not exist or is an empty folder, and that it can be written.
-
-    Raises:
-        SaccadeError: if it is taken; the message names the field.
-    """
+    """Check that a path for a new folder does not exist or is an empty folder, and that it can be written."""
     check_writable(path, field, folder=True)
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -141,11 +125,7 @@ def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` as UTF-8 to `path`, whole or not at all, and return the path.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
+    """Write `text` as UTF-8 to `path`, whole or not at all, and return the path."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
@@ -249,9 +229,6 @@ def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = Fa
         field: the user's name for the folder.
         weights: also refuse weight files that are links, and check the checkpoints inside; for folders that are
             written to.
-
-    Raises:
-        SaccadeError: naming the link or the pipe.
     """
     place = Path(folder)
     if not place.is_dir():
@@ -306,9 +283,6 @@ def reading(what: str) -> Iterator[None]:
 @contextmanager
 def disk_errors(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Convert native writers' exceptions about a full disk or an exhausted quota to `OSError`.
-
-    Args:
-        folder: where the block writes.
 
     Raises:
         OSError: with the errno of the fault, in place of the writer's own exception.

@@ -114,12 +114,6 @@ def _told(image: Any, name: str, otherwise: str, what: str) -> Iterator[None]:
 
     Decoders raise all sorts of errors on damaged data: besides OSError, for instance struct.error, KeyError,
     IndexError, OverflowError and MemoryError.
-
-    Args:
-        image: the image as given.
-        name: its name in messages.
-        otherwise: kind of errors without a specific kind.
-        what: the message for these, with a placeholder for the error.
     """
     try:
         with warnings.catch_warnings():

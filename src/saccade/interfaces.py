@@ -58,23 +58,15 @@ def changed(what: str, package: str = "transformers") -> SaccadeError:
     )
 
 
-def check_takes(function: Callable[..., Any], names: Iterable[str], package: str = "transformers") -> None:
-    """Check that a function has these parameters by name.
-
-    Raises:
-        SaccadeError: naming the missing ones and the version of the package.
-    """
+def check_takes(function: Callable[..., Any], names: Iterable[str]) -> None:
+    """Check that a function has these parameters by name."""
     missing = [name for name in names if name not in inspect.signature(function).parameters]
     if missing:
-        raise changed(f"{function.__qualname__} takes no {' and no '.join(map(repr, missing))}", package)
+        raise changed(f"{function.__qualname__} takes no {' and no '.join(map(repr, missing))}")
 
 
 def check_methods(owner: type, names: Iterable[str], package: str) -> None:
-    """Check that a class still has the methods that Saccade's subclass overrides.
-
-    Raises:
-        SaccadeError: naming the missing ones and the version of the package.
-    """
+    """Check that a class still has the methods that Saccade's subclass overrides."""
     missing = [name for name in names if not callable(getattr(owner, name, None))]
     if missing:
         raise changed(f"{owner.__name__} has no method {' and no method '.join(map(repr, missing))}", package)

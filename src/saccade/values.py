@@ -3,7 +3,7 @@ torch is imported."""
 
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, Union, get_args, get_origin
 
@@ -66,9 +66,6 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
 def check_finite(name: str, value: Any) -> None:
     """Refuse NaN and infinity, also inside lists and mappings: they pass most comparisons and poison whatever they are
     multiplied with.
-
-    Raises:
-        SaccadeError: naming the field.
     """
     if isinstance(value, float) and not math.isfinite(value) and not (name in BOUNDS and value > 0):
         raise SaccadeError(f"{name}={value!r} is not a finite number: give one, or leave the field out")
@@ -99,32 +96,20 @@ def is_number(value: Any) -> bool:
 
 
 def check_counts(**counts: int | None) -> None:
-    """Check that counts are at least 1, where they are given.
-
-    Raises:
-        SaccadeError: naming the first that is not.
-    """
+    """Check that counts are at least 1, where they are given."""
     for name, value in counts.items():
         if value is not None and value < 1:
             raise SaccadeError(f"{name}={value}: give at least 1")
 
 
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Check that a value is one of the known ones.
-
-    Raises:
-        SaccadeError: if it is not; the message names the option, its value and the known ones.
-    """
+def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
+    """Check that a value is one of the known ones."""
     if value not in known:
         raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")
 
 
 def check_prune_ratio(prune_ratio: float) -> float:
-    """Return `prune_ratio` if it lies in [0, 1).
-
-    Raises:
-        SaccadeError: for any other value, NaN included.
-    """
+    """Return `prune_ratio` if it lies in [0, 1)."""
     if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
         raise SaccadeError(
             f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the share of visual tokens to drop, "
@@ -136,9 +121,6 @@ def check_prune_ratio(prune_ratio: float) -> float:
 def check_pruning(values: Mapping[str, Any]) -> None:
     """Check those options of `saccade.reducers.PruningConfig` that are given and not None, as far as that needs no
     reducer.
-
-    Raises:
-        SaccadeError: if one is out of range, or two exclude each other.
     """
     given = {name: value for name, value in values.items() if value is not None}
     if "prune_ratio" in given and "keep_tokens" in given:

@@ -11,16 +11,10 @@ if TYPE_CHECKING:
     from saccade.data.scenes import PATCH_SIZE, patch_labels, render_scene
 
 _HOMES = {
-    "KINDS": "saccade.data.questions",
-    "PATCH_SIZE": "saccade.data.scenes",
-    "SPLITS": "saccade.data.digits",
-    "digit_samples": "saccade.data.digits",
-    "digit_scenes": "saccade.data.rows",
-    "patch_labels": "saccade.data.scenes",
-    "render_scene": "saccade.data.scenes",
-    "scene_specs": "saccade.data.rows",
-    "split_indices": "saccade.data.digits",
-    "write_jsonl": "saccade.data.rows",
+    "saccade.data.digits": ("SPLITS", "digit_samples", "split_indices"),
+    "saccade.data.questions": ("KINDS",),
+    "saccade.data.rows": ("digit_scenes", "scene_specs", "write_jsonl"),
+    "saccade.data.scenes": ("PATCH_SIZE", "patch_labels", "render_scene"),
 }
 __all__ = [
     "KINDS",

@@ -137,11 +137,7 @@ class ImageAddresses:
 
 
 def refuse_address(name: str) -> None:
-    """Raise the error for an address where none is permitted.
-
-    Raises:
-        RecordError: always.
-    """
+    """Raise the error for an address where none is permitted."""
     raise _refused(f"image {name!r} is an address, and nothing is fetched by default")
 
 

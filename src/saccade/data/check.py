@@ -46,11 +46,10 @@ class Findings:
 
     def add(self, other: "Findings") -> None:
         """Add what was found in other rows."""
-        for name in ("checked", "images", "videos", "frames", "text_only", "turns", "visual"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.ignored.update(other.ignored)
-        for name in ("bad", "full", "shortened", "lost"):
-            getattr(self, name).extend(getattr(other, name))
+        for name, more in vars(other).items():
+            total = getattr(self, name)
+            total += more  # lists and counters in place
+            setattr(self, name, total)
 
 
 def check_sources(

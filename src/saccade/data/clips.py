@@ -16,11 +16,7 @@ _PIXELS = ("pixel_values", "pixel_attention_mask")
 
 
 def check_takes_videos(processor: Any) -> None:
-    """Refuse a row with videos if the model's processor makes nothing of them.
-
-    Raises:
-        RecordError: naming the processor.
-    """
+    """Refuse a row with videos if the model's processor makes nothing of them."""
     if "pixel_values_videos" not in _outputs(processor) and not _frames_are_images(processor):
         raise RecordError(
             f"this row has videos, and the model's processor, {type(processor).__name__}, makes no inputs of videos: "

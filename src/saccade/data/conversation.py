@@ -231,11 +231,7 @@ def _check_answers(messages: list[Message]) -> None:
 
 
 def check_no_media(answer: Message) -> None:
-    """Refuse an answer with a placeholder.
-
-    Raises:
-        RecordError: naming its tag.
-    """
+    """Refuse an answer with a placeholder."""
     for kind, tag in TAGS.items():
         if media_count(answer, kind):
             raise RecordError(f"{tag} is in an answer: move it to a question", "placeholder_count")

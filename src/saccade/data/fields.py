@@ -52,11 +52,7 @@ def is_given(value: Any) -> bool:
 
 
 def check_row_fields(record: Mapping[str, Any]) -> None:
-    """Refuse a row with an unsupported field that would change what it teaches.
-
-    Raises:
-        RecordError: naming the field and what to do.
-    """
+    """Refuse a row with an unsupported field that would change what it teaches."""
     for name, value in record.items():
         if not is_given(value):
             continue
@@ -76,11 +72,7 @@ def check_row_fields(record: Mapping[str, Any]) -> None:
 
 
 def check_message_fields(message: Mapping[str, Any]) -> None:
-    """The same for a message, or a turn of a LLaVA conversation.
-
-    Raises:
-        RecordError: naming the field and what to do.
-    """
+    """The same for a message, or a turn of a LLaVA conversation."""
     for name, value in message.items():
         if is_given(value):
             if name in REFUSED_IN_MESSAGES:
@@ -89,11 +81,7 @@ def check_message_fields(message: Mapping[str, Any]) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """Refuse unpaired surrogates, which can be neither tokenized nor written to a file.
-
-    Raises:
-        RecordError: if the text contains one.
-    """
+    """Refuse unpaired surrogates, which can be neither tokenized nor written to a file."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -95,7 +95,19 @@ class TokenCounter:
         Raises:
             RecordError: if the processor rejects it, or takes no clips.
         """
-        return self._clip(shape)[:2] if isinstance(shape, ClipShape) else self.image_tokens(shape)
+        if isinstance(shape, ClipShape):
+            return self._clip(shape)[:2]
+        if self.fixed:
+            return self.fixed
+        if shape not in self._tokens:
+            try:
+                computed = self._compute(shape) if self._computes else None
+                self._tokens[shape] = computed or self._measure(shape)
+            except ValueError as error:
+                raise RecordError(
+                    f"the processor refuses an image of {shape[0]} x {shape[1]} px: {' '.join(str(error).split())}"
+                ) from error
+        return self._tokens[shape]
 
     def _clip(self, shape: ClipShape) -> tuple[int, int, int]:
         """`tokens`, and in how many rows of features, one per frame or pair of frames, the visual ones are."""
@@ -124,24 +136,6 @@ class TokenCounter:
             return self.budget.count(visual)
         rows = self._clip(shape)[2]
         return sum(self.budget.count(visual // rows + (row < visual % rows)) for row in range(rows))
-
-    def image_tokens(self, size: Size) -> tuple[int, int]:
-        """Number of tokens that an image of this size adds to the text, and its number of visual tokens.
-
-        Raises:
-            RecordError: if the processor rejects images of this size.
-        """
-        if self.fixed:
-            return self.fixed
-        if size not in self._tokens:
-            try:
-                computed = self._compute(size) if self._computes else None
-                self._tokens[size] = computed or self._measure(size)
-            except ValueError as error:
-                raise RecordError(
-                    f"the processor refuses an image of {size[0]} x {size[1]} px: {' '.join(str(error).split())}"
-                ) from error
-        return self._tokens[size]
 
     def text_tokens(self, row: Mapping[str, Any]) -> int:
         """Number of tokens of a row's text in the model's chat format, counting each image as a single token.
@@ -196,13 +190,13 @@ class TokenCounter:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _measure(self, size: Size) -> tuple[int, int]:
-        """`image_tokens`, measured by processing a blank image."""
+        """`tokens` of an image, measured by processing a blank one."""
         inputs = self.processor(images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False)
         ids = list(inputs["input_ids"][0])
         return len(ids) - self._bare, ids.count(self.placeholder_id)
 
     def _compute(self, size: Size) -> tuple[int, int] | None:
-        """`image_tokens` by the processor's own formula, as used by servers, which ignores marker tokens."""
+        """`tokens` of an image by the processor's own formula, as used by servers, which ignores marker tokens."""
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None:
             return None

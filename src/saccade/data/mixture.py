@@ -26,7 +26,8 @@ from saccade.data.sources import (
     open_table,
     stream_source,
 )
-from saccade.errors import RecordError, SaccadeError, one_of
+from saccade.errors import RecordError, SaccadeError
+from saccade.values import check_choice
 
 _NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
 _FILE = {"bytes": Value("binary"), "path": Value("string")}
@@ -67,8 +68,7 @@ class SourceOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise SaccadeError(f"dataset path={self.path!r}: give a file, a folder or a hub id")
-        if self.format not in FORMATS:
-            raise SaccadeError(f"dataset format={self.format!r} is unknown: {one_of(self.format, FORMATS)}")
+        check_choice("dataset format", self.format, FORMATS)
         if self.rows is not None and (not isinstance(self.rows, int) or self.rows < 1):
             raise SaccadeError(f"dataset rows={self.rows!r}: give at least 1, or null for all")
         if self.weight is not None and not (isinstance(self.weight, (int, float)) and 0 < self.weight < float("inf")):

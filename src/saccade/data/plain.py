@@ -8,31 +8,18 @@ from typing import Any
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import images_of, text_of, used_columns, videos_of
 from saccade.data.turns import TrainingText, TurnWriter
-from saccade.errors import RecordError, SaccadeError, one_of
+from saccade.errors import RecordError
+from saccade.values import check_choice
 
 CONVERSATIONS = ("chat", "plain")
 _WORD = "zq"
 
 
-def check_conversation(conversation: str) -> None:
-    """Check the `conversation` option.
-
-    Raises:
-        SaccadeError: if it is unknown; the message lists the known values.
-    """
-    if conversation not in CONVERSATIONS:
-        raise SaccadeError(f"conversation={conversation!r} is unknown: {one_of(conversation, CONVERSATIONS)}")
-
-
 def row_writer(
     processor: Any, conversation: str = "chat", stop_ids: tuple[int, ...] = (), chat_template: str | None = None
 ) -> "TurnWriter | PlainWriter":
-    """The writer of rows as training text, as chat or plain; see `TurnWriter` and `PlainWriter`.
-
-    Raises:
-        SaccadeError: on an unknown `conversation`.
-    """
-    check_conversation(conversation)
+    """The writer of rows as training text, as chat or plain; see `TurnWriter` and `PlainWriter`."""
+    check_choice("conversation", conversation, CONVERSATIONS)
     return PlainWriter(processor) if conversation == "plain" else TurnWriter(processor, stop_ids, chat_template)
 
 
@@ -41,9 +28,6 @@ class PlainWriter:
     """Writes rows with images or videos and one answer, the caption. The user's text is left out.
 
     The caption and the line break are learned.
-
-    Args:
-        processor: the model's processor.
     """
 
     processor: Any

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from saccade.data.scenes import PlacedDigit
 
@@ -42,16 +43,10 @@ def _has(digits: Digits, rng: random.Random) -> Turn:
     return f"is there a {rng.choice([value for value in range(10) if value not in present])} ?", "no"
 
 
-def _leftmost(digits: Digits, rng: random.Random) -> Turn | None:
-    edge = min(digit.column for digit in digits)
+def _outermost(side: str, most: Callable[..., int], digits: Digits, rng: random.Random) -> Turn | None:
+    edge = most(digit.column for digit in digits)
     values = [digit.value for digit in digits if digit.column == edge]
-    return ("which digit is leftmost ?", str(values[0])) if len(values) == 1 else None
-
-
-def _rightmost(digits: Digits, rng: random.Random) -> Turn | None:
-    edge = max(digit.column for digit in digits)
-    values = [digit.value for digit in digits if digit.column == edge]
-    return ("which digit is rightmost ?", str(values[0])) if len(values) == 1 else None
+    return (f"which digit is {side}most ?", str(values[0])) if len(values) == 1 else None
 
 
 def _relation(digits: Digits, rng: random.Random) -> Turn | None:
@@ -65,12 +60,8 @@ def _relation(digits: Digits, rng: random.Random) -> Turn | None:
     return f"is the {first.value} {word} the {second.value} ?", "yes" if holds else "no"
 
 
-def _max(digits: Digits, rng: random.Random) -> Turn:
-    return "what is the maximum ?", str(max(digit.value for digit in digits))
-
-
-def _min(digits: Digits, rng: random.Random) -> Turn:
-    return "what is the minimum ?", str(min(digit.value for digit in digits))
+def _extreme(name: str, most: Callable[..., int], digits: Digits, rng: random.Random) -> Turn:
+    return f"what is the {name}imum ?", str(most(digit.value for digit in digits))
 
 
 def _sum(digits: Digits, rng: random.Random) -> Turn | None:
@@ -104,11 +95,11 @@ def _unique(digits: Digits) -> list[PlacedDigit]:
 SINGLE_KINDS: dict[str, Callable[[Digits, random.Random], Turn | None]] = {
     "count": _count,
     "has": _has,
-    "leftmost": _leftmost,
-    "rightmost": _rightmost,
+    "leftmost": partial(_outermost, "left", min),
+    "rightmost": partial(_outermost, "right", max),
     "relation": _relation,
-    "max": _max,
-    "min": _min,
+    "max": partial(_extreme, "max", max),
+    "min": partial(_extreme, "min", min),
     "sum": _sum,
     "read": _read,
     "count_of": _count_of,

@@ -12,8 +12,9 @@ from datasets import Dataset
 from saccade.data.digits import SPLITS
 from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_several, caption
 from saccade.data.scenes import check_grid, render_scene, sample_scene
-from saccade.errors import SaccadeError, one_of
+from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
+from saccade.values import check_choice
 
 STAGES = ("pretrain", "sft")
 MAX_DIGITS = 4
@@ -55,10 +56,8 @@ def digit_scenes(
         SaccadeError: on an unknown `stage`, `split` or kind, a negative `num_rows`, `turns` below 1, or a too small
             `grid`.
     """
-    if stage not in STAGES:
-        raise SaccadeError(f"stage={stage!r} is unknown: {one_of(stage, STAGES)}")
-    if split not in SPLITS:
-        raise SaccadeError(f"split={split!r} is unknown: {one_of(split, SPLITS)}")
+    check_choice("stage", stage, STAGES)
+    check_choice("split", split, SPLITS)
     if not isinstance(num_rows, int) or num_rows < 0:
         raise SaccadeError(f"num_rows is {num_rows!r}: give an int of at least 0")
     if not isinstance(turns, int) or turns < 1:
@@ -72,15 +71,7 @@ def digit_scenes(
 
 
 class _DrawnRows:
-    """The transform from numbers of rows to rows: nothing is drawn before it is read, and only the columns that are.
-
-    Args:
-        seed: of the sequence of scenes.
-        split: of the digits.
-        grid: rows and columns of patches.
-        turns: questions about one image.
-        kinds: of rows, drawn by `weights`.
-    """
+    """The transform from numbers of rows to rows: only what is read is drawn."""
 
     def __init__(
         self, seed: str, split: str, grid: tuple[int, int], turns: int, kinds: list[str], weights: list[float]
@@ -167,10 +158,4 @@ def _row(kind: str, specs: list[tuple[int, ...]], turns: list[Turn], num_digits:
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {
-        "images": specs,
-        "messages": messages,
-        "kind": kind,
-        "answer": turns[-1][1],
-        "num_digits": num_digits,
-    }
+    return {"images": specs, "messages": messages, "kind": kind, "answer": turns[-1][1], "num_digits": num_digits}

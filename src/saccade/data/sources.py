@@ -1,8 +1,9 @@
 """Sources of rows: a JSON file, or anything that `datasets` reads. Rows are read and converted one at a time."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
@@ -21,43 +22,49 @@ Row = dict[str, Any]
 with `kind`, why it is unusable, both None if it is usable."""
 
 
-class Source(Protocol):
-    """Rows that are read by index."""
+class Source(ABC):
+    """Rows that are read by index.
 
+    Args:
+        form: as for `convert`.
+        folders: the folders of images and videos that are stored as paths; None leaves media as they are.
+    """
+
+    def __init__(self, form: str, folders: ImageFolders | None) -> None:
+        self.form, self.folders = form, folders
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """The location of row `index`, counted from 0."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Size in bytes of the file or table that the rows are in."""
 
+    @abstractmethod
     def record(self, index: int) -> Row:
         """The fields of row `index` as they are stored. Raises a `RecordError` if there are none to read."""
 
     def row(self, record: Row) -> Row:
         """Messages and images of a record. Raises a `RecordError` if it cannot be used."""
+        row = convert(record, self.form)
+        return row if self.folders is None else found(row, self.folders)
 
     def read(self, index: int) -> Row:
         """Messages and images of row `index`. Raises a `RecordError` if it cannot be used."""
+        return self.row(self.record(index))
 
 
-class JsonSource:
-    """Rows of a JSON list or of JSON lines.
-
-    Args:
-        path: the file.
-        form: as for `convert`.
-        folders: the folders of its images.
-
-    Raises:
-        SaccadeError: if there are no rows to read.
-    """
+class JsonSource(Source):
+    """Rows of a JSON list or of JSON lines, in the file `path`."""
 
     def __init__(self, path: Path, form: str, folders: ImageFolders) -> None:
+        super().__init__(form, folders)
         self.records = RecordFile(path)
-        self.form, self.folders = form, folders
 
     def __len__(self) -> int:
         return len(self.records)
@@ -72,28 +79,16 @@ class JsonSource:
     def record(self, index: int) -> Row:
         return self.records.read(index)
 
-    def row(self, record: Row) -> Row:
-        return found(convert(record, self.form), self.folders)
 
-    def read(self, index: int) -> Row:
-        return self.row(self.record(index))
-
-
-class TableSource:
-    """Rows of a `datasets.Dataset`, with images left as the stored bytes or path.
-
-    Args:
-        dataset: a dataset with the fields that `convert` expects.
-        path: its name in messages.
-        form: as for `convert`.
-        folders: the folders of images that are stored as paths; None leaves images unchanged, for embedded data.
-    """
+class TableSource(Source):
+    """Rows of a `datasets.Dataset`, with images left as the stored bytes or path; `path` is its name in messages."""
 
     def __init__(self, dataset: Dataset, path: str, form: str = "auto", folders: ImageFolders | None = None) -> None:
+        super().__init__(form, folders)
         # In Arrow format nothing is decoded; otherwise `datasets` would open any path that a row names, and fail on
         # the first bad image.
         self.dataset = dataset if folders is None else dataset.with_format("arrow")
-        self.path, self.form, self.folders = path, form, folders
+        self.path = path
         self._stamps = FileStamps([file["filename"] for file in dataset.cache_files], every_seconds=1.0)
 
     def __len__(self) -> int:
@@ -110,21 +105,11 @@ class TableSource:
         self._stamps.check()
         return self.dataset[index] if self.folders is None else self.dataset[index].to_pylist()[0]
 
-    def row(self, record: Row) -> Row:
-        row = convert(record, self.form)
-        return row if self.folders is None else found(row, self.folders)
-
-    def read(self, index: int) -> Row:
-        return self.row(self.record(index))
-
 
 class Rows:
     """A `datasets` transform from indices of sources and rows to the rows themselves.
 
     An unusable row has a `fault` and empty messages; the reader decides what to do with it.
-
-    Args:
-        sources: the sources that the indices refer to.
 
     Raises:
         SaccadeError: if no row can be read, or sources have different columns.

@@ -31,11 +31,7 @@ class FileStamps:
         return sum(stamp[0] for stamp in self.stamps.values() if stamp is not None)
 
     def check(self) -> None:
-        """Check that the files have not changed.
-
-        Raises:
-            SaccadeError: if one has; the message names it.
-        """
+        """Check that the files have not changed."""
         if self.every_seconds:
             now = time.monotonic()
             if now - self._looked < self.every_seconds:

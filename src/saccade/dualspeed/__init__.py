@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 __getattr__ = late_names(
     __name__,
     {
-        "DualSpeedCollator": "saccade.dualspeed.collator",
-        "DualSpeedConfig": "saccade.dualspeed.config",
-        "DualSpeedTrainer": "saccade.dualspeed.trainer",
-        "ModeConfig": "saccade.dualspeed.modes",
-        "ModeSchedule": "saccade.dualspeed.modes",
+        "saccade.dualspeed.collator": ("DualSpeedCollator",),
+        "saccade.dualspeed.config": ("DualSpeedConfig",),
+        "saccade.dualspeed.modes": ("ModeConfig", "ModeSchedule"),
+        "saccade.dualspeed.trainer": ("DualSpeedTrainer",),
     },
 )
 __all__ = ["DualSpeedCollator", "DualSpeedConfig", "DualSpeedTrainer", "ModeConfig", "ModeSchedule"]

@@ -73,18 +73,14 @@ def find_fault(path: Path, thorough: bool = False) -> str | None:
         check_entries(path, "checkpoint")
     except SaccadeError as error:
         return str(error)
-    for name, check in ((STATE_FILE, _check_state), (RUN_FILE, _check_run_file)):
+    checks = {path / STATE_FILE: _check_state, path / RUN_FILE: _check_run_file}
+    for file, check in {**checks, **dict.fromkeys(sorted(path.glob(f"*{INDEX_ENDING}")), check_names)}.items():
         try:
-            check(json.loads((path / name).read_text(encoding="utf-8")))
+            check(file)
         except FileNotFoundError:
-            return f"{name} is missing"
+            return f"{file.name} is missing"
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            return f"{name} is damaged: {' '.join(str(error).split())[:200]}"
-    for index in sorted(path.glob(f"*{INDEX_ENDING}")):
-        try:
-            check_names(index)
-        except (OSError, ValueError, RecursionError) as error:
-            return f"{index.name} is damaged: {' '.join(str(error).split())[:200]}"
+            return f"{file.name} is damaged: {' '.join(str(error).split())[:200]}"
     try:
         files = read_manifest(path)
         damage = _damage_unlisted(path) if files is None else find_damage(path, files, thorough)
@@ -137,8 +133,9 @@ def find_damage(folder: Path, files: dict[str, dict[str, Any]], thorough: bool) 
     return None
 
 
-def _check_state(state: Any) -> None:
+def _check_state(file: Path) -> None:
     """Check the types in a trainer's state."""
+    state = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise TypeError("it is not a mapping")
     TrainerState(**state)
@@ -157,8 +154,9 @@ def _check_state(state: Any) -> None:
         raise TypeError("log_history is not a list of entries")
 
 
-def _check_run_file(run: Any) -> None:
+def _check_run_file(file: Path) -> None:
     """`_check_state` for the file that says what the weights were trained with."""
+    run = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(run, dict) or not isinstance(run.get("config", {}), dict):
         raise TypeError("it is not what Saccade writes")
     tokens = run.get("tokens", {})
@@ -289,14 +287,7 @@ def _differences(name: str, current: Any, saved: Any) -> Iterator[str]:
 
 
 def remove_other_kind(folder: Path, adapters: bool, isolator: bool, prunes: bool, skips: bool) -> None:
-    """Remove files of an earlier run of another kind from `folder`, which loading would prefer over the new ones.
-
-    Args:
-        adapters: whether the new model is saved as adapters.
-        isolator: whether the new run has an isolator.
-        prunes: whether one of its modes drops tokens.
-        skips: whether one of its modes is Skip-Vision's.
-    """
+    """Remove files of an earlier run of another kind from `folder`, which loading would prefer over the new ones."""
     others = {
         ISOLATOR_FILE: not isolator,
         PRUNING_FILE: not prunes,

@@ -97,18 +97,15 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         bad: dict[str, dict[str, Any]] = {}
-        examples = list(examples)
-        starts = [example.get("index") for example in examples]
-        tried = [0] * len(examples)
-        prepared = [self._prepare(example, bad) for example in examples]
-        while self._fill(examples, starts, tried, prepared, bad):
-            batch, faults = self._collate(prepared)
+        places = [_Place(example, example.get("index"), self._prepare(example, bad)) for example in examples]
+        while self._fill(places, bad):
+            batch, faults = self._collate([place.prepared for place in places])
             if not faults:
-                self._spare = prepared[-1] if self.rows is None else None
+                self._spare = places[-1].prepared if self.rows is None else None
                 return {**batch, BAD_RECORDS: list(bad.values())} if bad else batch
             for row, error in faults.items():
-                self._note(examples[row], error, bad, f"sample {row} of the batch")
-                prepared[row] = None
+                self._note(places[row].example, error, bad, f"sample {row} of the batch")
+                places[row].prepared = None
         return {BAD_RECORDS: list(bad.values())}
 
     def _prepare(self, example: dict[str, Any], bad: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -171,39 +168,26 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         record = record or f"a row without a number ({error})"
         bad[record] = {"record": record, "kind": error.kind, "reason": str(error)}
 
-    def _fill(
-        self,
-        examples: list[dict[str, Any]],
-        starts: list[int | None],
-        tried: list[int],
-        prepared: list[dict[str, Any] | None],
-        bad: dict[str, dict[str, Any]],
-    ) -> bool:
-        """Replace the None entries of `prepared`, in place. False if there are too many bad records or no usable one.
-
-        Args:
-            examples: what each entry of `prepared` was made from; updated in place.
-            starts: index of the row that each entry was first made from.
-            tried: how many other rows were tried for each entry so far; updated in place.
-        """
+    def _fill(self, places: list["_Place"], bad: dict[str, dict[str, Any]]) -> bool:
+        """Fill the places without a usable row. False if there are too many bad records or no usable row."""
         unlearned = not self.learn_stand_ins
-        for row in range(len(examples)):
-            while prepared[row] is None:
+        for number, place in enumerate(places):
+            while place.prepared is None:
                 if len(bad) > self.max_bad_records:
                     return False
-                if self.rows is None or starts[row] is None:
-                    others = (*prepared[row:], *prepared[:row], self._spare)
-                    good = [other for other in others if other is not None]
-                    if not good:
+                if self.rows is None or place.start is None:
+                    others = (other.prepared for other in (*places[number:], *places[:number]))
+                    good = next((other for other in others if other is not None), self._spare)
+                    if good is None:
                         return False
-                    prepared[row] = {**good[0], STANDS_IN: unlearned or examples[row].get(STANDS_IN) is True}
+                    place.prepared = {**good, STANDS_IN: unlearned or place.example.get(STANDS_IN) is True}
                     continue
-                tried[row] += 1
-                if tried[row] > len(self.rows):
+                place.tried += 1
+                if place.tried > len(self.rows):
                     return False
-                examples[row] = self.rows[(starts[row] + tried[row]) % len(self.rows)]
-                found = self._prepare(examples[row], bad)
-                prepared[row] = None if found is None else {**found, STANDS_IN: unlearned}
+                place.example = self.rows[(place.start + place.tried) % len(self.rows)]
+                found = self._prepare(place.example, bad)
+                place.prepared = None if found is None else {**found, STANDS_IN: unlearned}
         return True
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
@@ -268,6 +252,16 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
             fix = f"raise max_length to at least {lengths[row]}, or set it to null"
             faults[row] = RecordError(f"max_length={limit} {what}; {fix}", "too_long")
         return faults
+
+
+@dataclass
+class _Place:
+    """A place in a batch: the row tried last, the index of the first, what it became, how many others were tried."""
+
+    example: dict[str, Any]
+    start: int | None
+    prepared: dict[str, Any] | None
+    tried: int = 0
 
 
 _stock_call = DataCollatorForVisionLanguageModeling.torch_call

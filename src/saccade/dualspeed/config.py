@@ -11,7 +11,7 @@ import torch
 from transformers import SchedulerType
 from trl import SFTConfig
 
-from saccade.data.plain import check_conversation
+from saccade.data.plain import CONVERSATIONS
 from saccade.dualspeed.compiling import check_compiling
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule, fast_and_slow, listed
 from saccade.errors import SaccadeError, needs_package
@@ -280,7 +280,7 @@ class DualSpeedConfig(SFTConfig):
         if self.max_tokens_per_batch is not None:
             self._share_tokens()
         self.prune_ratio = self.pruning.prune_ratio
-        check_conversation(self.conversation)
+        check_choice("conversation", self.conversation, CONVERSATIONS)
         check_choice("skip_mode", self.skip_mode, ("fast", "slow"))
         check_choice("group_by", self.group_by, GROUP_BY)
         if self.image_aspect_ratio is not None:
@@ -404,23 +404,24 @@ class DualSpeedConfig(SFTConfig):
             )
         if self.fit_length is None:
             return
-        modes = self.all_modes()
-        if any(mode.action == "skip" for mode in modes):
+        if any(mode.action == "skip" for mode in self.all_modes()):
             raise SaccadeError(
                 f"fit_length={self.fit_length}: a mode that skips runs on all visual tokens; leave it out"
             )
-        occurring = [mode for mode in modes if mode.probability]
-        used = {name for mode in occurring for name in (mode.name, mode.teacher)}
-        if not any(mode.action == "drop" and mode.name in used for mode in modes):
+        if not any(mode.action == "drop" for mode in self._used_modes()):
             raise SaccadeError(
                 f"fit_length={self.fit_length} shortens passes that drop tokens, and there are none: add fit_slow=True"
             )
 
+    def _used_modes(self) -> list[ModeConfig]:
+        """The modes that occur, or teach one that does."""
+        modes = self.all_modes()
+        used = {name for mode in modes if mode.probability for name in (mode.name, mode.teacher)}
+        return [mode for mode in modes if mode.name in used]
+
     def _check_patch_tolerance(self) -> None:
         modes = {mode.name: mode for mode in self.all_modes()}
-        occurring = [mode for mode in modes.values() if mode.probability]
-        used = [modes[name] for mode in occurring for name in (mode.name, mode.teacher) if name is not None]
-        if self.patch_tolerance is not None and all(mode.patch_tolerance is None for mode in used):
+        if self.patch_tolerance is not None and all(mode.patch_tolerance is None for mode in self._used_modes()):
             raise SaccadeError(
                 f"patch_tolerance={self.patch_tolerance} holds for passes that drop tokens, and there are none: leave "
                 "it out"

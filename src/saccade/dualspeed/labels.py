@@ -36,10 +36,6 @@ def learned_tokens(batch: Mapping[str, Any], texts: Sequence[TrainingText], proc
     token that images do not bring along. The part is located by that token: the k-th occurrence in the text is also
     the k-th occurrence in the batch.
 
-    Args:
-        batch: `input_ids` and `attention_mask` `(B, L)` that the processor made of the texts.
-        texts: the texts as written, with one placeholder per image.
-
     Raises:
         RecordError: if a learned part has other tokens in the batch than in its text, or the tokenizer does not return
             offsets.
@@ -81,11 +77,7 @@ def _tokens_of(part: tuple[int, int], text: str, spans: Sequence[tuple[int, int]
 
 
 def check_turns(collator: Any) -> None:
-    """Check on a conversation of two turns that exactly the answers are learned, each with its end token.
-
-    Raises:
-        SaccadeError: if they are not; the message says what to do.
-    """
+    """Check on a conversation of two turns that exactly the answers are learned, each with its end token."""
     chat = [{"role": "assistant" if number % 2 else "user", "content": words} for number, words in enumerate(_TURNS)]
     row = {"messages": chat, "images": [Image.new("RGB", (_SIDE, _SIDE))]}
     strict = replace(collator, assistant_only_loss=True, max_length=None, max_bad_records=None)

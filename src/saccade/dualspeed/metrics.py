@@ -6,12 +6,13 @@ Times are taken on the device's own clock; nothing waits for the device until th
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+from saccade.dualspeed.modes import ModeConfig
 
 if TYPE_CHECKING:
     from saccade.dualspeed.step import StepOutput
@@ -20,38 +21,33 @@ TOKENS = ("full", "trained", "teacher")
 SUMS = ("kl", "samples", "samples_cut", "tokens_cut", *TOKENS)
 
 
-class Moment:
-    """A point in the work of a device: on CUDA an event in its stream, elsewhere the wall-clock time."""
+class Span:
+    """Time on a device's own clock, from when it is made until `end`: of CUDA events, elsewhere of the wall clock."""
 
     def __init__(self, device: torch.device) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._time = 0.0
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._event = torch.cuda.Event(enable_timing=True)
-                self._event.record()
-        else:
-            self._time = time.perf_counter()
+        self.device = device
+        self._start = self._end = self._now()
 
-    def seconds_since(self, before: "Moment") -> float:
-        """Seconds from `before` to this moment; waits until the device has reached it."""
-        if self._event is None:
-            return self._time - before._time
-        self._event.synchronize()
-        return before._event.elapsed_time(self._event) / 1000
-
-
-@dataclass(frozen=True)
-class Span:
-    """The time between two moments. Making one costs nothing; `seconds` waits for the device."""
-
-    start: Moment
-    end: Moment
+    def end(self) -> "Span":
+        """End the span now, without waiting for the device."""
+        self._end = self._now()
+        return self
 
     @property
     def seconds(self) -> float:
-        """The length of the span."""
-        return self.end.seconds_since(self.start)
+        """The length of the span; waits until the device has reached its end."""
+        if self.device.type != "cuda":
+            return self._end - self._start
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        with torch.cuda.device(self.device):
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        return event
 
 
 class ModeMeter:
@@ -60,17 +56,16 @@ class ModeMeter:
     Until then values stay tensors, and times stay device events, so that no step waits for the device.
 
     Args:
-        modes: names of the run's modes.
-        full: the mode that runs the stock model on all tokens, the baseline for speed-ups; None if there is none.
-        taught: the modes that learn from a teacher.
-        fits: whether rows are shortened to fit, which is then logged.
+        modes: those of the run.
     """
 
-    def __init__(self, modes: Sequence[str], full: str | None, taught: Sequence[str] = (), fits: bool = False) -> None:
-        self.modes = tuple(modes)
-        self.full = full
-        self.taught = tuple(taught)
-        self.fits = fits
+    def __init__(self, modes: Sequence[ModeConfig]) -> None:
+        self.modes = tuple(mode.name for mode in modes)
+        self.full = next((mode.name for mode in modes if mode.keeps_all), None)
+        """The mode that runs the stock model on all tokens, the baseline for speed-ups; None if there is none."""
+        self.taught = tuple(mode.name for mode in modes if mode.teacher is not None)
+        self.fits = any(mode.action == "drop" and mode.pruning.fit_length is not None for mode in modes)
+        """Whether rows are shortened to fit, which is then logged."""
         self.window: dict[str, float | Tensor] = defaultdict(float)
         self.step_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.teacher_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
@@ -84,11 +79,7 @@ class ModeMeter:
         self._steps_to_read: list[tuple[str, Span, tuple[Span, ...]]] = []
 
     def add(self, mode: str, output: "StepOutput", share: float = 1.0) -> None:
-        """Count one micro-batch.
-
-        Args:
-            share: factor for its losses that makes them add up to a mean over the global batch.
-        """
+        """Count one micro-batch."""
         window = self.window
         window[f"loss_{mode}"] += output.cross_entropy * share
         if output.kl is not None:
@@ -192,10 +183,10 @@ class StepClock(TrainerCallback):
         # Kept for `on_step_end`, which is called after the global step has been incremented.
         self._mode = self.trainer.mode_of(state.global_step)
         self.trainer.micro_batch = 0
-        self._started = Moment(args.device)
+        self._span = Span(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.meter.end_step(self._mode, Span(self._started, Moment(args.device)))
+        self.trainer.meter.end_step(self._mode, self._span.end())
 
     def on_train_end(self, args, state, control, **kwargs):
         # Steps after the last log count towards the totals too.

@@ -148,13 +148,6 @@ class ModeConfig:
     ) -> "ModeConfig":
         """The mode with what it leaves out taken from the run: one that drops then has `pruning` and `ratio_schedule`,
         and one that skips has `skip_vision` instead.
-
-        Args:
-            pruning: how it reduces.
-            isolator: whether it has the isolator, if it drops.
-            skip_vision: its options, if it skips; the defaults if None.
-            ratio_schedule: how its ratio changes, if it drops.
-            prune_ratio_start: where that ratio starts.
         """
         if self.action == "keep":
             return replace(self, isolator=False)
@@ -219,11 +212,7 @@ class ModeConfig:
 
 
 def _check_ratios(name: str, kind: str, start: float | None, pruning: PruningConfig) -> None:
-    """Check how the ratio of a mode changes.
-
-    Raises:
-        SaccadeError: if the kind is unknown, or the start is missing, out of range, or has nothing to lead to.
-    """
+    """Check how the ratio of a mode changes."""
     check_choice("ratio_schedule", kind, RATIO_SCHEDULES)
     of = f"prune_ratio_start={start!r} of mode {name!r}"
     if kind == "constant":
@@ -252,12 +241,7 @@ def fast_and_slow(slow_probability: float, distill: bool, skips: str | None) -> 
 
 
 def listed(modes: Sequence[ModeConfig | Mapping[str, Any]], pruning: PruningConfig) -> list[ModeConfig]:
-    """The modes of a run that lists them.
-
-    Args:
-        modes: one per mode, a mapping as [`ModeConfig.from_dict`] takes it.
-        pruning: how modes reduce that do not say it.
-    """
+    """The modes of a run that lists them."""
     if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
     given = [mode if isinstance(mode, ModeConfig) else ModeConfig.from_dict(mode, pruning) for mode in modes]
@@ -276,20 +260,13 @@ def listed(modes: Sequence[ModeConfig | Mapping[str, Any]], pruning: PruningConf
 
 def skip_by_reducer(options: SkipVisionConfig, pruning: PruningConfig) -> SkipVisionConfig:
     """`options`, with the tokens that a reducer keeps as retained tokens and all others skipped unmerged."""
-    if pruning.fit_length is not None:
-        raise SaccadeError(
-            f"fit_length={pruning.fit_length}: a mode that skips runs on all visual tokens; leave it out there"
-        )
-    if pruning.patch_tolerance is not None:
-        raise SaccadeError(
-            f"patch_tolerance={pruning.patch_tolerance}: a mode that skips runs on all visual tokens; leave it out "
-            "there"
-        )
-    if pruning.budget != "crop" or pruning.adaptive:
-        raise SaccadeError(
-            f"budget={pruning.budget!r}, adaptive={pruning.adaptive!r}: a mode that skips keeps a share of each "
-            "image; leave them at 'crop' and false"
-        )
+    for name in ("fit_length", "patch_tolerance", "budget", "adaptive"):
+        value, default = getattr(pruning, name), getattr(PruningConfig, name)
+        if value != default:
+            raise SaccadeError(
+                f"{name}={value!r}: a mode that skips runs on all visual tokens, and retains a share of each image; "
+                f"leave it at {default!r} there"
+            )
     return replace(
         options,
         split=pruning.reducer,

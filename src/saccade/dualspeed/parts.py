@@ -41,10 +41,10 @@ class InParts:
 
 @dataclass
 class Part:
-    """Some samples of a micro-batch."""
+    """A micro-batch, or some samples of one: its images' encoding, if it has any, other inputs, and labels."""
 
     encoded: Encoded | None
-    text: dict[str, Any]
+    text: Mapping[str, Any]
     labels: Tensor
 
 
@@ -57,17 +57,15 @@ class MicroBatches:
     """
 
     family: Family
-    encoded: Encoded | None
-    text: Mapping[str, Any]
-    labels: Tensor
+    whole: Part
     _left: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def parts(self, samples: int) -> Iterator[tuple[Part, bool]]:
         """The parts in order, and whether each is the last one."""
-        count = self.labels.shape[0]
-        owners = []
-        if self.encoded is not None:
-            owners = row_samples(self.encoded.context, self.family.placeholder(self.text["input_ids"])).tolist()
+        whole, owners = self.whole, []
+        count = whole.labels.shape[0]
+        if whole.encoded is not None:
+            owners = row_samples(whole.encoded.context, self.family.placeholder(whole.text["input_ids"])).tolist()
         text = self._per_token()
         for start in range(0, count, samples):
             stop = min(start + samples, count)
@@ -75,7 +73,7 @@ class MicroBatches:
             last = stop == count
             encoded = self._encoded(slice(rows[0], rows[-1] + 1), cut=not last) if rows else None
             some = {name: value[..., start:stop, :] for name, value in text.items()}
-            yield Part(encoded, some, self.labels[start:stop]), last
+            yield Part(encoded, some, whole.labels[start:stop]), last
 
     def carried(self, scale: float) -> Tensor | float:
         """A zero whose gradient is the accumulated gradient at the parts' features, divided by `scale`."""
@@ -87,14 +85,15 @@ class MicroBatches:
 
     def _per_token(self) -> dict[str, Tensor]:
         """Inputs `(..., B, L)`, with positions, since a part's positions cannot be computed from all images' grids."""
-        shape = self.text["input_ids"].shape
-        text = {name: value for name, value in self.text.items() if isinstance(value, Tensor) and value.shape == shape}
+        given = self.whole.text
+        shape = given["input_ids"].shape
+        text = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.shape == shape}
         if self.family.uses_mrope:
-            text["position_ids"] = self.family.full_positions(self.text)
+            text["position_ids"] = self.family.full_positions(given)
         return text
 
     def _encoded(self, rows: slice, cut: bool) -> Encoded:
-        whole = self.encoded
+        whole = self.whole.encoded
         layers = (whole.context.features, *whole.deepstack_features)
         features, *deepstack = (self._features(x[rows], cut) for x in layers)
         context = whole.context.select_rows(rows).replace(features=features)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
-from saccade.dualspeed.metrics import Moment, Span
+from saccade.dualspeed.metrics import Span
 from saccade.dualspeed.packing import pack, packed_states
-from saccade.dualspeed.parts import InParts, MicroBatches
-from saccade.families import Encoded, Family
+from saccade.dualspeed.parts import InParts, MicroBatches, Part
+from saccade.families import Family
 from saccade.pruning import Method, ModeInputs, ModeIsolator, prune
 from saccade.reducers import Needs
 from saccade.skip_vision import SummaryHead
@@ -80,12 +80,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class ModePlan:
-    """What a mode trains on.
-
-    Args:
-        method: decides about the visual tokens; None keeps all.
-        teacher: the plan of the pass that the mode learns from, or None.
-    """
+    """What a mode trains on: its method, None for all tokens, and the plan of the pass that it learns from, if any."""
 
     method: Method | None = None
     teacher: "ModePlan | None" = None
@@ -134,10 +129,11 @@ class DualSpeedStep:
             plan = self.modes[mode]
             encoded = self.family.encode(inputs, plan.needs, labels=labels, seed=row_seed)
         carried: Tensor | float = 0.0
+        whole = Part(encoded, text, labels)
         if in_parts is None or in_parts.samples >= labels.shape[0]:
-            sums = self._run(plan, encoded, text, labels)
+            sums = self._run(plan, whole)
         else:
-            micro_batches = MicroBatches(self.family, encoded, text, labels)
+            micro_batches = MicroBatches(self.family, whole)
             sums = self._run_in_parts(plan, micro_batches, normaliser, in_parts)
             carried = micro_batches.carried(in_parts.scale)
         loss = sums.loss(self.distill_weight)
@@ -181,32 +177,29 @@ class DualSpeedStep:
             return *label_rows(packed_states(packed, self.family), packed.labels), laid.tokens, cut
         return *label_rows(self.family.hidden_states(**laid.inputs), laid.labels), laid.tokens, cut
 
-    def _run(self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor) -> _Sums:
+    def _run(self, plan: ModePlan, part: Part) -> _Sums:
         """The pass of a plan, after that of its teacher, on the same encoding."""
         if plan.teacher is not None:
-            started = Moment(labels.device)
-            teacher, tokens_teacher = self._teacher_rows(plan.teacher, encoded, text, labels)
-            teacher_pass = Span(started, Moment(labels.device))
-        rows, targets, tokens, cut = self._rows(plan, encoded, text, labels)
+            teacher_pass = Span(part.labels.device)
+            teacher, tokens_teacher = self._teacher_rows(plan.teacher, part)
+            teacher_pass.end()
+        rows, targets, tokens, cut = self._rows(plan, part)
         if plan.teacher is None:
             return _Sums(cross_entropy_sum(rows, targets, self.family.logits), tokens, cut)
         ce, kl = cross_entropy_and_kl_sum(rows, teacher, targets, self.family.logits, self.distill_temperature)
         return _Sums(ce, tokens, cut, kl, tokens_teacher, (teacher_pass,))
 
     @torch.no_grad()
-    def _teacher_rows(
-        self, teacher: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _teacher_rows(self, teacher: ModePlan, part: Part) -> tuple[Tensor, Tensor]:
         """Hidden states of the teacher's pass, without gradient or dropout, and the cost of the pass."""
         with evaluating(self.family.model):
-            rows, _, tokens, _ = self._rows(teacher, encoded, text, labels)
+            rows, _, tokens, _ = self._rows(teacher, part)
         return rows, tokens
 
-    def _rows(
-        self, plan: ModePlan, encoded: Encoded | None, text: Mapping[str, Any], labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`_label_rows` of the batch shortened according to a plan."""
-        return prune(self.family, text, plan.method, self._label_rows, encoded=encoded, labels=labels)
+    def _rows(self, plan: ModePlan, part: Part) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`_label_rows` of samples shortened according to a plan."""
+        given = {"encoded": part.encoded, "labels": part.labels}
+        return prune(self.family, part.text, plan.method, self._label_rows, **given)
 
     def _run_in_parts(
         self, plan: ModePlan, micro_batches: MicroBatches, normaliser: Tensor | float, in_parts: InParts
@@ -217,7 +210,7 @@ class DualSpeedStep:
         # images.
         all_text = ModePlan(None, None if plan.teacher is None else ModePlan())
         for part, last in micro_batches.parts(in_parts.samples):
-            sums = self._run(all_text if part.encoded is None else plan, part.encoded, part.text, part.labels)
+            sums = self._run(all_text if part.encoded is None else plan, part)
             if not last:
                 in_parts.backward(sums.loss(self.distill_weight) / normaliser * in_parts.scale)
                 sums = sums.detached()

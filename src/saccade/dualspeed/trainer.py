@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
@@ -34,7 +33,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
-from saccade.companions import find_companion
+from saccade.companions import copy_whole, find_companion
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.turns import is_plain_text
 from saccade.dualspeed import checks
@@ -274,12 +273,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.skip = self._apply_skip_vision()
         self.keeps_masters = wants_masters(args, self.model, self.engine, self.accelerator.mixed_precision != "no")
         self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        self.meter = ModeMeter(
-            [mode.name for mode in self.modes],
-            full=next((mode.name for mode in self.modes if mode.keeps_all), None),
-            taught=[mode.name for mode in self.modes if mode.teacher is not None],
-            fits=any(mode.action == "drop" and mode.pruning.fit_length is not None for mode in self.modes),
-        )
+        self.meter = ModeMeter(self.modes)
         self.add_callback(StepClock(self))
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
@@ -495,9 +489,8 @@ class DualSpeedTrainer(SFTTrainer):
 
         The garbage collector would close their queues before telling them to end, and then wait ten seconds for them.
         """
-        base = getattr(self._train_loader, "base_dataloader", self._train_loader)
-        if base is not None:
-            base._iterator = None
+        if self._train_loader is not None:
+            self._base_loader()._iterator = None
         self._train_loader = None
 
     def training_collator(self) -> Any:
@@ -564,7 +557,7 @@ class DualSpeedTrainer(SFTTrainer):
             counts = self.accelerator.gather(torch.tensor(counts, device=device)).tolist()
         if max(counts) == 0 or min(counts) == number:
             return batches
-        first = batches[0] if batches else self._first_batch()
+        first = batches[0] if batches else next(iter(self._base_loader()), None)
         if min(counts) == 0:
             empty = self.accelerator.gather(torch.tensor([first is None], device=device)).tolist()
             if any(empty):
@@ -577,9 +570,9 @@ class DualSpeedTrainer(SFTTrainer):
             stands_in["labels"] = torch.full_like(stands_in["labels"], IGNORE_INDEX)
         return batches + [dict(stands_in) for _ in range(number - len(batches))]
 
-    def _first_batch(self) -> dict[str, Any] | None:
-        """The first batch of the epoch on this rank, None without one."""
-        return next(iter(getattr(self._train_loader, "base_dataloader", self._train_loader)), None)
+    def _base_loader(self) -> DataLoader | None:
+        """The loader that accelerate's wraps."""
+        return getattr(self._train_loader, "base_dataloader", self._train_loader)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The stock step. Every rank must call it.
@@ -1007,11 +1000,7 @@ class DualSpeedTrainer(SFTTrainer):
                 f"{tuple(loaded.weight.shape)}, this run needs {tuple(self.isolator.weight.shape)}; "
                 "set isolator_length to fit, or isolator_path to another one"
             )
-        weight = loaded.weight.detach().to(self.isolator.weight)
-        if isinstance(self.isolator.weight, DTensor):
-            weight = distribute_tensor(weight, self.isolator.weight.device_mesh, self.isolator.weight.placements)
-        with torch.no_grad():
-            self.isolator.weight.copy_(weight)
+        copy_whole(loaded.weight, self.isolator.weight)
 
 
 def freeze_parts(family: Family, args: DualSpeedConfig) -> None:

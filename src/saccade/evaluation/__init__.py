@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from saccade.evaluation.digits import INFERENCES, Inference, evaluate_inferences, plan_inferences, prepare_prompts
 
 __all__ = ["INFERENCES", "Inference", "evaluate_inferences", "plan_inferences", "prepare_prompts"]
-__getattr__ = late_names(__name__, dict.fromkeys(__all__, "saccade.evaluation.digits"))
+__getattr__ = late_names(__name__, {"saccade.evaluation.digits": __all__})

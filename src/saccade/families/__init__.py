@@ -18,9 +18,7 @@ from saccade.families.llava import LlavaFamily
 from saccade.families.llava_next import LlavaNextFamily, LlavaNextVideoFamily, LlavaOnevisionFamily
 from saccade.families.mistral3 import Mistral3Family, PixtralFamily
 from saccade.families.ovis2 import Ovis2Family
-from saccade.families.qwen3_5 import Qwen35Family
-from saccade.families.qwen3_vl_moe import Qwen3VLMoeFamily
-from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily
+from saccade.families.qwen_vl import Qwen2VLFamily, Qwen3VLFamily, Qwen3VLMoeFamily, Qwen35Family
 
 _FAMILIES: dict[tuple[str, str | None], type[Family]] = {}
 
@@ -94,26 +92,8 @@ for _family in (
     register_family(_family)
 
 __all__ = [
-    "ChainOfSightFamily",
     "Encoded",
     "Family",
-    "Gemma3Family",
-    "Gemma4Family",
-    "Glm4vFamily",
-    "Idefics3Family",
-    "InternVLFamily",
-    "Lfm2VlFamily",
-    "LlavaFamily",
-    "LlavaNextFamily",
-    "LlavaNextVideoFamily",
-    "LlavaOnevisionFamily",
-    "Mistral3Family",
-    "Ovis2Family",
-    "PixtralFamily",
-    "Qwen2VLFamily",
-    "Qwen3VLFamily",
-    "Qwen3VLMoeFamily",
-    "Qwen35Family",
     "family_class",
     "get_family",
     "list_families",

@@ -16,10 +16,11 @@ from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.text_relevance import relevance, row_samples, word_relevance
+from saccade.families.text_relevance import Asked, relevance, row_samples, word_relevance
 from saccade.families.tower import unused_layers_passed_over
 from saccade.families.vision_attention import (
     FROM_ATTENTION,
+    encoder_block,
     first_arguments,
     pool_patches,
     read_attention,
@@ -27,6 +28,7 @@ from saccade.families.vision_attention import (
 )
 from saccade.interfaces import changed, check_takes, installed
 from saccade.reducers import FROM_WORDS, PROJECTION, Needs
+from saccade.tokens import VisualContext
 
 RECURRENT = frozenset({"linear_attention", "conv"})
 """Values of `layer_types` of layers that mix tokens by their order, without positions."""
@@ -143,23 +145,30 @@ class Family(ABC):
             if needs.fields & FROM_WORDS:
                 context = encoded.context.replace(**known)
                 placeholder = self.placeholder(inputs["input_ids"])
-                given = (self.model, context, inputs, labels, placeholder, needs)
+                asked = Asked(self.model, inputs, labels, placeholder, needs.tokenizer)
                 if "relevance" in needs.fields:
-                    known["relevance"] = relevance(*given)
+                    known["relevance"] = relevance(asked, context, needs.text_tower)
                 if "word_relevance" in needs.fields:
-                    known["word_relevance"], known["words"] = word_relevance(*given)
+                    known["word_relevance"], known["words"] = word_relevance(asked, context)
         return replace(encoded, context=encoded.context.replace(**known)) if known else encoded
 
     @abstractmethod
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """`encode` without collecting what a reducer needs; hooks around this call do that."""
 
+    def as_encoded(self, features: Tensor | list[Tensor], **known: Any) -> Encoded:
+        """The encoding of features as the stock model gave them, one tensor `(R, N, D)` or a list of rows `(n_i, D)`.
+
+        Args:
+            known: further fields of the context.
+        """
+        padded, valid = (features, None) if isinstance(features, Tensor) else pad_rows(features)
+        context = VisualContext(padded, valid=valid, **known)
+        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
+
     def _encode_some(self, inputs: Mapping[str, Any], needs: Needs) -> Encoded:
         """`_encode` of the patches that `needs.patch_tolerance` leaves, or of all with `needs.whole_images`; the
         others' tokens are absent from the context.
-
-        Raises:
-            SaccadeError: if the tower takes whole images only.
         """
         raise SaccadeError(
             f"patch_tolerance={needs.patch_tolerance!r}: the vision tower of "
@@ -167,11 +176,7 @@ class Family(ABC):
         )
 
     def check_gives(self, needs: Needs) -> None:
-        """Check that the model provides what is needed, as far as can be told without images.
-
-        Raises:
-            SaccadeError: if it does not; the message names the model, what is missing, and a fix.
-        """
+        """Check that the model provides what is needed, as far as can be told without images."""
         self._block_for(needs)
 
     def _block_for(self, needs: Needs) -> AttentionBlock | None:
@@ -213,9 +218,9 @@ class Family(ABC):
     def attention_block(self) -> AttentionBlock | None:
         """The block of the vision tower that saliency and keys are read from: the one that produces the features.
 
-        None if the family provides neither.
+        None if there is none, which the default finds in vision transformers only.
         """
-        return None
+        return encoder_block(self.vision_tower, getattr(self.model.config, "vision_feature_layer", -1))
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """Convert values of patches, one entry per call of the block, to values `(R, N, C)` of visual tokens."""
@@ -311,6 +316,13 @@ def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     count = torch.tensor(lengths, device=padded.device).unsqueeze(1)
     return padded, torch.arange(padded.shape[1], device=padded.device) < count
+
+
+def block_means(values: Tensor, edge: int) -> Tensor:
+    """Values `(height, width, C)` of patches as their means `(tokens, C)` over blocks of `edge` squared, by line."""
+    height, width, channels = values.shape
+    blocks = values.reshape(height // edge, edge, width // edge, edge, channels)
+    return blocks.mean(dim=(1, 3)).flatten(0, 1)
 
 
 def joined_rows(features: Sequence[Tensor]) -> Tensor:

@@ -60,11 +60,6 @@ class _Call:
 class FeatureCache:
     """A folder of a frozen tower's outputs, shared by any number of concurrent runs and processes.
 
-    Args:
-        family: family of the model whose tower is cached.
-        folder: where the features are stored, with one subfolder per tower.
-        max_bytes: size limit of the folder, see [`Store`].
-
     Raises:
         SaccadeError: if the tower's outputs cannot be cached, see [`check_cacheable`], or the folder is not writable.
     """

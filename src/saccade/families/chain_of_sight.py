@@ -190,8 +190,7 @@ class ChainOfSightFamily(LlavaFamily):
             for number, image in enumerate(images)
             for side, part in zip(sides, image.split([side * side for side in sides]), strict=True)
         ]
-        context = assemble(rows, (), torch.empty(0)).context
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=images)})
+        return assemble(rows, {"image": BaseModelOutputWithPooling(pooler_output=images)})
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """Values of the patches, averaged over the part of its window that a token stands for."""

@@ -11,15 +11,7 @@ CLASS_TOKENS = {**dict.fromkeys(WITH_CLASS, 1), **dict.fromkeys(WITHOUT_CLASS, 0
 
 
 def check_processor(processor: Any, config: Any) -> None:
-    """Check a processor's settings against the vision tower; with a mismatch, the first image would fail in the model.
-
-    Args:
-        processor: the model's processor. Settings that it lacks belong to families that count tokens differently.
-        config: the model's configuration.
-
-    Raises:
-        SaccadeError: on a mismatch, naming the setting, its value and the one that fits.
-    """
+    """Check a processor's settings against the vision tower; otherwise the first image would fail in the model."""
     tower = getattr(config, "vision_config", None)
     fitting = {
         "patch_size": getattr(tower, "patch_size", None),

@@ -4,12 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-
 from saccade.families.base import Family, square_grid
-from saccade.families.encoded import AttentionBlock, Encoded
-from saccade.families.vision_attention import encoder_block
-from saccade.tokens import VisualContext
+from saccade.families.encoded import Encoded
 
 
 class Gemma3Family(Family):
@@ -31,11 +27,7 @@ class Gemma3Family(Family):
         outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
         features = outputs.pooler_output  # (R, N, D)
         side = math.isqrt(features.shape[1])
-        context = VisualContext(features=features, grid=square_grid(features.shape[0], side, side, features.device))
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, -1)
+        return self.as_encoded(features, grid=square_grid(features.shape[0], side, side, features.device))
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...]:

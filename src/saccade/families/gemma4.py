@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Family, pad_rows
 from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.vision_attention import encoder_block
-from saccade.tokens import VisualContext
 
 
 class Gemma4Family(Family):
@@ -42,9 +39,7 @@ class Gemma4Family(Family):
                 raise SaccadeError(f"model_type='gemma4': {name!r} is not supported: give text and images only")
         given = {name: inputs[name] for name in ("pixel_values", "image_position_ids")}
         rows = list(self.model.get_image_features(**given, return_dict=True).pooler_output)
-        features, valid = pad_rows(rows)
-        context = VisualContext(features=features, valid=valid, grid=self._grid(inputs))
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=rows)})
+        return self.as_encoded(rows, grid=self._grid(inputs))
 
     @property
     def _pooled(self) -> int:
@@ -57,7 +52,7 @@ class Gemma4Family(Family):
         return torch.nn.functional.pad((last.flip(1) + 1) // self._pooled, (1, 0), value=1)
 
     def attention_block(self) -> AttentionBlock | None:
-        block = encoder_block(self.vision_tower, -1)
+        block = super().attention_block()
         attention = block.attention
         return replace(block, query=attention.q_norm, key=attention.k_norm, scale=attention.scaling, axes=2)
 

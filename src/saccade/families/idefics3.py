@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Family, square_grid
-from saccade.families.encoded import AttentionBlock, Encoded
-from saccade.families.vision_attention import encoder_block
+from saccade.families.encoded import Encoded
 from saccade.tokens import VisualContext
 
 
@@ -73,9 +72,6 @@ class Idefics3Family(Family):
             return None
         thumbnail = (marker == marker[-1]).long()
         return thumbnail.cumsum(dim=0) - thumbnail
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, -1)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...]:

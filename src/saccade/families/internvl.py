@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Family, run_numbers, square_grid
 from saccade.families.encoded import AttentionBlock, Encoded
-from saccade.tokens import VisualContext
 
 
 class InternVLFamily(Family):
@@ -25,12 +23,8 @@ class InternVLFamily(Family):
         features = self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output  # (R, N, D)
         rows, tokens, _ = features.shape
         height, width = self._grid(pixels)
-        context = VisualContext(
-            features=features,
-            grid=square_grid(rows, height, width, features.device),
-            group=self._groups(inputs["input_ids"], rows, tokens),
-        )
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=features)})
+        grid = square_grid(rows, height, width, features.device)
+        return self.as_encoded(features, grid=grid, group=self._groups(inputs["input_ids"], rows, tokens))
 
     @property
     def _patch(self) -> tuple[int, int]:

@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.errors import SaccadeError
 from saccade.families.base import Family, square_grid
-from saccade.families.encoded import AttentionBlock, Encoded
+from saccade.families.encoded import Encoded
 from saccade.families.tower import used_states
-from saccade.families.vision_attention import encoder_block
-from saccade.tokens import VisualContext
 
 TAKES_PATCHES = ("siglip2_vision_model",)
 
@@ -45,22 +42,18 @@ class LlavaFamily(Family):
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         config = self.model.config
         outputs = self.model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        features = torch.stack(tuple(outputs.pooler_output))  # (R, N, D)
+        features = list(outputs.pooler_output)
         patch = config.vision_config.patch_size
         height, width = inputs["pixel_values"].shape[-2:]
-        rows, tokens, _ = features.shape
-        grid = square_grid(rows, height // patch, width // patch, features.device)
+        rows, tokens, device = len(features), len(features[0]), features[0].device
+        grid = square_grid(rows, height // patch, width // patch, device)
         before = tokens - (height // patch) * (width // patch)
         protected = None
         if before > 0:
-            protected = (torch.arange(tokens, device=features.device) < before).expand(rows, -1)
+            protected = (torch.arange(tokens, device=device) < before).expand(rows, -1)
         elif before < 0:
             grid = None  # a tower that merges patches, or the first patch left out as if it were a class token
-        context = VisualContext(features=features, grid=grid, protected=protected)
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=list(outputs.pooler_output))})
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
+        return self.as_encoded(features, grid=grid, protected=protected)
 
     @property
     def vision_feature_layers(self) -> tuple[int, ...] | None:

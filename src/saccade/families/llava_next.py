@@ -16,10 +16,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from saccade.families.base import Family, joined_rows
-from saccade.families.encoded import AttentionBlock, Encoded, Patches
+from saccade.families.encoded import Encoded, Patches
 from saccade.families.rows import FeatureRow, assemble, split_kinds, tokens_to_rows
 from saccade.families.tower import used_states
-from saccade.families.vision_attention import encoder_block
 
 
 class LlavaNextFamily(Family):
@@ -35,11 +34,7 @@ class LlavaNextFamily(Family):
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         rows, outputs = self._image_rows(inputs)
-        parts = assemble(rows, (), torch.empty(0))
-        return Encoded(parts.context, {"image": outputs})
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
+        return assemble(rows, {"image": outputs})
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """Values packed as the model packs features, with zeros for newlines."""
@@ -144,8 +139,8 @@ class LlavaNextVideoFamily(LlavaNextFamily):
             for number, video in enumerate(features):
                 videos += self._frames(video, pixels.shape[1], number)
         ids = inputs["input_ids"]
-        parts = assemble(images, videos, (ids == self.model.config.video_token_id)[self.placeholder(ids)])
-        return Encoded(parts.context, outputs, videos=parts.videos)
+        is_video = (ids == self.model.config.video_token_id)[self.placeholder(ids)]
+        return assemble(images, outputs, videos, is_video)
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()

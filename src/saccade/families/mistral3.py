@@ -5,12 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from saccade.families.base import Family, pad_rows
-from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.vision_attention import encoder_block
-from saccade.tokens import VisualContext
+from saccade.families.base import Family, block_means, pad_rows
+from saccade.families.encoded import Encoded, Patches
 
 
 class Mistral3Family(Family):
@@ -30,19 +27,14 @@ class Mistral3Family(Family):
             pixel_values=inputs["pixel_values"], image_sizes=sizes, return_dict=True
         )
         rows = list(output.pooler_output)
-        features, valid = pad_rows(rows)
         edge = self.model.config.vision_config.patch_size * self._merged
-        grid = torch.cat((torch.ones_like(sizes[:, :1]), sizes // edge), dim=1).to(features.device)
-        context = VisualContext(features=features, valid=valid, grid=grid)
-        return Encoded(context, {"image": BaseModelOutputWithPooling(pooler_output=rows)})
+        grid = torch.cat((torch.ones_like(sizes[:, :1]), sizes // edge), dim=1)
+        return self.as_encoded(rows, grid=grid.to(rows[0].device))
 
     @property
     def _merged(self) -> int:
         """The edge of a block of patches that becomes one token."""
         return self.model.config.spatial_merge_size
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, self.model.config.vision_feature_layer)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """The mean over the block of patches that becomes a token."""
@@ -50,11 +42,11 @@ class Mistral3Family(Family):
         shapes = [tuple(shape) for shape in encoded.context.grid[:, 1:].tolist()]
         values = torch.cat([entry.values.reshape(-1, width) for entry in patches])
         images = values.split([rows * columns * edge**2 for rows, columns in shapes])
-        means = [
-            image.reshape(rows, edge, columns, edge, width).mean(dim=(1, 3)).reshape(-1, width)
+        squares = [
+            image.unflatten(0, (rows * edge, columns * edge))
             for image, (rows, columns) in zip(images, shapes, strict=True)
         ]
-        return pad_rows(means)[0]
+        return pad_rows([block_means(square, edge) for square in squares])[0]
 
 
 class PixtralFamily(Mistral3Family):

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from saccade.families.base import Family, images_of_crops, joined_rows, square_grid
-from saccade.families.encoded import AttentionBlock, Encoded, Patches
-from saccade.families.vision_attention import encoder_block
+from saccade.families.encoded import Encoded, Patches
 from saccade.tokens import VisualContext
 
 
@@ -78,9 +77,6 @@ class Ovis2Family(Family):
         from transformers.models.ovis2.modeling_ovis2 import BaseModelOutputWithVisualIndicatorFeatures
 
         return BaseModelOutputWithVisualIndicatorFeatures(pooler_output=features, visual_indicator_features=markers)
-
-    def attention_block(self) -> AttentionBlock | None:
-        return encoder_block(self.vision_tower, -1)
 
     def patches_to_tokens(self, patches: list[Patches], encoded: Encoded, inputs: Mapping[str, Any]) -> Tensor:
         """The mean over the block of patches that becomes a token; blocks at the edge may be smaller."""

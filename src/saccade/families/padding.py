@@ -63,11 +63,7 @@ AutoImageProcessor.register(
 
 
 def check_aspect_ratio(family: type[Family], image_aspect_ratio: str | None) -> None:
-    """Check that padding makes sense for a family.
-
-    Raises:
-        SaccadeError: if the family does not crop its images to one fixed size.
-    """
+    """Check that padding makes sense for a family."""
     if image_aspect_ratio is not None and family.unpadded is not None:
         raise SaccadeError(
             f"image_aspect_ratio={image_aspect_ratio!r}: images of {family.name} {family.unpadded}; leave it out"

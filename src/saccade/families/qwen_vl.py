@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: dynamic resolution, a patch merger, three position axes, images and videos."""
+"""Qwen2-VL to Qwen3.5: dynamic resolution, a patch merger, three position axes, images and videos."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,7 +91,8 @@ class Qwen2VLFamily(Family):
             absent = [None] * len(sizes) if left is None else (~left).split(sizes)
             for number, shape in enumerate(shapes):
                 rows[kind] += self._rows([layer[number] for layer in layers], shape, number, absent[number])
-        return self._assembled(rows, inputs, outputs if whole else {})
+        is_video = self._video_tokens(inputs)[self.placeholder(inputs["input_ids"])]
+        return assemble(rows["image"], outputs if whole else {}, rows["video"], is_video)
 
     def _features(self, kind: str, pixels: Tensor, grid: Tensor) -> list[list[Tensor]]:
         """The tokens `(n, D)` of each image or video, for each layer of the language model at which they are added."""
@@ -121,13 +122,6 @@ class Qwen2VLFamily(Family):
         """Frames, rows and columns of tokens of each image or video."""
         merge = self.model.base_model.visual.spatial_merge_size
         return [(frames, height // merge, width // merge) for frames, height, width in grid.tolist()]
-
-    def _assembled(
-        self, rows: Mapping[str, list[FeatureRow]], inputs: Mapping[str, Any], outputs: dict[str, Any]
-    ) -> Encoded:
-        is_video = self._video_tokens(inputs)[self.placeholder(inputs["input_ids"])]
-        parts = assemble(rows["image"], rows["video"], is_video)
-        return Encoded(parts.context, outputs, parts.deepstack_features, parts.videos)
 
     def _video_tokens(self, inputs: Mapping[str, Any]) -> Tensor:
         """bool `(B, L)`, true on the placeholders of videos."""
@@ -163,7 +157,7 @@ class Qwen2VLFamily(Family):
         """Which tokens of each kind the tower has seen, in the order of its images or videos."""
         context = encoded.context
         rows = [absent[valid] for absent, valid in zip(context.absent, context.valid, strict=True)]
-        kinds = split_kinds(rows, encoded.videos or (False,) * len(rows))
+        kinds = split_kinds(rows, encoded.videos)
         return {kind: ~torch.cat(values) for kind, values in kinds.items()}
 
     def _token_places(self, grid: Tensor, kept: Tensor | None = None) -> Tensor | slice:
@@ -227,6 +221,28 @@ class Qwen3VLFamily(Qwen2VLFamily):
         return BaseModelOutputWithDeepstackFeatures(
             pooler_output=list(layers[0]), deepstack_features=[list(layer) for layer in layers[1:]]
         )
+
+
+class Qwen3VLMoeFamily(Qwen3VLFamily):
+    """`Qwen3VLMoeForConditionalGeneration`.
+
+    The loss has no term that balances the experts' load, as the stock model's has none unless `output_router_logits`
+    is set.
+    """
+
+    name = "qwen3_vl_moe"
+    model_types = ("qwen3_vl_moe",)
+
+
+class Qwen35Family(Qwen2VLFamily):
+    """`Qwen3_5ForConditionalGeneration` and `Qwen3_5MoeForConditionalGeneration`.
+
+    Three of four layers are gated delta nets: a state that each token decays and writes to, behind a convolution over
+    four tokens. They know no positions, so a dropped token leaves no gap in them: see `Family.recurrent`.
+    """
+
+    name = "qwen3_5"
+    model_types = ("qwen3_5", "qwen3_5_moe")
 
 
 def _given_grids(inputs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from saccade.families.base import pad_rows
 from saccade.families.encoded import Encoded
@@ -32,22 +34,15 @@ class FeatureRow:
     absent: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Assembled:
-    """The parts of `Encoded` that are made from rows, see there."""
+def assemble(
+    images: Sequence[FeatureRow],
+    outputs: dict[str, ModelOutput],
+    videos: Sequence[FeatureRow] = (),
+    is_video: Any = None,
+) -> Encoded:
+    """Order rows by their placeholders, of videos where bool `(P,)` `is_video` is true, and pad them.
 
-    context: VisualContext
-    deepstack_features: tuple[Tensor, ...]
-    videos: tuple[bool, ...]
-
-
-def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_video: Tensor) -> Assembled:
-    """Order rows by their placeholders and pad them; the rows of one image or video form a group.
-
-    Args:
-        images: rows of images, in order.
-        videos: rows of videos, in order.
-        is_video: bool `(P,)`, whether each placeholder of the batch, in order, belongs to a video.
+    The rows of one image or video form a group. `outputs` are those of [`Encoded`].
 
     Raises:
         ValueError: if the number of image or video placeholders differs from the number of their tokens.
@@ -83,7 +78,7 @@ def assemble(images: Sequence[FeatureRow], videos: Sequence[FeatureRow], is_vide
         absent=absent,
     )
     layers = zip(*(row.deepstack_features for row in rows), strict=True)
-    return Assembled(context, tuple(pad_rows(layer)[0] for layer in layers), order)
+    return Encoded(context, outputs, tuple(pad_rows(layer)[0] for layer in layers), order)
 
 
 def split_kinds(values: Sequence[Tensor], videos: Sequence[bool]) -> dict[str, list[Tensor]]:

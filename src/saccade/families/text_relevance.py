@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from saccade.errors import SaccadeError
 from saccade.families.question import Reader, load_reader, models_reader
-from saccade.reducers import Needs
 from saccade.tokens import IGNORE_INDEX, VisualContext
 
 
@@ -29,11 +28,7 @@ def user_words(
 ) -> tuple[Tensor, Tensor]:
     """Which tokens are the user's words, and which turn of its sample each token belongs to.
 
-    Args:
-        input_ids: long `(B, L)`.
-        attention_mask: `(B, L)`, zero on padding.
-        labels: long `(B, L)`, -100 outside the answers; None in inference.
-        no_words: bool `(B, L)`, true on placeholders and special tokens.
+    All of `(B, L)`: `labels` are -100 outside the answers, `no_words` is true on placeholders and special tokens.
 
     Returns:
         bool `(B, L)` and long `(B, L)`.
@@ -69,14 +64,56 @@ def row_samples(context: VisualContext, placeholder: Tensor) -> Tensor:
     return owners[first] if owners.numel() else torch.zeros_like(counts)
 
 
-def relevance(
-    model: PreTrainedModel,
-    context: VisualContext,
-    inputs: Mapping[str, Any],
-    labels: Tensor | None,
-    placeholder: Tensor,
-    needs: Needs,
-) -> Tensor:
+@dataclass(frozen=True)
+class Asked:
+    """A batch, for the words of its users.
+
+    Args:
+        model: the stock model.
+        inputs: processor outputs.
+        labels: long `(B, L)` of a training batch, so that no answer is seen.
+        placeholder: bool `(B, L)`.
+        tokenizer: folder of the tokenizer that finds the user's words; None for the model's own.
+    """
+
+    model: PreTrainedModel
+    inputs: Mapping[str, Any]
+    labels: Tensor | None
+    placeholder: Tensor
+    tokenizer: str | None = None
+
+    def turns(self) -> list[list[list[int]]]:
+        """For each sample the ids of the user's words, by turn."""
+        reader = load_reader(str(self.tokenizer)) if self.tokenizer else models_reader(self.model.name_or_path)
+        if reader is not None:
+            return [[reader.ids(words) for words in sample] for sample in self.questions(reader)]
+        ids = self.inputs["input_ids"]
+        special = torch.tensor(special_ids(self.model.config), device=ids.device)
+        return self._prompts(self.placeholder | torch.isin(ids, special))
+
+    def questions(self, reader: Reader) -> list[list[str]]:
+        """For each sample the words of its turns, as a reader finds them."""
+        # Of several placeholders in a row, one is enough to mark the place of an image.
+        again = self.placeholder & torch.nn.functional.pad(self.placeholder[:, :-1], (1, 0))
+        return [[words for prompt in sample for words in reader.questions(prompt)] for sample in self._prompts(again)]
+
+    def _prompts(self, no_words: Tensor) -> list[list[list[int]]]:
+        """For each sample, the ids before each of its answers, without those of `no_words`."""
+        ids = self.inputs["input_ids"]
+        words, turn = user_words(ids, self.inputs["attention_mask"], self.labels, no_words)
+        # A single copy to the host, whatever the batch contains.
+        rows = torch.stack((ids, words.to(ids.dtype), turn.to(ids.dtype))).tolist()
+        prompts: list[list[list[int]]] = []
+        for row, mask, turns in zip(*rows, strict=True):
+            sample: dict[int, list[int]] = {}
+            for token, is_word, number in zip(row, mask, turns, strict=True):
+                if is_word:
+                    sample.setdefault(number, []).append(token)
+            prompts.append([sample[number] for number in sorted(sample)])
+        return prompts
+
+
+def relevance(asked: Asked, context: VisualContext, text_tower: str | None) -> Tensor:
     """Relevance float32 `(R, N)`, larger for more relevant tokens, averaged over the turns of the row's sample.
 
     Without a text tower it is **plus** the cosine of a visual token with the input embedding of a word, averaged over
@@ -84,52 +121,33 @@ def relevance(
     inverted for patches (CDPruner; for CLIP only), averaged over the segments of a turn.
 
     Args:
-        model: the stock model.
         context: the visual tokens; with a text tower, including `encoder_features`.
-        inputs: processor outputs.
-        labels: long `(B, L)` of a training batch, so that no answer is seen.
-        placeholder: bool `(B, L)`.
-        needs: names the text tower and the tokenizer that finds the user's words; by default the one in the model's
-            folder.
+        text_tower: folder of the CLIP model, or None.
 
     Raises:
         SaccadeError: if the text tower does not match the model's vision tower, or something is missing from a folder.
     """
-    if needs.text_tower:
-        tokenizer = needs.tokenizer or model.name_or_path
+    if text_tower:
+        tokenizer = asked.tokenizer or asked.model.name_or_path
         if not tokenizer:
             raise SaccadeError(
                 "text_tower: the words are read with the language model's tokenizer, but this model was loaded from "
                 "none; give the tokenizer's folder as the reducer's option 'tokenizer'"
             )
-        tower = load_text_tower(str(needs.text_tower), str(tokenizer))
+        tower = load_text_tower(str(text_tower), str(tokenizer))
         visual = tower.patches(context.encoder_features)
-        prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
-        asked = [[words for prompt in sample for words in tower.reader.questions(prompt)] for sample in prompts]
-        texts = -tower.texts(asked, visual)
+        texts = -tower.texts(asked.questions(tower.reader), visual)
     else:
         visual = context.features
-        turns = _turns(model, inputs, labels, placeholder, needs.tokenizer)
-        texts = _embedded_turns(model.get_input_embeddings(), turns, inputs["input_ids"].device)
-    wanted = texts.to(visual.device)[row_samples(context, placeholder)]  # (R, D)
+        texts = _embedded_turns(asked.model.get_input_embeddings(), asked.turns(), asked.inputs["input_ids"].device)
+    wanted = texts.to(visual.device)[row_samples(context, asked.placeholder)]  # (R, D)
     unit = torch.nn.functional.normalize(visual.float(), dim=2)
     score = (unit @ wanted.unsqueeze(2)).squeeze(2)
     return score.masked_fill(~context.valid, 0)
 
 
-def word_relevance(
-    model: PreTrainedModel,
-    context: VisualContext,
-    inputs: Mapping[str, Any],
-    labels: Tensor | None,
-    placeholder: Tensor,
-    needs: Needs,
-) -> tuple[Tensor, Tensor]:
+def word_relevance(asked: Asked, context: VisualContext) -> tuple[Tensor, Tensor]:
     """The cosine of each visual token with the input embedding of each of the user's words, in all turns.
-
-    Args:
-        model, context, inputs, labels, placeholder: as for `relevance`.
-        needs: names the tokenizer that finds the user's words; by default the one in the model's folder.
 
     Returns:
         float32 `(R, N, W)`, zero on padding and after a row's words, and the number of words of each row, long `(R,)`.
@@ -137,54 +155,15 @@ def word_relevance(
     Raises:
         SaccadeError: if something is missing from the tokenizer's folder.
     """
-    turns = _turns(model, inputs, labels, placeholder, needs.tokenizer)
-    words = [[word for turn in sample for word in turn] for sample in turns]
-    device = inputs["input_ids"].device
-    texts = _embedded(model.get_input_embeddings(), words, device)
+    words = [[word for turn in sample for word in turn] for sample in asked.turns()]
+    device = asked.inputs["input_ids"].device
+    texts = _embedded(asked.model.get_input_embeddings(), words, device)
     counts = torch.tensor([len(sample) for sample in words], dtype=torch.long, device=device)
-    owner = row_samples(context, placeholder)
+    owner = row_samples(context, asked.placeholder)
     visual = context.features
     wanted = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(visual.device)[owner]  # (R, W, D)
     unit = torch.nn.functional.normalize(visual.float(), dim=2)
     return (unit @ wanted.mT).masked_fill(~context.valid.unsqueeze(2), 0), counts[owner]
-
-
-def _turns(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    labels: Tensor | None,
-    placeholder: Tensor,
-    tokenizer: str | None,
-) -> list[list[list[int]]]:
-    """For each sample the ids of the user's words, by turn."""
-    reader = load_reader(str(tokenizer)) if tokenizer else models_reader(model.name_or_path)
-    if reader is None:
-        ids = inputs["input_ids"]
-        special = torch.tensor(special_ids(model.config), device=ids.device)
-        return _prompts(inputs, labels, placeholder | torch.isin(ids, special))
-    prompts = _prompts(inputs, labels, _behind_the_first(placeholder))
-    return [[reader.ids(words) for prompt in sample for words in reader.questions(prompt)] for sample in prompts]
-
-
-def _behind_the_first(placeholder: Tensor) -> Tensor:
-    """bool `(B, L)`, true on placeholders that follow another: one per image is enough to mark its place."""
-    return placeholder & torch.nn.functional.pad(placeholder[:, :-1], (1, 0))
-
-
-def _prompts(inputs: Mapping[str, Any], labels: Tensor | None, no_words: Tensor) -> list[list[list[int]]]:
-    """For each sample, the ids before each of its answers, without those of `no_words`."""
-    ids = inputs["input_ids"]
-    words, turn = user_words(ids, inputs["attention_mask"], labels, no_words)
-    # A single copy to the host, whatever the batch contains.
-    rows = torch.stack((ids, words.to(ids.dtype), turn.to(ids.dtype))).tolist()
-    prompts: list[list[list[int]]] = []
-    for row, mask, turns in zip(*rows, strict=True):
-        sample: dict[int, list[int]] = {}
-        for token, is_word, number in zip(row, mask, turns, strict=True):
-            if is_word:
-                sample.setdefault(number, []).append(token)
-        prompts.append([sample[number] for number in sorted(sample)])
-    return prompts
 
 
 def _embedded(embed: nn.Module, lists: list[list[int]], device: torch.device) -> tuple[Tensor, ...]:

@@ -1,9 +1,9 @@
 """Stopping a vision tower at the layer whose output the model uses."""
 
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,25 +17,16 @@ _PASSING = "_saccade_passing"
 _lock = threading.Lock()
 
 
+@dataclass
 class _Passing:
-    """Layers of a tower whose forward returns its input unchanged until `put_back`."""
+    """What restores the layers of a tower that pass on what they get, and how many threads run the tower like this."""
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.users = 0
-        """Number of threads that are running the tower this way."""
-        self.count: Counter[int] = Counter()
-        """Number of calls passed through, by thread."""
-        self._replaced = ExitStack()
-        for layer in layers:
-            self._replaced.enter_context(replaced_forward(layer, self._pass_on))
+    replaced: ExitStack
+    users: int = 0
 
-    def put_back(self) -> None:
-        """Restore the layers' own forward."""
-        self._replaced.close()
 
-    def _pass_on(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.count[threading.get_ident()] += 1
-        return hidden_states
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def used_layers(tower: nn.Module, feature_layer: int | list[int]) -> list[nn.Module] | None:
@@ -110,40 +101,24 @@ def unused_layers_passed_over(tower: nn.Module, feature_layer: int | list[int] |
     Args:
         tower: a vision transformer; other towers run unchanged.
         feature_layer: `vision_feature_layer` of the model's configuration.
-
-    Raises:
-        SaccadeError: if the tower's layers run and the unused ones are not skipped.
     """
     used = None if feature_layer is None else used_layers(tower, feature_layer)
     if used is None:
         yield
         return
-    unused = list(tower_layers(tower))[len(used) :]
-    here, ran = threading.get_ident(), 0
-
-    def count(*_: Any) -> None:
-        nonlocal ran
-        ran += threading.get_ident() == here
-
-    # If features come from the cache, no layer runs.
-    handle = used[0].register_forward_pre_hook(count) if used and unused else None
     # Several threads may run the tower at once: the first skips the layers, the last restores them.
     with _lock:
         passing = tower.__dict__.get(_PASSING)
         if passing is None:
-            passing = tower.__dict__[_PASSING] = _Passing(unused)
+            passing = tower.__dict__[_PASSING] = _Passing(ExitStack())
+            for layer in list(tower_layers(tower))[len(used) :]:
+                passing.replaced.enter_context(replaced_forward(layer, _pass_on))
         passing.users += 1
-    before = passing.count[here]
     try:
         yield
     finally:
-        passed = passing.count[here] - before
         with _lock:
             passing.users -= 1
             if passing.users == 0:
-                passing.put_back()
+                passing.replaced.close()
                 del tower.__dict__[_PASSING]
-        if handle is not None:
-            handle.remove()
-    if ran * len(unused) > passed:
-        raise changed(f"{type(tower).__name__} ran the layers behind the one that gives its features")

@@ -15,16 +15,20 @@ from transformers.utils import ModelOutput
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import by_name
-from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch, with_given_prompt
+from saccade.pruning.patching import (
+    HANDLE,
+    PER_IMAGE,
+    call_original,
+    like,
+    patch,
+    sort_arguments,
+    unpatch,
+    with_given_prompt,
+)
 from saccade.pruning.prune_inputs import isolator_rows, prune_inputs, pruning_config
 from saccade.reducers import FROM_WORDS, PruningConfig
 
 ENCODED = "mm_encoder_outputs"
-USED_UP = (
-    *("image_sizes", "image_sizes_videos", "batch_num_images", "image_grid_thw", "video_grid_thw"),
-    *("second_per_grid_ts", "mm_token_type_ids"),
-)
-"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,8 @@ class Pruning:
         return given.get(ENCODED) is None and self.family.has_images(given)
 
     def shorten(self, given: dict[str, Any], padding_side: str) -> dict[str, Any]:
-        """The arguments of a call with their prompt replaced by a shorter one.
-
-        Raises:
-            SaccadeError: if the prompt cannot be shortened.
-        """
-        for name in ("position_ids", "inputs_embeds"):
-            if given.get(name) is not None:
-                raise SaccadeError(f"{name}: visual tokens are dropped, pass 'input_ids' and leave {name} out")
-        if given.get("input_ids") is None:
-            raise SaccadeError("input_ids: pass what the processor returned with return_tensors='pt'")
-        names = {"input_ids", "attention_mask", *self.family.vision_inputs, *self.family.token_inputs, *USED_UP}
-        inputs = {name: value for name, value in given.items() if name in names and value is not None}
-        others = {name: value for name, value in given.items() if name not in names}
+        """The arguments of a call with their prompt replaced by a shorter one."""
+        inputs, others = sort_arguments(self.family, given)
         inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
         shorter = prune_inputs(self.model, inputs, self.config, padding_side=padding_side, isolator=self.isolator)
         return {**others, **shorter}
@@ -135,7 +128,7 @@ class Pruning:
                 f"images of a further turn: with {reason}, which tokens of an image stay depends on the rest of the "
                 "conversation; pass all of it without the cache, or a further turn of text without images"
             )
-        images = {*self.family.vision_inputs, *USED_UP} - self.family.token_inputs.keys()
+        images = {*self.family.vision_inputs, *PER_IMAGE} - self.family.token_inputs.keys()
         whole = self.go_on({name: value for name, value in given.items() if name not in images}, turn)
         known = {name: whole[name][..., :cached] for name in turn.shorter}
         new = {name: whole[name][..., cached:] for name in turn.shorter if name != "position_ids"}

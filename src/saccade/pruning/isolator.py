@@ -70,8 +70,3 @@ class ModeIsolator(nn.Module):
         isolator = cls(*weight.shape, dtype=weight.dtype)
         isolator.weight.data.copy_(weight)
         return isolator
-
-    @staticmethod
-    def config_of(path: str | Path) -> dict:
-        """The `metadata` that `save_pretrained` was given."""
-        return read_companion(path, ISOLATOR_FILE, "isolator")[0]

@@ -5,16 +5,24 @@ model is patched too and independent of the original.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saccade.errors import SaccadeError
+from saccade.families import Family
+
 ORIGINALS = "_saccade_originals"
 HANDLE = "_saccade_in_place"
 """Attribute for the handle of the active patch: a model prunes or skips, not both."""
+PER_IMAGE = (
+    *("image_sizes", "image_sizes_videos", "batch_num_images", "image_grid_thw", "video_grid_thw"),
+    *("second_per_grid_ts", "mm_token_type_ids"),
+)
+"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
@@ -52,6 +60,23 @@ def like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) ->
     rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
     wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
     return wrapped
+
+
+def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the processor returned, and the other arguments of a call of `forward` or `generate`.
+
+    Raises:
+        SaccadeError: if `input_ids` are missing, or something is given that does not fit another number of tokens.
+    """
+    for name in ("position_ids", "inputs_embeds"):
+        if given.get(name) is not None:
+            raise SaccadeError(f"{name}: visual tokens are dropped or moved, pass 'input_ids' and leave {name} out")
+    if given.get("input_ids") is None:
+        raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
+    names = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}
+    given = {name: value for name, value in given.items() if value is not None}
+    inputs = {name: value for name, value in given.items() if name in names}
+    return inputs, {name: value for name, value in given.items() if name not in names}
 
 
 def with_given_prompt(sequences: Tensor, given: Tensor, length: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saccade.reducers.budget import share_out
+from saccade.reducers.common import float64_home
 from saccade.tokens import VisualContext
 
 DECIMALS = 6
@@ -19,9 +20,7 @@ def token_need(context: VisualContext) -> Tensor:
     zero token has cosine 0 with every other. For n tokens with unit vectors u_i the mean is 1 - (|sum u_i|^2 - sum
     |u_i|^2) / (n (n - 1)), in float32, so that no N x N matrix is needed. Padding and protected tokens do not count.
     """
-    x = context.features
-    if x.device.type == "mps":  # has no float64
-        x = x.cpu()
+    x = float64_home(context.features)
     counted = context.valid if context.protected is None else context.valid & ~context.protected
     counted = counted.to(x.device)
     unit = torch.nn.functional.normalize(x.float(), dim=2).masked_fill(~counted.unsqueeze(2), 0)

@@ -6,8 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError
-from saccade.reducers.common import mask_to_index, row_budget
+from saccade.reducers.common import check_number, mask_to_index, row_budget
 from saccade.reducers.frames import STEPS, Frames, reducer_within, selected
 from saccade.reducers.registry import register_reducer
 from saccade.tokens import Reduction, VisualContext
@@ -39,8 +38,7 @@ class Changes:
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        if isinstance(self.first, bool) or not isinstance(self.first, (int, float)) or not 0 < self.first <= 1:
-            raise SaccadeError(f"reducer 'changes': first={self.first!r} is outside (0, 1]")
+        check_number("changes", "first", self.first, "(0, 1]")
         object.__setattr__(self, "needs", reducer_within("changes", self.within).needs)
 
     @torch.no_grad()
@@ -51,7 +49,6 @@ class Changes:
         if frames is None:
             return selected("changes", self.within, reducer(context, keep))
         budget = row_budget(context, keep)
-        tokens = context.shape[1]
         wanted = budget.counts.tolist()
         whole = zip(wanted, frames.counts, frames.sizes, strict=True)
         first = [self._first(*numbers) for numbers in whole]
@@ -60,7 +57,7 @@ class Changes:
         rows = frames.contexts(context, counted.expand(len(wanted), -1))
         per_frame = torch.zeros(len(wanted), len(counted), dtype=torch.long)
         per_frame[:, 0] = torch.tensor(first)
-        kept = frames.kept(selected("changes", self.within, reducer(rows, per_frame.flatten())), tokens)
+        kept = frames.units.kept(selected("changes", self.within, reducer(rows, per_frame.flatten())))
         for row, (count, more) in enumerate(zip(frames.counts, wanted, strict=True)):
             if count > 1 and more > first[row]:
                 changed = changed_tokens(frames.distances(context, row), more - first[row])  # (T, P)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError, one_of
+from saccade.errors import SaccadeError
 from saccade.reducers.registry import PROJECTION
 from saccade.tokens import Reduction, VisualContext
-from saccade.values import is_number
+from saccade.values import check_choice, is_number
 
 CPU_CACHED_ELEMENTS = 2**20  # about one LLaVA-1.5 image: fits a core's cache, a fifth faster than all at once
 GPU_ELEMENTS = 2**27  # a gigabyte of float64
@@ -23,6 +23,7 @@ MERGES = ("projected", "encoder")
 INTERVALS: dict[str, Callable[[float], bool]] = {
     "[0, 1]": lambda value: 0 <= value <= 1,
     "[0, 1)": lambda value: 0 <= value < 1,
+    "(0, 1]": lambda value: 0 < value <= 1,
     "[0, inf)": lambda value: 0 <= value < math.inf,
     "(0, inf)": lambda value: 0 < value < math.inf,
 }
@@ -88,19 +89,25 @@ def merge_needs(name: str, merge: str, needs: frozenset[str]) -> frozenset[str]:
     Raises:
         SaccadeError: if `merge` is neither "projected" nor "encoder"; the message names the reducer.
     """
-    if merge not in MERGES:
-        raise SaccadeError(f"reducer {name!r}: merge={merge!r} is unknown: {one_of(merge, MERGES)}")
+    check_choice(f"reducer {name!r}: merge", merge, MERGES)
     return needs | {"encoder_features", PROJECTION} if merge == "encoder" else needs
 
 
 def check_number(name: str, field: str, value: Any, interval: str) -> None:
-    """Refuse what is not a number in one of `INTERVALS`.
-
-    Raises:
-        SaccadeError: naming the reducer, the field and its value.
-    """
+    """Refuse what is not a number in one of `INTERVALS`."""
     if not is_number(value) or not INTERVALS[interval](value):
         raise SaccadeError(f"reducer {name!r}: {field}={value!r} is outside {interval}")
+
+
+def check_integer(name: str, field: str, value: Any, least: int) -> None:
+    """Refuse what is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SaccadeError(f"reducer {name!r}: {field}={value!r} is not an integer of at least {least}")
+
+
+def float64_home(x: Tensor) -> Tensor:
+    """`x` on a device that has float64, which MPS has not."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def rows_at_once(rows: int, elements: int, device: torch.device, on_gpu: int = GPU_CONVERTED_ELEMENTS) -> int:
@@ -124,6 +131,8 @@ def by_rows(
         elements: how many numbers `reduce` works on per row.
     """
     rows = context.shape[0]
+    if budget.width == 0 or rows == 0:
+        return nothing_kept(context, budget)
     step = rows_at_once(rows, elements, context.features.device, GPU_ELEMENTS)
     if step >= rows:
         return reduce(context, budget)

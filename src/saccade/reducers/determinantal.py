@@ -9,7 +9,7 @@ qualities cost the recursion no precision.
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import Budget, ascending, leftover_scores
+from saccade.reducers.common import Budget, ascending, leftover_scores, nothing_kept
 from saccade.reducers.similarity import TIE, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
 
@@ -35,8 +35,7 @@ def greedy_map(context: VisualContext, budget: Budget, quality: Tensor | None, p
     """
     rows, tokens, _ = context.shape
     if budget.width == 0 or rows == 0:
-        empty = torch.zeros(rows, budget.width, dtype=torch.long, device=context.features.device)
-        return Reduction(empty, dense=True)
+        return nothing_kept(context, budget)
     similarity = cosine_similarity(context.features, context, precision)
     device, dtype = similarity.device, similarity.dtype
     tolerance, tie = RANK_TOLERANCE[dtype], GAIN_TIE[dtype]

@@ -51,7 +51,7 @@ class DistinctFrames:
             shares[row, :count] = torch.tensor(each)
         rows = frames.contexts(context, (shares > 0).to(context.features.device))
         reduction = selected("frames", self.within, reducer(rows, shares.flatten()))
-        return Reduction(mask_to_index(frames.kept(reduction, context.shape[1]), budget.width), dense=budget.uniform)
+        return Reduction(mask_to_index(frames.units.kept(reduction), budget.width), dense=budget.uniform)
 
 
 def _shares(distance: Tensor, keep: int, size: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import ascending, row_budget
+from saccade.reducers.common import ascending, nothing_kept, row_budget
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import FLOAT32_TIE, TIE, check_precision, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
@@ -42,7 +42,7 @@ class DivPrune:
         rows, tokens, _ = context.shape
         device = context.features.device
         if budget.width == 0 or rows == 0:
-            return Reduction(torch.zeros(rows, budget.width, dtype=torch.long, device=device), dense=True)
+            return nothing_kept(context, budget)
         similarity = cosine_similarity(context.features, context, self.precision)
         window = FLOAT32_TIE if similarity.dtype == torch.float32 else TIE
         valid = context.valid.to(similarity.device)

@@ -3,15 +3,17 @@
 Shapes: B feature rows of N tokens; T frames of P tokens each.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError, one_of
+from saccade.errors import SaccadeError
+from saccade.reducers.common import float64_home
 from saccade.reducers.registry import Reducer, get_reducer, list_reducers
-from saccade.reducers.shared_budget import NOT_PER_TOKEN
+from saccade.reducers.shared_budget import Units
 from saccade.tokens import Reduction, VisualContext
+from saccade.values import check_choice
 
 STEPS = 2**20
 """Distances are rounded to steps of this many to one: the order in which a product sums cannot decide between two."""
@@ -25,11 +27,13 @@ class Frames:
         place: long `(B, T, P)`, indices among a row's N tokens, -1 where a row has fewer frames or smaller ones.
         counts: for each row, its number of frames.
         sizes: for each row, the number of tokens of a frame.
+        units: the same places, with a unit for each of the B * T frames.
     """
 
     place: Tensor
     counts: list[int]
     sizes: list[int]
+    units: Units
 
     @classmethod
     def of(cls, context: VisualContext) -> "Frames | None":
@@ -52,43 +56,25 @@ class Frames:
         several, size = (torch.tensor(values, device=device)[:, None, None] for values in (counts, sizes))
         rank = frame * size + token  # (B, T, P)
         there = (frame < several) & (token < size)
-        rows = order.gather(1, rank.clamp(max=context.shape[1] - 1).flatten(1)).view_as(rank)
-        return cls(rows.masked_fill(~there, -1), counts, sizes)
+        place = order.gather(1, rank.clamp(max=context.shape[1] - 1).flatten(1)).view_as(rank)
+        row = torch.arange(len(counts), device=device)
+        flat = (place + row[:, None, None] * context.shape[1]).masked_fill(~there, -1)
+        units = Units(flat.flatten(0, 1), row.repeat_interleave(max(counts)), context.shape[:2])
+        return cls(place.masked_fill(~there, -1), counts, sizes, units)
 
-    def contexts(self, context: VisualContext, counted: Tensor | None = None) -> VisualContext:
+    def contexts(self, context: VisualContext, counted: Tensor) -> VisualContext:
         """`context` with a row for each frame: B * T rows of P tokens.
 
         Args:
             counted: bool `(B, T)`, false for frames whose tokens are all to be padding.
         """
-        rows, frames, tokens = self.place.shape
-        flat = self.place.flatten(1).clamp(min=0)
-        valid = self.place >= 0
-        if counted is not None:
-            valid = valid & counted.unsqueeze(2)
-        given = {entry.name: getattr(context, entry.name) for entry in fields(context) if entry.init}
-        values = {}
-        for name, value in given.items():
-            if value is None or name in ("grid", "valid", "group"):
-                continue
-            if name in NOT_PER_TOKEN:
-                values[name] = value.repeat_interleave(frames, dim=0)
-                continue
-            index = flat.reshape(*flat.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
-            values[name] = value.gather(1, index).reshape(rows * frames, tokens, *value.shape[2:])
         grid = context.grid.clone()
         grid[:, 0] = 1
         single = torch.tensor([count == 1 for count in self.counts], device=grid.device)
         # The whole row, whatever shape it has.
         grid[single] = context.grid[single]
-        return VisualContext(**values, valid=valid.flatten(0, 1), grid=grid.repeat_interleave(frames, dim=0))
-
-    def kept(self, reduction: Reduction, tokens: int) -> Tensor:
-        """A reduction of `contexts` as bool `(B, N)`: which tokens of each row are kept."""
-        place = self.place.flatten(0, 1).gather(1, reduction.index.clamp(min=0))  # (B * T, K)
-        place = torch.where(reduction.valid, place, tokens).reshape(self.place.shape[0], -1)
-        mask = torch.zeros(len(place), tokens + 1, dtype=torch.bool, device=place.device)
-        return mask.scatter_(1, place, True)[:, :tokens]
+        rows = self.units.context(context, grid.repeat_interleave(counted.shape[1], dim=0))
+        return rows.replace(valid=rows.valid & counted.reshape(-1, 1))
 
     def distances(self, context: VisualContext, row: int) -> Tensor:
         """How far the tokens at a place are apart in any two frames: `STEPS` times 1 - cos, long `(P, T, T)`.
@@ -97,8 +83,8 @@ class Frames:
         """
         count, size = self.counts[row], self.sizes[row]
         place = self.place[row, :count, :size].transpose(0, 1)  # (P, T)
-        x = context.features[row]
-        x = (x.cpu() if x.device.type == "mps" else x)[place.to(x.device)].double()
+        x = float64_home(context.features[row])
+        x = x[place.to(x.device)].double()
         x = torch.nn.functional.normalize(x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=2)
         with torch.autocast(x.device.type, enabled=False):
             products = x @ x.transpose(1, 2)
@@ -106,14 +92,9 @@ class Frames:
 
 
 def reducer_within(name: str, within: str) -> Reducer:
-    """The reducer that chooses within a frame.
-
-    Raises:
-        SaccadeError: if it is unknown, or knows time itself.
-    """
+    """The reducer that chooses within a frame."""
     known = [each for each in list_reducers() if each not in KNOW_TIME]
-    if within not in known:
-        raise SaccadeError(f"reducer {name!r}: within={within!r} is unknown: {one_of(within, known)}")
+    check_choice(f"reducer {name!r}: within", within, known)
     return get_reducer(within)
 
 

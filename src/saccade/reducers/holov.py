@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.errors import SaccadeError, one_of
 from saccade.reducers.common import (
     Budget,
     best_first,
+    check_integer,
     check_number,
     mask_to_index,
     nothing_kept,
@@ -20,6 +20,7 @@ from saccade.reducers.partition import path_places
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import TIE, cosine_similarity
 from saccade.tokens import Reduction, VisualContext
+from saccade.values import check_choice
 
 WINDOWS = ("runs", "square")
 ATTENTION_SCALE = 1000.0
@@ -61,12 +62,8 @@ class HoloV:
 
     def __post_init__(self) -> None:
         check_number("holov", "alpha", self.alpha, "[0, inf)")
-        if not isinstance(self.runs, int) or isinstance(self.runs, bool) or self.runs < 1:
-            raise SaccadeError(f"reducer 'holov': runs={self.runs!r}: expected an integer of at least 1")
-        if self.windows not in WINDOWS:
-            raise SaccadeError(
-                f"reducer 'holov': windows={self.windows!r} is unknown: {one_of(self.windows, WINDOWS)}"
-            )
+        check_integer("holov", "runs", self.runs, least=1)
+        check_choice("reducer 'holov': windows", self.windows, WINDOWS)
 
     @torch.no_grad()
     def __call__(self, context: VisualContext, keep: int | Tensor) -> Reduction:

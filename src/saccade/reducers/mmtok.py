@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import Budget, by_rows, check_number, nothing_kept, row_budget
+from saccade.reducers.common import Budget, by_rows, check_number, row_budget
 from saccade.reducers.coverage import greedy_cover
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_similarity
@@ -55,8 +55,6 @@ class MMTok:
         return by_rows(self._reduce, context, row_budget(context, keep), elements=tokens * (tokens + words))
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
-        if budget.width == 0 or context.shape[0] == 0:
-            return nothing_kept(context, budget)
         similarity = cosine_similarity(context.encoder_features, context)
         device = similarity.device
         image = _shares(similarity, self.vision_temperature, context)

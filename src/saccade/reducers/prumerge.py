@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import add_own, best_first, chosen_mask, mask_to_index, merge_needs, row_budget
+from saccade.reducers.common import (
+    add_own,
+    best_first,
+    check_integer,
+    chosen_mask,
+    mask_to_index,
+    merge_needs,
+    row_budget,
+)
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosines_by_rows
 from saccade.reducers.visionzip import evenly_spread
@@ -46,8 +54,7 @@ class PruMerge:
     def __post_init__(self) -> None:
         if not isinstance(self.plus, bool):
             raise SaccadeError(f"reducer 'prumerge': plus={self.plus!r} is neither true nor false")
-        if isinstance(self.neighbours, bool) or not isinstance(self.neighbours, int) or self.neighbours < 0:
-            raise SaccadeError(f"reducer 'prumerge': neighbours={self.neighbours!r} is not an integer of at least 0")
+        check_integer("prumerge", "neighbours", self.neighbours, least=0)
         object.__setattr__(self, "needs", merge_needs("prumerge", self.merge, self.needs))
 
     @torch.no_grad()

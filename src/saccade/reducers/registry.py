@@ -5,13 +5,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from saccade.errors import SaccadeError, one_of
 from saccade.tokens import Reduction, VisualContext
 from saccade.values import ENTRY_POINT_GROUP
+
+if TYPE_CHECKING:
+    from saccade.reducers.config import PruningConfig
 
 PROJECTION = "projection"
 """Needed by reducers that merge before the projector: a family that can project tokens one by one."""
@@ -44,15 +47,6 @@ class Reducer(Protocol):
         ...
 
 
-class Budget(Protocol):
-    """The part of a [`PruningConfig`] that affects needs."""
-
-    budget: str
-    fit_length: int | None
-    keeps_fitting: bool
-    patch_tolerance: float | None
-
-
 @dataclass(frozen=True)
 class Needs:
     """What the encoding of images has to provide beyond the features.
@@ -73,13 +67,13 @@ class Needs:
     whole_images: bool = False
 
     @classmethod
-    def of(cls, reducer: Reducer, budget: Budget | None = None) -> "Needs":
-        """What `reducer` needs under a budget."""
-        tolerance = None if budget is None else budget.patch_tolerance
-        if budget is not None and budget.keeps_fitting and budget.fit_length is None:
+    def of(cls, reducer: Reducer, config: "PruningConfig | None" = None) -> "Needs":
+        """What `reducer` needs, under the budget of a config if given."""
+        tolerance = None if config is None else config.patch_tolerance
+        if config is not None and config.keeps_fitting and config.fit_length is None:
             return cls(patch_tolerance=tolerance)
         own = frozenset(reducer.needs)
-        by_sample = budget is not None and (budget.budget == "sample" or budget.fit_length is not None)
+        by_sample = config is not None and (config.budget == "sample" or config.fit_length is not None)
         shared = frozenset({"sample"}) if by_sample else frozenset()
         words = (getattr(reducer, "text_tower", None), getattr(reducer, "tokenizer", None))
         return cls(own | shared, *(words if own & FROM_WORDS else (None, None)), tolerance)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import Budget, by_rows, check_number, nothing_kept, row_budget
+from saccade.reducers.common import Budget, by_rows, check_number, row_budget
 from saccade.reducers.coverage import greedy_cover
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import cosine_similarity
@@ -43,8 +43,6 @@ class Scope:
         return by_rows(self._reduce, context, row_budget(context, keep), elements=context.shape[1] ** 2)
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
-        if budget.width == 0 or context.shape[0] == 0:
-            return nothing_kept(context, budget)
         quality = self._quality(context) if self.alpha else None
         return greedy_cover(cosine_similarity(context.features, context), context, budget, quality)
 

@@ -11,17 +11,15 @@ from torch import Tensor
 
 from saccade.errors import SaccadeError
 from saccade.reducers.common import mask_to_index
-from saccade.tokens import Reduction, VisualContext
-
-NOT_PER_TOKEN = ("grid", "group", "sample", "seed", "valid", "words")
+from saccade.tokens import PER_ROW, Reduction, VisualContext
 
 
 @dataclass(frozen=True)
 class Units:
-    """Which tokens of which rows each unit contains.
+    """Tokens of rows, rearranged by unit: an image or a sample that shares a budget, a frame, a block of placeholders.
 
     Args:
-        place: long `(U, M)`, the flat index `b * N + n` of each of a unit's valid tokens, in row order, then -1.
+        place: long `(U, M)`, the flat index `b * N + n` of each of a unit's tokens, then -1.
         first: long `(U,)`, the first row of each unit.
         shape: `(B, N)`.
     """
@@ -32,7 +30,7 @@ class Units:
 
     @classmethod
     def of(cls, context: VisualContext, per: str) -> "Units":
-        """The units of `context`: its groups for "image", its samples for "sample".
+        """The units of `context` that share a budget: its groups for "image", its samples for "sample".
 
         Raises:
             SaccadeError: if the context does not say which sample its rows belong to.
@@ -40,65 +38,84 @@ class Units:
         owner = context.group if per == "image" else context.sample
         if owner is None:
             raise SaccadeError("budget='sample': the context does not say which sample each row belongs to")
-        rows, tokens, _ = context.shape
-        device = context.features.device
+        rows = context.shape[0]
         names, unit = owner.unique(return_inverse=True)
-        numbers = torch.arange(rows * tokens, device=device)[context.valid.reshape(-1)]
-        order = unit[numbers // tokens].sort(stable=True)
-        counts = torch.bincount(order.values, minlength=len(names))
-        width = int(counts.max())
-        rank = torch.arange(len(numbers), device=device) - (counts.cumsum(0) - counts)[order.values]
-        place = torch.full((len(names), width), -1, device=device)
+        first = torch.full((len(names),), rows, device=owner.device)
+        first.scatter_reduce_(0, unit, torch.arange(rows, device=owner.device), "amin")
+        return cls.of_tokens(context, unit.unsqueeze(1).expand_as(context.valid)[context.valid], first)
+
+    @classmethod
+    def of_tokens(cls, context: VisualContext, unit: Tensor, first: Tensor | None = None) -> "Units":
+        """The units that each valid token belongs to, in row order: `unit`, long `(P,)`.
+
+        Args:
+            first: the first row of each unit; left out if every unit has a token.
+        """
+        rows, tokens, _ = context.shape
+        numbers = torch.arange(rows * tokens, device=unit.device)[context.valid.reshape(-1)]
+        order = unit.sort(stable=True)
+        counts = torch.bincount(order.values, minlength=0 if first is None else len(first))
+        rank = torch.arange(len(numbers), device=unit.device) - (counts.cumsum(0) - counts)[order.values]
+        place = torch.full((len(counts), int(counts.max()) if len(counts) else 1), -1, device=unit.device)
         place[order.values, rank] = numbers[order.indices]
-        first = torch.full((len(names),), rows, device=device)
-        first.scatter_reduce_(0, unit, torch.arange(rows, device=device), "amin")
-        return cls(place, first, (rows, tokens))
+        return cls(place, place[:, 0] // max(tokens, 1) if first is None else first, (rows, tokens))
+
+    @property
+    def row(self) -> Tensor:
+        """long `(U, M)`, the row of each token; -1 after a unit's tokens."""
+        return torch.where(self.place >= 0, self.place // max(self.shape[1], 1), -1)
 
     def join(self, x: Tensor) -> Tensor:
         """Values of tokens `(B, N, ...)` as `(U, M, ...)`, padded with zeros; differentiable."""
-        joined = x.flatten(0, 1)[self.place.clamp(min=0)]
         missing = (self.place < 0).reshape(*self.place.shape, *[1] * (x.dim() - 2))
-        return joined.masked_fill(missing, 0)
+        if x.numel() == 0:
+            return x.new_zeros(*self.place.shape, *x.shape[2:])
+        return x.flatten(0, 1)[self.place.clamp(min=0)].masked_fill(missing, 0)
 
-    def context(self, context: VisualContext) -> VisualContext:
-        """`context` with one row per unit."""
-        names = [entry.name for entry in fields(context) if entry.init and entry.name not in NOT_PER_TOKEN]
-        values = {name: getattr(context, name) for name in names}
-        joined = {name: self.join(value) for name, value in values.items() if value is not None}
-        full = bool((self.place >= 0).all())
-        return VisualContext(
-            **joined,
-            valid=None if full else self.place >= 0,
-            grid=self._grid(context),
-            sample=None if context.sample is None else context.sample[self.first],
-            seed=None if context.seed is None else context.seed[self.first],
-            words=None if context.words is None else context.words[self.first],
-        )
+    def context(self, context: VisualContext, grid: Tensor | None = None) -> VisualContext:
+        """`context` with one row per unit.
+
+        Args:
+            grid: long `(U, 3)`. If omitted, rows of the same shape are the frames of one grid, and rows of different
+                shapes one line.
+        """
+        valid = self.place >= 0
+        values = {name: getattr(context, name) for name in (entry.name for entry in fields(context) if entry.init)}
+        given = {name: value for name, value in values.items() if value is not None and name != "valid"}
+        per_row = {name: given[name][self.first] for name in ("sample", "seed", "words") if name in given}
+        joined = {name: self.join(value) for name, value in given.items() if name not in PER_ROW}
+        grid = self._grid(context) if grid is None else grid
+        return VisualContext(**joined, **per_row, valid=None if bool(valid.all()) else valid, grid=grid)
 
     def _grid(self, context: VisualContext) -> Tensor:
-        """Rows of the same shape become the frames of one grid; rows of different shapes are joined into one line."""
-        unit = torch.where(self.place >= 0, self.place // max(self.shape[1], 1), -1).tolist()
         shapes = context.grid.tolist()
         grids: list[Sequence[int]] = []
-        for rows in ([shapes[row] for row in dict.fromkeys(line) if row >= 0] for line in unit):
+        for rows in ([shapes[row] for row in dict.fromkeys(line) if row >= 0] for line in self.row.tolist()):
             if len({(height, width) for _, height, width in rows}) == 1:
                 grids.append((sum(frames for frames, _, _ in rows), *rows[0][1:]))
             else:
                 grids.append((1, 1, sum(frames * height * width for frames, height, width in rows)))
         return torch.tensor(grids, device=context.grid.device)
 
+    def numbers(self, reduction: Reduction) -> Tensor:
+        """The flat index of each token that a reduction of the units keeps: long `(U, K)`, B * N on padding."""
+        place = self.place.gather(1, reduction.index.clamp(min=0))
+        return torch.where(reduction.valid, place, self.shape[0] * self.shape[1])
+
+    def kept(self, reduction: Reduction) -> Tensor:
+        """Which tokens of the rows a reduction of the units keeps: bool `(B, N)`."""
+        rows, tokens = self.shape
+        kept = torch.zeros(rows * tokens + 1, dtype=torch.bool, device=self.place.device)
+        kept[self.numbers(reduction).reshape(-1)] = True
+        return kept[:-1].reshape(rows, tokens)
+
     def split(self, reduction: Reduction) -> Reduction:
         """Convert a `reduction` of the units to one of the rows."""
-        rows, tokens = self.shape
-        number = self.place.gather(1, reduction.index.clamp(min=0))  # (U, K)
-        number = torch.where(reduction.valid, number, rows * tokens)
-        kept = torch.zeros(rows * tokens + 1, dtype=torch.bool, device=number.device)
-        kept[number.reshape(-1)] = True
-        kept = kept[:-1].reshape(rows, tokens)
+        kept = self.kept(reduction)
         index = mask_to_index(kept, int(kept.sum(dim=1).max()))
         lost = reduction.lost
         if lost is not None:
-            lost = lost.new_zeros(rows).scatter_(0, self.first, lost)
+            lost = lost.new_zeros(len(kept)).scatter_(0, self.first, lost)
         if reduction.weight is None:
             return Reduction(index, lost=lost)
         before = reduction.before_projector
@@ -129,8 +146,7 @@ class JointReduction(Reduction):
         """Values of the units' tokens `(U, K', C)` rearranged by row: `(B, K, C)`, zeros on padding."""
         rows, tokens = self.units.shape
         device = values.device
-        number = self.units.place.gather(1, self.joint.index.clamp(min=0))
-        number = torch.where(self.joint.valid, number, rows * tokens).reshape(-1)
+        number = self.units.numbers(self.joint).reshape(-1)
         output = torch.zeros(rows * tokens + 1, dtype=torch.long, device=device)
         output[number] = torch.arange(len(number), device=device)
         own = self.index.clamp(min=0) + tokens * torch.arange(rows, device=device).unsqueeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import SaccadeError
-from saccade.reducers.common import rows_at_once
+from saccade.reducers.common import float64_home, rows_at_once
 from saccade.tokens import VisualContext
 
 TIE = 2.0**-44
@@ -22,11 +22,7 @@ CPU_BLOCKS, CPU_LEAST_BLOCK = 4, 96  # blocks per side of a symmetric product: o
 
 
 def check_precision(name: str, precision: str) -> None:
-    """Check the `precision` option of a reducer.
-
-    Raises:
-        SaccadeError: if it is neither "float32" nor "float64"; the message names the reducer and the value.
-    """
+    """Check the `precision` option of a reducer."""
     if precision not in ("float64", "float32"):
         raise SaccadeError(f"reducer {name!r}: precision={precision!r} is neither 'float64' nor 'float32'")
 
@@ -51,8 +47,7 @@ def cosine_similarity(x: Tensor, context: VisualContext, precision: str = "float
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
     narrow = precision == "float32" and x.dtype != torch.float64 and products_are_exact(x.device)
-    if x.device.type == "mps" and not narrow:  # has no float64
-        x = x.cpu()
+    x = x if narrow else float64_home(x)
     dtype = torch.float32 if narrow else torch.float64
     smallest = torch.finfo(dtype).tiny
     products = torch.empty(rows, tokens, tokens, dtype=dtype, device=x.device)
@@ -113,8 +108,8 @@ def cosines_by_rows(x: Tensor, index: Tensor, context: VisualContext, ties: int)
     rows, tokens, width = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
-    if x.device.type == "mps":
-        x, index = x.cpu(), index.cpu()
+    x = float64_home(x)
+    index = index.to(x.device)
     step = rows_at_once(rows, tokens * max(width, index.shape[1]), x.device)
     similarity = torch.empty(step, index.shape[1], tokens, dtype=torch.float64, device=x.device)
     terms = tie_terms(index.shape[1] if ties == 1 else tokens, x.device)
@@ -149,8 +144,7 @@ def mean_cosine(x: Tensor, context: VisualContext) -> Tensor:
     rows, tokens, _ = x.shape
     if not context.dense:
         x = x.masked_fill(~context.valid.unsqueeze(2), 0)
-    if x.device.type == "mps":
-        x = x.cpu()
+    x = float64_home(x)
     mean = torch.empty(rows, tokens, dtype=torch.float64, device=x.device)
     for taken, unit in _unit_vectors(x, rows_at_once(rows, tokens * x.shape[2], x.device)):
         total = torch.bmm(unit, unit.sum(dim=1).unsqueeze(2)).squeeze(2)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from saccade.reducers.common import Budget, by_rows, chosen_mask, row_budget, valid_rank
+from saccade.reducers.common import Budget, by_rows, chosen_mask, float64_home, row_budget, valid_rank
 from saccade.reducers.registry import register_reducer
 from saccade.reducers.similarity import tie_terms
 from saccade.tokens import Reduction, VisualContext
@@ -38,11 +38,8 @@ class TokenMerging:
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         rows, tokens, _ = context.shape
-        if budget.width == 0:
-            index = torch.zeros(rows, 0, dtype=torch.long, device=context.features.device)
-            return Reduction(index, context.features.new_zeros(rows, 0, tokens, dtype=torch.float32), dense=True)
-        # The sum of each group's members, (B, W, D). MPS has no float64.
-        sums = (context.features.cpu() if context.features.device.type == "mps" else context.features).double()
+        # The sum of each group's members, (B, W, D).
+        sums = float64_home(context.features).double()
         device = sums.device
         width, counts = tokens, budget.counts.to(device)
         alive = budget.available.to(device)

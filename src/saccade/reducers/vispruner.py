@@ -13,7 +13,6 @@ from saccade.reducers.common import (
     check_number,
     chosen_mask,
     mask_to_index,
-    nothing_kept,
     row_budget,
 )
 from saccade.reducers.registry import register_reducer
@@ -57,8 +56,6 @@ class VisPruner:
 
     def _reduce(self, context: VisualContext, budget: Budget) -> Reduction:
         tokens = context.shape[1]
-        if budget.width == 0 or context.shape[0] == 0:
-            return nothing_kept(context, budget)
         salient = (budget.counts.double() * self.important + ROUNDING).long()
         order = best_first(context.saliency.float(), context, tokens)
         important = chosen_mask(order, salient, tokens)

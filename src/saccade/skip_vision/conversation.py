@@ -47,8 +47,7 @@ def _is_per_token(value: Any, ids: Tensor) -> bool:
 def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask: Tensor | None) -> dict[str, Any]:
     """Prepend what the cache has read to the prepared inputs of a new part.
 
-    Args:
-        mask: the user's mask for the whole conversation, for a cache that was filled without images.
+    `mask` is the user's for the whole conversation, for a cache that was filled without images.
     """
     read = read_length(cache)
     ids = prepared["input_ids"]

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import ModelOutput
 
-from saccade.companions import read_companion, save_companion
+from saccade.companions import copy_whole, read_companion, save_companion
 from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
-from saccade.pruning.patching import HANDLE, call_original, like, patch, unpatch
+from saccade.pruning.patching import HANDLE, call_original, like, patch, sort_arguments, unpatch
 from saccade.skip_vision.cache import cache_name, cache_of, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import as_given, go_on, new_part
@@ -25,16 +24,6 @@ from saccade.skip_vision.skipper import Skipper
 from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead
 
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
-PER_IMAGE = (
-    "image_sizes",
-    "image_sizes_videos",
-    "batch_num_images",
-    "image_grid_thw",
-    "video_grid_thw",
-    "second_per_grid_ts",
-    "mm_token_type_ids",
-)
-"""Processor outputs that describe images and videos and are consumed along with them."""
 
 
 class SkipVision:
@@ -124,12 +113,8 @@ class SkipVision:
                 f"folder={str(folder)!r}: its summary head does not fit a model of width {width}: it was trained for "
                 "another model, or without summary tokens"
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                value = tensors[name].to(parameter)
-                if isinstance(parameter, DTensor):
-                    value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-                parameter.copy_(value)
+        for name, parameter in own.items():
+            copy_whole(tensors[name], parameter)
 
     def remove(self) -> None:
         """Restore the model. Does nothing the second time."""
@@ -265,7 +250,7 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
             output["loss"] = output["loss"] + skip.summary.idle()
         return output
-    inputs, others = _sort(skip, kwargs)
+    inputs, others = sort_arguments(skip.family, kwargs)
     cache = cache_of(others)
     labels = others.pop("labels", None)
     prepared = skip.prepare(inputs, labels)
@@ -292,7 +277,7 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     images = skip.family.has_images(kwargs)
     if kwargs.get(ROLES_KEYWORD) is not None or (not images and state is None):
         return call_original(model, method="generate", **kwargs)
-    inputs, others = _sort(skip, kwargs)
+    inputs, others = sort_arguments(skip.family, kwargs)
     given = inputs["input_ids"]
     with torch.no_grad():
         if read_length(cache):
@@ -303,17 +288,3 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     laid_out = prepared["input_ids"]
     output = call_original(model, method="generate", **others, **prepared)
     return as_given(output, given, laid_out, cache)
-
-
-def _sort(skip: SkipVision, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the processor returned, and the other arguments of `forward` or `generate`."""
-    family = skip.family
-    names = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}
-    inputs = {name: value for name, value in kwargs.items() if name in names and value is not None}
-    others = {name: value for name, value in kwargs.items() if name not in inputs}
-    for name in ("position_ids", "inputs_embeds"):
-        if others.pop(name, None) is not None:
-            raise SaccadeError(f"{name}: visual tokens are rearranged, pass 'input_ids' and leave {name} out")
-    if "input_ids" not in inputs:
-        raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
-    return inputs, others

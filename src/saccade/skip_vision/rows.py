@@ -7,7 +7,6 @@ therefore with the right rows, even if other forward passes came in between.
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from saccade.pruning.patching import call_original, patch
 
 ROWS_KEYWORD = "skip_rows"
 STATE = "_saccade_rows"
+"""Attribute for the rows of the current call, by thread since several may run it; the modules of a layer share it."""
 
 
 class KeptRows:
@@ -32,29 +32,13 @@ class KeptRows:
         """The ids of the modules that received these rows."""
 
 
-@dataclass
-class LayerState:
-    """State shared by the modules of a decoder layer during a call, per thread: several may run the layer at once."""
-
-    by_thread: dict[int, KeptRows] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> KeptRows | None:
-        """The rows that the layer's attention received in this thread's current call."""
-        return self.by_thread.get(threading.get_ident())
-
-    @rows.setter
-    def rows(self, rows: KeptRows | None) -> None:
-        if rows is None:
-            self.by_thread.pop(threading.get_ident(), None)
-        else:
-            self.by_thread[threading.get_ident()] = rows
-
-
 def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Remove the rows from the keyword arguments and store them for the later modules of the layer."""
-    rows = module.__dict__[STATE].rows = kwargs.pop(ROWS_KEYWORD, None)
+    rows = kwargs.pop(ROWS_KEYWORD, None)
+    by_thread, here = module.__dict__[STATE], threading.get_ident()
+    by_thread.pop(here, None)
     if rows is not None:
+        by_thread[here] = rows
         rows.reached.add(id(module))
     return call_original(module, *args, **kwargs)
 
@@ -67,7 +51,7 @@ def attention_of_unskipped_layer(module: nn.Module, *args: Any, **kwargs: Any) -
 
 def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
     """Run on the kept rows of `x` `(B, L, D)`; the others become zeros: `(B, L, D')`."""
-    rows = module.__dict__[STATE].rows
+    rows = module.__dict__[STATE].get(threading.get_ident())
     if rows is None:
         return call_original(module, x)
     rows.reached.add(id(module))
@@ -108,7 +92,7 @@ def patch_layers(layers: nn.ModuleList, chosen: range) -> list[nn.Module]:
         partial = [layer.mlp]
         if number == len(layers) - 1:
             partial += last_projections(layer.self_attn)
-        state = LayerState()
+        state: dict[int, KeptRows] = {}
         for module, forward in (
             (layer.self_attn, attention_forward),
             *((part, kept_rows_forward) for part in partial),

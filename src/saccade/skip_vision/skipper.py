@@ -11,9 +11,10 @@ from saccade.families import Encoded, Family
 from saccade.reducers import get_reducer
 from saccade.reducers.common import mask_to_index
 from saccade.reducers.redundancy import RedundancyMerge
+from saccade.reducers.shared_budget import Units
 from saccade.skip_vision.config import SkipVisionConfig, amount_of
 from saccade.skip_vision.language import ROLES_KEYWORD
-from saccade.skip_vision.split import Blocks, Split, block_context, split_tokens
+from saccade.skip_vision.split import Split, split_tokens
 from saccade.skip_vision.summary import SummaryHead, pool
 from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
 
@@ -38,13 +39,15 @@ class Skipper:
             SaccadeError: if the images do not suit the split, or `merge="none"` leaves more tokens than may be
                 skipped.
         """
-        blocks = Blocks.of(places)
-        context = block_context(encoded, blocks)
+        given = encoded.context
+        blocks = Units.of_tokens(given, places.block)
+        same = torch.equal(blocks.place >= 0, given.valid)  # each block is a row, padded at its end
+        context = given if same else blocks.context(given)
         if self.config.newlines == "drop" and context.protected is not None:
             context = context.replace(valid=context.valid & ~context.protected, protected=None)
         split = split_tokens(family, self.config, encoded, blocks, context)
         skipped = merge_rest(self.config, context, split)
-        layers = [context.features, *(blocks.gather(x, encoded.context) for x in encoded.deepstack_features)]
+        layers = [context.features, *map(blocks.join, encoded.deepstack_features)]
         parts = self._group(split.retained, split.pooled, Role.RETAINED, layers)
         parts += self._group(skipped, skipped.valid, Role.SKIPPED, layers)
         roles, tokens = (torch.cat([part[name] for part in parts], dim=1) for name in (0, 1))  # (G, E) each
@@ -52,10 +55,11 @@ class Skipper:
         features, *deepstack_features = (
             torch.cat([part[2][number] for part in parts], dim=1)[there] for number in range(len(layers))
         )
-        place = blocks.token.gather(1, tokens)[there]
+        number = given.valid.flatten().cumsum(dim=0) - 1  # of each token among the placeholders
+        place = number[blocks.place.gather(1, tokens)[there]]
         # All tokens of a block count towards its first crop, since they are placed there.
-        first = blocks.feature_row[:, :1].expand_as(roles)[there]
-        counts = torch.bincount(first, minlength=encoded.context.shape[0]).tolist()
+        first = blocks.first.unsqueeze(1).expand_as(roles)[there]
+        counts = torch.bincount(first, minlength=given.shape[0]).tolist()
         return VisualTokens(place, roles[there], features, counts, tuple(deepstack_features))
 
     def cost(self, role: Tensor) -> Tensor:

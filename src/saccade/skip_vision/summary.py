@@ -21,10 +21,10 @@ class SummaryHead(nn.Module):
         hidden_size: width D of the language model.
     """
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-5, dtype=dtype)
-        self.score = nn.Linear(hidden_size, 1, bias=False, dtype=dtype)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5, dtype=torch.float32)
+        self.score = nn.Linear(hidden_size, 1, bias=False, dtype=torch.float32)
         nn.init.normal_(self.score.weight, std=0.02)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:

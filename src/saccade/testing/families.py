@@ -297,28 +297,34 @@ def make_step(family: Family, reducer: str, isolator: ModeIsolator | None) -> Du
     return fast_slow_step(family, reducer, PruningConfig(prune_ratio=RATIO), isolator, positions="original")
 
 
+def make_trainer(
+    case: Case, folder: Path, rows: list[dict] | None = None, peft_config: LoraConfig | None = None, **options: Any
+) -> DualSpeedTrainer:
+    """A trainer of a copy of the model, on the mixed rows if none are given."""
+    return DualSpeedTrainer(
+        copy.deepcopy(case.model),
+        args=make_config(folder, **options),
+        train_dataset=Dataset.from_list(mixed_rows() if rows is None else rows),
+        processing_class=case.processor,
+        peft_config=peft_config,
+    )
+
+
 def check_training(case: Case, reducer: str, folder: Path, lora: bool) -> None:
     """A fast and a slow step; the saved model loads in the stock class with every key and gives the same logits."""
-    model = copy.deepcopy(case.model)
-    args = make_config(
+    # PEFT takes no other modules, such as the clipped layers of Gemma 4's tower.
+    linear = [name for name, module in case.model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [name for name in linear if name.endswith(("q_proj", "v_proj"))]
+    trainer = make_trainer(
+        case,
         folder,
+        peft_config=LoraConfig(target_modules=adapted, r=4) if lora else None,
         max_steps=2,
         reducer=reducer,
         prune_ratio=RATIO,
         slow_probability=0.5,
         schedule="stratified",
         isolator_length=3,
-    )
-    # PEFT takes no other modules, such as the clipped layers of Gemma 4's tower.
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [name for name in linear if name.endswith(("q_proj", "v_proj"))]
-    peft_config = LoraConfig(target_modules=adapted, r=4) if lora else None
-    trainer = DualSpeedTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_list(mixed_rows()),
-        processing_class=case.processor,
-        peft_config=peft_config,
     )
     assert {trainer.mode_of(step) for step in range(2)} == {"fast", "slow"}
     trainer.train()
@@ -350,19 +356,14 @@ def check_cut_batches(case: Case, folder: Path, **options: Any) -> None:
     """
     curves = []
     for size in (4, 1):
-        args = make_config(
+        trainer = make_trainer(
+            case,
             folder / str(size),
             max_steps=2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=4 // size,
             schedule="stratified",
             **{"slow_probability": 0.5, "prune_ratio": RATIO, **options},
-        )
-        trainer = DualSpeedTrainer(
-            copy.deepcopy(case.model),
-            args=args,
-            train_dataset=Dataset.from_list(mixed_rows()),
-            processing_class=case.processor,
         )
         trainer.train()
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -377,13 +378,7 @@ def check_predictions(case: Case, folder: Path) -> None:
     for number, row in enumerate(rows):
         # A different number of words in each row, so that labels tell the rows apart.
         row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": " ".join(["7"] * (number + 1))}]
-    args = make_config(folder, per_device_eval_batch_size=3)
-    trainer = DualSpeedTrainer(
-        copy.deepcopy(case.model),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=case.processor,
-    )
+    trainer = make_trainer(case, folder, rows, per_device_eval_batch_size=3)
     found = trainer.predict(Dataset.from_list(rows)).label_ids
     seven = case.processor.tokenizer.convert_tokens_to_ids("7")
     assert (found == seven).sum(axis=1).tolist() == list(range(1, len(rows) + 1))

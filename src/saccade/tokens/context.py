@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PER_ROW = frozenset({"grid", "group", "sample", "seed", "words"})
+"""The fields of a context that have one value per row, not per token."""
+
 
 @dataclass(frozen=True)
 class VisualContext:
@@ -77,23 +80,9 @@ class VisualContext:
             known["group"] = torch.arange(rows, device=device)
         for name, value in known.items():
             object.__setattr__(self, name, value)
-        expected = {
-            "encoder_features": (rows, tokens),
-            "valid": (rows, tokens),
-            "grid": (rows, 3),
-            "group": (rows,),
-            "sample": (rows,),
-            "seed": (rows,),
-            "saliency": (rows, tokens),
-            "keys": (rows, tokens),
-            "relevance": (rows, tokens),
-            "word_relevance": (rows, tokens),
-            "words": (rows,),
-            "protected": (rows, tokens),
-            "absent": (rows, tokens),
-        }
-        for name, shape in expected.items():
+        for name in (entry.name for entry in fields(self) if entry.init):
             value = getattr(self, name)
+            shape = (rows, tokens) if name not in PER_ROW else (rows, 3) if name == "grid" else (rows,)
             if value is not None and tuple(value.shape[: len(shape)]) != shape:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}, expected it to start with {shape}")
 

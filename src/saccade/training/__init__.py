@@ -12,15 +12,11 @@ if TYPE_CHECKING:
     from saccade.training.sources import load_rows
 
 _HOMES = {
-    "LOG_FILE": "saccade.training.run",
-    "ModelOptions": "saccade.training.models",
-    "Recipe": "saccade.training.recipe",
-    "find_recipe": "saccade.recipes",
-    "load_model": "saccade.training.models",
-    "load_recipe": "saccade.training.recipe",
-    "load_rows": "saccade.training.sources",
-    "make_recipe": "saccade.training.recipe",
-    "train_recipe": "saccade.training.run",
+    "saccade.recipes": ("find_recipe",),
+    "saccade.training.models": ("ModelOptions", "load_model"),
+    "saccade.training.recipe": ("Recipe", "load_recipe", "make_recipe"),
+    "saccade.training.run": ("LOG_FILE", "train_recipe"),
+    "saccade.training.sources": ("load_rows",),
 }
 __all__ = [
     "LOG_FILE",
