@@ -58,7 +58,8 @@ def test_twenty_small_steps_move_every_projector_weight_as_in_float32(processor,
         "plain": projector(dict(without.model.named_parameters())) - before,
     }
     share = {name: (change != 0).float().mean().item() for name, change in moved.items()}
-    assert share["float32"] == share["masters"] == 1.0
+    # A unit that was never active has no gradient.
+    assert min(share["float32"], share["masters"]) > 0.999
     assert share["plain"] < 0.5
     # Signs of noisy gradients differ here and there between bfloat16 and float32, which Adam's steps are made of.
     assert torch.cosine_similarity(moved["masters"], moved["float32"], dim=0) > 0.9
