@@ -20,6 +20,6 @@ def add_field_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         (kind,) = set(get_args(types[entry.name]) or [types[entry.name]]) - {NoneType}
         default = "" if entry.default is None else " (default: %(default)s)"
         text = " ".join(words[entry.name].split()).rstrip(".").replace("%", "%%") + default
-        metavar = "TEXT" if kind is str else "N"
+        metavar = "TEXT" if kind is str else kind.__name__.upper()
         flag = f"--{entry.name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)

@@ -106,7 +106,7 @@ def check_folder(plan: Plan, output: Path) -> None:
     lost = [spec.name for spec in changed if read_result(output, spec) is not None]
     if lost:
         raise SaccadeError(
-            f"output={str(output)!r} contains {len(lost)} finished runs of another sweep ({before.command}), "
+            f"output={str(output)!r} contains finished runs of another sweep ({before.command}), "
             f"such as {lost[0]}: give another output, or --only for a part of that sweep"
         )
 
