@@ -77,6 +77,22 @@ class TestRows:
             make_rows(*arguments)
 
 
+def test_the_tower_of_the_repository_reads_digits(monkeypatch) -> None:
+    monkeypatch.setattr(tower, "train_tower", None)
+    folder, report = study._make_tower(Path("nowhere"), study.Settings(), print)
+    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.image_size == 12 * PATCH
+    samples = [TASKS["digits"].sample("train", number) for number in range(100)]
+    shown = torch.from_numpy(np.concatenate([tower.patch_targets(sample, 12) for sample in samples]))
+    with torch.no_grad():
+        states = model(tower._pixels(samples, 12), output_hidden_states=True).hidden_states[READ_LAYER][:, 1:]
+    states = states.flatten(0, 1)
+    told = torch.linalg.solve(states.T @ states + torch.eye(states.shape[1]), states.T @ shown)
+    reader = SimpleNamespace(patches=lambda found: found @ told)
+    assert report["validation"]["digits"] > 0.9
+    assert tower.score_tower(model, reader, 0, 12, number=20)["digits"] > 0.8
+
+
 class TestTower:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch) -> None:
@@ -170,21 +186,6 @@ class TestTower:
         table = tower._new_tower(24, tmp_path / "untrained").state_dict()[name]
         torch.testing.assert_close(table[1:], fresh.state_dict()[name][1:])
         assert large.state_dict()[name].shape == (1 + 24 * 24, 32)
-
-    def test_the_tower_of_the_repository_reads_digits(self, monkeypatch) -> None:
-        monkeypatch.setattr(tower, "train_tower", None)
-        folder, report = study._make_tower(Path("nowhere"), study.Settings(), print)
-        model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
-        assert model.config.image_size == 12 * PATCH
-        samples = [TASKS["digits"].sample("train", number) for number in range(100)]
-        shown = torch.from_numpy(np.concatenate([tower.patch_targets(sample, 12) for sample in samples]))
-        with torch.no_grad():
-            states = model(tower._pixels(samples, 12), output_hidden_states=True).hidden_states[READ_LAYER][:, 1:]
-        states = states.flatten(0, 1)
-        told = torch.linalg.solve(states.T @ states + torch.eye(states.shape[1]), states.T @ shown)
-        reader = SimpleNamespace(patches=lambda found: found @ told)
-        assert report["validation"]["digits"] > 0.9
-        assert tower.score_tower(model, reader, 0, 12, number=20)["digits"] > 0.8
 
     def test_scores_count_the_words_that_patches_name(self) -> None:
         """A read-out that names the same two words everywhere is right where a region has them."""
