@@ -12,14 +12,14 @@ from assemble_parts import make_language_model
 from smol_parts import parts_of_the_tests
 from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGeneration
 
-from experiments.smol import projector, tower
+from experiments.smol import projector, study, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
 from experiments.smol.study import CANDIDATES, Settings, plan_ranking, plan_runs, ranking_table
 from experiments.smol.tasks import TASKS, Region, Sample
 from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
-from experiments.tiny_checkpoint.tower import place_positions
+from experiments.tiny_checkpoint.tower import READ_LAYER, place_positions
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.images import open_image
@@ -75,6 +75,22 @@ class TestRows:
     def test_bad_input_is_told(self, arguments, message: str) -> None:
         with pytest.raises(SaccadeError, match=message):
             make_rows(*arguments)
+
+
+def test_the_tower_of_the_repository_reads_digits(monkeypatch) -> None:
+    monkeypatch.setattr(tower, "train_tower", None)
+    folder, report = study._make_tower(Path("nowhere"), study.Settings(), print)
+    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.image_size == 12 * PATCH
+    samples = [TASKS["digits"].sample("train", number) for number in range(100)]
+    shown = torch.from_numpy(np.concatenate([tower.patch_targets(sample, 12) for sample in samples]))
+    with torch.no_grad():
+        states = model(tower._pixels(samples, 12), output_hidden_states=True).hidden_states[READ_LAYER][:, 1:]
+    states = states.flatten(0, 1)
+    told = torch.linalg.solve(states.T @ states + torch.eye(states.shape[1]), states.T @ shown)
+    reader = SimpleNamespace(patches=lambda found: found @ told)
+    assert report["validation"]["digits"] > 0.9
+    assert tower.score_tower(model, reader, 0, 12, number=20)["digits"] > 0.8
 
 
 class TestTower:
@@ -156,7 +172,7 @@ class TestTower:
 
     def test_a_larger_grid_starts_from_a_smaller_one(self, tmp_path: Path) -> None:
         tower.train_tower(tmp_path / "small", 1, log=lambda line: None)
-        small = CLIPVisionModel.from_pretrained(tmp_path / "small").state_dict()
+        small = CLIPVisionModel.from_pretrained(tmp_path / "small", dtype=torch.float32).state_dict()
         large = tower._new_tower(24, tmp_path / "small")
         fresh = tower._new_tower(24, None)
         (name,) = (name for name in small if name.endswith("position_embedding.weight"))

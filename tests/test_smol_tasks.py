@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from smol_parts import FONTS_HERE, OWN_FONTS, RGB, parts_of_the_tests
 
 from experiments.smol import fonts
-from experiments.smol.fonts import Font
+from experiments.smol.fonts import FONTS, Font
 from experiments.smol.tasks import TASKS, charts, documents, easy_vqa
 from experiments.smol.tasks.base import PATCH, SPLITS, split_of
 from saccade.data.digits import digit_samples, split_indices
@@ -90,15 +91,27 @@ def test_a_missing_package_is_named() -> None:
 
 class TestFonts:
     def test_splits_share_no_family(self) -> None:
-        fonts_of_all = sum(OWN_FONTS.values(), ())
-        assert len({font.family for font in fonts_of_all}) == len({font.file for font in fonts_of_all}) == 8
+        families = [{font.family for font in OWN_FONTS[split]} for split in SPLITS]
+        assert len(set.union(*families)) == sum(map(len, families)) == 8
+        every = sum(OWN_FONTS.values(), ())
+        assert len(set(every)) == len(every)
 
     @pytest.mark.parametrize(
-        "font", [font for split in SPLITS for font in OWN_FONTS[split]], ids=lambda font: font.family
+        "font",
+        [font for split in SPLITS for font in OWN_FONTS[split]],
+        ids=lambda font: f"{Path(font.file).stem}-{font.scale}",
     )
     def test_fonts_are_in_their_packages(self, font: Font) -> None:
         pytest.importorskip(font.package)
         assert font.family.split()[0] in fonts.load_font(font, 12).getname()[0]
+
+    @pytest.mark.parametrize("task", ["documents", "charts"])
+    @pytest.mark.parametrize("font", OWN_FONTS["train"], ids=lambda font: f"{Path(font.file).stem}-{font.scale}")
+    def test_every_font_fits_on_the_sheet(self, font: Font, task: str, monkeypatch) -> None:
+        pytest.importorskip(font.package)
+        monkeypatch.setitem(FONTS, "train", (font,))
+        # A line that is too long for the sheet is refused.
+        assert len(samples(task, "train", 30)) == 30
 
     def test_splits_draw_with_fonts_of_their_own(self, monkeypatch) -> None:
         used = []

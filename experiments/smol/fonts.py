@@ -20,11 +20,13 @@ class Font:
         family: its name.
         package: the Python package.
         file: in that package's folder.
+        scale: of its letters, beside those of other fonts of the same size.
     """
 
     family: str
     package: str
     file: str
+    scale: float = 1.0
 
     @property
     def path(self) -> Path:
@@ -36,12 +38,25 @@ class Font:
         return package_folder(self.package) / self.file
 
 
+def _styles(
+    family: str, package: str, files: str, styles: tuple[str, ...], scales: tuple[float, ...]
+) -> tuple[Font, ...]:
+    return tuple(Font(family, package, files.format(style), scale) for style in styles for scale in scales)
+
+
+_MATPLOTLIB = "mpl-data/fonts/ttf/{}.ttf"
+_DEJAVU = ("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Italic")
+_ROBOTO = ("Light", "Regular", "Medium", "Bold", "Italic")
+_SOURCE = ("Light", "Regular", "Semibold", "Bold", "It")
+_WIDE, _NARROW = (0.92, 1.0), (1.0, 1.08)
+
 FONTS: dict[str, tuple[Font, ...]] = {
+    # Many weights, slants and sizes, so that the tower learns letters and not the shapes of a few files.
     "train": (
-        Font("DejaVu Sans", "matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf"),
-        Font("Roboto", "font_roboto", "files/Roboto-Regular.ttf"),
-        Font("Source Sans Pro", "font_source_sans_pro", "files/SourceSansPro-Semibold.ttf"),
-        Font("Source Serif Pro", "font_source_serif_pro", "files/SourceSerifPro-Semibold.ttf"),
+        *_styles("DejaVu", "matplotlib", _MATPLOTLIB, _DEJAVU, _WIDE),
+        *_styles("Roboto", "font_roboto", "files/Roboto-{}.ttf", _ROBOTO, _NARROW),
+        *_styles("Source Sans Pro", "font_source_sans_pro", "files/SourceSansPro-{}.ttf", _SOURCE, _NARROW),
+        *_styles("Source Serif Pro", "font_source_serif_pro", "files/SourceSerifPro-{}.ttf", _SOURCE, _WIDE),
     ),
     "validation": (
         Font("Caladea", "font_caladea", "files/Caladea-Regular.ttf"),
@@ -49,7 +64,7 @@ FONTS: dict[str, tuple[Font, ...]] = {
     ),
     "test": (
         Font("Manrope", "font_manrope", "files/Manrope-Medium.ttf"),
-        Font("STIX", "matplotlib", "mpl-data/fonts/ttf/STIXGeneral.ttf"),
+        Font("STIX", "matplotlib", _MATPLOTLIB.format("STIXGeneral")),
     ),
 }
 
@@ -74,7 +89,7 @@ def load_font(font: Font, size: int) -> ImageFont.FreeTypeFont:
         SaccadeError: if its package is not installed.
     """
     # Pillow's simple layout: the other one depends on a library that not every machine has.
-    return ImageFont.truetype(font.path, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(font.path, size * font.scale, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=2**16)

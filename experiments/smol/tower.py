@@ -45,9 +45,10 @@ def train_tower(
     grid: int = 12,
     start: Path | None = None,
     learning_rate: float = 1.5e-3,
+    precision: str = "float32",
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Pretrain a tower on train pictures, and write it as a Hugging Face folder with its report, `tower.json`.
+    """Pretrain a tower on train pictures, and write it with its report, `tower.json`, as a Hugging Face folder.
 
     A patch learns, by cross-entropy at the layer that LLaVA reads, all words of the region that it is a part of, or
     that it shows nothing; CLS learns there and at the end all words of the picture, so that what it attends to means
@@ -61,6 +62,8 @@ def train_tower(
         grid: patches per side.
         start: the folder of a tower to begin with, of any grid: positions are interpolated.
         learning_rate: the highest.
+        precision: of the tower's matrix products, "float32" or "bfloat16"; the weights learn in float32
+            and are saved in bfloat16.
         log: is given a line now and then.
 
     Returns:
@@ -75,6 +78,7 @@ def train_tower(
         "grid": grid,
         "start": start and str(start),
         "learning_rate": learning_rate,
+        "precision": precision,
     }
     report_file = output / REPORT_FILE
     if report_file.is_file():
@@ -96,9 +100,10 @@ def train_tower(
     for step in range(first, steps):
         pixels, targets = tower_batch("train", step, seed, grid)
         chosen = choose_patches(targets, step if step < THINNED * steps else None)
-        with only_patches(tower, chosen):
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with only_patches(tower, chosen), mixed:
             states = tower(pixels, output_hidden_states=True).hidden_states
-        loss = heads.loss(states, targets, chosen)
+        loss = heads.loss([layer.float() for layer in states], targets, chosen)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * _rate(step, steps)
         optimizer.zero_grad()
@@ -109,17 +114,18 @@ def train_tower(
             log(f"tower: step {step + 1} of {steps}, loss {loss.item():.3f}")
             total = spent + np.array(process_clock()) - started
             _save_state(output / STATE_FILE, settings, step + 1, total, tower, heads, optimizer)
-    tower.eval()
+    # Rounded first, so that the scores are of the weights that are saved.
+    tower.eval().to(torch.bfloat16)
     cpu_seconds, seconds = map(float, spent + np.array(process_clock()) - started)
     report = {
         "settings": settings,
-        "validation": score_tower(tower, heads, seed, grid),
+        "validation": score_tower(tower.float(), heads, seed, grid),
         "parameters": sum(parameter.numel() for parameter in tower.parameters()),
         "cpu_seconds": cpu_seconds,
         "seconds": seconds,
         "environment": environment(),
     }
-    tower.save_pretrained(output)
+    tower.to(torch.bfloat16).save_pretrained(output)
     image_processor(grid).save_pretrained(output)
     # Last: with it the tower is whole.
     write_json_atomically(report_file, report)
@@ -281,7 +287,7 @@ def _new_tower(grid: int, start: Path | None) -> CLIPVisionModel:
     tower = CLIPVisionModel(config)
     place_positions(tower)
     if start is not None:
-        weights = CLIPVisionModel.from_pretrained(start).state_dict()
+        weights = CLIPVisionModel.from_pretrained(start, dtype=torch.float32).state_dict()
         (name,) = (name for name in weights if name.endswith("position_embedding.weight"))
         old = int((len(weights[name]) - 1) ** 0.5)
         if old != grid:
