@@ -54,6 +54,7 @@ def test_it_is_listed(package):
     (entry,) = [entry for entry in json.loads(done.stdout) if entry["name"] == "unusual"]
     assert entry == {
         "name": "unusual",
+        "kind": "select",
         "needs": ["saliency"],
         "options": {"attention": 0.25},
         "description": "Keeps the tokens with the lowest mean cosine similarity to the others, and some of the most "

@@ -358,7 +358,10 @@ class TestReducers:
         assert json.loads(target.read_text()) == list(entries.values())
         assert sorted(entries) == list_reducers()
         for name, entry in entries.items():
+            assert entry["kind"] in ("select", "merge", "resize"), name
             assert len(entry["description"]) > 20, name
+        assert entries["divprune"]["kind"] == "select"
+        assert entries["avgpool"]["kind"] == "merge"
         assert entries["random"]["options"] == {"seed": 0}
 
 
