@@ -11,7 +11,7 @@ from PIL import Image
 
 from saccade import SaccadeError
 from saccade.cli.main import main
-from saccade.demo.run import FULL, MAIN_METHODS, SHORT, plan_runs, run_demo
+from saccade.demo.run import FULL, MAIN_METHODS, SHORT, conclusion, plan_runs, run_demo
 from saccade.files import write_json_atomically
 from saccade.pages import write_report
 from saccade.sweeps import METHODS, DigitSettings, RunSpec
@@ -91,6 +91,17 @@ def test_its_finding(tmp_path):
         write_json_atomically(tmp_path / "runs" / spec.name / "result.json", result_of(spec, accuracy, seconds))
     standing = Standing(plan, tmp_path)
     assert standing.finding() == "DualSpeed, compact: 98.3 % of all-token accuracy in 37 % of the time"
+    assert conclusion(standing) == (
+        "Answering from all tokens, DualSpeed reaches 98.3 % after 37 % of the time in which training on all tokens "
+        "reaches 100.0 %; pruning only reaches 90.0 %."
+    )
+    early = tmp_path / "runs" / plan.runs[0].name / "result.json"
+    write_json_atomically(early, result_of(plan.runs[0], 0.9, 100))
+    assert conclusion(Standing(plan, tmp_path)).endswith(
+        "training on all tokens reaches 90.0 %; pruning only reaches 90.0 %. "
+        "All-token training has not converged in so few steps."
+    )
+    write_json_atomically(early, result_of(plan.runs[0], 1.0, 100))
     ranked = [entry["name"] for entry in standing.ranked()]
     assert ranked[:3] == ["all tokens, compact", "DualSpeed, original", "DualSpeed, compact"]
     shutil.rmtree(tmp_path / "runs" / plan.runs[0].name)

@@ -5,15 +5,18 @@ from pathlib import Path
 from rich.console import Console
 
 from saccade.data import digit_scenes
-from saccade.reducers import PruningConfig
+from saccade.evaluation.digits import collate_prompts
+from saccade.families import get_family
+from saccade.reducers import PruningConfig, reduce
 from saccade.report.environment import available_cores
+from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_curves, plot_trade_off
 from saccade.report.training_log import losses
-from saccade.report.view import view_reducers
+from saccade.report.view import panel, token_grid
 from saccade.sweeps import METHODS, DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import make_plan
 from saccade.sweeps.runner import run_sweep
-from saccade.sweeps.table import Standing, trade_off
+from saccade.sweeps.table import Standing, percent, trade_off
 from saccade.training import ModelOptions, load_model
 from saccade.values import check_counts
 
@@ -25,7 +28,10 @@ MAIN_METHODS = ("all_tokens", "prune_only", "dualspeed")
 def plan_runs(settings: DigitSettings, seeds: int, full: bool) -> list[RunSpec]:
     """The runs of a demo, seed by seed, so that an interrupted one contains complete comparisons.
 
-    `full` adds `slow_steps` and `slow_steps_isolator`, the steps of the paper's Table 3, and original positions.
+    Args:
+        settings: what all runs share.
+        seeds: number of seeds.
+        full: also `slow_steps` and `slow_steps_isolator`, the steps of the paper's Table 3, and original positions.
     """
     variants = [(method, "compact") for method in METHODS if full or method in MAIN_METHODS]
     variants += [(method, "original") for method in ("prune_only", "dualspeed") if full]
@@ -55,9 +61,10 @@ def run_demo(
     A demo is a sweep: finished runs in `output` are reused, so an interrupted demo continues where it stopped.
 
     Args:
-        full: longer runs, and the parts of the method added one by one.
+        output: the demo's folder.
+        full: three seeds by default, and the parts of the method added one by one.
         seeds: number of seeds; by default 1, or 3 with `full`.
-        settings: by default those of the short or the full demo.
+        settings: the shared settings; by default those of the short or the full demo.
         jobs: runs at a time; by default two where there are two cores.
 
     Raises:
@@ -83,8 +90,21 @@ def run_demo(
         f"`saccade report {output}` makes a page of it",
         highlight=False,
     )
-    console.print(f"\n{standing.finding()}", highlight=False)
+    console.print(f"\n{conclusion(standing)}", highlight=False)
     return standing
+
+
+def conclusion(standing: Standing) -> str:
+    """What a demo whose runs are all done has found, in one sentence."""
+    entries = {one["method"]: one for one in standing.ranked() if one["positions"] == "compact"}
+    every, only, dualspeed = (entries[method] for method in MAIN_METHODS)
+    reached, time = [percent(entry["accuracy_full"]) for entry in (dualspeed, every, only)], dualspeed["speedup"]
+    early = dualspeed["share_of_all_tokens"]["mean"] > 1
+    return (
+        f"Answering from all tokens, DualSpeed reaches {reached[0]} after {100 / time['mean']:.0f} % of the time in "
+        f"which training on all tokens reaches {reached[1]}; pruning only reaches {reached[2]}."
+        + (" All-token training has not converged in so few steps." if early else "")
+    )
 
 
 def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
@@ -92,6 +112,9 @@ def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
     model, processor = load_model(ModelOptions(model=str(model_folder)))
     scenes = digit_scenes("sft", "test", 200, kinds=["read"])
     row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
-    reducers, pruning = (settings.reducer, "uniform", "random"), PruningConfig(prune_ratio=settings.prune_ratio)
-    question = row["messages"][-2]["content"]
-    view_reducers(model, processor, row["images"][0], reducers, question, path, pruning, model_folder.name)
+    context = get_family(model).encode(collate_prompts(processor, [row])).context
+    grid, panels = token_grid(model, context), []
+    for name in (settings.reducer, "uniform", "random"):
+        panels.append(panel(name, reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio)), grid))
+    caption = "A test scene, and the tokens that each reducer keeps with the model that DualSpeed trained."
+    draw_kept_tokens(row["images"][0], panels, grid, path, caption=caption)
