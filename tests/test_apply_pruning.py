@@ -37,6 +37,13 @@ def same_answers(case, prompts, config=CONFIG, **options):
     assert torch.equal(found[:, length:], expected)
 
 
+def test_none_unsets_what_the_model_would_generate_with(monkeypatch):
+    case = CASES["llava"]
+    prompts = case.prompts([1])
+    monkeypatch.setattr(case.model.generation_config, "repetition_penalty", 5.0)
+    same_answers(case, prompts, repetition_penalty=None)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generates_what_prune_inputs_does(name):
     """Batches, several images, text-only rows, beams and samples; after removal the model is the stock one again."""

@@ -159,7 +159,7 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
     }
     for name, value in wanted.items():
         before = setup.get(model.name, {}).get(name)
-        if model.is_dir() and before != value:
+        if model.is_dir() and before not in (None, value):
             raise SaccadeError(
                 f"output={str(output)!r} holds a model of {name}={before!r}: give that one, or another output"
             )

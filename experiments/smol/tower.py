@@ -33,6 +33,8 @@ THINNED_PATCHES = 4 / 9
 STATE_FILE, REPORT_FILE = "training.pt", "tower.json"
 SAVE_EVERY = 25
 
+_FREE = ("start", "precision")
+"""Settings that a tower which is there may have otherwise: where it began lies elsewhere on another machine."""
 _COVERED = 0.4
 """Share of a patch that a region must cover to be what the patch shows."""
 _NUMBER = {word: number for number, word in enumerate(VOCABULARY)}
@@ -333,7 +335,9 @@ def _save_state(file: Path, settings: dict, step: int, spent, tower, heads, opti
 
 def _check_settings(folder: Path, found: dict, wanted: dict) -> None:
     differing = [
-        f"{name}={wanted[name]!r} (there: {found.get(name)!r})" for name in wanted if found.get(name) != wanted[name]
+        f"{name}={wanted[name]!r} (there: {found.get(name)!r})"
+        for name in wanted
+        if name not in _FREE and found.get(name) != wanted[name]
     ]
     if differing:
         raise SaccadeError(f"{folder} holds a tower of other settings: {', '.join(differing)}; name another folder")

@@ -42,6 +42,9 @@ def save_companion(folder: str | Path, name: str, tensors: Mapping[str, Tensor],
 
     Args:
         config: how they were trained, stored as JSON in the file's header.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
     path = Path(folder) / name
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}

@@ -125,7 +125,11 @@ def check_new_folder(path: str | os.PathLike[str], field: str) -> None:
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` as UTF-8 to `path`, whole or not at all, and return the path."""
+    """Write `text` as UTF-8 to `path`, whole or not at all, and return the path.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)

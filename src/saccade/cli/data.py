@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from saccade.cli.early import check_dataset, check_model
+from saccade.cli.field_flags import listed
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
 from saccade.values import check_choice
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
     )
     parser.add_argument(
-        "--image-urls", type=_listed, metavar="A,B", help="what addresses of images to fetch begin with (none)"
+        "--image-urls", type=listed, metavar="A,B", help="what addresses of images to fetch begin with (none)"
     )
     parser.add_argument(
         "--image-cache", metavar="DIR", help="where what was fetched is kept (default: the user's cache folder)"
@@ -99,10 +100,6 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a recipe that the flags set."""
     fields = {name: value for name, value in vars(args).items() if name in RECIPE_FIELDS and value is not None}
     return fields | given_pruning(args)
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _show(report: dict[str, Any]) -> None:

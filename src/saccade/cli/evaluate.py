@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.cli.early import check_dataset, check_model
+from saccade.cli.field_flags import listed
 from saccade.cli.pruning_flags import FLAGS, add_pruning_flags, given_pruning
 from saccade.errors import SaccadeError
 from saccade.files import check_exists
@@ -38,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_pruning_flags(parser, "as trained")
     parser.add_argument("--dataset", default=None, metavar="FILE", help="rows to evaluate on in place of the scenes")
-    parser.add_argument("--image-folder", type=_listed, metavar="A,B", help="with --dataset: its images and videos")
+    parser.add_argument("--image-folder", type=listed, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument(
-        "--image-urls", type=_listed, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
+        "--image-urls", type=listed, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
     )
     parser.add_argument(
         "--image-cache", default=None, metavar="DIR", help="where what was fetched is kept (default: the user's cache)"
@@ -57,10 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a JSON file (default: eval.json in the model's folder; with compare none)",
     )
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
 
 
 def outputs(args: argparse.Namespace) -> list[str]:

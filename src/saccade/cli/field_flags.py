@@ -1,4 +1,4 @@
-"""A flag for each field of a dataclass, with its words in the docstring as help."""
+"""Flags: one for each field of a dataclass, with its words in the docstring as help, and lists as values."""
 
 import argparse
 import inspect
@@ -23,3 +23,8 @@ def add_field_flags(parser: argparse.ArgumentParser, settings: type) -> None:
         metavar = "TEXT" if kind is str else kind.__name__.upper()
         flag = f"--{entry.name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, default=entry.default, metavar=metavar, help=text)
+
+
+def listed(text: str) -> list[str]:
+    """The type of a flag whose value is words separated by commas."""
+    return text.split(",")

@@ -29,8 +29,14 @@ def digit_samples() -> tuple[np.ndarray, np.ndarray]:
 def split_indices(split: str) -> tuple[tuple[int, ...], ...]:
     """Indices into `digit_samples` that belong to one split, stratified by class and the same on every machine.
 
+    Args:
+        split: "train", "validation" or "test".
+
     Returns:
         Ten tuples of sample indices, one per digit class.
+
+    Raises:
+        SaccadeError: if `split` is none of the three.
     """
     check_choice("split", split, SPLITS)
     _, classes = digit_samples()

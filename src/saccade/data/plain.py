@@ -18,7 +18,11 @@ _WORD = "zq"
 def row_writer(
     processor: Any, conversation: str = "chat", stop_ids: tuple[int, ...] = (), chat_template: str | None = None
 ) -> "TurnWriter | PlainWriter":
-    """The writer of rows as training text, as chat or plain; see `TurnWriter` and `PlainWriter`."""
+    """The writer of rows as training text, as chat or plain; see `TurnWriter` and `PlainWriter`.
+
+    Raises:
+        SaccadeError: on an unknown `conversation`.
+    """
     check_choice("conversation", conversation, CONVERSATIONS)
     return PlainWriter(processor) if conversation == "plain" else TurnWriter(processor, stop_ids, chat_template)
 

@@ -31,7 +31,11 @@ class FileStamps:
         return sum(stamp[0] for stamp in self.stamps.values() if stamp is not None)
 
     def check(self) -> None:
-        """Check that the files have not changed."""
+        """Check that the files have not changed.
+
+        Raises:
+            SaccadeError: if one has; the message names it.
+        """
         if self.every_seconds:
             now = time.monotonic()
             if now - self._looked < self.every_seconds:

@@ -74,9 +74,10 @@ def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, 
     if given.get("input_ids") is None:
         raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
     names = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}
-    given = {name: value for name, value in given.items() if value is not None}
-    inputs = {name: value for name, value in given.items() if name in names}
-    return inputs, {name: value for name, value in given.items() if name not in names}
+    inputs = {name: value for name, value in given.items() if name in names and value is not None}
+    # None among the others says something: `top_k=None` unsets what the model's generation_config has.
+    others = names | {"position_ids", "inputs_embeds"}
+    return inputs, {name: value for name, value in given.items() if name not in others}
 
 
 def with_given_prompt(sequences: Tensor, given: Tensor, length: int) -> Tensor:

@@ -151,5 +151,7 @@ def source_fields() -> set[str] | None:
         path = Path(*(spec.submodule_search_locations or ()), inner) if spec else None
         if path is None or not path.is_file():
             return None
-        names |= set(re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE))
+        parts = re.split(r"^(?=\S)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        classes = "".join(part for part in parts if part.startswith("class "))
+        names |= set(re.findall(r"^    (\w+): ", classes, re.MULTILINE))
     return names

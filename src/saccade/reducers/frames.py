@@ -92,7 +92,11 @@ class Frames:
 
 
 def reducer_within(name: str, within: str) -> Reducer:
-    """The reducer that chooses within a frame."""
+    """The reducer that chooses within a frame.
+
+    Raises:
+        SaccadeError: if it is unknown, or knows time itself.
+    """
     known = [each for each in list_reducers() if each not in KNOW_TIME]
     check_choice(f"reducer {name!r}: within", within, known)
     return get_reducer(within)

@@ -95,7 +95,7 @@ class Units:
                 grids.append((sum(frames for frames, _, _ in rows), *rows[0][1:]))
             else:
                 grids.append((1, 1, sum(frames * height * width for frames, height, width in rows)))
-        return torch.tensor(grids, device=context.grid.device)
+        return torch.tensor(grids, dtype=torch.long, device=context.grid.device).reshape(-1, 3)
 
     def numbers(self, reduction: Reduction) -> Tensor:
         """The flat index of each token that a reduction of the units keeps: long `(U, K)`, B * N on padding."""

@@ -13,7 +13,7 @@ class AssembleOptions:
             own aspect ratio (LLaVA-NeXT); "hd" for a thumbnail, and two by two crops; "hd_pad" for the same of the
             image padded to a square (LLaVA-HD, see docs/recipes.md).
         projector: "mlp" for LLaVA's two layers on each patch; "resampler" for Chain-of-Sight's, whose queries look at
-            windows of two sizes, see `MultiScaleResampler`.
+            windows of two sizes (see docs/assemble.md).
         chat_template: "own" adapts the language model's, or uses LLaVA's v1 if it has none; "v1"; or a file.
         system_prompt: for conversations without one; by default that of the template.
         image_size: edge in pixels of what the tower takes at once, a picture or a crop; by default its own, which it

@@ -114,7 +114,11 @@ def open_source(source: SourceOptions, options: ModelOptions) -> Source:
 
 
 def image_addresses(options: ModelOptions) -> ImageAddresses | None:
-    """What fetches images by their addresses; None without `image_urls`."""
+    """What fetches images by their addresses; None without `image_urls`.
+
+    Raises:
+        SaccadeError: on a value that is not the beginning of an address.
+    """
     given = options.image_urls
     if given is None:
         return None
