@@ -105,6 +105,18 @@ def test_its_figures_of_skip_vision_are_those_of_the_study() -> None:
     assert said + re.sub(r"[^\w ]", "", title).lower().replace(" ", "-") + ")" in README
 
 
+def test_its_figures_of_the_testbed_are_those_of_its_page() -> None:
+    page = (ROOT / "docs" / "testbed.md").read_text()
+    heading, *rows = tables(page[page.index("### easy-VQA") :])[0]
+    every, _, dualspeed = (dict(zip(heading, row, strict=True)) for row in rows)
+    assert (every["training"], dualspeed["training"]) == ("all tokens", "DualSpeed")
+    full = [row["all tokens"].split(" (")[0] for row in (every, dualspeed)]
+    seconds = [float(row["CPU time of training"].removesuffix(" s")) for row in (dualspeed, every)]
+    share = round(100 * seconds[0] / seconds[1])
+    said = f"at {full[0]} on easy-VQA with all tokens and at {full[1]} with DualSpeed, in {share} % of the CPU time"
+    assert said in WORDS
+
+
 def test_its_figures_of_serving_are_those_of_the_benchmark() -> None:
     page = (ROOT / "docs" / "serve.md").read_text()
 
