@@ -126,8 +126,10 @@ class Settings:
             "threads",
         )
         check_counts(**{name: getattr(self, name) for name in counts})
-        if self.tower_steps:
-            check_counts(tower_steps=self.tower_steps)
+        if self.tower_steps < 0:
+            raise SaccadeError(
+                f"tower_steps={self.tower_steps}: give at least 1, or 0 for the tower that lies in {SHIPPED_TOWER}"
+            )
 
     @property
     def task_names(self) -> list[str]:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--inference",
-        default=None,
+        type=listed,
         metavar="A,B",
         help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
         )
     _refuse(args, ("suite",), "is for compare only: benchmarks run through `python -m lmms_eval --model saccade`")
     check_counts(num_samples=args.num_samples, batch_size=args.batch_size)
-    names = None if args.inference is None else args.inference.split(",")
-    for name in names or ():
+    for name in args.inference or ():
         check_choice("inference", name, INFERENCES)
     given = given_pruning(args)
     check_model(args.model)
@@ -100,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_model
 
-    inferences = plan_inferences(args.model, names, **given)
+    inferences = plan_inferences(args.model, args.inference, **given)
     count = args.num_samples or 1000
     if args.dataset is None:
         measured, batch_size = {"split": args.split or "test"}, args.batch_size or 100
