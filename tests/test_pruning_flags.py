@@ -48,7 +48,10 @@ def test_eval_evaluates_what_the_flags_say(count, tmp_path, monkeypatch):
     assert inference.pruning == PruningConfig(**{name: GIVEN[name][1] for name in names})
 
 
-def test_serve_serves_what_the_flags_say(monkeypatch):
+def test_serve_serves_what_the_flags_say(monkeypatch, tmp_path):
+    # Of its own: whether one lies in the clone depends on which tests ran before.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
     seen = []
     monkeypatch.setattr(
         saccade.serving.start, "serve_folder", lambda *given, **where: seen.append(SimpleNamespace(**locals())) or 0
