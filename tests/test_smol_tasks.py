@@ -319,24 +319,27 @@ class TestCharts:
     def _read_bars(pixels, drawn, values, grid: int) -> dict[str, dict]:
         read = {}
         names = [one for one in drawn if not one[2].isdigit()]
-        values, names = (sorted(texts, key=lambda one: one[1]) for texts in (values, names))
-        for (_, x, value), (name_top, name_x, name) in zip(values, names, strict=True):
-            column = pixels[: int(name_top) - 2, round(x) + 3]
-            colours = [_colour(pixel) for pixel in column]
-            height = sum(colour is not None for colour in colours[-(grid - 2) * PATCH :])
-            assert abs(x - name_x) < 3 * PATCH
-            unit = (grid - 3) // 9 * PATCH
-            assert round(height / unit) == int(value)
-            read[name] = {"value": int(value), "colour": colours[-PATCH // 2]}
+        for (name_top, name_x, name), (top, x, value) in zip(sorted(names), sorted(values), strict=True):
+            assert abs(top - name_top) < PATCH / 2
+            assert name_x < x
+            row = pixels[round(top / PATCH) * PATCH + PATCH // 2, 4 * PATCH : x]
+            colours = [_colour(pixel) for pixel in row]
+            length = sum(colour is not None for colour in colours)
+            unit = (grid - 5) * PATCH / 9
+            assert round(length / unit) == int(value)
+            # The number stands in the patch after the one in which the bar ends.
+            assert 0 < x - 4 * PATCH - length < PATCH + 4
+            read[name] = {"value": int(value), "colour": colours[PATCH // 2]}
         return read
 
     @staticmethod
     def _read_lines(pixels, drawn) -> dict[str, dict]:
         read = {}
         for _, x, name in drawn:
-            colour = _colour(pixels[8, round(x) - 12])
+            swatch = pixels[8, round(x) - 10]
+            colour = _colour(swatch)
             below = pixels[PATCH:]
-            of_line = np.abs(below - pixels[8, round(x) - 12]).max(-1) < 8
+            of_line = np.abs(below - swatch).max(-1) < 8
             rows, columns = of_line.nonzero()
             first, last = (rows[np.abs(columns - edge) <= 2].mean() for edge in (columns.min() + 2, columns.max() - 2))
             change = first - last

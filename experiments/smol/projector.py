@@ -79,7 +79,10 @@ def align_projector(
 def word_embeddings(model: PreTrainedModel, tokenizer: Any) -> Tensor:
     """For each entry of the tower's `VOCABULARY`, the mean input embedding of its tokens: (words, D)."""
     table = model.get_input_embeddings().weight
-    texts = ["\n" if number == NOTHING else f" {word}" for number, word in enumerate(VOCABULARY)]
+    # The space before a number would be a token of its own.
+    texts = [
+        "\n" if number == NOTHING else word if word.isdigit() else f" {word}" for number, word in enumerate(VOCABULARY)
+    ]
     return torch.stack([table[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0) for text in texts])
 
 

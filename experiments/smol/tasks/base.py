@@ -3,6 +3,7 @@
 import hashlib
 import random
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 from PIL import Image
@@ -63,8 +64,10 @@ class Sample:
 
     @property
     def caption(self) -> str:
-        """Everything on the picture, once each."""
-        return ", ".join(dict.fromkeys(region.text for region in self.regions if region.text))
+        """Everything on the picture, row by row and once each."""
+        shown = {region.text: region.box[1] for region in reversed(self.regions) if region.text}
+        rows = groupby(reversed(shown), key=shown.__getitem__)
+        return ", ".join(" ".join(row) for _, row in rows)
 
 
 class Task(Protocol):

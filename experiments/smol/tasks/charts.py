@@ -3,8 +3,9 @@
 import random
 from collections.abc import Callable
 from itertools import pairwise
+from math import ceil
 
-from experiments.smol.fonts import FONTS, text_width
+from experiments.smol.fonts import FONTS
 from experiments.smol.page import Colour, Page
 from experiments.smol.tasks.base import PATCH, Question, Sample, sample_rng, split_of
 
@@ -21,10 +22,15 @@ TRENDS = ("up", "down", "flat")
 VALUES = range(1, 10)
 POINTS = 5
 _SIZE = 13
+_MARGIN = 2
+"""Pixels between the edge of a patch and the words that begin in it."""
+_BARS_BEGIN = 4 * PATCH
+"""Right of the longest name."""
 
 
 class Charts:
-    """A chart of one kind or the other: bars with their values above and their names below, or lines with a legend.
+    """A chart of one kind or the other: bars with their names before and their values after them, or lines with a
+    legend.
 
     Bars and points stand on the patch grid. The splits share no series of values and no family of fonts.
     """
@@ -58,24 +64,23 @@ def trend_of(series: tuple[int, ...]) -> str | None:
 
 
 def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Question]:
-    # Two rows for the values above the tallest bar, one for the names.
     rows = page.side // PATCH
-    unit = (rows - 3) // max(VALUES)
+    # A bar of the largest value leaves a patch for the number after it.
+    unit = (page.side - _BARS_BEGIN - PATCH) / max(VALUES)
     count = rng.randint(3, 4)
     values = draw_series(rng, split, lambda rng: tuple(rng.sample(VALUES, count)))
     names, colours = rng.sample(NAMES, count), rng.sample(tuple(COLOURS), count)
-    slot = rows // 4
-    start = rng.randrange(rows - slot * count + 1)
-    bottom = rows - 1
+    slot = rows // count
+    start = rng.randrange(rows - slot * (count - 1))
     for place, (name, value, colour) in enumerate(zip(names, values, colours, strict=True)):
-        left, right = (start + slot * place) * PATCH, (start + slot * (place + 1)) * PATCH
-        top = bottom - unit * value
-        page.draw.rectangle(
-            (left + PATCH // 2, top * PATCH, right - PATCH // 2 - 1, bottom * PATCH - 1), _shade(rng, colour)
-        )
-        _centre(page, str(value), left, right, top - 1, ink)
-        _centre(page, name, left, right, bottom, ink)
-        page.mark(left, top - 1, right, f"{name} {value} {colour}", rows=unit * value + 2)
+        row = start + slot * place
+        left, right = page.write(name, _MARGIN, row, _SIZE, ink)
+        page.mark(left, row, right, name)
+        end = round(_BARS_BEGIN + unit * value)
+        page.draw.rectangle((_BARS_BEGIN, row * PATCH + 1, end - 1, (row + 1) * PATCH - 2), _shade(rng, colour))
+        page.mark(_BARS_BEGIN, row, end, colour)
+        left, right = page.write(str(value), ceil(end / PATCH) * PATCH + _MARGIN, row, _SIZE, ink)
+        page.mark(left, row, right, str(value))
     first, second = rng.sample(range(count), 2)
     smaller = "yes" if values[first] < values[second] else "no"
     one = rng.randrange(count)
@@ -101,11 +106,11 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
     for place, (name, colour, trend) in enumerate(zip(names, colours, trends, strict=True)):
         series = draw_series(rng, split, lambda rng, trend=trend: _line(rng, trend))
         shade = _shade(rng, colour)
-        left = 8 + place * page.side // 2
-        page.draw.rectangle((left, 4, left + 15, 11), shade)
-        _, right = page.write(name, left + 22, 0, _SIZE, ink)
-        text = f"{name} {colour} {trend}"
-        page.mark(left, 0, right, text)
+        left = place * page.side // 2
+        page.draw.rectangle((left + 1, 1, left + PATCH - 2, PATCH - 2), shade)
+        page.mark(left, 0, left + PATCH, colour)
+        begin, right = page.write(name, left + PATCH + _MARGIN, 0, _SIZE, ink)
+        page.mark(begin, 0, right, name)
         points = [
             ((1 + step * number) * PATCH, (rows - 1 - unit * value) * PATCH) for number, value in enumerate(series)
         ]
@@ -113,7 +118,7 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
         for (x, y), (next_x, next_y) in pairwise(points):
             for share in (0.0, 0.5):
                 at_x, at_y = x + share * (next_x - x), y + share * (next_y - y)
-                page.mark(at_x - PATCH / 2, at_y / PATCH - 0.5, at_x + PATCH / 2, text)
+                page.mark(at_x - PATCH / 2, at_y / PATCH - 0.5, at_x + PATCH / 2, f"{name} {colour} {trend}")
         questions += [
             Question("trend", f"Does {name} go up, down or stay flat?", trend),
             Question("legend", f"What colour is {name}?", colour),
@@ -132,11 +137,6 @@ def _line(rng: random.Random, trend: str) -> tuple[int, ...]:
         steepest = max(abs(after - before) for before, after in pairwise(series))
         if trend_of(tuple(series)) == trend and steepest <= 4:
             return tuple(series)
-
-
-def _centre(page: Page, text: str, left: int, right: int, row: int, ink: Colour) -> None:
-    width = text_width(page.font, _SIZE, text)
-    page.write(text, max(0, min((left + right - width) / 2, page.side - width)), row, _SIZE, ink)
 
 
 def _shade(rng: random.Random, colour: str) -> Colour:

@@ -71,9 +71,9 @@ def _block(page: Page, rng: random.Random, lines: dict[str, str], row: int, ink:
     first = rng.randint(0, 1)
     second = first + rng.randint(4, 5)
     for name, value in lines.items():
-        left, _ = page.write(name, _column(first), row, _SIZE, ink)
-        _, right = page.write(value, _column(second), row, _SIZE, ink)
-        page.mark(left, row, right, f"{name.rstrip(':')} {value}")
+        for text, column in ((name, first), (value, second)):
+            left, right = page.write(text, _column(column), row, _SIZE, ink)
+            page.mark(left, row, right, text.rstrip(":"))
         row += 1
     return row
 
