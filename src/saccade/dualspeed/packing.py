@@ -27,6 +27,8 @@ FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Stock implementations that support packed rows."""
 FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The keyword arguments by which they receive them."""
+SHORT = 512
+"""Tokens of a row up to which plain products are faster than SDPA on a CPU in bfloat16."""
 
 
 @dataclass
@@ -165,10 +167,26 @@ def packed_attention(
         )
         return output.unsqueeze(0), None
     rows = zip(*(x.split(packed_rows.lengths, dim=2) for x in (query, key, value)), strict=True)
+    plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout
     outputs = [
-        sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling, is_causal=True)[0] for row in rows
+        _short_attention(*row, scaling)
+        if plain and length <= SHORT
+        else sdpa_attention_forward(module, *row, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
+        for length, row in zip(packed_rows.lengths, rows, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def _short_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention `(1, L, H, Dh)` of a short row: on a CPU in bfloat16, SDPA takes two to three times as long."""
+    _, heads, length, width = query.shape
+    shared = heads // key.shape[1]
+    # The heads that share a key as more queries of it: (Hk, shared * L, Dh).
+    grouped = query.reshape(key.shape[1], shared * length, width)
+    scores = grouped @ key[0].transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
+    later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(shared, 1)
+    weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
+    return (weights @ value[0]).reshape(1, heads, length, width).transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, packed_attention)
