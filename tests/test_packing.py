@@ -11,6 +11,7 @@ from transformers import LlavaForConditionalGeneration, MistralConfig
 
 from saccade import SaccadeError
 from saccade.data import digit_scenes
+from saccade.dualspeed import packing
 from saccade.dualspeed.packing import PACKED, PackedRows, allow_packing, pack, packed_attention, packing_pays
 from saccade.families import get_family
 from saccade.pruning import ModeInputs
@@ -36,22 +37,33 @@ def test_packed_rows_of_videos_train_as_padded_ones(name):
     tester.check_padding_free(VIDEO_CASES[name], "divprune")
 
 
-def test_attention_of_a_row_is_to_itself_alone():
+@pytest.mark.parametrize(("dtype", "short"), [("float32", 512), ("bfloat16", 512), ("bfloat16", 3), ("bfloat16", 0)])
+def test_attention_of_a_row_is_to_itself_alone(dtype, short, monkeypatch):
     """Against softmax(QK^T) under a block-diagonal causal mask, with fewer key heads than query heads."""
+    monkeypatch.setattr(packing, "SHORT", short)
     torch.manual_seed(0)
     lengths, width = [3, 1, 5], 4
-    query = torch.randn(1, 4, 9, width)
-    key, value = torch.randn(2, 1, 2, 9, width)
+    query = torch.randn(1, 4, 9, width).to(getattr(torch, dtype)).requires_grad_()
+    key, value = (torch.randn(1, 2, 9, width).to(query.dtype).requires_grad_() for _ in range(2))
     module = torch.nn.Module()
     module.num_key_value_groups = 2
     rows = PackedRows(lengths, torch.tensor([0, 3, 4, 9], dtype=torch.int32))
     got, _ = packed_attention(module, query, key, value, None, scaling=0.3, packed_rows=rows)
     row = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
     seen = (row[:, None] == row[None]) & torch.ones(9, 9).tril().bool()
+    exact = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    heads = []
     for head in range(4):
-        scores = 0.3 * query[0, head] @ key[0, head // 2].T
-        expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ value[0, head // 2]
-        torch.testing.assert_close(got[0, :, head], expected)
+        scores = 0.3 * exact[0][0, head] @ exact[1][0, head // 2].T
+        heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ exact[2][0, head // 2])
+    expected = torch.stack(heads, dim=1)[None]
+    near = {"rtol": 0.02, "atol": 0.03} if dtype == "bfloat16" else {}
+    torch.testing.assert_close(got.float(), expected, **near)
+    weights = torch.randn_like(expected)
+    (got.float() * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for one, other in zip((query, key, value), exact, strict=True):
+        torch.testing.assert_close(one.grad.float(), other.grad, **near)
 
 
 def test_no_padding_runs_and_no_row_is_a_label_of_another(monkeypatch):

@@ -77,8 +77,8 @@ class Settings:
         questions: of each task, in the evaluation.
         split: of the evaluation; settings are tuned on "validation".
         threads: compute threads per run.
-        precision: of weights and matrix products, "float32", or "bfloat16" on processors that have it; what learns does
-            so in float32.
+        precision: of weights and products, "float32", or "bfloat16" on processors that have it; what learns does so in
+            float32.
 
     Raises:
         SaccadeError: on an unknown grid, task, split or precision, or a number below 1.
