@@ -16,15 +16,17 @@ from experiments.smol.rows import rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import REPORT_FILE, train_tower
+from experiments.studies.results_page import CPU_TIME
 from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically, write_text_atomically
+from saccade.report.plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import method_fields, stage_fields
 from saccade.sweeps.spec import Evaluation, standard_inferences
-from saccade.sweeps.table import Standing, mean_and_range, percent
+from saccade.sweeps.table import Standing, mean_and_range, percent, trade_off, train_cpu_seconds
 from saccade.training.assemble import AssembleOptions, assemble_model
 from saccade.values import check_choice, check_counts
 
@@ -273,32 +275,49 @@ def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
 
 
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: accuracy of each task, by method and by what is answered from, over the seeds."""
+    """Columns and cells: by method and by what is answered from, the accuracy of each task over the seeds, its share
+    of what training and answering with all tokens reaches with the same seed, and the CPU time of both stages."""
+    every = {
+        result["spec"]["labels"]["seed"]: entry["accuracy"]
+        for result in standing.results.values()
+        for entry in result["evaluations"]
+        if (result["spec"]["labels"]["method"], entry["inference"]) == ("all_tokens", "full")
+    }
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
     names, samples = ["all"], 0
     for result in standing.results.values():
+        method, seed = (result["spec"]["labels"][name] for name in ("method", "seed"))
         for entry in result["evaluations"]:
-            key = (result["spec"]["labels"]["method"], entry["inference"])
-            groups.setdefault(key, []).append({**entry["accuracy_by_task"], "all": entry["accuracy"]})
+            found = {**entry["accuracy_by_task"], "all": entry["accuracy"], "cpu": train_cpu_seconds(result)}
+            if seed in every:
+                found["share"] = entry["accuracy"] / every[seed]
+            groups.setdefault((method, entry["inference"]), []).append(found)
             names, samples = [*entry["accuracy_by_task"], "all"], entry["samples"]
-    columns = ["training", "answers from", "seeds", *(name.replace("_", " ") for name in names)]
-    cells = [
+    columns = [name.replace("_", " ") for name in names[:-1]]
+    head = ["training", "answers from", "seeds", *columns, f"mean (n = {samples})", "share", "CPU time of training"]
+    return head, [
         [
             standing.word(method),
-            inference,
+            way_name(inference),
             str(len(found)),
             *(percent(mean_and_range([one[name] for one in found])) for name in names),
+            percent(mean_and_range([one["share"] for one in found])) if all("share" in one for one in found) else "",
+            f"{mean(one['cpu'] for one in found):.0f} s" if all(one["cpu"] for one in found) else "",
         ]
         for (method, inference), found in groups.items()
     ]
-    return [*columns[:-1], f"mean (n = {samples})"], cells
 
 
 def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[list[str]]]:
-    """Write `tasks.md`, and return what is in it: the ranking where reducers were ranked."""
+    """Write `tasks.md` and return what is in it, the ranking where reducers were ranked; otherwise draw
+    `trade_off.png` too, the mean accuracy over the CPU time of training."""
     ranked = any("reducer" in result["spec"]["labels"] for result in standing.results.values())
     columns, cells = (ranking_table if ranked else task_table)(standing)
     write_text_atomically(output / "tasks.md", markdown_table(columns, cells) if cells else "")
+    timed = all(train_cpu_seconds(result) for result in standing.results.values())
+    if cells and timed and not ranked:
+        points = trade_off(standing.groups(), train_cpu_seconds)
+        plot_trade_off(points, output / "trade_off.png", CPU_TIME)
     return columns, cells
 
 
