@@ -9,7 +9,7 @@ import torch
 from family_models import FAMILIES
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import flops, generate, images, steps, train
+from benchmarks import flops, generate, images, short_rows, steps, train
 from benchmarks.batches import image_inputs, label_count, make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.flops import cache_bytes, prefill_flops
@@ -29,6 +29,16 @@ from saccade.testing.families import Case
 from saccade.tokens import VisualContext
 from saccade.training.flops import TextShape, VisualRows
 from saccade.training.length_table import LLAVA_665K, draw_lengths
+
+
+def test_short_rows_are_timed_beside_sdpa(capsys):
+    assert short_rows.main(["--lengths", "5", "9", "--repeats", "2"]) == 0
+    cells = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [int(row[0]) for row in cells] == [5, 9]
+    for _, products, sdpa, ratio in cells:
+        assert float(sdpa.split()[0]) / float(products.split()[0]) == pytest.approx(
+            float(ratio.strip(" x")), rel=0.05, abs=0.06
+        )
 
 
 def test_rows_of_images_and_a_clip(tmp_path, capsys):
