@@ -266,11 +266,16 @@ class TestPlan:
         settings = Settings(positions="original")
         runs = plan_runs(PREPARED, settings, ["all_tokens"], range(2))
         ranked = plan_ranking(PREPARED, settings, ["all_tokens"], range(2), ["tome", "random"], [0.75, 0.9])
-        assert [run.name for run in ranked[::2]] == ["tome-all_tokens-seed0", "random-all_tokens-seed0"]
+        names = ["tome-original-all_tokens-seed0", "random-original-all_tokens-seed0"]
+        assert [run.name for run in ranked[::2]] == names
         assert [run.stage_ids for run in ranked] == 2 * [run.stage_ids for run in runs]
         first, second = ranked[0].evaluation.inferences
         common = {"name": "pruned", "reducer": "tome", "positions": "original"}
         assert (first, second) == ({**common, "prune_ratio": 0.75}, {**common, "prune_ratio": 0.9})
+        both = plan_ranking(PREPARED, settings, ["all_tokens"], [0], ["tome"], [0.9], ["compact", "original"])
+        assert [run.labels["positions"] for run in both] == ["compact", "original"]
+        assert [run.evaluation.inferences[0]["positions"] for run in both] == ["compact", "original"]
+        assert {run.stage_ids for run in both} == {runs[0].stage_ids}
 
     def test_precision_is_the_recipe_s(self) -> None:
         run = plan_runs(PREPARED, Settings(precision="bfloat16"), ["dualspeed"], [0])[0]
@@ -311,16 +316,16 @@ def test_the_best_reducer_comes_first() -> None:
             {"prune_ratio": ratio, "accuracy_by_task": {"charts": accuracy}, "accuracy": accuracy}
             for ratio, accuracy in zip((0.75, 0.9), accuracies, strict=True)
         ]
-        labels = {"method": "all_tokens", "reducer": reducer, "seed": seed}
+        labels = {"method": "all_tokens", "reducer": reducer, "positions": "compact", "seed": seed}
         return {"spec": {"labels": labels}, "evaluations": entries}
 
     found = [result("random", 0, [0.5, 0.25]), result("tome", 0, [0.75, 0.5]), result("tome", 1, [0.25, 1.0])]
     standing = SimpleNamespace(results=dict(enumerate(found)), word=lambda method: method)
     columns, cells = ranking_table(standing)
-    assert columns[2:] == ["charts, p = 0.75", "charts, p = 0.9", "mean, p = 0.75", "mean, p = 0.9"]
+    assert columns[3:] == ["charts, p = 0.75", "charts, p = 0.9", "mean, p = 0.75", "mean, p = 0.9"]
     assert [row[1] for row in cells] == ["tome", "random"]
-    assert cells[0][2:4] == ["50.0 % (25.0-75.0)", "75.0 % (50.0-100.0)"]
-    assert cells[1][2:] == ["50.0 %", "25.0 %", "50.0 %", "25.0 %"]
+    assert cells[0][3:5] == ["50.0 % (25.0-75.0)", "75.0 % (50.0-100.0)"]
+    assert cells[1][3:] == ["50.0 %", "25.0 %", "50.0 %", "25.0 %"]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +335,7 @@ def test_the_best_reducer_comes_first() -> None:
         (["--prune-ratio", "1.5"], "prune_ratio=1.5"),
         (["--rank", "divprune,randm"], "reducer='randm' is unknown: did you mean 'random'?"),
         (["--rank", "all", "--ratios", "0.5", "2"], "prune_ratio=2.0"),
+        (["--rank", "tome", "--rank-positions", "compact,first"], "positions='first'"),
         (["--tasks", "charts,maps"], "tasks='charts,maps': 'maps' is unknown, use one of digits, easy_vqa"),
         (["--split", "dev"], "split='dev': use one of train, validation, test"),
         (["--seeds", "0"], "seeds=0: give at least 1"),

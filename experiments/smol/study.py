@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -230,47 +231,53 @@ def plan_ranking(
     seeds: Sequence[int],
     reducers: Sequence[str],
     ratios: Sequence[float],
+    positions: Sequence[str] = (),
 ) -> list[RunSpec]:
     """The models of `plan_runs`, each answering from the tokens that every reducer keeps, reducer by reducer.
 
+    Args:
+        positions: of the kept tokens, "compact" or "original", which may differ from those of the training; those of
+            the settings when left out.
+
     Raises:
-        SaccadeError: on an unknown method or reducer, or a ratio that is not one.
+        SaccadeError: on an unknown method, reducer or kind of positions, or a ratio that is not one.
     """
     ranked = []
-    for reducer in reducers:
+    for reducer, kind in product(reducers, positions or [settings.positions]):
         ways = tuple(
-            {"name": "pruned", "reducer": reducer, "prune_ratio": ratio, "positions": settings.positions}
-            for ratio in ratios
+            {"name": "pruned", "reducer": reducer, "prune_ratio": ratio, "positions": kind} for ratio in ratios
         )
         for way in ways:
             Inference.of_run(folder=None, **way)
         for run in plan_runs(prepared, settings, methods, seeds):
-            labels = {**run.labels, "reducer": reducer}
-            name = f"{reducer}-{run.name}"
+            labels = {**run.labels, "reducer": reducer, "positions": kind}
+            name = f"{reducer}-{kind}-{run.name}"
             ranked.append(replace(run, name=name, labels=labels, evaluation=replace(run.evaluation, inferences=ways)))
     return ranked
 
 
 def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: for each method and reducer, the accuracy of each task at each ratio, over the seeds."""
-    groups: dict[tuple[str, str], dict[tuple[str, float], list[float]]] = {}
+    """Columns and cells: for each method, reducer and kind of positions, the accuracy of each task at each ratio, over
+    the seeds."""
+    groups: dict[tuple[str, str, str], dict[tuple[str, float], list[float]]] = {}
     for result in standing.results.values():
         labels = result["spec"]["labels"]
-        cells = groups.setdefault((labels["method"], labels["reducer"]), {})
+        cells = groups.setdefault((labels["method"], labels["reducer"], labels["positions"]), {})
         for entry in result["evaluations"]:
             for task, accuracy in {**entry["accuracy_by_task"], "mean": entry["accuracy"]}.items():
                 cells.setdefault((task, entry["prune_ratio"]), []).append(accuracy)
     columns = list(dict.fromkeys(key for cells in groups.values() for key in cells))
     columns.sort(key=lambda key: key[0] == "mean")
-    head = ["training", "reducer", *(f"{task.replace('_', ' ')}, p = {ratio}" for task, ratio in columns)]
+    head = ["training", "reducer", "positions", *(f"{task.replace('_', ' ')}, p = {ratio}" for task, ratio in columns)]
     mean_of = {key: mean(mean(values) for values in cells.values()) for key, cells in groups.items()}
     return head, [
         [
             standing.word(method),
             reducer,
+            positions,
             *(percent(mean_and_range(cells[key])) if key in cells else "" for key in columns),
         ]
-        for (method, reducer), cells in sorted(groups.items(), key=lambda item: -mean_of[item[0]])
+        for (method, reducer, positions), cells in sorted(groups.items(), key=lambda item: -mean_of[item[0]])
     ]
 
 
