@@ -38,11 +38,21 @@ SHIPPED_TOWER = Path(__file__).parent / "tower-12"
 PRECISIONS = ("float32", "bfloat16")
 
 
+FAST_THEN_SLOW: dict[str, Any] = {
+    "schedule": "sequential",
+    "distill_weight": 0.0,
+    "isolator_length": 0,
+    # A cosine to zero would leave nothing for the last steps to learn with.
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.3},
+}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "original_positions": {"positions": "original"},
     "growing": {"ratio_schedule": "linear", "prune_ratio_start": 0.5},
     "drawn": {"ratio_schedule": "random", "prune_ratio_start": 0.5},
     "slow_at_the_end": {"schedule": "sequential"},
+    "fast_then_slow": FAST_THEN_SLOW,
+    "fast_then_slow_original": {**FAST_THEN_SLOW, "positions": "original"},
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},
