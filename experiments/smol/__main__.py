@@ -23,7 +23,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from experiments.arguments import add_study_arguments, given_settings, image_reducers
-from experiments.smol.study import Settings, plan_ranking, plan_runs, prepare, write_task_table
+from experiments.smol.study import WORDS, Settings, plan_ranking, plan_runs, prepare, write_task_table
 from saccade.cli.main import Parser, guarded
 from saccade.recipes import parse_grid
 from saccade.report.tables import print_table
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = "ranking" if args.rank else "runs"
     folder, console = args.output / f"{kind}-{settings.grid}{chosen}", Console()
     if args.table:
-        _show(Standing(Plan.read(folder), folder), folder, console)
+        _show(Standing(Plan.read(folder), folder, WORDS), folder, console)
         return 0
     check_counts(seeds=args.seeds, jobs=args.jobs)
     methods = args.methods.split(",")
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only, worker = parse_grid(args.only, "--only"), "experiments.smol.worker"
     stages = args.output / "stages"
     outcome = run_sweep(plan, folder, stages, only, args.jobs, args.any_commit, console, worker)
-    standing = Standing(plan, folder)
+    standing = Standing(plan, folder, WORDS)
     standing.report(console)
     _show(standing, folder, console)
     return outcome.tell_failures()

@@ -25,7 +25,7 @@ from saccade.files import write_json_atomically, write_text_atomically
 from saccade.report.plots import plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
-from saccade.sweeps.digits import method_fields, stage_fields
+from saccade.sweeps.digits import LABELS, method_fields, stage_fields
 from saccade.sweeps.spec import Evaluation, standard_inferences
 from saccade.sweeps.table import Standing, mean_and_range, percent, trade_off, train_cpu_seconds
 from saccade.training.assemble import AssembleOptions, assemble_model
@@ -62,6 +62,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     },
 }
 """Settings to compare with the published one, beside `METHODS`: the options in which each differs from DualSpeed."""
+WORDS = {**LABELS, **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES}}
+"""The names of all methods in tables and pictures."""
 
 
 @dataclass(frozen=True)
