@@ -308,7 +308,7 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
         method, seed = (result["spec"]["labels"][name] for name in ("method", "seed"))
         for entry in result["evaluations"]:
             found = {**entry["accuracy_by_task"], "all": entry["accuracy"], "cpu": train_cpu_seconds(result)}
-            if seed in every:
+            if every.get(seed):
                 found["share"] = entry["accuracy"] / every[seed]
             groups.setdefault((method, entry["inference"]), []).append(found)
             names, samples = [*entry["accuracy_by_task"], "all"], entry["samples"]
