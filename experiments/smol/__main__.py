@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from experiments.arguments import add_study_arguments, given_settings, image_reducers
 from experiments.smol.study import WORDS, Settings, plan_ranking, plan_runs, prepare, write_task_table
+from saccade.cli.field_flags import listed
 from saccade.cli.main import Parser, guarded
 from saccade.recipes import parse_grid
 from saccade.report.tables import print_table
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", metavar="A,B", help='answer from what these reducers keep; "all" for every one')
     ratios = [0.75, 0.9, 0.95]
     parser.add_argument("--ratios", type=float, nargs="+", default=ratios, metavar="P", help="of --rank")
-    parser.add_argument("--rank-positions", metavar="A,B", help="of --rank: compact, original, or both")
+    kinds = "of --rank: compact, original, or both"
+    parser.add_argument("--rank-positions", type=listed, default=(), metavar="A,B", help=kinds)
     args = parser.parse_args(argv)
     settings = given_settings(args, Settings)
     chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
@@ -61,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = plan_runs
     if args.rank:
         reducers = image_reducers() if args.rank == "all" else args.rank.split(",")
-        positions = args.rank_positions.split(",") if args.rank_positions else ()
-        planned = partial(plan_ranking, reducers=reducers, ratios=args.ratios, positions=positions)
+        planned = partial(plan_ranking, reducers=reducers, ratios=args.ratios, positions=args.rank_positions)
     for run in planned({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
         for stage in run.stages:
             make_recipe(stage, f"run {run.name}")

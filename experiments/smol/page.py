@@ -8,6 +8,8 @@ from experiments.smol.fonts import Font, load_font, text_width
 from experiments.smol.tasks.base import PATCH, Region
 
 Colour = tuple[int, int, int]
+MARGIN = 2
+"""Pixels between the edge of a patch and the words that begin in it."""
 
 
 class Page:
@@ -46,6 +48,15 @@ class Page:
         self.draw.text((x, round(top)), text, fill=ink, font=font)
         self.written.append(text)
         return round(x), round(x + width)
+
+    def write_region(self, text: str, column: int, row: int, size: int, ink: Colour, rows: int = 1) -> None:
+        """Write one line from a column of patches on, and remember it without a colon at its end.
+
+        Raises:
+            ValueError: as `write`.
+        """
+        left, right = self.write(text, column * PATCH + MARGIN, row, size, ink, rows)
+        self.mark(left, row, right, text.rstrip(":"), rows)
 
     def write_all(self, words: Sequence[str], x: float, row: int, size: int, ink: Colour) -> int:
         """Write as many words as fit into the rest of a row; returns their number."""

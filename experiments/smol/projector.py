@@ -79,7 +79,7 @@ def align_projector(
 def word_embeddings(model: PreTrainedModel, tokenizer: Any) -> Tensor:
     """For each entry of the tower's `VOCABULARY`, the mean input embedding of its tokens: (words, D)."""
     table = model.get_input_embeddings().weight
-    # The space before a number would be a token of its own.
+    # A space before a digit would be a separate token.
     texts = [
         "\n" if number == NOTHING else word if word.isdigit() else f" {word}" for number, word in enumerate(VOCABULARY)
     ]

@@ -17,12 +17,11 @@ from experiments.smol.rows import rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import REPORT_FILE, train_tower
-from experiments.studies.results_page import CPU_TIME
 from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically, write_text_atomically
-from saccade.report.plots import plot_trade_off, way_name
+from saccade.report.plots import CPU_TIME, plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
 from saccade.sweeps.digits import LABELS, method_fields, stage_fields
@@ -296,12 +295,7 @@ def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     """Columns and cells: by method and by what is answered from, the accuracy of each task over the seeds, its share
     of what training and answering with all tokens reaches with the same seed, and the CPU time of both stages."""
-    every = {
-        result["spec"]["labels"]["seed"]: entry["accuracy"]
-        for result in standing.results.values()
-        for entry in result["evaluations"]
-        if (result["spec"]["labels"]["method"], entry["inference"]) == ("all_tokens", "full")
-    }
+    every = {row["seed"]: row["accuracy_full"] for row in standing.rows if row.get("is_baseline")}
     groups: dict[tuple[str, str], list[dict[str, float]]] = {}
     names, samples = ["all"], 0
     for result in standing.results.values():

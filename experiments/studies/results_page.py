@@ -12,14 +12,13 @@ from experiments.studies.over_time import Runs, checkpoint_table, checkpointed_r
 from experiments.studies.studies import STUDIES, Panel, Study
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
-from saccade.report.plots import plot_trade_off, way_name
+from saccade.report.plots import CPU_TIME, plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps.plan import PLAN_FILE, Plan
 from saccade.sweeps.table import Standing, percent, trade_off, train_cpu_seconds
 
 PAGE = "results.md"
 IMAGES = "images"
-CPU_TIME = "CPU time of training (s)"
 NO_NOTES = "*Nobody has written here yet where this agrees with the paper and where it does not.*"
 INTRODUCTION = """# The paper's studies on the digit scenes
 

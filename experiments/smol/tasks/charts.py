@@ -22,8 +22,6 @@ TRENDS = ("up", "down", "flat")
 VALUES = range(1, 10)
 POINTS = 5
 _SIZE = 13
-_MARGIN = 2
-"""Pixels between the edge of a patch and the words that begin in it."""
 _BARS_BEGIN = 4 * PATCH
 """Right of the longest name."""
 
@@ -74,13 +72,11 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
     start = rng.randrange(rows - slot * (count - 1))
     for place, (name, value, colour) in enumerate(zip(names, values, colours, strict=True)):
         row = start + slot * place
-        left, right = page.write(name, _MARGIN, row, _SIZE, ink)
-        page.mark(left, row, right, name)
+        page.write_region(name, 0, row, _SIZE, ink)
         end = round(_BARS_BEGIN + unit * value)
         page.draw.rectangle((_BARS_BEGIN, row * PATCH + 1, end - 1, (row + 1) * PATCH - 2), _shade(rng, colour))
         page.mark(_BARS_BEGIN, row, end, colour)
-        left, right = page.write(str(value), ceil(end / PATCH) * PATCH + _MARGIN, row, _SIZE, ink)
-        page.mark(left, row, right, str(value))
+        page.write_region(str(value), ceil(end / PATCH), row, _SIZE, ink)
     first, second = rng.sample(range(count), 2)
     smaller = "yes" if values[first] < values[second] else "no"
     one = rng.randrange(count)
@@ -106,11 +102,11 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
     for place, (name, colour, trend) in enumerate(zip(names, colours, trends, strict=True)):
         series = draw_series(rng, split, lambda rng, trend=trend: _line(rng, trend))
         shade = _shade(rng, colour)
-        left = place * page.side // 2
+        column = place * rows // 2
+        left = column * PATCH
         page.draw.rectangle((left + 1, 1, left + PATCH - 2, PATCH - 2), shade)
         page.mark(left, 0, left + PATCH, colour)
-        begin, right = page.write(name, left + PATCH + _MARGIN, 0, _SIZE, ink)
-        page.mark(begin, 0, right, name)
+        page.write_region(name, column + 1, 0, _SIZE, ink)
         points = [
             ((1 + step * number) * PATCH, (rows - 1 - unit * value) * PATCH) for number, value in enumerate(series)
         ]

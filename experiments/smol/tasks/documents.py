@@ -7,8 +7,8 @@ from itertools import islice
 from pydoc_data.topics import topics
 
 from experiments.smol.fonts import FONTS
-from experiments.smol.page import Colour, Page
-from experiments.smol.tasks.base import PATCH, Question, Sample, sample_rng, split_of
+from experiments.smol.page import MARGIN, Colour, Page
+from experiments.smol.tasks.base import Question, Sample, sample_rng, split_of
 
 HEADINGS = ("Invoice", "Report", "Letter", "Notice", "Contract", "Receipt", "Schedule", "Summary", "Permit", "Agenda")
 FIELDS = {
@@ -22,8 +22,6 @@ ITEMS = (
 )
 NUMBERS = range(2, 21)
 _SIZE, _HEADING_SIZE, _BODY_SIZE = 13, 20, 10
-_MARGIN = 2
-"""Pixels between the edge of a patch and the words that begin in it."""
 _WORDS_IN_A_LINE = 16
 
 
@@ -51,8 +49,7 @@ class Documents:
         fields = {name: rng.choice(FIELDS[name]) for name in rng.sample(tuple(FIELDS), rng.randint(2, 3))}
         items = rng.sample(ITEMS, rng.randint(2, 4))
         table = {item: str(number) for item, number in zip(items, rng.sample(NUMBERS, len(items)), strict=True)}
-        left, right = page.write(heading, _column(rng.randint(0, 1)), 0, _HEADING_SIZE, ink, rows=2)
-        page.mark(left, 0, right, heading, rows=2)
+        page.write_region(heading, rng.randint(0, 1), 0, _HEADING_SIZE, ink, rows=2)
         body = iter(_words(rng, split))
         free = grid - 2 - len(fields) - len(table)
         blocks = [{f"{name}:": value for name, value in fields.items()}, table]
@@ -71,22 +68,16 @@ def _block(page: Page, rng: random.Random, lines: dict[str, str], row: int, ink:
     first = rng.randint(0, 1)
     second = first + rng.randint(4, 5)
     for name, value in lines.items():
-        for text, column in ((name, first), (value, second)):
-            left, right = page.write(text, _column(column), row, _SIZE, ink)
-            page.mark(left, row, right, text.rstrip(":"))
+        page.write_region(name, first, row, _SIZE, ink)
+        page.write_region(value, second, row, _SIZE, ink)
         row += 1
     return row
-
-
-def _column(patches: int) -> int:
-    """Where words begin that stand so many patches from the left edge."""
-    return patches * PATCH + _MARGIN
 
 
 def _paragraph(page: Page, body: Iterator[str], row: int, rows: int, ink: Colour) -> int:
     """Fill rows with running text; returns the next row."""
     for line in range(row, row + rows):
-        page.write_all(list(islice(body, _WORDS_IN_A_LINE)), _MARGIN, line, _BODY_SIZE, ink)
+        page.write_all(list(islice(body, _WORDS_IN_A_LINE)), MARGIN, line, _BODY_SIZE, ink)
     return row + rows
 
 

@@ -22,6 +22,8 @@ SMALL = (5.0, 3.4)
 """Size of the plots of one run: text stays readable when a phone shows them 320 pixels wide."""
 TALL, WIDE = (6.0, 5.0), (9.0, 5.6)
 WAYS = {"full": "all tokens", "pruned": "pruned", "pruned_isolator": "pruned, with isolator", "skip": "skipping"}
+CPU_TIME = "CPU time of training (s)"
+"""What `plot_trade_off` has across where machines are shared."""
 LONGEST_NAME = 44
 NAMED_POINTS = 8
 """With more trainings than these, the points of `plot_trade_off` have numbers."""
