@@ -16,6 +16,7 @@ from torch import nn
 
 from saccade.cli.main import guarded
 from saccade.dualspeed import packing
+from saccade.errors import SaccadeError
 from saccade.report.tables import markdown_table
 from saccade.values import check_counts
 
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args(argv)
-    check_counts(heads=args.heads, key_heads=args.key_heads, repeats=args.repeats)
+    check_counts(heads=args.heads, key_heads=args.key_heads, repeats=args.repeats, lengths=min(args.lengths))
+    if args.heads % args.key_heads:
+        raise SaccadeError(f"heads={args.heads}: give a multiple of key_heads={args.key_heads}")
     torch.set_num_threads(1)
     cells = []
     for length in args.lengths:
