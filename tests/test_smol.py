@@ -256,8 +256,8 @@ class TestPlan:
         for run in others:
             assert all(make_recipe(stage, run.name) for stage in run.stages)
             assert run.stage_ids != published.stage_ids
-            isolated = run.stages[-1]["isolator_length"] > 0
-            ways = ["full", "pruned", *(["pruned_isolator"] if isolated else [])]
+            skips, isolated = "skip_vision" in run.stages[-1], run.stages[-1]["isolator_length"] > 0
+            ways = ["full", "pruned", *(["pruned_isolator"] if isolated and not skips else []), *["skip"] * skips]
             assert [entry["name"] for entry in run.evaluation.inferences] == ways
 
     def test_more_questions_are_no_other_model(self) -> None:

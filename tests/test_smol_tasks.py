@@ -295,7 +295,6 @@ def _document_answer(question, texts, fields, table) -> str:
         "heading": lambda: texts[0],
         "field": lambda: fields[name.capitalize()],
         "number": lambda: table[name],
-        "count": lambda: str(len(table)),
     }
     return answers[question.kind]()
 

@@ -66,7 +66,7 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
     # A bar of the largest value leaves a patch for the number after it.
     unit = (page.side - _BARS_BEGIN - PATCH) / max(VALUES)
     count = rng.randint(3, 4)
-    values = draw_series(rng, split, lambda rng: tuple(rng.sample(VALUES, count)))
+    values = draw_series(rng, split, lambda rng: tuple(sorted(rng.sample(VALUES, count), reverse=True)))
     names, colours = rng.sample(NAMES, count), rng.sample(tuple(COLOURS), count)
     slot = rows // count
     start = rng.randrange(rows - slot * (count - 1))

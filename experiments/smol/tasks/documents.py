@@ -32,7 +32,7 @@ class Documents:
     """
 
     name = "documents"
-    kinds = ("heading", "field", "number", "says", "count")
+    kinds = ("heading", "field", "number", "says")
     words = (
         *HEADINGS,
         *(word for field, values in FIELDS.items() for word in (field, *values)),
@@ -92,7 +92,6 @@ def _questions(rng: random.Random, page: Page, heading: str, fields: dict, table
         *(Question("field", f"What is the {name.lower()}?", value) for name, value in fields.items()),
         *(Question("number", f"How many {item}?", number) for item, number in table.items()),
         Question("says", f"Does it say {says}?", answer),
-        Question("count", "How many rows has the table?", str(len(table))),
     ]
 
 

@@ -49,19 +49,22 @@ class Standing:
         found = {spec.name: read_result(output, spec) for spec in plan.runs}
         self.results = {name: result for name, result in found.items() if result is not None}
         self.failed = [spec.name for spec in plan.runs if found[spec.name] is None and read_failure(output, spec)]
+        done = [spec for spec in plan.runs if spec.name in self.results]
+        self.baselines = {spec.labels["seed"]: self.results[spec.name] for spec in done if is_baseline(spec)}
+        """Results of training and answering with all tokens, by seed."""
         self.rows = self._rows()
         labels = {label for spec in plan.runs for label in spec.labels} | set(EVALUATED)
         self.keys = list(dict.fromkeys(name for row in self.rows for name in row if name in labels - {"seed"}))
 
     def _rows(self) -> list[dict[str, Any]]:
         """One row of labels and figures per run, or per evaluation if a run was evaluated in several ways."""
-        done = [spec for spec in self.plan.runs if spec.name in self.results]
-        baselines = {spec.labels["seed"]: self.results[spec.name] for spec in done if is_baseline(spec)}
         rows = []
-        for spec in done:
-            result = self.results[spec.name]
+        for spec in self.plan.runs:
+            result = self.results.get(spec.name)
+            if result is None:
+                continue
             if has_own_training(result):
-                figures = run_figures(result, baselines.get(spec.labels["seed"]))
+                figures = run_figures(result, self.baselines.get(spec.labels["seed"]))
                 rows.append({**spec.labels, **figures, "is_baseline": is_baseline(spec)})
                 continue
             for entry in result["evaluations"]:
