@@ -55,7 +55,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "slow_at_the_end": {"schedule": "sequential"},
     "fast_then_slow": FAST_THEN_SLOW,
     "fast_then_slow_original": {**FAST_THEN_SLOW, "positions": "original"},
-    "fast_then_more_slow": {**FAST_THEN_SLOW, "slow_probability": 0.2},
+    "fast_then_slow_longer": FAST_THEN_SLOW,
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},
@@ -66,11 +66,14 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 """What to compare beside `METHODS`: the options in which each differs from DualSpeed. First Skip-Vision at its budget
 of 576 tokens and both methods together, then settings that may do better than the published one."""
+LONGER = {"fast_then_slow_longer": 1.75}
+"""Methods with more steps of stage two than the others, and how many times as many."""
 WORDS = {
     **LABELS,
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
     "skip_vision": "Skip-Vision",
     "dualspeed_skip": "DualSpeed, skipping",
+    "fast_then_slow_longer": "fast, then slow, longer",
 }
 """The names of all methods in tables and pictures."""
 
@@ -233,9 +236,8 @@ def plan_runs(
     runs = []
     for seed in seeds:
         for method in methods:
-            stages = tuple(
-                {**_recipe(stage, prepared, settings, seed), **fields[method]} for stage in ("pretrain", "sft")
-            )
+            own = replace(settings, steps=round(settings.steps * LONGER.get(method, 1)))
+            stages = tuple({**_recipe(stage, prepared, own, seed), **fields[method]} for stage in ("pretrain", "sft"))
             inferences = standard_inferences(
                 {"reducer": settings.reducer, "positions": settings.positions, **stages[-1]}
             )
