@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE = ("benchmarks", "experiments")
 SCRIPTS = sorted(path for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py"))
 
-BOTTOM = {"errors", "files", "companions", "images", "interfaces", "late", "values", "videos"}
+BOTTOM = {"errors", "files", "companions", "images", "interfaces", "late", "presets", "values", "videos"}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "images": {"errors"},
     "interfaces": {"errors"},
     "late": set(),
+    "presets": {"errors"},
     "values": {"errors"},
     "videos": {"errors", "images"},
     "tokens": {"errors"},

@@ -21,6 +21,7 @@ from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
 from saccade.files import write_json_atomically, write_text_atomically
+from saccade.presets import PRESETS
 from saccade.report.plots import CPU_TIME, plot_trade_off, way_name
 from saccade.report.tables import markdown_table
 from saccade.sweeps import RunSpec
@@ -37,14 +38,6 @@ SHIPPED_TOWER = Path(__file__).parent / "tower-12"
 PRECISIONS = ("float32", "bfloat16")
 
 
-FAST_THEN_SLOW: dict[str, Any] = {
-    "schedule": "sequential",
-    "distill_weight": 0.0,
-    "isolator_length": 0,
-    # A cosine to zero would leave nothing for the last steps to learn with.
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.3},
-}
 CANDIDATES: dict[str, dict[str, Any]] = {
     # Modes that skip are not packed.
     "skip_vision": {**METHODS["all_tokens"], "skip_vision": "100/156", "padding_free": False},
@@ -53,9 +46,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "growing": {"ratio_schedule": "linear", "prune_ratio_start": 0.5},
     "drawn": {"ratio_schedule": "random", "prune_ratio_start": 0.5},
     "slow_at_the_end": {"schedule": "sequential"},
-    "fast_then_slow": FAST_THEN_SLOW,
-    "fast_then_slow_original": {**FAST_THEN_SLOW, "positions": "original"},
-    "fast_then_slow_longer": FAST_THEN_SLOW,
+    "fast_then_slow": PRESETS["fast_then_slow"],
+    "fast_then_slow_original": {**PRESETS["fast_then_slow"], "positions": "original"},
+    "fast_then_slow_longer": PRESETS["fast_then_slow"],
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},

@@ -18,6 +18,7 @@ from saccade.errors import SaccadeError, needs_package
 from saccade.families.cache import check_needs
 from saccade.families.padding import ASPECT_RATIOS
 from saccade.images import LARGEST_MAX_PIXELS, MAX_PIXELS
+from saccade.presets import with_preset
 from saccade.reducers import PruningConfig
 from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.skip_vision import SkipVisionConfig
@@ -265,6 +266,19 @@ class DualSpeedConfig(SFTConfig):
     overwrite: bool = False
 
     _VALID_DICT_FIELDS: ClassVar = [*SFTConfig._VALID_DICT_FIELDS, "reducer_options", "skip_vision"]
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> "DualSpeedConfig":
+        """The options of a preset, with `options` on top.
+
+        Args:
+            name: `"fast_then_slow"`: fast steps first and slow steps last, without isolator and self-distillation, at
+                a learning rate that does not fall to zero. Not the paper's; docs/modes.md says when to use it.
+
+        Raises:
+            SaccadeError: if no preset has this name, and as for a new config.
+        """
+        return cls(**with_preset({**options, "preset": name}))
 
     def __post_init__(self) -> None:
         # transformers renamed the option and warns about the old name, which TRL's default still sets.

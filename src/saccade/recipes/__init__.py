@@ -10,6 +10,7 @@ import yaml
 
 from saccade.errors import SaccadeError, did_you_mean
 from saccade.files import similar_path
+from saccade.presets import with_preset
 
 RECIPES = Path(__file__).parent
 FIELD_FILES = (
@@ -38,10 +39,10 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe file as written, including `pretrain`, the recipe to run before it.
+    """The fields of a recipe file, with those of its preset, and `pretrain`, the recipe to run before it.
 
     Raises:
-        SaccadeError: on a missing or malformed file.
+        SaccadeError: on a missing or malformed file, or an unknown preset.
     """
     path = find_recipe(path)
     try:
@@ -50,12 +51,17 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
-    return values
+    return with_preset(values)
 
 
 def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a recipe, overridden by others. A number of tokens also replaces a ratio, and a ratio a number of
-    tokens."""
+    """The fields of a recipe, overridden by others and by those of the preset that the others name. A number of tokens
+    also replaces a ratio, and a ratio a number of tokens.
+
+    Raises:
+        SaccadeError: on an unknown preset.
+    """
+    given = with_preset(given)
     budgets = ("prune_ratio", "keep_tokens")
     replaced = budgets if any(given.get(name) is not None for name in budgets) else ()
     return {**{name: value for name, value in values.items() if name not in replaced}, **given}
@@ -135,7 +141,7 @@ def check_early(path: str | Path, overrides: Sequence[str], flags: Collection[st
         # Without their values, since a mistyped flag may have none.
         given = [word[2:].partition("=")[0].replace("-", "_") for word in overrides if word.startswith("--")]
         # `pretrain` is a sweep's, and the whole check says so.
-        check_fields([*values, *given], known | {"pretrain"}, source, flags)
+        check_fields([*values, *given], known | {"pretrain", "preset"}, source, flags)
     return put_over(values, parse_overrides(overrides))
 
 

@@ -1,0 +1,33 @@
+"""Named settings of the fast-slow recipe that differ from the published one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from saccade.errors import SaccadeError, one_of
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast_then_slow": {
+        "schedule": "sequential",
+        "distill_weight": 0.0,
+        "isolator_length": 0,
+        # A cosine to zero would leave nothing for the last steps to learn with.
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.3},
+    },
+}
+"""The fields in which each differs: docs/modes.md says what it does, docs/testbed.md what it reaches."""
+
+
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with those of the preset that they name, if they name one, in the place of its name. Other fields win.
+
+    Raises:
+        SaccadeError: if there is no such preset.
+    """
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise SaccadeError(f"preset={name!r} is unknown: {one_of(str(name), PRESETS)}")
+    return {**PRESETS[name], **values}
