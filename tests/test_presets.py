@@ -79,3 +79,18 @@ def test_slow_steps_come_last(tmp_path) -> None:
     assert ["loss_slow" in entry for entry in logged] == [False] * 8 + [True] * 2
     assert logged[-1]["learning_rate"] >= 0.3 * max(entry["learning_rate"] for entry in logged)
     assert not (output / "isolator.saccade").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("cosine", {"min_lr_rate": 0.3}, "unexpected keyword argument 'min_lr_rate'"),
+        ("cosine_with_min_lr", None, "min_lr"),
+        ("polynomial", {"lr_end": 2.0}, "lr_end"),
+    ],
+)
+def test_options_of_another_schedule_of_rates_end_in_one_line(kind: str, options, message: str, tmp_path) -> None:
+    with pytest.raises(
+        SaccadeError, match=f"lr_scheduler_kwargs=.* does not fit lr_scheduler_type='{kind}': .*{message}"
+    ):
+        DualSpeedConfig(str(tmp_path), use_cpu=True, lr_scheduler_type=kind, lr_scheduler_kwargs=options)

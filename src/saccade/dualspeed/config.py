@@ -8,7 +8,7 @@ from os import PathLike
 from typing import Any, ClassVar, get_origin
 
 import torch
-from transformers import SchedulerType
+from transformers import SchedulerType, get_scheduler
 from trl import SFTConfig
 
 from saccade.data.plain import CONVERSATIONS
@@ -328,6 +328,7 @@ class DualSpeedConfig(SFTConfig):
             )
         self._check_fit()
         self._check_patch_tolerance()
+        self._check_rate_schedule()
         if self.packing:
             raise SaccadeError(
                 "packing=True joins texts before their images are encoded: set padding_free=True, which packs the "
@@ -443,6 +444,17 @@ class DualSpeedConfig(SFTConfig):
         for mode in modes.values():
             if mode.teacher is not None:
                 _ = mode.needs | modes[mode.teacher].needs
+
+    def _check_rate_schedule(self) -> None:
+        # Made once on a parameter of its own: the trainer makes it after the model and the data are loaded.
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, dict(self.lr_scheduler_kwargs or {}))
+        except (TypeError, ValueError) as error:
+            kind = SchedulerType(self.lr_scheduler_type).value
+            raise SaccadeError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not fit lr_scheduler_type={kind!r}: {error}"
+            ) from error
 
     def _check_slow_micro_batch_size(self) -> None:
         name = f"slow_micro_batch_size={self.slow_micro_batch_size!r}"
