@@ -49,6 +49,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow": PRESETS["fast_then_slow"],
     "fast_then_slow_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_slow_longer": PRESETS["fast_then_slow"],
+    "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},
@@ -59,7 +60,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 """What to compare beside `METHODS`: the options in which each differs from DualSpeed. First Skip-Vision at its budget
 of 576 tokens and both methods together, then settings that may do better than the published one."""
-LONGER = {"fast_then_slow_longer": 1.75}
+LONGER = {"fast_then_slow_longer": 1.75, "fast_then_more_slow": 1.4}
 """Methods with more steps of stage two than the others, and how many times as many."""
 WORDS = {
     **LABELS,
