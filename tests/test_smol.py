@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGene
 from experiments.smol import projector, study, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
-from experiments.smol.study import CANDIDATES, Settings, plan_ranking, plan_runs, ranking_table
+from experiments.smol.study import CANDIDATES, Settings, plan_ranking, plan_runs, ranking_table, task_table
 from experiments.smol.tasks import TASKS, Region, Sample
 from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
@@ -310,6 +310,34 @@ def test_tasks_count_alike() -> None:
     assert merged["accuracy_by_task"] == {"digits": 0.5, "charts": 1.0}
     assert merged["accuracy_by_kind"] == {"digits/count": 0.5, "charts/value": 1.0}
     assert (merged["samples"], merged["mean_prompt_length"], merged["prefill_flops"]) == (4, 200, 3)
+
+
+def test_shares_are_of_all_token_training_with_the_same_seed() -> None:
+    def result(method: str, seed: int, charts: float, documents: float, cpu: float) -> dict:
+        by_task = {"charts": charts, "documents": documents}
+        entry = {"inference": "full", "accuracy_by_task": by_task, "accuracy": sum(by_task.values()) / 2, "samples": 8}
+        return {
+            "spec": {"labels": {"method": method, "seed": seed}},
+            "stages": {"sft": {"cpu_seconds": cpu}},
+            "evaluations": [entry],
+        }
+
+    every = [result("all_tokens", 0, 0.8, 0.5, 30.0), result("all_tokens", 1, 0.4, 0.5, 10.0)]
+    other = [result("dualspeed", 0, 0.4, 0.5, 8.0), result("dualspeed", 1, 0.4, 0.25, 4.0)]
+    alone = [result("prune_only", 2, 0.5, 0.5, 1.0)]
+    standing = SimpleNamespace(
+        results=dict(enumerate(every + other + alone)), baselines=dict(enumerate(every)), word=lambda method: method
+    )
+    columns, (first, second, third) = task_table(standing)
+    at = {name: place for place, name in enumerate(columns)}
+    assert [first[at[name]] for name in ("share", "lowest task's share")] == ["100.0 %", "100.0 %"]
+    assert first[at["CPU time of training"]] == "20 s"
+    # Of the tasks' means over the seeds, 75 and 75 %; of the means over the tasks, 45 of 65 and 32.5 of 45.
+    assert second[at["lowest task's share"]].startswith("75.0 %")
+    assert second[at["share"]] == "70.7 % (69.2-72.2)"
+    assert second[at["charts"]] == "40.0 %"
+    assert second[at["mean (n = 8)"]] == "38.8 % (32.5-45.0)"
+    assert [third[at[name]] for name in ("share", "lowest task's share")] == ["", ""]
 
 
 def test_the_best_reducer_comes_first() -> None:
