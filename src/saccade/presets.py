@@ -28,6 +28,6 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.pop("preset", None)
     if name is None:
         return values
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise SaccadeError(f"preset={name!r} is unknown: {one_of(str(name), PRESETS)}")
     return {**PRESETS[name], **values}
