@@ -66,7 +66,7 @@ def test_a_mistyped_name_in_a_recipe_and_in_python(tmp_path) -> None:
         load_recipe(written(tmp_path, "preset: fast\n"))
     with pytest.raises(SaccadeError, match="preset='fast' is unknown"):
         DualSpeedConfig.preset("fast", output_dir=str(tmp_path))
-    with pytest.raises(SaccadeError, match=r"preset=\['fast_then_slow'\] is unknown: use one of fast_then_slow"):
+    with pytest.raises(SaccadeError, match=r"preset=\['fast_then_slow'\] is unknown: did you mean"):
         load_recipe(written(tmp_path, "preset: [fast_then_slow]\n"))
 
 
