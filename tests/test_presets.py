@@ -8,6 +8,7 @@ from saccade import DualSpeedConfig
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.presets import PRESETS
+from saccade.pruning.isolator import ISOLATOR_FILE
 from saccade.sweeps.plan import Plan
 from saccade.training import load_recipe
 
@@ -80,7 +81,8 @@ def test_slow_steps_come_last(tmp_path) -> None:
     logged = [entry for entry in state["log_history"] if "loss" in entry]
     assert ["loss_slow" in entry for entry in logged] == [False] * 8 + [True] * 2
     assert logged[-1]["learning_rate"] >= 0.3 * max(entry["learning_rate"] for entry in logged)
-    assert not (output / "isolator.saccade").exists()
+    assert (output / "config.json").exists()
+    assert not (output / ISOLATOR_FILE).exists()
 
 
 @pytest.mark.parametrize(

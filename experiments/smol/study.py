@@ -317,13 +317,14 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     columns = [name.replace("_", " ") for name in names[:-1]]
     columns += [f"mean (n = {samples})", "share", "lowest task's share", "CPU time of training"]
     cells = []
-    for key, found in groups.items():
-        share = {name: mean_and_range([one[name] for one in shares[key]]) for name in names} if key in shares else {}
+    for (method, inference), found in groups.items():
+        alike = shares.get((method, inference))
+        share = {name: mean_and_range([one[name] for one in alike]) for name in names} if alike else {}
         tasks = [share[name] for name in names[:-1] if share]
         cells.append(
             [
-                standing.word(key[0]),
-                way_name(key[1]),
+                standing.word(method),
+                way_name(inference),
                 str(len(found)),
                 *(percent(mean_and_range([one[name] for one in found])) for name in names),
                 percent(share["all"]) if share else "",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.errors import SaccadeError, one_of
+from saccade.values import check_choice
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast_then_slow": {
@@ -28,6 +28,5 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     name = values.pop("preset", None)
     if name is None:
         return values
-    if not isinstance(name, str) or name not in PRESETS:
-        raise SaccadeError(f"preset={name!r} is unknown: {one_of(str(name), PRESETS)}")
+    check_choice("preset", name, list(PRESETS))
     return {**PRESETS[name], **values}

@@ -446,7 +446,7 @@ class DualSpeedConfig(SFTConfig):
                 _ = mode.needs | modes[mode.teacher].needs
 
     def _check_rate_schedule(self) -> None:
-        # Made once on a parameter of its own: the trainer makes it after the model and the data are loaded.
+        # Built here for a throwaway parameter, since the trainer builds it only after loading the model and the data.
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         try:
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 2, dict(self.lr_scheduler_kwargs or {}))
