@@ -342,7 +342,7 @@ class TestCharts:
             rows, columns = of_line.nonzero()
             first, last = (rows[np.abs(columns - edge) <= 2].mean() for edge in (columns.min() + 2, columns.max() - 2))
             change = first - last
-            read[name] = {"colour": colour, "trend": "flat" if abs(change) < 12 else "up" if change > 0 else "down"}
+            read[name] = {"colour": colour, "trend": "up" if change > 0 else "down"}
         return read
 
     def test_splits_share_no_series(self, monkeypatch) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, permutations
 from math import ceil
 
 from experiments.smol.fonts import FONTS
@@ -18,7 +18,7 @@ COLOURS: dict[str, Colour] = {
     "purple": (130, 60, 160),
     "brown": (120, 80, 50),
 }
-TRENDS = ("up", "down", "flat")
+TRENDS = ("up", "down")
 VALUES = range(1, 10)
 POINTS = 5
 _SIZE = 13
@@ -55,12 +55,6 @@ def draw_series(rng: random.Random, split: str, make: Callable[[random.Random], 
             return series
 
 
-def trend_of(series: tuple[int, ...]) -> str | None:
-    """Where a line goes from its first to its last point; None where that is not clear."""
-    change = series[-1] - series[0]
-    return {True: "up", False: "down"}[change > 0] if abs(change) >= 3 else "flat" if change == 0 else None
-
-
 def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Question]:
     rows = page.side // PATCH
     # A bar of the largest value leaves a patch for the number after it.
@@ -77,8 +71,7 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
         page.draw.rectangle((_BARS_BEGIN, row * PATCH + 1, end - 1, (row + 1) * PATCH - 2), _shade(rng, colour))
         page.mark(_BARS_BEGIN, row, end, colour)
         page.write_region(str(value), ceil(end / PATCH), row, _SIZE, ink)
-    first, second = rng.sample(range(count), 2)
-    smaller = "yes" if values[first] < values[second] else "no"
+    pairs = rng.sample(list(permutations(range(count), 2)), 2)
     one = rng.randrange(count)
     return [
         *(
@@ -86,7 +79,14 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
             for name, value in zip(names, values, strict=True)
         ),
         Question("largest", "Which is the largest?", names[values.index(max(values))]),
-        Question("smaller", f"Is {names[first]} smaller than {names[second]}?", smaller),
+        *(
+            Question(
+                "smaller",
+                f"Is {names[first]} smaller than {names[second]}?",
+                "yes" if values[first] < values[second] else "no",
+            )
+            for first, second in pairs
+        ),
         Question("colour", f"What colour is {names[one]}?", colours[one]),
     ]
 
@@ -96,11 +96,14 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
     unit = (rows - 3) / max(VALUES)
     count = 2
     names, colours = rng.sample(NAMES, count), rng.sample(tuple(COLOURS), count)
-    trends = rng.sample(TRENDS, count)
+    trends = rng.choices(TRENDS, k=count)
     step = (rows - 2) / (POINTS - 1)
+    # Two lines that are the same would hide each other.
+    drawn: list[tuple[int, ...]] = []
+    while len(set(drawn)) < count:
+        drawn = [draw_series(rng, split, lambda rng, trend=trend: _line(rng, trend)) for trend in trends]
     questions = []
-    for place, (name, colour, trend) in enumerate(zip(names, colours, trends, strict=True)):
-        series = draw_series(rng, split, lambda rng, trend=trend: _line(rng, trend))
+    for place, (name, colour, trend, series) in enumerate(zip(names, colours, trends, drawn, strict=True)):
         shade = _shade(rng, colour)
         column = place * rows // 2
         left = column * PATCH
@@ -116,23 +119,15 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
                 at_x, at_y = x + share * (next_x - x), y + share * (next_y - y)
                 page.mark(at_x - PATCH / 2, at_y / PATCH - 0.5, at_x + PATCH / 2, f"{name} {colour} {trend}")
         questions += [
-            Question("trend", f"Does {name} go up, down or stay flat?", trend),
+            Question("trend", f"Does {name} go up or down?", trend),
             Question("legend", f"What colour is {name}?", colour),
         ]
     return questions
 
 
 def _line(rng: random.Random, trend: str) -> tuple[int, ...]:
-    """A line without turns: one that goes up goes up all the way, and a flat one stays near its level."""
-    while True:
-        if trend == "flat":
-            level = rng.choice(VALUES[:-1])
-            series = [level + rng.randint(0, 1) for _ in range(POINTS)]
-        else:
-            series = sorted(rng.choices(VALUES, k=POINTS), reverse=trend == "down")
-        steepest = max(abs(after - before) for before, after in pairwise(series))
-        if trend_of(tuple(series)) == trend and steepest <= 4:
-            return tuple(series)
+    """A line that goes up all the way, or down."""
+    return tuple(sorted(rng.sample(VALUES, POINTS), reverse=trend == "down"))
 
 
 def _shade(rng: random.Random, colour: str) -> Colour:
