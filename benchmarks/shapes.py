@@ -1,19 +1,22 @@
 """Models of real shapes with random weights, optionally cut down to fit a smaller machine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from saccade.errors import SaccadeError
 from saccade.training.model_presets import SHAPES as PRESETS
-from saccade.training.model_presets import Shape
+from saccade.training.model_presets import Shape, shape_of
 
 
 def _llama3() -> PreTrainedConfig:
@@ -22,11 +25,35 @@ def _llama3() -> PreTrainedConfig:
     return config
 
 
+def _smol() -> PreTrainedConfig:
+    text = LlamaConfig(
+        vocab_size=49216,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=384,
+        patch_size=16,
+    )
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=49152, tie_word_embeddings=True)
+
+
 SHAPES: dict[str, Shape] = {
     **PRESETS,
+    "smol": replace(shape_of("smol", _smol()), config=_smol),
     "llama3-8b": Shape("llama3-8b", _llama3, 0, (0, 0), 576),
 }
-"""The known shapes by name."""
+"""The known shapes by name; `smol` is that of the testbed (docs/testbed.md) at 24 x 24 patches."""
 
 
 def get_shape(name: str) -> Shape:

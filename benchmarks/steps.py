@@ -16,10 +16,14 @@ from benchmarks.batches import make_batch
 from benchmarks.counting import HostReads, count_saved_bytes
 from benchmarks.released import ReleasedProcedure
 from benchmarks.variants import (
+    ALL_PACKED,
     BOTH,
     COMPILED,
+    FAST_THEN_SLOW,
     IN_PARTS,
+    LOWER,
     NO_PADDING,
+    PRUNED_PACKED,
     STOCK,
     STOCK_COMPILED,
     Mix,
@@ -170,6 +174,9 @@ def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, T
         "Skip-Vision": (STOCK, "Skip-Vision"),
         NO_PADDING: (f"{NO_PADDING}, fast step", NO_PADDING),
         IN_PARTS: ("DualSpeed, fast step", IN_PARTS),
+        LOWER: (LOWER, LOWER),
+        ALL_PACKED: (ALL_PACKED, ALL_PACKED),
+        FAST_THEN_SLOW: (PRUNED_PACKED, FAST_THEN_SLOW),
         STOCK_COMPILED: (STOCK_COMPILED, STOCK_COMPILED),
         COMPILED: (f"{COMPILED}, fast step", COMPILED),
         BOTH: (f"{BOTH}, fast step", BOTH),

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +26,11 @@ from saccade.tiny import build_tiny_processor
 Loss = Callable[[Mapping[str, Any]], Tensor]
 STOCK = "stock TRL, all tokens"
 STOCK_COMPILED = "stock TRL, compiled"
+LOWER = "stock TRL, lower resolution"
 NO_PADDING = "DualSpeed, no padding"
+ALL_PACKED = "all tokens, no padding"
+PRUNED_PACKED = "pruning only, no padding"
+FAST_THEN_SLOW = "fast, then slow"
 IN_PARTS = "DualSpeed, slow in parts"
 COMPILED = "DualSpeed, compiled"
 BOTH = "DualSpeed, no padding, compiled"
@@ -151,7 +156,13 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             ),
         ),
     ]
-    variants.append(Variant(f"{NO_PADDING}, fast step", ours(fast, padding_free=True)))
+    variants += [
+        Variant(f"{NO_PADDING}, fast step", ours(fast, padding_free=True)),
+        Variant(PRUNED_PACKED, ours(pruned(settings.reducer, False), padding_free=True)),
+        Variant(ALL_PACKED, ours(None, padding_free=True)),
+    ]
+    if family.model.config.model_type == "llava":
+        variants.append(Variant(LOWER, lambda: lower_resolution(model, settings.prune_ratio)))
     if settings.compiled:
         variants += [
             Variant(STOCK_COMPILED, lambda: stock(model, compiled=True)),
@@ -180,7 +191,9 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         ]
         pairs += [(name, name, name) for name in (COMPILED, BOTH)]
     rate = settings.slow_probability
-    mixes = [
+    # The preset: neither isolator nor self-distillation.
+    mixes = [Mix(FAST_THEN_SLOW, {PRUNED_PACKED: 1 - rate, ALL_PACKED: rate})]
+    mixes += [
         Mix(name, {f"{fast_name}, fast step": 1 - rate, f"{slow_name}, slow step": rate})
         for name, fast_name, slow_name in pairs
     ]
@@ -216,6 +229,34 @@ def compiling(family: Family, wanted: bool) -> Iterator[None]:
     finally:
         for layer in family.language_layers:
             layer._compiled_call_impl = None
+
+
+@contextmanager
+def lower_resolution(model: PreTrainedModel, prune_ratio: float) -> Iterator[Loss]:
+    """The loss of stock TRL on images so small that they have about as many patches as pruning keeps.
+
+    Args:
+        model: a LLaVA with one image in each row, and its placeholders at the same place in all rows.
+    """
+    family = get_family(model)
+    embeddings = family.vision_tower.get_submodule("embeddings")
+    whole = embeddings.image_size // embeddings.patch_size
+    side = max(1, round(whole * (1 - prune_ratio) ** 0.5))
+
+    def smaller(batch: Mapping[str, Any]) -> dict[str, Any]:
+        (columns,) = family.placeholder(batch["input_ids"][0]).nonzero(as_tuple=True)
+        left_out = columns[side**2 :].tolist()
+        kept = [column for column in range(batch["input_ids"].shape[1]) if column not in set(left_out)]
+        pixels = F.interpolate(batch["pixel_values"], size=side * embeddings.patch_size, mode="area")
+        rows = {name: batch[name][:, kept] for name in ("input_ids", "attention_mask", "labels")}
+        return {**batch, **rows, "pixel_values": pixels}
+
+    interpolate = {"interpolate_pos_encoding": True}
+    hook = embeddings.register_forward_pre_hook(
+        lambda module, args, given: (args, {**given, **interpolate}), with_kwargs=True
+    )
+    with hook, stock(model) as loss:
+        yield lambda batch: loss(smaller(batch))
 
 
 @contextmanager

@@ -18,7 +18,16 @@ from benchmarks.ledger import append_rows, figures
 from benchmarks.released import ReleasedProcedure, divprune_image, rows_of_labels, shifted_cross_entropy
 from benchmarks.shapes import build_shape, shape_config
 from benchmarks.steps import Stage, Timing, train_stage, whole_schedule
-from benchmarks.variants import IN_PARTS, NO_PADDING, STOCK, Settings, training_variants
+from benchmarks.variants import (
+    ALL_PACKED,
+    IN_PARTS,
+    LOWER,
+    NO_PADDING,
+    PRUNED_PACKED,
+    STOCK,
+    Settings,
+    training_variants,
+)
 from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
@@ -160,7 +169,26 @@ def test_every_variant_gives_the_parameters_of_its_stage_a_gradient(small_batch,
         for name in names:
             same = losses.pop(f"{name}, {mode} step")
             torch.testing.assert_close(same, losses[f"DualSpeed, {mode} step"])
+    for packed, padded in {ALL_PACKED: STOCK, PRUNED_PACKED: "pruning only"}.items():
+        torch.testing.assert_close(losses.pop(packed)[0], losses[padded][0])
     assert len({float(values[0]) for values in losses.values()}) == len(losses)
+
+
+def test_a_lower_resolution_has_about_as_many_patches_as_pruning_keeps(small_batch, model):
+    """16 of 144 where 14 are kept, and the text as before."""
+    family = get_family(model)
+    seen = []
+    hook = family.language_model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    with hook:
+        for variant in training_variants(model, Settings(), slow=False)[0]:
+            if variant.name in (STOCK, LOWER):
+                with variant.active() as loss:
+                    loss(small_batch)
+    whole, lower = seen
+    assert whole == small_batch["input_ids"].shape[1]
+    assert whole - lower == 144 - 16
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
