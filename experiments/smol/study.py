@@ -42,6 +42,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     # Modes that skip are not packed.
     "skip_vision": {**METHODS["all_tokens"], "skip_vision": "100/156", "padding_free": False},
     "dualspeed_skip": {"skip_vision": {"summary": True}, "padding_free": False},
+    "dualspeed_longer": {},
     "original_positions": {"positions": "original"},
     "growing": {"ratio_schedule": "linear", "prune_ratio_start": 0.5},
     "drawn": {"ratio_schedule": "random", "prune_ratio_start": 0.5},
@@ -49,6 +50,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow": PRESETS["fast_then_slow"],
     "fast_then_slow_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_slow_longer": PRESETS["fast_then_slow"],
+    "fast_then_slow_higher": {**PRESETS["fast_then_slow"], "lr_scheduler_kwargs": {"min_lr_rate": 0.6}},
+    "fast_then_some_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.15},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "milder_teacher": {
         "modes": [
@@ -59,15 +62,24 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     },
 }
 """What to compare beside `METHODS`: the options in which each differs from DualSpeed. First Skip-Vision at its budget
-of 576 tokens and both methods together, then settings that may do better than the published one."""
-LONGER = {"fast_then_slow_longer": 1.75, "fast_then_more_slow": 1.4}
+of 576 tokens and both methods together, then DualSpeed with more steps, then settings that may do better than the
+published one."""
+LONGER = {
+    "dualspeed_longer": 1.75,
+    "fast_then_slow_longer": 1.75,
+    "fast_then_slow_higher": 1.75,
+    "fast_then_some_slow": 1.6,
+    "fast_then_more_slow": 1.4,
+}
 """Methods with more steps of stage two than the others, and how many times as many."""
 WORDS = {
     **LABELS,
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
     "skip_vision": "Skip-Vision",
     "dualspeed_skip": "DualSpeed, skipping",
+    "dualspeed_longer": "DualSpeed, longer",
     "fast_then_slow_longer": "fast, then slow, longer",
+    "fast_then_slow_higher": "fast, then slow, longer, higher rate",
 }
 """The names of all methods in tables and pictures."""
 
