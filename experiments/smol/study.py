@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_slow_longer": PRESETS["fast_then_slow"],
     "fast_then_slow_higher": {**PRESETS["fast_then_slow"], "lr_scheduler_kwargs": {"min_lr_rate": 0.6}},
-    "fast_then_some_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.15},
+    "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "milder_teacher": {
         "modes": [
@@ -68,7 +68,7 @@ LONGER = {
     "dualspeed_longer": 1.75,
     "fast_then_slow_longer": 1.75,
     "fast_then_slow_higher": 1.75,
-    "fast_then_some_slow": 1.6,
+    "fast_then_slow_longer_original": 1.75,
     "fast_then_more_slow": 1.4,
 }
 """Methods with more steps of stage two than the others, and how many times as many."""
@@ -80,6 +80,7 @@ WORDS = {
     "dualspeed_longer": "DualSpeed, longer",
     "fast_then_slow_longer": "fast, then slow, longer",
     "fast_then_slow_higher": "fast, then slow, longer, higher rate",
+    "fast_then_slow_longer_original": "fast, then slow, longer, original positions",
 }
 """The names of all methods in tables and pictures."""
 
