@@ -38,9 +38,6 @@ SHIPPED_TOWER = Path(__file__).parent / "tower-12"
 PRECISIONS = ("float32", "bfloat16")
 
 
-STEEP = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 0.3}}
-"""A learning rate that stays high and falls to zero late: half of the highest when a tenth of the steps is left."""
-
 CANDIDATES: dict[str, dict[str, Any]] = {
     # Modes that skip are not packed.
     "skip_vision": {**METHODS["all_tokens"], "skip_vision": "100/156", "padding_free": False},
@@ -54,8 +51,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_slow_longer": PRESETS["fast_then_slow"],
     "fast_then_slow_higher": {**PRESETS["fast_then_slow"], "lr_scheduler_kwargs": {"min_lr_rate": 0.6}},
-    "fast_then_slow_steep": {**PRESETS["fast_then_slow"], **STEEP},
-    "fast_then_some_slow_steep": {**PRESETS["fast_then_slow"], **STEEP, "slow_probability": 0.15},
     "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "milder_teacher": {
@@ -73,8 +68,6 @@ LONGER = {
     "dualspeed_longer": 1.75,
     "fast_then_slow_longer": 1.75,
     "fast_then_slow_higher": 1.75,
-    "fast_then_slow_steep": 1.75,
-    "fast_then_some_slow_steep": 1.5,
     "fast_then_slow_longer_original": 1.75,
     "fast_then_more_slow": 1.4,
 }
@@ -87,8 +80,6 @@ WORDS = {
     "dualspeed_longer": "DualSpeed, longer",
     "fast_then_slow_longer": "fast, then slow, longer",
     "fast_then_slow_higher": "fast, then slow, longer, higher rate",
-    "fast_then_slow_steep": "fast, then slow, longer, late decay",
-    "fast_then_some_slow_steep": "fast, then some slow, longer, late decay",
     "fast_then_slow_longer_original": "fast, then slow, longer, original positions",
 }
 """The names of all methods in tables and pictures."""
