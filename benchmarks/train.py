@@ -2,7 +2,7 @@
 
 python -m benchmarks.train                                          the tiny model on this machine
 python -m benchmarks.train --shape llava-1.5-7b --layers 2 --width 512 --tower-layers 2 --batch-size 4
-python -m benchmarks.train --shape smol --batch-size 4 --repeats 5 --warm-up 1 --lora --dtype bfloat16
+python -m benchmarks.train --shape smol --batch-size 2 --repeats 5 --warm-up 1 --lora --dtype bfloat16
 python -m benchmarks.train --shape llava-1.5-7b --lora --gradient-checkpointing --device cuda --dtype bfloat16
 """
 
