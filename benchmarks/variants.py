@@ -244,9 +244,9 @@ def lower_resolution(model: PreTrainedModel, prune_ratio: float) -> Iterator[Los
     side = max(1, round(whole * (1 - prune_ratio) ** 0.5))
 
     def smaller(batch: Mapping[str, Any]) -> dict[str, Any]:
-        (columns,) = family.placeholder(batch["input_ids"][0]).nonzero(as_tuple=True)
-        left_out = columns[side**2 :].tolist()
-        kept = [column for column in range(batch["input_ids"].shape[1]) if column not in set(left_out)]
+        kept = ~family.placeholder(batch["input_ids"][0])
+        (columns,) = (~kept).nonzero(as_tuple=True)
+        kept[columns[: side**2]] = True
         pixels = F.interpolate(batch["pixel_values"], size=side * embeddings.patch_size, mode="area")
         rows = {name: batch[name][:, kept] for name in ("input_ids", "attention_mask", "labels")}
         return {**batch, **rows, "pixel_values": pixels}

@@ -1,6 +1,7 @@
 """Flags that experiments of many runs share: their settings, which methods and seeds, and how runs are made."""
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,15 +13,20 @@ from saccade.reducers.frames import KNOW_TIME
 S = TypeVar("S")
 
 
-def add_study_arguments(parser: argparse.ArgumentParser, settings: type, methods: str, output: str) -> None:
+def add_study_arguments(
+    parser: argparse.ArgumentParser, settings: type, known: Iterable[str], methods: str, output: str
+) -> None:
     """Add a flag for each setting, with its words in the docstring as help, and the flags of the runs.
 
     Args:
         settings: a dataclass whose fields all have defaults, and words under `Args:`.
-        methods: the default of `--methods`.
+        known: the names that `--methods` takes.
+        methods: its default.
         output: the default of `--output`.
     """
-    parser.add_argument("--methods", default=methods, metavar="A,B", help="(default: %(default)s)")
+    parser.add_argument(
+        "--methods", default=methods, metavar="A,B", help=f"of {', '.join(known)} (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
     add_field_flags(parser, settings)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")

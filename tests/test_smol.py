@@ -404,7 +404,7 @@ def small_command(folder: Path, *words: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
+def test_from_nothing_to_a_table(tmp_path: Path, capfd, monkeypatch) -> None:
     command = small_command(tmp_path)
     assert main(command) == 0
     assert "all tokens" in capfd.readouterr().out
@@ -444,6 +444,9 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd) -> None:
     assert main([*command, "--table"]) == 0
     with pytest.raises(SaccadeError, match=r"holds a model of language_model='.*language': give that one"):
         main([*command, "--language-model", str(tmp_path)])
+    monkeypatch.setattr(study, "generators", lambda: "other")
+    with pytest.raises(SaccadeError, match=r"has seen pictures of other code \(.*, today other\): give another"):
+        main(command)
 
 
 @pytest.mark.slow

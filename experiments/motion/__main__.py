@@ -25,7 +25,7 @@ from experiments.motion.rows import clips_path, write_clips
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.sweeps import RunSpec
-from saccade.sweeps.digits import method_fields, stage_fields
+from saccade.sweeps.digits import METHODS, method_fields, stage_fields
 from saccade.sweeps.plan import Plan, make_plan
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.spec import Evaluation, standard_inferences
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("experiments.motion", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add_study_arguments(parser, Settings, "all_tokens,prune_only,dualspeed", "out/motion")
+    add_study_arguments(parser, Settings, METHODS, "all_tokens,prune_only,dualspeed", "out/motion")
     args = parser.parse_args(argv)
     # A folder for each split: the models, which do not depend on it, are trained once.
     folder, console = args.output / args.split, Console()

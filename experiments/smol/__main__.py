@@ -23,11 +23,12 @@ from rich.console import Console
 from transformers.utils import logging
 
 from experiments.arguments import add_study_arguments, given_settings, image_reducers
-from experiments.smol.study import WORDS, Settings, plan_ranking, plan_runs, prepare, write_task_table
+from experiments.smol.study import CANDIDATES, WORDS, Settings, plan_ranking, plan_runs, prepare, write_task_table
 from saccade.cli.field_flags import listed
 from saccade.cli.main import Parser, guarded
 from saccade.recipes import parse_grid
 from saccade.report.tables import print_table
+from saccade.sweeps.digits import METHODS
 from saccade.sweeps.plan import Plan, make_plan
 from saccade.sweeps.runner import run_sweep
 from saccade.sweeps.table import Standing
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser("experiments.smol", description=__doc__, formatter_class=raw, allow_abbrev=False)
-    add_study_arguments(parser, Settings, "all_tokens,dualspeed", "out/smol")
+    add_study_arguments(parser, Settings, [*METHODS, *CANDIDATES], "all_tokens,dualspeed", "out/smol")
     parser.add_argument("--only", action="append", default=[], metavar="LABEL=A,B", help="such as method=dualspeed")
     parser.add_argument("--rank", metavar="A,B", help='answer from what these reducers keep; "all" for every one')
     ratios = [0.75, 0.9, 0.95]

