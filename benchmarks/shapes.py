@@ -1,7 +1,6 @@
 """Models of real shapes with random weights, optionally cut down to fit a smaller machine."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from transformers import (
@@ -16,7 +15,7 @@ from transformers import (
 
 from saccade.errors import SaccadeError
 from saccade.training.model_presets import SHAPES as PRESETS
-from saccade.training.model_presets import Shape, shape_of
+from saccade.training.model_presets import Shape
 
 
 def _llama3() -> PreTrainedConfig:
@@ -50,7 +49,7 @@ def _smol() -> PreTrainedConfig:
 
 SHAPES: dict[str, Shape] = {
     **PRESETS,
-    "smol": replace(shape_of("smol", _smol()), config=_smol),
+    "smol": Shape("smol", _smol, 1, (24, 24), 576),
     "llama3-8b": Shape("llama3-8b", _llama3, 0, (0, 0), 576),
 }
 """The known shapes by name; `smol` is that of the testbed (docs/testbed.md) at 24 x 24 patches."""

@@ -244,9 +244,8 @@ def lower_resolution(model: PreTrainedModel, prune_ratio: float) -> Iterator[Los
     side = max(1, round(whole * (1 - prune_ratio) ** 0.5))
 
     def smaller(batch: Mapping[str, Any]) -> dict[str, Any]:
-        kept = ~family.placeholder(batch["input_ids"][0])
-        (columns,) = (~kept).nonzero(as_tuple=True)
-        kept[columns[: side**2]] = True
+        visual = family.placeholder(batch["input_ids"][0])
+        kept = ~visual | (visual.cumsum(0) <= side**2)
         pixels = F.interpolate(batch["pixel_values"], size=side * embeddings.patch_size, mode="area")
         rows = {name: batch[name][:, kept] for name in ("input_ids", "attention_mask", "labels")}
         return {**batch, **rows, "pixel_values": pixels}
