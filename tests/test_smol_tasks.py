@@ -345,6 +345,23 @@ class TestCharts:
             read[name] = {"colour": colour, "trend": "up" if change > 0 else "down"}
         return read
 
+    @pytest.mark.parametrize("grid", [12, 24])
+    def test_every_patch_that_shows_something_is_in_a_region(self, grid: int) -> None:
+        for number in range(60):
+            sample = TASKS["charts"].sample(SPLITS[number % 3], number, grid=grid)
+            pixels = np.asarray(sample.image, dtype=int)
+            # The paper is lighter than all that is drawn; a corner may be drawn on.
+            paper = pixels.reshape(-1, 3)[pixels.sum(-1).argmax()]
+            ink = np.abs(pixels - paper).max(-1) > 40
+            shown = ink.reshape(grid, PATCH, grid, PATCH).mean((1, 3))
+            named = np.zeros((grid * PATCH, grid * PATCH), dtype=bool)
+            for left, top, right, bottom in (region.box for region in sample.regions):
+                named[top:bottom, left:right] = True
+                assert ink[top:bottom, left:right].any()
+            named = named.reshape(grid, PATCH, grid, PATCH).mean((1, 3))
+            # A line of four pixels that crosses a patch covers a quarter of it; along its edge or corner, less.
+            assert (named[shown > 0.2] > 0).all(), number
+
     def test_splits_share_no_series(self, monkeypatch) -> None:
         used: dict[str, set] = {split: set() for split in SPLITS}
         real = charts.draw_series

@@ -15,6 +15,9 @@ from saccade.values import check_counts
 
 STAGES = ("pretrain", "sft")
 REQUEST = "Describe the picture."
+ASKED_SEED = 3
+"""The stream of the pictures that trained models are asked about. Stages one and two have 1 and 2, and what the tasks
+ask was decided by answers about stream 0."""
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _FEATURES = Features(
@@ -68,6 +71,15 @@ def rows_file(folder: Path, task: str, split: str, stage: str, number: int, seed
         with atomic_path(path) as aside:
             make_rows(task, split, stage, number, seed, grid, turns).to_parquet(str(aside))
     return path
+
+
+def asked_file(folder: Path, task: str, split: str, number: int, grid: int) -> Path:
+    """The file of the questions that trained models are asked, one about each picture, made if it is not there yet.
+
+    Raises:
+        SaccadeError: as `make_rows`.
+    """
+    return rows_file(folder, task, split, "sft", number, ASKED_SEED, grid, 1)
 
 
 def read_rows(paths: list[Path]) -> Dataset:

@@ -13,7 +13,7 @@ from typing import Any
 
 from experiments.smol.fonts import package_folder
 from experiments.smol.projector import align_projector
-from experiments.smol.rows import rows_file
+from experiments.smol.rows import asked_file, rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import REPORT_FILE, train_tower
@@ -391,7 +391,7 @@ def _make_data(
             spent = 1000 * (time.process_time() - started) / made
             setup[f"data-{task}-{grid}"] = {"cpu_milliseconds_per_row": spent}
             log(f"{task}: {made} rows, {spent:.1f} ms of CPU time each")
-        rows_file(folder, task, settings.split, "sft", settings.questions, 0, grid, 1)
+        asked_file(folder, task, settings.split, settings.questions, grid)
     return files
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.smol.rows import read_rows, rows_file
+from experiments.smol.rows import asked_file, read_rows
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import PATCH
 from saccade.evaluation import Inference, evaluate_inferences
@@ -52,7 +52,7 @@ def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any])
                 dtype = "bfloat16" if recipe["bf16"] else "auto"
                 model, processor = load_model(ModelOptions(model=str(folder), dtype=dtype))
             grid = model.config.vision_config.image_size // PATCH
-            rows = read_rows([rows_file(data, task, evaluation.split, "sft", evaluation.scenes, 0, grid, 1)])
+            rows = read_rows([asked_file(data, task, evaluation.split, evaluation.scenes, grid)])
             told = partial(_tell, number, len(tasks))
             entries = evaluate_inferences(model, processor, rows, inferences, BATCH, told)
             write_json_atomically(file, entries)

@@ -1,9 +1,10 @@
 """Bar charts and line charts, drawn with Pillow in a few milliseconds each."""
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise, permutations
-from math import ceil
+from math import ceil, hypot
 
 from experiments.smol.fonts import FONTS
 from experiments.smol.page import Colour, Page
@@ -114,15 +115,25 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
             ((1 + step * number) * PATCH, (rows - 1 - unit * value) * PATCH) for number, value in enumerate(series)
         ]
         page.draw.line(points, fill=shade, width=4, joint="curve")
-        for (x, y), (next_x, next_y) in pairwise(points):
-            for share in (0.0, 0.5):
-                at_x, at_y = x + share * (next_x - x), y + share * (next_y - y)
-                page.mark(at_x - PATCH / 2, at_y / PATCH - 0.5, at_x + PATCH / 2, f"{name} {colour} {trend}")
+        for row, column in _patches(points):
+            page.mark(column * PATCH, row, (column + 1) * PATCH, f"{name} {colour} {trend}")
         questions += [
             Question("trend", f"Does {name} go up or down?", trend),
             Question("legend", f"What colour is {name}?", colour),
         ]
     return questions
+
+
+def _patches(points: list[tuple[float, float]]) -> list[tuple[int, int]]:
+    """Row and column of every patch that a line through these points crosses for a third of its side or more."""
+    pixels: Counter[tuple[int, int]] = Counter()
+    for (x, y), (next_x, next_y) in pairwise(points):
+        steps = ceil(hypot(next_x - x, next_y - y))
+        shares = ((step + 0.5) / steps for step in range(steps))
+        pixels.update(
+            (int(y + share * (next_y - y)) // PATCH, int(x + share * (next_x - x)) // PATCH) for share in shares
+        )
+    return sorted(patch for patch, count in pixels.items() if count >= PATCH / 3)
 
 
 def _line(rng: random.Random, trend: str) -> tuple[int, ...]:

@@ -86,15 +86,15 @@ def _questions(rng: random.Random, page: Page, heading: str, fields: dict, table
     # Running text may have one of the words too.
     everything = {word.strip(".,;:()").lower() for line in page.written for word in line.split()}
     unsaid = [word for words in (*FIELDS.values(), ITEMS) for word in words if word.lower() not in everything]
-    looked_for = zip(rng.sample(said, 2), rng.sample(unsaid, 2), strict=True)
+    looked_for = [
+        rng.choice(((there, "yes"), (absent, "no")))
+        for there, absent in zip(rng.sample(said, 2), rng.sample(unsaid, 2), strict=True)
+    ]
     return [
         Question("heading", "What is the heading?", heading),
         *(Question("field", f"What is the {name.lower()}?", value) for name, value in fields.items()),
         *(Question("number", f"How many {item}?", number) for item, number in table.items()),
-        *(
-            Question("says", f"Does it say {word}?", answer)
-            for word, answer in (rng.choice(((there, "yes"), (absent, "no"))) for there, absent in looked_for)
-        ),
+        *(Question("says", f"Does it say {word}?", answer) for word, answer in looked_for),
     ]
 
 
