@@ -23,6 +23,7 @@ from experiments.tiny_checkpoint.tower import READ_LAYER, place_positions
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.images import open_image
+from saccade.sweeps.table import baseline_runs
 from saccade.training import make_recipe
 from saccade.training.assemble import AssembleOptions, assemble_model
 
@@ -250,6 +251,11 @@ class TestPlan:
         assert (first["dataset"], second["dataset"]) == (["a"], ["b"])
         assert (first["model"], "model" in second) == ("m", False)
         assert first["prune_ratio"] == second["prune_ratio"] == 0
+
+    def test_shorter_training_on_all_tokens_is_compared_with_the_whole(self) -> None:
+        runs = plan_runs(PREPARED, Settings(steps=40), ("all_tokens_shorter", "all_tokens", "dualspeed"), range(2))
+        assert [run.stages[-1]["max_steps"] for run in runs[:2]] == [19, 40]
+        assert baseline_runs(runs) == {"all_tokens-seed0", "all_tokens-seed1"}
 
     def test_every_candidate_is_a_recipe(self) -> None:
         published, *others = plan_runs(PREPARED, Settings(), ["dualspeed", *CANDIDATES], [0])

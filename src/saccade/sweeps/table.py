@@ -50,7 +50,10 @@ class Standing:
         self.results = {name: result for name, result in found.items() if result is not None}
         self.failed = [spec.name for spec in plan.runs if found[spec.name] is None and read_failure(output, spec)]
         done = [spec for spec in plan.runs if spec.name in self.results]
-        self.baselines = {spec.labels["seed"]: self.results[spec.name] for spec in done if is_baseline(spec)}
+        self._baseline_runs = baseline_runs(plan.runs)
+        self.baselines = {
+            spec.labels["seed"]: self.results[spec.name] for spec in done if spec.name in self._baseline_runs
+        }
         """Results of training and answering with all tokens, by seed."""
         self.rows = self._rows()
         labels = {label for spec in plan.runs for label in spec.labels} | set(EVALUATED)
@@ -65,7 +68,7 @@ class Standing:
                 continue
             if has_own_training(result):
                 figures = run_figures(result, self.baselines.get(spec.labels["seed"]))
-                rows.append({**spec.labels, **figures, "is_baseline": is_baseline(spec)})
+                rows.append({**spec.labels, **figures, "is_baseline": spec.name in self._baseline_runs})
                 continue
             for entry in result["evaluations"]:
                 # Its training is that of the baseline, which has its own row.
@@ -197,6 +200,12 @@ def is_baseline(spec: RunSpec) -> bool:
         for values in spec.stages
     )
     return "full" in ways and ordinary
+
+
+def baseline_runs(runs: Sequence[RunSpec]) -> set[str]:
+    """The names of the runs that others are compared with: of those on all tokens, the ones of most steps."""
+    steps = {spec.name: spec.stages[-1].get("max_steps", -1) for spec in runs if is_baseline(spec)}
+    return {name for name, number in steps.items() if number == max(steps.values())}
 
 
 def has_own_training(result: Mapping[str, Any]) -> bool:
