@@ -109,7 +109,8 @@ def count_saved_bytes(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
         """A saved tensor, counted until autograd releases it."""
 
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor
+            # An operation's own result would hold the graph that holds it: memory that is never freed.
+            self.tensor = tensor.detach()
             self.address = tensor.untyped_storage().data_ptr()
             if self.address not in always:
                 uses[self.address] += 1

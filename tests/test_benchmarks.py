@@ -112,9 +112,11 @@ def test_saved_bytes_leave_out_parameters_and_count_memory_once():
     given = torch.randn(3, 8, requires_grad=True)
     with count_saved_bytes(layer.parameters()) as saved:
         hidden = layer(given)
-        (hidden.exp() + hidden.exp()).sum()
+        loss = (hidden.exp() + hidden.exp()).sum()
     # `given`, and the two results of exp.
-    assert saved.peak == 3 * (3 * 8 * 4)
+    assert saved.now == saved.peak == 3 * (3 * 8 * 4)
+    del loss
+    assert saved.now == 0
 
 
 def test_the_released_selection_is_divprune(small_batch, model):
