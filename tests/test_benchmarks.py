@@ -115,7 +115,7 @@ def test_saved_bytes_leave_out_parameters_and_count_memory_once():
         loss = (hidden.exp() + hidden.exp()).sum()
     # `given`, and the two results of exp.
     assert saved.now == saved.peak == 3 * (3 * 8 * 4)
-    del loss
+    del hidden, loss
     assert saved.now == 0
 
 
