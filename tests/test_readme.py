@@ -56,7 +56,7 @@ def blocks(kind: str) -> list[str]:
 
 def smol_rows() -> dict[tuple[str, str], dict[str, str]]:
     """The means of the testbed's table, by training and by what is answered from."""
-    page = (ROOT / "docs" / "testbed.md").read_text()
+    page = (ROOT / "docs" / "testbed-results.md").read_text()
     heading, *rows = tables(page[page.index("## What was measured") :])[0]
     assert heading[:2] == ["training", "answers from"]
     return {

@@ -93,7 +93,7 @@ class Settings:
     """The numbers that all runs on the testbed share.
 
     Args:
-        grid: patches per side, one of `GRIDS`.
+        grid: patches per side, 12 or 24.
         tasks: what is learned and asked, separated by commas; tower and projector are of all tasks whatever it is.
         language_model: folder of a causal language model; SmolLM2-135M-Instruct out of its package when left out.
         tower_steps: steps of a tower's pretraining, or 0 for the tower that lies in experiments/smol/tower-12.
