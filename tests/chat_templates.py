@@ -156,6 +156,11 @@ def tokenizer_like(kind: str, stock: Stock) -> Callable[[Mapping[str, str], str]
         eos = stock.eos or stock.end
         words = dict.fromkeys(["<pad>", "<unk>", stock.start, eos, *MARKERS, *specials.values()])
         core.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in words])
+        if kind == "llama":
+            start = (stock.start, core.token_to_id(stock.start))
+            core.post_processor = processors.TemplateProcessing(
+                single=f"{start[0]} $A", pair=f"{start[0]} $A {start[0]} $B", special_tokens=[start]
+            )
         return PreTrainedTokenizerFast(
             tokenizer_object=core,
             pad_token="<pad>",

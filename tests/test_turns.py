@@ -16,14 +16,20 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.data.lengths import TokenCounter
 from saccade.data.turns import TurnWriter, with_places
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns, stop_ids
 from saccade.errors import RecordError
+from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
+from saccade.reducers import PruningConfig
+from saccade.serving.requests import vllm_request
 from saccade.testing.tiny_models import noise_image
 
 QUESTIONS = ("What is in this picture?", "Where is the cat?", "How many cats are there?")
+WRITES_START = ("idefics3", "smolvlm", "gemma3")
+"""Whose chat templates write the token that starts a text themselves."""
 ANSWERS = ("A cat sits on the mat.", "12", "Two cats,\n\nboth asleep — naïve, of course!")
 
 
@@ -64,6 +70,22 @@ def learned(collator, labels) -> list[str]:
     return [collator.processor.tokenizer.decode(list(part)).strip() for is_learned, part in stretches if is_learned]
 
 
+def stock_prompt(processor, messages: list[dict], shown: list) -> list[int]:
+    """The tokens that transformers itself makes of a conversation that asks for an answer."""
+    left = iter(shown)
+    parts = [
+        {
+            **message,
+            "content": [
+                {**part, "image": next(left)} if part["type"] == "image" else part for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(parts, **options)["input_ids"][0].tolist()
+
+
 def images(*sizes: tuple[int, int]) -> list:
     return [noise_image(*size, seed) for seed, size in enumerate(sizes)]
 
@@ -100,10 +122,10 @@ def test_answers_and_their_ends_are_learned(name, kind, build):
         # image fewer tokens where another one comes later.
         if len(row["images"]) < 2:
             asked = with_places(row["prompt"] if "prompt" in row else row["messages"][:1], len(row["images"]))
-            prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-            seen = processor(images=row["images"] or None, text=[prompt], add_special_tokens=False)["input_ids"][0]
+            seen = stock_prompt(processor, asked, row["images"])
             start = int((labels != -100).nonzero()[0])
-            assert ids[:start].tolist() == torch.as_tensor(seen).tolist()
+            assert ids[:start].tolist() == seen
+            assert seen[:2].count(processor.tokenizer.bos_token_id) == (kind == "llama" or name in WRITES_START)
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -150,6 +172,40 @@ def test_plain_texts_get_their_end(build):
         collator([row | {"completion": " on the mat.</s>"}])
     with pytest.raises(RecordError, match="differ in kind"):
         collator([row | {"completion": talk("a", "b")[1:]}])
+
+
+def test_a_text_starts_once_whoever_writes_the_start(build):
+    """A plain text may have its own start, beside rows of a chat template that leaves it to the tokenizer."""
+    _, processor, collator = build("llava", "llama")
+    begins, chat = {"text": "<s>USER: a cat"}, {"messages": turns(1), "images": []}
+    alone = [collator([row])["input_ids"][0] for row in (begins, chat, {"text": "USER: a cat"})]
+    start = processor.tokenizer.bos_token_id
+    assert [(ids == start).nonzero().flatten().tolist() for ids in alone] == 3 * [[0]]
+    both = collator([begins, chat])
+    assert both["input_ids"][0][both["attention_mask"][0] == 1].tolist() == alone[0].tolist()
+    assert both["input_ids"][1][both["attention_mask"][1] == 1].tolist() == alone[1].tolist()
+    assert learned(collator, both["labels"][1]) == [ANSWERS[0] + "</s>"]
+
+
+@pytest.mark.parametrize("template", [VICUNA, "{{ bos_token }}" + VICUNA], ids=["tokenizer", "template"])
+def test_what_asks_a_model_starts_as_its_training_does(template, build):
+    """Evaluation, requests to an engine and counted lengths, whether tokenizer or template writes the start."""
+    model, processor, collator = build("llava", "llama")
+    processor.chat_template = processor.tokenizer.chat_template = template
+    shown = images((32, 32))
+    asked = with_places(turns(1)[:1], 1)
+    expected = stock_prompt(processor, asked, shown)
+    row = {"messages": turns(1), "images": shown}
+    assert collator([row])["input_ids"][0][: len(expected)].tolist() == expected
+    assert collate_prompts(processor, [row])["input_ids"][0].tolist() == expected
+    prompt = processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    request = vllm_request(model, processor, shown, prompt, prune_ratio=0.5)
+    placeholder = get_family(model).placeholder_id
+    assert request.prompt_token_ids == [token for token, _ in groupby(expected)]
+    assert request.prompt_token_ids.count(placeholder) == 1
+    counter = TokenCounter(processor, placeholder, PruningConfig(), stop_ids=collator.stop_ids)
+    words = {"messages": turns(2), "images": []}
+    assert counter.text_tokens(words) == collator([words])["input_ids"].shape[1]
 
 
 def test_turns_that_are_not_learned_stay_as_the_template_writes_them(build):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.data.chat import apply_chat_template
+from saccade.data.chat import apply_chat_template, needs_start
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.plain import row_writer
@@ -143,7 +143,7 @@ class TokenCounter:
         Raises:
             RecordError: if training cannot use the text.
         """
-        return len(self._ids(self._writer.write(row).text))
+        return len(self._row_ids(self._writer.write(row).text))
 
     def text_and_learned(self, row: Mapping[str, Any]) -> tuple[int, int]:
         """`text_tokens`, and how many of these have labels: answers and their end tokens.
@@ -152,7 +152,7 @@ class TokenCounter:
             RecordError: if training cannot use the text.
         """
         written = self._writer.write(row)
-        return len(self._ids(written.text)), sum(
+        return len(self._row_ids(written.text)), sum(
             len(self._ids(written.text[start:end])) for start, end in written.learned
         )
 
@@ -185,6 +185,10 @@ class TokenCounter:
         reason = no_room(text_tokens, len(sizes), self.isolator_length, self.budget.fit_length)
         if reason is not None:
             raise RecordError(reason, "too_long")
+
+    def _row_ids(self, text: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        return tokenizer(text, add_special_tokens=needs_start(tokenizer, text))["input_ids"]
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]

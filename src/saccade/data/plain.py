@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from saccade.data.chat import apply_chat_template
+from saccade.data.chat import apply_chat_template, start_token
 from saccade.data.conversation import images_of, text_of, used_columns, videos_of
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.errors import RecordError
@@ -81,9 +81,3 @@ class PlainWriter:
         pairs = enumerate(zip(without, shown, strict=False))
         start = next((place for place, (one, other) in pairs if one != other), len(without))
         return shown[start : len(shown) - len(without) + start].strip()
-
-
-def start_token(tokenizer: Any) -> str:
-    """The token that a tokenizer puts before a text, or nothing."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token if tokenizer.bos_token is not None and ids[0] == tokenizer.bos_token_id else ""

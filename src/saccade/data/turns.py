@@ -34,6 +34,10 @@ class TrainingText:
     text: str
     learned: tuple[tuple[int, int], ...] = ()
 
+    def after(self, start: str) -> "TrainingText":
+        """The text with another before it."""
+        return TrainingText(start + self.text, tuple((len(start) + a, len(start) + b) for a, b in self.learned))
+
 
 @dataclass(frozen=True)
 class TurnWriter:

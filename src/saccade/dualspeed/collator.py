@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from saccade.data.chat import needs_start, start_token
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import (
     checked_message,
@@ -192,20 +193,23 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def _collate(self, prepared: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, RecordError]]:
         """The batch, and the errors of rows that cannot be used in it."""
-        texts = [row["text"] for row in prepared]
-        rows = [{self.dataset_text_field: row["text"].text, "images": row["images"]} for row in prepared]
+        texts, add_start = self._started([row["text"] for row in prepared])
+        rows = [
+            {self.dataset_text_field: text.text, "images": row["images"]}
+            for text, row in zip(texts, prepared, strict=True)
+        ]
         stock = replace(self, max_length=None, assistant_only_loss=False, completion_only_loss=False)
         videos = [row["videos"] for row in prepared]
         try:
-            batch = _process(stock, rows, videos)
+            batch = _process(stock, rows, videos, add_start)
         except (ValueError, TypeError):
-            faults = _processor_faults(stock, rows, videos)
+            faults = _processor_faults(stock, rows, videos, add_start)
             if not faults:
                 raise
             return {}, faults
         part_only = torch.tensor([row["part_only"] for row in prepared])  # (B,)
         if part_only.any():
-            learned = learned_tokens(batch, texts, self.processor)  # (B, L)
+            learned = learned_tokens(batch, texts, self.processor, add_start)  # (B, L)
             batch["labels"] = batch["labels"].masked_fill(part_only[:, None] & ~learned, IGNORE_INDEX)
         is_image = torch.isin(batch["input_ids"], torch.tensor(self._placeholders))
         batch["labels"] = batch["labels"].masked_fill(is_image, IGNORE_INDEX)
@@ -224,6 +228,18 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
                 if isinstance(value, Tensor) and value.shape == shape:
                     batch[name] = value[:, :limit]
         return batch, faults
+
+    def _started(self, texts: list[TrainingText]) -> tuple[list[TrainingText], bool]:
+        """The texts, and whether the tokenizer is to put its start token before them.
+
+        Where only some begin with it, such as plain texts beside a chat template's, it is written before the others.
+        """
+        tokenizer = self.processor.tokenizer
+        needed = [needs_start(tokenizer, text.text) for text in texts]
+        if any(needed) and not all(needed):
+            start = start_token(tokenizer)
+            texts = [text.after(start) if needs else text for text, needs in zip(texts, needed, strict=True)]
+        return texts, all(needed)
 
     def _fit_faults(self, batch: dict[str, Any], is_image: Tensor, images: Sequence[int]) -> dict[int, RecordError]:
         """Why rows cannot fit under `fit_length`, however few visual tokens they keep."""
@@ -277,22 +293,28 @@ def _check_learnable(example: dict[str, Any]) -> None:
         raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
 
 
-def _process(stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]]) -> dict[str, Any]:
-    """TRL's batch, whose collator knows no videos: they are given to the processor beside what it gives."""
+def _process(
+    stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]], add_start: bool
+) -> dict[str, Any]:
+    """TRL's batch, whose collator knows no videos and never asks for a start token: the processor is told of them
+    beside what it gives."""
     clips = [clip for clips in videos for clip in clips]
-    if clips:
-        stock = replace(stock, processor=with_clips(stock.processor, clips))
-    return _stock_call(stock, rows)
+    call = with_clips(stock.processor, clips) if clips else stock.processor
+
+    def processor(**options: Any) -> Any:
+        return call(**{**options, "add_special_tokens": add_start})
+
+    return _stock_call(replace(stock, processor=processor), rows)
 
 
 def _processor_faults(
-    stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]]
+    stock: DualSpeedCollator, rows: list[dict[str, Any]], videos: list[list[Any]], add_start: bool
 ) -> dict[int, RecordError]:
     """The rows that the processor refuses, such as an image too narrow for it."""
     faults = {}
     for row, (example, clips) in enumerate(zip(rows, videos, strict=True)):
         try:
-            _process(stock, [example], [clips])
+            _process(stock, [example], [clips], add_start)
         except (ValueError, TypeError) as error:
             faults[row] = RecordError(f"the processor refuses it: {' '.join(str(error).split())}")
     return faults

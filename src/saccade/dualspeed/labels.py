@@ -29,7 +29,9 @@ def stop_ids(generation_config: GenerationConfig | None, tokenizer: PreTrainedTo
     return tuple(dict.fromkeys([token for token in (tokenizer.eos_token_id, *ids) if token is not None]))
 
 
-def learned_tokens(batch: Mapping[str, Any], texts: Sequence[TrainingText], processor: ProcessorMixin) -> Tensor:
+def learned_tokens(
+    batch: Mapping[str, Any], texts: Sequence[TrainingText], processor: ProcessorMixin, add_start: bool
+) -> Tensor:
     """bool `(B, L)`, true on the tokens of the learned parts of each text.
 
     In the batch, each image has been expanded to many tokens. A learned part contains no image tokens and ends with a
@@ -44,7 +46,7 @@ def learned_tokens(batch: Mapping[str, Any], texts: Sequence[TrainingText], proc
     if not tokenizer.is_fast:
         raise RecordError(f"{type(tokenizer).__name__} does not return offsets of its tokens: use the fast tokenizer")
     encoded = tokenizer(
-        [text.text for text in texts], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        [text.text for text in texts], add_special_tokens=add_start, return_offsets_mapping=True, verbose=False
     )
     learned = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for row, text in enumerate(texts):

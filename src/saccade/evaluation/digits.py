@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from saccade.companions import find_companion
-from saccade.data.chat import apply_chat_template
+from saccade.data.chat import apply_chat_template, needs_start
 from saccade.data.clips import check_takes_videos, with_clips
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
@@ -262,7 +262,7 @@ def _process(
             images=images if any(images) else None,
             padding=True,
             padding_side="left",
-            add_special_tokens=False,
+            add_special_tokens=needs_start(processor.tokenizer, text[0]),
             return_tensors="pt",
         )
     except SaccadeError:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from saccade.data.chat import needs_start
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.pruning import ModeIsolator, Pruner, prune, pruning_config
@@ -107,12 +108,13 @@ def vllm_request(
     family = get_family(model)
     _check(family, config)
     images = [images] if isinstance(images, Image.Image) else list(images)
-    ids = processor.tokenizer(prompt)["input_ids"]
+    tokenizer = processor.tokenizer
+    ids = tokenizer(prompt, add_special_tokens=needs_start(tokenizer, prompt))["input_ids"]
     count = ids.count(family.placeholder_id)
     if count != len(images):
         raise SaccadeError(f"prompt has {count} image placeholders, and {len(images)} images were given")
     pruner = Pruner(config, isolator_rows(family, config.isolator if isolator is None else isolator))
-    token = processor.tokenizer.convert_ids_to_tokens(family.placeholder_id)
+    token = tokenizer.convert_ids_to_tokens(family.placeholder_id)
     rows = []
     for image in images:
         # One at a time, as an engine sees it.

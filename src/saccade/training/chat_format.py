@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from saccade.data.chat import apply_chat_template
-from saccade.data.plain import start_token
+from saccade.data.chat import apply_chat_template, start_token
 from saccade.errors import RecordError, SaccadeError
 
 V1_SYSTEM = (
