@@ -309,8 +309,9 @@ class DualSpeedTrainer(SFTTrainer):
         if wanted is not None:
             return wanted
         skips = any(mode.action == "skip" for mode in self.args.all_modes())
-        stock = self.args.takes_stock_steps
-        return self.engine == "ddp" and not (stock or skips) and packing_pays(self.family, self.args.device)
+        # Packed, all rows would share the noise of one as long as them together.
+        against = self.args.takes_stock_steps or skips or self.args.neftune_noise_alpha
+        return self.engine == "ddp" and not against and packing_pays(self.family, self.args.device)
 
     def _speed_up(self) -> None:
         """Apply the options for speed."""
