@@ -74,6 +74,7 @@ from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule
 from saccade.dualspeed.packing import allow_packing, packing_pays
 from saccade.dualspeed.parts import InParts
+from saccade.dualspeed.pushes import CheckpointPushes
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.dualspeed.weights import check_files, load_by_name
@@ -95,7 +96,7 @@ Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     *("_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint"),
-    *("_load_rng_state", "_save"),
+    *("_load_rng_state", "_push_from_checkpoint", "_save"),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -282,6 +283,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.run_id: str | None = None
         self.best = BestOfRun()
         self.add_callback(self.best)
+        self.pushes = CheckpointPushes(self)
+        self.add_callback(self.pushes)
         self._identity: dict[str, Any] | None = None
         self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
         self.add_callback(self.sigterm)
@@ -882,12 +885,27 @@ class DualSpeedTrainer(SFTTrainer):
             try:
                 if best != self.state.best_model_checkpoint:
                     self.state.save_to_json(str(folder / "trainer_state.json"))
+                card = partial / "README.md"
+                if self.args.push_to_hub and card.is_file():
+                    card.replace(run_dir / card.name)
                 written = publish_checkpoint(partial, run_dir)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            remove_old_checkpoints(written, self.args.save_total_limit, self.state.best_model_checkpoint)
+            if self.args.push_to_hub:
+                with disk_errors(run_dir):
+                    self._push_from_checkpoint(str(written))
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            remove_old_checkpoints(written, limit, best, self.pushes.reading())
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        checkpoint = Path(checkpoint_folder)
+        # Called by the stock `_save_checkpoint` too, while the checkpoint is in a folder that will be gone by the time
+        # that an upload reads it.
+        if checkpoint.parent.name != PARTIAL_DIR:
+            with self.pushes.of(checkpoint):
+                super()._push_from_checkpoint(checkpoint_folder)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
