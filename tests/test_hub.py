@@ -1,4 +1,5 @@
-"""`saccade export --push-to-hub`: the real client against a hub on loopback that keeps what it is given."""
+"""`saccade export --push-to-hub` and `push_to_hub` in training: the real client against a hub on loopback that
+keeps what it is given."""
 
 import base64
 import json
@@ -8,10 +9,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from helpers import make_trainer
+from huggingface_hub import HfApi, constants
+from transformers import TrainerCallback
 
-from saccade import SaccadeError
+from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
+from saccade.dualspeed.checkpoint import find_fault
+from saccade.dualspeed.folder import PARTIAL_DIR
+from saccade.tiny import build_tiny_llava
 from saccade.training import export
 from saccade.training.hub import check_hub, push_folder
 
@@ -172,3 +178,96 @@ def test_a_hub_that_is_not_there(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(SaccadeError, match=r"push_to_hub='me/model' failed .* `hf upload me/model"):
         push_folder(tmp_path, "me/model")
+
+
+@pytest.fixture
+def uploads(hub: Hub, monkeypatch) -> threading.Event:
+    """Uploads of a trainer look at their folder once this is set."""
+    begin, prepare = threading.Event(), HfApi._prepare_upload_folder_additions
+
+    def when_begun(*args, **options):
+        assert begin.wait(60)
+        return prepare(*args, **options)
+
+    monkeypatch.setattr(HfApi, "_prepare_upload_folder_additions", when_begun)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # has the address of the hub
+    yield begin
+    begin.set()
+
+
+def pushing(model, processor, folder: Path, strategy: str, **options) -> DualSpeedTrainer:
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "push_to_hub": True}
+    saving |= {"hub_model_id": "me/model", "hub_strategy": strategy, "hub_token": TOKEN}
+    return make_trainer(model, processor, folder, **{**saving, **options})
+
+
+def failures(trainer: DualSpeedTrainer) -> list[BaseException | None]:
+    """What each upload since the last pause failed with."""
+    return [job.exception() for job in trainer.push_in_progress.jobs]
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_checkpoints_are_pushed_while_training_goes_on(hub, uploads, model, processor, tmp_path, strategy) -> None:
+    """Every upload reads its folder after the last step, when `save_total_limit` would have removed two of them."""
+    trainer = pushing(model, processor, tmp_path, strategy, hub_always_push=True, save_total_limit=1)
+
+    class Slow(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            uploads.set()
+
+    trainer.add_callback(Slow())
+    trainer.train()
+    whole = strategy == "checkpoint"
+    assert failures(trainer) == [None] * (6 if whole else 3)
+    newest = tmp_path / "checkpoint-3"
+    for name in ("model.safetensors", "config.json", "mode_isolator.saccade", "pruning_config.json"):
+        assert hub.files[name] == (newest / name).read_bytes(), name
+    assert "README.md" in hub.files
+    last = {name: content for name, content in hub.files.items() if name.startswith("last-checkpoint/")}
+    written = {path.name: path.read_bytes() for path in newest.iterdir()}
+    assert last == ({f"last-checkpoint/{name}": content for name, content in written.items()} if whole else {})
+    there = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert there == (["checkpoint-1", "checkpoint-2", "checkpoint-3"] if whole else ["checkpoint-3"])
+    # Once the uploads are through, the next save removes what they needed.
+    trainer._save_checkpoint(trainer.model, trial=None)
+    trainer._finish_current_push()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_an_upload_leaves_out_a_checkpoint_that_is_being_written(
+    hub, uploads, model, processor, tmp_path, monkeypatch
+) -> None:
+    trainer = pushing(model, processor, tmp_path, "every_save", max_steps=2)
+    write = trainer._save_optimizer_and_scheduler
+
+    def slowly(folder):
+        write(folder)
+        if trainer.state.global_step == 2:
+            assert any((tmp_path / PARTIAL_DIR).rglob("model.safetensors"))
+            uploads.set()
+            trainer._finish_current_push()
+            assert failures(trainer) == [None]
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", slowly)
+    trainer.train()
+    assert "model.safetensors" in hub.files
+    assert not [name for name in hub.files if "checkpoint" in name]
+
+
+def test_a_push_replaces_a_finished_model_with_all_that_describes_it(hub, uploads, model, processor, tmp_path) -> None:
+    """A run that is trained for longer: until it is finished again, its folder does not say that it is."""
+    uploads.set()
+    constant = {"lr_scheduler_type": "constant", "max_steps": 1}
+    trainer = pushing(model, processor, tmp_path, "every_save", **constant)
+    trainer.train()
+    trainer.save_model()
+    assert "dualspeed.json" in hub.files
+    (tmp_path / "eval.json").write_text("{}")
+    again = pushing(
+        build_tiny_llava(processor, seed=0), processor, tmp_path, "every_save", **{**constant, "max_steps": 2}
+    )
+    again.train(resume_from_checkpoint=True)
+    assert find_fault(tmp_path / "checkpoint-2", thorough=True) is None
+    assert not (tmp_path / "dualspeed.json").exists()
+    assert not (tmp_path / "eval.json").exists()
+    assert hub.files["model.safetensors"] == (tmp_path / "checkpoint-2" / "model.safetensors").read_bytes()

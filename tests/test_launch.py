@@ -6,18 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from helpers import make_trainer
 
-from saccade import SaccadeError
+from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
+from saccade.data import digit_scenes
 from saccade.dualspeed.checkpoint import newest_checkpoint
 from saccade.launch import PRESETS, check_engine, make_plan, run_processes
 from saccade.launch import plan as plan_module
 from saccade.launch.plan import FOLDER, LaunchPlan
+from saccade.testing.training import make_config
 
 
 @pytest.fixture
@@ -103,6 +107,43 @@ def test_zero_without_deepspeed(monkeypatch):
 def test_more_processes_than_gpus(gpus):
     with pytest.raises(SaccadeError, match="processes=9: this machine has 8 GPUs"):
         make_plan("ddp", 9)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs in this process, as far as the options of a run can see."""
+    monkeypatch.setattr(DualSpeedConfig, "_n_gpu", property(lambda args: 2, lambda args, number: None), raising=False)
+
+
+def test_several_gpus_without_a_launcher_are_one_line(two_gpus, tmp_path, capfd):
+    output, words = tmp_path / "run", ["train", "tiny-digits/sft", "--model", "tiny", "--use_cpu", "true"]
+    assert main([*words, "--output_dir", str(output)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert error.startswith("saccade: error: n_gpu=2: a process trains on one GPU and this one sees 2; start one ")
+    assert "--launch ddp`" in error
+    assert "set CUDA_VISIBLE_DEVICES=0" in error
+    assert "\n" not in error
+    assert not output.exists()
+    # A launcher checks the recipe in a process that sees all GPUs.
+    assert main([*words, "--output_dir", str(output), "--check"]) == 0
+
+
+def test_several_gpus_are_refused_before_a_model_is_loaded(two_gpus, model, processor, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("saccade.dualspeed.trainer.load_by_name", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(SaccadeError, match="n_gpu=2"):
+        make_trainer(str(tmp_path / "model"), processor, tmp_path)
+
+
+def test_a_model_that_is_split_over_gpus_may_see_them(model, processor, tmp_path):
+    """The stock trainer counts its GPUs as one. One that is on a single device, as quantized ones are, TRL refuses."""
+    rows = digit_scenes("sft", "train", 2, seed=5)
+    for devices, refused in (((0, 1), False), (("cpu", "cpu"), True)):
+        model.hf_device_map = dict(zip(("model.vision_tower", "model.language_model"), devices, strict=True))
+        args = make_config(tmp_path)
+        args._n_gpu = 2
+        with pytest.raises(SaccadeError, match="DataParallel") if refused else nullcontext():
+            DualSpeedTrainer(model, args, train_dataset=rows, processing_class=processor)
 
 
 class Accelerator:

@@ -22,6 +22,7 @@ from experiments.studies.results_page import write_docs
 from experiments.studies.studies import plan_study
 from experiments.studies.worker import run_study
 from saccade import SaccadeError
+from saccade.dualspeed.folder import PARTIAL_DIR
 from saccade.sweeps import QUICK, DigitSettings, Evaluation, RunSpec, digit_run
 
 METHODS = ("all_tokens", "dualspeed", "prune_only")
@@ -131,7 +132,7 @@ def made(tmp_path_factory):
     """A complete run after a kill in its second stage left checkpoints: the stages, the result, and its output."""
     stages = tmp_path_factory.mktemp("stages")
     killed = stages / SPEC.stage_ids[1]
-    for name in ("checkpoint-2", ".partial-checkpoint/checkpoint-4"):
+    for name in ("checkpoint-2", f"{PARTIAL_DIR}/checkpoint-4"):
         (killed / name).mkdir(parents=True)
         (killed / name / "model.safetensors").write_text("half-written")
     said = io.StringIO()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from helpers import ORDINARY, losses, make_trainer
-from transformers import LlavaForConditionalGeneration, MistralConfig
+from transformers import LlavaForConditionalGeneration, MistralConfig, TrainerCallback
 
 from saccade import SaccadeError
 from saccade.data import digit_scenes
@@ -167,8 +167,10 @@ def test_the_loop_and_flash_agree_on_what_a_row_is():
         ({"padding_free": False}, False),
         (ORDINARY, False),
         ({"skip_vision": "100/156"}, False),
+        ({"neftune_noise_alpha": 5.0}, False),
+        ({"neftune_noise_alpha": 0.0}, True),
     ],
-    ids=["by default", "told not to", "stock steps", "a mode that skips"],
+    ids=["by default", "told not to", "stock steps", "a mode that skips", "noise", "no noise"],
 )
 def test_rows_are_packed_on_a_cpu_unless_something_is_against_it(processor, tmp_path, options, packs):
     trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
@@ -211,11 +213,49 @@ def test_a_run_without_padding_is_the_run_with_it(processor, tmp_path, options):
     assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
 
 
+@pytest.mark.parametrize("slow", [0.0, 1.0])
+def test_noise_is_scaled_by_the_length_of_the_rows_that_run(processor, tmp_path, slow):
+    """alpha / sqrt(length x width), of the pruned row in a fast step; neither packing nor parts change the length."""
+    model = build_tiny_llava(processor, seed=0)
+    options = {"slow_probability": slow, "max_steps": 1, "neftune_noise_alpha": 5.0, "distill_weight": 0.0}
+    trainer = make_trainer(model, processor, tmp_path, **options, **({"slow_micro_batch_size": 3} if slow else {}))
+    embed, found, whole = model.get_input_embeddings(), [], []
+
+    def spy(module, given, output):
+        noise = (output - F.embedding(given[0], module.weight)).abs().max().item()
+        found.append((output.shape, noise))
+
+    def attach(args, state, control, **kwargs):
+        embed.register_forward_hook(spy)  # after that of the noise
+
+    def see(mode, batch, *rest):
+        whole.append(batch["input_ids"].shape)
+        return run(mode, batch, *rest)
+
+    callback = TrainerCallback()
+    callback.on_train_begin = attach
+    trainer.add_callback(callback)
+    run, trainer._step = trainer._step, see
+    trainer.train()
+    (batch,) = whole
+    rows, length, width = (sum(shape[0] for shape, _ in found), found[0][0][1], found[0][0][2])
+    assert rows == batch[0] == 4
+    assert {shape[1] for shape, _ in found} == {length}
+    assert (length == batch[1]) == bool(slow)
+    for _, noise in found:
+        assert noise == pytest.approx(5.0 / (length * width) ** 0.5, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"padding_free": True, "skip_vision": "100/156"}, "padding_free=True does not go with modes that skip"),
         ({"packing": True}, "packing=True .*set padding_free=True"),
+        ({"padding_free": True, "neftune_noise_alpha": 5.0}, "padding_free=True with neftune_noise_alpha=5.0: "),
+        (
+            {"slow_micro_batch_size": 2, "neftune_noise_alpha": 5.0, "fit_length": 64, "fit_slow": True},
+            "slow_micro_batch_size=2 with neftune_noise_alpha=5.0 and rows that are made to fit",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, options, message):

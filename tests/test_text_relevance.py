@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
+from transformers.integrations.neftune import activate_neftune
 
 from saccade import prune_inputs
 from saccade.errors import SaccadeError
@@ -66,6 +67,18 @@ def test_relevance_is_the_mean_cosine_over_words_then_turns(model, batch):
         expected = relevance_oracle(model, family, encoded, batch, labels)
         torch.testing.assert_close(encoded.context.relevance, expected)
     assert row_samples(encoded.context, batch["input_ids"] == 4).tolist() == [0, 1, 1, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("field", ["relevance", "word_relevance"])
+def test_the_question_is_read_without_the_noise_of_training(model, batch, field):
+    """What `neftune_noise_alpha` adds to the embeddings of a batch of rows."""
+    family, needs = get_family(model.train()), Needs(frozenset({field}))
+    before = family.encode(batch, needs).context
+    activate_neftune(model, 5.0)
+    noisy = family.encode(batch, needs).context
+    assert torch.equal(getattr(noisy, field), getattr(before, field))
+    assert model.get_input_embeddings().training
 
 
 @torch.no_grad()

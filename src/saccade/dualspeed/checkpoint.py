@@ -311,7 +311,9 @@ def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
     return target
 
 
-def remove_old_checkpoints(newest: Path, limit: int | None, best: str | None) -> None:
+def remove_old_checkpoints(
+    newest: Path, limit: int | None, best: str | None, in_use: Collection[str] = frozenset()
+) -> None:
     """Remove checkpoints next to `newest`, which was just written, until `limit` are left.
 
     They are ordered by step, not by file times, which go backwards when a clock is reset. Those with a later step are
@@ -320,10 +322,11 @@ def remove_old_checkpoints(newest: Path, limit: int | None, best: str | None) ->
     Args:
         limit: how many to keep; None or 0 for all. `newest` and `best` are always kept.
         best: the best checkpoint so far; only the folder's name matters, since the run may have been moved.
+        in_use: names of others that have to stay for now, though there may then be more than `limit`.
     """
     if not limit or limit < 1:
         return
-    kept = {newest.name, *([] if best is None else [Path(best).name])}
+    kept = {newest.name, *in_use, *([] if best is None else [Path(best).name])}
     others = [path for path in checkpoints(newest.parent) if path.name not in kept]
     later = [path for path in others if step_of(path) > step_of(newest)]
     earlier = [path for path in reversed(others) if path not in later]

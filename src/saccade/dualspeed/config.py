@@ -177,9 +177,9 @@ class DualSpeedConfig(SFTConfig):
         padding_free (`bool`, *optional*):
             Pack the sequences of a micro-batch into one without padding; attention stays within each sequence. Uses
             variable-length attention on a GPU in half precision, and one sequence at a time elsewhere. For `"sdpa"`
-            and `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3. Evaluation keeps its
-            padding. If not given, sequences are packed where it is possible and was measured to be faster, which is
-            on a CPU.
+            and `"flash_attention_2"` attention; not for modes that skip, nor for Gemma 3, nor with
+            `neftune_noise_alpha`, whose noise depends on the length of a row. Evaluation keeps its padding. If not
+            given, sequences are packed where it is possible and was measured to be faster, which is on a CPU.
         torch_compile (`bool`, *optional*, defaults to `False`):
             Compile the decoder layers one by one, for sequences of any length. Not for modes that skip, nor under FSDP
             and DeepSpeed.
@@ -338,6 +338,11 @@ class DualSpeedConfig(SFTConfig):
         for name in ("padding_free", "torch_compile"):
             if skips and getattr(self, name):
                 raise SaccadeError(f"{name}=True does not go with modes that skip tokens: set it to false")
+        if self.padding_free and self.neftune_noise_alpha:
+            raise SaccadeError(
+                f"padding_free=True with neftune_noise_alpha={self.neftune_noise_alpha}: the noise is scaled by the "
+                "length of a row, which packing would make that of the whole micro-batch; leave one of them out"
+            )
         if self.torch_compile:
             check_compiling(self.torch_compile_backend, self.torch_compile_mode)
         if self.slow_micro_batch_size is not None:
@@ -466,6 +471,12 @@ class DualSpeedConfig(SFTConfig):
             )
         if self.fp16:
             raise SaccadeError(f"{name} with fp16=True, whose loss is scaled: use bf16=True")
+        fits = any(mode.keeps_all and mode.action == "drop" for mode in self.all_modes())
+        if fits and self.neftune_noise_alpha:
+            raise SaccadeError(
+                f"{name} with neftune_noise_alpha={self.neftune_noise_alpha} and rows that are made to fit: the noise "
+                "is scaled by the longest row of a pass, and each part would have its own; leave one of them out"
+            )
 
     def _check_feature_cache(self) -> None:
         if self.feature_cache is None:

@@ -24,7 +24,8 @@ OWNER_FILE = "run.json"
 """In `output_dir` from the start of training: the run that the folder belongs to."""
 
 LOCK_FILE = ".run.lock"
-PARTIAL_DIR = ".partial-checkpoint"
+PARTIAL_DIR = "_partial-checkpoint"
+"""Uploads of `output_dir`, which run while a checkpoint is written, leave out what begins with an underscore."""
 EVALUATION_FILE = "eval.json"
 LOG_FILE = "log.json"
 MEASURED = (EVALUATION_FILE, LOG_FILE)

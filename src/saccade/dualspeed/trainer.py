@@ -68,11 +68,13 @@ from saccade.dualspeed.folder import (
 )
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.dualspeed.labels import check_turns, stop_ids
+from saccade.dualspeed.loss import learnable_labels
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule
 from saccade.dualspeed.packing import allow_packing, packing_pays
 from saccade.dualspeed.parts import InParts
+from saccade.dualspeed.pushes import CheckpointPushes
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.dualspeed.weights import check_files, load_by_name
@@ -94,7 +96,7 @@ Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     *("_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint"),
-    *("_load_rng_state", "_save"),
+    *("_load_rng_state", "_push_from_checkpoint", "_save"),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -116,7 +118,8 @@ class DualSpeedTrainer(SFTTrainer):
             Options of the run.
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. When left out, a [`DualSpeedCollator`] with the options of `args`; one of your own
-            returns what the processor does, and `labels`.
+            returns what the processor does, and `labels`, of which those of image tokens, of padding and of the first
+            token of a row are ignored.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, or `prompt` and `completion`, and `images`: PIL images, paths, or mappings with
             "bytes" or "path". A stream needs `max_steps`.
@@ -280,6 +283,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.run_id: str | None = None
         self.best = BestOfRun()
         self.add_callback(self.best)
+        self.pushes = CheckpointPushes(self)
+        self.add_callback(self.pushes)
         self._identity: dict[str, Any] | None = None
         self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
         self.add_callback(self.sigterm)
@@ -307,8 +312,9 @@ class DualSpeedTrainer(SFTTrainer):
         if wanted is not None:
             return wanted
         skips = any(mode.action == "skip" for mode in self.args.all_modes())
-        stock = self.args.takes_stock_steps
-        return self.engine == "ddp" and not (stock or skips) and packing_pays(self.family, self.args.device)
+        # Packed, all rows would share the noise of one as long as them together.
+        against = self.args.takes_stock_steps or skips or self.args.neftune_noise_alpha
+        return self.engine == "ddp" and not against and packing_pays(self.family, self.args.device)
 
     def _speed_up(self) -> None:
         """Apply the options for speed."""
@@ -537,7 +543,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         batches = []
         for batch in islice(epoch_iterator, num_batches):
-            self._ignore_repeated_rows(batch, self.args.train_batch_size)
+            self._ignore_unlearned(batch, self.args.train_batch_size)
             batches.append(batch)
         if not has_length(self.train_dataset):
             batches = self._fill_up(batches, num_batches)
@@ -582,7 +588,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         found = inputs.pop(BAD_RECORDS, ())
         self._note_bad_records(found, given_up=not inputs)
-        self._ignore_repeated_rows(inputs, self.args.eval_batch_size)
+        self._ignore_unlearned(inputs, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and "labels" in inputs:
             counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
@@ -606,6 +612,18 @@ class DualSpeedTrainer(SFTTrainer):
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
         return output
 
+    def _ignore_unlearned(self, batch: dict[str, Any], size: int) -> None:
+        """Mask the labels that do not count, before anything counts them. A collator of the user's own, TRL's for
+        instance, labels image tokens too.
+
+        Args:
+            size: rows of a full batch on each rank.
+        """
+        if "labels" in batch:
+            placeholder = self.family.placeholder(batch["input_ids"])
+            batch["labels"] = learnable_labels(batch["labels"], placeholder, batch.get("attention_mask"))
+            self._ignore_repeated_rows(batch, size)
+
     def _ignore_repeated_rows(self, batch: dict[str, Any], size: int) -> None:
         """With several ranks, mask the labels of rows that merely pad the last batch of an epoch.
 
@@ -619,9 +637,8 @@ class DualSpeedTrainer(SFTTrainer):
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return
-        if "labels" in batch:
-            before = self.accelerator.process_index * size
-            batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
+        before = self.accelerator.process_index * size
+        batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
 
     def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
         """Record the bad records of all ranks, and stop all of them if there are too many or one has no batch."""
@@ -868,12 +885,27 @@ class DualSpeedTrainer(SFTTrainer):
             try:
                 if best != self.state.best_model_checkpoint:
                     self.state.save_to_json(str(folder / "trainer_state.json"))
+                card = partial / "README.md"
+                if self.args.push_to_hub and card.is_file():
+                    card.replace(run_dir / card.name)
                 written = publish_checkpoint(partial, run_dir)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            remove_old_checkpoints(written, self.args.save_total_limit, self.state.best_model_checkpoint)
+            if self.args.push_to_hub:
+                with disk_errors(run_dir):
+                    self._push_from_checkpoint(str(written))
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            remove_old_checkpoints(written, limit, best, self.pushes.reading())
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        checkpoint = Path(checkpoint_folder)
+        # Called by the stock `_save_checkpoint` too, while the checkpoint is in a folder that will be gone by the time
+        # that an upload reads it.
+        if checkpoint.parent.name != PARTIAL_DIR:
+            with self.pushes.of(checkpoint):
+                super()._push_from_checkpoint(checkpoint_folder)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

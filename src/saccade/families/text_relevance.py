@@ -170,7 +170,13 @@ def _embedded(embed: nn.Module, lists: list[list[int]], device: torch.device) ->
     """The unit embeddings of each list of words: float32 `(n, D)` each."""
     # One call, whatever the lists contain: if the embedding is sharded, all ranks must call it equally often.
     flat = torch.tensor([word for words in lists for word in words], dtype=torch.long, device=device)
-    return torch.nn.functional.normalize(embed(flat).float(), dim=1).split([len(words) for words in lists])
+    # In training, `neftune_noise_alpha` adds noise to what the embedding returns, for batches of rows only.
+    training, embed.training = embed.training, False
+    try:
+        vectors = embed(flat).float()
+    finally:
+        embed.training = training
+    return torch.nn.functional.normalize(vectors, dim=1).split([len(words) for words in lists])
 
 
 def _embedded_turns(embed: nn.Module, turns: list[list[list[int]]], device: torch.device) -> Tensor:
