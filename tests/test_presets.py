@@ -41,6 +41,13 @@ class TestWhichFieldWins:
         args = DualSpeedConfig.preset("fast_then_slow", output_dir=str(tmp_path), use_cpu=True, distill_weight=0.5)
         assert (args.schedule, args.isolator_length, args.distill_weight) == ("sequential", 0, 0.5)
 
+    def test_another_schedule_of_the_rate_does_not_get_the_preset_s_arguments(self, tmp_path) -> None:
+        recipe = "model: tiny\ndataset: digits\npreset: fast_then_slow\nlr_scheduler_type: cosine\n"
+        with pytest.raises(SaccadeError, match="lr_scheduler_type='cosine' is not that of preset='fast_then_slow'"):
+            load_recipe(written(tmp_path, recipe))
+        args = load_recipe(written(tmp_path, recipe + "lr_scheduler_kwargs: null\n")).trainer
+        assert (args.lr_scheduler_type, args.schedule) == ("cosine", "sequential")
+
     def test_a_sweep_compares_it_with_the_recipe(self, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("saccade.sweeps.runner.run_sweep", lambda plan, output, *_: plan.write(output) or _Done)
         command = ["sweep", "tiny-digits/sft", "--grid", "preset=null,fast_then_slow", "--output", str(tmp_path)]

@@ -86,17 +86,15 @@ def test_its_first_figures_are_those_of_the_testbed() -> None:
     seconds = [float(row["CPU time of training"].removesuffix(" s")) for row in (last, every)]
     assert [row["seeds"] for row in (every, last, pruned, dualspeed)] == ["3"] * 4
     for words in (
-        f"After training on all 576 visual tokens of a picture it is right in {every[mean]} of the test questions",
-        f"it is right in {pruned[mean]} from that tenth and in {last[mean]} from all tokens, "
+        f"Trained on all 576 visual tokens of a picture, it answers {every[mean]} of the test questions correctly.",
+        f"it answers {pruned[mean]} correctly from that tenth and {last[mean]} from all tokens, "
         f"after {round(100 * seconds[0] / seconds[1])} % of the CPU time",
         "(three seeds, on a CPU,",
         f"reached a share of {dualspeed['share']} (three seeds)",
     ):
         assert words in WORDS, words
     alone = rows["all tokens", "pruned"][mean]
-    assert (
-        f"a model trained on all of them is right in {alone}, one trained mostly on a tenth in {pruned[mean]}" in WORDS
-    )
+    assert f"the model trained on all of them answers {alone} correctly, the preset's {pruned[mean]}." in WORDS
     assert "![Accuracy over the CPU time of training](docs/images/smol_trade_off.png)" in README
 
 
