@@ -13,8 +13,9 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, pipeli
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
+from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import PER_IMAGE
-from saccade.skip_vision.cache import cache_name, cache_of
+from saccade.skip_vision.cache import cache_name
 from saccade.testing.families import Case, generation_options, logits
 from saccade.testing.tiny_models import Tiny
 
