@@ -16,7 +16,7 @@ from saccade.pruning import ModeIsolator
 from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import PER_IMAGE
 from saccade.skip_vision.cache import cache_name
-from saccade.testing.families import Case, generation_options, logits
+from saccade.testing.families import CLOSE, Case, generation_options, logits
 from saccade.testing.tiny_models import Tiny
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
@@ -191,6 +191,18 @@ def test_a_forward_is_of_the_shorter_sequence():
         torch.testing.assert_close(logits(case.model, case.inputs), expected)
         with pytest.raises(SaccadeError, match="labels: a model that prunes in place does not train"):
             case.model(**case.batch)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "lfm2_vl"])
+def test_the_last_column_of_a_left_padded_batch(name):
+    """The logits of each sample by itself."""
+    case = Case(name, RELATIVES[name]) if name in RELATIVES else CASES[name]
+    for positions in case.positions:
+        with apply_pruning(case.model, CONFIG.replace(positions=positions)), torch.no_grad():
+            alone = torch.cat([case.model(**case.prompts([row])).logits[:, -1] for row in (0, 1, 3)])
+            for options in ({}, {"logits_to_keep": 1}):
+                together = case.model(**case.prompts([0, 1, 3]), **options).logits[:, -1]
+                torch.testing.assert_close(together, alone, **CLOSE)
 
 
 def test_limits_of_the_length_count_the_prompt_that_was_given():

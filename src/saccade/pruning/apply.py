@@ -164,7 +164,8 @@ def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = 
 
     The output of `generate` starts with the original prompt, as with the stock model, so callers need no change:
     pipelines, lmms-eval's stock models and `transformers serve` prune too. So does a plain `forward` on processor
-    outputs; its logits are those of the shorter sequence, padded on the right.
+    outputs; its logits are those of the shorter sequence, padded on the left if every row of the batch ends with a
+    real token, else on the right.
 
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
@@ -206,7 +207,9 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise SaccadeError(
             "labels: a model that prunes in place does not train; use DualSpeedTrainer, or call `remove()` first"
         )
-    return call_original(model, **pruning.shorten(kwargs, "right"))
+    mask = kwargs.get("attention_mask")
+    ends = mask is None or bool(mask[:, -1].all())
+    return call_original(model, **pruning.shorten(kwargs, "left" if ends else "right"))
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
