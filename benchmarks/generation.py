@@ -15,9 +15,10 @@ from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.interfaces import by_name, changed
 from saccade.pruning import Pruner, prune, prune_inputs
+from saccade.pruning.cache import cache_of
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.cache import cache_name, cache_of
+from saccade.skip_vision.cache import cache_name
 from saccade.tokens import Role
 
 MEASURED = ("tiny", "llava-1.5-7b", "llama3-8b")

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, ProcessorMixin, StoppingCriteria, Stop
 
 from saccade import PruningConfig, apply_pruning
 from saccade.errors import SaccadeError
+from saccade.pruning.cache import cache_of
 from saccade.serving import vllm_request
 from saccade.serving.start import vllm_command, wait_until_ready
-from saccade.skip_vision.cache import cache_of
 
 QUESTION = "What is shown in this picture?"
 

@@ -1,6 +1,7 @@
 """A model that prunes in place: the answers of `prune_inputs`, after the prompt as it was given."""
 
 import copy
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -13,9 +14,10 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, pipeli
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
+from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import PER_IMAGE
-from saccade.skip_vision.cache import cache_name, cache_of
-from saccade.testing.families import Case, generation_options, logits
+from saccade.skip_vision.cache import cache_name
+from saccade.testing.families import CLOSE, Case, generation_options, logits
 from saccade.testing.tiny_models import Tiny
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
@@ -192,6 +194,140 @@ def test_a_forward_is_of_the_shorter_sequence():
             case.model(**case.batch)
 
 
+def loop(case, prompts, tokens, with_mask=False):
+    """The logits behind a prompt and behind each of the tokens `(B, n)`, one forward after the other on one cache."""
+    name, mask = cache_name(case.model.forward), prompts["attention_mask"]
+    with torch.no_grad():
+        output = case.model(**prompts, use_cache=True)
+        yield output.logits[:, -1]
+        for token in tokens.T:
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            masked = {"attention_mask": mask} if with_mask else {}
+            output = case.model(input_ids=token.unsqueeze(1), **{name: cache_of(output)}, **masked)
+            yield output.logits[:, -1]
+
+
+def generated_logits(case, prompts):
+    """The logits of `generate` after each token, `(n, B, V)`, and the tokens `(B, n - 1)` that they follow."""
+    options = {**generation_options(case), "return_dict_in_generate": True, "output_logits": True}
+    options |= {"min_new_tokens": options["max_new_tokens"]}
+    found = case.model.generate(**dict(prompts), **options)
+    return torch.stack(found.logits), found.sequences[:, prompts["input_ids"].shape[1] : -1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loop_of_forwards(name):
+    """The logits of `generate`, of two conversations in turn: one of rows of different lengths, one of one row."""
+    case = CASES[name]
+    batches = [case.prompts(), case.prompts([3])]
+    for positions in case.positions:
+        with apply_pruning(case.model, CONFIG.replace(positions=positions)):
+            expected, tokens = zip(*(generated_logits(case, prompts) for prompts in batches), strict=True)
+            for with_mask in (False, True):
+                loops = [loop(case, prompts, new, with_mask) for prompts, new in zip(batches, tokens, strict=True)]
+                steps = list(zip(*loops, strict=True))
+        for found, wanted in zip(zip(*steps, strict=True), expected, strict=True):
+            torch.testing.assert_close(torch.stack(found), wanted, **CLOSE)
+
+
+def test_other_families_go_on_in_a_loop_too():
+    for name, tiny in OTHERS.items():
+        case = Case(name, tiny)
+        prompts = case.prompts([0, 2])
+        with apply_pruning(case.model, CONFIG.replace(positions="original")):
+            expected, tokens = generated_logits(case, prompts)
+            found = torch.stack(list(loop(case, prompts, tokens)))
+        torch.testing.assert_close(found, expected, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "lfm2_vl"])
+def test_the_last_column_of_a_left_padded_batch(name):
+    """The logits of each sample by itself."""
+    case = Case(name, RELATIVES[name]) if name in RELATIVES else CASES[name]
+    for positions in case.positions:
+        with apply_pruning(case.model, CONFIG.replace(positions=positions)), torch.no_grad():
+            alone = torch.cat([case.model(**case.prompts([row])).logits[:, -1] for row in (0, 1, 3)])
+            for options in ({}, {"logits_to_keep": 1}):
+                together = case.model(**case.prompts([0, 1, 3]), **options).logits[:, -1]
+                torch.testing.assert_close(together, alone, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_rows_of_a_cache_that_move(name):
+    """Repeated, sorted and selected ones, on copies of one cache, also after it was generated with: each as alone."""
+    case = CASES[name]
+    rows, key, options = [0, 1, 3], cache_name(case.model.forward), generation_options(case)
+    moves = {
+        "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+        "reorder_cache": (torch.tensor([2, 0, 1]), [2, 0, 1]),
+        "batch_select_indices": (torch.tensor([2]), [2]),
+    }
+    token = torch.tensor([[7]])
+
+    def step(cache, count):
+        return case.model(input_ids=token.expand(count, -1), **{key: cache}).logits[:, -1]
+
+    def after(prompts):
+        return cache_of(case.model(**prompts, use_cache=True))
+
+    config = CONFIG.replace(positions="original")
+    with apply_pruning(case.model, config), torch.no_grad():
+        alone = torch.cat([step(after(case.prompts([row])), 1) for row in rows])
+        cache = after(case.prompts(rows))
+        for method, (how, order) in moves.items():
+            moved = copy.deepcopy(cache)
+            getattr(moved, method)(how)
+            torch.testing.assert_close(step(moved, len(order)), alone[order], **CLOSE)
+        with pytest.raises(SaccadeError, match="input_ids has 2 rows, of which the key-value cache holds 3"):
+            step(cache, 2)
+        # One prompt, of any number of rows.
+        cache = after(case.prompts([1]))
+        cache.batch_repeat_interleave(3)
+        torch.testing.assert_close(step(cache, 3), alone[1].expand(3, -1), **CLOSE)
+        options |= {"num_beams": 2, "return_dict_in_generate": True}
+        for number, row in enumerate(rows):
+            single = cache_of(case.model.generate(**case.prompts([row]), **options))
+            alone[number] = step(single, 2)[0]
+        many = cache_of(case.model.generate(**case.prompts(rows), **options))
+        torch.testing.assert_close(step(many, 6)[::2], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_cache_is_handed_from_forward_to_generate_and_back(name):
+    """Also when the model is patched anew; the note on a cache ends with it, and when it is reset."""
+    case = CASES[name]
+    prompts, key = case.prompts([0, 1]), cache_name(case.model.forward)
+    options = {**generation_options(case), "return_dict_in_generate": True}
+    config = CONFIG.replace(positions="original")
+    with apply_pruning(case.model, config), torch.no_grad():
+        expected, tokens = generated_logits(case, prompts)
+        cache = cache_of(case.model(**prompts, use_cache=True))
+    with apply_pruning(case.model, config), torch.no_grad():
+        whole = {
+            name: value for name, value in longer(case, prompts, tokens[:, :1]).items() if name != "token_type_ids"
+        }
+        found = case.model.generate(**whole, **{key: cache}, **{**options, "max_new_tokens": 2, "min_new_tokens": 2})
+        assert torch.equal(found.sequences[:, -2:], tokens[:, 1:3])
+        output = case.model(input_ids=tokens[:, 2:3], **{key: cache})
+        torch.testing.assert_close(output.logits[:, -1], expected[3], **CLOSE)
+        # Several tokens at once, in a batch in which one row has fewer.
+        cache = cache_of(case.model(**prompts, use_cache=True))
+        mask = torch.nn.functional.pad(prompts["attention_mask"], (0, 3), value=1)
+        mask[1, -1] = 0
+        output = case.model(input_ids=tokens[:, :3], attention_mask=mask, **{key: cache})
+        torch.testing.assert_close(output.logits[0], expected[1:4, 0], **CLOSE)
+        torch.testing.assert_close(output.logits[1, :2], expected[1:3, 1], **CLOSE)
+        cache.reset()
+        words = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+        words["input_ids"] = words["input_ids"].masked_fill(case.family.placeholder(words["input_ids"]), 7)
+        torch.testing.assert_close(
+            case.model(**words, **{key: cache}).logits, case.model(**words, use_cache=False).logits
+        )
+        gone = weakref.ref(cache)
+        del cache, output, found
+    assert gone() is None
+
+
 def test_limits_of_the_length_count_the_prompt_that_was_given():
     case = CASES["llava"]
     prompts = case.prompts([0])
@@ -272,6 +408,18 @@ def test_what_cannot_be_is_said_in_one_line():
         on = {cache_name(case.model.forward): cache_of(cached)}
         with pytest.raises(SaccadeError, match="input_ids: a further turn on the cache of a pruned"):
             case.model.generate(input_ids=cached.sequences[:, 1:], **on)
+        step = {"input_ids": torch.tensor([[7]]), **on}
+        with pytest.raises(SaccadeError, match="images after tokens that the key-value cache holds: pass"):
+            case.model(**prompts, **on)
+        with pytest.raises(SaccadeError, match=r"attention_mask has 1 columns: after a pruned prompt, give that of"):
+            case.model(**step, attention_mask=torch.ones(1, 1))
+        cropped = copy.deepcopy(on)
+        cache_of(cropped).crop(-30)
+        for call in (case.model, case.model.generate):
+            with pytest.raises(
+                SaccadeError, match=r"the key-value cache was cropped to \d+ tokens, within a pruned prompt of"
+            ):
+                call(**{**step, **cropped})
         with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
             case.model.generate(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
         for batching in (

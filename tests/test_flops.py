@@ -12,8 +12,9 @@ from benchmarks.shapes import SHAPES, build_shape, get_shape, shape_config
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.pruning import prune_inputs
+from saccade.pruning.cache import cache_of
 from saccade.skip_vision import PRESETS, SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.cache import cache_name, cache_of
+from saccade.skip_vision.cache import cache_name
 from saccade.tiny import load_tiny
 from saccade.tokens import Role
 from saccade.training.flops import (

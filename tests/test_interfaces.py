@@ -34,9 +34,10 @@ from saccade.dualspeed.trainer import REPLACED, DualSpeedTrainer
 from saccade.families import get_family
 from saccade.families.cache import FeatureCache
 from saccade.interfaces import TESTED, changed, check_methods, check_takes, is_tested, known_range
+from saccade.pruning.cache import cache_of
 from saccade.reducers import Needs, PruningConfig
 from saccade.skip_vision import SkipVisionConfig, apply_skip_vision
-from saccade.skip_vision.cache import CACHE_NAMES, cache_name, cache_of, stored_length
+from saccade.skip_vision.cache import CACHE_NAMES, cache_name, stored_length
 from saccade.testing import families as tester
 from saccade.tokens import Role
 

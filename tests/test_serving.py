@@ -33,13 +33,13 @@ from saccade import (
 from saccade.cli.main import main
 from saccade.families import get_family, use_released_names
 from saccade.pruning import ModeIsolator
+from saccade.pruning.cache import cache_of
 from saccade.serving import vllm_request
 from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
 from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.transformers_server import prune_when_loaded
 from saccade.serving.vllm_plugin import ARCHITECTURES, TESTED, fingerprint, folder_pruning, untested
-from saccade.skip_vision.cache import cache_of
 from saccade.tiny import load_tiny
 
 RATIO = PruningConfig(prune_ratio=0.75)

@@ -18,7 +18,8 @@ from benchmarks.serving_tables import operations, requests_that_fit, spread, sum
 from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
 from saccade.evaluation.counting import count_flops
-from saccade.skip_vision.cache import cache_name, cache_of
+from saccade.pruning.cache import cache_of
+from saccade.skip_vision.cache import cache_name
 from saccade.tiny import build_tiny_llava
 from saccade.training.flops import TextShape, score_flops
 

@@ -18,7 +18,8 @@ from skip_tester import (
 from transformers import DynamicCache
 
 from saccade import SaccadeError
-from saccade.skip_vision.cache import cache_of, read_length, stored_length
+from saccade.pruning.cache import cache_of
+from saccade.skip_vision.cache import read_length, stored_length
 from saccade.testing import families as tester
 from saccade.tokens import Role
 

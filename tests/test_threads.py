@@ -14,7 +14,8 @@ from saccade.evaluation.digits import collate_prompts
 from saccade.families import get_family
 from saccade.families.encoded import AttentionBlock, Call
 from saccade.families.vision_attention import first_arguments, watching
-from saccade.skip_vision.cache import cache_name, cache_of
+from saccade.pruning.cache import cache_of
+from saccade.skip_vision.cache import cache_name
 
 ROUNDS = 12
 

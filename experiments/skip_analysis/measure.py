@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import changed
-from saccade.skip_vision.cache import cache_of
+from saccade.pruning.cache import cache_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.skip_vision.rows import check_layer
 from saccade.tokens import Role

@@ -2,19 +2,18 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import by_name
+from saccade.pruning.cache import Turn, cache_of, last_position, next_positions, remember, turn_of
 from saccade.pruning.patching import (
     HANDLE,
     PER_IMAGE,
@@ -31,19 +30,6 @@ from saccade.reducers import FROM_WORDS, PruningConfig
 ENCODED = "mm_encoder_outputs"
 
 
-@dataclass(frozen=True)
-class Turn:
-    """A prompt that was shortened, as a later turn on its KV cache needs it.
-
-    Args:
-        given: the `(B, P)` ids of the prompt before it was shortened.
-        shorter: inputs per token of the prompt that the cache holds: ids, mask, positions, and those of the family.
-    """
-
-    given: Tensor
-    shorter: Mapping[str, Tensor]
-
-
 class Pruning:
     """A model that prunes, as `apply_pruning` returns it.
 
@@ -57,7 +43,6 @@ class Pruning:
         self.family = family
         self.config = config
         self.isolator = isolator
-        self.turns: WeakKeyDictionary[Cache, Turn] = WeakKeyDictionary()
 
     @property
     def model(self) -> nn.Module:
@@ -87,10 +72,10 @@ class Pruning:
         shorter = prune_inputs(self.model, inputs, self.config, padding_side=padding_side, isolator=self.isolator)
         return {**others, **shorter}
 
-    def remember(self, cache: Cache, given: Tensor, shorter: Mapping[str, Any]) -> None:
-        """Note what a cache now begins with."""
+    def per_token(self, shorter: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a later turn needs of the inputs of a shorter prompt."""
         names = ("input_ids", "attention_mask", "position_ids", *self.family.token_inputs)
-        self.turns[cache] = Turn(given, {name: shorter[name] for name in names if shorter.get(name) is not None})
+        return {name: shorter[name] for name in names if shorter.get(name) is not None}
 
     def go_on(self, given: dict[str, Any], turn: Turn) -> dict[str, Any]:
         """The arguments of a call with a further turn of text, after the prompt that the cache holds in its place.
@@ -111,8 +96,9 @@ class Pruning:
             known = given.get(name)
             further[name] = torch.full_like(further["input_ids"], fill) if known is None else known[:, length:]
         positions = turn.shorter["position_ids"]  # (B, S), or (A, B, S)
-        count = further["attention_mask"].cumsum(dim=1)  # (B, n)
-        further["position_ids"] = (last_position(positions) + count).expand(*positions.shape[:-1], -1)
+        further["position_ids"] = next_positions(
+            last_position(positions), further["attention_mask"], positions.shape[:-2]
+        )
         joined = {name: torch.cat((kept, further[name]), dim=-1) for name, kept in turn.shorter.items()}
         return {**given, **joined}
 
@@ -153,18 +139,13 @@ class Pruning:
         return f"reducer={config.reducer!r}" if config.needs.fields & FROM_WORDS else None
 
 
-def last_position(positions: Tensor) -> Tensor:
-    """The greatest position of each sample, `(B, 1)` of `(B, S)`, or `(1, B, 1)` of `(A, B, S)`."""
-    last = positions.amax(dim=-1, keepdim=True)
-    return last.amax(dim=0, keepdim=True) if positions.dim() == 3 else last
-
-
 def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = None, **options: Any) -> Pruning:
     """Patch a stock model in place so that it prunes visual tokens: `generate` takes processor outputs as before.
 
     The output of `generate` starts with the original prompt, as with the stock model, so callers need no change:
     pipelines, lmms-eval's stock models and `transformers serve` prune too. So does a plain `forward` on processor
-    outputs; its logits are those of the shorter sequence, padded on the right.
+    outputs; its logits are those of the shorter sequence, padded on the left if every row of the batch ends with a
+    real token, else on the right. Later calls on the cache that it returns go on at the right positions.
 
     Args:
         model: a stock model of a known family, PEFT-wrapped or not.
@@ -200,13 +181,27 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, on fewer tokens if there are images that are not encoded yet."""
     pruning: Pruning = model.__dict__[HANDLE]
     kwargs = by_name(model.forward, args, kwargs)
+    cache = cache_of(kwargs)
     if not pruning.takes(kwargs):
-        return call_original(model, **kwargs)
+        turn = turn_of(cache) if kwargs.get("position_ids") is None else None
+        return call_original(model, **(kwargs if turn is None else turn.step(kwargs, cache)))
     if kwargs.get("labels") is not None:
         raise SaccadeError(
             "labels: a model that prunes in place does not train; use DualSpeedTrainer, or call `remove()` first"
         )
-    return call_original(model, **pruning.shorten(kwargs, "right"))
+    if cache is not None and int(cache.get_seq_length()):
+        raise SaccadeError(
+            "images after tokens that the key-value cache holds: pass the whole conversation and the cache to "
+            "`generate`, or all of it to `forward` without the cache"
+        )
+    mask = kwargs.get("attention_mask")
+    ends = mask is None or bool(mask[:, -1].all())
+    shorter = pruning.shorten(kwargs, "left" if ends else "right")
+    output = call_original(model, **shorter)
+    cache = cache_of(output) if cache is None else cache
+    if cache is not None:
+        remember(cache, kwargs["input_ids"], pruning.per_token(shorter))
+    return output
 
 
 def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -215,9 +210,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
-    # transformers renames this argument: it is known by what it is.
-    name, cache = next(((name, value) for name, value in kwargs.items() if isinstance(value, Cache)), ("", None))
-    turn = None if cache is None else pruning.turns.get(cache)
+    cache = cache_of(kwargs)
+    turn = turn_of(cache)
     if not pruning.takes(kwargs):
         if turn is None:
             return call_original(model, method="generate", **kwargs)
@@ -226,15 +220,16 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise SaccadeError("assistant_model: an assistant would need a separate, shorter prompt; leave it out")
     given, cached = kwargs["input_ids"], 0 if cache is None else cache.get_seq_length()
     if cached and turn is None:
+        name = next(name for name, value in kwargs.items() if value is cache)
         raise SaccadeError(
             f"{name}: it holds a conversation that did not begin with pruned images; pass all of it without the cache"
         )
     shorter = pruning.go_on_with_images(kwargs, turn, cached) if cached else pruning.shorten(kwargs, "left")
     output = _generate_on(model, given, shorter)
     if cache is None and isinstance(output, ModelOutput):
-        cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+        cache = cache_of(output)
     if cache is not None:
-        pruning.remember(cache, given, shorter)
+        remember(cache, given, pruning.per_token(shorter))
     return output
 
 

@@ -8,7 +8,7 @@ Shapes: B samples, C columns stored, H heads of width d.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -59,16 +59,6 @@ class CacheState:
         if dropped > 0:
             self.valid, self.skip = self.valid[:, :columns], self.skip[:, :columns]
             self.next_position = self.next_position - dropped
-
-
-def cache_of(values: Any) -> Cache | None:
-    """Find the key-value cache among a call's arguments or in a model's output, whatever its name.
-
-    Args:
-        values: a mapping, such as keyword arguments or a `ModelOutput`, or a tuple of outputs.
-    """
-    values = values.values() if isinstance(values, Mapping) else values
-    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def cache_name(forward: Callable[..., Any]) -> str:

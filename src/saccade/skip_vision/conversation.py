@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
+from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import with_given_prompt
-from saccade.skip_vision.cache import CacheState, cache_of, read_length, state_of
+from saccade.skip_vision.cache import CacheState, read_length, state_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.tokens import Role
 

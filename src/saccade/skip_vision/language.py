@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import by_name, changed, check_takes
+from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import call_original
 from saccade.skip_vision.cache import (
     CacheState,
     attach,
     cache_name,
-    cache_of,
     check_cache,
     compact,
     read_length,

@@ -14,8 +14,9 @@ from saccade.errors import SaccadeError
 from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
+from saccade.pruning.cache import cache_of, next_positions
 from saccade.pruning.patching import HANDLE, call_original, like, patch, sort_arguments, unpatch
-from saccade.skip_vision.cache import cache_name, cache_of, check_config, read_length, state_of
+from saccade.skip_vision.cache import cache_name, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import as_given, go_on, new_part
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
@@ -243,8 +244,8 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
             # The model would continue from its own last call, regardless of this cache.
             new = kwargs["input_ids"]
-            positions = state.next_position.unsqueeze(1) + torch.arange(new.shape[1], device=new.device)
-            kwargs["position_ids"] = positions.expand(3, -1, -1)
+            before = state.next_position.unsqueeze(1) - 1
+            kwargs["position_ids"] = next_positions(before, torch.ones_like(new), (3,))
         output = call_original(model, **kwargs)
         idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
         if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
