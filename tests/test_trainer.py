@@ -14,6 +14,7 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
@@ -90,6 +91,44 @@ def test_our_slow_step_equals_stock_fine_tuning(model, processor, collator, scen
     assert not trainer.is_ordinary
     theirs, _ = stock_losses(processor, tmp_path / "stock", collator, scenes, gradient_accumulation_steps=2)
     torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(theirs), rtol=2e-5, atol=2e-5)
+
+
+def left_padded(batch):
+    """The same rows with their padding on the left."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    for name in ("input_ids", "attention_mask", "labels"):
+        batch[name] = torch.stack([row.roll(-size) for row, size in zip(batch[name], lengths, strict=True)])
+    return batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [PRUNE_ONLY, {"slow_probability": 1.0, "isolator_length": 0}, ORDINARY, {"skip_vision": "100/156", **ORDINARY}],
+    ids=["fast", "slow", "ordinary", "skipping"],
+)
+def test_a_collator_of_the_user_s_own_may_label_image_tokens(processor, tmp_path, scenes, options):
+    """TRL's does. What no step learns is not counted either, in training or in evaluation."""
+    stock = DataCollatorForVisionLanguageModeling(processor)
+
+    def of_trl(rows):
+        return stock([{"messages": row["messages"], "images": row["images"]} for row in rows])
+
+    rows = scenes.filter(lambda row: len(row["images"]) > 0)
+    results = []
+    for collate in (None, of_trl, lambda rows: left_padded(of_trl(rows))):
+        trainer = DualSpeedTrainer(
+            build_tiny_llava(processor, seed=0),
+            make_config(tmp_path, max_steps=1, assistant_only_loss=False, gradient_accumulation_steps=2, **options),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(8)),
+            processing_class=processor,
+            data_collator=collate,
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        results.append([before, *losses(trainer)])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[2] == pytest.approx(results[0], rel=1e-4)
 
 
 def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path):

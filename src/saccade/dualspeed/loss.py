@@ -18,6 +18,22 @@ Head = Callable[[Tensor], Tensor]
 CHUNK_ROWS = 1024
 
 
+def learnable_labels(labels: Tensor, placeholder: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """The labels without those that a step does not learn: of visual tokens, of padding, and of the first token of a
+    row, which nothing predicts.
+
+    With padding on the left, there is a row before the first token in the full sequence, and none in a shortened one.
+
+    Args:
+        labels: long `(B, L)`.
+        placeholder: bool `(B, L)`, true on visual tokens.
+        attention_mask: `(B, L)`; without one there is no padding.
+    """
+    real = torch.ones_like(placeholder) if attention_mask is None else attention_mask.bool()
+    predicted = real & F.pad(real[:, :-1], (1, 0))
+    return labels.masked_fill(placeholder | ~predicted, IGNORE_INDEX)
+
+
 def label_rows(hidden_states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that predict a label, and those labels.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows
+from saccade.dualspeed.loss import cross_entropy_and_kl_sum, cross_entropy_sum, label_rows, learnable_labels
 from saccade.dualspeed.metrics import Span
 from saccade.dualspeed.packing import pack, packed_states
 from saccade.dualspeed.parts import InParts, MicroBatches, Part
@@ -22,7 +22,6 @@ from saccade.families import Family
 from saccade.pruning import Method, ModeInputs, ModeIsolator, prune
 from saccade.reducers import Needs
 from saccade.skip_vision import SummaryHead
-from saccade.tokens import IGNORE_INDEX
 
 
 @dataclass
@@ -113,15 +112,15 @@ class DualSpeedStep:
         """Run the micro-batch in `mode`.
 
         Args:
-            inputs: processor outputs with `labels`; the labels of image placeholders are ignored.
+            inputs: processor outputs with `labels`, of which `learnable_labels` count.
             normaliser: number of label tokens in the global batch.
             row_seed: seed of the first feature row for stochastic reducers; later rows get consecutive seeds.
             in_parts: run the language passes a few samples at a time. The gradients of all parts but the last are then
                 already accumulated in the parameters.
         """
         inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        labels = labels.masked_fill(self.family.placeholder(inputs["input_ids"]), IGNORE_INDEX)
+        placeholder = self.family.placeholder(inputs["input_ids"])
+        labels = learnable_labels(inputs.pop("labels"), placeholder, inputs["attention_mask"])
         text = self.family.without_vision(inputs)
         # Without images both sequences are the same, and there is nothing to distill.
         plan, encoded = ModePlan(), None

@@ -68,6 +68,7 @@ from saccade.dualspeed.folder import (
 )
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.dualspeed.labels import check_turns, stop_ids
+from saccade.dualspeed.loss import learnable_labels
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule
@@ -116,7 +117,8 @@ class DualSpeedTrainer(SFTTrainer):
             Options of the run.
         data_collator (`Callable`, *optional*):
             Makes a batch of rows. When left out, a [`DualSpeedCollator`] with the options of `args`; one of your own
-            returns what the processor does, and `labels`.
+            returns what the processor does, and `labels`, of which those of image tokens, of padding and of the first
+            token of a row are ignored.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Rows with `messages`, or `prompt` and `completion`, and `images`: PIL images, paths, or mappings with
             "bytes" or "path". A stream needs `max_steps`.
@@ -537,7 +539,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         batches = []
         for batch in islice(epoch_iterator, num_batches):
-            self._ignore_repeated_rows(batch, self.args.train_batch_size)
+            self._ignore_unlearned(batch, self.args.train_batch_size)
             batches.append(batch)
         if not has_length(self.train_dataset):
             batches = self._fill_up(batches, num_batches)
@@ -582,7 +584,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         found = inputs.pop(BAD_RECORDS, ())
         self._note_bad_records(found, given_up=not inputs)
-        self._ignore_repeated_rows(inputs, self.args.eval_batch_size)
+        self._ignore_unlearned(inputs, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and "labels" in inputs:
             counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
@@ -606,6 +608,18 @@ class DualSpeedTrainer(SFTTrainer):
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
         return output
 
+    def _ignore_unlearned(self, batch: dict[str, Any], size: int) -> None:
+        """Mask the labels that do not count, before anything counts them. A collator of the user's own, TRL's for
+        instance, labels image tokens too.
+
+        Args:
+            size: rows of a full batch on each rank.
+        """
+        if "labels" in batch:
+            placeholder = self.family.placeholder(batch["input_ids"])
+            batch["labels"] = learnable_labels(batch["labels"], placeholder, batch.get("attention_mask"))
+            self._ignore_repeated_rows(batch, size)
+
     def _ignore_repeated_rows(self, batch: dict[str, Any], size: int) -> None:
         """With several ranks, mask the labels of rows that merely pad the last batch of an epoch.
 
@@ -619,9 +633,8 @@ class DualSpeedTrainer(SFTTrainer):
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
             return
-        if "labels" in batch:
-            before = self.accelerator.process_index * size
-            batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
+        before = self.accelerator.process_index * size
+        batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
 
     def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
         """Record the bad records of all ranks, and stop all of them if there are too many or one has no batch."""
