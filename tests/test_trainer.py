@@ -278,6 +278,55 @@ def test_learning_rates_by_layer_of_the_tower(projector, model, processor, tmp_p
     assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
 
 
+def with_optimizer(model, processor, output, scheduled=False, peft_config=None, **options):
+    """A trainer with an optimizer of the user's own, made of the model as it was given."""
+    groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if scheduled else None
+    return DualSpeedTrainer(
+        model,
+        make_config(output, max_steps=2, **options),
+        train_dataset=digit_scenes("sft", "train", 16, seed=5, kinds=["read"]),
+        processing_class=processor,
+        optimizers=(optimizer, scheduler),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"slow_probability": 0.0}, {"skip_vision": {"split": "divprune"}, **ORDINARY}, PRUNE_ONLY],
+    ids=["isolator", "summary head", "neither"],
+)
+def test_an_optimizer_of_the_user_s_own_steps_all_that_trains(model, processor, tmp_path, options):
+    scheduled = options is PRUNE_ONLY
+    trainer = with_optimizer(model, processor, tmp_path, scheduled, lr_scheduler_type="constant", **options)
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    trainer.train()
+    assert [name for name, weight in trained.items() if torch.equal(weight, before[name])] == []
+    groups = trainer.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [2e-3] * (1 if scheduled else 2)
+    assert len({id(p) for group in groups for p in group["params"]} & {id(p) for p in trained.values()}) == len(
+        trained
+    )
+
+
+def test_an_optimizer_that_leaves_out_weights_is_refused(processor, tmp_path):
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
+    with pytest.raises(
+        SaccadeError, match=r"optimizers: AdamW does not step 56 of 57 .*lora_A.*: leave it out"
+    ) as error:
+        with_optimizer(build_tiny_llava(processor), processor, tmp_path, peft_config=lora)
+    assert "\n" not in str(error.value)
+    for options, added in (
+        (PRUNE_ONLY | {"projector_learning_rate": 1e-3}, "projector_learning_rate"),
+        ({}, "isolator"),
+    ):
+        with pytest.raises(SaccadeError, match=rf"optimizers: LambdaLR .*{added}.* set lr_scheduler_type"):
+            with_optimizer(build_tiny_llava(processor), processor, tmp_path, scheduled=True, **options)
+
+
 def test_a_tower_whose_layers_are_not_known_has_one_learning_rate(tmp_path):
     model, processor = FAMILIES["qwen2_vl"].build()
     with pytest.raises(SaccadeError, match=r"vision_layer_decay=0.9: .* model_type='qwen2_vl' are not known"):

@@ -133,7 +133,8 @@ class DualSpeedTrainer(SFTTrainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks beside the trainer's own.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            An optimizer and a learning-rate scheduler in place of those that `args` names.
+            An optimizer and a learning-rate scheduler in place of those that `args` names. The optimizer is given the
+            isolator and the summary head too, with the options of its first group.
         optimizer_cls_and_kwargs (`tuple`, *optional*):
             An optimizer class and its arguments, in place of `optim` and `optim_args`.
         preprocess_logits_for_metrics (`Callable`, *optional*):
@@ -146,7 +147,8 @@ class DualSpeedTrainer(SFTTrainer):
             Makes a text of a row, as in TRL.
 
     Raises:
-        SaccadeError: on a model without a family, a dataset without images, or an isolator that does not fit.
+        SaccadeError: on a model without a family, a dataset without images, an isolator that does not fit, or an
+            optimizer that leaves out weights that train.
     """
 
     _tag_names = ("trl", "saccade", "dualspeed")
@@ -273,6 +275,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.is_ordinary = args.takes_stock_steps
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
+        if self.optimizer is not None:
+            self._complete(self.optimizer)
         self.keeps_masters = wants_masters(args, self.model, self.engine, self.accelerator.mixed_precision != "no")
         self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self.meter = ModeMeter(self.modes)
@@ -708,6 +712,30 @@ class DualSpeedTrainer(SFTTrainer):
         if self.keeps_masters and (self.masters is None or self.masters.optimizer is not stepped):
             self.masters = Float32Masters(self.model, stepped)
         return optimizer
+
+    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the user's own optimizer the isolator and the summary head, which are not there when it is made."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        left = {name: value for name, value in trained.items() if id(value) not in stepped}
+        modules = (self.isolator, None if self.skip is None else self.skip.summary)
+        own = {id(value) for module in modules if module is not None for value in module.parameters()}
+        foreign = [name for name, value in left.items() if id(value) not in own]
+        if foreign:
+            raise SaccadeError(
+                f"optimizers: {type(optimizer).__name__} does not step {len(foreign)} of {len(trained)} weights that "
+                f"train, such as {', '.join(foreign[:3])}: leave it out, give optimizer_cls_and_kwargs instead, or "
+                "freeze what is not to train"
+            )
+        divided = [name for name in ("projector_learning_rate", "vision_layer_decay") if getattr(self.args, name)]
+        if self.lr_scheduler is not None and (left or divided):
+            raise SaccadeError(
+                f"optimizers: {type(self.lr_scheduler).__name__} is made for the optimizer's parameter groups, and "
+                f"{divided[0] if divided else 'the isolator or the summary head'} adds another: give None in its "
+                "place, and set lr_scheduler_type"
+            )
+        if left:
+            optimizer.add_param_group({**optimizer.param_groups[0], "params": list(left.values())})
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Move parameters with their own learning rate to separate groups: of projector and isolator, of the tower."""
