@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import logging
 import multiprocessing
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from datasets import Dataset
 from family_models import FAMILIES
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_trainer
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
@@ -244,6 +245,46 @@ def test_isolator_carries_over_from_stage_one(model, processor, tmp_path):
         assert torch.equal(second.isolator.weight, first.isolator.weight)
     with pytest.raises(SaccadeError, match=r"isolator_length=2.*shape \(4, 96\)"):
         make_trainer(str(tmp_path / "one"), processor, tmp_path / "two", isolator_length=2)
+
+
+def test_what_is_beside_adapters_is_not_found_and_said_so(model, processor, tmp_path, caplog):
+    """PEFT does not tell which folder adapters come from."""
+    model.save_pretrained(tmp_path / "base")
+
+    def start(**options):
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        adapted = PeftModel.from_pretrained(base, tmp_path / "one", is_trainable=True)
+        with caplog.at_level(logging.INFO, "saccade"):
+            caplog.clear()
+            trainer = make_trainer(adapted, processor, tmp_path / "two", **options)
+        warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        return trainer, warned, [record.message for record in caplog.records if "starts from" in record.message][-1]
+
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
+    modes = [{"name": "fast", "isolator": True}, {"name": "skips", "action": "skip"}]
+    options = {"modes": [{**mode, "probability": 0.5} for mode in modes]}
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    first = make_trainer(base, processor, tmp_path / "one", peft_config=lora, seed=4, **options)
+    first.save_model(str(tmp_path / "one"))
+
+    second, (isolator, head), said = start(**options)
+    assert not torch.equal(second.isolator.weight, first.isolator.weight)
+    assert "isolator starts from random values; if they were trained with one, set isolator_path" in isolator
+    assert "summary head starts from random values; if they were trained with one, call `trainer.skip" in head
+    assert said == "the summary head starts from random values"
+    second.skip.load_summary(tmp_path / "one")
+    for name, value in first.skip.summary.state_dict().items():
+        assert torch.equal(second.skip.summary.state_dict()[name], value)
+
+    second, warned, said = start(isolator_path=str(tmp_path / "one"))
+    assert torch.equal(second.isolator.weight, first.isolator.weight)
+    assert warned == []
+    assert said == f"the mode isolator starts from {tmp_path / 'one'}"
+
+    ModeIsolator(4, 96).save_pretrained(tmp_path / "base")
+    _, (warned,), said = start()
+    assert f"isolator starts from {tmp_path / 'base' / ISOLATOR_FILE}; if they" in warned
+    assert said == f"the mode isolator starts from {tmp_path / 'base' / ISOLATOR_FILE}"
 
 
 def test_projector_learning_rate(model, processor, tmp_path):

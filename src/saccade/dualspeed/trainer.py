@@ -1,5 +1,6 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
+import logging
 import math
 import random
 import shutil
@@ -90,6 +91,8 @@ from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
 from saccade.tokens import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
@@ -273,6 +276,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.open_feature_cache()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.takes_stock_steps
+        self._adapters_given = isinstance(model, PeftModel)
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
         if self.optimizer is not None:
@@ -1001,18 +1005,20 @@ class DualSpeedTrainer(SFTTrainer):
         dtype = torch.float32 if self.engine == "ddp" else self.family.model.dtype
         isolator = ModeIsolator(self.args.isolator_length, width, dtype)
         self.isolator = isolator.to(self.family.model.device)
-        source = self.args.isolator_path
+        source, start = self.args.isolator_path, "random values"
         # An earlier training of this model object may have left its isolator.
         held = getattr(self.model, ISOLATOR_NAME, None)
         if source is None and held is not None and held.weight.shape == isolator.weight.shape:
             self._copy_isolator(held)
             # It may be attached to the stock model, around which adapters have been wrapped since.
             self.family.model._modules.pop(ISOLATOR_NAME, None)
-        elif source is None and self.family.model.config._name_or_path:
-            beside = find_companion(self.family.model.config._name_or_path, ISOLATOR_FILE)
-            source = None if beside is None else str(beside)
+            start = "the one of an earlier training of this model"
+        elif source is None:
+            source = self._find_beside(ISOLATOR_FILE)
+            self._warn_of_adapters("mode isolator", source or start, "set isolator_path to their folder")
         if source is not None:
             self._copy_isolator(ModeIsolator.from_pretrained(source), source)
+        logger.info("the mode isolator starts from %s", source or start)
         self.model.add_module(ISOLATOR_NAME, isolator)
         for module in {self.model, self.family.model}:
             if isinstance(module, PreTrainedModel):
@@ -1029,10 +1035,28 @@ class DualSpeedTrainer(SFTTrainer):
         if skip.summary is not None:
             if self.engine != "ddp":
                 skip.summary.to(self.family.model.dtype)
-            source = self.family.model.config._name_or_path
-            if source and find_companion(source, SUMMARY_FILE):
+            source = self._find_beside(SUMMARY_FILE)
+            if source is not None:
                 skip.load_summary(source)
+            start = source or "random values"
+            self._warn_of_adapters("summary head", start, "call `trainer.skip.load_summary(folder)` before training")
+            logger.info("the summary head starts from %s", start)
         return skip
+
+    def _find_beside(self, name: str) -> str | None:
+        """The file of that name beside the weights that the stock model was loaded from."""
+        folder = self.family.model.config._name_or_path
+        found = find_companion(folder, name) if folder else None
+        return None if found is None else str(found)
+
+    def _warn_of_adapters(self, part: str, start: str, fix: str) -> None:
+        """PEFT does not tell where adapters were loaded from, so what was saved beside them is not found."""
+        if self._adapters_given:
+            logger.warning(
+                "model is a PeftModel, which does not know the folder of its adapters: the %s starts from %s; if they "
+                "were trained with one, %s",
+                *(part, start, fix),
+            )
 
     def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:
         if loaded.weight.shape != self.isolator.weight.shape:

@@ -27,6 +27,7 @@ from saccade.files import disk_errors, write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
+from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.console import Bar, Console
 from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
@@ -84,6 +85,9 @@ def _train_and_save(
         peft_config=lora_config(model, recipe) if options.lora else None,
         callbacks=callbacks,
     )
+    if trainer.skip is not None and find_companion(options.model, SUMMARY_FILE) is not None:
+        # Adapters were merged into their base, beside which the trainer has looked.
+        trainer.skip.load_summary(options.model)
     check_engine(trainer.accelerator)
     # So that a bad first batch, such as a max_length below the image tokens, shows before the first step.
     visual_tokens = check_first_rows(trainer)
