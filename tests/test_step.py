@@ -166,3 +166,19 @@ def test_labels_of_placeholders_are_ignored(model, batch):
     step = fast_slow_step(model)
     for mode in ("fast", "slow"):
         assert step(mode, batch, 1.0).loss == step(mode, spoilt, 1.0).loss
+
+
+def test_padding_on_the_left_equals_padding_on_the_right(model, collator, mixed_rows):
+    """With a label on all that a row has: nothing predicts its first token, wherever the padding is."""
+    batch = dict(collator([mixed_rows[0], mixed_rows[2], mixed_rows[3]]))
+    batch["labels"] = batch["input_ids"].clone()
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    left = {
+        name: torch.stack([row.roll(-length) for row, length in zip(value, lengths, strict=True)])
+        if value.shape == batch["labels"].shape
+        else value
+        for name, value in batch.items()
+    }
+    step = fast_slow_step(model)
+    for mode in ("fast", "slow"):
+        torch.testing.assert_close(step(mode, left, 1.0).loss, step(mode, batch, 1.0).loss)

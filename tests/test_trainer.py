@@ -3,6 +3,7 @@
 import copy
 import inspect
 import json
+import logging
 import multiprocessing
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from datasets import Dataset
 from family_models import FAMILIES
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_trainer
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, LlavaForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
@@ -90,6 +92,44 @@ def test_our_slow_step_equals_stock_fine_tuning(model, processor, collator, scen
     assert not trainer.is_ordinary
     theirs, _ = stock_losses(processor, tmp_path / "stock", collator, scenes, gradient_accumulation_steps=2)
     torch.testing.assert_close(torch.tensor(losses(trainer)), torch.tensor(theirs), rtol=2e-5, atol=2e-5)
+
+
+def left_padded(batch):
+    """The same rows with their padding on the left."""
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    for name in ("input_ids", "attention_mask", "labels"):
+        batch[name] = torch.stack([row.roll(-size) for row, size in zip(batch[name], lengths, strict=True)])
+    return batch
+
+
+@pytest.mark.parametrize(
+    "options",
+    [PRUNE_ONLY, {"slow_probability": 1.0, "isolator_length": 0}, ORDINARY, {"skip_vision": "100/156", **ORDINARY}],
+    ids=["fast", "slow", "ordinary", "skipping"],
+)
+def test_a_collator_of_the_user_s_own_may_label_image_tokens(processor, tmp_path, scenes, options):
+    """TRL's does. What no step learns is not counted either, in training or in evaluation."""
+    stock = DataCollatorForVisionLanguageModeling(processor)
+
+    def of_trl(rows):
+        return stock([{"messages": row["messages"], "images": row["images"]} for row in rows])
+
+    rows = scenes.filter(lambda row: len(row["images"]) > 0)
+    results = []
+    for collate in (None, of_trl, lambda rows: left_padded(of_trl(rows))):
+        trainer = DualSpeedTrainer(
+            build_tiny_llava(processor, seed=0),
+            make_config(tmp_path, max_steps=1, assistant_only_loss=False, gradient_accumulation_steps=2, **options),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(8)),
+            processing_class=processor,
+            data_collator=collate,
+        )
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        results.append([before, *losses(trainer)])
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
+    assert results[2] == pytest.approx(results[0], rel=1e-4)
 
 
 def test_accumulated_micro_batches_equal_one_batch(processor, tmp_path):
@@ -207,6 +247,46 @@ def test_isolator_carries_over_from_stage_one(model, processor, tmp_path):
         make_trainer(str(tmp_path / "one"), processor, tmp_path / "two", isolator_length=2)
 
 
+def test_what_is_beside_adapters_is_not_found_and_said_so(model, processor, tmp_path, caplog):
+    """PEFT does not tell which folder adapters come from."""
+    model.save_pretrained(tmp_path / "base")
+
+    def start(**options):
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+        adapted = PeftModel.from_pretrained(base, tmp_path / "one", is_trainable=True)
+        with caplog.at_level(logging.INFO, "saccade"):
+            caplog.clear()
+            trainer = make_trainer(adapted, processor, tmp_path / "two", **options)
+        warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        return trainer, warned, [record.message for record in caplog.records if "starts from" in record.message][-1]
+
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
+    modes = [{"name": "fast", "isolator": True}, {"name": "skips", "action": "skip"}]
+    options = {"modes": [{**mode, "probability": 0.5} for mode in modes]}
+    base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    first = make_trainer(base, processor, tmp_path / "one", peft_config=lora, seed=4, **options)
+    first.save_model(str(tmp_path / "one"))
+
+    second, (isolator, head), said = start(**options)
+    assert not torch.equal(second.isolator.weight, first.isolator.weight)
+    assert "isolator starts from random values; if they were trained with one, set isolator_path" in isolator
+    assert "summary head starts from random values; if they were trained with one, call `trainer.skip" in head
+    assert said == "the summary head starts from random values"
+    second.skip.load_summary(tmp_path / "one")
+    for name, value in first.skip.summary.state_dict().items():
+        assert torch.equal(second.skip.summary.state_dict()[name], value)
+
+    second, warned, said = start(isolator_path=str(tmp_path / "one"))
+    assert torch.equal(second.isolator.weight, first.isolator.weight)
+    assert warned == []
+    assert said == f"the mode isolator starts from {tmp_path / 'one'}"
+
+    ModeIsolator(4, 96).save_pretrained(tmp_path / "base")
+    _, (warned,), said = start()
+    assert f"isolator starts from {tmp_path / 'base' / ISOLATOR_FILE}; if they" in warned
+    assert said == f"the mode isolator starts from {tmp_path / 'base' / ISOLATOR_FILE}"
+
+
 def test_projector_learning_rate(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, projector_learning_rate=5e-3)
     optimizer = trainer.create_optimizer()
@@ -237,6 +317,55 @@ def test_learning_rates_by_layer_of_the_tower(projector, model, processor, tmp_p
     assert all(rate == (projector if projector and key in special else 1e-3) for key, rate in rates.items())
     assert optimizer.param_groups[0]["lr"] == 1e-3  # the one that is logged
     assert all(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+
+
+def with_optimizer(model, processor, output, scheduled=False, peft_config=None, **options):
+    """A trainer with an optimizer of the user's own, made of the model as it was given."""
+    groups = [{"params": [weight for weight in model.parameters() if weight.requires_grad], "lr": 2e-3}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-5)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0) if scheduled else None
+    return DualSpeedTrainer(
+        model,
+        make_config(output, max_steps=2, **options),
+        train_dataset=digit_scenes("sft", "train", 16, seed=5, kinds=["read"]),
+        processing_class=processor,
+        optimizers=(optimizer, scheduler),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"slow_probability": 0.0}, {"skip_vision": {"split": "divprune"}, **ORDINARY}, PRUNE_ONLY],
+    ids=["isolator", "summary head", "neither"],
+)
+def test_an_optimizer_of_the_user_s_own_steps_all_that_trains(model, processor, tmp_path, options):
+    scheduled = options is PRUNE_ONLY
+    trainer = with_optimizer(model, processor, tmp_path, scheduled, lr_scheduler_type="constant", **options)
+    trained = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    trainer.train()
+    assert [name for name, weight in trained.items() if torch.equal(weight, before[name])] == []
+    groups = trainer.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [2e-3] * (1 if scheduled else 2)
+    assert len({id(p) for group in groups for p in group["params"]} & {id(p) for p in trained.values()}) == len(
+        trained
+    )
+
+
+def test_an_optimizer_that_leaves_out_weights_is_refused(processor, tmp_path):
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
+    with pytest.raises(
+        SaccadeError, match=r"optimizers: AdamW does not step 56 of 57 .*lora_A.*: leave it out"
+    ) as error:
+        with_optimizer(build_tiny_llava(processor), processor, tmp_path, peft_config=lora)
+    assert "\n" not in str(error.value)
+    for options, added in (
+        (PRUNE_ONLY | {"projector_learning_rate": 1e-3}, "projector_learning_rate"),
+        ({}, "isolator"),
+    ):
+        with pytest.raises(SaccadeError, match=rf"optimizers: LambdaLR .*{added}.* set lr_scheduler_type"):
+            with_optimizer(build_tiny_llava(processor), processor, tmp_path, scheduled=True, **options)
 
 
 def test_a_tower_whose_layers_are_not_known_has_one_learning_rate(tmp_path):

@@ -75,6 +75,17 @@ def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
         )
 
 
+def check_one_gpu(args: DualSpeedConfig) -> None:
+    """Refuse a process that sees several GPUs, as TRL does only once the model is loaded: the stock trainer would use
+    `DataParallel`, whose copies would all run the first GPU's model."""
+    if args.n_gpu > 1:
+        raise SaccadeError(
+            f"n_gpu={args.n_gpu}: a process trains on one GPU and this one sees {args.n_gpu}; start one for each with "
+            "`saccade train RECIPE --launch ddp`, torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0 to "
+            "train on one"
+        )
+
+
 def check_at_hand(args: DualSpeedConfig) -> None:
     """Refuse options whose package or file is missing, before a model is loaded."""
     if args.use_liger_kernel and find_spec("liger_kernel") is None:

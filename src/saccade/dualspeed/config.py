@@ -137,7 +137,8 @@ class DualSpeedConfig(SFTConfig):
         isolator_length (`int`, *optional*, defaults to `4`):
             Rows of the mode isolator before each image in fast steps, the paper's l; 0 switches it off.
         isolator_path (`str`, *optional*):
-            Isolator to start from. Defaults to the one next to the model's weights, if there is one.
+            Isolator to start from. Defaults to the one next to the model's weights, if there is one. Name it for a
+            `PeftModel`, which does not know the folder of its adapters.
         distill_weight (`float`, *optional*, defaults to `1.0`):
             Weight of KL(fast || slow) in slow steps, the paper's lambda; 0 switches it off.
         distill_temperature (`float`, *optional*, defaults to `1.0`):

@@ -22,7 +22,7 @@ def learnable_labels(labels: Tensor, placeholder: Tensor, attention_mask: Tensor
     """The labels without those that a step does not learn: of visual tokens, of padding, and of the first token of a
     row, which nothing predicts.
 
-    With padding on the left, the row before a first token is there, but only in the full sequence.
+    With padding on the left, there is a row before the first token in the full sequence, and none in a shortened one.
 
     Args:
         labels: long `(B, L)`.

@@ -1,5 +1,6 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
+import logging
 import math
 import random
 import shutil
@@ -92,6 +93,8 @@ from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
 from saccade.tokens import IGNORE_INDEX
 
+logger = logging.getLogger(__name__)
+
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
@@ -134,7 +137,8 @@ class DualSpeedTrainer(SFTTrainer):
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks beside the trainer's own.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
-            An optimizer and a learning-rate scheduler in place of those that `args` names.
+            An optimizer and a learning-rate scheduler in place of those that `args` names. The optimizer is given the
+            isolator and the summary head too, with the options of its first group.
         optimizer_cls_and_kwargs (`tuple`, *optional*):
             An optimizer class and its arguments, in place of `optim` and `optim_args`.
         preprocess_logits_for_metrics (`Callable`, *optional*):
@@ -147,7 +151,8 @@ class DualSpeedTrainer(SFTTrainer):
             Makes a text of a row, as in TRL.
 
     Raises:
-        SaccadeError: on a model without a family, a dataset without images, or an isolator that does not fit.
+        SaccadeError: on a model without a family, a dataset without images, an isolator that does not fit, or an
+            optimizer that leaves out weights that train.
     """
 
     _tag_names = ("trl", "saccade", "dualspeed")
@@ -184,11 +189,14 @@ class DualSpeedTrainer(SFTTrainer):
             )
         checks.check_at_hand(args)
         if isinstance(model, nn.Module):
-            config = stock_model(model).config
+            config, placed = stock_model(model).config, getattr(model, "hf_device_map", None)
         else:
+            placed = (args.model_init_kwargs or {}).get("device_map")
             check_entries(model, "model")
             with reading(f"model={model!r} cannot be loaded"):
                 config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code)
+        if placed is None:  # else the model may be split over the GPUs, which TRL finds out once it has it
+            checks.check_one_gpu(args)
         check_aspect_ratio(family_class(config), args.image_aspect_ratio)
         columns = checks.first_columns(train_dataset)
         if not args.takes_stock_steps:
@@ -272,8 +280,11 @@ class DualSpeedTrainer(SFTTrainer):
         self.open_feature_cache()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.takes_stock_steps
+        self._adapters_given = isinstance(model, PeftModel)
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
+        if self.optimizer is not None:
+            self._complete(self.optimizer)
         self.keeps_masters = wants_masters(args, self.model, self.engine, self.accelerator.mixed_precision != "no")
         self._dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         self.meter = ModeMeter(self.modes)
@@ -713,6 +724,30 @@ class DualSpeedTrainer(SFTTrainer):
             self.masters = Float32Masters(self.model, stepped)
         return optimizer
 
+    def _complete(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the user's own optimizer the isolator and the summary head, which are not there when it is made."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        left = {name: value for name, value in trained.items() if id(value) not in stepped}
+        modules = (self.isolator, None if self.skip is None else self.skip.summary)
+        own = {id(value) for module in modules if module is not None for value in module.parameters()}
+        foreign = [name for name, value in left.items() if id(value) not in own]
+        if foreign:
+            raise SaccadeError(
+                f"optimizers: {type(optimizer).__name__} does not step {len(foreign)} of {len(trained)} weights that "
+                f"train, such as {', '.join(foreign[:3])}: leave it out, give optimizer_cls_and_kwargs instead, or "
+                "freeze what is not to train"
+            )
+        divided = [name for name in ("projector_learning_rate", "vision_layer_decay") if getattr(self.args, name)]
+        if self.lr_scheduler is not None and (left or divided):
+            raise SaccadeError(
+                f"optimizers: {type(self.lr_scheduler).__name__} is made for the optimizer's parameter groups, and "
+                f"{divided[0] if divided else 'the isolator or the summary head'} adds another: give None in its "
+                "place, and set lr_scheduler_type"
+            )
+        if left:
+            optimizer.add_param_group({**optimizer.param_groups[0], "params": list(left.values())})
+
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Move parameters with their own learning rate to separate groups: of projector and isolator, of the tower."""
         rates: dict[int, float] = {}
@@ -992,18 +1027,20 @@ class DualSpeedTrainer(SFTTrainer):
         dtype = torch.float32 if self.engine == "ddp" else self.family.model.dtype
         isolator = ModeIsolator(self.args.isolator_length, width, dtype)
         self.isolator = isolator.to(self.family.model.device)
-        source = self.args.isolator_path
+        source, start = self.args.isolator_path, "random values"
         # An earlier training of this model object may have left its isolator.
         held = getattr(self.model, ISOLATOR_NAME, None)
         if source is None and held is not None and held.weight.shape == isolator.weight.shape:
             self._copy_isolator(held)
             # It may be attached to the stock model, around which adapters have been wrapped since.
             self.family.model._modules.pop(ISOLATOR_NAME, None)
-        elif source is None and self.family.model.config._name_or_path:
-            beside = find_companion(self.family.model.config._name_or_path, ISOLATOR_FILE)
-            source = None if beside is None else str(beside)
+            start = "the one of an earlier training of this model"
+        elif source is None:
+            source = self._find_beside(ISOLATOR_FILE)
+            self._warn_of_adapters("mode isolator", source or start, "set isolator_path to their folder")
         if source is not None:
             self._copy_isolator(ModeIsolator.from_pretrained(source), source)
+        logger.info("the mode isolator starts from %s", source or start)
         self.model.add_module(ISOLATOR_NAME, isolator)
         for module in {self.model, self.family.model}:
             if isinstance(module, PreTrainedModel):
@@ -1020,10 +1057,28 @@ class DualSpeedTrainer(SFTTrainer):
         if skip.summary is not None:
             if self.engine != "ddp":
                 skip.summary.to(self.family.model.dtype)
-            source = self.family.model.config._name_or_path
-            if source and find_companion(source, SUMMARY_FILE):
+            source = self._find_beside(SUMMARY_FILE)
+            if source is not None:
                 skip.load_summary(source)
+            start = source or "random values"
+            self._warn_of_adapters("summary head", start, "call `trainer.skip.load_summary(folder)` before training")
+            logger.info("the summary head starts from %s", start)
         return skip
+
+    def _find_beside(self, name: str) -> str | None:
+        """The file of that name beside the weights that the stock model was loaded from."""
+        folder = self.family.model.config._name_or_path
+        found = find_companion(folder, name) if folder else None
+        return None if found is None else str(found)
+
+    def _warn_of_adapters(self, part: str, start: str, fix: str) -> None:
+        """PEFT does not tell where adapters were loaded from, so what was saved beside them is not found."""
+        if self._adapters_given:
+            logger.warning(
+                "model is a PeftModel, which does not know the folder of its adapters: the %s starts from %s; if they "
+                "were trained with one, %s",
+                *(part, start, fix),
+            )
 
     def _copy_isolator(self, loaded: ModeIsolator, source: str = "the checkpoint") -> None:
         if loaded.weight.shape != self.isolator.weight.shape:

@@ -17,7 +17,7 @@ from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import checkpoints
-from saccade.dualspeed.checks import check_at_hand
+from saccade.dualspeed.checks import check_at_hand, check_one_gpu
 from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_inside, check_unused, hold
 from saccade.errors import SaccadeError, did_you_mean
@@ -27,6 +27,7 @@ from saccade.files import disk_errors, write_json_atomically
 from saccade.launch import check_engine
 from saccade.pruning import ISOLATOR_FILE
 from saccade.report.environment import environment
+from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.console import Bar, Console
 from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
@@ -44,6 +45,7 @@ def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None)
         OSError: if a file cannot be written, for example on a full disk.
     """
     args = recipe.trainer
+    check_one_gpu(args)
     with ExitStack() as held:
         # Locked from before anything is written until the model is saved.
         agreed(args, lambda: held.enter_context(hold(args)))
@@ -84,6 +86,9 @@ def _train_and_save(
         peft_config=lora_config(model, recipe) if options.lora else None,
         callbacks=callbacks,
     )
+    if trainer.skip is not None and find_companion(options.model, SUMMARY_FILE) is not None:
+        # Adapters were merged into their base, beside which the trainer has looked.
+        trainer.skip.load_summary(options.model)
     check_engine(trainer.accelerator)
     # So that a bad first batch, such as a max_length below the image tokens, shows before the first step.
     visual_tokens = check_first_rows(trainer)
