@@ -15,7 +15,6 @@ see `patches_read.py`. On a CPU, seconds are processor time, which other load ha
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from rich.table import Table
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 from benchmarks.pictures import KINDS
-from benchmarks.steps import seconds_on as wall_seconds_on
+from benchmarks.steps import own_seconds_on
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
@@ -43,11 +42,6 @@ WHOLE = "whole"
 OWN = "files"
 TOLERANCES = (0.0, 0.05, 0.1, 0.2)
 PIXELS = 1280 * 28 * 28
-
-
-def seconds_on(device: torch.device) -> float:
-    """Reading of the processor's clock, or on a GPU of the wall's, after synchronizing."""
-    return time.process_time() if device.type == "cpu" else wall_seconds_on(device)
 
 
 def tower_family(vision: Mapping[str, Any], key_value_heads: int = 1) -> Family:
@@ -113,13 +107,13 @@ def time_towers(
     for turn in range(repeats):
         for place in range(len(ways)):
             name = list(ways)[(turn + place) % len(ways)]
-            started = seconds_on(device)
+            started = own_seconds_on(device)
             family.encode(inputs, ways[name])
-            found[name]["seconds"].append(seconds_on(device) - started)
+            found[name]["seconds"].append(own_seconds_on(device) - started)
             if name != WHOLE:
-                started = seconds_on(device)
+                started = own_seconds_on(device)
                 share_dropped(inputs, ways[name].patch_tolerance)
-                found[name]["predictor"].append(seconds_on(device) - started)
+                found[name]["predictor"].append(own_seconds_on(device) - started)
     return found
 
 

@@ -99,6 +99,13 @@ def seconds_on(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def own_seconds_on(device: torch.device) -> float:
+    """As `seconds_on`, but on a CPU with one thread the processor's time for this process, in which other programs
+    have no part."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else seconds_on(device)
+
+
 def measure_stage(
     model: PreTrainedModel,
     stage: Stage,
@@ -204,11 +211,11 @@ def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Opt
     with variant.active() as loss:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        started = seconds_on(device)
+        started = own_seconds_on(device)
         optimizer.zero_grad(set_to_none=True)
         loss(batch).backward()
         optimizer.step()
-        seconds = seconds_on(device) - started
+        seconds = own_seconds_on(device) - started
     optimizer.zero_grad(set_to_none=True)
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
@@ -254,18 +261,18 @@ def _parts(
     for batch in batches:
         device = batch["input_ids"].device
         with variant.active() as loss, _watched(family, device) as spent:
-            started = seconds_on(device)
+            started = own_seconds_on(device)
             value = loss(batch)
-            forward = seconds_on(device) - started
+            forward = own_seconds_on(device) - started
             for name, seconds in spent.items():
                 totals[name] += seconds
             totals["other forward"] += forward - sum(spent.values())
-            started = seconds_on(device)
+            started = own_seconds_on(device)
             value.backward()
-            totals["backward"] += seconds_on(device) - started
-            started = seconds_on(device)
+            totals["backward"] += own_seconds_on(device) - started
+            started = own_seconds_on(device)
             optimizer.step()
-            totals["optimizer"] += seconds_on(device) - started
+            totals["optimizer"] += own_seconds_on(device) - started
         optimizer.zero_grad(set_to_none=True)
     whole = sum(totals.values())
     return {name: seconds / whole for name, seconds in totals.items()}
@@ -288,12 +295,12 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
 
     def watch(module: nn.Module, name: str) -> None:
         called[name] = False
-        handles.append(module.register_forward_pre_hook(lambda *_: running.append([seconds_on(device), 0.0])))
+        handles.append(module.register_forward_pre_hook(lambda *_: running.append([own_seconds_on(device), 0.0])))
 
         def end(*_: Any) -> None:
             called[name] = True
             started, inside = running.pop()
-            seconds = seconds_on(device) - started
+            seconds = own_seconds_on(device) - started
             spent[name] += seconds - inside
             if running:
                 running[-1][1] += seconds
@@ -311,13 +318,13 @@ def _watched(family: Family, device: torch.device) -> Iterator[dict[str, float]]
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal depth
             depth += 1
-            started = seconds_on(device)
+            started = own_seconds_on(device)
             try:
                 return function(*args, **kwargs)
             finally:
                 depth -= 1
                 # A reducer may call another one; only the outer call counts.
-                spent[part] += 0 if depth else seconds_on(device) - started
+                spent[part] += 0 if depth else own_seconds_on(device) - started
 
         return call
 

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interfaces": {"errors"},
     "late": set(),
     "values": {"errors"},
-    "presets": {"values"},
+    "presets": {"errors", "values"},
     "videos": {"errors", "images"},
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,
