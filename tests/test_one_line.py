@@ -61,6 +61,32 @@ def test_numbers_out_of_range(name, value):
     assert f"{name}={value}" in refused(f"--{name}", str(value))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, "model=None, expected str"),
+        ("reducer", None, "reducer=None, expected str"),
+        ("image_folder", 5, "image_folder=5 is an int, expected list or str"),
+        ("image_folder", [1, 2], "image_folder=[1, 2]: 1 is an int, expected str"),
+        ("image_urls", 5, "image_urls=5 is an int, expected list or str"),
+        ("lora_target_modules", 5, "lora_target_modules=5 is an int, expected list or str"),
+        ("lora_modules_to_save", 5, "lora_modules_to_save=5 is an int, expected list"),
+        ("lora_modules_to_save", ["a", None], "None is a NoneType, expected str"),
+        ("dataset", 7, "dataset=7 is an int, expected list or str"),
+        ("lr_scheduler_kwargs", [1], "lr_scheduler_kwargs=[1] is a list, expected dict or str"),
+        ("label_names", {"a": 1}, "label_names={'a': 1} is a dict, expected list"),
+    ],
+)
+def test_every_field_has_the_type_of_its_annotation(name, value, message):
+    with pytest.raises(SaccadeError) as found:
+        make_recipe({name: value, "use_cpu": True})
+    assert message in str(found.value)
+
+
+def test_a_name_may_be_a_number():
+    assert make_recipe({"model": 5, "image_folder": ["a", "b"], "use_cpu": True}).options.model == "5"
+
+
 def test_rows_are_not_grouped_by_a_length_that_they_do_not_have():
     line = refused("--train_sampling_strategy", "group_by_length")
     assert "use group_by='shortened' or 'full'" in line

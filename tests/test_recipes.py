@@ -68,7 +68,7 @@ def test_overrides_are_typed():
         (["--prune_ratio", "much"], "prune_ratio='much' is a str, expected float"),
         (["--learning_rate", "fast"], "learning_rate='fast'"),
         (["--max_steps", "many"], "max_steps='many'"),
-        (["--lora", "3"], "lora=3 is a int, expected bool"),
+        (["--lora", "3"], "lora=3 is an int, expected bool"),
         (["--seed"], "--seed has no value"),
         (["seed", "3"], "'seed' is not a field"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
