@@ -34,6 +34,8 @@ train tiny-digits/sft --prune_ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
 train tiny-digits/sft --model out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
 train tiny-digits/sft --dataset rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
 train tiny-digits/sft --launch dpd | launch='dpd' is unknown: did you mean 'ddp'?
+train tiny-digits/sft --launch ddp --dtype bf16 | dtype='bf16' is unknown: did you mean 'bfloat16'?
+sweep tiny-digits/sft --grid dtype=float32,bf16 | dtype='bf16' is unknown: did you mean 'bfloat16'?
 sweep tiny-digits/stf | recipe 'tiny-digits/stf' does not exist: did you mean 'tiny-digits/sft'?
 sweep tiny-digits/sft --grid sft.prune_ratoi=0.8,0.9 | unknown field 'prune_ratoi': did you mean 'prune_ratio'?
 sweep tiny-digits/sft --grid reducer=random,divprun | reducer='divprun' is unknown: did you mean 'divprune'?

@@ -171,6 +171,7 @@ def one(**changes):
         ({"skip_vision": 3}, "skip_vision=3 is an int, expected dict or str"),
         ({"skip_vision": {"retain": 5}}, "skip_vision: unknown option 'retain'"),
         ({"skip_vision": "100/156", "skip_mode": "medium"}, "skip_mode='medium'"),
+        ({"skip_mode": "slow"}, "skip_mode='slow' says which mode skips, and without skip_vision none does"),
     ],
 )
 def test_what_makes_no_list_of_modes_is_one_line(options, message, tmp_path):

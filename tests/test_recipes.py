@@ -100,6 +100,35 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_folder": "nope"}, "image_folder='nope' is not a folder"),
+        ({"dataset": "rows.json", "image_folder": ["images", "nope"]}, "image_folder='nope' is not a folder"),
+        ({"dataset": [{"path": "rows.json", "wieght": 1}]}, "unknown field 'wieght': did you mean 'weight'"),
+        ({"dataset": ["rows.json", "rowz.json"]}, "dataset='rowz.json' does not exist: did you mean 'rows.json'"),
+        ({"dataset": 7}, "dataset=7 is an int, expected list or str"),
+        ({"dataset_stage": "foo"}, "dataset_stage='foo' is unknown"),
+        ({"dataset_split": "tets"}, "dataset_split='tets' is unknown: did you mean 'test'"),
+        ({"dataset_format": "csv"}, "dataset_format='csv' is unknown"),
+        ({"dataset_turns": 0}, "dataset_turns=0: give at least 1"),
+        ({"dataset_shuffle_buffer": -1}, "dataset_shuffle_buffer=-1"),
+        ({"dataset_streaming": True}, "dataset_streaming=true: digits"),
+        ({"eval_dataset": ["rowz.json"], "eval_strategy": "epoch"}, "dataset='rowz.json' does not exist"),
+        ({"image_urls": "example.org"}, "image_urls='example.org' is not the beginning"),
+        ({"dtype": "bf16"}, "dtype='bf16' is unknown: did you mean 'bfloat16'"),
+        ({"skip_mode": "slow"}, "skip_mode='slow' says which mode skips"),
+    ],
+)
+def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "rows.json").write_text("[]")
+    words = [word for name, value in fields.items() for word in (f"--{name}", json.dumps(value))]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", "--check", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("a: [", "not valid YAML"), ("- a\n- b", "must be a mapping"), ("", "must be a mapping")],
 )

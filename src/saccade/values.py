@@ -18,6 +18,7 @@ PROJECTORS = ("mlp", "resampler")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 ENGINES = ("vllm", "transformers")
 SPLITS = ("train", "validation", "test")
+STAGES = ("pretrain", "sft")
 ENTRY_POINT_GROUP = "saccade.reducers"
 """The entry points of other packages' reducers."""
 BOUNDS = frozenset({"feature_cache_gib"})

@@ -11,7 +11,7 @@ from typing import Any
 
 from saccade.errors import SaccadeError, one_of
 from saccade.files import check_exists, nearest_path
-from saccade.values import ENTRY_POINT_GROUP, check_pruning, is_number
+from saccade.values import DTYPES, ENTRY_POINT_GROUP, check_choice, check_pruning, is_number
 
 REDUCERS = Path(__file__).parents[1] / "reducers"
 WRITTEN = ("pruning_config.json", "log.json", "eval.json")
@@ -21,7 +21,7 @@ NUMBERS = ("prune_ratio", "keep_tokens", "fit_length", "patch_tolerance")
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse a reducer that there is not, or a pruning option that is out of range.
+    """Refuse a reducer or a dtype that there is not, or a pruning option that is out of range.
 
     Args:
         values: of the options, or of all fields of a recipe.
@@ -30,6 +30,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         SaccadeError: naming the first of them.
     """
     check_reducer(values.get("reducer"))
+    if isinstance(values.get("dtype"), str):
+        check_choice("dtype", values["dtype"], DTYPES)
     # YAML reads 1e-1 as a string, which is converted later.
     check_pruning({name: value for name, value in values.items() if name not in NUMBERS or is_number(value)})
 

@@ -75,7 +75,13 @@ class SourceOptions:
             raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
 
     def folders(self, allow_outside: bool, addresses: ImageAddresses | None = None) -> ImageFolders:
-        """The folders of its images; the arguments are those of `ImageFolders`."""
+        """The folders of its images; the arguments are those of `ImageFolders`.
+
+        Raises:
+            SaccadeError: if one does not exist, or the source is a JSON file that does not.
+        """
+        if is_json(self.path) and not Path(self.path).is_file():
+            raise no_dataset(self.path)
         given = self.image_folder
         if given is None:
             place = Path(self.path)
@@ -85,8 +91,6 @@ class SourceOptions:
 
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
         """Open its rows; the arguments are those of `ImageFolders`."""
-        if is_json(self.path) and not Path(self.path).is_file():
-            raise no_dataset(self.path)
         folders = self.folders(allow_outside, addresses)
         if is_json(self.path):
             return JsonSource(Path(self.path), self.format, folders)
@@ -177,11 +181,7 @@ def stream(
         rows: stop after this many rows.
         addresses: as for `ImageFolders`.
     """
-    opened = []
-    for source in options:
-        if is_json(source.path) and not Path(source.path).is_file():
-            raise no_dataset(source.path)
-        opened.append((source, source.folders(allow_outside, addresses)))
+    opened = [(source, source.folders(allow_outside, addresses)) for source in options]
     columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
     weights = None if options[0].weight is None else [source.weight for source in options]
     # Without weights, each part holds rows of every source in turn; otherwise ranks would read different sources.

@@ -296,6 +296,11 @@ class DualSpeedConfig(SFTConfig):
         self.prune_ratio = self.pruning.prune_ratio
         check_choice("conversation", self.conversation, CONVERSATIONS)
         check_choice("skip_mode", self.skip_mode, ("fast", "slow"))
+        if self.skip_mode != "fast" and self.skip_vision is None:
+            raise SaccadeError(
+                f"skip_mode={self.skip_mode!r} says which mode skips, and without skip_vision none does: give that, "
+                "or leave this out"
+            )
         check_choice("group_by", self.group_by, GROUP_BY)
         if self.image_aspect_ratio is not None:
             check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)

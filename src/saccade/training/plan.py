@@ -30,7 +30,7 @@ from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.models import quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
-from saccade.values import DTYPES, check_choice, check_counts
+from saccade.values import check_counts
 
 ANYWHERE = ("--use_cpu", "true")
 PUBLISHED = {
@@ -243,7 +243,6 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that `load_model` would load in, if the configuration says so; else float32."""
-    check_choice("dtype", name, DTYPES)
     found = config.dtype if name == "auto" else getattr(torch, name)
     # float16 overflows in training, so `auto` loads it as float32.
     return torch.float32 if name == "auto" and found in (None, torch.float16) else found

@@ -30,7 +30,7 @@ from saccade.report.environment import environment
 from saccade.training.console import Bar, Console
 from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
-from saccade.training.sources import hold_out, load_eval_rows, load_rows
+from saccade.training.sources import check_rows, hold_out, load_eval_rows, load_rows
 
 
 def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
@@ -130,6 +130,7 @@ def check_recipe(recipe: Recipe) -> None:
     """Check, before anything is loaded, for what would make a run fail later."""
     check_lora(recipe)
     check_evaluation(recipe)
+    check_rows(recipe.options)
     check_at_hand(recipe.trainer)
 
 
