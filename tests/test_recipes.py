@@ -17,7 +17,8 @@ from saccade.families import get_family
 from saccade.pruning import ModeIsolator
 from saccade.recipes import RECIPES
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
-from saccade.training.run import lora_config
+from saccade.training.run import check_recipe, lora_config
+from saccade.training.sources import dataset_name
 
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
 ASKED, ANSWERED = '{"role": "user", "content": "a?"}', '{"role": "assistant", "content": "b"}'
@@ -139,6 +140,21 @@ def test_bad_files(tmp_path, text, message):
         load_recipe(path)
     with pytest.raises(SaccadeError, match="tiny-digits/sft"):
         load_recipe(tmp_path / "other.yaml")
+
+
+def test_a_model_without_a_dataset_does_not_train_on_the_digits(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: llava-hf/llava-1.5-7b-hf\nuse_cpu: true\n")
+    with pytest.raises(SaccadeError, match=r"llava-1.5-7b-hf' without a dataset would train on .* dataset: digits if"):
+        check_recipe(load_recipe(path))
+    check_recipe(load_recipe(path, ["--dataset", "digits"]))
+    check_recipe(load_recipe(path, ["--model", "tiny"]))
+
+
+def test_a_recipes_data_is_named_in_a_few_words():
+    entries = ["a.json", "digits", {"path": "c.jsonl"}, "d", "e"]
+    assert dataset_name(ModelOptions(dataset=entries)) == "a.json, digits, the embedded scenes, c.jsonl and 2 more"
+    assert dataset_name(ModelOptions(dataset="a.json")) == "a.json"
 
 
 def test_train_on_a_users_own_json_lines(tmp_path, capsys):
@@ -297,7 +313,8 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     }
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
     assert ModeIsolator.from_pretrained(tmp_path / "one").weight.equal(first.isolator.weight)
-    again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
+    again = {**values, "model": str(tmp_path / "one"), "dataset": "digits", "output_dir": str(tmp_path / "two")}
+    again["learning_rate"] = 1e-12
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
     assert all(weight.requires_grad for weight in second.family.language_model.parameters())

@@ -39,9 +39,9 @@ class ModelOptions:
     Args:
         model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
         dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
-        dataset: "digits" for the embedded scenes; a JSON, JSON-lines or Parquet file; a folder with Parquet files or
-            written by `save_to_disk`; a hub id; or a list of these and of mappings with `path` and optionally
-            `format`, `weight`, `rows`, `image_folder`, `split`.
+        dataset: "digits" for the embedded scenes, which a recipe with another model than "tiny" has to name; a JSON,
+            JSON-lines or Parquet file; a folder with Parquet files or written by `save_to_disk`; a hub id; or a list
+            of these and of mappings with `path` and optionally `format`, `weight`, `rows`, `image_folder`, `split`.
         dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to infer it from
             the rows.
         dataset_streaming: stream the rows, for data that fits neither in memory nor on disk.

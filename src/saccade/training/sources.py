@@ -38,6 +38,13 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     return sources
 
 
+def dataset_name(options: ModelOptions) -> str:
+    """What a recipe trains on, in a few words."""
+    names = ["digits, the embedded scenes" if one.path == DIGITS else one.path for one in dataset_sources(options)]
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
 def check_rows(options: ModelOptions) -> None:
     """Refuse what can be known of the rows to train and to evaluate on without reading one: options of a source, files
     and folders that are not there.
