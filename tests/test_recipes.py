@@ -15,7 +15,7 @@ from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.config import LEAST
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
-from saccade.recipes import RECIPES
+from saccade.recipes import RECIPES, read_recipe
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
 from saccade.training.run import check_recipe, lora_config
 from saccade.training.sources import dataset_name
@@ -131,7 +131,16 @@ def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- a\n- b", "must be a mapping"), ("", "must be a mapping")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "must be a mapping"),
+        ("", "must be a mapping"),
+        (
+            "prune_ratio: 0.5\n\nprune_ratio: 0.9",
+            "not valid YAML: 'prune_ratio' is given in lines 1 and 3: remove one",
+        ),
+        ("skip_vision:\n  merge: none\n  'merge': none", "'merge' is given in lines 2 and 3: remove one"),
+    ],
 )
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
@@ -140,6 +149,14 @@ def test_bad_files(tmp_path, text, message):
         load_recipe(path)
     with pytest.raises(SaccadeError, match="tiny-digits/sft"):
         load_recipe(tmp_path / "other.yaml")
+
+
+def test_what_a_recipe_merges_in_may_be_overridden(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("reducer_options: &a {x: 1}\nskip_vision: &b {<<: *a, x: 2}\nmodes: [{<<: *b, x: 3}]")
+    assert read_recipe(path) == {"reducer_options": {"x": 1}, "skip_vision": {"x": 2}, "modes": [{"x": 3}]}
+    with pytest.raises(SaccadeError, match="cannot be read as a value"):
+        load_recipe("tiny-digits/sft", ["--skip_vision", "{merge: none, merge: none}"])
 
 
 def test_a_model_without_a_dataset_does_not_train_on_the_digits(tmp_path):

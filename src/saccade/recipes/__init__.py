@@ -20,6 +20,22 @@ FIELD_FILES = (
 """The files of the dataclasses whose fields a recipe may have."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, as YAML says; of two, the stock loader takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here rather than where mappings are constructed: there, keys that `<<` merges in are beside the own ones.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(f"{key.value!r} is given in lines {lines[key.value]} and {line}: remove one")
+                lines[key.value] = line
+        return node
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe, by path or by the name of a shipped one.
 
@@ -46,7 +62,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = find_recipe(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -85,7 +101,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
             text = words.pop(0)
         try:
-            values[name.replace("-", "_")] = yaml.safe_load(text)
+            values[name.replace("-", "_")] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
     return values
@@ -106,7 +122,7 @@ def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any
         if name in grid:
             raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
         try:
-            grid[name] = yaml.safe_load(f"[{values}]")
+            grid[name] = yaml.load(f"[{values}]", _Loader)
         except yaml.YAMLError as error:
             raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
         repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]
