@@ -15,7 +15,7 @@ from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.config import LEAST
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
-from saccade.recipes import RECIPES, read_recipe
+from saccade.recipes import RECIPES, earlier_stage, read_recipe
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
 from saccade.training.run import check_recipe, lora_config
 from saccade.training.sources import dataset_name
@@ -149,6 +149,19 @@ def test_bad_files(tmp_path, text, message):
         load_recipe(path)
     with pytest.raises(SaccadeError, match="tiny-digits/sft"):
         load_recipe(tmp_path / "other.yaml")
+
+
+def test_the_stage_before_is_found_beside_files_that_are_no_recipes(tmp_path):
+    for name, text in (
+        ("bin.yaml", b"\x00\xff"),
+        ("a_list.yaml", b"- 1"),
+        ("first.yaml", b"model: tiny\noutput_dir: out/first"),
+        ("second.yaml", b"model: out/first"),
+    ):
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / "folder.yaml").mkdir()
+    assert earlier_stage(tmp_path / "second.yaml", "out/first") == tmp_path / "first.yaml"
+    assert earlier_stage(tmp_path / "first.yaml", "tiny") is None
 
 
 def test_what_a_recipe_merges_in_may_be_overridden(tmp_path):

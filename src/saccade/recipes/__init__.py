@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
     return with_preset(values)
+
+
+def earlier_stage(path: str | Path, model: str) -> Path | None:
+    """The recipe in the folder of the recipe `path` whose `output_dir` is `model`; None if there is none."""
+    for beside in sorted(find_recipe(path).parent.glob("*.yaml")):
+        # Any file may lie in the folder of a recipe.
+        with suppress(SaccadeError, OSError):
+            earlier = read_recipe(beside)
+            before = earlier.get("model")
+            if earlier.get("output_dir") == model and isinstance(before, str) and before != model:
+                return beside
+    return None
 
 
 def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
