@@ -164,6 +164,13 @@ def test_the_stage_before_is_found_beside_files_that_are_no_recipes(tmp_path):
     assert earlier_stage(tmp_path / "first.yaml", "tiny") is None
 
 
+def test_a_second_stage_may_be_checked_before_the_first_has_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny-digits/sft", "--check"]) == 0
+    note = "saccade: note: model='out/pretrain' does not exist: `saccade train tiny-digits/pretrain` writes it\n"
+    assert capsys.readouterr().err == note
+
+
 def test_what_a_recipe_merges_in_may_be_overridden(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("reducer_options: &a {x: 1}\nskip_vision: &b {<<: *a, x: 2}\nmodes: [{<<: *b, x: 3}]")

@@ -11,6 +11,7 @@ from typing import Any
 
 from saccade.errors import SaccadeError, one_of
 from saccade.files import check_exists, nearest_path
+from saccade.recipes import RECIPES, earlier_stage
 from saccade.values import DTYPES, ENTRY_POINT_GROUP, check_choice, check_pruning, is_number
 
 REDUCERS = Path(__file__).parents[1] / "reducers"
@@ -68,6 +69,17 @@ def check_model(model: Any) -> None:
     trained = near is not None and any((near / name).is_file() for name in WRITTEN)
     if trained or model.startswith((".", "/", "~")) or model.count("/") > 1:
         check_exists(model, "model", "give the folder of a model, or a hub id", folder=True)
+
+
+def stage_to_come(recipe: str, model: Any) -> str | None:
+    """That a model does not exist, with the command that writes it, if that trains another recipe in the folder of
+    `recipe`; None of any other model.
+    """
+    before = earlier_stage(recipe, model) if isinstance(model, str) and not Path(model).exists() else None
+    if before is None:
+        return None
+    name = before.relative_to(RECIPES).with_suffix("") if before.is_relative_to(RECIPES) else before
+    return f"model={model!r} does not exist: `saccade train {name}` writes it"
 
 
 def check_dataset(path: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saccade.cli.early import check_dataset, check_model, check_values
+from saccade.cli.early import check_dataset, check_model, check_values, stage_to_come
 
 if TYPE_CHECKING:
     from saccade.training import Recipe
@@ -84,7 +84,14 @@ def run(args: argparse.Namespace) -> int:
     for name in ("output", *PLAN_FLAGS):
         if getattr(args, name) is not None:
             raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
-    check_model(values.get("model"))
+    to_come = stage_to_come(args.recipe, values.get("model"))
+    if to_come is None:
+        check_model(values.get("model"))
+    elif args.check:
+        # The recipes of a job that trains one after the other may all be checked before it starts.
+        print(f"saccade: note: {to_come}", file=sys.stderr)
+    else:
+        raise SaccadeError(to_come)
     check_dataset(values.get("dataset"))
     if args.launch is not None:
         return _launch(args)
