@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError, did_you_mean, kind_of
 from saccade.files import similar_path
 from saccade.presets import with_preset
 
@@ -67,7 +67,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
+        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found {kind_of(values)}")
     return with_preset(values)
 
 
