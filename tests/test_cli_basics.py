@@ -65,6 +65,7 @@ assemble --vision-tower tiny --language-model tiny --output o --crops anyrs | di
 assemble --vision-tower tiny --language-model tiny --outpt o | unknown flag '--outpt': did you mean '--output'?
 grow out/sftt --image-size 448 --output o | model='out/sftt' is not a folder: did you mean 'out/sft'?
 data check rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+data check qwen2.5-vl-7b/sft_lora | dataset='data/LLaVA-Instruct/llava_v1_5_mix665k.json' does not exist
 data check rows.json --format lava | dataset format='lava' is unknown: did you mean 'llava'?
 data check rows.json --prune-ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
 report out/sftt | folder='out/sftt' does not exist: did you mean 'out/sft'?

@@ -55,6 +55,13 @@ def find_recipe(name: str | Path) -> Path:
     raise SaccadeError(f"recipe {str(name)!r} does not exist: {hint}")
 
 
+def is_recipe(name: str) -> bool:
+    """Whether the name of data, or of a recipe that says which, is that of a recipe: a YAML file or a shipped one."""
+    path = Path(name)
+    shipped = not path.suffix and not path.exists() and (RECIPES / f"{name}.yaml").is_file()
+    return path.suffix in (".yaml", ".yml") or shipped
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The fields of a recipe file, with those of its preset, and `pretrain`, the recipe to run before it.
 
