@@ -5,6 +5,7 @@ import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_trainer
@@ -160,6 +161,29 @@ def no_gpu(monkeypatch):
 def test_half_precision_without_a_gpu_says_what_to_give(name, no_gpu):
     with pytest.raises(SaccadeError, match=f"{name}=True needs a GPU.* give {name}: false, use_cpu: true"):
         make_recipe({name: True})
+
+
+def test_a_recipe_for_a_gpu_is_checked_without_one(no_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "tiny-digits/pretrain", "--bf16", "true", "--use_cpu", "false"]
+    assert main([*command, "--check"]) == 0
+    assert capsys.readouterr().err.startswith("saccade: note: bf16=True needs a GPU, and none was found")
+    assert main([*command, "--check", "--eval_strategy", "steps"]) == 2
+    assert "eval_strategy='steps' has no rows" in capsys.readouterr().err
+    # What a launcher asks before it starts processes.
+    assert main([*command, "--check-here"]) == 2
+    assert capsys.readouterr().err.startswith("saccade: error: bf16=True needs a GPU")
+
+
+@pytest.mark.parametrize(("flags", "asked"), [([], "--check-here"), (["--check"], "--check")])
+def test_a_launch_checks_the_recipe_first_and_stops_there_if_asked_to(flags, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr("saccade.launch.make_plan", lambda *args: "plan")
+    monkeypatch.setattr("saccade.launch.run_processes", lambda plan, command: calls.append(command) or 0)
+    monkeypatch.setattr("subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=0))
+    assert main(["train", "tiny-digits/pretrain", "--launch", "ddp", "--processes", "2", *flags]) == 0
+    assert calls[0][-1] == asked
+    assert len(calls) == (1 if flags else 2)
 
 
 def test_without_a_gpu_a_run_is_in_float32_unless_it_is_told_otherwise(no_gpu, tmp_path, caplog):

@@ -41,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help="remove what an earlier run left in output_dir, and start again",
     )
-    parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_const",
+        const="recipe",
+        help="read the recipe, report the first mistake, and stop; on any machine",
+    )
+    # For the launcher: also whether the recipe runs on this machine.
+    parser.add_argument("--check-here", dest="check", action="store_const", const="here", help=argparse.SUPPRESS)
     parser.add_argument(
         "--dry-run", action="store_true", help="count weights, tokens, operations and memory, then stop"
     )
@@ -97,10 +104,17 @@ def run(args: argparse.Namespace) -> int:
         return _launch(args)
     if args.processes is not None:
         raise SaccadeError(f"processes={args.processes!r} without --launch: add --launch ddp, fsdp2, zero2 or zero3")
+    from saccade.dualspeed.config import NoGPUError
     from saccade.training import LOG_FILE, load_recipe, train_recipe
     from saccade.training.run import check_recipe, find_resume
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except NoGPUError as error:
+        if args.check != "recipe":
+            raise
+        print(f"saccade: note: {error}", file=sys.stderr)
+        recipe = load_recipe(args.recipe, [*args.overrides, "--use_cpu", "true"])
     if args.check:
         check_recipe(recipe)
         find_resume(recipe)
@@ -148,8 +162,9 @@ def _launch(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
     # Check once, so that a mistake is reported in one line rather than one per process. In a subprocess, since parsing
     # the options initialises the GPU and would keep memory allocated.
-    status = subprocess.run([*command, "--check", *args.overrides]).returncode
-    return status or run_processes(plan, [*command, *args.overrides])
+    check = "--check" if args.check else "--check-here"
+    status = subprocess.run([*command, check, *args.overrides]).returncode
+    return status if args.check else status or run_processes(plan, [*command, *args.overrides])
 
 
 def _dry_run(args: argparse.Namespace) -> int:

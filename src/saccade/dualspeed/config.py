@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 GROUP_BY = ("none", "shortened", "full")
 
+
+class NoGPUError(SaccadeError):
+    """An option needs a GPU, and this machine has none."""
+
+
 LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
@@ -401,7 +406,7 @@ class DualSpeedConfig(SFTConfig):
                 logger.warning("no GPU was found: training on the CPU in float32; use_cpu=True says that it is meant")
         for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
             if getattr(self, name) and not self.use_cpu and on_cpu:
-                raise SaccadeError(
+                raise NoGPUError(
                     f"{name}=True needs a GPU, and none was found: for the CPU give {name}: false, use_cpu: true"
                 )
 
