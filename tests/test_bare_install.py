@@ -83,7 +83,7 @@ print("FOUND", json.dumps(found))
 VERBS = [
     ["reducers"],
     ["env"],
-    ["train", "tiny-digits/sft"],
+    ["train", "tiny-digits/pretrain"],
     ["demo"],
     ["eval", "tiny"],
     ["data", "check", "someone/rows"],

@@ -17,7 +17,14 @@ import pytest
 
 import saccade
 from saccade.cli import main as main_module
-from saccade.cli.early import check_dataset, check_model, check_reducer, check_values, reducer_names
+from saccade.cli.early import (
+    check_dataset,
+    check_model,
+    check_reducer,
+    check_values,
+    reducer_names,
+    stage_to_come,
+)
 from saccade.cli.main import VERBOSE_TOO, VERBS, main
 from saccade.errors import SaccadeError
 from saccade.recipes import check_early, source_fields
@@ -32,8 +39,12 @@ train tiny-digits/sft --dry-runn | unknown field 'dry_runn': did you mean 'dry_r
 train tiny-digits/sft --reducer divprun | reducer='divprun' is unknown: did you mean 'divprune'?
 train tiny-digits/sft --prune_ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
 train tiny-digits/sft --model out/sftt | model='out/sftt' is not a folder: did you mean 'out/sft'?
-train tiny-digits/sft --dataset rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
-train tiny-digits/sft --launch dpd | launch='dpd' is unknown: did you mean 'ddp'?
+train tiny-digits/pretrain --dataset rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+train tiny-digits/pretrain --launch dpd | launch='dpd' is unknown: did you mean 'ddp'?
+train tiny-digits/sft | model='out/pretrain' does not exist: `saccade train tiny-digits/pretrain` writes it
+train llava-1.5-7b/sft_lora --dataset rows.json | `saccade train llava-1.5-7b/pretrain` writes it
+train tiny-digits/sft --launch ddp --dtype bf16 | dtype='bf16' is unknown: did you mean 'bfloat16'?
+sweep tiny-digits/sft --grid dtype=float32,bf16 | dtype='bf16' is unknown: did you mean 'bfloat16'?
 sweep tiny-digits/stf | recipe 'tiny-digits/stf' does not exist: did you mean 'tiny-digits/sft'?
 sweep tiny-digits/sft --grid sft.prune_ratoi=0.8,0.9 | unknown field 'prune_ratoi': did you mean 'prune_ratio'?
 sweep tiny-digits/sft --grid reducer=random,divprun | reducer='divprun' is unknown: did you mean 'divprune'?
@@ -54,6 +65,7 @@ assemble --vision-tower tiny --language-model tiny --output o --crops anyrs | di
 assemble --vision-tower tiny --language-model tiny --outpt o | unknown flag '--outpt': did you mean '--output'?
 grow out/sftt --image-size 448 --output o | model='out/sftt' is not a folder: did you mean 'out/sft'?
 data check rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.json'?
+data check qwen2.5-vl-7b/sft_lora | dataset='data/LLaVA-Instruct/llava_v1_5_mix665k.json' does not exist
 data check rows.json --format lava | dataset format='lava' is unknown: did you mean 'llava'?
 data check rows.json --prune-ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
 report out/sftt | folder='out/sftt' does not exist: did you mean 'out/sft'?
@@ -316,6 +328,8 @@ class TestQuickStart:
             with pytest.raises(SaccadeError, match="is not a folder"):
                 check_model(model)
         check_dataset("someone/rows")
+        for model in ("tiny", "out/sft", "out/other", "llava-hf/llava-1.5-7b-hf", None):
+            assert stage_to_come("tiny-digits/sft", model) is None
         check_values({"prune_ratio": "1e-1", "keep_tokens": None, "reducer": None, "learning_rate": 3})
         monkeypatch.setattr("saccade.cli.early.entry_points", lambda group: [group])
         check_reducer("from-a-plugin")

@@ -151,7 +151,7 @@ def test_bad_images(tmp_path, name, content, message):
 
 
 def test_no_image_at_all():
-    with pytest.raises(SaccadeError, match="image is a int"):
+    with pytest.raises(SaccadeError, match="image is an int"):
         open_image(3)
 
 

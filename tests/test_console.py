@@ -33,7 +33,7 @@ def test_a_run_opens_with_what_it_will_do(said):
     steps = {mode: int(log[-2][f"steps_{mode}"]) for mode in ("fast", "slow")}
     assert sum(steps.values()) == 4
     assert "model   tiny: 829k parameters, 497k of them trained" in text
-    assert "data    8 rows, 144 visual tokens in the first" in text
+    assert "data    digits, the embedded scenes: 8 rows, 144 visual tokens in the first" in text
     assert f"fast: {steps['fast']} steps, 10 % of the visual tokens (14 of 144) by divprune, with the isolator" in text
     assert f"slow: {steps['slow']} steps, all visual tokens, taught by fast" in text
     assert "steps   4 of 2 rows, on one cpu" in text

@@ -18,6 +18,7 @@ from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.mixture import source_options
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.errors import RecordError
+from saccade.recipes import is_recipe
 from saccade.reducers import PruningConfig, keep_count
 from saccade.training import ModelOptions, load_rows
 from saccade.training.checks import check_data
@@ -174,6 +175,16 @@ def test_a_recipe_is_checked_with_all_of_its_sources(tmp_path):
         (1, 0, "empty_answer")
     ]
     assert report["tokens"]["prune_ratio"] == 0.5
+
+
+def test_a_shipped_recipe_is_checked_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "check", "tiny-digits/pretrain", "--rows", "3", "--jobs", "1"]) == 0
+    assert json.loads((tmp_path / "data_check.json").read_text())["sources"] == [{"path": "digits", "records": 3}]
+    # A folder of this name is data.
+    (tmp_path / "tiny-digits" / "pretrain").mkdir(parents=True)
+    assert not is_recipe("tiny-digits/pretrain")
+    assert not is_recipe("someone/rows")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_bad_input_is_one_line(flags, message, tmp_path, capfd, monkeypatch):
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     words = [flag.format(**{name: tmp_path / f"{name}.yaml" for name in files}) for flag in flags]
-    assert main(["train", "tiny-digits/sft", *words]) == 2
+    assert main(["train", "tiny-digits/pretrain", *words]) == 2
     error = capfd.readouterr().err.strip()
     assert error.startswith("saccade: error: ")
     assert message in error

@@ -146,7 +146,7 @@ def one(**changes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modes": "fast"}, "modes='fast': give a list"),
+        ({"modes": "fast"}, "modes='fast' is a str, expected list"),
         ({"modes": []}, r"modes=\[\]: give a list"),
         ({"modes": ["fast"]}, "'fast' is not a mapping"),
         ({"modes": [{"name": "fast"}]}, "has no 'probability'"),
@@ -168,9 +168,10 @@ def one(**changes):
         ({"modes": one() * 2}, "two of them have name='fast'"),
         ({"modes": one(action="skip"), "adaptive": True}, "adaptive=True: a mode that skips"),
         ({"skip_vision": "99/1"}, "preset='99/1'"),
-        ({"skip_vision": 3}, "skip_vision=3: give a mapping"),
+        ({"skip_vision": 3}, "skip_vision=3 is an int, expected dict or str"),
         ({"skip_vision": {"retain": 5}}, "skip_vision: unknown option 'retain'"),
         ({"skip_vision": "100/156", "skip_mode": "medium"}, "skip_mode='medium'"),
+        ({"skip_mode": "slow"}, "skip_mode='slow' says which mode skips, and without skip_vision none does"),
     ],
 )
 def test_what_makes_no_list_of_modes_is_one_line(options, message, tmp_path):

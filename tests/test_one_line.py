@@ -5,6 +5,7 @@ import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_trainer
@@ -59,6 +60,32 @@ def test_numbers_inside_of_lists_and_mappings_are_finite_too(tmp_path):
 )
 def test_numbers_out_of_range(name, value):
     assert f"{name}={value}" in refused(f"--{name}", str(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", None, "model=None, expected str"),
+        ("reducer", None, "reducer=None, expected str"),
+        ("image_folder", 5, "image_folder=5 is an int, expected list or str"),
+        ("image_folder", [1, 2], "image_folder=[1, 2]: 1 is an int, expected str"),
+        ("image_urls", 5, "image_urls=5 is an int, expected list or str"),
+        ("lora_target_modules", 5, "lora_target_modules=5 is an int, expected list or str"),
+        ("lora_modules_to_save", 5, "lora_modules_to_save=5 is an int, expected list"),
+        ("lora_modules_to_save", ["a", None], "None is a NoneType, expected str"),
+        ("dataset", 7, "dataset=7 is an int, expected list or str"),
+        ("lr_scheduler_kwargs", [1], "lr_scheduler_kwargs=[1] is a list, expected dict or str"),
+        ("label_names", {"a": 1}, "label_names={'a': 1} is a dict, expected list"),
+    ],
+)
+def test_every_field_has_the_type_of_its_annotation(name, value, message):
+    with pytest.raises(SaccadeError) as found:
+        make_recipe({name: value, "use_cpu": True})
+    assert message in str(found.value)
+
+
+def test_a_name_may_be_a_number():
+    assert make_recipe({"model": 5, "image_folder": ["a", "b"], "use_cpu": True}).options.model == "5"
 
 
 def test_rows_are_not_grouped_by_a_length_that_they_do_not_have():
@@ -134,6 +161,29 @@ def no_gpu(monkeypatch):
 def test_half_precision_without_a_gpu_says_what_to_give(name, no_gpu):
     with pytest.raises(SaccadeError, match=f"{name}=True needs a GPU.* give {name}: false, use_cpu: true"):
         make_recipe({name: True})
+
+
+def test_a_recipe_for_a_gpu_is_checked_without_one(no_gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["train", "tiny-digits/pretrain", "--bf16", "true", "--use_cpu", "false"]
+    assert main([*command, "--check"]) == 0
+    assert capsys.readouterr().err.startswith("saccade: note: bf16=True needs a GPU, and none was found")
+    assert main([*command, "--check", "--eval_strategy", "steps"]) == 2
+    assert "eval_strategy='steps' has no rows" in capsys.readouterr().err
+    # What a launcher asks before it starts processes.
+    assert main([*command, "--check-here"]) == 2
+    assert capsys.readouterr().err.startswith("saccade: error: bf16=True needs a GPU")
+
+
+@pytest.mark.parametrize(("flags", "asked"), [([], "--check-here"), (["--check"], "--check")])
+def test_a_launch_checks_the_recipe_first_and_stops_there_if_asked_to(flags, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr("saccade.launch.make_plan", lambda *args: "plan")
+    monkeypatch.setattr("saccade.launch.run_processes", lambda plan, command: calls.append(command) or 0)
+    monkeypatch.setattr("subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=0))
+    assert main(["train", "tiny-digits/pretrain", "--launch", "ddp", "--processes", "2", *flags]) == 0
+    assert calls[0][-1] == asked
+    assert len(calls) == (1 if flags else 2)
 
 
 def test_without_a_gpu_a_run_is_in_float32_unless_it_is_told_otherwise(no_gpu, tmp_path, caplog):

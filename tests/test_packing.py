@@ -176,7 +176,7 @@ def test_rows_are_packed_on_a_cpu_unless_something_is_against_it(processor, tmp_
     trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
     assert trainer.packs_rows == packs
     assert (trainer.family.language_model.config._attn_implementation == PACKED) == packs
-    assert opening(trainer, "tiny", 144)[-2].endswith(", without padding") == packs
+    assert opening(trainer, "tiny", "digits", 144)[-2].endswith(", without padding") == packs
 
 
 @pytest.mark.parametrize("name", CASES)

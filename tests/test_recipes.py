@@ -15,9 +15,10 @@ from saccade.dualspeed.collator import prepare_example
 from saccade.dualspeed.config import LEAST
 from saccade.families import get_family
 from saccade.pruning import ModeIsolator
-from saccade.recipes import RECIPES
+from saccade.recipes import RECIPES, earlier_stage, read_recipe
 from saccade.training import ModelOptions, load_recipe, load_rows, make_recipe, train_recipe
-from saccade.training.run import lora_config
+from saccade.training.run import check_recipe, lora_config
+from saccade.training.sources import dataset_name
 
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
 ASKED, ANSWERED = '{"role": "user", "content": "a?"}', '{"role": "assistant", "content": "b"}'
@@ -68,7 +69,7 @@ def test_overrides_are_typed():
         (["--prune_ratio", "much"], "prune_ratio='much' is a str, expected float"),
         (["--learning_rate", "fast"], "learning_rate='fast'"),
         (["--max_steps", "many"], "max_steps='many'"),
-        (["--lora", "3"], "lora=3 is a int, expected bool"),
+        (["--lora", "3"], "lora=3 is an int, expected bool"),
         (["--seed"], "--seed has no value"),
         (["seed", "3"], "'seed' is not a field"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
@@ -100,8 +101,46 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_folder": "nope"}, "image_folder='nope' is not a folder"),
+        ({"dataset": "rows.json", "image_folder": ["images", "nope"]}, "image_folder='nope' is not a folder"),
+        ({"dataset": [{"path": "rows.json", "wieght": 1}]}, "unknown field 'wieght': did you mean 'weight'"),
+        ({"dataset": ["rows.json", "rowz.json"]}, "dataset='rowz.json' does not exist: did you mean 'rows.json'"),
+        ({"dataset": 7}, "dataset=7 is an int, expected list or str"),
+        ({"dataset_stage": "foo"}, "dataset_stage='foo' is unknown"),
+        ({"dataset_split": "tets"}, "dataset_split='tets' is unknown: did you mean 'test'"),
+        ({"dataset_format": "csv"}, "dataset_format='csv' is unknown"),
+        ({"dataset_turns": 0}, "dataset_turns=0: give at least 1"),
+        ({"dataset_shuffle_buffer": -1}, "dataset_shuffle_buffer=-1"),
+        ({"dataset_streaming": True}, "dataset_streaming=true: digits"),
+        ({"eval_dataset": ["rowz.json"], "eval_strategy": "epoch"}, "dataset='rowz.json' does not exist"),
+        ({"image_urls": "example.org"}, "image_urls='example.org' is not the beginning"),
+        ({"dtype": "bf16"}, "dtype='bf16' is unknown: did you mean 'bfloat16'"),
+        ({"skip_mode": "slow"}, "skip_mode='slow' says which mode skips"),
+    ],
+)
+def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "rows.json").write_text("[]")
+    words = [word for name, value in fields.items() for word in (f"--{name}", json.dumps(value))]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", "--check", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- a\n- b", "must be a mapping"), ("", "must be a mapping")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b", "must be a mapping"),
+        ("", "must be a mapping"),
+        (
+            "prune_ratio: 0.5\n\nprune_ratio: 0.9",
+            "not valid YAML: 'prune_ratio' is given in lines 1 and 3: remove one",
+        ),
+        ("skip_vision:\n  merge: none\n  'merge': none", "'merge' is given in lines 2 and 3: remove one"),
+    ],
 )
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
@@ -110,6 +149,49 @@ def test_bad_files(tmp_path, text, message):
         load_recipe(path)
     with pytest.raises(SaccadeError, match="tiny-digits/sft"):
         load_recipe(tmp_path / "other.yaml")
+
+
+def test_the_stage_before_is_found_beside_files_that_are_no_recipes(tmp_path):
+    for name, text in (
+        ("bin.yaml", b"\x00\xff"),
+        ("a_list.yaml", b"- 1"),
+        ("first.yaml", b"model: tiny\noutput_dir: out/first"),
+        ("second.yaml", b"model: out/first"),
+    ):
+        (tmp_path / name).write_bytes(text)
+    (tmp_path / "folder.yaml").mkdir()
+    assert earlier_stage(tmp_path / "second.yaml", "out/first") == tmp_path / "first.yaml"
+    assert earlier_stage(tmp_path / "first.yaml", "tiny") is None
+
+
+def test_a_second_stage_may_be_checked_before_the_first_has_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny-digits/sft", "--check"]) == 0
+    note = "saccade: note: model='out/pretrain' does not exist: `saccade train tiny-digits/pretrain` writes it\n"
+    assert capsys.readouterr().err == note
+
+
+def test_what_a_recipe_merges_in_may_be_overridden(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("reducer_options: &a {x: 1}\nskip_vision: &b {<<: *a, x: 2}\nmodes: [{<<: *b, x: 3}]")
+    assert read_recipe(path) == {"reducer_options": {"x": 1}, "skip_vision": {"x": 2}, "modes": [{"x": 3}]}
+    with pytest.raises(SaccadeError, match="cannot be read as a value"):
+        load_recipe("tiny-digits/sft", ["--skip_vision", "{merge: none, merge: none}"])
+
+
+def test_a_model_without_a_dataset_does_not_train_on_the_digits(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: llava-hf/llava-1.5-7b-hf\nuse_cpu: true\n")
+    with pytest.raises(SaccadeError, match=r"llava-1.5-7b-hf' without a dataset would train on .* dataset: digits if"):
+        check_recipe(load_recipe(path))
+    check_recipe(load_recipe(path, ["--dataset", "digits"]))
+    check_recipe(load_recipe(path, ["--model", "tiny"]))
+
+
+def test_a_recipes_data_is_named_in_a_few_words():
+    entries = ["a.json", "digits", {"path": "c.jsonl"}, "d", "e"]
+    assert dataset_name(ModelOptions(dataset=entries)) == "a.json, digits, the embedded scenes, c.jsonl and 2 more"
+    assert dataset_name(ModelOptions(dataset="a.json")) == "a.json"
 
 
 def test_train_on_a_users_own_json_lines(tmp_path, capsys):
@@ -268,7 +350,8 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     }
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
     assert ModeIsolator.from_pretrained(tmp_path / "one").weight.equal(first.isolator.weight)
-    again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
+    again = {**values, "model": str(tmp_path / "one"), "dataset": "digits", "output_dir": str(tmp_path / "two")}
+    again["learning_rate"] = 1e-12
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
     assert all(weight.requires_grad for weight in second.family.language_model.parameters())

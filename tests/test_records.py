@@ -77,6 +77,19 @@ def test_elements_that_are_no_objects(tmp_path):
     assert read_all(path).count(None) >= 3
 
 
+def test_each_element_that_is_no_object_is_told_by_its_type_and_number(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1}, 3, "x, {", null, {"b": 2}, 4.5, [5], true]')
+    file, told = RecordFile(path), []
+    for index in range(len(file)):
+        try:
+            file.read(index)
+        except RecordError as error:
+            told.append((file.name(index).rpartition(" ")[2], str(error).partition(":")[0]))
+    kinds = {"2": "an int", "3": "a str", "4": "a NoneType", "6": "a float", "7": "a list", "8": "a bool"}
+    assert told == [(number, f"this is {kind}") for number, kind in kinds.items()]
+
+
 def test_json_lines_may_be_called_json(tmp_path):
     path = tmp_path / "data.json"
     path.write_text('{"a": 1}\n{"a": 2}\nnot json\n')
@@ -97,7 +110,10 @@ def test_a_list_in_one_line_of_json_lines_is_bad(tmp_path):
         ("empty.json", "", "has no rows"),
         ("blank.jsonl", " \n\n", "has no rows"),
         ("list.json", "[]", "has no rows"),
-        ("dict.json", '{\n"a": 1}', "is a single object"),
+        ("dict.json", '{\n"a": 1}', "is a single object: expected"),
+        ("large.json", '{\n"a": "' + "b" * (1 << 16) + '"}', "is a single object, or not valid JSON: expected"),
+        ("cut.json", '{"a":', "is not valid JSON .*: expected a list"),
+        ("deep.json", '{"a":' * 9000, "is not valid JSON .*: expected a list"),
     ],
 )
 def test_files_without_rows(tmp_path, name, content, message):

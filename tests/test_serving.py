@@ -36,7 +36,14 @@ from saccade.pruning import ModeIsolator
 from saccade.pruning.cache import cache_of
 from saccade.serving import vllm_request
 from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
-from saccade.serving.start import VLLM, engine_environment, ready_text, transformers_command, vllm_command
+from saccade.serving.start import (
+    INSTALL_VLLM,
+    VLLM,
+    engine_environment,
+    ready_text,
+    transformers_command,
+    vllm_command,
+)
 from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.transformers_server import prune_when_loaded
 from saccade.serving.vllm_plugin import ARCHITECTURES, TESTED, fingerprint, folder_pruning, untested
@@ -357,9 +364,9 @@ def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monke
         (str(tmp_path / "adapters"),): "is not a complete model: it has adapters only: `saccade export",
         (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",
         (str(tmp_path / "whole"), "--all-tokens", "--keep-tokens", "8"): "--all-tokens and --keep-tokens: leave one",
-        (str(tmp_path / "whole"), "--engine", "vllm"): "needs vllm, which is not installed: pip install",
+        (str(tmp_path / "whole"), "--engine", "vllm"): f"engine='vllm' is not installed: {INSTALL_VLLM}",
         (str(tmp_path / "whole"), "--engine", "sglang"): "engine='sglang' is unknown: use one of vllm, transformers",
-        (str(tmp_path / "whole"),): "saccade serve needs vLLM or the server of transformers: pip install",
+        (str(tmp_path / "whole"),): f"saccade serve needs vLLM or the server of transformers: {INSTALL_VLLM}",
     }.items():
         assert main(["serve", *words]) == 2
         assert line in capsys.readouterr().err

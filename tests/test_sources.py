@@ -179,6 +179,8 @@ def test_digits_mix_with_files(tmp_path):
         ([{"path": "a.json", "rows": 0}], "rows=0"),
         ([{"path": "a.json", "format": "csv"}], "format='csv'"),
         ([{"path": "a.json", "image_folder": "/nowhere"}], "does not exist"),
+        ([{"path": "a.json", "image_folder": 5}], "dataset image_folder=5 is an int, expected list or str"),
+        ([{"path": "a.json", "split": None}], "dataset split=None, expected str"),
         (["none.json"], "none.json' does not exist"),
     ],
 )

@@ -104,6 +104,7 @@ class TestStages:
         assert second["model"] == first["output_dir"] == str(tmp_path / spec.stage_ids[0])
         assert first["resume"] == "auto"  # the trainer's default writes checkpoints
         assert "resume" not in second
+        assert first["dataset"] == second["dataset"] == "digits"  # which a recipe with a model has to name
 
     def test_a_spec_survives_json(self) -> None:
         run = RunSpec("a", {"seed": 0}, (SFT,), Evaluation(({"name": "full"},)))

@@ -435,7 +435,7 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
         ({"isolator_length": "4"}, "isolator_length='4' is a str, expected int"),
         ({"freeze_projector": "yes"}, "freeze_projector='yes' is a str, expected bool"),
         ({"distill_temperature": float("inf")}, "distill_temperature=inf"),
-        ({"reducer_options": [1]}, r"reducer_options=\[1\]: give a mapping"),
+        ({"reducer_options": [1]}, r"reducer_options=\[1\] is a list, expected dict or str"),
     ],
 )
 def test_bad_options(tmp_path, options, message):

@@ -128,6 +128,12 @@ def reason_of(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def kind_of(value: Any) -> str:
+    """The type of a value with its article, such as "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
 def one_of(name: Any, known: Iterable[str]) -> str:
     """The hint for an unknown value of an option: the most similar known one, or else all of them."""
     known = list(known)

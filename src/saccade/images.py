@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from saccade.errors import RecordError, reason_of
+from saccade.errors import RecordError, kind_of, reason_of
 
 MAX_PIXELS = 89_478_485
 """Number of pixels above which an image is refused: Pillow's own `MAX_IMAGE_PIXELS`, at which Pillow only warns."""
@@ -152,7 +152,7 @@ def _open(image: Any, name: str) -> Image.Image:
             raise RecordError(f"{name} is not a file: replace it with a JPEG or a PNG", "not_an_image")
         return Image.open(image, formats=_formats())
     if not isinstance(image, Image.Image):
-        raise RecordError(f"image is a {type(image).__name__}: give a PIL image, a path, or a dict with 'bytes'")
+        raise RecordError(f"image is {kind_of(image)}: give a PIL image, a path, or a dict with 'bytes'")
     if image.format is not None and image.format not in FORMATS:
         raise RecordError(f"{name} is {image.format}: replace it with a JPEG or a PNG", "not_an_image")
     return image

@@ -3,11 +3,11 @@ torch is imported."""
 
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, Union, get_args, get_origin
 
-from saccade.errors import SaccadeError, one_of
+from saccade.errors import SaccadeError, kind_of, one_of
 
 BUDGETS = ("crop", "image", "sample")
 NEWLINES = ("keep", "drop")
@@ -18,10 +18,13 @@ PROJECTORS = ("mlp", "resampler")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 ENGINES = ("vllm", "transformers")
 SPLITS = ("train", "validation", "test")
+STAGES = ("pretrain", "sft")
 ENTRY_POINT_GROUP = "saccade.reducers"
 """The entry points of other packages' reducers."""
 BOUNDS = frozenset({"feature_cache_gib"})
 """Options for which infinity means no limit."""
+PLAIN = {bool: bool, int: int, float: float, str: str, list: (list, tuple), dict: Mapping}
+"""The types that annotations of options consist of, and what counts as one."""
 
 
 def coerce(name: str, value: Any, annotation: Any) -> Any:
@@ -36,7 +39,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
     """
     check_finite(name, value)
     allowed = _types(annotation)
-    if value is None and allowed and allowed <= {bool, int, float} and type(None) not in get_args(annotation):
+    plain = PLAIN.keys() & allowed
+    if value is None and allowed and plain == allowed and type(None) not in get_args(annotation):
         raise SaccadeError(f"{name}=None, expected {_names(allowed)}")
     if value is None or not allowed:
         return value
@@ -53,13 +57,18 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
                 return number
     if value is False and str in allowed and bool not in allowed:
         return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
-    basic = {bool, int, float, str} & allowed
-    if isinstance(value, bool) and bool not in allowed and basic:
-        raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(basic)}")
-    if len(basic) == len(allowed) and not isinstance(value, tuple(basic)):
-        if str in basic and isinstance(value, (int, float)):
+    if isinstance(value, bool) and bool not in allowed and plain:
+        raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(plain)}")
+    if plain == allowed and not _is_one_of(value, plain):
+        # A name may be a number. Where a list may stand instead, a number is more likely a mistake.
+        if str in plain and isinstance(value, (int, float)) and not plain & {list, dict}:
             return str(value)
-        raise SaccadeError(f"{name}={value!r} is a {type(value).__name__}, expected {_names(basic)}")
+        raise SaccadeError(f"{name}={value!r} is {kind_of(value)}, expected {_names(plain)}")
+    if isinstance(value, (list, tuple)):
+        inside = _types_inside(annotation)
+        for one in value:
+            if inside and inside <= PLAIN.keys() and not _is_one_of(one, inside):
+                raise SaccadeError(f"{name}={value!r}: {one!r} is {kind_of(one)}, expected {_names(inside)}")
     return value
 
 
@@ -86,7 +95,17 @@ def _types(annotation: Any) -> set[type]:
     return {origin} if isinstance(origin, type) and origin is not MISSING else set()
 
 
-def _names(kinds: set[type]) -> str:
+def _types_inside(annotation: Any) -> set[type]:
+    """The plain types of the elements of an annotation's list; empty if it has none, or they may be anything."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return set().union(*(_types(one) for member in members if get_origin(member) is list for one in get_args(member)))
+
+
+def _is_one_of(value: Any, kinds: Iterable[type]) -> bool:
+    return any(isinstance(value, PLAIN[kind]) for kind in kinds)
+
+
+def _names(kinds: Iterable[type]) -> str:
     return " or ".join(sorted(kind.__name__ for kind in kinds))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.errors import RecordError, SaccadeError, needing_extras, reason_of
+from saccade.errors import RecordError, SaccadeError, kind_of, needing_extras, reason_of
 from saccade.images import MAX_PIXELS, open_image
 
 VIDEO_FRAMES = 32
@@ -285,7 +285,7 @@ def _opened(video: Any, name: str) -> Iterator[tuple[Any, Any]]:
     try:
         if content is None and not isinstance(path, (str, os.PathLike)):
             raise RecordError(
-                f"{name} is a {type(video).__name__}: give a path, a list of frames, or a dict with 'path', 'bytes' "
+                f"{name} is {kind_of(video)}: give a path, a list of frames, or a dict with 'path', 'bytes' "
                 "or 'frames'",
                 "missing_video",
             )

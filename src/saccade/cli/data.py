@@ -25,7 +25,7 @@ RECIPE_FIELDS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["check"], metavar="check", help="read every row, image and video")
-    parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or a recipe's YAML")
+    parser.add_argument("path", metavar="PATH", help="data file, folder, hub id, or recipe")
     parser.add_argument("--format", dest="dataset_format", metavar="NAME", help="llava, chat or auto (default: auto)")
     parser.add_argument(
         "--image-folder", metavar="A,B", help="where images and videos are (default: the data file's folder)"
@@ -55,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, show, write the report, and return 1 if a record is bad or the check was interrupted."""
     from saccade.data.conversation import FORMATS
-    from saccade.recipes import find_recipe
+    from saccade.recipes import check_early, is_recipe
 
     # Before the seconds that the other imports take.
     given = _given(args)
     check_choice("dataset format", args.dataset_format or "auto", FORMATS)
     check_dataset(args.path)
-    if args.path.endswith((".yaml", ".yml")):
-        find_recipe(args.path)
+    if is_recipe(args.path):
+        check_dataset(check_early(args.path, []).get("dataset"))
     check_model(args.model)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -11,7 +11,8 @@ from typing import Any
 
 from saccade.errors import SaccadeError, one_of
 from saccade.files import check_exists, nearest_path
-from saccade.values import ENTRY_POINT_GROUP, check_pruning, is_number
+from saccade.recipes import RECIPES, earlier_stage
+from saccade.values import DTYPES, ENTRY_POINT_GROUP, check_choice, check_pruning, is_number
 
 REDUCERS = Path(__file__).parents[1] / "reducers"
 WRITTEN = ("pruning_config.json", "log.json", "eval.json")
@@ -21,7 +22,7 @@ NUMBERS = ("prune_ratio", "keep_tokens", "fit_length", "patch_tolerance")
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """Refuse a reducer that there is not, or a pruning option that is out of range.
+    """Refuse a reducer or a dtype that there is not, or a pruning option that is out of range.
 
     Args:
         values: of the options, or of all fields of a recipe.
@@ -30,6 +31,8 @@ def check_values(values: Mapping[str, Any]) -> None:
         SaccadeError: naming the first of them.
     """
     check_reducer(values.get("reducer"))
+    if isinstance(values.get("dtype"), str):
+        check_choice("dtype", values["dtype"], DTYPES)
     # YAML reads 1e-1 as a string, which is converted later.
     check_pruning({name: value for name, value in values.items() if name not in NUMBERS or is_number(value)})
 
@@ -66,6 +69,17 @@ def check_model(model: Any) -> None:
     trained = near is not None and any((near / name).is_file() for name in WRITTEN)
     if trained or model.startswith((".", "/", "~")) or model.count("/") > 1:
         check_exists(model, "model", "give the folder of a model, or a hub id", folder=True)
+
+
+def stage_to_come(recipe: str, model: Any) -> str | None:
+    """That a model does not exist, with the command that writes it, if that trains another recipe in the folder of
+    `recipe`; None of any other model.
+    """
+    before = earlier_stage(recipe, model) if isinstance(model, str) and not Path(model).exists() else None
+    if before is None:
+        return None
+    name = before.relative_to(RECIPES).with_suffix("") if before.is_relative_to(RECIPES) else before
+    return f"model={model!r} does not exist: `saccade train {name}` writes it"
 
 
 def check_dataset(path: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saccade.cli.early import check_dataset, check_model, check_values
+from saccade.cli.early import check_dataset, check_model, check_values, stage_to_come
 
 if TYPE_CHECKING:
     from saccade.training import Recipe
@@ -41,7 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help="remove what an earlier run left in output_dir, and start again",
     )
-    parser.add_argument("--check", action="store_true", help="read the recipe, report the first mistake, and stop")
+    parser.add_argument(
+        "--check",
+        action="store_const",
+        const="recipe",
+        help="read the recipe, report the first mistake, and stop; on any machine",
+    )
+    # For the launcher: also whether the recipe runs on this machine.
+    parser.add_argument("--check-here", dest="check", action="store_const", const="here", help=argparse.SUPPRESS)
     parser.add_argument(
         "--dry-run", action="store_true", help="count weights, tokens, operations and memory, then stop"
     )
@@ -84,16 +91,30 @@ def run(args: argparse.Namespace) -> int:
     for name in ("output", *PLAN_FLAGS):
         if getattr(args, name) is not None:
             raise SaccadeError(f"--{name.replace('_', '-')} goes with --dry-run: leave it out, or add --dry-run")
-    check_model(values.get("model"))
+    to_come = stage_to_come(args.recipe, values.get("model"))
+    if to_come is None:
+        check_model(values.get("model"))
+    elif args.check:
+        # The recipes of a job that trains one after the other may all be checked before it starts.
+        print(f"saccade: note: {to_come}", file=sys.stderr)
+    else:
+        raise SaccadeError(to_come)
     check_dataset(values.get("dataset"))
     if args.launch is not None:
         return _launch(args)
     if args.processes is not None:
         raise SaccadeError(f"processes={args.processes!r} without --launch: add --launch ddp, fsdp2, zero2 or zero3")
+    from saccade.dualspeed.config import NoGPUError
     from saccade.training import LOG_FILE, load_recipe, train_recipe
     from saccade.training.run import check_recipe, find_resume
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except NoGPUError as error:
+        if args.check != "recipe":
+            raise
+        print(f"saccade: note: {error}", file=sys.stderr)
+        recipe = load_recipe(args.recipe, [*args.overrides, "--use_cpu", "true"])
     if args.check:
         check_recipe(recipe)
         find_resume(recipe)
@@ -141,8 +162,9 @@ def _launch(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
     # Check once, so that a mistake is reported in one line rather than one per process. In a subprocess, since parsing
     # the options initialises the GPU and would keep memory allocated.
-    status = subprocess.run([*command, "--check", *args.overrides]).returncode
-    return status or run_processes(plan, [*command, *args.overrides])
+    check = "--check" if args.check else "--check-here"
+    status = subprocess.run([*command, check, *args.overrides]).returncode
+    return status if args.check else status or run_processes(plan, [*command, *args.overrides])
 
 
 def _dry_run(args: argparse.Namespace) -> int:

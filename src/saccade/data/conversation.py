@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saccade.data.fields import check_message_fields, check_row_fields, check_text, is_given, system_prompt
-from saccade.errors import RecordError
+from saccade.errors import RecordError, kind_of
 
 IMAGE_TAG = "<image>"
 VIDEO_TAG = "<video>"
@@ -97,7 +97,7 @@ def _llava_messages(turns: Any) -> list[Message]:
 def _chat_messages(messages: Any, name: str, videos: list[Any]) -> list[Message]:
     """The messages of a column; the videos that their parts contain are appended to `videos`."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RecordError(f"{name!r} is a {type(messages).__name__}: give a list of messages")
+        raise RecordError(f"{name!r} is {kind_of(messages)}: give a list of messages")
     checked = []
     for message in messages:
         whole = checked_message(_without_videos(message, videos))

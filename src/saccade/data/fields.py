@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from saccade.errors import RecordError
+from saccade.errors import RecordError, kind_of
 
 MEDIA_FIELDS = ("images", "image", "videos", "video")
 ROW_FIELDS = ("conversations", "messages", "prompt", "completion", *MEDIA_FIELDS, "system", "system_prompt")
@@ -100,7 +100,7 @@ def system_prompt(record: Mapping[str, Any]) -> str | None:
         value = record.get(name)
         if is_given(value):
             if not isinstance(value, str):
-                raise RecordError(f"{name!r} is a {type(value).__name__}: give a text", "field")
+                raise RecordError(f"{name!r} is {kind_of(value)}: give a text", "field")
             check_text(value, repr(name))
             return value
     return None

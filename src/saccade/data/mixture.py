@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, interleave_datasets
@@ -26,8 +26,8 @@ from saccade.data.sources import (
     open_table,
     stream_source,
 )
-from saccade.errors import RecordError, SaccadeError
-from saccade.values import check_choice
+from saccade.errors import RecordError, SaccadeError, did_you_mean
+from saccade.values import check_choice, coerce
 
 _NUMBERS = Features({"source": Value("int32"), "row": Value("int64")})
 _FILE = {"bytes": Value("binary"), "path": Value("string")}
@@ -62,7 +62,7 @@ class SourceOptions:
     format: str = "auto"
     weight: float | None = None
     rows: int | None = None
-    image_folder: str | Sequence[str] | None = None
+    image_folder: str | list[str] | None = None
     split: str = "train"
 
     def __post_init__(self) -> None:
@@ -75,7 +75,13 @@ class SourceOptions:
             raise SaccadeError(f"dataset weight={self.weight!r}: give a number above 0")
 
     def folders(self, allow_outside: bool, addresses: ImageAddresses | None = None) -> ImageFolders:
-        """The folders of its images; the arguments are those of `ImageFolders`."""
+        """The folders of its images; the arguments are those of `ImageFolders`.
+
+        Raises:
+            SaccadeError: if one does not exist, or the source is a JSON file that does not.
+        """
+        if is_json(self.path) and not Path(self.path).is_file():
+            raise no_dataset(self.path)
         given = self.image_folder
         if given is None:
             place = Path(self.path)
@@ -85,8 +91,6 @@ class SourceOptions:
 
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
         """Open its rows; the arguments are those of `ImageFolders`."""
-        if is_json(self.path) and not Path(self.path).is_file():
-            raise no_dataset(self.path)
         folders = self.folders(allow_outside, addresses)
         if is_json(self.path):
             return JsonSource(Path(self.path), self.format, folders)
@@ -101,18 +105,21 @@ def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions
         defaults: default values of fields.
 
     Raises:
-        SaccadeError: on an unknown field, a bad value, an empty list, or weights that only some sources have.
+        SaccadeError: on an unknown field, a value of the wrong type or out of range, an empty list, or weights that
+            only some sources have.
     """
-    known = [entry.name for entry in fields(SourceOptions)]
+    types = get_type_hints(SourceOptions)
     sources = []
     for value in values:
         value = {"path": value} if isinstance(value, str) else value
         if not isinstance(value, Mapping) or "path" not in value:
             raise SaccadeError(f"dataset has the entry {value!r}: give a path, or a mapping with a 'path'")
-        unknown = sorted(set(value) - set(known))
-        if unknown:
-            raise SaccadeError(f"dataset has the unknown field {unknown[0]!r}: use {', '.join(known)}")
-        sources.append(SourceOptions(**{**defaults, **value}))
+        for name in value:
+            if name not in types:
+                hint = did_you_mean(str(name), types, f"use {', '.join(types)}")
+                raise SaccadeError(f"dataset has the unknown field {name!r}: {hint}")
+        given = {name: coerce(f"dataset {name}", one, types[name]) for name, one in value.items()}
+        sources.append(SourceOptions(**{**defaults, **given}))
     if not sources:
         raise SaccadeError("dataset=[] is empty: give at least one source")
     if len({source.weight is None for source in sources}) > 1:
@@ -174,11 +181,7 @@ def stream(
         rows: stop after this many rows.
         addresses: as for `ImageFolders`.
     """
-    opened = []
-    for source in options:
-        if is_json(source.path) and not Path(source.path).is_file():
-            raise no_dataset(source.path)
-        opened.append((source, source.folders(allow_outside, addresses)))
+    opened = [(source, source.folders(allow_outside, addresses)) for source in options]
     columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
     weights = None if options[0].weight is None else [source.weight for source in options]
     # Without weights, each part holds rows of every source in turn; otherwise ranks would read different sources.

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from saccade.data.stamps import FileStamps
-from saccade.errors import RecordError, SaccadeError
+from saccade.errors import RecordError, SaccadeError, kind_of
 from saccade.files import similar_path
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
+_ELEMENT = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"|[^,])++', re.DOTALL)
+"""An element of a list that is neither an object nor a list."""
+_HEAD = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPACE = b" \t\r\n"
 _QUOTE = ord('"')
@@ -118,7 +121,7 @@ def parse(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"this is not valid JSON: {' '.join(str(error).split())}", "not_json") from error
     if not isinstance(record, dict):
-        raise RecordError(f"this is a {type(record).__name__}: each row is a JSON object", "not_json")
+        raise RecordError(f"this is {kind_of(record)}: each row is a JSON object", "not_json")
     return record
 
 
@@ -137,17 +140,30 @@ def _is_list(path: Path) -> bool:
     if not path.is_file():
         raise no_dataset(path)
     with path.open("rb") as file:
-        head = file.read(1 << 16).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
+        head = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
     if not head:
         raise SaccadeError(f"dataset={str(path)!r} has no rows")
     if path.suffix == ".json" and head[:1] == b"{":
         # JSON lines are often called .json. A single object over several lines is something else.
         try:
             json.loads(head.partition(b"\n")[0])
-        except ValueError as error:
-            raise SaccadeError(f"{path} is a single object, expected a list of rows, or one row per line") from error
+        except (ValueError, RecursionError) as error:
+            what = "is a single object"
+            if path.stat().st_size > _HEAD:  # too large to find out
+                what += ", or not valid JSON"
+            elif not _is_valid(head):
+                what = f"is not valid JSON ({error})"
+            raise SaccadeError(f"{path} {what}: expected a list of rows, or one row per line") from error
         return False
     return path.suffix != ".jsonl" and head[:1] == b"["
+
+
+def _is_valid(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _spans(content: mmap.mmap, is_list: bool) -> Iterator[Span]:
@@ -182,9 +198,10 @@ def _spans_of_list(content: mmap.mmap) -> Iterator[Span]:
             depth -= 1
         else:
             # Anything between two objects other than a comma is an element of another type.
-            if content[end : start if depth else token.start()].strip(_SPACE + b","):
-                number += 1
-                yield end, start if depth else token.start(), number
+            for element in _ELEMENT.finditer(content, end, start if depth else token.start()):
+                if element[0].strip(_SPACE):
+                    number += 1
+                    yield *element.span(), number
             end = token.end()
             if depth == 0:
                 if content[end:].strip(_SPACE):

@@ -14,9 +14,8 @@ from saccade.data.questions import KINDS, SINGLE_KINDS, Turn, arithmetic, ask_se
 from saccade.data.scenes import check_grid, render_scene, sample_scene
 from saccade.errors import SaccadeError
 from saccade.files import write_text_atomically
-from saccade.values import check_choice
+from saccade.values import STAGES, check_choice
 
-STAGES = ("pretrain", "sft")
 MAX_DIGITS = 4
 
 # Two images double the visual tokens of every row in their padded batch, so they are kept rare.

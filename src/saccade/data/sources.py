@@ -12,7 +12,7 @@ from saccade.data.fields import MEDIA_FIELDS
 from saccade.data.folders import ImageFolders
 from saccade.data.records import RecordFile, parse, stream_records
 from saccade.data.stamps import FileStamps
-from saccade.errors import RecordError, SaccadeError
+from saccade.errors import RecordError, SaccadeError, kind_of
 
 PROBED = 100
 """How many rows to try to find a usable one. If none is usable, the options are wrong rather than the rows."""
@@ -167,7 +167,7 @@ def _found(image: Any, folders: ImageFolders) -> Any:
     if isinstance(image, Mapping) and isinstance(image.get("bytes"), bytes):
         return {"bytes": image["bytes"], "path": image.get("path")}
     if isinstance(image, Mapping) and image.get("bytes") is not None:
-        raise RecordError(f"an image's 'bytes' are a {type(image['bytes']).__name__}: store the bytes of the file")
+        raise RecordError(f"an image's 'bytes' are {kind_of(image['bytes'])}: store the bytes of the file")
     if isinstance(image, Mapping) and isinstance(image.get("path"), str):
         return folders.find(image["path"])
     raise RecordError(f"an image is a path, or has 'bytes' or a 'path', found {str(image)[:80]}")

@@ -19,7 +19,7 @@ from saccade.companions import ENDING
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.identity import through_json
 from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, checksums, load_whole
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, kind_of
 from saccade.files import check_entries, to_json, write_json_atomically
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
@@ -149,7 +149,7 @@ def _check_state(file: Path) -> None:
     }
     for name, kind in types.items():
         if name in state and not isinstance(state[name], kind):
-            raise TypeError(f"{name} is a {type(state[name]).__name__}")
+            raise TypeError(f"{name} is {kind_of(state[name])}")
     if not all(isinstance(entry, dict) for entry in state.get("log_history", ())):
         raise TypeError("log_history is not a list of entries")
 

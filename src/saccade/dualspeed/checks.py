@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.errors import SaccadeError, did_you_mean, needs_package
+from saccade.errors import SaccadeError, did_you_mean, kind_of, needs_package
 from saccade.families import Family
 from saccade.files import check_writable
 
@@ -59,7 +59,7 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
     for config in (peft_config, *getattr(model, "peft_config", {}).values()):
         if getattr(config, "is_prompt_learning", False):
             raise SaccadeError(
-                f"peft_config is a {type(config).__name__}, whose tokens PEFT's own forward puts "
+                f"peft_config is {kind_of(config)}, whose tokens PEFT's own forward puts "
                 "before the prompt, which fast and slow steps do not call; use LoRA or another adapter of layers"
             )
 

@@ -26,7 +26,7 @@ from saccade.data.lengths import check_words
 from saccade.data.plain import PlainWriter, row_writer
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.dualspeed.labels import learned_tokens
-from saccade.errors import RecordError
+from saccade.errors import RecordError, kind_of
 from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
 from saccade.reducers import no_room
@@ -356,7 +356,7 @@ def _checked_words(example: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             used[column] = [checked_message(message) for message in value]
         elif column == "messages" or not isinstance(value, str):
-            raise RecordError(f"{column!r} is a {type(value).__name__}: give a list of messages")
+            raise RecordError(f"{column!r} is {kind_of(value)}: give a list of messages")
         else:
             check_text(value, repr(column))
     first, prompt = next(iter(used), None), system_prompt(example)

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 GROUP_BY = ("none", "shortened", "full")
 
+
+class NoGPUError(SaccadeError):
+    """An option needs a GPU, and this machine has none."""
+
+
 LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"), 0),
@@ -297,6 +302,11 @@ class DualSpeedConfig(SFTConfig):
         self.prune_ratio = self.pruning.prune_ratio
         check_choice("conversation", self.conversation, CONVERSATIONS)
         check_choice("skip_mode", self.skip_mode, ("fast", "slow"))
+        if self.skip_mode != "fast" and self.skip_vision is None:
+            raise SaccadeError(
+                f"skip_mode={self.skip_mode!r} says which mode skips, and without skip_vision none does: give that, "
+                "or leave this out"
+            )
         check_choice("group_by", self.group_by, GROUP_BY)
         if self.image_aspect_ratio is not None:
             check_choice("image_aspect_ratio", self.image_aspect_ratio, ASPECT_RATIOS)
@@ -402,7 +412,7 @@ class DualSpeedConfig(SFTConfig):
                 logger.warning("no GPU was found: training on the CPU in float32; use_cpu=True says that it is meant")
         for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
             if getattr(self, name) and not self.use_cpu and on_cpu:
-                raise SaccadeError(
+                raise NoGPUError(
                     f"{name}=True needs a GPU, and none was found: for the CPU give {name}: false, use_cpu: true"
                 )
 

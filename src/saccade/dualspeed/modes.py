@@ -242,7 +242,7 @@ def fast_and_slow(slow_probability: float, distill: bool, skips: str | None) -> 
 
 def listed(modes: Sequence[ModeConfig | Mapping[str, Any]], pruning: PruningConfig) -> list[ModeConfig]:
     """The modes of a run that lists them."""
-    if isinstance(modes, (str, Mapping)) or not isinstance(modes, Sequence) or not modes:
+    if not modes:
         raise SaccadeError(f"modes={modes!r}: give a list of modes, such as {{name: fast, probability: 0.9}}")
     given = [mode if isinstance(mode, ModeConfig) else ModeConfig.from_dict(mode, pruning) for mode in modes]
     names = [mode.name for mode in given]

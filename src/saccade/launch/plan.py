@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from saccade.errors import SaccadeError, did_you_mean, needs_package
+from saccade.errors import SaccadeError, did_you_mean, kind_of, needs_package
 
 FOLDER = Path(__file__).parent
 PRESETS = ("ddp", "fsdp2", "zero2", "zero3")
@@ -111,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SaccadeError(f"launch={str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise SaccadeError(f"launch={str(path)!r} must be an accelerate config, found a {type(config).__name__}")
+        raise SaccadeError(f"launch={str(path)!r} must be an accelerate config, found {kind_of(config)}")
     return config
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, get_family
 from saccade.pruning.isolator import ModeIsolator
 from saccade.pruning.prune import WHOLE, prune
@@ -71,7 +71,7 @@ def pruning_config(config: PruningConfig | str | Path | None = None, **options: 
             raise SaccadeError(f"config={config!r} is the name of a reducer: write reducer={config!r}")
         config = PruningConfig.from_pretrained(config)
     elif not isinstance(config, PruningConfig):
-        raise SaccadeError(f"config is a {type(config).__name__}: give a PruningConfig, or the folder of a model")
+        raise SaccadeError(f"config is {kind_of(config)}: give a PruningConfig, or the folder of a model")
     return config.replace(**options) if options else config
 
 
@@ -88,7 +88,7 @@ def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path |
     rows = isolator() if isinstance(isolator, nn.Module) else isolator
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         raise SaccadeError(
-            f"isolator is a {type(isolator).__name__} and not rows (length, width): give a ModeIsolator, or its folder"
+            f"isolator is {kind_of(isolator)} and not rows (length, width): give a ModeIsolator, or its folder"
         )
     width = family.model.config.get_text_config().hidden_size
     if rows.shape[-1] != width:

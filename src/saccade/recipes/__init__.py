@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from saccade.errors import SaccadeError, did_you_mean
+from saccade.errors import SaccadeError, did_you_mean, kind_of
 from saccade.files import similar_path
 from saccade.presets import with_preset
 
@@ -18,6 +19,22 @@ FIELD_FILES = (
     *("trl/trainer/base_config.py", "trl/trainer/sft_config.py", "transformers/training_args.py"),
 )
 """The files of the dataclasses whose fields a recipe may have."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, as YAML says; of two, the stock loader takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        # Here rather than where mappings are constructed: there, keys that `<<` merges in are beside the own ones.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise yaml.YAMLError(f"{key.value!r} is given in lines {lines[key.value]} and {line}: remove one")
+                lines[key.value] = line
+        return node
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -38,6 +55,13 @@ def find_recipe(name: str | Path) -> Path:
     raise SaccadeError(f"recipe {str(name)!r} does not exist: {hint}")
 
 
+def is_recipe(name: str) -> bool:
+    """Whether the name of data, or of a recipe that says which, is that of a recipe: a YAML file or a shipped one."""
+    path = Path(name)
+    shipped = not path.suffix and not path.exists() and (RECIPES / f"{name}.yaml").is_file()
+    return path.suffix in (".yaml", ".yml") or shipped
+
+
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The fields of a recipe file, with those of its preset, and `pretrain`, the recipe to run before it.
 
@@ -46,12 +70,24 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = find_recipe(path)
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found a {type(values).__name__}")
+        raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found {kind_of(values)}")
     return with_preset(values)
+
+
+def earlier_stage(path: str | Path, model: str) -> Path | None:
+    """The recipe in the folder of the recipe `path` whose `output_dir` is `model`; None if there is none."""
+    for beside in sorted(find_recipe(path).parent.glob("*.yaml")):
+        # Any file may lie in the folder of a recipe.
+        with suppress(SaccadeError, OSError):
+            earlier = read_recipe(beside)
+            before = earlier.get("model")
+            if earlier.get("output_dir") == model and isinstance(before, str) and before != model:
+                return beside
+    return None
 
 
 def put_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,7 +121,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
             text = words.pop(0)
         try:
-            values[name.replace("-", "_")] = yaml.safe_load(text)
+            values[name.replace("-", "_")] = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
     return values
@@ -106,7 +142,7 @@ def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any
         if name in grid:
             raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
         try:
-            grid[name] = yaml.safe_load(f"[{values}]")
+            grid[name] = yaml.load(f"[{values}]", _Loader)
         except yaml.YAMLError as error:
             raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
         repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]

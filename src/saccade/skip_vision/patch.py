@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from saccade.companions import copy_whole, read_companion, save_companion
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, kind_of
 from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
@@ -183,7 +183,7 @@ def apply_skip_vision(
     elif config is None:
         config = SkipVisionConfig()
     elif not isinstance(config, SkipVisionConfig):
-        raise SaccadeError(f"config is a {type(config).__name__}: give a SkipVisionConfig, or the folder of a model")
+        raise SaccadeError(f"config is {kind_of(config)}: give a SkipVisionConfig, or the folder of a model")
     has_summary = folder is not None and config.summary
     config = config.replace(**options) if options else config
     family = get_family(model)

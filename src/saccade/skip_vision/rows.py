@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, kind_of
 from saccade.interfaces import changed, installed, known_range
 from saccade.pruning.patching import call_original, patch
 
@@ -116,7 +116,7 @@ def check_layer(number: int, layer: nn.Module) -> None:
     for name in ("self_attn", "mlp"):
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise SaccadeError(
-                f"layer {number} of the language model is a {type(layer).__name__} without {name!r}: Skip-Vision "
+                f"layer {number} of the language model is {kind_of(layer)} without {name!r}: Skip-Vision "
                 "needs decoder layers with self_attn and mlp, as those of Llama, Mistral, Qwen and Gemma are in "
                 f"transformers {known_range('transformers')} (here it is {installed('transformers')})"
             )

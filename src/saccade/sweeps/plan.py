@@ -21,7 +21,7 @@ from saccade.recipes import put_over
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standard_inferences
 from saccade.training import ModelOptions, load_rows, make_recipe
 from saccade.training.models import check_family
-from saccade.training.run import check_lora
+from saccade.training.run import check_dataset_given, check_lora
 from saccade.values import check_counts
 
 PLAN_FILE = "sweep.json"
@@ -188,6 +188,8 @@ def _check_stage(source: str, values: Mapping[str, Any], is_first: bool, seen: s
     recipe = make_recipe(values, source)
     check_lora(recipe)
     options = recipe.options
+    if is_first:
+        check_dataset_given(recipe)
     if is_first and options.model != "tiny" and f"model {options.model}" not in seen:
         check_family(options.model)
         seen.add(f"model {options.model}")

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from saccade.errors import SaccadeError, needs_package
+from saccade.errors import SaccadeError, kind_of, needs_package
 from saccade.families import family_class, use_released_names
 from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
 from saccade.families.padding import HdPadImageProcessor
@@ -304,7 +304,7 @@ def _tokenizer(place: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(place, **_gguf(gguf_file))
     if not tokenizer.is_fast:
         raise SaccadeError(
-            f"language_model={place!r} has a {type(tokenizer).__name__}, which cannot locate answers: it "
+            f"language_model={place!r} has {kind_of(tokenizer)}, which cannot locate answers: it "
             "needs a tokenizer.json"
         )
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)

@@ -14,7 +14,7 @@ from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns
 from saccade.errors import SaccadeError
 from saccade.families.padding import pads_to_square
-from saccade.recipes import put_over
+from saccade.recipes import is_recipe, put_over
 from saccade.training.models import load_processor
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.sources import dataset_sources, open_source
@@ -33,8 +33,8 @@ def check_data(
     """Read every row and every image that training on a data file, or a recipe, would use.
 
     Args:
-        path: a data file, a folder, a hub id, or a recipe's YAML.
-        given: fields of a recipe that override those of the YAML. With a `model`, tokens are counted.
+        path: a data file, a folder, a hub id, or a recipe: its YAML, or the name of a shipped one.
+        given: fields of a recipe that override those of the recipe. With a `model`, tokens are counted.
         jobs: number of processes that read in parallel.
         start, progress: called with the number of rows before the first is read, and with that of rows just read.
 
@@ -94,7 +94,7 @@ def use_own_template(recipe: Recipe, processor: ProcessorMixin) -> None:
 
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:
-    if Path(path).suffix in (".yaml", ".yml"):
+    if is_recipe(path):
         recipe = load_recipe(path, [f"--{name}={json.dumps(value)}" for name, value in ANY_MACHINE.items()])
         return make_recipe(put_over(recipe.given, given), source=path)
     return make_recipe({**ANY_MACHINE, **given, "dataset": path}, source="saccade data check")

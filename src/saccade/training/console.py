@@ -31,15 +31,17 @@ class Bar(ProgressCallback):
 class Console(TrainerCallback):
     """Takes the place of the stock callbacks that print each log as a mapping."""
 
-    def __init__(self, trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> None:
+    def __init__(self, trainer: DualSpeedTrainer, model: str, data: str, visual_tokens: int) -> None:
         self.trainer = trainer
         self.model = model
+        self.data = data
         self.visual_tokens = visual_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._began, self._first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
-            _say("\n".join(wrapped(line, 8) for line in opening(self.trainer, self.model, self.visual_tokens)))
+            lines = opening(self.trainer, self.model, self.data, self.visual_tokens)
+            _say("\n".join(wrapped(line, 8) for line in lines))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -65,7 +67,7 @@ class Console(TrainerCallback):
                 _say(f"evaluated: {', '.join(words)}")
 
 
-def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[str]:
+def opening(trainer: DualSpeedTrainer, model: str, data: str, visual_tokens: int) -> list[str]:
     """What a run will do, in lines, see `Console`."""
     args, state = trainer.args, trainer.state
     # Under ZeRO-3 a rank holds parts, and the number stands beside them.
@@ -74,7 +76,7 @@ def opening(trainer: DualSpeedTrainer, model: str, visual_tokens: int) -> list[s
     rows = f"{len(trainer.train_dataset):,} rows" if has_length(trainer.train_dataset) else "a stream of rows"
     lines = [f"model   {model}: {_size(total)} parameters, {_size(trained)} of them trained"]
     images = f"{visual_tokens:,} visual tokens" if visual_tokens else "no image"
-    lines.append(f"data    {rows}, {images} in the first")
+    lines.append(f"data    {data}: {rows}, {images} in the first")
     counts = trainer.schedule.count(state.max_steps)
     for number, mode in enumerate(trainer.modes):
         taught = "" if mode.teacher is None else f", taught by {mode.teacher}"

@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from saccade.data.conversation import FORMATS
 from saccade.dualspeed.labels import stop_ids
 from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
 from saccade.errors import SaccadeError, needs_package
@@ -25,7 +26,7 @@ from saccade.families import Family, family_class, get_family, use_released_name
 from saccade.families.fitting import check_processor
 from saccade.files import reading, similar_path
 from saccade.tiny import build_tiny_processor, load_tiny
-from saccade.values import DTYPES, check_choice
+from saccade.values import DTYPES, STAGES, check_choice, check_counts
 
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 """Bytes per weight: four bits, an 8-bit scale per 64 weights, and a 32-bit scale per 256 scales (QLoRA, Sec. 3)."""
@@ -38,9 +39,9 @@ class ModelOptions:
     Args:
         model: folder or hub id of a stock checkpoint; "tiny" is the embedded model.
         dtype: dtype to load the weights in: "auto", "float32", "bfloat16" or "float16".
-        dataset: "digits" for the embedded scenes; a JSON, JSON-lines or Parquet file; a folder with Parquet files or
-            written by `save_to_disk`; a hub id; or a list of these and of mappings with `path` and optionally
-            `format`, `weight`, `rows`, `image_folder`, `split`.
+        dataset: "digits" for the embedded scenes, which a recipe with another model than "tiny" has to name; a JSON,
+            JSON-lines or Parquet file; a folder with Parquet files or written by `save_to_disk`; a hub id; or a list
+            of these and of mappings with `path` and optionally `format`, `weight`, `rows`, `image_folder`, `split`.
         dataset_format: "llava" for rows with `conversations`, "chat" for rows with `messages`, "auto" to infer it from
             the rows.
         dataset_streaming: stream the rows, for data that fits neither in memory nor on disk.
@@ -74,6 +75,9 @@ class ModelOptions:
             needs `lora` and bitsandbytes.
         resume: "auto" resumes from the newest complete checkpoint of the run that `output_dir` belongs to, if there is
             one; a path names a checkpoint.
+
+    Raises:
+        SaccadeError: if a value is out of range; the message names the option and the fix.
     """
 
     model: str = "tiny"
@@ -104,6 +108,14 @@ class ModelOptions:
     load_in_4bit: bool = False
     resume: str | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dataset_format", self.dataset_format, FORMATS)
+        check_choice("dataset_stage", self.dataset_stage, STAGES)
+        check_counts(dataset_rows=self.dataset_rows, dataset_turns=self.dataset_turns)
+        if self.dataset_shuffle_buffer < 0:
+            raise SaccadeError(f"dataset_shuffle_buffer={self.dataset_shuffle_buffer}: give 0 for none, or a number")
+
 
 def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load the model and its processor; LoRA adapters are merged into their base model.
@@ -115,7 +127,6 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     Raises:
         SaccadeError: if they cannot be loaded, or weights are missing, unexpected or have the wrong shape.
     """
-    check_choice("dtype", options.dtype, DTYPES)
     if options.load_in_4bit and options.model == "tiny":
         raise SaccadeError("load_in_4bit=true: the embedded model 'tiny' is too small for it, set it to false")
     if options.load_in_4bit and find_spec("bitsandbytes") is None:

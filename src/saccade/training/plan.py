@@ -21,7 +21,7 @@ from saccade.errors import SaccadeError
 from saccade.families import family_class, get_family
 from saccade.families.cache import check_cacheable
 from saccade.families.padding import check_aspect_ratio
-from saccade.recipes import find_recipe, parse_overrides, read_recipe
+from saccade.recipes import earlier_stage, find_recipe, parse_overrides, read_recipe
 from saccade.reducers import PruningConfig
 from saccade.training.checks import check_chat_here
 from saccade.training.costs import Costs
@@ -30,7 +30,7 @@ from saccade.training.model_presets import SHAPES, Shape, shape_of
 from saccade.training.models import quantized_weights
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
 from saccade.training.run import check_lora, lora_config
-from saccade.values import DTYPES, check_choice, check_counts
+from saccade.values import check_counts
 
 ANYWHERE = ("--use_cpu", "true")
 PUBLISHED = {
@@ -81,7 +81,7 @@ def plan_recipe(
     chat_checked = check_chat_here(recipe)
     plan, stage = _plan_stage(recipe, path, given, devices, shards)
     stages = [stage]
-    before = earlier_stage(recipe, path)
+    before = earlier_stage(path, recipe.options.model)
     if before is not None:
         fields = {name: value for name, value in read_recipe(before).items() if name != "pretrain"}
         first = make_recipe({**fields, **parse_overrides(ANYWHERE)}, source=str(before))
@@ -189,24 +189,13 @@ def published_speedups(recipe: Recipe, shape: str, stages: int) -> dict[str, flo
     return {name: value for name, value in PUBLISHED.get(shape, {}).items() if name in names}
 
 
-def earlier_stage(recipe: Recipe, path: str | Path) -> Path | None:
-    """The recipe in the folder of `path` whose `output_dir` is this recipe's model; None if there is none."""
-    model = recipe.options.model
-    for beside in sorted(find_recipe(path).parent.glob("*.yaml")):
-        earlier = read_recipe(beside)
-        before = earlier.get("model")
-        if earlier.get("output_dir") == model and isinstance(before, str) and before != model:
-            return beside
-    return None
-
-
 def find_shape(recipe: Recipe, path: str | Path) -> tuple[Shape, PreTrainedConfig, str]:
     """Shape and configuration of a recipe's model, found offline, and the model's name or folder."""
     model = recipe.options.model
     for shape in SHAPES.values():
         if model in shape.hub_ids or (model in shape.folders and not Path(model).is_dir()):
             return shape, shape.config(), model
-    before = None if Path(model).is_dir() else earlier_stage(recipe, path)
+    before = None if Path(model).is_dir() else earlier_stage(path, model)
     if before is not None:
         options = replace(recipe.options, model=read_recipe(before)["model"])
         return find_shape(replace(recipe, options=options), before)
@@ -243,7 +232,6 @@ def meta_model(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
 
 def _dtype(name: str, config: PreTrainedConfig) -> torch.dtype:
     """The dtype that `load_model` would load in, if the configuration says so; else float32."""
-    check_choice("dtype", name, DTYPES)
     found = config.dtype if name == "auto" else getattr(torch, name)
     # float16 overflows in training, so `auto` loads it as float32.
     return torch.float32 if name == "auto" and found in (None, torch.float16) else found

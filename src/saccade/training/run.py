@@ -31,7 +31,7 @@ from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.console import Bar, Console
 from saccade.training.models import check_family, load_model
 from saccade.training.recipe import Recipe
-from saccade.training.sources import hold_out, load_eval_rows, load_rows
+from saccade.training.sources import DIGITS, check_rows, dataset_name, hold_out, load_eval_rows, load_rows
 
 
 def train_recipe(recipe: Recipe, callbacks: list[TrainerCallback] | None = None) -> DualSpeedTrainer:
@@ -96,7 +96,7 @@ def _train_and_save(
         trainer.remove_callback(stock)
     if sys.stderr.isatty() and not args.disable_tqdm:
         trainer.add_callback(Bar())
-    trainer.add_callback(Console(trainer, options.model, visual_tokens))
+    trainer.add_callback(Console(trainer, options.model, dataset_name(options), visual_tokens))
     # A signal while the model is being saved has no effect: the run is about to end anyway.
     with trainer.sigterm.listening():
         trainer.train(resume_from_checkpoint=resume)
@@ -133,9 +133,20 @@ def check_first_rows(trainer: DualSpeedTrainer) -> int:
 
 def check_recipe(recipe: Recipe) -> None:
     """Check, before anything is loaded, for what would make a run fail later."""
+    check_dataset_given(recipe)
     check_lora(recipe)
     check_evaluation(recipe)
+    check_rows(recipe.options)
     check_at_hand(recipe.trainer)
+
+
+def check_dataset_given(recipe: Recipe) -> None:
+    """Refuse a recipe that names a model and no data: the embedded scenes are the default for the embedded model."""
+    if recipe.options.model != "tiny" and "model" in recipe.given and "dataset" not in recipe.given:
+        raise SaccadeError(
+            f"model={recipe.options.model!r} without a dataset would train on the embedded scenes of digits: give "
+            f"dataset, or dataset: {DIGITS} if you mean them"
+        )
 
 
 def check_evaluation(recipe: Recipe) -> None:

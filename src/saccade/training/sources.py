@@ -13,6 +13,7 @@ from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import PROBED, Source, TableSource
 from saccade.errors import RecordError, SaccadeError
 from saccade.training.models import ModelOptions
+from saccade.values import SPLITS, check_choice
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +26,33 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     """The sources that a recipe's `dataset` names. The recipe's image folder, split and format are the defaults of
     each source.
     """
-    if options.dataset_rows is not None and options.dataset_rows < 1:
-        raise SaccadeError(f"dataset_rows={options.dataset_rows}: give at least 1, or null for all")
     given = options.dataset if isinstance(options.dataset, list) else [options.dataset]
     folders = options.image_folder
     if isinstance(folders, str):
         folders = folders.split(",")
-    return source_options(given, format=options.dataset_format, image_folder=folders, split=options.dataset_split)
+    sources = source_options(given, format=options.dataset_format, image_folder=folders, split=options.dataset_split)
+    if any(source.path == DIGITS for source in sources):
+        check_choice("dataset_split", options.dataset_split, SPLITS)
+        if options.dataset_streaming:
+            raise SaccadeError("dataset_streaming=true: digits are drawn when they are read, set it to false")
+    return sources
+
+
+def dataset_name(options: ModelOptions) -> str:
+    """What a recipe trains on, in a few words."""
+    names = ["digits, the embedded scenes" if one.path == DIGITS else one.path for one in dataset_sources(options)]
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
+
+
+def check_rows(options: ModelOptions) -> None:
+    """Refuse what can be known of the rows to train and to evaluate on without reading one: options of a source, files
+    and folders that are not there.
+    """
+    addresses = image_addresses(options)
+    for one in (options, _eval_options(options)):
+        for source in [] if one is None else dataset_sources(one):
+            source.folders(options.allow_outside_images, addresses)
 
 
 def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDataset:
@@ -46,12 +67,8 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     Raises:
         SaccadeError: if they cannot be read, or none of the first rows is usable.
     """
-    if options.dataset_shuffle_buffer < 0:
-        raise SaccadeError(f"dataset_shuffle_buffer={options.dataset_shuffle_buffer}: give 0 for none, or a number")
     sources = dataset_sources(options)
     if options.dataset_streaming:
-        if any(source.path == DIGITS for source in sources):
-            raise SaccadeError("dataset_streaming=true: digits are drawn when they are read, set it to false")
         order = (options.dataset_seed, options.dataset_shuffle_buffer, shards, options.dataset_rows)
         return stream(sources, options.allow_outside_images, *order, image_addresses(options))
     if options.dataset == DIGITS:
@@ -65,13 +82,19 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
 
 def load_eval_rows(options: ModelOptions) -> Dataset | None:
     """The rows of `eval_dataset`, read as those of `dataset` are; None without one."""
+    mine = _eval_options(options)
+    return None if mine is None else load_rows(mine)
+
+
+def _eval_options(options: ModelOptions) -> ModelOptions | None:
+    """Options whose `dataset` is the `eval_dataset`; None without one."""
     if options.eval_dataset is None:
         return None
     rows = options.eval_rows
     mine = replace(options, dataset=options.eval_dataset, dataset_rows=rows, dataset_streaming=False)
     if options.eval_dataset == DIGITS:
         mine = replace(mine, dataset_split="validation", dataset_rows=DIGIT_EVAL_ROWS if rows is None else rows)
-    return load_rows(mine)
+    return mine
 
 
 def hold_out(rows: Dataset, share: float, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
