@@ -20,7 +20,18 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 OUTSIDE = ("benchmarks", "experiments")
 SCRIPTS = sorted(path for folder in OUTSIDE for path in (ROOT / folder).rglob("*.py"))
 
-BOTTOM = {"errors", "files", "companions", "images", "interfaces", "late", "presets", "values", "videos"}
+BOTTOM = {
+    "errors",
+    "files",
+    "companions",
+    "images",
+    "interfaces",
+    "late",
+    "presets",
+    "prompt_start",
+    "values",
+    "videos",
+}
 METHOD = {"tokens", "reducers", "families", "pruning", "dualspeed", "skip_vision"} | BOTTOM
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -31,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "late": set(),
     "values": {"errors"},
     "presets": {"errors", "values"},
+    "prompt_start": set(),
     "videos": {"errors", "images"},
     "tokens": {"errors"},
     "reducers": {"tokens"} | BOTTOM,

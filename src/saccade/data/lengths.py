@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from saccade.data.chat import apply_chat_template, needs_start
+from saccade.data.chat import apply_chat_template
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, image_size
+from saccade.prompt_start import needs_start
 from saccade.reducers import PruningConfig, no_room
 from saccade.videos import Clip, Sampling, video_shape
 

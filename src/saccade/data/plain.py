@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from saccade.data.chat import apply_chat_template, start_token
+from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import images_of, text_of, used_columns, videos_of
 from saccade.data.turns import TrainingText, TurnWriter
 from saccade.errors import RecordError
+from saccade.prompt_start import start_token
 from saccade.values import check_choice
 
 CONVERSATIONS = ("chat", "plain")

@@ -10,7 +10,6 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from saccade.data.chat import needs_start, start_token
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import (
     checked_message,
@@ -29,6 +28,7 @@ from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError, kind_of
 from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
+from saccade.prompt_start import needs_start, start_token
 from saccade.reducers import no_room
 from saccade.tokens import IGNORE_INDEX
 from saccade.videos import Sampling, open_video

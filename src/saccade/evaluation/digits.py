@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from saccade.companions import find_companion
-from saccade.data.chat import apply_chat_template, needs_start
+from saccade.data.chat import apply_chat_template
 from saccade.data.clips import check_takes_videos, with_clips
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
@@ -25,6 +25,7 @@ from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.files import check_entries, reading
 from saccade.images import open_image
+from saccade.prompt_start import needs_start
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision

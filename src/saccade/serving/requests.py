@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saccade.data.chat import needs_start
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
+from saccade.prompt_start import needs_start
 from saccade.pruning import ModeIsolator, Pruner, prune, pruning_config
 from saccade.pruning.prune_inputs import isolator_rows
 from saccade.reducers import PruningConfig

@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from saccade.data.chat import apply_chat_template, start_token
+from saccade.data.chat import apply_chat_template
 from saccade.errors import RecordError, SaccadeError
+from saccade.prompt_start import start_token
 
 V1_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
