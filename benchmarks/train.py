@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from benchmarks.ledger import append_rows, check_ledger, figures, origin
+from benchmarks.ledger import append_rows, check_ledger, figures, origin, percentiles
 from benchmarks.plots import plot_parts, plot_speedups
 from benchmarks.shapes import build_shape, check_place, get_shape
 from benchmarks.steps import Stage, Timing, measure_stage, token_rate, whole_schedule
@@ -164,14 +164,14 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
         columns.append("MiB kept for backward" if stock.peak_bytes is None else "peak GiB")
         cells = []
         for timing in timings:
-            figure = figures([1000 * seconds for seconds in timing.seconds], digits=4)
+            times = percentiles([1000 * seconds for seconds in timing.seconds])
             speedup, allowed = statistics.median(timing.ratios), stock.flops / timing.flops
             memory = timing.saved_bytes / 2**20 if timing.peak_bytes is None else timing.peak_bytes / 2**30
             cells.append(
                 [
-                    timing.variant, figure["p20"], figure["p50"], figure["p80"], f"{speedup:.2f}x", f"{allowed:.2f}x",
+                    timing.variant, *(f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in times), f"{speedup:.2f}x", f"{allowed:.2f}x",
                     f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}",
-                    f"{timing.syncs:.3g}", f"{memory:.1f}",
+                    f"{timing.syncs:.4g}", f"{memory:.1f}",
                 ]
             )  # fmt: skip
         found[f"stage {stage}"] = (columns, cells)

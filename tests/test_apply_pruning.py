@@ -194,17 +194,17 @@ def test_a_forward_is_of_the_shorter_sequence():
             case.model(**case.batch)
 
 
+@torch.no_grad()
 def loop(case, prompts, tokens, with_mask=False):
     """The logits behind a prompt and behind each of the tokens `(B, n)`, one forward after the other on one cache."""
     name, mask = cache_name(case.model.forward), prompts["attention_mask"]
-    with torch.no_grad():
-        output = case.model(**prompts, use_cache=True)
+    output = case.model(**prompts, use_cache=True)
+    yield output.logits[:, -1]
+    for token in tokens.T:
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        masked = {"attention_mask": mask} if with_mask else {}
+        output = case.model(input_ids=token.unsqueeze(1), **{name: cache_of(output)}, **masked)
         yield output.logits[:, -1]
-        for token in tokens.T:
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            masked = {"attention_mask": mask} if with_mask else {}
-            output = case.model(input_ids=token.unsqueeze(1), **{name: cache_of(output)}, **masked)
-            yield output.logits[:, -1]
 
 
 def generated_logits(case, prompts):

@@ -219,7 +219,7 @@ def test_the_parts_of_a_step_do_not_overlap(monkeypatch):
     def takes(seconds):
         return lambda *_: now.__setitem__(0, now[0] + seconds)
 
-    monkeypatch.setattr(steps, "seconds_on", lambda device: now[0])
+    monkeypatch.setattr(steps, "own_seconds_on", lambda device: now[0])
     handles = [
         next(family.projector_entry.children()).register_forward_hook(takes(100)),
         family.model.base_model.visual.blocks[0].register_forward_hook(takes(10)),

@@ -361,9 +361,10 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
 
 def test_the_summary_head_of_a_lora_run_comes_along(tmp_path):
     values = {
-        **{"dataset_rows": 8, "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "bf16": False},
-        **{"disable_tqdm": True, "gradient_checkpointing": False, "save_strategy": "no", "lora_r": 2},
-        **{"prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0, "skip_vision": "100/156"},
+        **{"dataset": "digits", "dataset_rows": 8, "max_steps": 2, "per_device_train_batch_size": 2},
+        **{"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False},
+        **{"save_strategy": "no", "lora_r": 2, "prune_ratio": 0.0, "slow_probability": 1.0, "distill_weight": 0.0},
+        "skip_vision": "100/156",
     }
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
     again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}

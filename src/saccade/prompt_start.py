@@ -13,7 +13,7 @@ def needs_start(tokenizer: Any, text: str) -> bool:
     """Whether a tokenizer is to put its start token before a rendered text: what to give as `add_special_tokens`.
 
     Some chat templates write it (Gemma), some leave it to the tokenizer (LLaVA-1.5 and 1.6). Either way a model has
-    seen it once, and `processor.apply_chat_template(..., tokenize=True)` sees to that as well.
+    seen it once, and a processor's `apply_chat_template` with `tokenize=True` sees to that as well.
     """
     start = start_token(tokenizer)
     return bool(start) and not text.startswith(start)

@@ -37,6 +37,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe, by path or by the name of a shipped one.
 
@@ -70,7 +78,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = find_recipe(path)
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        values = _read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -121,7 +129,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
                 raise SaccadeError(f"--{name} has no value: write --{name} VALUE")
             text = words.pop(0)
         try:
-            values[name.replace("-", "_")] = yaml.load(text, _Loader)
+            values[name.replace("-", "_")] = _read_yaml(text)
         except yaml.YAMLError as error:
             raise SaccadeError(f"--{name} {text!r} cannot be read as a value") from error
     return values
@@ -142,7 +150,7 @@ def parse_grid(texts: Sequence[str], flag: str = "--grid") -> dict[str, list[Any
         if name in grid:
             raise SaccadeError(f"{flag} {name} is given twice: write {flag} {name}=a,b,c once")
         try:
-            grid[name] = yaml.load(f"[{values}]", _Loader)
+            grid[name] = _read_yaml(f"[{values}]")
         except yaml.YAMLError as error:
             raise SaccadeError(f"{flag} {text!r} cannot be read as values") from error
         repeated = [value for number, value in enumerate(grid[name]) if value in grid[name][:number]]
