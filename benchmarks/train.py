@@ -164,12 +164,13 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
         columns.append("MiB kept for backward" if stock.peak_bytes is None else "peak GiB")
         cells = []
         for timing in timings:
-            times = percentiles([1000 * seconds for seconds in timing.seconds])
+            milliseconds = percentiles([1000 * seconds for seconds in timing.seconds])
+            times = [f"{value:.0f}" if value >= 1000 else f"{value:.4g}" for value in milliseconds]
             speedup, allowed = statistics.median(timing.ratios), stock.flops / timing.flops
             memory = timing.saved_bytes / 2**20 if timing.peak_bytes is None else timing.peak_bytes / 2**30
             cells.append(
                 [
-                    timing.variant, *(f"{ms:.0f}" if ms >= 1000 else f"{ms:.4g}" for ms in times), f"{speedup:.2f}x", f"{allowed:.2f}x",
+                    timing.variant, *times, f"{speedup:.2f}x", f"{allowed:.2f}x",
                     f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}",
                     f"{timing.syncs:.4g}", f"{memory:.1f}",
                 ]
