@@ -178,10 +178,10 @@ def test_a_recipe_for_a_gpu_is_checked_without_one(no_gpu, tmp_path, monkeypatch
 @pytest.mark.parametrize(("flags", "asked"), [([], "--check-here"), (["--check"], "--check")])
 def test_a_launch_checks_the_recipe_first_and_stops_there_if_asked_to(flags, asked, monkeypatch):
     calls = []
-    monkeypatch.setattr("saccade.launch.make_plan", lambda *args: "plan")
     monkeypatch.setattr("saccade.launch.run_processes", lambda plan, command: calls.append(command) or 0)
     monkeypatch.setattr("subprocess.run", lambda command: calls.append(command) or SimpleNamespace(returncode=0))
-    assert main(["train", "tiny-digits/pretrain", "--launch", "ddp", "--processes", "2", *flags]) == 0
+    processes = [] if flags else ["--processes", "2"]  # here is no GPU to count
+    assert main(["train", "tiny-digits/pretrain", "--launch", "ddp", *processes, *flags]) == 0
     assert calls[0][-1] == asked
     assert len(calls) == (1 if flags else 2)
 

@@ -43,7 +43,7 @@ class TestWhichFieldWins:
 
     def test_another_schedule_of_the_rate_does_not_get_the_preset_s_arguments(self, tmp_path) -> None:
         recipe = "model: tiny\ndataset: digits\npreset: fast_then_slow\nlr_scheduler_type: cosine\n"
-        with pytest.raises(SaccadeError, match="lr_scheduler_type='cosine' is not that of preset='fast_then_slow'"):
+        with pytest.raises(SaccadeError, match=r"lr_scheduler_type='cosine'.*leave lr_scheduler_type out"):
             load_recipe(written(tmp_path, recipe))
         args = load_recipe(written(tmp_path, recipe + "lr_scheduler_kwargs: null\n")).trainer
         assert (args.lr_scheduler_type, args.schedule) == ("cosine", "sequential")

@@ -103,7 +103,7 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_folder": "nope"}, "image_folder='nope' is not a folder"),
+        ({"dataset": "rows.json", "image_folder": "nope"}, "image_folder='nope' is not a folder"),
         ({"dataset": "rows.json", "image_folder": ["images", "nope"]}, "image_folder='nope' is not a folder"),
         ({"dataset": [{"path": "rows.json", "wieght": 1}]}, "unknown field 'wieght': did you mean 'weight'"),
         ({"dataset": ["rows.json", "rowz.json"]}, "dataset='rowz.json' does not exist: did you mean 'rows.json'"),
@@ -155,6 +155,7 @@ def test_the_stage_before_is_found_beside_files_that_are_no_recipes(tmp_path):
     for name, text in (
         ("bin.yaml", b"\x00\xff"),
         ("a_list.yaml", b"- 1"),
+        ("a_date.yaml", b"model: out/first\na: 2024-13-45"),
         ("first.yaml", b"model: tiny\noutput_dir: out/first"),
         ("second.yaml", b"model: out/first"),
     ):
@@ -175,6 +176,8 @@ def test_what_a_recipe_merges_in_may_be_overridden(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("reducer_options: &a {x: 1}\nskip_vision: &b {<<: *a, x: 2}\nmodes: [{<<: *b, x: 3}]")
     assert read_recipe(path) == {"reducer_options": {"x": 1}, "skip_vision": {"x": 2}, "modes": [{"x": 3}]}
+    path.write_text("reducer_options: &a {x: 1}\nskip_vision: &b {y: 2}\nmodes: [{<<: *a, <<: *b, 1: 2, '1': 3}]")
+    assert read_recipe(path)["modes"] == [{"x": 1, "y": 2, 1: 2, "1": 3}]
     with pytest.raises(SaccadeError, match="cannot be read as a value"):
         load_recipe("tiny-digits/sft", ["--skip_vision", "{merge: none, merge: none}"])
 
@@ -184,7 +187,8 @@ def test_a_model_without_a_dataset_does_not_train_on_the_digits(tmp_path):
     path.write_text("model: llava-hf/llava-1.5-7b-hf\nuse_cpu: true\n")
     with pytest.raises(SaccadeError, match=r"llava-1.5-7b-hf' without a dataset would train on .* dataset: digits if"):
         check_recipe(load_recipe(path))
-    check_recipe(load_recipe(path, ["--dataset", "digits"]))
+    # The folder of images is that of the data which the digits take the place of.
+    check_recipe(load_recipe(path, ["--dataset", "digits", "--image_folder", "nope"]))
     check_recipe(load_recipe(path, ["--model", "tiny"]))
 
 

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interfaces": {"errors"},
     "late": set(),
     "values": {"errors"},
-    "presets": {"errors", "values"},
+    "presets": {"values"},
     "prompt_start": set(),
     "videos": {"errors", "images"},
     "tokens": {"errors"},

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,6 +257,8 @@ class TestPlan:
         runs = plan_runs(PREPARED, Settings(steps=40), ("all_tokens_shorter", "all_tokens", "dualspeed"), range(2))
         assert [run.stages[-1]["max_steps"] for run in runs[:2]] == [19, 40]
         assert baseline_runs(runs) == {"all_tokens-seed0", "all_tokens-seed1"}
+        by_epochs = [replace(run, stages=({**run.stages[-1], "max_steps": -1},)) for run in runs[1:2]]
+        assert baseline_runs([*runs[:1], *by_epochs]) == {"all_tokens-seed0"}
 
     def test_every_candidate_is_a_recipe(self) -> None:
         published, *others = plan_runs(PREPARED, Settings(), ["dualspeed", *CANDIDATES], [0])

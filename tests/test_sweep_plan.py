@@ -11,7 +11,8 @@ from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.recipes import parse_grid
 from saccade.sweeps import METHODS, QUICK, Evaluation, RunSpec, digit_run
-from saccade.sweeps.plan import Plan, choose, make_plan, place, plan_grid
+from saccade.sweeps.plan import Plan, check_runs, choose, make_plan, place, plan_grid
+from saccade.tiny import build_tiny_llava, save_tiny
 
 SFT = {"dataset": "digits", "max_steps": 2, "learning_rate": 1e-3}
 PRETRAIN = {"dataset": "digits", "dataset_stage": "pretrain", "freeze_language_model": True, "max_steps": 1}
@@ -158,3 +159,14 @@ def test_train_says_who_runs_two_stages(tmp_path, capsys) -> None:
     recipe.write_text("model: tiny\npretrain: tiny-digits/pretrain\n")
     assert main(["train", str(recipe)]) == 2
     assert "`saccade sweep` trains both stages" in capsys.readouterr().err
+
+
+def test_no_stage_of_a_model_trains_on_the_digits_unasked(processor, tmp_path) -> None:
+    save_tiny(build_tiny_llava(processor), processor, tmp_path / "mine")
+    first = {"model": str(tmp_path / "mine"), "dataset": "digits", "dataset_rows": 2, "use_cpu": True}
+    second = {"dataset": "digits", "dataset_rows": 2, "use_cpu": True}
+    check_runs([RunSpec("run", {"seed": 0}, (first, second))])
+    del second["dataset"]
+    with pytest.raises(SaccadeError, match="run run: model='.*mine' without a dataset would train on"):
+        check_runs([RunSpec("run", {"seed": 0}, (first, second))])
+    check_runs([RunSpec("run", {"seed": 0}, ({**first, "model": "tiny"}, second))])

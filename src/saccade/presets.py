@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from saccade.errors import SaccadeError
 from saccade.values import check_choice
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -23,18 +22,11 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with those of the preset that they name, if they name one, in the place of its name. Other fields win.
 
     Raises:
-        SaccadeError: if there is no such preset, or if another schedule of the learning rate would get its arguments.
+        SaccadeError: if there is no such preset.
     """
     values = dict(values)
     name = values.pop("preset", None)
     if name is None:
         return values
     check_choice("preset", name, list(PRESETS))
-    fields = PRESETS[name]
-    scheduler = values.get("lr_scheduler_type", fields["lr_scheduler_type"])
-    if scheduler != fields["lr_scheduler_type"] and "lr_scheduler_kwargs" not in values:
-        raise SaccadeError(
-            f"lr_scheduler_type={scheduler!r} is not that of preset={name!r}, {fields['lr_scheduler_type']!r}: leave "
-            "it out, or give lr_scheduler_kwargs too (null for none)"
-        )
-    return {**fields, **values}
+    return {**PRESETS[name], **values}

@@ -158,7 +158,8 @@ def _launch(args: argparse.Namespace) -> int:
         raise SaccadeError(
             f"launch={args.launch!r} inside a process of another launcher: leave out --launch, or that launcher"
         )
-    plan = make_plan(args.launch, args.processes)
+    # A check starts none of them, and may run where there is no GPU to count.
+    plan = make_plan(args.launch, args.processes or (1 if args.check else None))
     command = [sys.executable, "-m", "saccade.cli.main", "train", args.recipe]
     # Check once, so that a mistake is reported in one line rather than one per process. In a subprocess, since parsing
     # the options initialises the GPU and would keep memory allocated.

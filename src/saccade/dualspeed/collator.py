@@ -144,6 +144,10 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
         return row_writer(self.processor, self.conversation, self.stop_ids, self.chat_template)
 
     @cached_property
+    def _start(self) -> str:
+        return start_token(self.processor.tokenizer)
+
+    @cached_property
     def _placeholders(self) -> list[int]:
         return placeholder_ids(self.processor, self.placeholder_id)
 
@@ -234,11 +238,9 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
         Where only some begin with it, such as plain texts beside a chat template's, it is written before the others.
         """
-        tokenizer = self.processor.tokenizer
-        needed = [needs_start(tokenizer, text.text) for text in texts]
+        needed = [needs_start(self._start, text.text) for text in texts]
         if any(needed) and not all(needed):
-            start = start_token(tokenizer)
-            texts = [text.after(start) if needs else text for text, needs in zip(texts, needed, strict=True)]
+            texts = [text.after(self._start) if needs else text for text, needs in zip(texts, needed, strict=True)]
         return texts, all(needed)
 
     def _fit_faults(self, batch: dict[str, Any], is_image: Tensor, images: Sequence[int]) -> dict[int, RecordError]:

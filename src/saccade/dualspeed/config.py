@@ -469,7 +469,9 @@ class DualSpeedConfig(SFTConfig):
         except (TypeError, ValueError) as error:
             kind = SchedulerType(self.lr_scheduler_type).value
             raise SaccadeError(
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not fit lr_scheduler_type={kind!r}: {error}"
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} does not fit lr_scheduler_type={kind!r}: {error}; "
+                "beside a preset, which sets both, leave lr_scheduler_type out or give lr_scheduler_kwargs too (null "
+                "for none)"
             ) from error
 
     def _check_slow_micro_batch_size(self) -> None:

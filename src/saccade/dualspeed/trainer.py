@@ -79,7 +79,7 @@ from saccade.dualspeed.pushes import CheckpointPushes
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
 from saccade.dualspeed.weights import check_files, load_by_name
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
 from saccade.families.fitting import check_processor
@@ -184,9 +184,7 @@ class DualSpeedTrainer(SFTTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None = None,
     ) -> None:
         if not isinstance(args, DualSpeedConfig):
-            raise SaccadeError(
-                f"args is a {type(args).__name__}: give a DualSpeedConfig, which takes the same options"
-            )
+            raise SaccadeError(f"args is {kind_of(args)}: give a DualSpeedConfig, which takes the same options")
         checks.check_at_hand(args)
         if isinstance(model, nn.Module):
             config, placed = stock_model(model).config, getattr(model, "hf_device_map", None)
@@ -280,7 +278,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.open_feature_cache()
         self.schedule = self._stage_schedule()
         self.is_ordinary = args.takes_stock_steps
-        self._adapters_given = isinstance(model, PeftModel)
+        self._adapters_loaded = isinstance(model, PeftModel) and have_learned(model)
         self.isolator = self._attach_isolator()
         self.skip = self._apply_skip_vision()
         if self.optimizer is not None:
@@ -739,14 +737,13 @@ class DualSpeedTrainer(SFTTrainer):
                 "freeze what is not to train"
             )
         divided = [name for name in ("projector_learning_rate", "vision_layer_decay") if getattr(self.args, name)]
-        if self.lr_scheduler is not None and (left or divided):
+        if self.lr_scheduler is not None and divided:
             raise SaccadeError(
                 f"optimizers: {type(self.lr_scheduler).__name__} is made for the optimizer's parameter groups, and "
-                f"{divided[0] if divided else 'the isolator or the summary head'} adds another: give None in its "
-                "place, and set lr_scheduler_type"
+                f"{divided[0]} adds others: give None in its place, and set lr_scheduler_type"
             )
-        if left:
-            optimizer.add_param_group({**optimizer.param_groups[0], "params": list(left.values())})
+        # Not a group of their own, of which a scheduler that was made before would know nothing.
+        optimizer.param_groups[0]["params"].extend(left.values())
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Move parameters with their own learning rate to separate groups: of projector and isolator, of the tower."""
@@ -1073,7 +1070,7 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _warn_of_adapters(self, part: str, start: str, fix: str) -> None:
         """PEFT does not tell where adapters were loaded from, so what was saved beside them is not found."""
-        if self._adapters_given:
+        if self._adapters_loaded:
             logger.warning(
                 "model is a PeftModel, which does not know the folder of its adapters: the %s starts from %s; if they "
                 "were trained with one, %s",
@@ -1088,6 +1085,12 @@ class DualSpeedTrainer(SFTTrainer):
                 "set isolator_length to fit, or isolator_path to another one"
             )
         copy_whole(loaded.weight, self.isolator.weight)
+
+
+def have_learned(model: PeftModel) -> bool:
+    """Whether LoRA adapters are other than new ones, whose second matrices are zero."""
+    second = (value for name, value in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name)
+    return any(bool(value.any()) for value in second)
 
 
 def freeze_parts(family: Family, args: DualSpeedConfig) -> None:

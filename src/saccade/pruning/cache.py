@@ -73,10 +73,12 @@ class Turn:
             return rows[:1].expand(batch)
         now = _mark(cache, self.shorter["input_ids"].shape[1])
         if now is not None and self.mark is not None:
-            # Rows may have been repeated, selected or sorted since, which leaves what they hold as it is.
-            same = (now.unsqueeze(1) == self.mark).all(dim=2)
-            rows = rows.repeat_interleave(len(self.mark) // len(rows))[same.int().argmax(dim=1).to(rows.device)]
-            rows = rows if bool(same.any(dim=1).all()) else rows[:0]
+            rows = rows.repeat_interleave(len(self.mark) // len(rows))
+            if not torch.equal(now, self.mark):
+                # Rows may have been repeated, selected or sorted since, which leaves what they hold as it is.
+                same = (now.unsqueeze(1) == self.mark).all(dim=2)
+                rows = rows[same.int().argmax(dim=1).to(rows.device)]
+                rows = rows if bool(same.any(dim=1).all()) else rows[:0]
         if len(rows) != batch:
             raise SaccadeError(
                 f"input_ids has {batch} rows, of which the key-value cache holds {len(rows)} after their pruned "
@@ -109,7 +111,7 @@ def cache_of(values: Any) -> Cache | None:
 def remember(cache: Cache, given: Tensor, shorter: Mapping[str, Tensor]) -> None:
     """Note what a cache begins with: on the cache, so that the note is copied and ends with it."""
     known = (shorter["position_ids"], shorter["attention_mask"])
-    alike = all(bool((values == values[..., :1, :]).all()) for values in known)
+    alike = len(given) == 1 or all(bool((values == values[..., :1, :]).all()) for values in known)
     mark = None if alike else _mark(cache, shorter["input_ids"].shape[1])
     setattr(cache, TURN, Turn(given, shorter, alike, mark))
 

@@ -27,13 +27,14 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # Here rather than where mappings are constructed: there, keys that `<<` merges in are beside the own ones.
         node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
+        lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    raise yaml.YAMLError(f"{key.value!r} is given in lines {lines[key.value]} and {line}: remove one")
-                lines[key.value] = line
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    where = f"in lines {lines[name]} and" if lines[name] != line else "twice in line"
+                    raise yaml.YAMLError(f"{key.value!r} is given {where} {line}: remove one")
+                lines[name] = line
         return node
 
 
@@ -79,7 +80,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = find_recipe(path)
     try:
         values = _read_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SaccadeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise SaccadeError(f"recipe {path} must be a mapping of fields to values, found {kind_of(values)}")
@@ -89,8 +90,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 def earlier_stage(path: str | Path, model: str) -> Path | None:
     """The recipe in the folder of the recipe `path` whose `output_dir` is `model`; None if there is none."""
     for beside in sorted(find_recipe(path).parent.glob("*.yaml")):
-        # Any file may lie in the folder of a recipe.
+        # Any file may lie in the folder of a recipe, of any size and kind.
         with suppress(SaccadeError, OSError):
+            if model.encode() not in beside.read_bytes():
+                continue
             earlier = read_recipe(beside)
             before = earlier.get("model")
             if earlier.get("output_dir") == model and isinstance(before, str) and before != model:

@@ -174,7 +174,8 @@ def check_runs(specs: Sequence[RunSpec]) -> None:
             for number, (name, values) in enumerate(zip(stage_names(spec.stages), spec.stages, strict=True)):
                 if spec.stage_ids[number] not in seen:
                     seen.add(spec.stage_ids[number])
-                    _check_stage(f"stage {name}", values, is_first=number == 0, seen=seen)
+                    start = None if number == 0 else spec.stages[0].get("model")
+                    _check_stage(f"stage {name}", values, start, seen)
             if spec.evaluation is not None and str(spec.evaluation) not in seen:
                 seen.add(str(spec.evaluation))
                 for fields in spec.evaluation.inferences:
@@ -184,13 +185,13 @@ def check_runs(specs: Sequence[RunSpec]) -> None:
             raise SaccadeError(f"run {spec.name}: {error}") from error
 
 
-def _check_stage(source: str, values: Mapping[str, Any], is_first: bool, seen: set[str]) -> None:
+def _check_stage(source: str, values: Mapping[str, Any], start: str | None, seen: set[str]) -> None:
+    """Check a stage; `start` is the model of the first one, None for itself."""
     recipe = make_recipe(values, source)
     check_lora(recipe)
     options = recipe.options
-    if is_first:
-        check_dataset_given(recipe)
-    if is_first and options.model != "tiny" and f"model {options.model}" not in seen:
+    check_dataset_given(recipe, values.get("model") if start is None else start)
+    if start is None and options.model != "tiny" and f"model {options.model}" not in seen:
         check_family(options.model)
         seen.add(f"model {options.model}")
     # One row of generated scenes, or every row of a file, is enough to show what is wrong.

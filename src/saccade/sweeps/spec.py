@@ -80,7 +80,7 @@ class RunSpec:
         for values, name in zip(self.stages, self.stage_ids, strict=True):
             # An interrupted stage resumes from its newest checkpoint, if its recipe writes any.
             resume = {"resume": "auto"} if str(values.get("save_strategy", "steps")) not in ("no", "False") else {}
-            # Of a stage that names none, which a recipe with a model has to.
+            # A stage of the embedded model may name none, but as a recipe it names a model: the folder of a stage.
             data = {"dataset": "digits"}
             recipes.append({**data, **resume, **values, **model, "output_dir": str(folder / name)})
             model = {"model": str(folder / name)}

@@ -1,5 +1,6 @@
 """The finished runs of a sweep: their figures, the spread over seeds, the table, and the finding in a sentence."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -204,8 +205,14 @@ def is_baseline(spec: RunSpec) -> bool:
 
 def baseline_runs(runs: Sequence[RunSpec]) -> set[str]:
     """The names of the runs that others are compared with: of those on all tokens, the ones of most steps."""
-    steps = {spec.name: spec.stages[-1].get("max_steps", -1) for spec in runs if is_baseline(spec)}
-    return {name for name, number in steps.items() if number == max(steps.values())}
+    lengths = {spec.name: _length(spec.stages[-1]) for spec in runs if is_baseline(spec)}
+    return {name for name, length in lengths.items() if length == max(lengths.values())}
+
+
+def _length(stage: Mapping[str, Any]) -> tuple[float, float]:
+    """What orders stages by how long they train: steps, or where none are given, more than any, and epochs."""
+    steps = stage.get("max_steps", -1)
+    return (steps, 0.0) if steps > 0 else (math.inf, stage.get("num_train_epochs", 3.0))
 
 
 def has_own_training(result: Mapping[str, Any]) -> bool:

@@ -133,18 +133,23 @@ def check_first_rows(trainer: DualSpeedTrainer) -> int:
 
 def check_recipe(recipe: Recipe) -> None:
     """Check, before anything is loaded, for what would make a run fail later."""
-    check_dataset_given(recipe)
+    check_dataset_given(recipe, recipe.given.get("model"))
     check_lora(recipe)
     check_evaluation(recipe)
     check_rows(recipe.options)
     check_at_hand(recipe.trainer)
 
 
-def check_dataset_given(recipe: Recipe) -> None:
-    """Refuse a recipe that names a model and no data: the embedded scenes are the default for the embedded model."""
-    if recipe.options.model != "tiny" and "model" in recipe.given and "dataset" not in recipe.given:
+def check_dataset_given(recipe: Recipe, model: str | None) -> None:
+    """Refuse a recipe without data for a model of the user's: the embedded scenes are the default for the embedded
+    model alone.
+
+    Args:
+        model: what the recipe names, or the first of the stages that it belongs to; None if neither does.
+    """
+    if model not in (None, "tiny") and "dataset" not in recipe.given:
         raise SaccadeError(
-            f"model={recipe.options.model!r} without a dataset would train on the embedded scenes of digits: give "
+            f"model={model!r} without a dataset would train on the embedded scenes of digits: give "
             f"dataset, or dataset: {DIGITS} if you mean them"
         )
 

@@ -52,7 +52,8 @@ def check_rows(options: ModelOptions) -> None:
     addresses = image_addresses(options)
     for one in (options, _eval_options(options)):
         for source in [] if one is None else dataset_sources(one):
-            source.folders(options.allow_outside_images, addresses)
+            if source.path != DIGITS:  # which has no files
+                source.folders(options.allow_outside_images, addresses)
 
 
 def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDataset:
