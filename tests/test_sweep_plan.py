@@ -167,6 +167,6 @@ def test_no_stage_of_a_model_trains_on_the_digits_unasked(processor, tmp_path) -
     second = {"dataset": "digits", "dataset_rows": 2, "use_cpu": True}
     check_runs([RunSpec("run", {"seed": 0}, (first, second))])
     del second["dataset"]
-    with pytest.raises(SaccadeError, match="run run: model='.*mine' without a dataset would train on"):
+    with pytest.raises(SaccadeError, match=r"run run: model='.*mine' without a dataset would train on"):
         check_runs([RunSpec("run", {"seed": 0}, (first, second))])
     check_runs([RunSpec("run", {"seed": 0}, ({**first, "model": "tiny"}, second))])
