@@ -222,9 +222,9 @@ def test_ctrl_c_in_a_terminal_reaches_each_rank_once(capfd):
         "import os, signal, sys, time\nseen = []\nsignal.signal(signal.SIGINT, lambda *a: seen.append(1))\n"
         "os.kill(os.getppid(), signal.SIGINT) if os.environ['RANK'] == '0' else None\n"
         "until = time.monotonic() + 60\nwhile not seen and time.monotonic() < until: time.sleep(0.05)\n"
-        "time.sleep(0.5)\nprint('seen', len(seen), os.getpgid(0) == os.getpid(), flush=True)\nsys.exit(130)"
+        "time.sleep(0.5)\nos.write(1, f'seen {len(seen)} {os.getpgid(0) == os.getpid()}\\n'.encode())\nsys.exit(130)"
     )
-    # Both have to listen before the signal comes.
+    # Both have to listen before the signal comes. Each writes its line at once, since both have the same output.
     code = code.replace("os.kill", "time.sleep(2) or os.kill")
     assert run_processes(local_plan(2), [sys.executable, "-c", code], patience_seconds=30) == 130
     assert capfd.readouterr().out.splitlines() == ["seen 1 True"] * 2
