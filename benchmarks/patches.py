@@ -9,7 +9,7 @@ token each. The tower has random weights, which take the time that real ones tak
 to the whole image, as one in eight does in the released models. All settings take turns on the same picture. `encode`
 is all of `family.encode`: the predictor, the tower and the merger; its ratio is of the medians. The cosine is that of
 kept tokens' features with those of the tower on the whole image; with random weights it tells little of accuracy:
-see `patches_read.py`. On a CPU, seconds are processor time, which other load hardly affects.
+see `patches_read.py`. On one thread of a CPU, seconds are processor time, which other load hardly affects.
 """
 
 import argparse

@@ -12,11 +12,13 @@ from chat_templates import STOCK, VICUNA, shipped, tokenizer_like
 from datasets import Dataset
 from family_models import FAMILIES
 from helpers import ORDINARY, losses, make_trainer
+from tokenizers.processors import TemplateProcessing
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.data.lengths import TokenCounter
+from saccade.data.plain import PlainWriter
 from saccade.data.turns import TurnWriter, with_places
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns, stop_ids
@@ -185,6 +187,17 @@ def test_a_text_starts_once_whoever_writes_the_start(build):
     assert both["input_ids"][0][both["attention_mask"][0] == 1].tolist() == alone[0].tolist()
     assert both["input_ids"][1][both["attention_mask"][1] == 1].tolist() == alone[1].tolist()
     assert learned(collator, both["labels"][1]) == [ANSWERS[0] + "</s>"]
+
+
+def test_a_tokenizer_that_ends_texts_too_ends_no_prompt(build):
+    """As Llama's with `add_eos_token`. Captions without a chat template begin with the start token all the same."""
+    _, processor, _ = build("llava", "llama")
+    tokenizer = processor.tokenizer
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    row = {"messages": turns(1), "images": images((32, 32))}
+    assert collate_prompts(processor, [row])["input_ids"][0, -1] != tokenizer.eos_token_id
+    assert PlainWriter(processor).write(row).text.startswith("<s><image>")
 
 
 @pytest.mark.parametrize("template", [VICUNA, "{{ bos_token }}" + VICUNA], ids=["tokenizer", "template"])

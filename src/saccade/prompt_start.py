@@ -4,11 +4,15 @@ from typing import Any
 
 
 def start_token(tokenizer: Any) -> str:
-    """The token that a tokenizer puts before a text; empty without one, or if it puts an end token behind as well."""
+    """The token that a tokenizer puts before a text, or nothing."""
     ids = tokenizer("a")["input_ids"]
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    alone = start is not None and ids[0] == start and (end is None or ids[-1] != end)
-    return tokenizer.bos_token if alone else ""
+    return tokenizer.bos_token if tokenizer.bos_token is not None and ids[0] == tokenizer.bos_token_id else ""
+
+
+def start_alone(tokenizer: Any) -> str:
+    """`start_token`, or nothing if the tokenizer puts an end token behind the text as well, which no prompt has."""
+    last = tokenizer("a")["input_ids"][-1]
+    return "" if last == tokenizer.eos_token_id else start_token(tokenizer)
 
 
 def needs_start(start: str, text: str) -> bool:
@@ -16,5 +20,9 @@ def needs_start(start: str, text: str) -> bool:
 
     Some chat templates write it (Gemma), some leave it to the tokenizer (LLaVA-1.5 and 1.6). Either way a model has
     seen it once, and a processor's `apply_chat_template` with `tokenize=True` sees to that as well.
+
+    Args:
+        start: what `start_alone` says of the tokenizer, which is the same for all texts.
+        text: the rendered text.
     """
     return bool(start) and not text.startswith(start)

@@ -15,7 +15,7 @@ from saccade.data.conversation import TAGS, checked_message, images_of, text_of,
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, image_size
-from saccade.prompt_start import needs_start, start_token
+from saccade.prompt_start import needs_start, start_alone
 from saccade.reducers import PruningConfig, no_room
 from saccade.videos import Clip, Sampling, video_shape
 
@@ -79,7 +79,7 @@ class TokenCounter:
         self._writer = row_writer(processor, conversation, stop_ids)
         self.processor, self.placeholder_id = processor, placeholder_id
         self.budget, self.isolator_length = budget, isolator_length
-        self._start = start_token(processor.tokenizer)
+        self._start = start_alone(processor.tokenizer)
         self._tokens: dict[Size, tuple[int, int]] = {}
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
         self._one_image = apply_chat_template(processor, [message], tokenize=False)

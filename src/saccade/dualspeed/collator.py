@@ -28,7 +28,7 @@ from saccade.dualspeed.labels import learned_tokens
 from saccade.errors import RecordError, kind_of
 from saccade.families.padding import pads_to_square
 from saccade.images import MAX_PIXELS, open_image
-from saccade.prompt_start import needs_start, start_token
+from saccade.prompt_start import needs_start, start_alone
 from saccade.reducers import no_room
 from saccade.tokens import IGNORE_INDEX
 from saccade.videos import Sampling, open_video
@@ -145,7 +145,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     @cached_property
     def _start(self) -> str:
-        return start_token(self.processor.tokenizer)
+        return start_alone(self.processor.tokenizer)
 
     @cached_property
     def _placeholders(self) -> list[int]:

@@ -742,7 +742,7 @@ class DualSpeedTrainer(SFTTrainer):
                 f"optimizers: {type(self.lr_scheduler).__name__} is made for the optimizer's parameter groups, and "
                 f"{divided[0]} adds others: give None in its place, and set lr_scheduler_type"
             )
-        # Not a group of their own, of which a scheduler that was made before would know nothing.
+        # A scheduler that was made with the optimizer knows its groups: they join the first one.
         optimizer.param_groups[0]["params"].extend(left.values())
 
     def _split_groups(self, optimizer: torch.optim.Optimizer) -> None:

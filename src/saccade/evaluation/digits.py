@@ -25,7 +25,7 @@ from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
 from saccade.files import check_entries, reading
 from saccade.images import open_image
-from saccade.prompt_start import needs_start, start_token
+from saccade.prompt_start import needs_start, start_alone
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator, prune_inputs
 from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
@@ -263,7 +263,7 @@ def _process(
             images=images if any(images) else None,
             padding=True,
             padding_side="left",
-            add_special_tokens=needs_start(start_token(processor.tokenizer), text[0]),
+            add_special_tokens=needs_start(start_alone(processor.tokenizer), text[0]),
             return_tensors="pt",
         )
     except SaccadeError:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
-from saccade.prompt_start import needs_start, start_token
+from saccade.prompt_start import needs_start, start_alone
 from saccade.pruning import ModeIsolator, Pruner, prune, pruning_config
 from saccade.pruning.prune_inputs import isolator_rows
 from saccade.reducers import PruningConfig
@@ -109,7 +109,7 @@ def vllm_request(
     _check(family, config)
     images = [images] if isinstance(images, Image.Image) else list(images)
     tokenizer = processor.tokenizer
-    ids = tokenizer(prompt, add_special_tokens=needs_start(start_token(tokenizer), prompt))["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=needs_start(start_alone(tokenizer), prompt))["input_ids"]
     count = ids.count(family.placeholder_id)
     if count != len(images):
         raise SaccadeError(f"prompt has {count} image placeholders, and {len(images)} images were given")
