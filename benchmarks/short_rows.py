@@ -1,6 +1,6 @@
 """Attention of packed rows on a CPU in bfloat16, forward and backward: plain products beside SDPA.
 
-    python -m benchmarks.short_rows [--lengths 76 202 400 512 700] [--heads 9] [--key-heads 3] [--repeats 15]
+    python -m benchmarks.short_rows [--lengths 76 202 400 750 1024] [--heads 9] [--key-heads 3] [--repeats 15]
 
 Both alternate, and CPU time counts; `saccade.dualspeed.packing.SHORT` is the length up to which products are used.
 """
@@ -48,7 +48,7 @@ def measure_row(length: int, heads: int, key_heads: int, repeats: int) -> tuple[
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[76, 202, 400, 512, 700])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[76, 202, 400, 750, 1024])
     parser.add_argument("--heads", type=int, default=9)
     parser.add_argument("--key-heads", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=15)

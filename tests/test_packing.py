@@ -37,10 +37,14 @@ def test_packed_rows_of_videos_train_as_padded_ones(name):
     tester.check_padding_free(VIDEO_CASES[name], "divprune")
 
 
-@pytest.mark.parametrize(("dtype", "short"), [("float32", 512), ("bfloat16", 512), ("bfloat16", 3), ("bfloat16", 0)])
-def test_attention_of_a_row_is_to_itself_alone(dtype, short, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "short", "block"),
+    [("float32", 512, 256), ("bfloat16", 512, 256), ("bfloat16", 512, 2), ("bfloat16", 3, 2), ("bfloat16", 0, 256)],
+)
+def test_attention_of_a_row_is_to_itself_alone(dtype, short, block, monkeypatch):
     """Against softmax(QK^T) under a block-diagonal causal mask, with fewer key heads than query heads."""
     monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(packing, "BLOCK", block)
     torch.manual_seed(0)
     lengths, width = [3, 1, 5], 4
     query = torch.randn(1, 4, 9, width).to(getattr(torch, dtype)).requires_grad_()

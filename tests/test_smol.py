@@ -255,7 +255,7 @@ class TestPlan:
 
     def test_shorter_training_on_all_tokens_is_compared_with_the_whole(self) -> None:
         runs = plan_runs(PREPARED, Settings(steps=40), ("all_tokens_shorter", "all_tokens", "dualspeed"), range(2))
-        assert [run.stages[-1]["max_steps"] for run in runs[:2]] == [19, 40]
+        assert [run.stages[-1]["max_steps"] for run in runs[:2]] == [20, 40]
         assert baseline_runs(runs) == {"all_tokens-seed0", "all_tokens-seed1"}
         by_epochs = [replace(run, stages=({**run.stages[-1], "max_steps": -1},)) for run in runs[1:2]]
         assert baseline_runs([*runs[:1], *by_epochs]) == {"all_tokens-seed0"}

@@ -147,34 +147,25 @@ class TestDigits:
                 assert region.text == f"{value} {row} {column}"
                 right += classes[_nearest(pixels[top:bottom, left:right_edge], images[pool], pool)] == value
                 total += 1
-            self._check(sample.questions, values, [" ".join(words[1:]) for words in placed])
+            places = [" ".join(words[1:]) for words in placed]
+            for question in sample.questions:
+                asked = [int(word) for word in re.findall(r"\d", question.text)]
+                assert question.answer == _digit_answer(question, asked, values, places), question
         # The nearest of the split's own digits, without turning it, is mostly one of the same class.
         assert right / total > 0.8
 
-    @staticmethod
-    def _check(questions, values: list[int], places: list[str]) -> None:
-        columns = [["left", "center", "right"].index(place.split()[1]) for place in places]
-        rows = [["top", "middle", "bottom"].index(place.split()[0]) for place in places]
-        for question in questions:
-            asked = [int(word) for word in re.findall(r"\d", question.text)]
-            assert question.answer == _digit_answer(question, asked, values, rows, columns, places), question
 
-
-def _digit_answer(question, asked, values, rows, columns, places) -> str:
-    if question.kind == "relation":
-        first, second = (rows[values.index(value)] for value in asked)
-        return "yes" if (first < second) == ("above" in question.text) else "no"
+def _digit_answer(question, asked, values, places) -> str:
+    rows, columns = zip(*(place.split() for place in places), strict=True)
+    order = [COLUMN_WORDS.index(column) for column in columns]
     answers = {
-        "count": lambda: len(values),
         "has": lambda: "yes" if asked[0] in values else "no",
-        "leftmost": lambda: values[columns.index(min(columns))],
-        "rightmost": lambda: values[columns.index(max(columns))],
+        "leftmost": lambda: values[order.index(min(order))],
+        "rightmost": lambda: values[order.index(max(order))],
         "max": lambda: max(values),
         "min": lambda: min(values),
-        "sum": lambda: sum(values),
-        "read": lambda: " ".join(map(str, values)),
-        "count_of": lambda: values.count(asked[0]),
-        "where": lambda: places[values.index(asked[0])],
+        "row": lambda: rows[values.index(asked[0])],
+        "column": lambda: columns[values.index(asked[0])],
     }
     return str(answers[question.kind]())
 
@@ -381,11 +372,12 @@ class TestCharts:
 
 
 def _chart_answer(question, read) -> str:
-    named = [read[name] for name in re.findall(r"[A-Z]\w+", question.text) if name in read]
+    names = [name for name in re.findall(r"[A-Z]\w+", question.text) if name in read]
+    named = [read[name] for name in names]
     answers = {
         "value": lambda: str(named[0]["value"]),
         "largest": lambda: max(read, key=lambda name: read[name]["value"]),
-        "smaller": lambda: "yes" if named[0]["value"] < named[1]["value"] else "no",
+        "smaller": lambda: min(names, key=lambda name: read[name]["value"]),
         "colour": lambda: named[0]["colour"],
         "legend": lambda: named[0]["colour"],
         "trend": lambda: named[0]["trend"],

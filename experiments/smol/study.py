@@ -66,11 +66,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 tokens for about the time that the longer preset takes, then Skip-Vision at its budget of 576 tokens and both methods
 together, then DualSpeed with more steps, then settings that may do better than the published one."""
 STEPS = {
-    "all_tokens_shorter": 0.475,
-    "dualspeed_longer": 1.75,
-    "fast_then_slow_longer": 1.75,
-    "fast_then_slow_higher": 1.75,
-    "fast_then_slow_longer_original": 1.75,
+    "all_tokens_shorter": 0.5,
+    "dualspeed_longer": 1.4,
+    "fast_then_slow_longer": 1.4,
+    "fast_then_slow_higher": 1.4,
+    "fast_then_slow_longer_original": 1.4,
     "fast_then_more_slow": 1.4,
 }
 """Methods with another number of steps of stage two than the others, and how many times theirs."""
@@ -129,7 +129,7 @@ class Settings:
     rows: int = 400
     turns: int = 6
     pretrain_steps: int = 20
-    steps: int = 150
+    steps: int = 200
     batch_size: int = 4
     pretrain_learning_rate: float = 1e-4
     learning_rate: float = 6e-4
@@ -408,7 +408,7 @@ def _make_tower(output: Path, settings: Settings, log: Callable[[str], None]) ->
         report = train_tower(first, settings.tower_steps, precision=settings.precision, log=log)
     if settings.grid == 12:
         return first, report
-    second, steps = output / "tower-24", max(1, report["settings"]["steps"] // 4)
+    second, steps = output / "tower-24", max(1, report["settings"]["steps"] // 2)
     return second, train_tower(second, steps, 0, 24, first, 5e-4, settings.precision, log)
 
 

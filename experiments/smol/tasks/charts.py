@@ -83,8 +83,8 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
         *(
             Question(
                 "smaller",
-                f"Is {names[first]} smaller than {names[second]}?",
-                "yes" if values[first] < values[second] else "no",
+                f"Which is smaller, {names[first]} or {names[second]}?",
+                names[first] if values[first] < values[second] else names[second],
             )
             for first, second in pairs
         ),
@@ -118,7 +118,7 @@ def _lines(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Ques
         for row, column in _patches(points):
             page.mark(column * PATCH, row, (column + 1) * PATCH, f"{name} {colour} {trend}")
         questions += [
-            Question("trend", f"Does {name} go up or down?", trend),
+            Question("trend", f"What is the trend of {name}?", trend),
             Question("legend", f"What colour is {name}?", colour),
         ]
     return questions

@@ -9,21 +9,22 @@ from experiments.smol.tasks.base import PATCH, Question, Region, Sample, sample_
 from saccade.data.questions import COLUMN_WORDS, ROW_WORDS, SINGLE_KINDS, place_words
 from saccade.data.scenes import PATCH_SIZE, PlacedDigit, render_scene, sample_scene
 
-MAX_DIGITS = 4
+DIGITS_IN_A_SCENE = (1, 2, 2, 3)
+SCENE_KINDS = ("has", "leftmost", "rightmost", "max", "min")
+"""Those of the digit scenes' questions that are asked here."""
 _SCALE = PATCH // PATCH_SIZE
 
 
 class Digits:
-    """Handwritten digits scattered over a noisy canvas. The splits share no handwritten digit."""
+    """One to three handwritten digits on a noisy canvas. The splits share no handwritten digit."""
 
     name = "digits"
-    kinds = tuple(SINGLE_KINDS)
+    kinds = (*SCENE_KINDS, "row", "column")
     words = (*map(str, range(10)), *ROW_WORDS, *COLUMN_WORDS)
 
     def sample(self, split: str, number: int, seed: int = 0, grid: int = 12) -> Sample:
         rng = sample_rng(self.name, split, number, seed, grid)
-        # Sums are asked of two digits at most, which would make them rare.
-        spec, digits = sample_scene(rng, split, (grid, grid), rng.choice((1, 2, 2, 3, MAX_DIGITS)))
+        spec, digits = sample_scene(rng, split, (grid, grid), rng.choice(DIGITS_IN_A_SCENE))
         scene = render_scene(spec)
         regions = [
             Region((x * _SCALE, y * _SCALE, (x + size) * _SCALE, (y + size) * _SCALE), _words(digit))
@@ -39,9 +40,15 @@ def _words(digit: PlacedDigit) -> str:
 
 def _questions(digits: Sequence[PlacedDigit], rng: random.Random) -> list[Question]:
     found = []
-    for kind, ask in SINGLE_KINDS.items():
-        turn = ask(digits, rng)
+    for kind in SCENE_KINDS:
+        turn = SINGLE_KINDS[kind](digits, rng)
         if turn is not None:
             text, answer = turn
-            found.append(Question(kind, text.replace(" ?", "?").replace(" .", "."), answer))
+            found.append(Question(kind, text.replace(" ?", "?").capitalize(), answer))
+    values = [digit.value for digit in digits]
+    once = [digit for digit in digits if values.count(digit.value) == 1]
+    if once:
+        one = rng.choice(once)
+        found.append(Question("row", f"In which row is the {one.value}?", ROW_WORDS[one.row]))
+        found.append(Question("column", f"In which column is the {one.value}?", COLUMN_WORDS[one.column]))
     return found

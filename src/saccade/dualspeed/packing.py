@@ -27,8 +27,9 @@ FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 """Stock implementations that support packed rows."""
 FLASH_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """The keyword arguments by which they receive them."""
-SHORT = 512
-"""Tokens of a row up to which plain products are faster than SDPA on a CPU in bfloat16."""
+SHORT, BLOCK = 1024, 256
+"""Tokens of a row up to which plain products take the place of SDPA on a CPU in bfloat16, and queries of one product.
+Longer rows would keep too many weights for the backward pass."""
 
 
 @dataclass
@@ -178,15 +179,21 @@ def packed_attention(
 
 
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention `(1, L, H, Dh)` of a short row: faster than SDPA on a CPU in bfloat16."""
+    """Causal attention `(1, L, H, Dh)` of a short row, by products of a block of queries and the keys up to its end:
+    faster than SDPA on a CPU in bfloat16."""
     _, heads, length, width = query.shape
     shared = heads // key.shape[1]
-    # The heads that share a key as more queries of it: (Hk, shared * L, Dh).
-    grouped = query.reshape(key.shape[1], shared * length, width)
-    scores = grouped @ key[0].transpose(1, 2) * (width**-0.5 if scaling is None else scaling)
-    later = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(shared, 1)
-    weights = scores.masked_fill(later, -torch.inf).softmax(dim=-1)
-    return (weights @ value[0]).reshape(1, heads, length, width).transpose(1, 2)
+    # The heads that share a key become more queries of it.
+    grouped, turned = query.unflatten(1, (-1, shared))[0], key[0].transpose(1, 2)  # (Hk, G, L, Dh), (Hk, Dh, L)
+    outputs = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        block = grouped[:, :, start:end].flatten(1, 2)  # (Hk, G * B, Dh)
+        later = query.new_full((end - start, end), -torch.inf).triu(start + 1).repeat(shared, 1)
+        scores = torch.baddbmm(later, block, turned[..., :end], alpha=width**-0.5 if scaling is None else scaling)
+        weighted = scores.softmax(dim=-1) @ value[0, :, :end]
+        outputs.append(weighted.unflatten(1, (shared, -1)).flatten(0, 1))  # (H, B, Dh)
+    return torch.cat(outputs, dim=1).unsqueeze(0).transpose(1, 2)
 
 
 AttentionInterface.register(PACKED, packed_attention)
