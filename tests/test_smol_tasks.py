@@ -135,19 +135,21 @@ class TestDigits:
         images, classes = digit_samples()
         right = total = 0
         for sample in samples("digits", "test", 60):
-            placed = [region.text.split() for region in sample.regions]
-            values = [int(words[0]) for words in placed]
             pixels = np.asarray(sample.image, dtype=float)
             pool = [index for indices in split_indices("test") for index in indices]
-            for region, value in zip(sample.regions, values, strict=True):
-                left, top, right_edge, bottom = region.box
+            values, places = [], []
+            # The left half of a digit says its value, the right half its place.
+            for half, other in zip(sample.regions[::2], sample.regions[1::2], strict=True):
+                (left, top, middle, bottom), (also, *rest, right_edge, below) = half.box, other.box
+                assert (also, rest, below) == (middle, [top], bottom)
                 x, y = (left + right_edge) / 2, (top + bottom) / 2
                 third = sample.image.width / 3
-                row, column = ROW_WORDS[int(y // third)], COLUMN_WORDS[int(x // third)]
-                assert region.text == f"{value} {row} {column}"
-                right += classes[_nearest(pixels[top:bottom, left:right_edge], images[pool], pool)] == value
+                assert other.text == f"{ROW_WORDS[int(y // third)]} {COLUMN_WORDS[int(x // third)]}"
+                values.append(int(half.text))
+                places.append(other.text)
+                nearest = _nearest(pixels[top:bottom, left:right_edge], images[pool], pool)
+                right += classes[nearest] == values[-1]
                 total += 1
-            places = [" ".join(words[1:]) for words in placed]
             for question in sample.questions:
                 asked = [int(word) for word in re.findall(r"\d", question.text)]
                 assert question.answer == _digit_answer(question, asked, values, places), question

@@ -65,8 +65,11 @@ class Sample:
     @property
     def caption(self) -> str:
         """Everything on the picture, row by row and once each."""
-        shown = {region.text: region.box[1] for region in reversed(self.regions) if region.text}
-        rows = groupby(reversed(shown), key=shown.__getitem__)
+        shown: dict[str, int] = {}
+        for region in self.regions:
+            if region.text:
+                shown.setdefault(region.text, region.box[1])
+        rows = groupby(shown, key=shown.__getitem__)
         return ", ".join(" ".join(row) for _, row in rows)
 
 

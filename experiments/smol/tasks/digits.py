@@ -26,16 +26,20 @@ class Digits:
         rng = sample_rng(self.name, split, number, seed, grid)
         spec, digits = sample_scene(rng, split, (grid, grid), rng.choice(DIGITS_IN_A_SCENE))
         scene = render_scene(spec)
-        regions = [
-            Region((x * _SCALE, y * _SCALE, (x + size) * _SCALE, (y + size) * _SCALE), _words(digit))
-            for digit, x, y, size in zip(digits, spec[4::4], spec[5::4], spec[6::4], strict=True)
-        ]
+        placed = zip(digits, *(spec[start::4] for start in (4, 5, 6)), strict=True)
+        regions = [region for digit, x, y, size in placed for region in _halves(digit, x, y, size)]
         image = scene.resize((grid * PATCH, grid * PATCH), Image.Resampling.BILINEAR)
         return Sample(image, tuple(regions), tuple(_questions(digits, rng)))
 
 
-def _words(digit: PlacedDigit) -> str:
-    return f"{digit.value} {place_words(digit)}"
+def _halves(digit: PlacedDigit, x: int, y: int, size: int) -> tuple[Region, Region]:
+    """The left half of a digit, which shows its value, and the right half, which shows its place: the words of one
+    region are learned as one, and ten values among nine places would hardly be told apart."""
+    left, top, right, bottom = (_SCALE * pixel for pixel in (x, y, x + size, y + size))
+    middle = left + PATCH
+    return Region((left, top, middle, bottom), str(digit.value)), Region(
+        (middle, top, right, bottom), place_words(digit)
+    )
 
 
 def _questions(digits: Sequence[PlacedDigit], rng: random.Random) -> list[Question]:
