@@ -194,7 +194,7 @@ def wait_for(condition, seconds: float = 120) -> None:
 def test_an_interruption_says_what_is_kept_and_is_no_failure_of_the_other_runs(tmp_path, monkeypatch) -> None:
     specs = [digit_run(f"r{seed}", {}, QUICK, "dualspeed", seed) for seed in range(3)]
 
-    def make(runner, spec, folder, task) -> str | None:
+    def make(runner, spec, folder, task, gpu) -> str | None:
         if spec is specs[0]:
             for stage in spec.stage_ids:
                 write_json_atomically(runner.stages / stage / "result.json", {})
@@ -212,6 +212,39 @@ def test_an_interruption_says_what_is_kept_and_is_no_failure_of_the_other_runs(t
     with pytest.raises(KeyboardInterrupt, match=re.escape(kept)):
         run_specs(specs, tmp_path, jobs=2, any_commit=True)
     assert list(tmp_path.rglob("error.json")) == []
+
+
+SEEN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+spec = json.loads((folder / "spec.json").read_text())
+(folder / "began").touch()
+began = time.monotonic()
+while len([*folder.parent.glob("*/began")]) < 2 and time.monotonic() < began + 60:
+    pass
+stages = {name: {"seconds": 1.0} for name in ("pretrain", "sft")}
+seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+(folder / "result.json").write_text(json.dumps({"spec": spec, "stages": stages, "evaluations": [], "seen": seen}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "expected"),
+    [("2,5,7", 0, {"2", "5"}), (None, 4, {"0", "1"}), (None, 1, {None}), ("3", 1, {"3"}), ("", 0, {""})],
+)
+def test_runs_at_a_time_have_gpus_of_their_own(named, there, expected, tmp_path, monkeypatch) -> None:
+    (tmp_path / "seen.py").write_text(SEEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: there)
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    specs = [digit_run(f"r{seed}", {}, QUICK, "dualspeed", seed) for seed in range(2)]
+    outcome = run_specs(specs, tmp_path / "out", jobs=2, any_commit=True, worker="seen")
+    assert not outcome.failures
+    assert {result["seen"] for result in outcome.results.values()} == expected
 
 
 @pytest.mark.slow

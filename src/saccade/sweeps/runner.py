@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -161,10 +162,17 @@ def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return all(before.get(name) == now.get(name) for name in ("commit", "packages"))
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else list(map(str, range(torch.cuda.device_count())))
+
+
 class _Runner:
     def __init__(self, folder: Path, stages: Path, progress: Progress, any_commit: bool, worker: str) -> None:
         self.folder, self.stages, self.progress = folder, stages, progress
         self.any_commit, self.worker = any_commit, worker
+        self.gpus = visible_gpus()
         self.environment = environment()
         self.results: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
@@ -194,7 +202,7 @@ class _Runner:
         self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(self.results))
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for worker in [pool.submit(self._work) for _ in range(jobs)]:
+                for worker in [pool.submit(self._work, job) for job in range(jobs)]:
                     worker.result()
             except BaseException as error:
                 with self.changed:
@@ -228,11 +236,13 @@ class _Runner:
         path = self.stages / stage / file
         return path.is_file() and self._fits(json.loads(path.read_text()))
 
-    def _work(self) -> None:
+    def _work(self, job: int) -> None:
         """Body of each thread: make the first run that can start, then the next, until none are left."""
+        # A run is one process, which trains on one GPU.
+        gpu = self.gpus[job % len(self.gpus)] if len(self.gpus) > 1 else None
         while (taken := self._take()) is not None:
             try:
-                self._make(*taken)
+                self._make(*taken, gpu)
             finally:
                 with self.changed:
                     self.busy -= taken[1]
@@ -251,7 +261,7 @@ class _Runner:
                 self.changed.wait()
         return None
 
-    def _make(self, spec: RunSpec, missing: set[str]) -> None:
+    def _make(self, spec: RunSpec, missing: set[str], gpu: str | None) -> None:
         folder = self.folder / spec.name
         shutil.rmtree(folder, ignore_errors=True)
         for stage in missing:
@@ -261,7 +271,7 @@ class _Runner:
         write_json_atomically(folder / SPEC_FILE, spec.as_json())
         task = self.progress.add_task(spec.name, total=None)
         try:
-            said = self._run(spec, folder, task)
+            said = self._run(spec, folder, task, gpu)
         finally:
             self.progress.remove_task(task)
             self.progress.advance(self.whole)
@@ -278,10 +288,12 @@ class _Runner:
             said += f", accuracy {100 * full[0]:.1f} %" if full else ""
         self.progress.console.print(said)
 
-    def _run(self, spec: RunSpec, folder: Path, task: TaskID) -> str | None:
+    def _run(self, spec: RunSpec, folder: Path, task: TaskID, gpu: str | None) -> str | None:
         """Run one spec in a separate process; return None, or one line on why it failed."""
         log = folder / LOG_FILE
         variables = {**os.environ, "OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if gpu is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = gpu
         # The worker must be importable from the same places as here, whatever the folder.
         variables["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with log.open("w") as stderr:
