@@ -10,7 +10,14 @@ import torch
 from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from transformers import GenerationConfig, LlavaForConditionalGeneration, pipeline
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessor,
+    StoppingCriteria,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
 from saccade.pruning import ModeIsolator
@@ -341,6 +348,135 @@ def test_limits_of_the_length_count_the_prompt_that_was_given():
         assert config.max_length == length + 2
         structured = case.model.generate(**prompts, **options, return_dict_in_generate=True)
         assert structured.sequences.shape[1] == length + 3
+
+
+LIMITS = [{"min_length": 3, "max_length": 9}, {"min_length": 3, "max_new_tokens": 9}, {"max_length": 3}]
+
+
+@pytest.mark.parametrize("places", ["keywords", "config", "model", "config and model", "keywords and model"])
+@pytest.mark.parametrize("limits", LIMITS, ids=" ".join)
+def test_limits_count_it_wherever_they_are_set(places, limits, monkeypatch):
+    """The stock model's number of new tokens on as long a prompt, which ends once it may."""
+    case = CASES["llava"]
+    prompts = case.prompts([0])
+    length = prompts["input_ids"].shape[1]
+    limits = {name: value + (0 if "new" in name else length) for name, value in limits.items()}
+    lower = {name: limits[name] for name in limits if name.startswith("min")}
+    # Every token but one ends an answer that may end, and none one that may not be longer.
+    rest = {"do_sample": False, "pad_token_id": 0}
+    if lower:
+        rest["eos_token_id"] = list(range(1, case.model.config.text_config.vocab_size))
+    else:
+        rest["suppress_tokens"] = generation_options(case)["suppress_tokens"]
+    config = GenerationConfig(**rest)
+    given: dict = rest if "keywords" in places else {"generation_config": config}
+    if places == "keywords":
+        given = {**rest, **limits}
+    elif places == "config":
+        given = {"generation_config": GenerationConfig(**rest, **limits)}
+    elif places == "model":
+        given = rest
+    in_model = lower if places == "keywords and model" else limits
+    if "model" in places:
+        for name, value in in_model.items():
+            monkeypatch.setattr(case.model.generation_config, name, value)
+    if places == "keywords and model":
+        given = {**rest, **{name: value for name, value in limits.items() if name not in lower}}
+    expected = case.model.generate(**prompts, **given).shape[1] - length
+    with apply_pruning(case.model, CONFIG):
+        assert case.model.generate(**prompts, **given).shape[1] - length == expected
+    assert expected == (4 if lower else 3)
+
+
+class Until(StoppingCriteria):
+    """Ends each row at a token after the prompt that it was made for."""
+
+    def __init__(self, token: int, prompt: torch.Tensor) -> None:
+        self.token, self.start = token, prompt.shape[1]
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, self.start :] == self.token).any(dim=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_functions_of_the_caller_see_the_prompt_that_was_given(options):
+    case = CASES["llava"]
+    prompts = case.prompts([0, 1])
+    length = prompts["input_ids"].shape[1]
+    rows, given = [], {**generation_options(case), **options}
+
+    def allowed(number: int, ids: torch.Tensor) -> list[int]:
+        rows.append((number, ids[:length]))
+        return list(range(40, 60))
+
+    class Seen(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert (input_ids[:, :length].repeat_interleave(1, 0) == self.expected(len(input_ids))).all()
+            return scores
+
+        def expected(self, batch: int) -> torch.Tensor:
+            return prompts["input_ids"].repeat_interleave(batch // 2, dim=0)
+
+    with apply_pruning(case.model, CONFIG):
+        output = case.model.generate(**prompts, **given, logits_processor=[Seen()], prefix_allowed_tokens_fn=allowed)
+        until = Until(int(output[0, length]), prompts["input_ids"])
+        ended = case.model.generate(**prompts, **given, prefix_allowed_tokens_fn=allowed, stopping_criteria=[until])
+        if not options:
+            assert torch.equal(ended[1], output[1, : ended.shape[1]])
+            assert not ended[0, length + 1 :].any()
+    several = 1 if "num_beams" in options else options.get("num_return_sequences", 1)
+    assert rows
+    for number, ids in rows:
+        assert torch.equal(ids, prompts["input_ids"][number // several])
+
+
+def test_a_streamer_begins_with_the_prompt_that_was_given():
+    case = CASES["llava"]
+    prompts, put = case.prompts([0]), []
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            put.append(value)
+
+        def end(self):
+            put.append(None)
+
+    with apply_pruning(case.model, CONFIG):
+        output = case.model.generate(**prompts, **generation_options(case), streamer=Streamer())
+    assert put.pop() is None
+    assert torch.equal(torch.cat([one.flatten() for one in put]), output[0])
+
+
+def test_a_further_turn_goes_on_with_several_answers():
+    case = CASES["llava"]
+    prompts, options = case.prompts([0]), generation_options(case)
+    sampled = {**options, "do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
+    with apply_pruning(case.model, CONFIG):
+        output = case.model.generate(**prompts, **sampled)
+        ids = torch.cat((output.sequences, torch.tensor([[7, 8], [7, 8]])), dim=1)
+        found = case.model.generate(input_ids=ids, **{cache_name(case.model.forward): cache_of(output)}, **options)
+    pruned = prune_inputs(case.model, prompts, CONFIG)
+    answers = ids[:, prompts["input_ids"].shape[1] :]
+    both = {name: pruned[name].repeat_interleave(2, dim=-2) for name in ("input_ids", "attention_mask")}
+    features = {name: pruned[name] for name in pruned if name not in (*both, "position_ids")}
+    assert torch.equal(found[:, : ids.shape[1]], ids)
+    for row, answer in enumerate(answers):
+        whole = {name: torch.cat((both[name][:1], torch.ones_like(answer)[None]), dim=1) for name in both}
+        whole["input_ids"][0, -len(answer) :] = answer
+        expected = case.model.generate(**whole, **features, **options)
+        assert torch.equal(found[row, ids.shape[1] :], expected[0, whole["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("given", [("pixel_values",), ("cache",), ("pixel_values", "inputs_embeds")])
+def test_ids_that_are_missing_are_one_line(given):
+    case = CASES["llava"]
+    prompts = case.prompts([0])
+    with apply_pruning(case.model, CONFIG):
+        output = case.model.generate(**prompts, **generation_options(case), return_dict_in_generate=True)
+        values = {**prompts, "cache": cache_of(output), "inputs_embeds": torch.zeros(1, 4, 8)}
+        names = {"cache": cache_name(case.model.forward)}
+        with pytest.raises(SaccadeError, match=r"input_ids"):
+            case.model.generate(**{names.get(name, name): values[name] for name in given}, max_new_tokens=2)
 
 
 def test_a_trained_folder_says_how(tmp_path):

@@ -68,7 +68,7 @@ class TestChoosing:
             find_models([name])
 
     def test_a_name_on_the_hub_is_never_downloaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("saccade.play.ask.load_model", lambda *given: pytest.fail("it was loaded"))
+        monkeypatch.setattr("saccade.play.ask.load_to_run", lambda *given: pytest.fail("it was loaded"))
         with pytest.raises(SaccadeError, match="is not a folder"):
             open_model("llava-hf/llava-1.5-7b-hf")
 

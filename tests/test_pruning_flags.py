@@ -39,7 +39,7 @@ def test_there_is_a_flag_for_each_option():
 def test_eval_evaluates_what_the_flags_say(count, tmp_path, monkeypatch):
     seen = []
     result = {"inference": "pruned", "accuracy_by_kind": {}, "accuracy": 0.5, "mean_prompt_length": 9.0}
-    monkeypatch.setattr(saccade.training, "load_model", lambda options: (None, None))
+    monkeypatch.setattr(saccade.training, "load_to_run", lambda options: (SimpleNamespace(device="cpu"), None))
     monkeypatch.setattr(saccade.evaluation, "evaluate_inferences", lambda *given: seen.append(given[3]) or [result])
     names = [name for name in GIVEN if name not in {"prune_ratio", "keep_tokens"} - {count}]
     output = ["--num-samples", "1", "--output", str(tmp_path / "eval.json")]

@@ -24,7 +24,7 @@ from saccade.dualspeed.identity import identify_model, identify_processor, ident
 from saccade.files import file_lock
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava, build_tiny_processor
-from saccade.training import ModelOptions, load_model, load_rows
+from saccade.training import ModelOptions, load_model, load_rows, load_to_run
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
 
@@ -180,6 +180,14 @@ def test_the_command_line_refuses_and_overwrites(tmp_path, capsys):
     assert not (tmp_path / "model.safetensors").exists()
     # The base that the adapters belong to was written by this run too.
     load_model(ModelOptions(model=str(tmp_path)))
+
+
+def test_a_model_that_is_to_answer_is_put_on_the_accelerator(monkeypatch):
+    assert load_to_run(ModelOptions())[0].device.type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    assert load_to_run(ModelOptions())[0].device.type == "meta"
+    assert load_to_run(ModelOptions(), on_cpu=True)[0].device.type == "cpu"
 
 
 # What a resumed run must share.

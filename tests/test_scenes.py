@@ -222,3 +222,11 @@ def test_evaluation_takes_rows_that_are_stored_as_well(model, processor):
         evaluate_inferences(model, processor, rows, [Inference()], 5) for rows in (dataset, Dataset.from_list(stored))
     )
     assert read == drawn
+
+
+def test_evaluation_asks_for_one_greedy_answer_whatever_a_model_generates_with(model, processor, monkeypatch):
+    rows = digit_scenes("sft", "test", 6, kinds=["read"])
+    expected = evaluate_inferences(model, processor, rows, [Inference()], 3)
+    for name, value in (("num_beams", 3), ("num_return_sequences", 2)):
+        monkeypatch.setattr(model.generation_config, name, value)
+    assert evaluate_inferences(model, processor, rows, [Inference()], 3) == expected

@@ -11,7 +11,7 @@ from saccade.evaluation.rows import file_rows, trained_sampling
 from saccade.sweeps import RunSpec
 from saccade.sweeps.spec import Evaluation
 from saccade.sweeps.worker import main, run_one, tell
-from saccade.training import ModelOptions, load_model
+from saccade.training import ModelOptions, load_to_run
 
 
 def run_motion(spec: RunSpec, stages: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def evaluate_clips(output: Path, evaluation: Evaluation, folder: Path, recipe: d
         recipe: of its training.
     """
     inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
-    model, processor = load_model(ModelOptions(model=str(folder)))
+    model, processor = load_to_run(ModelOptions(model=str(folder)))
     path = clips_path(output, evaluation.split, evaluation.scenes, recipe["video_frames"])
     rows = file_rows(str(path), sampling=trained_sampling(folder))
     return evaluate_inferences(model, processor, rows, inferences, on_batch=partial(tell, "evaluate"))

@@ -16,7 +16,7 @@ from saccade.files import to_json, write_json_atomically
 from saccade.sweeps import RunSpec
 from saccade.sweeps.spec import Evaluation
 from saccade.sweeps.worker import main, run_one, tell
-from saccade.training import ModelOptions, load_model
+from saccade.training import ModelOptions, load_to_run
 
 BATCH = 20
 
@@ -49,8 +49,8 @@ def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any])
         file = folder / "evaluations" / f"{task}-{evaluation.split}-{evaluation.scenes}-{digest}.json"
         if not file.is_file():
             if model is None:
-                dtype = "bfloat16" if recipe["bf16"] else "auto"
-                model, processor = load_model(ModelOptions(model=str(folder), dtype=dtype))
+                options = ModelOptions(model=str(folder), dtype="bfloat16" if recipe["bf16"] else "auto")
+                model, processor = load_to_run(options, on_cpu=bool(recipe.get("use_cpu")))
             grid = model.config.vision_config.image_size // PATCH
             rows = read_rows([asked_file(data, task, evaluation.split, evaluation.scenes, grid)])
             told = partial(_tell, number, len(tasks))

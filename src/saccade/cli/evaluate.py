@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
-    from saccade.training import ModelOptions, load_model
+    from saccade.training import ModelOptions, load_to_run
 
     inferences = plan_inferences(args.model, args.inference, **given)
     count = args.num_samples or 1000
@@ -111,14 +111,14 @@ def run(args: argparse.Namespace) -> int:
         scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses)
         what = f"rows of {args.dataset}"
     weights = identify_weights(args.model)
-    model, processor = load_model(ModelOptions(model=args.model))
+    model, processor = load_to_run(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)
     kinds = sorted(results[0]["accuracy_by_kind"])
     columns = ["kind", *(result["inference"] for result in results)]
     rows = [[kind, *(f"{100 * result['accuracy_by_kind'][kind]:.1f} %" for result in results)] for kind in kinds]
     rows.append(["all", *(f"{100 * result['accuracy']:.1f} %" for result in results)])
     rows.append(["mean prompt length", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
-    print_table(f"{args.model}, {len(scenes)} {what}", columns, rows)
+    print_table(f"{args.model} on {model.device}, {len(scenes)} {what}", columns, rows)
     output = args.output or _beside(args.model)
     record = {"model": args.model, "weights": weights, **measured, "results": results}
     write_json_atomically(output, {**record, "environment": environment()})

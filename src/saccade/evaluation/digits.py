@@ -33,6 +33,8 @@ from saccade.values import INFERENCES, check_choice
 from saccade.videos import Clip, open_video
 
 MEDIA = ("messages", "images", "videos")
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+"""The most probable answer, one, whatever a model's own generation config asks for."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def evaluate_inferences(
                 if number not in flops:
                     # From the pixels on: encode, and generate the first token.
                     flops[number] = count_flops(partial(_read, model, prepare, processed)) / len(rows)
-                outputs = model.generate(**inputs, max_new_tokens=longest + 1, do_sample=False)
+                outputs = model.generate(**inputs, max_new_tokens=longest + 1, **GREEDY)
             prompt_tokens[number] += int(inputs["attention_mask"].sum())
             texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             for row, text in zip(rows, texts, strict=True):
@@ -185,7 +187,7 @@ def evaluate_inferences(
 
 
 def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any]], batch: Mapping[str, Any]) -> None:
-    model.generate(**prepare(batch), max_new_tokens=1, do_sample=False)
+    model.generate(**prepare(batch), max_new_tokens=1, **GREEDY)
 
 
 def _result(inference: Inference, right: Mapping[str, list[bool]], prompt_tokens: int) -> dict[str, Any]:

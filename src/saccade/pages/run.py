@@ -11,7 +11,7 @@ import torch
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, plan_inferences
-from saccade.evaluation.digits import collate_prompts
+from saccade.evaluation.digits import GREEDY, collate_prompts
 from saccade.pages.page import Page, blocks, html_table, option_text, settings_table
 from saccade.pages.source import RunRecord, read_run
 from saccade.report.plots import SMALL, plot_curves, way_name
@@ -219,7 +219,7 @@ def _add_answered_scenes(page: Page, model_folder: Path) -> None:
 def _answers(model: Any, processor: Any, rows: list[dict[str, Any]], inference: Inference) -> list[str]:
     with inference.on(model.eval()) as prepare:
         inputs = prepare(collate_prompts(processor, rows).to(model.device))
-        outputs = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        outputs = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, **GREEDY)
     texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 

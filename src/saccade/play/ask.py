@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
-from saccade.evaluation.digits import prepare_prompts, trained_pruning
+from saccade.evaluation.digits import GREEDY, prepare_prompts, trained_pruning
 from saccade.families import get_family
 from saccade.families.padding import pads_to_square
 from saccade.images import open_image
@@ -24,7 +24,7 @@ from saccade.pruning import prune_inputs
 from saccade.reducers import PruningConfig, reduce
 from saccade.report.kept_tokens import kept_tokens_sheet
 from saccade.report.view import panel, seen_part, token_grid
-from saccade.training import ModelOptions, load_model
+from saccade.training import ModelOptions, load_to_run
 
 USUAL = ("out/sft", "out/demo", "out/smol")
 """Where the documented commands write: what is offered if no folder is named, as far as it exists."""
@@ -159,9 +159,7 @@ def open_model(name: str) -> OpenModel:
     """
     check_folder(name)
     pruning = PruningConfig() if name == TINY else trained_pruning(name)
-    model, processor = load_model(ModelOptions(model=name))
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model, processor = load_to_run(ModelOptions(model=name))
     model.eval()
     inputs = _inputs(model, processor, Image.new("RGB", (336, 336)), "?")
     tokens = int(get_family(model).placeholder(inputs["input_ids"]).sum())
@@ -242,7 +240,7 @@ def _answer(
 ) -> Answer:
     clock = _Clock()
     given = dict(inputs) if pruning is None else prune_inputs(opened.model, inputs, pruning)
-    output = opened.model.generate(**given, max_new_tokens=longest, do_sample=False, streamer=clock)
+    output = opened.model.generate(**given, max_new_tokens=longest, streamer=clock, **GREEDY)
     text = opened.processor.decode(output[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
     prompt = int(given["attention_mask"].sum())
     return Answer(" ".join(text.split()), prompt, clock.tokens, clock.first, clock.seconds)

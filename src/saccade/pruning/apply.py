@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
@@ -84,6 +85,8 @@ class Pruning:
             SaccadeError: if the conversation does not begin with that prompt.
         """
         ids, length = given.get("input_ids"), turn.given.shape[1]
+        if ids is not None:
+            turn = turn.repeated(len(ids) // len(turn.given))
         if ids is None or ids[:, :length].shape != turn.given.shape or not torch.equal(ids[:, :length], turn.given):
             raise SaccadeError(
                 "input_ids: a further turn on the cache of a pruned prompt begins with that prompt as given; pass "
@@ -215,10 +218,10 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not pruning.takes(kwargs):
         if turn is None:
             return call_original(model, method="generate", **kwargs)
-        return _generate_on(model, kwargs["input_ids"], pruning.go_on(kwargs, turn))
+        return _generate_on(model, kwargs.get("input_ids"), pruning.go_on(kwargs, turn))
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError("assistant_model: an assistant would need a separate, shorter prompt; leave it out")
-    given, cached = kwargs["input_ids"], 0 if cache is None else cache.get_seq_length()
+    given, cached = kwargs.get("input_ids"), 0 if cache is None else cache.get_seq_length()
     if cached and turn is None:
         name = next(name for name, value in kwargs.items() if value is cache)
         raise SaccadeError(
@@ -237,6 +240,7 @@ def _generate_on(model: nn.Module, given: Tensor, shorter: dict[str, Any]) -> An
     """The stock `generate` on a shorter prompt than the given one, `(B, P)`, which its output contains."""
     length = shorter["input_ids"].shape[1]
     _count_from(length - given.shape[1], model, shorter)
+    _show_given(given, length, model, shorter)
     output = call_original(model, method="generate", **shorter)
     if isinstance(output, ModelOutput):
         output.sequences = with_given_prompt(output.sequences, given, length)
@@ -257,10 +261,76 @@ def _count_from(change: int, model: nn.Module, given: dict[str, Any]) -> None:
     for name in names:
         if given.get(name) is not None:
             given[name] += change
-    config: GenerationConfig = given.get("generation_config") or model.generation_config
-    set_here = [name for name in names if getattr(config, name, None) and given.get(name) is None]
-    if set_here and config.max_new_tokens is None and given.get("max_new_tokens") is None:
-        config = copy.deepcopy(config)
-        for name in set_here:
-            setattr(config, name, getattr(config, name) + change)
-        given["generation_config"] = config
+    config = given.get("generation_config") or model.generation_config
+    limits = {name: _setting(name, {}, config, model) for name in names if given.get(name) is None}
+    if _setting("max_new_tokens", given, config, model) is not None:
+        limits.pop("max_length", None)
+    limits = {name: value + change for name, value in limits.items() if value}
+    if given.get("generation_config") is None:
+        given.update(limits)
+    else:
+        given["generation_config"] = copy.deepcopy(config)
+        for name, value in limits.items():
+            setattr(given["generation_config"], name, value)
+
+
+def _setting(name: str, given: Mapping[str, Any], config: GenerationConfig, model: nn.Module) -> Any:
+    """What `generate` takes as a setting: a keyword, or what its config says, or the model's."""
+    values = (given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+    return next((value for value in values if value is not None), None)
+
+
+def _show_given(given: Tensor, length: int, model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Let the caller's own functions see the given prompt `(B, P)` in place of the shorter one of `length` tokens."""
+    for name, shown in (("stopping_criteria", _ShownCriterion), ("logits_processor", _ShownProcessor)):
+        if arguments.get(name):
+            seen = [shown(function, given, length) for function in arguments[name]]
+            arguments[name] = type(arguments[name])(seen)
+    if arguments.get("streamer") is not None:
+        arguments["streamer"] = _ShownStreamer(arguments["streamer"], given)
+    allowed = arguments.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        config = arguments.get("generation_config") or model.generation_config
+        beams, several = (_setting(name, arguments, config, model) for name in ("num_beams", "num_return_sequences"))
+        # Beams of a prompt have its number, sequences that are sampled for it have numbers of their own.
+        several = 1 if (beams or 1) > 1 else several or 1
+        arguments["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
+            number, torch.cat((given[number // several], ids[length:]))
+        )
+
+
+class _Shown:
+    """A function of the caller's that sees the prompt as it was given."""
+
+    def __init__(self, function: Any, given: Tensor, length: int) -> None:
+        self._function, self._given, self._length = function, given, length
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._function, name)
+
+    def _whole(self, input_ids: Tensor) -> Tensor:
+        return with_given_prompt(input_ids, self._given, self._length)
+
+
+class _ShownCriterion(_Shown, StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return self._function(self._whole(input_ids), scores, **kwargs)
+
+
+class _ShownProcessor(_Shown, LogitsProcessor):
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self._function(self._whole(input_ids), scores)
+
+
+class _ShownStreamer(BaseStreamer):
+    """A streamer whose first tokens are the prompt as it was given."""
+
+    def __init__(self, streamer: BaseStreamer, given: Tensor) -> None:
+        self._streamer, self._given = streamer, given
+
+    def put(self, value: Tensor) -> None:
+        self._streamer.put(value if self._given is None else self._given.to(value.device))
+        self._given = None
+
+    def end(self) -> None:
+        self._streamer.end()

@@ -7,7 +7,7 @@ Shapes: B samples, P tokens of the prompt as given, S of the shortened one, Q to
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,13 @@ class Turn:
     shorter: Mapping[str, Tensor]
     alike: bool
     mark: Tensor | None
+
+    def repeated(self, several: int) -> "Turn":
+        """The turn of a cache with `several` consecutive rows for each row of the prompt."""
+        if several <= 1:
+            return self
+        shorter = {name: value.repeat_interleave(several, dim=-2) for name, value in self.shorter.items()}
+        return replace(self, given=self.given.repeat_interleave(several, dim=0), shorter=shorter)
 
     def step(self, given: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
         """The arguments of a `forward` on tokens after the prompt, with their positions and a mask of all columns.

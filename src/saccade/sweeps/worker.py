@@ -28,7 +28,7 @@ from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.sweeps.spec import Evaluation, RunSpec, stage_names
-from saccade.training import ModelOptions, load_model, make_recipe, train_recipe
+from saccade.training import ModelOptions, load_to_run, make_recipe, train_recipe
 
 SPEC_FILE = "spec.json"
 RESULT_FILE = "result.json"
@@ -169,9 +169,8 @@ def evaluate_scenes(
     """
     inferences = [Inference.of_run(folder=folder, **fields) for fields in evaluation.inferences]
     # Loaded from its folder even if just trained, so that what was saved is evaluated.
-    model, processor = load_model(ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto")))
-    if torch.cuda.is_available() and not recipe.get("use_cpu"):
-        model.to("cuda")
+    options = ModelOptions(model=str(folder), dtype=recipe.get("dtype", "auto"))
+    model, processor = load_to_run(options, on_cpu=bool(recipe.get("use_cpu")))
     scenes = digit_scenes("sft", evaluation.split, evaluation.scenes, seed=0)
     told = on_batch or partial(tell, "evaluate")
     return evaluate_inferences(model, processor, scenes, inferences, on_batch=told)

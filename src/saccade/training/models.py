@@ -159,6 +159,18 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         return _with_attention(model, options.attn_implementation), processor
 
 
+def load_to_run(options: ModelOptions, on_cpu: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """As `load_model`, for a model that is to answer and not to train: on this process's accelerator, if it has one.
+
+    Args:
+        on_cpu: leave it on the CPU.
+    """
+    model, processor = load_model(options)
+    if not on_cpu and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model, processor
+
+
 def _with_attention(model: PreTrainedModel, name: str | None) -> PreTrainedModel:
     if name is not None:
         with reading(f"attn_implementation={name!r}"):
