@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import FAMILIES, RELATIVES
 from PIL import Image
 
 from saccade.cli.main import main
@@ -14,6 +15,8 @@ from saccade.play import HOST, check_port
 from saccade.play.ask import LONGEST_ANSWER, OpenModel, compare, find_models, open_model, scenes
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig
+from saccade.testing.families import Case
+from saccade.testing.tiny_models import noise_image
 from saccade.tiny import load_tiny, save_tiny
 
 
@@ -86,13 +89,25 @@ class TestSetting:
         assert (changed.positions, changed.isolator) == ("original", str(folder))
 
     def test_a_number_of_tokens_is_shown_as_a_ratio_and_kept(self, opened: OpenModel) -> None:
-        counted = OpenModel("x", opened.model, opened.processor, PruningConfig(keep_tokens=13), 144)
+        counted = OpenModel("x", opened.model, opened.processor, PruningConfig(keep_tokens=13), 144, 13)
         assert counted.ratio == 0.91
         assert counted.setting("divprune", 0.91).keep_tokens == 13
         assert counted.setting("divprune", 0.5).prune_ratio == 0.5
 
+    @pytest.mark.parametrize(("budget", "kept"), [("crop", 10), ("image", 2)])
+    def test_a_number_of_tokens_is_that_of_each_crop_or_of_all(
+        self, budget: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = Case("idefics3", FAMILIES["idefics3"])
+        monkeypatch.setattr("saccade.play.ask.load_model", lambda options: case.built)
+        PruningConfig(keep_tokens=2, budget=budget).save_pretrained(tmp_path)
+        counted = open_model(str(tmp_path))
+        assert counted.tokens == 45
+        assert counted.ratio == round(1 - kept / 45, 2)
+        assert counted.setting("divprune", counted.ratio) == counted.pruning
+
     def test_the_embedded_model_says_that_it_guesses(self, opened: OpenModel) -> None:
-        tiny = OpenModel("tiny", opened.model, opened.processor, PruningConfig(), 144)
+        tiny = OpenModel("tiny", opened.model, opened.processor, PruningConfig(), 144, 14)
         assert "guesses" in tiny.describe()
 
 
@@ -118,6 +133,16 @@ class TestAsking:
         assert (found.kept, found.total) == (18, 144)
         assert found.full.prompt - found.pruned.prompt == 144 - 18 - 3  # the isolator has three rows
         assert found.picture.width > found.picture.height
+
+    @pytest.mark.parametrize("name", [*FAMILIES, "chain_of_sight", "ovis2", "lfm2_vl"])
+    @pytest.mark.parametrize("budget", ["crop", "image"])
+    def test_all_crops_are_counted(self, name: str, budget: str) -> None:
+        case = Case(name, (FAMILIES | RELATIVES)[name])
+        pruning = PruningConfig(prune_ratio=0.5, budget=budget)
+        opened = OpenModel(name, case.model, case.processor, pruning, 1, 1)
+        found = compare(opened, noise_image(48, 32, 3), "how many digits ?", pruning)
+        assert 0 < found.kept < found.total
+        assert found.full.prompt - found.pruned.prompt == found.total - found.kept
 
     @pytest.mark.parametrize(
         ("picture", "question", "words"),

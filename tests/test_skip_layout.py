@@ -399,6 +399,7 @@ def test_unknown_preset():
         ("llava", {"retained": 5, "skipped": 3, "merge": "none"}, "skipped=3: merge='none' leaves 59"),
         ("llava_next", {"split": "scale"}, "split='scale' needs one picture"),
         ("idefics3", {"split": "thumbnail"}, "model_type='idefics3' have no thumbnail"),
+        ("smolvlm", {"split": "thumbnail"}, "model_type='smolvlm' have no thumbnail"),
         ("llava", {"layers": (0, 3)}, "layers=\\(0, 3\\).*2 layers"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from saccade.cli import evaluate
 from saccade.cli.main import Parser, main
@@ -40,6 +41,15 @@ SKIP_VISION = {
     "mathvista_testmini_format": ("llm_as_judge_eval", 21.3, 21.2),
     "ocrbench": ("ocrbench_accuracy", 0.327, 0.307),
     "mmstar": ("average", 0.365, 0.365),
+}
+
+# What `evaluate_inferences` returns of one way to run a model.
+RESULT = {
+    "inference": "full",
+    "accuracy": 0.5,
+    "accuracy_by_kind": {"rows": 0.5},
+    "samples": 10,
+    "mean_prompt_length": 100,
 }
 
 
@@ -182,6 +192,77 @@ def test_results_of_two_ways_to_run_a_model_are_not_mixed(tmp_path: Path) -> Non
     write_results(tmp_path, {"pope": {"pope_f1_score": 0.5}}, "inference=pruned", "pope")
     with pytest.raises(SaccadeError, match="a model run in two ways"):
         read_scores(tmp_path)
+
+
+def write_evaluation(folder: Path, accuracy: float = 0.5, inference: str = "full", **more: Any) -> Path:
+    """An `eval.json` as `saccade eval` writes it, of no weights beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"inference": inference, "accuracy": accuracy, "samples": 10, "mean_prompt_length": 100}
+    path = folder / "eval.json"
+    path.write_text(json.dumps({"model": "m", "weights": "w", **more, "results": [entry]}))
+    return path
+
+
+@pytest.mark.parametrize("measured", [{"split": "test"}, {"split": "validation"}, {"dataset": "test.json"}])
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"weights": "w"}, "full in .*a/eval.json and in .*b/eval.json: name the folder of one"),
+        (
+            {"weights": "v", "inference": "pruned"},
+            "results of two models, in .*a/eval.json and in .*b/eval.json: name",
+        ),
+        ({"weights": None, "model": "n", "inference": "pruned"}, "results of two models"),
+    ],
+)
+def test_evaluations_that_one_folder_mixes_are_refused(
+    tmp_path: Path, measured: dict[str, str], second: dict[str, Any], message: str
+) -> None:
+    write_evaluation(tmp_path / "a", **measured)
+    write_evaluation(tmp_path / "b", **measured, **second)
+    with pytest.raises(SaccadeError, match=message):
+        read_scores(tmp_path)
+
+
+def test_one_model_may_have_evaluations_of_several_kinds_in_a_folder(tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "scenes", split="test")
+    write_evaluation(tmp_path / "other", split="validation")
+    write_evaluation(tmp_path / "rows", dataset="test.json")
+    write_results(tmp_path, {"gqa": {"exact_match": 0.5}})
+    assert set(read_scores(tmp_path)) == {"digits/full", "digits/validation/full", "test.json/full", "gqa"}
+
+
+def test_other_splits_and_other_rows_are_told_apart(tmp_path: Path) -> None:
+    for split in ("test", "validation"):
+        write_evaluation(tmp_path / split, split=split)
+    with pytest.raises(SaccadeError, match=r"has digits/validation/full and model=.* digits/full: no benchmark"):
+        compare_results(tmp_path / "validation", tmp_path / "test")
+    for rows in ("one", "another", None):
+        write_evaluation(tmp_path / str(rows), dataset="test.json", rows=rows)
+    base = tmp_path / "one"
+    assert compare_results(base, tmp_path / "another")["notes"] == [
+        "test.json/full: other rows under the same name, not the same benchmark"
+    ]
+    assert compare_results(base, base)["notes"] == compare_results(base, tmp_path / "None")["notes"] == []
+
+
+def test_an_evaluation_says_which_rows_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the same name are told apart by their texts, and a file is the same wherever it lies."""
+    monkeypatch.setattr("saccade.evaluation.evaluate_inferences", lambda *given: [dict(RESULT)])
+    image = Image.new("RGB", (96, 96))
+    found = []
+    for name, answer in (("a", "3"), ("b", "3"), ("c", "4")):
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "scene.png")
+        turns = [{"from": "human", "value": "<image>\nhow many ?"}, {"from": "gpt", "value": answer}]
+        rows = tmp_path / name / "test.json"
+        rows.write_text(json.dumps([{"image": "scene.png", "conversations": turns}]))
+        output = tmp_path / name / "eval.json"
+        assert main(["eval", "tiny", "--dataset", str(rows), "--output", str(output)]) == 0
+        found.append(json.loads(output.read_text())["rows"])
+    assert found[0] == found[1] != found[2]
+    notes = compare_results(tmp_path / "a", tmp_path / "c")["notes"]
+    assert notes == ["test.json/full: other rows under the same name, not the same benchmark"]
 
 
 @pytest.mark.parametrize(

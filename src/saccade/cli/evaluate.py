@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     # What comes from here on takes seconds to import.
     from saccade.data import digit_scenes
     from saccade.data.addresses import ImageAddresses
+    from saccade.dualspeed.identity import identify_rows
     from saccade.dualspeed.weights import identify_weights
     from saccade.evaluation import evaluate_inferences, plan_inferences
     from saccade.evaluation.rows import file_rows, trained_sampling
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         measured, batch_size = {"dataset": Path(args.dataset).name}, args.batch_size or 8
         addresses = None if args.image_urls is None else ImageAddresses(args.image_urls, args.image_cache)
         scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses)
+        # Of the texts: images and videos may lie elsewhere on another machine.
+        measured["rows"] = identify_rows(scenes.select_columns("messages"))["fingerprint"]
         what = f"rows of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_to_run(ModelOptions(model=args.model))

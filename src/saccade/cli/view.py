@@ -78,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
     rows, columns = report["grid"]
     print(wrapped(report["source"]))
     for panel in report["panels"]:
+        kept = len(panel["kept"])
         merged = len([token for token in panel.get("merged_into", ()) if token >= 0])
         note = f", into which {merged} are merged" if "merged_into" in panel else ""
         note += f"; {len(panel['absent'])} were dropped before the tower" if "absent" in panel else ""
-        print(f"{panel['reducer']}: {len(panel['kept'])} of {rows * columns} tokens{note}")
+        drawn = f", {kept} of {rows * columns} of the {report['part']}, which is drawn" if report["part"] else ""
+        print(f"{panel['reducer']}: {panel['keeps']} of {report['tokens']} tokens{drawn}{note}")
     print(f"written to {args.output}")
     return 0

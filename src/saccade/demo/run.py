@@ -12,7 +12,7 @@ from saccade.report.environment import available_cores
 from saccade.report.kept_tokens import draw_kept_tokens
 from saccade.report.plots import plot_curves, plot_trade_off
 from saccade.report.training_log import losses
-from saccade.report.view import panel, token_grid
+from saccade.report.view import panel, shown_row
 from saccade.sweeps import METHODS, DigitSettings, RunSpec, digit_run
 from saccade.sweeps.plan import make_plan
 from saccade.sweeps.runner import run_sweep
@@ -113,8 +113,8 @@ def draw_scene(model_folder: Path, settings: DigitSettings, path: Path) -> None:
     scenes = digit_scenes("sft", "test", 200, kinds=["read"])
     row = scenes[max(range(len(scenes)), key=lambda index: scenes[index]["num_digits"])]
     context = get_family(model).encode(collate_prompts(processor, [row])).context
-    grid, panels = token_grid(model, context), []
+    shown, panels = shown_row(model, processor, context), []
     for name in (settings.reducer, "uniform", "random"):
-        panels.append(panel(name, reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio)), grid))
+        panels.append(panel(name, reduce(context, PruningConfig(name, prune_ratio=settings.prune_ratio)), shown))
     caption = "A test scene, and the tokens that each reducer keeps with the model that DualSpeed trained."
-    draw_kept_tokens(row["images"][0], panels, grid, path, caption=caption)
+    draw_kept_tokens(row["images"][0], panels, shown.grid, path, caption=caption)

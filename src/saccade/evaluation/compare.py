@@ -22,15 +22,19 @@ class Score(NamedTuple):
 
     Args:
         value: in the unit used in papers.
-        settings: how the model was run, as lmms-eval's `model_args`; empty for `saccade eval`.
+        settings: what was run: lmms-eval's `model_args`, or the weights that `saccade eval` measured.
         documents: number of answered documents, if known.
         prompt_length: mean number of tokens read by the language model, if known.
+        ours: whether `saccade eval` measured it.
+        rows: which rows of a data file or which scenes it was measured on, if known.
     """
 
     value: float
     settings: str = ""
     documents: int | None = None
     prompt_length: float | None = None
+    ours: bool = False
+    rows: str | None = None
 
 
 Scores = dict[str, Score]
@@ -116,34 +120,34 @@ def comparison_rows(comparison: Mapping[str, Any]) -> tuple[list[str], list[list
 def read_scores(path: str | Path) -> Scores:
     """The scores in a result folder, or in one of its files.
 
-    If a task has several results, the newest counts.
+    If a task has several results of lmms-eval, the newest counts.
 
     Args:
         path: what `lmms_eval --output_path` or `saccade eval` wrote: a JSON file, or a folder with such files at any
-            depth. For digit scenes, each inference is a task, such as "digits/full".
+            depth. For digit scenes and data files, each inference is a task, such as "digits/full",
+            "digits/validation/full" or "test.json/full".
 
     Raises:
-        SaccadeError: if there is no result, a file cannot be read, or lmms-eval ran the model in several ways.
+        SaccadeError: if there is no result, a file cannot be read, lmms-eval ran the model in several ways, or
+            `saccade eval` measured several models, or a task twice.
     """
     place, shown = Path(path), f"folder={str(path)!r}"
     check_exists(place, "folder", "give what an evaluation wrote")
     files = [place] if place.is_file() else {*place.rglob(LMMS_FILES), *place.rglob(DIGIT_FILE)}
     scores: Scores = {}
     origin: dict[str, Path] = {}
-    settings: str | None = None
+    # By whose evaluation it is: the settings of all of its scores, and the first file.
+    ways: dict[bool, tuple[str, Path]] = {}
     # Files of equal time are ordered by name, which in lmms-eval begins with the date.
     for file in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
         for task, score in _read(file, must=file is place):
-            if task.startswith(DIGITS):
-                if file != origin.setdefault(task, file):
-                    raise SaccadeError(f"{shown} has {origin[task]} and {file}: name the folder of one")
-            elif settings not in (None, score.settings):
-                raise SaccadeError(
-                    f"{shown} has results of a model run in two ways, {settings!r} and {score.settings!r} in {file}: "
-                    "name the folder of one"
-                )
-            else:
-                settings = score.settings
+            if score.ours and file != origin.setdefault(task, file):
+                raise SaccadeError(f"{shown} has {task} in {origin[task]} and in {file}: name the folder of one")
+            settings, first = ways.setdefault(score.ours, (score.settings, file))
+            if settings != score.settings:
+                ways_to_run = f"a model run in two ways, {settings!r} and {score.settings!r} in {file}"
+                two = f"two models, in {first} and in {file}" if score.ours else ways_to_run
+                raise SaccadeError(f"{shown} has results of {two}: name the folder of one")
             scores[task] = score
     if not scores:
         raise SaccadeError(f"{shown} has no scores: give a folder with {LMMS_FILES} of lmms-eval or {DIGIT_FILE}")
@@ -166,11 +170,11 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
             _, fault = read_evaluation(file.parent)
             if fault is not None:
                 raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those next to it")
-        # Of the digit scenes, or of a data file.
-        of = f"{content['dataset']}/" if "dataset" in content else DIGITS
+        of, rows = _measured_on(content)
+        measured = str(content.get("weights") or content.get("model"))
         for entry in results:
-            score = Score(100 * entry["accuracy"], "", entry.get("samples"), entry.get("mean_prompt_length"))
-            yield of + entry["inference"], score
+            known = entry.get("samples"), entry.get("mean_prompt_length")
+            yield of + entry["inference"], Score(100 * entry["accuracy"], measured, *known, ours=True, rows=rows)
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
         for task, metrics in results.items():
@@ -180,6 +184,14 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
                 yield task, Score(score, settings, samples.get("effective"))
     elif must:
         raise SaccadeError(f"file={str(file)!r} has no results: give one that lmms-eval or `saccade eval` wrote")
+
+
+def _measured_on(content: Mapping[str, Any]) -> tuple[str, str | None]:
+    """How the tasks of an `eval.json` begin, and which rows they are of, if that is known."""
+    if "dataset" in content:
+        return f"{content['dataset']}/", content.get("rows")
+    split = content.get("split", "test")
+    return DIGITS if split == "test" else f"{DIGITS}{split}/", f"scenes of the {split} split"
 
 
 def _score(task: str, metrics: Mapping[str, Any], higher_is_better: Mapping[str, Any], file: Path) -> float | None:
@@ -239,12 +251,20 @@ def _notes(rows: Sequence[dict[str, Any]], both: Mapping[str, Scores]) -> list[s
     for row in rows:
         task, name = row["task"], row["benchmark"]
         notes += [f"{name}: no score in {source}" for source, scores in both.items() if task not in scores]
-        counts = [scores[task].documents for scores in both.values() if task in scores]
-        if len(counts) == 2 and None not in counts and counts[0] != counts[1]:
+        found = [scores[task] for scores in both.values() if task in scores]
+        counts, data = [score.documents for score in found], [score.rows for score in found]
+        if _differ(counts):
             notes.append(f"{name}: {counts[0]} documents against {counts[1]}, not the same benchmark")
+        elif _differ(data):
+            notes.append(f"{name}: other rows under the same name, not the same benchmark")
         if row["baseline"] == 0:
             notes.append(f"{name}: the baseline's score is 0, so there is no share")
     return notes
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    """Whether two values are there, known, and not equal."""
+    return len(values) == 2 and None not in values and values[0] != values[1]
 
 
 def _partly(label: str, count: int, total: int) -> str:

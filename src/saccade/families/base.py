@@ -82,7 +82,10 @@ class Family(ABC):
     """Whether the vision tower can run on some of an image's patches: `_encode_some` is then defined."""
 
     thumbnail: int | None = None
-    """Which row of an image is the thumbnail beside its crops: 0 for the first, -1 for the last, None for none."""
+    """Which row of an image is the thumbnail beside its crops: 0 for the first, -1 for the last, None for none.
+
+    An image without crops is that one row.
+    """
 
     has_scales: bool = False
     """Whether the rows of an image are its scales, coarse to fine."""

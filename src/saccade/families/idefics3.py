@@ -22,6 +22,7 @@ class Idefics3Family(Family):
     model_types = ("idefics3", "smolvlm")
     vision_inputs = ("pixel_values", "pixel_attention_mask")
     text_between_crops = True
+    thumbnail = -1
 
     @property
     def language_layers(self) -> nn.ModuleList:

@@ -23,6 +23,7 @@ class Lfm2VlFamily(Family):
     takes_list = True
     joins_pixels = True
     text_between_crops = True
+    thumbnail = -1
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
         given = {name: inputs[name] for name in self.vision_inputs}

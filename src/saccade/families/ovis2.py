@@ -22,6 +22,7 @@ class Ovis2Family(Family):
     model_types = ("ovis2",)
     joins_pixels = True
     text_between_crops = True
+    thumbnail = 0
 
     @property
     def projector(self) -> nn.Module:

@@ -15,15 +15,14 @@ from transformers.generation.streamers import BaseStreamer
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation.digits import GREEDY, prepare_prompts, trained_pruning
-from saccade.families import get_family
 from saccade.families.padding import pads_to_square
 from saccade.images import open_image
 from saccade.pages.source import read_json
 from saccade.play import TINY, check_folder
-from saccade.pruning import prune_inputs
-from saccade.reducers import PruningConfig, reduce
+from saccade.pruning import prune_inputs, reduce_inputs
+from saccade.reducers import PruningConfig
 from saccade.report.kept_tokens import kept_tokens_sheet
-from saccade.report.view import panel, seen_part, token_grid
+from saccade.report.view import panel, seen_part, shown_row
 from saccade.training import ModelOptions, load_to_run
 
 USUAL = ("out/sft", "out/demo", "out/smol")
@@ -39,7 +38,8 @@ class OpenModel:
     Args:
         name: the folder, or `TINY`.
         pruning: as the folder says it was trained, its isolator included; the defaults if it does not say.
-        tokens: visual tokens of a square picture.
+        tokens: visual tokens of a square picture, with all of its crops.
+        kept: how many of them `pruning` keeps where neither `fit_length` nor `patch_tolerance` drops more.
     """
 
     name: str
@@ -47,11 +47,12 @@ class OpenModel:
     processor: ProcessorMixin
     pruning: PruningConfig
     tokens: int
+    kept: int
 
     @property
     def ratio(self) -> float:
         """The share of the tokens that its own setting drops, to two digits."""
-        return round(1 - self.pruning.count(self.tokens) / self.tokens, 2)
+        return round(1 - self.kept / self.tokens, 2)
 
     def setting(self, reducer: str, ratio: float) -> PruningConfig:
         """Its own setting, in which the reducer or the ratio is replaced if it is another one.
@@ -97,7 +98,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both answers to a question, and the picture with the tokens that are kept of it, `kept` of `total`."""
+    """Both answers to a question, and how many of the picture's visual tokens are kept.
+
+    Args:
+        picture: it, with the tokens that are kept; of a picture that is cut into crops, those of the thumbnail.
+        kept: of all crops.
+        total: of all crops.
+    """
 
     picture: Image.Image
     kept: int
@@ -162,8 +169,9 @@ def open_model(name: str) -> OpenModel:
     model, processor = load_to_run(ModelOptions(model=name))
     model.eval()
     inputs = _inputs(model, processor, Image.new("RGB", (336, 336)), "?")
-    tokens = int(get_family(model).placeholder(inputs["input_ids"]).sum())
-    opened = OpenModel(name, model, processor, pruning, tokens)
+    context, reduction = reduce_inputs(model, inputs, pruning.replace(fit_length=None, patch_tolerance=None))
+    tokens, kept = (int(each.valid.sum()) for each in (context, reduction))
+    opened = OpenModel(name, model, processor, pruning, tokens, kept)
     for prune in (False, True):
         _answer(opened, inputs, pruning if prune else None, longest=2)
     return opened
@@ -208,14 +216,12 @@ def _inputs(model: PreTrainedModel, processor: ProcessorMixin, image: Image.Imag
 def _draw(
     opened: OpenModel, image: Image.Image, inputs: Mapping[str, Any], pruning: PruningConfig
 ) -> tuple[Image.Image, int, int]:
-    context = get_family(opened.model).encode(inputs, pruning.needs).context
-    grid = token_grid(opened.model, context)
-    reduction = reduce(context.select_rows(slice(1)), pruning)
-    kept = int((reduction.index[0] >= 0).sum())
+    context, reduction = reduce_inputs(opened.model, inputs, pruning)
+    shown = shown_row(opened.model, opened.processor, context)
     picture = kept_tokens_sheet(
-        seen_part(opened.processor, image), [panel(pruning.reducer, reduction, grid)], grid, panel_size=560
+        seen_part(opened.processor, image), [panel(pruning.reducer, reduction, shown)], shown.grid, panel_size=560
     )
-    return picture, kept, grid[0] * grid[1]
+    return picture, int(reduction.valid.sum()), int(context.valid.sum())
 
 
 class _Clock(BaseStreamer):

@@ -3,7 +3,7 @@
 from saccade.pruning.apply import Pruning, apply_pruning
 from saccade.pruning.isolator import ISOLATOR_FILE, ModeIsolator
 from saccade.pruning.prune import Method, ModeInputs, prune
-from saccade.pruning.prune_inputs import prune_inputs, pruning_config
+from saccade.pruning.prune_inputs import prune_inputs, pruning_config, reduce_inputs
 from saccade.pruning.pruner import Pruner, reduced_features
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "prune",
     "prune_inputs",
     "pruning_config",
+    "reduce_inputs",
     "reduced_features",
 ]

@@ -86,7 +86,7 @@ def prune(
     Raises:
         SaccadeError: if text and images do not match, or the model cannot provide what the method needs.
     """
-    with _clear_errors():
+    with clear_errors():
         if encoded is None and family.has_images(inputs):
             encoded = family.encode(inputs, None if method is None else method.needs, labels=labels)
         if encoded is not None and (method is None or method.needs.patch_tolerance is None):
@@ -94,12 +94,21 @@ def prune(
         if method is None:
             laid = _whole(inputs, encoded, labels)
         else:
-            placeholder = family.placeholder(inputs["input_ids"])
-            places = Places.of(placeholder, None if encoded is None else encoded.context)
-            text = inputs["attention_mask"].sum(dim=1) - placeholder.sum(dim=1)
+            places, text = places_and_text(family, inputs, encoded)
             visual = None if encoded is None else method.reduce(family, encoded, places, text)
             laid = _splice(family, inputs, method, encoded, places, visual, labels, padding_side)
     return run(laid)
+
+
+def places_and_text(family: Family, inputs: Mapping[str, Any], encoded: Encoded | None) -> tuple[Places, Tensor]:
+    """Where the visual tokens of a batch stand, and how many other tokens each sample has: long `(B,)`.
+
+    Raises:
+        ValueError: if the number of placeholders differs from the number of visual tokens.
+    """
+    placeholder = family.placeholder(inputs["input_ids"])
+    places = Places.of(placeholder, None if encoded is None else encoded.context)
+    return places, inputs["attention_mask"].sum(dim=1) - placeholder.sum(dim=1)
 
 
 def _whole(inputs: Mapping[str, Any], encoded: Encoded | None, labels: Tensor | None) -> ModeInputs:
@@ -150,7 +159,7 @@ def _splice(
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """Turn errors that families and the splice raise on bad inputs into clear messages."""
     try:
         yield

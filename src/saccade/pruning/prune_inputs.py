@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, get_family
 from saccade.pruning.isolator import ModeIsolator
-from saccade.pruning.prune import WHOLE, prune
+from saccade.pruning.prune import WHOLE, clear_errors, places_and_text, prune
 from saccade.pruning.pruner import Pruner
 from saccade.reducers import PruningConfig, list_reducers
+from saccade.tokens import Reduction, VisualContext
 
 
 @torch.no_grad()
@@ -56,6 +57,23 @@ def prune_inputs(
     if config.positions == "original" and padding_side == "left" and not family.uses_mrope:
         shorter = _pad_one_left(shorter, {**family.token_inputs, "input_ids": family.pad_id})
     return shorter
+
+
+@torch.no_grad()
+def reduce_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], config: PruningConfig
+) -> tuple[VisualContext, Reduction]:
+    """The visual tokens of a processed batch with images, and which of them `prune_inputs` keeps.
+
+    Raises:
+        SaccadeError: as `prune_inputs`.
+    """
+    family = get_family(model)
+    isolator, pruner = isolator_rows(family, config.isolator), Pruner(config)
+    with clear_errors():
+        encoded = family.encode(inputs, pruner.needs)
+        places, text = places_and_text(family, inputs, encoded)
+        return encoded.context, pruner.choose(encoded, places, text, 0 if isolator is None else len(isolator))
 
 
 def pruning_config(config: PruningConfig | str | Path | None = None, **options: Any) -> PruningConfig:

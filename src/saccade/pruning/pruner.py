@@ -43,12 +43,7 @@ class Pruner:
             SaccadeError: if a sample does not fit under `fit_length` with one token for each of its images.
         """
         isolator = self.isolator() if isinstance(self.isolator, nn.Module) else self.isolator
-        owner = room = None
-        if self.config.fit_length is not None:
-            isolator_length = 0 if isolator is None else isolator.shape[0]
-            owner = torch.zeros_like(encoded.context.group).scatter_(0, places.feature_row, places.sample)  # (R,)
-            room = room_of(places, encoded.context, text, self.config.fit_length, isolator_length)[owner]
-        reduction = reduce(encoded.context, self.config, self.reducer, room)
+        reduction = self.choose(encoded, places, text, 0 if isolator is None else isolator.shape[0])
         place = places_of(encoded.context, reduction)  # (T,)
         layers = [reduced_features(family, encoded, reduction)]
         layers += [reduction.apply(features) for features in encoded.deepstack_features]
@@ -60,15 +55,32 @@ class Pruner:
         counts = [width] * rows if reduction.dense else reduction.counts.tolist()
         lost = reduction.lost
         if lost is not None:
-            lost = torch.zeros_like(text).index_add_(0, owner, lost)
+            lost = torch.zeros_like(text).index_add_(0, _sample_of_rows(encoded.context, places), lost)
         kept = VisualTokens(place, role, features, counts, tuple(deepstack_features), lost)
         if isolator is None or isolator.shape[0] == 0:
             return kept
         return with_isolator(kept, isolator, places, encoded.context, spread=not family.uses_mrope)
 
+    def choose(self, encoded: Encoded, places: Places, text: Tensor, isolator_length: int) -> Reduction:
+        """Which tokens of each row are kept, and what is merged into them; `isolator_length` counts for `fit_length`.
+
+        Raises:
+            SaccadeError: as `reduce`.
+        """
+        room = None
+        if self.config.fit_length is not None:
+            room = room_of(places, encoded.context, text, self.config.fit_length, isolator_length)
+            room = room[_sample_of_rows(encoded.context, places)]
+        return reduce(encoded.context, self.config, self.reducer, room)
+
     def cost(self, role: Tensor) -> Tensor:
         """Every token runs through every layer."""
         return (role != Role.PADDING).sum()
+
+
+def _sample_of_rows(context: VisualContext, places: Places) -> Tensor:
+    """The sample of each feature row: long `(R,)`."""
+    return torch.zeros_like(context.group).scatter_(0, places.feature_row, places.sample)
 
 
 def room_of(places: Places, context: VisualContext, text: Tensor, fit_length: int, isolator_length: int) -> Tensor:

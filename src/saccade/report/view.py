@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from saccade.data.chat import apply_chat_template
@@ -14,9 +16,25 @@ from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.families.padding import padded, pads_to_square
 from saccade.files import reading, write_json_atomically
-from saccade.reducers import PruningConfig, reduce
+from saccade.pruning import reduce_inputs
+from saccade.reducers import PruningConfig
 from saccade.report.kept_tokens import Panel, draw_kept_tokens
 from saccade.tokens import Reduction, VisualContext
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The row of an image's tokens that is drawn, because it shows all of the image.
+
+    Args:
+        row: its index among the image's rows.
+        grid: rows and columns of its tokens.
+        part: what it is beside other rows, "thumbnail" for example; empty if the image has one row.
+    """
+
+    row: int
+    grid: tuple[int, int]
+    part: str
 
 
 @torch.no_grad()
@@ -32,7 +50,8 @@ def view_reducers(
 ) -> dict[str, Any]:
     """Draw what each reducer keeps of an image, side by side, and write the same as JSON next to it.
 
-    The picture is the part of the image that the model sees; for models that split images into crops, the thumbnail.
+    The image is reduced as `prune_inputs` does. The picture is the part of it that the model sees; for models that
+    split images into crops, it has the tokens of the thumbnail.
 
     Args:
         prompt: the user's words, for reducers that read them.
@@ -41,9 +60,11 @@ def view_reducers(
         source: the name by which the model was loaded; the picture and the JSON then say whose tokens they are.
 
     Returns:
-        The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `source` (`chosen_by`, or None), `grid` (rows,
-            columns), and for each reducer its `kept` tokens, those that `patch_tolerance` dropped as `absent`, and, if
-            it merges, `merged_into`, the kept token in which each token has the largest weight, -1 if none.
+        The content of the JSON: `prune_ratio`, `keep_tokens`, `prompt`, `source` (`chosen_by`, or None), `tokens`
+            (of the image, with all of its crops), `grid` (rows, columns) and `part` of what is drawn (see [`Shown`]),
+            and for each reducer how many tokens it `keeps` of the image, and of what is drawn the `kept` ones, those
+            that `patch_tolerance` dropped as `absent`, and, if it merges, `merged_into`, the kept token in which each
+            token has the largest weight, -1 if none.
 
     Raises:
         SaccadeError: on an unknown reducer, a ratio outside [0, 1) or together with a number of tokens, or a model
@@ -55,25 +76,26 @@ def view_reducers(
     base = PruningConfig() if pruning is None else pruning
     # Options apply to one reducer; the others use their defaults.
     chosen = {name: base.replace(reducer=name) for name in reducers}
-    family = get_family(model)
     inputs = process_image(processor, image, prompt)
-    panels, entries, grid = [], [], (0, 0)
+    panels, entries = [], []
+    shown, tokens = Shown(0, (0, 0), ""), 0
     for name, config in chosen.items():
-        context = family.encode(inputs, config.needs).context
-        grid = token_grid(model, context)
-        reduction = reduce(context.select_rows(slice(1)), config)
-        panels.append(panel(name, reduction, grid))
-        entries.append({"reducer": name, **_describe(reduction, grid[0] * grid[1])})
+        context, reduction = reduce_inputs(model, inputs, config)
+        shown, tokens = shown_row(model, processor, context), int(context.valid.sum())
+        panels.append(panel(name, reduction, shown))
+        entries.append({"reducer": name, "keeps": int(reduction.valid.sum()), **_describe(reduction, shown)})
         if context.absent is not None:
-            entries[-1]["absent"] = context.absent[0].nonzero().flatten().tolist()
+            entries[-1]["absent"] = context.absent[shown.row].nonzero().flatten().tolist()
     chosen_on = None if source is None else chosen_by(source, model)
-    draw_kept_tokens(seen_part(processor, image), panels, grid, path, caption=chosen_on or "")
+    draw_kept_tokens(seen_part(processor, image), panels, shown.grid, path, caption=chosen_on or "")
     report = {
         "prune_ratio": base.prune_ratio,
         "keep_tokens": base.keep_tokens,
         "prompt": prompt,
         "source": chosen_on,
-        "grid": list(grid),
+        "tokens": tokens,
+        "grid": list(shown.grid),
+        "part": shown.part,
         "panels": entries,
     }
     write_json_atomically(path.with_suffix(".json"), report)
@@ -89,30 +111,45 @@ def chosen_by(source: str, model: PreTrainedModel) -> str:
     return f"Tokens of {source}, a model of type {model.config.model_type}."
 
 
-def token_grid(model: PreTrainedModel, context: VisualContext) -> tuple[int, int]:
-    """Rows and columns of the tokens of a context's first row.
+def shown_row(model: PreTrainedModel, processor: ProcessorMixin, context: VisualContext) -> Shown:
+    """Which row of the context of one image shows all of it: the thumbnail, or the first scale or picture.
 
     Raises:
-        SaccadeError: if they do not form a grid.
+        SaccadeError: if none does, or its tokens do not form a grid.
     """
-    frames, rows, columns = context.grid[0].tolist()
-    tokens = int(context.valid[0].sum())
+    family, count, part = get_family(model), context.shape[0], ""
+    row = (family.thumbnail or 0) % count
+    if count > 1:
+        part = "coarsest scale" if family.has_scales else "thumbnail" if family.thumbnail is not None else "first crop"
+        if part == "thumbnail" and getattr(processor.image_processor, "use_thumbnail", True) is False:
+            raise SaccadeError(
+                f"use_thumbnail=False: none of the {count} crops shows all of the image, so that none can be drawn; "
+                "set it to true in the model's processor, or give a smaller image"
+            )
+    frames, rows, columns = context.grid[row].tolist()
+    tokens = int(context.valid[row].sum())
     if frames != 1 or rows * columns != tokens:
         raise SaccadeError(f"model_type={model.config.model_type!r}: its {tokens} tokens per image do not form a grid")
-    return rows, columns
+    return Shown(row, (rows, columns), part)
 
 
-def panel(title: str, reduction: Reduction, grid: tuple[int, int]) -> Panel:
-    """What `draw_kept_tokens` takes to draw the first row of a reduction."""
-    weight = None if reduction.weight is None else reduction.weight[0, :, : grid[0] * grid[1]].cpu()
-    return title, reduction.index[0].cpu(), weight
+def panel(title: str, reduction: Reduction, shown: Shown) -> Panel:
+    """What `draw_kept_tokens` takes to draw a row of a reduction."""
+    weight = _weight(reduction, shown)
+    return f"{title}, {shown.part}" if shown.part else title, reduction.index[shown.row].cpu(), weight
 
 
-def _describe(reduction: Reduction, tokens: int) -> dict[str, Any]:
-    index = reduction.index[0].cpu()
+def _weight(reduction: Reduction, shown: Shown) -> Tensor | None:
+    """`(K, rows * columns)`, how much of each token is in each kept one; None if nothing is merged within the row."""
+    rows, columns = shown.grid
+    return None if reduction.weight is None else reduction.weight[shown.row, :, : rows * columns].cpu()
+
+
+def _describe(reduction: Reduction, shown: Shown) -> dict[str, Any]:
+    index, weight = reduction.index[shown.row].cpu(), _weight(reduction, shown)
     described: dict[str, Any] = {"kept": index[index >= 0].tolist()}
-    if reduction.weight is not None:
-        strongest, output = reduction.weight[0, :, :tokens].abs().cpu().max(dim=0)
+    if weight is not None:
+        strongest, output = weight.abs().max(dim=0)
         described["merged_into"] = torch.where(strongest > 0, index[output], -1).tolist()
     return described
 
@@ -142,7 +179,9 @@ def seen_part(processor: ProcessorMixin, image: Image.Image) -> Image.Image:
     """The image padded as by the processor, or without what the processor crops from its longer edges."""
     if pads_to_square(processor):
         return padded(image, processor)
-    if not getattr(processor.image_processor, "do_center_crop", False):
+    # A processor of anyres images crops their pieces, which have the size of a crop, and stretches the thumbnail.
+    anyres = hasattr(processor.image_processor, "image_grid_pinpoints")
+    if anyres or not getattr(processor.image_processor, "do_center_crop", False):
         return image
     side = min(image.size)
     left, top = ((edge - side) // 2 for edge in image.size)

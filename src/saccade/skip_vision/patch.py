@@ -228,7 +228,8 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
             f"text_visibility={config.text_visibility!r} needs a mask that attn_implementation={kind!r} does not "
             "support: load the model with 'sdpa' or 'eager', or use text_visibility='all'"
         )
-    if config.split == "thumbnail" and family.thumbnail is None:
+    # Where text is between the crops of an image, each is laid out by itself, without a thumbnail beside it.
+    if config.split == "thumbnail" and (family.thumbnail is None or family.text_between_crops):
         raise SaccadeError(
             f"split='thumbnail': images of model_type={family.model.config.model_type!r} have no thumbnail next to "
             "their crops; use split='cls_attention' or the name of a reducer"
