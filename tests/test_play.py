@@ -99,7 +99,7 @@ class TestSetting:
         self, budget: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         case = Case("idefics3", FAMILIES["idefics3"])
-        monkeypatch.setattr("saccade.play.ask.load_model", lambda options: case.built)
+        monkeypatch.setattr("saccade.play.ask.load_to_run", lambda options: case.built)
         PruningConfig(keep_tokens=2, budget=budget).save_pretrained(tmp_path)
         counted = open_model(str(tmp_path))
         assert counted.tokens == 45
