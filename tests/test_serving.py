@@ -209,12 +209,19 @@ def test_the_reducers_that_are_offered_do_serve(tmp_path):
 def test_the_folders_setting_and_others_in_its_place(tmp_path):
     assert folder_pruning(tmp_path) is None
     assert folder_pruning(None, {"prune_ratio": 0.5}) == PruningConfig(prune_ratio=0.5)
+    assert folder_pruning(None, True) == PruningConfig()
+    # What only leaves something out asks for no pruning.
+    for nothing in ({}, {"isolator": None}, {"isolator": None, "fit_length": None}):
+        assert folder_pruning(tmp_path, nothing) is None
+    with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
+        folder_pruning(tmp_path, {"ratio": None})
     trained = PruningConfig(reducer="fastervlm", keep_tokens=8)
     trained.save_pretrained(tmp_path)
     assert folder_pruning(tmp_path) == trained
     assert folder_pruning(tmp_path, True) == trained
     assert folder_pruning(tmp_path, False) is None
     assert folder_pruning(tmp_path, {"prune_ratio": 0.5}) == trained.replace(prune_ratio=0.5)
+    assert folder_pruning(tmp_path, {"isolator": None}) == trained
     with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
         folder_pruning(tmp_path, {"ratio": 0.5})
     with pytest.raises(SaccadeError, match="saccade='half' in --hf-overrides: give a mapping"):
@@ -364,6 +371,8 @@ def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monke
         (str(tmp_path / "adapters"),): "is not a complete model: it has adapters only: `saccade export",
         (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",
         (str(tmp_path / "whole"), "--all-tokens", "--keep-tokens", "8"): "--all-tokens and --keep-tokens: leave one",
+        (str(tmp_path / "whole"), "--all-tokens", "--no-isolator"): "--all-tokens and --no-isolator: leave one",
+        (str(tmp_path / "whole"), "--all-tokens", "--no-adaptive"): "--all-tokens and --no-adaptive: leave one",
         (str(tmp_path / "whole"), "--engine", "vllm"): f"engine='vllm' is not installed: {INSTALL_VLLM}",
         (str(tmp_path / "whole"), "--engine", "sglang"): "engine='sglang' is unknown: use one of vllm, transformers",
         (str(tmp_path / "whole"),): f"saccade serve needs vLLM or the server of transformers: {INSTALL_VLLM}",
