@@ -1,7 +1,9 @@
 """Check values of options: against the types in their dataclass, and those that are light enough to be refused before
 torch is imported."""
 
+import errno
 import math
+import socket
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
@@ -125,6 +127,29 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
     """Check that a value is one of the known ones."""
     if value not in known:
         raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at.
+
+    Raises:
+        SaccadeError: naming the port, or the host if the port is not to blame.
+    """
+    if not 0 < port < 65536:
+        raise SaccadeError(f"port={port}: it cannot be listened at (it is outside 1 to 65535); give another --port")
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, *_, place in places:
+            try:
+                socket.create_server(place, family=family).close()
+            except OSError as error:
+                # Servers pass over one of several, such as that of localhost in IPv6 on a machine without it.
+                if error.errno != errno.EADDRNOTAVAIL or len(places) == 1:
+                    raise
+    except (OSError, UnicodeError) as error:
+        of_port = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        name, value = ("port", port) if of_port else ("host", host)
+        raise SaccadeError(f"{name}={value}: it cannot be listened at ({error}); give another --{name}") from error
 
 
 def check_prune_ratio(prune_ratio: float) -> float:
