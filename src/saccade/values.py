@@ -4,6 +4,7 @@ torch is imported."""
 import errno
 import math
 import socket
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
@@ -188,7 +189,7 @@ def check_pruning(values: Mapping[str, Any]) -> None:
             )
     if "patch_tolerance" in given:
         value = given["patch_tolerance"]
-        if not is_number(value) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value <= sys.float_info.max:
             raise SaccadeError(
                 f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
                 "to drop no patches before the tower"

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, check_options
+from saccade.errors import SaccadeError, check_options, kind_of
 from saccade.files import write_json_atomically
 from saccade.reducers.budget import keep_count
 from saccade.reducers.frames import KNOW_TIME
@@ -78,6 +78,8 @@ class PruningConfig:
         if not isinstance(options, Mapping):
             raise SaccadeError(f"reducer_options={options!r}: give a mapping of options to values")
         object.__setattr__(self, "reducer_options", dict(options))
+        if not isinstance(self.reducer, str):
+            raise SaccadeError(f"reducer={self.reducer!r} is {kind_of(self.reducer)}: give a reducer's name")
         check_pruning(vars(self))
         if self.keep_tokens is None:
             ratio = PRUNE_RATIO if self.prune_ratio is None else self.prune_ratio
@@ -92,6 +94,8 @@ class PruningConfig:
                 )
             object.__setattr__(self, "patch_tolerance", float(self.patch_tolerance))
         if self.isolator is not None:
+            if not isinstance(self.isolator, (str, Path)):
+                raise SaccadeError(f"isolator={self.isolator!r} is {kind_of(self.isolator)}: give its folder or file")
             object.__setattr__(self, "isolator", str(self.isolator))
         self.make_reducer()
 
@@ -172,14 +176,14 @@ class PruningConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise SaccadeError(f"{str(folder)!r} has no {PRUNING_FILE}: give the folder of a trained model") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SaccadeError(f"{str(path)!r} is damaged: {error}; write it again, or give the options") from error
         if not isinstance(values, dict):
             raise SaccadeError(f"{str(path)!r} is damaged: it is not a mapping; write it again, or give the options")
         if values.get("isolator") not in (None, BESIDE):
             # An untrusted folder must not choose which file is opened.
             raise SaccadeError(f"{str(path)!r}: isolator={values['isolator']!r} is not {BESIDE!r}: put it there")
-        if "isolator" in values:
+        if values.get("isolator") is not None:
             values["isolator"] = str(folder)
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
         if unknown:
