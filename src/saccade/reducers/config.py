@@ -132,19 +132,7 @@ class PruningConfig:
         Raises:
             SaccadeError: if a name is unknown, and as for a new config.
         """
-        names = [entry.name for entry in fields(self)]
-        check_options(changes, names, "pruning")
-        given = {name: getattr(self, name) for name in names}
-        # For these two, None means "not given": the current value stays.
-        counts = ("prune_ratio", "keep_tokens")
-        changes = {name: value for name, value in changes.items() if value is not None or name not in counts}
-        if changes.get("prune_ratio") is not None:
-            given["keep_tokens"] = None
-        if changes.get("keep_tokens") is not None:
-            given["prune_ratio"] = None
-        if changes.get("reducer", self.reducer) != self.reducer:
-            given["reducer_options"] = {}
-        return PruningConfig(**{**given, **changes})
+        return PruningConfig(**_replaced(vars(self), changes))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `pruning_config.json` into `folder`, whole or not at all, and return its path.
@@ -169,7 +157,8 @@ class PruningConfig:
         """Read what `save_pretrained` wrote to `folder`, optionally with some values replaced.
 
         Raises:
-            SaccadeError: if the file is missing or damaged, or holds unknown options.
+            SaccadeError: if the file is missing or damaged, or holds unknown options or wrong values that are not
+                replaced.
         """
         path = Path(folder) / PRUNING_FILE
         try:
@@ -189,9 +178,27 @@ class PruningConfig:
         if unknown:
             raise SaccadeError(f"{str(path)!r}: {unknown[0]!r} is not an option of this version of saccade")
         try:
-            return cls(**values).replace(**changes)
+            # Before values are checked: one that is replaced need not be known here, such as a reducer of one's own.
+            return cls(**_replaced({"reducer": cls.reducer, **values}, changes))
         except SaccadeError as error:
-            raise SaccadeError(f"{str(path)!r}: {error}") from error
+            given = f" with other values of {', '.join(changes)}" if changes else ""
+            raise SaccadeError(f"{str(path)!r}{given}: {error}") from error
+
+
+def _replaced(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config with some replaced, see `PruningConfig.replace`; only names are checked."""
+    check_options(changes, [entry.name for entry in fields(PruningConfig)], "pruning")
+    given = dict(given)
+    # For these two, None means "not given": the current value stays.
+    counts = ("prune_ratio", "keep_tokens")
+    changes = {name: value for name, value in changes.items() if value is not None or name not in counts}
+    if changes.get("prune_ratio") is not None:
+        given["keep_tokens"] = None
+    if changes.get("keep_tokens") is not None:
+        given["prune_ratio"] = None
+    if changes.get("reducer", given["reducer"]) != given["reducer"]:
+        given["reducer_options"] = {}
+    return {**given, **changes}
 
 
 PRUNING_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")
