@@ -1,6 +1,7 @@
 """A model that prunes in place: the answers of `prune_inputs`, after the prompt as it was given."""
 
 import copy
+import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,9 +21,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from saccade import PruningConfig, SaccadeError, apply_pruning, apply_skip_vision, prune_inputs
-from saccade.pruning import ModeIsolator
+from saccade.evaluation import plan_inferences
+from saccade.pruning import ModeIsolator, pruning_config
 from saccade.pruning.cache import cache_of
 from saccade.pruning.patching import PER_IMAGE
+from saccade.serving.vllm_plugin import folder_pruning
 from saccade.skip_vision.cache import cache_name
 from saccade.testing.families import CLOSE, Case, generation_options, logits
 from saccade.testing.tiny_models import Tiny
@@ -495,6 +498,31 @@ def test_a_trained_folder_says_how(tmp_path):
         found = case.model.generate(**case.prompts(), **generation_options(case))
     expected = case.model.generate(**pruned, **generation_options(case))
     assert torch.equal(found[:, -6:], expected[:, -6:])
+
+
+@pytest.mark.parametrize(
+    "open_with",
+    [
+        lambda folder, **options: PruningConfig.from_pretrained(folder, **options),
+        lambda folder, **options: pruning_config(folder, **options),
+        lambda folder, **options: folder_pruning(folder, options or None),
+        lambda folder, **options: plan_inferences(str(folder), ["pruned"], **options)[0].pruning,
+    ],
+)
+def test_what_is_replaced_of_a_trained_folder_need_not_be_known_here(open_with, tmp_path):
+    """Such as a reducer of the trainer's own, with its options; what is not replaced is checked."""
+    values = {"reducer": "mine", "reducer_options": {"sharpness": 3}, "keep_tokens": 7, "positions": "original"}
+    (tmp_path / "pruning_config.json").write_text(json.dumps(values))
+    with pytest.raises(SaccadeError, match=r"pruning_config.json': reducer='mine' is unknown"):
+        open_with(tmp_path)
+    with pytest.raises(
+        SaccadeError, match=r"pruning_config.json' with other values of prune_ratio: reducer='mine' is"
+    ):
+        open_with(tmp_path, prune_ratio=0.5)
+    config = open_with(tmp_path, reducer="random", reducer_options={"seed": 1})
+    assert config == PruningConfig("random", {"seed": 1}, keep_tokens=7, positions="original")
+    config = open_with(tmp_path, reducer="uniform", prune_ratio=0.5)
+    assert config == PruningConfig("uniform", prune_ratio=0.5, positions="original")
 
 
 def test_adapters_threads_and_copies():

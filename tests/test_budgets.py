@@ -1,6 +1,8 @@
 """Budgets that are counts, that crops or samples share, and that follow the images."""
 
+import json
 import math
+from dataclasses import asdict, fields
 
 import pytest
 import torch
@@ -77,11 +79,40 @@ class TestPruningConfig:
             ({"keep_tokens": 5, "prune_ratio": 0.0}, "prune_ratio=0.0 and keep_tokens=5"),
             ({"budget": "batch"}, "budget='batch' is unknown: use one of crop, image, sample"),
             ({"adaptive": "yes"}, "adaptive='yes'"),
+            ({"reducer": ["a"]}, r"reducer=\['a'\] is a list: give a reducer's name"),
+            ({"isolator": ["a"]}, r"isolator=\['a'\] is a list: give its folder or file"),
+            ({"patch_tolerance": 10**400}, "patch_tolerance=10+: expected a number"),
         ],
     )
     def test_bad_values(self, options, words):
         with pytest.raises(SaccadeError, match=words):
             PruningConfig(**options)
+
+    @pytest.mark.parametrize("name", [entry.name for entry in fields(PruningConfig)])
+    def test_whatever_a_file_gives_a_field_it_is_used_or_refused(self, name, tmp_path):
+        numbers = [0, 1, -1, 1.5, 10**400, float("nan"), float("inf")]
+        values = [None, True, *numbers, "", "a", "0.5", ".", [], ["a"], [[]], {}, {"a": 1}, {"seed": ["a"]}]
+        said = []
+        for value in values:
+            (tmp_path / "pruning_config.json").write_text(json.dumps({name: value}))
+            try:
+                config = PruningConfig.from_pretrained(tmp_path)
+            except SaccadeError as error:
+                said.append(str(error))
+            else:
+                assert config.count(576) <= 576
+                assert PruningConfig(**asdict(config)) == config
+        assert said
+        assert all("\n" not in line and name.partition("_")[0] in line for line in said)
+
+    def test_a_file_without_an_isolator(self, tmp_path):
+        (tmp_path / "pruning_config.json").write_text('{"isolator": null}')
+        assert PruningConfig.from_pretrained(tmp_path).isolator is None
+
+    def test_a_file_that_is_nested_without_end(self, tmp_path):
+        (tmp_path / "pruning_config.json").write_text("[" * 100_000)
+        with pytest.raises(SaccadeError, match="is damaged"):
+            PruningConfig.from_pretrained(tmp_path)
 
 
 class TestShareOut:

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,34 @@ def test_stock_transformers_loads_it(trained, tmp_path):
     assert (summary["base_model"] is not None) == (kind == "lora")
     # Nothing is left beside it.
     assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", [".", "empty", "link", "empty/../empty/"])
+def test_an_empty_folder_is_filled(trained, tmp_path, monkeypatch, name):
+    """Whatever it is: one in whose place no other folder can be put, too."""
+    place = tmp_path / "empty"
+    place.mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(place if name == "." else tmp_path)
+    before = place.stat()
+    summary = export_model(trained[0], name)
+    assert os.path.samestat(place.stat(), before)
+    assert summary["files"] == sorted(path.name for path in place.iterdir())
+    assert "# empty\n" in (place / "README.md").read_text()
+    LlavaForConditionalGeneration.from_pretrained(place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
+
+
+def test_a_folder_that_is_filled_is_a_model_last(tmp_path):
+    names = []
+    with pytest.MonkeyPatch.context() as patch, export.whole_folder(tmp_path) as folder:
+        folder.mkdir()
+        for name in ("a.json", "config.json", "z.safetensors"):
+            (folder / name).touch()
+        rename = Path.rename
+        patch.setattr(Path, "rename", lambda path, target: (names.append(path.name), rename(path, target)))
+    assert names[-1] == "config.json"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
 def test_the_card_says_what_was_set_and_measured(trained, tmp_path):

@@ -11,13 +11,14 @@ from PIL import Image
 
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
-from saccade.play import HOST, check_port
+from saccade.play import HOST
 from saccade.play.ask import LONGEST_ANSWER, OpenModel, compare, find_models, open_model, scenes
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig
 from saccade.testing.families import Case
 from saccade.testing.tiny_models import noise_image
 from saccade.tiny import load_tiny, save_tiny
+from saccade.values import check_port
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,6 @@ def test_a_port_that_cannot_be_listened_at_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind((HOST, 0))
         taken.listen()
-        for port in (taken.getsockname()[1], 70000):
+        for port in (taken.getsockname()[1], 70000, 0):
             with pytest.raises(SaccadeError, match=f"port={port}: it cannot be listened at"):
-                check_port(port)
+                check_port(HOST, port)

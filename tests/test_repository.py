@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reducers": {"tokens"} | BOTTOM,
     "families": {"reducers", "tokens"} | BOTTOM,
     "pruning": {"families", "reducers", "tokens"} | BOTTOM,
-    "serving": METHOD - {"dualspeed"},
+    "serving": METHOD - {"dualspeed"} | {"launch"},
     "dualspeed": METHOD - {"dualspeed"} | {"data"},
     "skip_vision": METHOD - {"dualspeed", "skip_vision"},
     "data": {"reducers", "tokens"} | BOTTOM,

@@ -35,6 +35,7 @@ from saccade.families import get_family, use_released_names
 from saccade.pruning import ModeIsolator
 from saccade.pruning.cache import cache_of
 from saccade.serving import vllm_request
+from saccade.serving.requests import TAKES_ROWS
 from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import (
     INSTALL_VLLM,
@@ -209,12 +210,19 @@ def test_the_reducers_that_are_offered_do_serve(tmp_path):
 def test_the_folders_setting_and_others_in_its_place(tmp_path):
     assert folder_pruning(tmp_path) is None
     assert folder_pruning(None, {"prune_ratio": 0.5}) == PruningConfig(prune_ratio=0.5)
+    assert folder_pruning(None, True) == PruningConfig()
+    # What only leaves something out asks for no pruning.
+    for nothing in ({}, {"isolator": None}, {"isolator": None, "fit_length": None}):
+        assert folder_pruning(tmp_path, nothing) is None
+    with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
+        folder_pruning(tmp_path, {"ratio": None})
     trained = PruningConfig(reducer="fastervlm", keep_tokens=8)
     trained.save_pretrained(tmp_path)
     assert folder_pruning(tmp_path) == trained
     assert folder_pruning(tmp_path, True) == trained
     assert folder_pruning(tmp_path, False) is None
     assert folder_pruning(tmp_path, {"prune_ratio": 0.5}) == trained.replace(prune_ratio=0.5)
+    assert folder_pruning(tmp_path, {"isolator": None}) == trained
     with pytest.raises(SaccadeError, match="'ratio' is not an option of pruning"):
         folder_pruning(tmp_path, {"ratio": 0.5})
     with pytest.raises(SaccadeError, match="saccade='half' in --hf-overrides: give a mapping"):
@@ -281,18 +289,31 @@ def test_prepared_requests(tmp_path):
         part, _ = request.parts
         read = torch.load(io.BytesIO(base64.b64decode(part["image_embeds"])), weights_only=True)
         assert torch.equal(read, request.rows[0])
-        # With a token for each row, the prompt is the one that is generated from.
-        assert request.sglang["input_ids"] == expected["input_ids"][0].tolist()
-        (item,) = request.sglang["image_data"]
-        assert item["format"] == "precomputed_embedding"
-        visual = torch.tensor(request.sglang["input_ids"]) == request.placeholder_id
-        places = torch.cat([torch.arange(first, last + 1) for first, last in item["offsets"]])
-        assert torch.equal(places, visual.nonzero().squeeze(1))
-        assert len(item["offsets"]) == 2
-        assert torch.equal(item["feature"], torch.cat(request.rows))
     words = vllm_request(model, processor, [], "max ?", RATIO)
     ids = tokenizer("max ?")["input_ids"]
     assert (words.offline, words.sglang, words.parts) == ({"prompt_token_ids": ids}, {"input_ids": ids}, [])
+
+
+@pytest.mark.parametrize("name", TAKES_ROWS)
+def test_requests_for_sglang_have_the_prompt_that_is_generated_from(name, tmp_path):
+    """Token for token, with what the family's processor puts around an image, and isolator rows inside it."""
+    model, processor = saved(name, tmp_path)
+    images = [picture(), picture(64, 32, seed=1)]
+    parts = [{"type": "image"}, {"type": "text", "text": "how many ?"}, {"type": "image"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = processor(images=images, text=prompt, return_tensors="pt")
+    for isolator in (None, ModeIsolator(2, family_models.WIDTH)):
+        expected = prune_inputs(model, inputs, RATIO, isolator=isolator)
+        request = vllm_request(model, processor, images, prompt, RATIO, isolator=isolator)
+        form = request.sglang
+        assert form["input_ids"] == expected["input_ids"][0].tolist()
+        (item,) = form["image_data"]
+        assert item["format"] == "precomputed_embedding"
+        visual = torch.tensor(form["input_ids"]) == request.placeholder_id
+        places = [torch.arange(first, last + 1) for first, last in item["offsets"]]
+        assert torch.equal(torch.cat(places), visual.nonzero().squeeze(1))
+        assert [len(place) for place in places] == [len(rows) for rows in request.rows]
+        assert torch.equal(item["feature"], torch.cat(request.rows))
 
 
 def test_requests_that_cannot_be_prepared(tmp_path):
@@ -364,6 +385,8 @@ def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monke
         (str(tmp_path / "adapters"),): "is not a complete model: it has adapters only: `saccade export",
         (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",
         (str(tmp_path / "whole"), "--all-tokens", "--keep-tokens", "8"): "--all-tokens and --keep-tokens: leave one",
+        (str(tmp_path / "whole"), "--all-tokens", "--no-isolator"): "--all-tokens and --no-isolator: leave one",
+        (str(tmp_path / "whole"), "--all-tokens", "--no-adaptive"): "--all-tokens and --no-adaptive: leave one",
         (str(tmp_path / "whole"), "--engine", "vllm"): f"engine='vllm' is not installed: {INSTALL_VLLM}",
         (str(tmp_path / "whole"), "--engine", "sglang"): "engine='sglang' is unknown: use one of vllm, transformers",
         (str(tmp_path / "whole"),): f"saccade serve needs vLLM or the server of transformers: {INSTALL_VLLM}",

@@ -1,7 +1,10 @@
 """Check values of options: against the types in their dataclass, and those that are light enough to be refused before
 torch is imported."""
 
+import errno
 import math
+import socket
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
@@ -127,6 +130,29 @@ def check_choice(name: str, value: Any, known: Sequence[str]) -> None:
         raise SaccadeError(f"{name}={value!r} is unknown: {one_of(value, known)}")
 
 
+def check_port(host: str, port: int) -> None:
+    """Refuse an address that cannot be listened at.
+
+    Raises:
+        SaccadeError: naming the port, or the host if the port is not to blame.
+    """
+    if not 0 < port < 65536:
+        raise SaccadeError(f"port={port}: it cannot be listened at (it is outside 1 to 65535); give another --port")
+    try:
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for family, *_, place in places:
+            try:
+                socket.create_server(place, family=family).close()
+            except OSError as error:
+                # Servers pass over one of several, such as that of localhost in IPv6 on a machine without it.
+                if error.errno != errno.EADDRNOTAVAIL or len(places) == 1:
+                    raise
+    except (OSError, UnicodeError) as error:
+        of_port = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
+        name, value = ("port", port) if of_port else ("host", host)
+        raise SaccadeError(f"{name}={value}: it cannot be listened at ({error}); give another --{name}") from error
+
+
 def check_prune_ratio(prune_ratio: float) -> float:
     """Return `prune_ratio` if it lies in [0, 1)."""
     if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
@@ -163,7 +189,7 @@ def check_pruning(values: Mapping[str, Any]) -> None:
             )
     if "patch_tolerance" in given:
         value = given["patch_tolerance"]
-        if not is_number(value) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value <= sys.float_info.max:
             raise SaccadeError(
                 f"patch_tolerance={value!r}: expected a number of at least 0, by how much a pixel may differ; omit it "
                 "to drop no patches before the tower"

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder or hub id of a Llama, Mistral, Qwen2 or Qwen3 language model, or a LLaVA that has one; or tiny",
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create, or an empty one")
     add_field_flags(parser, AssembleOptions)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 

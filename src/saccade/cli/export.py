@@ -17,7 +17,7 @@ saccade export out/sft --output out/bf16 --dtype bfloat16 --json  in another dty
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="output_dir of a run, or a checkpoint in it, with or without LoRA adapters")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create, or an empty one")
     parser.add_argument(
         "--dtype", default="auto", help="auto (as trained), float32, bfloat16 or float16 (default: %(default)s)"
     )

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=int, required=True, help="pixels along an edge, a multiple of the present"
     )
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create; it must not exist")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder to create, or an empty one")
     parser.add_argument(
         "--max-shard-size", default="5GB", help="split weights into files of this size (default: %(default)s)"
     )

@@ -22,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
     import importlib.util
 
     from saccade.errors import needs_package
-    from saccade.play import check_folder, check_port
+    from saccade.play import HOST, check_folder
+    from saccade.values import check_port
 
     # The one that only this verb needs, so that its extra is named and not that of another package.
     if importlib.util.find_spec("gradio") is None:
         raise needs_package("saccade play", "gradio")
-    check_port(args.port)
+    check_port(HOST, args.port)
     for model in args.models:
         check_folder(model)
     from saccade.play.ask import find_models

@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.no_isolator:
         options["isolator"] = None
     if args.all_tokens and options:
-        raise SaccadeError(f"--all-tokens and --{next(iter(options)).replace('_', '-')}: leave one of them out")
+        name, value = next(iter(options.items()))
+        flag = f"--{'no-' if value is None or value is False else ''}{name.replace('_', '-')}"
+        raise SaccadeError(f"--all-tokens and {flag}: leave one of them out")
     setting = False if args.all_tokens else options or None
     from saccade.serving.start import serve_folder
 

@@ -109,7 +109,7 @@ def plan_inferences(model: str | Path, names: list[str] | None = None, **options
     check_entries(folder, "model")
     # Values in the folder's files may have any type.
     with reading(f"model={str(model)!r}: the options that it was trained with are not valid"):
-        pruning = trained_pruning(folder).replace(**given, isolator=None)
+        pruning = trained_pruning(folder, **given).replace(isolator=None)
     files = {"pruned_isolator": ISOLATOR_FILE, "skip": SUMMARY_FILE}
     there = {name for name, file in files.items() if find_companion(folder, file) is not None}
     if names is None:
@@ -121,14 +121,15 @@ def plan_inferences(model: str | Path, names: list[str] | None = None, **options
     ]
 
 
-def trained_pruning(folder: str | Path) -> PruningConfig:
-    """The pruning config that the model in a folder was trained with; the defaults if there is none.
+def trained_pruning(folder: str | Path, **changes: Any) -> PruningConfig:
+    """The pruning config that the model in a folder was trained with, with some values replaced; the defaults if there
+    is none.
 
     Raises:
         SaccadeError: if the file that says so is damaged.
     """
     there = (Path(folder) / PRUNING_FILE).is_file()
-    return PruningConfig.from_pretrained(folder) if there else PruningConfig()
+    return PruningConfig.from_pretrained(folder, **changes) if there else PruningConfig().replace(**changes)
 
 
 @torch.no_grad()

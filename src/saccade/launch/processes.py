@@ -42,7 +42,7 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
                     command,
                     env=plan.environment_of(rank),
                     process_group=0,
-                    preexec_fn=partial(_end_with, os.getpid()),
+                    preexec_fn=partial(end_with, os.getpid()),
                 )
             )
         failed = _wait(started, None)
@@ -69,11 +69,11 @@ def run_processes(plan: LaunchPlan, command: Sequence[str], patience_seconds: fl
             signal.signal(number, handler)
 
 
-def _end_with(launcher: int) -> None:
-    """Called in a new process before its program starts: make the system kill it when the launcher dies."""
+def end_with(launcher: int, number: int = signal.SIGKILL) -> None:
+    """Called in a new process before its program starts: make the system send it a signal when the launcher dies."""
     if _libc is None:
         return
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _libc.prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != launcher:  # the launcher died before `prctl`
         os._exit(1)
 

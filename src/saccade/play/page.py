@@ -16,9 +16,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from saccade.errors import SaccadeError
-from saccade.play import HOST, check_port
+from saccade.play import HOST
 from saccade.play.ask import Answer, Comparison, OpenModel, Scene, compare, open_model, scenes
 from saccade.reducers import list_reducers
+from saccade.values import check_port
 
 CSS = """
 .problem {color: #b00020; font-weight: 600}
@@ -170,7 +171,7 @@ def serve(models: Mapping[str, str], port: int, browser: bool = True) -> None:
     Raises:
         SaccadeError: if the port is taken.
     """
-    check_port(port)
+    check_port(HOST, port)
     with tempfile.TemporaryDirectory(prefix="saccade-play-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(models, scenes(), Table())

@@ -87,7 +87,7 @@ def pruning_config(config: PruningConfig | str | Path | None = None, **options: 
     elif isinstance(config, (str, Path)):
         if config in list_reducers():
             raise SaccadeError(f"config={config!r} is the name of a reducer: write reducer={config!r}")
-        config = PruningConfig.from_pretrained(config)
+        return PruningConfig.from_pretrained(config, **options)
     elif not isinstance(config, PruningConfig):
         raise SaccadeError(f"config is {kind_of(config)}: give a PruningConfig, or the folder of a model")
     return config.replace(**options) if options else config

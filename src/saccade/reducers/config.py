@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from saccade.errors import SaccadeError, check_options
+from saccade.errors import SaccadeError, check_options, kind_of
 from saccade.files import write_json_atomically
 from saccade.reducers.budget import keep_count
 from saccade.reducers.frames import KNOW_TIME
@@ -78,6 +78,8 @@ class PruningConfig:
         if not isinstance(options, Mapping):
             raise SaccadeError(f"reducer_options={options!r}: give a mapping of options to values")
         object.__setattr__(self, "reducer_options", dict(options))
+        if not isinstance(self.reducer, str):
+            raise SaccadeError(f"reducer={self.reducer!r} is {kind_of(self.reducer)}: give a reducer's name")
         check_pruning(vars(self))
         if self.keep_tokens is None:
             ratio = PRUNE_RATIO if self.prune_ratio is None else self.prune_ratio
@@ -92,6 +94,8 @@ class PruningConfig:
                 )
             object.__setattr__(self, "patch_tolerance", float(self.patch_tolerance))
         if self.isolator is not None:
+            if not isinstance(self.isolator, (str, Path)):
+                raise SaccadeError(f"isolator={self.isolator!r} is {kind_of(self.isolator)}: give its folder or file")
             object.__setattr__(self, "isolator", str(self.isolator))
         self.make_reducer()
 
@@ -128,19 +132,7 @@ class PruningConfig:
         Raises:
             SaccadeError: if a name is unknown, and as for a new config.
         """
-        names = [entry.name for entry in fields(self)]
-        check_options(changes, names, "pruning")
-        given = {name: getattr(self, name) for name in names}
-        # For these two, None means "not given": the current value stays.
-        counts = ("prune_ratio", "keep_tokens")
-        changes = {name: value for name, value in changes.items() if value is not None or name not in counts}
-        if changes.get("prune_ratio") is not None:
-            given["keep_tokens"] = None
-        if changes.get("keep_tokens") is not None:
-            given["prune_ratio"] = None
-        if changes.get("reducer", self.reducer) != self.reducer:
-            given["reducer_options"] = {}
-        return PruningConfig(**{**given, **changes})
+        return PruningConfig(**_replaced(vars(self), changes))
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `pruning_config.json` into `folder`, whole or not at all, and return its path.
@@ -165,29 +157,48 @@ class PruningConfig:
         """Read what `save_pretrained` wrote to `folder`, optionally with some values replaced.
 
         Raises:
-            SaccadeError: if the file is missing or damaged, or holds unknown options.
+            SaccadeError: if the file is missing or damaged, or holds unknown options or wrong values that are not
+                replaced.
         """
         path = Path(folder) / PRUNING_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise SaccadeError(f"{str(folder)!r} has no {PRUNING_FILE}: give the folder of a trained model") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SaccadeError(f"{str(path)!r} is damaged: {error}; write it again, or give the options") from error
         if not isinstance(values, dict):
             raise SaccadeError(f"{str(path)!r} is damaged: it is not a mapping; write it again, or give the options")
         if values.get("isolator") not in (None, BESIDE):
             # An untrusted folder must not choose which file is opened.
             raise SaccadeError(f"{str(path)!r}: isolator={values['isolator']!r} is not {BESIDE!r}: put it there")
-        if "isolator" in values:
+        if values.get("isolator") is not None:
             values["isolator"] = str(folder)
         unknown = sorted(values.keys() - {entry.name for entry in fields(cls)})
         if unknown:
             raise SaccadeError(f"{str(path)!r}: {unknown[0]!r} is not an option of this version of saccade")
         try:
-            return cls(**values).replace(**changes)
+            # Before values are checked: one that is replaced need not be known here, such as a reducer of one's own.
+            return cls(**_replaced({"reducer": cls.reducer, **values}, changes))
         except SaccadeError as error:
-            raise SaccadeError(f"{str(path)!r}: {error}") from error
+            given = f" with other values of {', '.join(changes)}" if changes else ""
+            raise SaccadeError(f"{str(path)!r}{given}: {error}") from error
+
+
+def _replaced(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config with some replaced, see `PruningConfig.replace`; only names are checked."""
+    check_options(changes, [entry.name for entry in fields(PruningConfig)], "pruning")
+    given = dict(given)
+    # For these two, None means "not given": the current value stays.
+    counts = ("prune_ratio", "keep_tokens")
+    changes = {name: value for name, value in changes.items() if value is not None or name not in counts}
+    if changes.get("prune_ratio") is not None:
+        given["keep_tokens"] = None
+    if changes.get("keep_tokens") is not None:
+        given["prune_ratio"] = None
+    if changes.get("reducer", given["reducer"]) != given["reducer"]:
+        given["reducer_options"] = {}
+    return {**given, **changes}
 
 
 PRUNING_OPTIONS = tuple(entry.name for entry in fields(PruningConfig) if entry.name != "isolator")

@@ -30,11 +30,14 @@ class PreparedRequest:
     Args:
         prompt_token_ids: the prompt's tokens, with one placeholder per image.
         rows: `(k, D)` per image, on the CPU.
+        image_token_ids: per image, the tokens that it has in the sequence: a placeholder for each of its rows, between
+            the markers that the processor puts around an image, if any.
         placeholder_id: the token that stands for a row.
     """
 
     prompt_token_ids: list[int]
     rows: tuple[Tensor, ...]
+    image_token_ids: tuple[list[int], ...]
     placeholder_id: int
 
     @property
@@ -60,12 +63,15 @@ class PreparedRequest:
         """
         if not self.rows:
             return {"input_ids": self.prompt_token_ids}
-        images, ids, places = iter(self.rows), [], []
+        images, ids, places = iter(self.image_token_ids), [], []
         for token in self.prompt_token_ids:
-            count = next(images).shape[0] if token == self.placeholder_id else 1
-            if token == self.placeholder_id:
-                places.append((len(ids), len(ids) + count - 1))
-            ids += [token] * count
+            if token != self.placeholder_id:
+                ids.append(token)
+                continue
+            tokens = next(images)
+            first = len(ids) + tokens.index(token)
+            places.append((first, first + tokens.count(token) - 1))
+            ids += tokens
         item = {"format": "precomputed_embedding", "feature": torch.cat(self.rows), "offsets": places}
         return {"input_ids": ids, "image_data": [item]}
 
@@ -115,15 +121,16 @@ def vllm_request(
         raise SaccadeError(f"prompt has {count} image placeholders, and {len(images)} images were given")
     pruner = Pruner(config, isolator_rows(family, config.isolator if isolator is None else isolator))
     token = tokenizer.convert_ids_to_tokens(family.placeholder_id)
-    rows = []
+    rows, tokens = [], []
     for image in images:
         # One at a time, as an engine sees it.
-        inputs = processor(images=[image], text=token, return_tensors="pt")
+        inputs = processor(images=[image], text=token, return_tensors="pt", add_special_tokens=False)
         inputs = {name: value.to(_parameter(family).device) for name, value in inputs.items()}
         inputs["pixel_values"] = inputs["pixel_values"].to(_parameter(family).dtype)
-        laid = prune(family, inputs, pruner, lambda laid: laid.inputs["mm_encoder_outputs"]["image"])
-        rows.append(visual_rows(laid).cpu())
-    return PreparedRequest(ids, tuple(rows), family.placeholder_id)
+        laid = prune(family, inputs, pruner, lambda laid: laid.inputs)
+        rows.append(visual_rows(laid["mm_encoder_outputs"]["image"]).cpu())
+        tokens.append(laid["input_ids"][0].tolist())
+    return PreparedRequest(ids, tuple(rows), tuple(tokens), family.placeholder_id)
 
 
 def _check(family: Family, config: PruningConfig) -> None:

@@ -1,5 +1,6 @@
 """`saccade serve`: check a folder, start vLLM's server or that of transformers on it, and print how to query it."""
 
+import http.client
 import importlib.util
 import json
 import os
@@ -7,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from saccade.errors import SaccadeError
 from saccade.files import check_exists, reading
+from saccade.launch.processes import end_with
 from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
-from saccade.values import ENGINES, check_choice
+from saccade.values import ENGINES, check_choice, check_port
 
 VLLM = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The command itself exits at once in vLLM's CPU build, whose package has another name."""
@@ -27,6 +30,10 @@ INSTALL_VLLM = 'pip install "CLONE[vllm]", with the path of a clone of Saccade, 
 """Not in the one that trains: vLLM needs an older transformers."""
 POLL = 0.5
 """Seconds between two checks of whether the server answers."""
+PATIENCE = 30.0
+"""Seconds that an engine is given to end, before it is killed."""
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Addresses that stand for all of the machine's, and one at which it reaches itself."""
 
 
 def serve_folder(
@@ -50,7 +57,8 @@ def serve_folder(
         engine: one of `ENGINES`; defaults to vLLM if it is installed, otherwise transformers.
 
     Raises:
-        SaccadeError: if the folder has no complete model, a setting is wrong, or the engine is not installed.
+        SaccadeError: if the folder has no complete model, a setting is wrong, the engine is not installed, or the port
+            is taken.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -66,22 +74,61 @@ def serve_folder(
     else:
         name = str(folder)
         command = transformers_command(folder, setting, flags, host, port)
-    # In another process group, or the terminal's Ctrl-C would reach the engine's processes before their parent.
-    server = subprocess.Popen(command, env=engine_environment(os.environ), start_new_session=True)
+    # An engine takes long to say so itself, and meanwhile whoever has the port would answer in its place.
+    check_port(host, port)
     told: list[int] = []
+    with running(command, told) as server:
+        root = root_url(host, port)
+        if wait_until_ready(server, f"{root}/health"):
+            print(ready_text(root, name), flush=True)
+        status = server.wait()
+    return 0 if told or status == 0 else 1  # engines differ in what they call an interruption
+
+
+@contextmanager
+def running(command: Sequence[str], told: list[int]) -> Iterator[subprocess.Popen]:
+    """A server that is told to stop when this process is, and ends with the block, or with this process.
+
+    Args:
+        told: receives the signals that came.
+    """
+    # In another process group, or the terminal's Ctrl-C would reach the engine's processes before their parent.
+    server = subprocess.Popen(
+        command,
+        env=engine_environment(os.environ),
+        start_new_session=True,
+        preexec_fn=partial(end_with, os.getpid(), signal.SIGTERM),
+    )
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         told.append(number)
         if server.poll() is None:
-            server.send_signal(number)
+            # Of a terminal that closes, engines know nothing: it would end them without their own processes.
+            server.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    root = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    if wait_until_ready(server, f"{root}/health"):
-        print(ready_text(root, name), flush=True)
-    status = server.wait()
-    return 0 if told or status == 0 else 1  # engines differ in what they call an interruption
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started with nohup
+            before[number] = signal.signal(number, pass_on)
+        yield server
+    finally:
+        if server.poll() is None:
+            server.terminate()
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def root_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches a server that listens at an address."""
+    host = LOOPBACK.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def check_folder(folder: Path) -> None:
@@ -154,12 +201,14 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def wait_until_ready(server: subprocess.Popen, url: str) -> bool:
     """Wait until the server answers at `url`, and return True; False if its process ends first."""
+    # Without the environment's proxies, which do not lead to this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while server.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
+            with opener.open(url, timeout=5) as answer:
                 if answer.status == 200:
                     return True
-        except (urllib.error.URLError, OSError):
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(POLL)
     return False

@@ -197,9 +197,10 @@ def folder_pruning(folder: Path | None, setting: Any = None) -> Any:
     changes = dict(setting) if isinstance(setting, Mapping) else {}
     if folder is not None and (folder / PRUNING_FILE).is_file():
         return PruningConfig.from_pretrained(folder, **changes)
-    if setting is None:
-        return None
-    return PruningConfig().replace(**changes)
+    config = PruningConfig().replace(**changes)
+    # A setting that only leaves something out, such as the isolator, does not ask for pruning.
+    asks = setting is True or any(value is not None for value in changes.values())
+    return config if asks else None
 
 
 def pruning_of(model_config: Any) -> Any:

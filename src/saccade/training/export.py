@@ -77,7 +77,7 @@ def export_model(
             "own_classes": own_classes(model, processor),
         }
         with reading(f"model={str(source)!r}: its files about the run cannot be read"):
-            card = model_card(output.name, source, facts, evaluation)
+            card = model_card(output.resolve().name, source, facts, evaluation)
         write_text_atomically(folder / "README.md", card)
     files = sorted(path for path in output.iterdir() if path.is_file())
     return {
@@ -92,14 +92,23 @@ def export_model(
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`, renamed to it if the block succeeds and removed if it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name[:100]}.") as temporary:
+    """A temporary folder that becomes `output` if the block succeeds, and is removed if it does not.
+
+    An empty folder that is there is filled: it may be a link, a mount or the current folder, which no other folder can
+    take the place of.
+    """
+    there = output.is_dir()
+    place = output if there else output.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{output.name[:100]}.") as temporary:
         folder = Path(temporary) / "model"
         yield folder
-        if output.is_dir():
-            output.rmdir()
-        folder.rename(output)
+        if not there:
+            folder.rename(output)
+            return
+        # Without its config, which comes last, a folder is no model.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            path.rename(output / path.name)
 
 
 def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
