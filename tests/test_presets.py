@@ -27,10 +27,12 @@ class TestWhichFieldWins:
         args = load_recipe(file).trainer
         assert (args.schedule, args.distill_weight, args.isolator_length) == ("sequential", 0.0, 2)
 
-    def test_a_preset_on_the_command_line_wins_over_the_recipe(self) -> None:
-        plain, args = (load_recipe("tiny-digits/sft", flags).trainer for flags in ([], ["--preset=fast_then_slow"]))
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_a_preset_on_the_command_line_wins_over_the_recipe(self, preset: str) -> None:
+        plain, args = (load_recipe("tiny-digits/sft", flags).trainer for flags in ([], [f"--preset={preset}"]))
         assert (plain.schedule, plain.isolator_length, plain.distill_weight) == ("bernoulli", 4, 1.0)
-        assert {name: getattr(args, name) for name in FIELDS} == FIELDS
+        assert (plain.positions, plain.slow_probability) == ("compact", 0.1)
+        assert {name: getattr(args, name) for name in PRESETS[preset]} == PRESETS[preset]
         assert args.learning_rate == plain.learning_rate
 
     def test_other_flags_win_over_it(self) -> None:

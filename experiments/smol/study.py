@@ -55,11 +55,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "fast_then_few_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.03},
-    "fast_then_few_slow_original": {
-        **PRESETS["fast_then_slow"],
-        "slow_probability": 0.03,
-        "positions": "original",
-    },
+    "fast_then_few_slow_original": PRESETS["fast_then_few_slow"],
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},

@@ -279,7 +279,8 @@ class DualSpeedConfig(SFTConfig):
 
         Args:
             name: `"fast_then_slow"`: fast steps first and slow steps last, without isolator and self-distillation, at
-                a learning rate that does not fall to zero. Not the paper's; docs/modes.md says when to use it.
+                a learning rate that does not fall to zero; `"fast_then_few_slow"`: the same at original positions,
+                with 3 % of slow steps. Not the paper's; docs/modes.md says when to use them.
 
         Raises:
             SaccadeError: if no preset has this name, and as for a new config.
