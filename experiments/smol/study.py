@@ -54,8 +54,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_higher": {**PRESETS["fast_then_slow"], "lr_scheduler_kwargs": {"min_lr_rate": 0.6}},
     "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
-    "fast_then_few_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.03},
-    "fast_then_few_slow_original": PRESETS["fast_then_few_slow"],
+    "fast_then_few_slow_longer": PRESETS["fast_then_few_slow"],
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},
@@ -74,8 +73,7 @@ STEPS = {
     "fast_then_slow_higher": 1.4,
     "fast_then_slow_longer_original": 1.4,
     "fast_then_more_slow": 1.4,
-    "fast_then_few_slow": 1.65,
-    "fast_then_few_slow_original": 1.65,
+    "fast_then_few_slow_longer": 1.65,
 }
 """Methods with another number of steps of stage two than the others, and how many times theirs."""
 WORDS = {
@@ -88,7 +86,7 @@ WORDS = {
     "fast_then_slow_longer": "fast, then slow, longer",
     "fast_then_slow_higher": "fast, then slow, longer, higher rate",
     "fast_then_slow_longer_original": "fast, then slow, longer, original positions",
-    "fast_then_few_slow_original": "fast, then few slow, original positions",
+    "fast_then_few_slow_longer": "fast, then few slow, longer",
 }
 """The names of all methods in tables and pictures."""
 
