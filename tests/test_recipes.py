@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,10 @@ def test_overrides_are_typed():
         (["--model", "/nowhere"], "model='/nowhere'"),
         (["--model", "tiny", "--max_length", "64"], "max_length=64 cuts image tokens"),
         (["--packing", "true"], "[Pp]acking"),
-        (["--dataset", "/tmp"], "not a folder written by save_to_disk"),
+        (
+            ["--dataset", str(Path(__file__).parents[1] / "src" / "saccade" / "tokens")],
+            "not a folder written by save_to_disk",
+        ),
         (["--dataset_rows", "0"], "dataset_rows=0"),
         (["--lora", "true", "--freeze_language_model", "true"], "set one to false"),
         *(([f"--{name}", str(least - 1)], f"{name}={least - 1}.*: give {least}") for name, least in LEAST.items()),

@@ -36,7 +36,10 @@ with Engine(("127.0.0.1", int(sys.argv[1])), Answer) as engine:
 """Speaks no HTTP at first, then is not ready, then is; and ends."""
 WAITING = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
 SERVE = """
-import sys
+import signal, sys
+# Ignored where the tests run in the background of a script.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from saccade.serving import start
 start.installed_engine = lambda engine: "transformers"
 start.transformers_command = lambda *given: [sys.executable, "-c", {code!r}]
