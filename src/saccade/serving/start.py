@@ -109,8 +109,8 @@ def running(command: Sequence[str], told: list[int]) -> Iterator[subprocess.Pope
     before = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) == signal.SIG_IGN:
-                continue  # with nohup, or in the background of a script: the engine ignores it as well
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started with nohup
             before[number] = signal.signal(number, pass_on)
         yield server
     finally:
