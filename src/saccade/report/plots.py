@@ -31,7 +31,7 @@ NAMED_POINTS = 8
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 LABEL_GAP = 0.026
 ORDERS = 24  # in which labels are placed, to find the one with the shortest lines
-LETTER = 0.0017  # width of a letter of one point, in a picture of size `TALL`
+LETTER = 0.00165  # width of a letter of one point, in a picture of size `TALL`
 
 
 def way_name(inference: str) -> str:
