@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -261,22 +261,22 @@ def _count_from(change: int, model: nn.Module, given: dict[str, Any]) -> None:
     for name in names:
         if given.get(name) is not None:
             given[name] += change
-    config = given.get("generation_config") or model.generation_config
-    limits = {name: _setting(name, {}, config, model) for name in names if given.get(name) is None}
-    if _setting("max_new_tokens", given, config, model) is not None:
+    limits = {name: _setting(name, given, model) for name in names if given.get(name) is None}
+    if _setting("max_new_tokens", given, model) is not None:
         limits.pop("max_length", None)
     limits = {name: value + change for name, value in limits.items() if value}
     if given.get("generation_config") is None:
         given.update(limits)
     else:
-        given["generation_config"] = copy.deepcopy(config)
+        given["generation_config"] = copy.deepcopy(given["generation_config"])
         for name, value in limits.items():
             setattr(given["generation_config"], name, value)
 
 
-def _setting(name: str, given: Mapping[str, Any], config: GenerationConfig, model: nn.Module) -> Any:
-    """What `generate` takes as a setting: a keyword, or what its config says, or the model's."""
-    values = (given.get(name), getattr(config, name, None), getattr(model.generation_config, name, None))
+def _setting(name: str, given: Mapping[str, Any], model: nn.Module) -> Any:
+    """What `generate` takes as a setting: a keyword, or what the config that it is given says, or the model's."""
+    configs = (given.get("generation_config"), model.generation_config)
+    values = (given.get(name), *(getattr(config, name, None) for config in configs))
     return next((value for value in values if value is not None), None)
 
 
@@ -290,9 +290,8 @@ def _show_given(given: Tensor, length: int, model: nn.Module, arguments: dict[st
         arguments["streamer"] = _ShownStreamer(arguments["streamer"], given)
     allowed = arguments.get("prefix_allowed_tokens_fn")
     if allowed is not None:
-        config = arguments.get("generation_config") or model.generation_config
-        beams, several = (_setting(name, arguments, config, model) for name in ("num_beams", "num_return_sequences"))
-        # Beams of a prompt have its number, sequences that are sampled for it have numbers of their own.
+        beams, several = (_setting(name, arguments, model) for name in ("num_beams", "num_return_sequences"))
+        # All beams of a prompt share its number; sampled sequences are numbered one by one.
         several = 1 if (beams or 1) > 1 else several or 1
         arguments["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
             number, torch.cat((given[number // several], ids[length:]))

@@ -106,7 +106,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         if not there:
             folder.rename(output)
             return
-        # Without its config, which comes last, a folder is no model.
+        # Until its config is there, which comes last, a folder is not taken for a model.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(output / path.name)
 
