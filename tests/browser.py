@@ -23,6 +23,8 @@ class Browser:
     """One window. A context manager: its processes and its profile end with it."""
 
     def __enter__(self) -> "Browser":
+        if MISSING:
+            raise FileNotFoundError(MISSING)
         self.profile = tempfile.mkdtemp(prefix="saccade-browser-")
         # Port 0 lets the driver take a free one, so that two test processes do not meet.
         self.process = subprocess.Popen(
