@@ -140,7 +140,7 @@ def mix(
     drawn once; shorter sources repeat.
 
     Args:
-        sources: what to mix.
+        sources: what to mix; one may be there several times.
         weights: one per source.
         rows: how many rows to use from the start of each; None for all.
         seed: seed of the draws.
@@ -150,9 +150,9 @@ def mix(
     """
     limits = [None] * len(sources) if rows is None else list(rows)
     tables = []
-    for number, (source, limit) in enumerate(zip(sources, limits, strict=True)):
+    for source, limit in zip(sources, limits, strict=True):
         count = len(source) if limit is None else min(limit, len(source))
-        table = {"source": np.full(count, number, dtype=np.int32), "row": np.arange(count)}
+        table = {"source": np.full(count, sources.index(source), dtype=np.int32), "row": np.arange(count)}
         tables.append(Dataset.from_dict(table, features=_NUMBERS))
     mixed = _joined(tables, weights, seed)
     numbers = {name: mixed.with_format("numpy")[name][:] for name in _NUMBERS}
