@@ -14,6 +14,8 @@ TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 FORMATS = ("auto", "llava", "chat")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+NO_ANSWER = "there is no answer to learn: add a turn of the assistant, or remove the row"
+EMPTY_ANSWER = "an answer is empty: write one, or remove the row"
 
 Message = dict[str, Any]
 
@@ -223,10 +225,10 @@ def _media_of(record: Mapping[str, Any], kind: str) -> list[Any]:
 def _check_answers(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+        raise RecordError(NO_ANSWER, "no_answer")
     for answer in answers:
         if not text_of(answer).strip():
-            raise RecordError("an answer is empty: write one, or remove the row", "empty_answer")
+            raise RecordError(EMPTY_ANSWER, "empty_answer")
         check_no_media(answer)
 
 

@@ -12,6 +12,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import (
+    EMPTY_ANSWER,
+    NO_ANSWER,
     checked_message,
     images_of,
     place_media,
@@ -286,13 +288,18 @@ _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
 def _check_learnable(example: dict[str, Any]) -> None:
-    """Refuse a row without any answer to learn."""
+    """Refuse a row without any answer to learn, or with an empty one: it would be learned as to stop at once."""
     answers = example.get("messages", example.get("completion"))
     if isinstance(answers, list):
         spoken = [message for message in answers if message["role"] == "assistant"]
-        answers = " ".join(text_of(message) + str(message.get("tool_calls") or "") for message in spoken)
-    if isinstance(answers, str) and not answers.strip():
-        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+        said = [bool(text_of(message).strip() or message.get("tool_calls")) for message in spoken]
+        if any(said) and not all(said):
+            raise RecordError(EMPTY_ANSWER, "empty_answer")
+        nothing = not any(said)
+    else:
+        nothing = isinstance(answers, str) and not answers.strip()
+    if nothing:
+        raise RecordError(NO_ANSWER, "no_answer")
 
 
 def _process(
