@@ -16,7 +16,7 @@ from saccade.data.conversation import (
     NO_ANSWER,
     checked_message,
     images_of,
-    place_media,
+    place_row_media,
     text_of,
     used_columns,
     videos_of,
@@ -347,10 +347,7 @@ def prepare_example(
     images = [open_image(image, max_image_pixels, padded) for image in images_of(example)]
     videos = [open_video(video, sampling, max_image_pixels) for video in videos_of(example)]
     prepared = {**beside, **_checked_words(example), "images": images, "videos": videos}
-    for column in ("messages", "prompt"):
-        if isinstance(prepared.get(column), list):
-            prepared[column] = place_media(prepared[column], len(images), len(videos))
-    return prepared
+    return place_row_media(prepared, len(images), len(videos))
 
 
 def _checked_words(example: dict[str, Any]) -> dict[str, Any]:
