@@ -24,7 +24,7 @@ from saccade.cli.main import main
 from saccade.files import file_lock, write_json_atomically
 from saccade.sweeps import QUICK, digit_run, run_specs
 from saccade.sweeps.plan import Plan, make_plan, plan_grid
-from saccade.sweeps.runner import check_folder, same_code
+from saccade.sweeps.runner import _Runner, check_folder, same_code
 from saccade.sweeps.table import Standing, baselines_of
 
 SMALL = [
@@ -162,6 +162,36 @@ def test_a_sweep_may_grow(swept) -> None:
     check_folder(replace(plan, runs=(*(spec for spec in plan.runs if spec not in failed), extra)), output)
     with pytest.raises(SaccadeError, match="contains finished runs of another sweep"):
         check_folder(replace(plan, runs=plan.runs[1:]), output)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\0\0", "\udcff"])
+def test_damaged_files_of_runs_and_stages_count_as_missing(swept, tmp_path, damage, capsys) -> None:
+    output, *_ = swept
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    raw = damage.encode("utf-8", "surrogateescape")
+    plan = Plan.read(copy)
+    for name in ("result.json", "error.json"):
+        for path in copy.glob(f"runs/*/{name}"):
+            path.write_bytes(raw)
+    stages = list(copy.glob("stages/*/result.json"))
+    for path in stages:
+        path.write_bytes(raw)
+    assert main(["sweep", "--output", str(copy), "--table"]) == 0
+    assert "0 of 4 runs done" in capsys.readouterr().out
+    check_folder(replace(plan, runs=plan.runs[1:]), copy)
+    runner = _Runner(copy / "runs", copy / "stages", None, True, "")
+    assert not any(runner._has(path.parent.name) for path in stages)
+    assert stages
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"title": "a"}', '{"title": "a", "runs": [{"name": "a"}]}'])
+def test_a_damaged_plan_is_one_line(swept, tmp_path, damage, capsys) -> None:
+    (tmp_path / "sweep.json").write_text(damage)
+    for words in (["--table"], [*SMALL]):
+        assert main(["sweep", *words, "--output", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "sweep.json is damaged, restore it or give another output" in line
 
 
 def test_same_code() -> None:

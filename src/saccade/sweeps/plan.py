@@ -16,7 +16,7 @@ import yaml
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
-from saccade.files import write_json_atomically
+from saccade.files import reading, write_json_atomically
 from saccade.recipes import put_over
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standard_inferences
 from saccade.training import ModelOptions, load_rows, make_recipe
@@ -55,13 +55,14 @@ class Plan:
         """Read what `write` wrote.
 
         Raises:
-            SaccadeError: if the folder contains no sweep.
+            SaccadeError: if the folder contains no sweep, or a damaged one.
         """
         path = output / PLAN_FILE
         if not path.is_file():
             raise SaccadeError(f"output={str(output)!r} has no sweep: there is no {PLAN_FILE} in it")
-        values = json.loads(path.read_text())
-        return cls(**{**values, "runs": tuple(RunSpec.from_json(run) for run in values["runs"])})
+        with reading(f"output={str(output)!r}: {PLAN_FILE} is damaged, restore it or give another output"):
+            values = json.loads(path.read_text())
+            return cls(**{**values, "runs": tuple(RunSpec.from_json(run) for run in values["runs"])})
 
 
 def make_plan(
