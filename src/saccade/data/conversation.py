@@ -296,7 +296,9 @@ def place_media(messages: list[Message], images: int, videos: int = 0) -> list[M
 def place_row_media(row: Mapping[str, Any], images: int, videos: int = 0) -> dict[str, Any]:
     """The row after `place_media` in its messages, those of prompt and completion together, which are one
     conversation. Plain text is left as it is."""
-    columns = [name for name in ("messages", "prompt", "completion") if isinstance(row.get(name), list)]
+    columns = [name for name in ("messages", "prompt", "completion") if name in row]
+    if not columns or not all(isinstance(row[name], list) for name in columns):
+        return dict(row)
     messages = [message for name in columns for message in row[name]]
     placed = iter(place_media(messages, images, videos) if columns else ())
     return {**row, **{name: [next(placed) for _ in row[name]] for name in columns}}
