@@ -1,6 +1,7 @@
 """What a sweep plans before anything runs: grids, seeds, shared stages, studies, and what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -97,6 +98,19 @@ class TestGrid:
         assert len({spec.stage_ids for spec in specs}) == 4
         specs = plan_grid(SFT, PRETRAIN, {}, 2, overrides={"pretrain.dataset_seed": 7})
         assert [[stage["dataset_seed"] for stage in spec.stages] for spec in specs] == [[7, 0], [7, 1]]
+
+    def test_no_two_runs_have_one_name(self) -> None:
+        grid = {
+            "dataset": ["данные.json", "файлы.json", "a/b.json", "a_b.json"],
+            "image_folder": ["c d", "c_d", "c/d"],
+        }
+        specs = plan_grid(SFT, None, grid, 2)
+        names = [spec.name for spec in specs]
+        assert len(set(names)) == len(names) == 24
+        assert all(re.fullmatch(r"[A-Za-z0-9.=_+-]+", name) for name in names)
+        # A grid that grows leaves the names of the runs that are there.
+        more = plan_grid(SFT, None, {**grid, "image_folder": [*grid["image_folder"], "c:d"]}, 2)
+        assert {(spec.name, spec.stage_ids) for spec in specs} <= {(spec.name, spec.stage_ids) for spec in more}
 
     def test_runs_that_differ_in_their_labels_only_are_refused(self) -> None:
         with pytest.raises(SaccadeError, match="slow_probability has no effect on them; leave it out of --grid"):

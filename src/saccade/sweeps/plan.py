@@ -1,5 +1,6 @@
 """The plan of a sweep: a grid over a recipe and seeds, what is checked before anything long starts, and its file."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ import yaml
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
-from saccade.files import reading, write_json_atomically
+from saccade.files import reading, to_json, write_json_atomically
 from saccade.recipes import put_over
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standard_inferences
 from saccade.training import ModelOptions, load_rows, make_recipe
@@ -117,6 +118,8 @@ def plan_grid(
         if last.get("dataset", "digits") == "digits":
             evaluation = Evaluation(standard_inferences(last), split, scenes)
         name = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", "-".join(f"{name}={value}" for name, value in labels.items()))
+        if any(spec.name == name for spec in specs):  # labels that differ in what a folder's name leaves out
+            name += f"-{hashlib.sha256(to_json(labels).encode()).hexdigest()[:8]}"
         specs.append(RunSpec(name, labels, tuple(stages.values()), evaluation, threads))
     _check_different(specs)
     return specs
