@@ -53,8 +53,8 @@ class SourceOptions:
         format: "llava" for rows with `conversations`, "chat" for rows with `messages`, or "auto".
         weight: how often its rows are drawn, relative to the other sources.
         rows: use only this many rows from the start; all by default.
-        image_folder: folder, or several, that paths of images and videos are relative to; by default that of the data
-            file.
+        image_folder: folder, or several, as a list or as "a,b", that paths of images and videos are relative to; by
+            default that of the data file.
         split: the split to read, if there are several.
     """
 
@@ -86,7 +86,9 @@ class SourceOptions:
         if given is None:
             place = Path(self.path)
             given = place if place.is_dir() else place.parent if place.exists() else []
-        names = [given] if isinstance(given, (str, Path)) else list(given)
+        if isinstance(given, str):
+            given = [name.strip() for name in given.split(",")]
+        names = [given] if isinstance(given, Path) else list(given)
         return ImageFolders(names, allow_outside, addresses)
 
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:

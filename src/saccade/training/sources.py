@@ -28,10 +28,8 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     each source.
     """
     given = options.dataset if isinstance(options.dataset, list) else [options.dataset]
-    folders = options.image_folder
-    if isinstance(folders, str):
-        folders = folders.split(",")
-    sources = source_options(given, format=options.dataset_format, image_folder=folders, split=options.dataset_split)
+    mine = {"format": options.dataset_format, "image_folder": options.image_folder, "split": options.dataset_split}
+    sources = source_options(given, **mine)
     if any(source.path == DIGITS for source in sources):
         check_choice("dataset_split", options.dataset_split, SPLITS)
         if options.dataset_streaming:
