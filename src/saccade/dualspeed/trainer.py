@@ -820,7 +820,7 @@ class DualSpeedTrainer(SFTTrainer):
         found = None if checkpoint is None else agreed(args, lambda: (read_run_file(checkpoint) or {}).get("run_id"))
         self.run_id = agreed(args, lambda: found or new_id())
         self._identity = agreed(args, self._identify)
-        self._base_weights = self._identify_base() if args.should_save else {}
+        self._base_weights = agreed(args, self._identify_base)
         if checkpoint is not None:
             check_same_run(checkpoint, self._resume_state())
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
