@@ -94,6 +94,8 @@ def chat(question, answer="2"):
         ("llava", {"messages": [{"role": "human", "content": "a <image>"}, *chat("")[1:]]}, "role 'human' is unknown"),
         ("llava", {"messages": chat("a <image>")[:1]}, "there is no answer to learn"),
         ("llava", {"messages": chat("a <image>", " ")}, "there is no answer to learn"),
+        ("llava", {"messages": [*chat("a <image>", ""), *chat("b")]}, "an answer is empty"),
+        ("llava", {"messages": [*chat("a <image>"), *chat("b", "\n")]}, "an answer is empty"),
         ("llava", {"images": "/nowhere.png"}, "image '/nowhere.png' does not exist"),
         ("qwen2_5_vl", {"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
         ("qwen2_5_vl", {"messages": chat("a <|video_pad|> <image>")}, r"'<\|video_pad\|>' is in a text"),
@@ -131,6 +133,7 @@ def test_bad_prompts_and_completions(form, monkeypatch):
     cases = (
         ({"images": [Image.new("RGB", (400, 1))]}, "the processor refuses it: absolute aspect ratio"),
         ({"completion": empty}, "there is no answer to learn"),
+        *([({"completion": [*completion, *chat("b", " ")]}, "an answer is empty")] if form == "conversation" else []),
         ({"prompt": None}, "'prompt' is empty"),
     )
     expected = collator([good, good])

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.data.conversation import IMAGE_TAG, as_parts, convert, media_count
+from saccade.data.conversation import IMAGE_TAG, as_parts, convert, media_count, place_row_media
 from saccade.errors import RecordError
 
 words = st.text(alphabet="ab c.\n", min_size=0, max_size=12)
@@ -77,6 +77,7 @@ def test_tags_that_differ_in_number_from_the_images_are_refused(count, given_ima
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
 IMAGE = {"type": "image"}
+TAGGED = {"role": "user", "content": "see <image>"}
 ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
@@ -112,6 +113,18 @@ ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "conte
             "in an answer",
         ),
         ({"prompt": [ASKED]}, "malformed", "'completion' is a NoneType"),
+        (
+            {"prompt": [ASKED], "completion": [ANSWERED, TAGGED, ANSWERED]},
+            "placeholder_count",
+            "1 <image> placeholder.* images has 0",
+        ),
+        (
+            {"prompt": [TAGGED], "completion": [ANSWERED, TAGGED, ANSWERED], "image": "a"},
+            "placeholder_count",
+            "2 <image> placeholder.* images has 1",
+        ),
+        ({"messages": [ANSWERED]}, "no_answer", "no answer"),
+        ({"messages": [ASKED, ANSWERED], "system": "a", "system_prompt": "b"}, "field", "say different things"),
         ({"text": "a"}, "malformed", "no 'messages' list"),
     ],
 )
@@ -135,6 +148,35 @@ def test_chat_records():
         "images": [],
         "videos": [],
     }
+
+
+def test_images_may_be_in_the_questions_of_a_completion():
+    record = {"prompt": [TAGGED], "completion": [ANSWERED, TAGGED, ANSWERED], "images": ["a", "b"]}
+    row = convert(record)
+    assert row == {**record, "videos": []}
+    placed = place_row_media(row, 2)
+    assert [len(message["content"]) for message in (*placed["prompt"], *placed["completion"])] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("before", [[], [{"role": "system", "content": "s"}]])
+def test_answers_before_the_first_question_are_left_out(before):
+    """Whatever the form of the row, as in LLaVA."""
+    turns = [{"from": message["role"], "value": message["content"]} for message in before]
+    wanted = [*before, ASKED, ANSWERED]
+    assert convert({"conversations": [*turns, GPT, HUMAN, GPT]})["messages"] == wanted
+    assert convert({"messages": [*before, ANSWERED, ASKED, ANSWERED]})["messages"] == wanted
+    row = convert({"prompt": [*before, ANSWERED, ASKED], "completion": [ANSWERED]})
+    assert [*row["prompt"], *row["completion"]] == wanted
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_an_empty_column_is_none(empty):
+    """Of a table that is joined of several, which fills those that a row lacks."""
+    chat, completed = {"messages": [ASKED, ANSWERED]}, {"prompt": [ASKED], "completion": [ANSWERED]}
+    for row in ({"conversations": [HUMAN, GPT]}, chat, completed):
+        others = {name: empty for name in ("conversations", "messages", "prompt", "completion") if name not in row}
+        assert convert({**others, **row}) == convert(row)
+    assert convert({**chat, "system": "s", "system_prompt": " s "}) == convert({**chat, "system": "s"})
 
 
 def test_tags_within_parts_are_images_too():

@@ -248,7 +248,9 @@ def test_lengths_come_from_the_recipes_own_rows(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
     (tmp_path / "a.png").write_bytes(b"never opened")
-    plan = plan_recipe("tiny-digits/sft", ["--model", "tiny", "--dataset", str(path), "--max_steps", "-1"])
+    words = ["--model", "tiny", "--dataset", str(path), "--max_steps", "-1"]
+    plan = plan_recipe("tiny-digits/sft", words)
+    held_out = plan_recipe("tiny-digits/sft", [*words, "--eval_share", "0.3", "--eval_strategy", "epoch"])
     recipe = make_recipe({"model": "tiny", "dataset": str(path), "use_cpu": True, "bf16": False})
     counted = recipe_lengths(recipe, "tiny")
     assert (counted.records, len(counted.samples)) == (6, 6)
@@ -260,7 +262,9 @@ def test_lengths_come_from_the_recipes_own_rows(tmp_path):
     assert plan["lengths"]["text_tokens"] == pytest.approx(sum(ids) / 2, abs=1)
     assert plan["lengths"]["images"] == 0.5
     assert plan["lengths"]["source"].endswith("counted by its tokenizer")
-    assert plan["schedule"]["stages"][-1]["samples"] == 6 * load_recipe("tiny-digits/sft").trainer.num_train_epochs
+    epochs = load_recipe("tiny-digits/sft").trainer.num_train_epochs
+    assert plan["schedule"]["stages"][-1]["samples"] == 6 * epochs
+    assert held_out["schedule"]["stages"][-1]["samples"] == 4 * epochs
     by_characters = recipe_lengths(recipe, str(tmp_path))
     assert by_characters.samples[0].learned == len(answer) // 4 + 1
     assert "without a tokenizer" in by_characters.source

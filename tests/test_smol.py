@@ -32,7 +32,7 @@ from experiments.tiny_checkpoint.tower import READ_LAYER, place_positions
 from saccade.errors import SaccadeError
 from saccade.files import write_json_atomically
 from saccade.images import open_image
-from saccade.sweeps.table import baseline_runs
+from saccade.sweeps.table import baselines_of
 from saccade.training import make_recipe
 from saccade.training.assemble import AssembleOptions, assemble_model
 
@@ -264,9 +264,9 @@ class TestPlan:
     def test_shorter_training_on_all_tokens_is_compared_with_the_whole(self) -> None:
         runs = plan_runs(PREPARED, Settings(steps=40), ("all_tokens_shorter", "all_tokens", "dualspeed"), range(2))
         assert [run.stages[-1]["max_steps"] for run in runs[:2]] == [20, 40]
-        assert baseline_runs(runs) == {"all_tokens-seed0", "all_tokens-seed1"}
+        assert baselines_of(runs) == {run.name: f"all_tokens-seed{run.labels['seed']}" for run in runs}
         by_epochs = [replace(run, stages=({**run.stages[-1], "max_steps": -1},)) for run in runs[1:2]]
-        assert baseline_runs([*runs[:1], *by_epochs]) == {"all_tokens-seed0"}
+        assert set(baselines_of([*runs[:1], *by_epochs]).values()) == {"all_tokens-seed0"}
 
     def test_every_candidate_is_a_recipe(self) -> None:
         published, *others = plan_runs(PREPARED, Settings(), ["dualspeed", *CANDIDATES], [0])
@@ -357,7 +357,9 @@ def test_shares_are_of_all_token_training_with_the_same_seed() -> None:
     other = [result("dualspeed", 0, 0.4, 0.5, 8.0), result("dualspeed", 1, 0.4, 0.25, 4.0)]
     alone = [result("prune_only", 2, 0.5, 0.5, 1.0)]
     standing = SimpleNamespace(
-        results=dict(enumerate(every + other + alone)), baselines=dict(enumerate(every)), word=lambda method: method
+        results=dict(enumerate(every + other + alone)),
+        baselines=dict(enumerate(every * 2)),
+        word=lambda method: method,
     )
     columns, (first, second, third) = task_table(standing)
     at = {name: place for place, name in enumerate(columns)}

@@ -191,6 +191,23 @@ def test_bad_mixtures(dataset, message, streaming):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("names", ["other,images", "other, images", ["other", "images"]])
+def test_several_image_folders_are_named_alike_everywhere(tmp_path, monkeypatch, names):
+    """In a recipe and in a source of its dataset."""
+    monkeypatch.chdir(tmp_path)
+    record = {"image": "a.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "b"}]}
+    write_json(tmp_path / "a.json", [record])
+    for name in ("other", "images"):
+        (tmp_path / name).mkdir()
+    Pillow.new("RGB", (4, 4)).save(tmp_path / "images" / "a.png")
+    for options in (
+        ModelOptions(dataset="a.json", image_folder=names),
+        ModelOptions(dataset=[{"path": "a.json", "image_folder": names}]),
+    ):
+        (row,) = load_rows(options)
+        assert (row["fault"], [os.path.basename(image) for image in row["images"]]) == (None, ["a.png"])
+
+
 def test_the_wrong_image_folder_shows_at_once(tmp_path):
     path = write_json(tmp_path / "a.json", good_records(tmp_path, 4) * 30)
     (tmp_path / "other").mkdir()

@@ -23,9 +23,9 @@ from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.files import file_lock, write_json_atomically
 from saccade.sweeps import QUICK, digit_run, run_specs
-from saccade.sweeps.plan import Plan
-from saccade.sweeps.runner import check_folder, same_code
-from saccade.sweeps.table import Standing
+from saccade.sweeps.plan import Plan, make_plan, plan_grid
+from saccade.sweeps.runner import _Runner, check_folder, same_code
+from saccade.sweeps.table import Standing, baselines_of
 
 SMALL = [
     "tiny-digits/sft",
@@ -164,11 +164,95 @@ def test_a_sweep_may_grow(swept) -> None:
         check_folder(replace(plan, runs=plan.runs[1:]), output)
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\0\0", "\udcff"])
+def test_damaged_files_of_runs_and_stages_count_as_missing(swept, tmp_path, damage, capsys) -> None:
+    output, *_ = swept
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    raw = damage.encode("utf-8", "surrogateescape")
+    plan = Plan.read(copy)
+    for name in ("result.json", "error.json"):
+        for path in copy.glob(f"runs/*/{name}"):
+            path.write_bytes(raw)
+    stages = list(copy.glob("stages/*/result.json"))
+    for path in stages:
+        path.write_bytes(raw)
+    assert main(["sweep", "--output", str(copy), "--table"]) == 0
+    assert "0 of 4 runs done" in capsys.readouterr().out
+    check_folder(replace(plan, runs=plan.runs[1:]), copy)
+    runner = _Runner(copy / "runs", copy / "stages", None, True, "")
+    assert not any(runner._has(path.parent.name) for path in stages)
+    assert stages
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"title": "a"}', '{"title": "a", "runs": [{"name": "a"}]}'])
+def test_a_damaged_plan_is_one_line(swept, tmp_path, damage, capsys) -> None:
+    (tmp_path / "sweep.json").write_text(damage)
+    for words in (["--table"], [*SMALL]):
+        assert main(["sweep", *words, "--output", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "sweep.json is damaged, restore it or give another output" in line
+
+
 def test_same_code() -> None:
     now = {"commit": "a", "packages": {"torch": "1"}, "cpu": "x"}
     assert same_code({**now, "cpu": "y"}, now)
     assert not same_code({**now, "commit": "b"}, now)
     assert not same_code({**now, "packages": {"torch": "2"}}, now)
+
+
+def test_a_run_is_compared_with_the_all_token_run_that_shares_its_other_labels(tmp_path) -> None:
+    grid = {"learning_rate": [1e-4, 1e-3], "prune_ratio": [0, 0.5, 0.9]}
+    plan = make_plan("rates", plan_grid({"max_steps": 2}, None, grid, seeds=2))
+    accuracies = {
+        (1e-4, 0): 0.4,
+        (1e-4, 0.5): 0.3,
+        (1e-4, 0.9): 0.2,
+        (1e-3, 0): 0.8,
+        (1e-3, 0.5): 0.8,
+        (1e-3, 0.9): 0.6,
+    }
+    for spec in plan.runs:
+        rate, ratio = spec.labels["learning_rate"], spec.labels["prune_ratio"]
+        stage = {"seconds": 10.0 * (1 - ratio) / rate, "samples": 1, "step_speedup": 1.0, "log_history": []}
+        stage["tokens"] = {"full": 1.0, "trained": 1.0}
+        ways = [{**way, "inference": way["name"]} for way in spec.evaluation.inferences]
+        found = [{**way, "accuracy": accuracies[rate, ratio], "accuracy_by_kind": {}} for way in ways]
+        result = {"spec": spec.as_json(), "stages": {"sft": stage}, "evaluations": found}
+        write_json_atomically(tmp_path / "runs" / spec.name / "result.json", result)
+    standing = Standing(plan, tmp_path)
+    assert len(standing.rows) == 12
+    for row in standing.rows:
+        base = accuracies[row["learning_rate"], 0]
+        assert row["share_of_all_tokens"] == accuracies[row["learning_rate"], row["prune_ratio"]] / base
+        assert row["speedup"] == pytest.approx(1 / (1 - row["prune_ratio"]))
+        assert row["is_baseline"] == (row["prune_ratio"] == 0)
+    # Without the baseline of one rate, its runs are compared with nothing.
+    runs = [spec for spec in plan.runs if (spec.labels["learning_rate"], spec.labels["prune_ratio"]) != (1e-3, 0)]
+    for row in Standing(replace(plan, runs=tuple(runs)), tmp_path).rows:
+        assert (row["share_of_all_tokens"] is None) == (row["speedup"] is None) == (row["learning_rate"] == 1e-3)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"reducer": ["divprune", "random"]},
+        {"slow_probability": [0.1, 0.5], "positions": ["compact", "original"]},
+        {"max_steps": [2, 4]},
+        {"pretrain.learning_rate": [1e-3, 1e-4]},
+    ],
+)
+def test_of_several_all_token_runs_the_one_that_has_most_in_common(grid) -> None:
+    runs = plan_grid({"max_steps": 2}, {"max_steps": 1}, {**grid, "prune_ratio": [0, 0.9]}, seeds=2)
+    names = {tuple(spec.labels.items()): spec.name for spec in runs}
+    expected = {spec.name: names[tuple({**spec.labels, "prune_ratio": 0}.items())] for spec in runs}
+    assert baselines_of(runs) == expected
+    # How tokens are kept is no reason for no comparison.
+    if "reducer" in grid:
+        one = [spec for spec in runs if spec.labels["prune_ratio"] or spec.labels["reducer"] == "divprune"]
+        assert {baselines_of(one)[spec.name] for spec in one} == {
+            f"reducer=divprune-prune_ratio=0-seed={n}" for n in (0, 1)
+        }
 
 
 def children(pid: int) -> list[int]:

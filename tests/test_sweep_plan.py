@@ -1,6 +1,7 @@
 """What a sweep plans before anything runs: grids, seeds, shared stages, studies, and what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -58,14 +59,64 @@ class TestGrid:
 
     def test_a_field_goes_to_the_stage_that_it_names(self) -> None:
         stages = {"pretrain": {}, "sft": {}}
-        place(stages, {"positions": "original", "max_steps": 5, "pretrain.max_steps": 9})
-        place(stages, {"sft.positions": "compact"})
-        assert stages == {
+        given = {"positions": "original", "max_steps": 5, "pretrain.max_steps": 9}
+        assert place(stages, given, {"sft.positions": "compact"}) == {
             "pretrain": {"positions": "original", "max_steps": 9},
             "sft": {"positions": "compact", "max_steps": 5},
         }
         with pytest.raises(SaccadeError, match="there is no stage 'first', the stages are pretrain, sft"):
             place(stages, {"first.seed": 1})
+
+    @pytest.mark.parametrize("named_first", [True, False])
+    def test_a_field_for_a_named_stage_holds_whatever_is_given_for_all(self, named_first) -> None:
+        fields = {"pretrain.prune_ratio": [0, 0.3], "prune_ratio": [0.5, 0.9], "pretrain.seed": [5], "max_steps": [2]}
+        order = list(fields) if named_first else list(reversed(fields))
+        for overridden in ((), ("pretrain.seed",), ("pretrain.seed", "max_steps")):
+            grid = {name: fields[name] for name in order if name not in overridden}
+            overrides = {name: fields[name][0] for name in overridden}
+            specs = plan_grid(SFT, PRETRAIN, grid, 2, overrides=overrides)
+            assert len({spec.stage_ids for spec in specs}) == 8
+            for spec in specs:
+                pretrain, sft = spec.stages
+                wanted = spec.labels["pretrain.prune_ratio"], spec.labels["prune_ratio"]
+                assert (pretrain["prune_ratio"], sft["prune_ratio"]) == wanted
+                assert (pretrain["seed"], sft["seed"]) == (5, spec.labels["seed"])
+
+    def test_overrides_for_a_named_stage_survive_the_grid(self) -> None:
+        specs = plan_grid(SFT, PRETRAIN, {"prune_ratio": [0.5, 0.9]}, None, overrides={"pretrain.prune_ratio": 0})
+        assert [[stage["prune_ratio"] for stage in spec.stages] for spec in specs] == [[0, 0.5], [0, 0.9]]
+        (spec,) = plan_grid(SFT, PRETRAIN, {"keep_tokens": [6]}, None, overrides={"pretrain.prune_ratio": 0})
+        assert [(stage.get("prune_ratio"), stage.get("keep_tokens")) for stage in spec.stages] == [
+            (0, None),
+            (None, 6),
+        ]
+
+    def test_scenes_follow_the_seed_unless_they_are_chosen(self) -> None:
+        specs = plan_grid(SFT, PRETRAIN, {"dataset_seed": [10, 11]}, 2)
+        for spec in specs:
+            assert [stage["dataset_seed"] for stage in spec.stages] == [spec.labels["dataset_seed"]] * 2
+        assert len({spec.stage_ids for spec in specs}) == 4
+        specs = plan_grid(SFT, PRETRAIN, {}, 2, overrides={"pretrain.dataset_seed": 7})
+        assert [[stage["dataset_seed"] for stage in spec.stages] for spec in specs] == [[7, 0], [7, 1]]
+
+    def test_no_two_runs_have_one_name(self) -> None:
+        grid = {
+            "dataset": ["данные.json", "файлы.json", "a/b.json", "a_b.json"],
+            "image_folder": ["c d", "c_d", "c/d"],
+        }
+        specs = plan_grid(SFT, None, grid, 2)
+        names = [spec.name for spec in specs]
+        assert len(set(names)) == len(names) == 24
+        assert all(re.fullmatch(r"[A-Za-z0-9.=_+-]+", name) for name in names)
+        # A grid that grows leaves the names of the runs that are there.
+        more = plan_grid(SFT, None, {**grid, "image_folder": [*grid["image_folder"], "c:d"]}, 2)
+        assert {(spec.name, spec.stage_ids) for spec in specs} <= {(spec.name, spec.stage_ids) for spec in more}
+
+    def test_runs_that_differ_in_their_labels_only_are_refused(self) -> None:
+        with pytest.raises(SaccadeError, match="slow_probability has no effect on them; leave it out of --grid"):
+            plan_grid(PRETRAIN, None, {"slow_probability": [0.1, 0.5]}, None)
+        with pytest.raises(SaccadeError, match="the runs seed=0 and seed=1 would be the same: seed has no effect"):
+            plan_grid(SFT, None, {}, 2, overrides={"sft.seed": 3, "dataset_seed": 0})
 
     def test_rows_of_other_data_are_not_evaluated_on(self) -> None:
         (spec,) = plan_grid({"dataset": "rows.jsonl"}, None, {}, seeds=None)
@@ -139,6 +190,11 @@ def test_a_plan_survives_its_file(tmp_path: Path) -> None:
         (["tiny-digits/sft", "--grid", "seed=1,2", "--seeds", "2"], "--grid seed and --seeds both"),
         (["tiny-digits/sft", "--model", "tiny", "--dataset", "no.jsonl"], "'no.jsonl' does not exist"),
         (["tiny-digits/sft", "--model", "tiny", "--split", "nope"], "split='nope' is unknown"),
+        # A number of tokens and, for a named stage, a ratio are no fault.
+        (
+            ["tiny-digits/sft", "--keep_tokens", "6", "--sft.prune_ratio", "0", "--grid", "slow_probability=7"],
+            "slow_probability=7",
+        ),
         (["tiny-digits/sft", "--pretrain", "nope"], "recipe 'nope' does not exist"),
         (["tiny-digits/sft", "--seeds", "0"], "seeds=0"),
         (["tiny-digits/sft", "--jobs", "0"], "jobs=0"),

@@ -165,6 +165,31 @@ def _with_template(collator, template):
     return collator
 
 
+@pytest.mark.parametrize("name", STOCK)
+def test_a_plain_caption_is_learned_whatever_the_template_writes_for_an_image(name, build):
+    """Also beside an image in several tiles, between which processors write line breaks, and one that ends in some."""
+    _, processor, collator = build(name, "bytes")
+    plain = replace(collator, conversation="plain")
+    captions = ("a cat", "a\ncat\n", " two dogs\n\n")
+    for caption in captions:
+        rows = [{"images": images(size), "messages": talk("say <image>", caption)} for size in ((32, 16), (64, 64))]
+        batch = plain(rows)
+        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+            assert (
+                processor.tokenizer.decode(labels[labels != -100]).strip(" ") == caption.strip("\n").strip(" ") + "\n"
+            )
+            assert (ids == collator.placeholder_id).any()
+
+
+def test_a_template_without_a_place_for_images_is_refused(build):
+    _, processor, collator = build("qwen2_5_vl", "bytes")
+    processor.chat_template = "{% for m in messages %}{{ m['content'] | map(attribute='text') | join }}{% endfor %}"
+    with pytest.raises(RecordError, match=r"prints .* for images, which is no token"):
+        replace(collator, conversation="plain")(
+            [{"images": images((32, 16)), "messages": talk("say <image>", "a cat")}]
+        )
+
+
 def test_plain_texts_get_their_end(build):
     _, _, collator = build("llava", "llama")
     row = {"prompt": "USER: <image>\nWhere? ASSISTANT:", "completion": " on the mat.", "images": images((32, 32))}

@@ -16,9 +16,10 @@ from saccade.data.rows import write_jsonl
 from saccade.training import ModelOptions, load_recipe, make_recipe, train_recipe
 from saccade.training.models import load_model
 from saccade.training.run import lora_config
-from saccade.training.sources import DIGIT_EVAL_ROWS, hold_out, load_eval_rows
+from saccade.training.sources import DIGIT_EVAL_ROWS, hold_out, load_eval_rows, load_rows
 
 HERE = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False}
+ANSWER = {"role": "assistant", "content": "yes"}
 SHORT = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_steps": 2, "save_strategy": "no"}
 
 
@@ -39,6 +40,25 @@ def test_what_is_held_out_is_not_trained_on(rows, share, seed, most):
     assert trained == sorted(trained)
     again = hold_out(dataset, share, seed, most)
     assert (trained, evaluated) == tuple(list(part["n"]) for part in again)
+
+
+@pytest.mark.parametrize("weight", [{"weight": 1}, {}])
+@pytest.mark.parametrize("second", ["b", "a"])
+def test_a_record_that_a_mixture_repeats_is_held_out_whole(tmp_path, weight, second):
+    """Of a source that is repeated by its weight, or that is listed twice."""
+    for name, count in (("a", 20), ("b", 5)):
+        rows = ({"messages": [{"role": "user", "content": f"{name} {n}"}, ANSWER]} for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), **weight} for name in ("a", second)]
+    rows = load_rows(ModelOptions(dataset=[sources[0], {**sources[1], "rows": 5}]))
+    distinct = {row["record"] for row in rows}
+    assert len(distinct) == (25 if second == "b" else 20)
+    assert (len(rows) > len(distinct)) == (bool(weight) or second == "a")
+    for seed in range(3):
+        trained, held = ([row["record"] for row in part] for part in hold_out(rows, 0.2, seed))
+        assert len(held) == len(set(held)) == len(distinct) // 5
+        assert set(trained) == distinct - set(held)
+        assert len(trained) == sum(row["record"] not in held for row in rows)
 
 
 def test_the_best_checkpoint_is_what_is_saved(tmp_path):

@@ -104,6 +104,31 @@ def test_a_base_that_lost_a_weight_is_named(folders, tmp_path):
         load_model(ModelOptions(model=str(tmp_path / "adapters")))
 
 
+def test_adapters_are_merged_into_the_weights_that_they_were_trained_on_alone(
+    folders, processor, tmp_path, monkeypatch, capsys
+):
+    """Their base is found by its path, relative to where a command runs, and another of its kind may lie there."""
+    shutil.copytree(folders / "adapters", tmp_path / "adapters")
+    shutil.copytree(folders / "model", tmp_path / "here" / "model")
+    shutil.copytree(folders / "model", tmp_path / "there" / "model")
+    build_tiny_llava(processor, seed=1).save_pretrained(tmp_path / "there" / "model")
+    config = tmp_path / "adapters" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "model"}))
+    monkeypatch.chdir(tmp_path / "here")
+    load_model(ModelOptions(model=str(tmp_path / "adapters")))
+    monkeypatch.chdir(tmp_path / "there")
+    for words in (["export", str(tmp_path / "adapters"), "--output", "out"], ["eval", str(tmp_path / "adapters")]):
+        capsys.readouterr()
+        assert main(words) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saccade: error")]
+        assert "its adapters were trained on other weights than those that are in 'model' now" in line
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        SaccadeError, match=r"the adapters in model='.*adapters' name the base 'model', which is not a"
+    ):
+        load_model(ModelOptions(model=str(tmp_path / "adapters")))
+
+
 def test_tables_that_are_computed_are_no_surplus():
     check_keys("here", {"unexpected": ["vision.embeddings.position_ids", "rotary_emb.inv_freq"]})
     with pytest.raises(SaccadeError, match="unexpected a, b, c and 1 more"):

@@ -364,10 +364,10 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     groups: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     shares: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     names, samples, varied = ["all"], 0, []
-    for result in standing.results.values():
+    for name, result in standing.results.items():
         labels = result["spec"]["labels"]
-        varied, seed = [name for name in labels if name not in ("method", "seed")], labels["seed"]
-        every = _accuracies(standing.baselines[seed], "full") if seed in standing.baselines else {}
+        varied = [name for name in labels if name not in ("method", "seed")]
+        every = _accuracies(standing.baselines[name], "full") if name in standing.baselines else {}
         for entry in result["evaluations"]:
             key = (labels["method"], *(labels[name] for name in varied), entry["inference"])
             found = _accuracies(result, entry["inference"])

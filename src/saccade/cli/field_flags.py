@@ -27,4 +27,4 @@ def add_field_flags(parser: argparse.ArgumentParser, settings: type) -> None:
 
 def listed(text: str) -> list[str]:
     """The type of a flag whose value is words separated by commas."""
-    return text.split(",")
+    return [word.strip() for word in text.split(",")]

@@ -5,7 +5,7 @@ import re
 
 from saccade.cli.early import check_values
 from saccade.files import check_exists
-from saccade.values import SPLITS, check_choice, check_counts
+from saccade.values import SPLITS, STAGES, check_choice, check_counts
 
 OUTPUT_IS_FOLDER = True
 PASS_UNKNOWN = True
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from saccade.errors import SaccadeError
-    from saccade.recipes import check_early, parse_grid
+    from saccade.recipes import check_early, parse_grid, parse_overrides, put_over
 
     # Before the seconds that the imports take.
     check_counts(seeds=args.seeds, jobs=args.jobs, threads=args.threads, scenes=args.scenes)
@@ -69,7 +69,12 @@ def run(args: argparse.Namespace) -> int:
         grid = parse_grid(args.grid)
         overrides = [_of_any_stage(word) for word in args.overrides]
         check_early(args.recipe, [*overrides, *(f"{_of_any_stage(f'--{name}')}=" for name in grid)], vars(args))
-        check_values(check_early(args.recipe, overrides))
+        recipe, given = check_early(args.recipe, []), parse_overrides(args.overrides)
+        for stage in ("", *STAGES):  # a ratio for one stage and a number of tokens for all are no conflict
+            mine = {
+                name.rpartition(".")[2]: value for name, value in given.items() if name.rpartition(".")[0] == stage
+            }
+            check_values(put_over(recipe, mine))
         for name, values in grid.items():
             for value in values:
                 check_values({_of_any_stage(f"--{name}")[2:]: value})
@@ -99,16 +104,21 @@ def _of_any_stage(word: str) -> str:
 def plan_recipe(args: argparse.Namespace):
     """The plan of a grid over a recipe, and over the recipe before it if there is one."""
     from saccade.recipes import parse_grid, parse_overrides, read_recipe
-    from saccade.sweeps.plan import make_plan, place, plan_grid
+    from saccade.sweeps.plan import make_plan, plan_grid
 
     recipe = read_recipe(args.recipe)
     before = args.pretrain or recipe.get("pretrain")
     recipe.pop("pretrain", None)
-    stages = {"sft": recipe}
     if before:
         recipe.pop("model", None)
-        stages = {"pretrain": read_recipe(before), **stages}
-    place(stages, parse_overrides(args.overrides))
-    grid = parse_grid(args.grid)
-    runs = plan_grid(stages["sft"], stages.get("pretrain"), grid, args.seeds, args.scenes, args.split, args.threads)
+    runs = plan_grid(
+        recipe,
+        read_recipe(before) if before else None,
+        parse_grid(args.grid),
+        args.seeds,
+        args.scenes,
+        args.split,
+        args.threads,
+        parse_overrides(args.overrides),
+    )
     return make_plan(args.recipe, runs)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from saccade.data.fields import check_message_fields, check_row_fields, check_text, is_given, system_prompt
@@ -14,6 +15,8 @@ TAGS = {"image": IMAGE_TAG, "video": VIDEO_TAG}
 FORMATS = ("auto", "llava", "chat")
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+NO_ANSWER = "there is no answer to learn: add a turn of the assistant, or remove the row"
+EMPTY_ANSWER = "an answer is empty: write one, or remove the row"
 
 Message = dict[str, Any]
 
@@ -44,13 +47,14 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             "field",
         )
     videos, inside = videos_of(record), []
-    if form == "llava" or (form == "auto" and "conversations" in record):
+    column = _column_of(record, form)
+    if column == "conversations":
         row: dict[str, Any] = {"messages": _llava_messages(record.get("conversations"))}
         if videos and not images_of(record):
             row["messages"] = [_with_video_tags(message) for message in row["messages"]]
-    elif record.get("messages") is not None:
+    elif column == "messages":
         row = {"messages": _chat_messages(record["messages"], "messages", inside)}
-    elif record.get("prompt") is not None:
+    elif column == "prompt":
         row = {name: _chat_messages(record.get(name), name, inside) for name in ("prompt", "completion")}
     else:
         raise RecordError(
@@ -58,15 +62,30 @@ def convert(record: Mapping[str, Any], form: str = "auto") -> dict[str, Any]:
             "'prompt' and 'completion'"
         )
     first = next(iter(row))
+    row[first] = _after_first_question(row[first])
     row[first] = with_system_prompt(row[first], system_prompt(record))
     if videos and inside:
         raise RecordError("a row has videos both in 'videos' and in its messages: keep one of them", "content_part")
     row["images"], row["videos"] = images_of(record), videos or inside
     _check_answers(row["messages"] if "messages" in row else row["completion"])
-    for name in ("messages", "prompt"):
-        if name in row:
-            place_media(row[name], len(row["images"]), len(row["videos"]))
+    place_row_media(row, len(row["images"]), len(row["videos"]))  # as training will
     return row
+
+
+def _column_of(record: Mapping[str, Any], form: str) -> str | None:
+    """The field with a record's text, None if it has none: the first that is not empty. Tables fill those that a row
+    lacks."""
+    if form == "llava":
+        return "conversations"
+    known = ("messages", "prompt") if form == "chat" else ("conversations", "messages", "prompt")
+    there = [name for name in known if record.get(name) is not None]
+    return next((name for name in there if is_given(record[name])), there[0] if there else None)
+
+
+def _after_first_question(messages: list[Message]) -> list[Message]:
+    """The messages without answers before the first question, which LLaVA leaves out."""
+    early = len(list(takewhile(lambda message: message["role"] in ("system", "assistant"), messages)))
+    return [message for place, message in enumerate(messages) if place >= early or message["role"] == "system"]
 
 
 def _with_video_tags(message: Message) -> Message:
@@ -76,7 +95,7 @@ def _with_video_tags(message: Message) -> Message:
 
 
 def _llava_messages(turns: Any) -> list[Message]:
-    """Messages of LLaVA's `conversations`. Answers before the first question are left out, as in LLaVA."""
+    """Messages of LLaVA's `conversations`."""
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise RecordError("this has no 'conversations' list: LLaVA's rows need one")
     messages = []
@@ -88,8 +107,6 @@ def _llava_messages(turns: Any) -> list[Message]:
             raise RecordError(f"role {turn.get('from')!r} is unknown: use human, gpt or system", "unknown_role")
         check_message_fields(turn)
         check_text(turn["value"], "a turn")
-        if role == "assistant" and all(message["role"] == "system" for message in messages):
-            continue
         messages.append({"role": role, "content": turn["value"]})
     return messages
 
@@ -223,10 +240,10 @@ def _media_of(record: Mapping[str, Any], kind: str) -> list[Any]:
 def _check_answers(messages: list[Message]) -> None:
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+        raise RecordError(NO_ANSWER, "no_answer")
     for answer in answers:
         if not text_of(answer).strip():
-            raise RecordError("an answer is empty: write one, or remove the row", "empty_answer")
+            raise RecordError(EMPTY_ANSWER, "empty_answer")
         check_no_media(answer)
 
 
@@ -274,6 +291,17 @@ def place_media(messages: list[Message], images: int, videos: int = 0) -> list[M
                 "placeholder_count",
             )
     return [as_parts(message) for message in messages]
+
+
+def place_row_media(row: Mapping[str, Any], images: int, videos: int = 0) -> dict[str, Any]:
+    """The row after `place_media` in its messages, those of prompt and completion together, which are one
+    conversation. Plain text is left as it is."""
+    columns = [name for name in ("messages", "prompt", "completion") if name in row]
+    if not columns or not all(isinstance(row[name], list) for name in columns):
+        return dict(row)
+    messages = [message for name in columns for message in row[name]]
+    placed = iter(place_media(messages, images, videos) if columns else ())
+    return {**row, **{name: [next(placed) for _ in row[name]] for name in columns}}
 
 
 def as_parts(message: Message) -> Message:

@@ -94,16 +94,16 @@ def system_prompt(record: Mapping[str, Any]) -> str | None:
     """The system prompt that a row has in a separate field, or None.
 
     Raises:
-        RecordError: if it is not a text.
+        RecordError: if it is not a text, or there are two different ones.
     """
-    for name in ("system", "system_prompt"):
-        value = record.get(name)
-        if is_given(value):
-            if not isinstance(value, str):
-                raise RecordError(f"{name!r} is {kind_of(value)}: give a text", "field")
-            check_text(value, repr(name))
-            return value
-    return None
+    given = {name: record[name] for name in ("system", "system_prompt") if is_given(record.get(name))}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise RecordError(f"{name!r} is {kind_of(value)}: give a text", "field")
+        check_text(value, repr(name))
+    if len({value.strip() for value in given.values()}) > 1:
+        raise RecordError("a row has 'system' and 'system_prompt', which say different things: remove one", "field")
+    return next(iter(given.values()), None)
 
 
 def fields_left_aside(record: Mapping[str, Any]) -> Iterator[str]:

@@ -53,8 +53,8 @@ class SourceOptions:
         format: "llava" for rows with `conversations`, "chat" for rows with `messages`, or "auto".
         weight: how often its rows are drawn, relative to the other sources.
         rows: use only this many rows from the start; all by default.
-        image_folder: folder, or several, that paths of images and videos are relative to; by default that of the data
-            file.
+        image_folder: folder, or several, as a list or as "a,b", that paths of images and videos are relative to; by
+            default that of the data file.
         split: the split to read, if there are several.
     """
 
@@ -86,7 +86,9 @@ class SourceOptions:
         if given is None:
             place = Path(self.path)
             given = place if place.is_dir() else place.parent if place.exists() else []
-        names = [given] if isinstance(given, (str, Path)) else list(given)
+        if isinstance(given, str):
+            given = [name.strip() for name in given.split(",")]
+        names = [given] if isinstance(given, Path) else list(given)
         return ImageFolders(names, allow_outside, addresses)
 
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
@@ -140,7 +142,7 @@ def mix(
     drawn once; shorter sources repeat.
 
     Args:
-        sources: what to mix.
+        sources: what to mix; one may be there several times.
         weights: one per source.
         rows: how many rows to use from the start of each; None for all.
         seed: seed of the draws.
@@ -150,9 +152,9 @@ def mix(
     """
     limits = [None] * len(sources) if rows is None else list(rows)
     tables = []
-    for number, (source, limit) in enumerate(zip(sources, limits, strict=True)):
+    for source, limit in zip(sources, limits, strict=True):
         count = len(source) if limit is None else min(limit, len(source))
-        table = {"source": np.full(count, number, dtype=np.int32), "row": np.arange(count)}
+        table = {"source": np.full(count, sources.index(source), dtype=np.int32), "row": np.arange(count)}
         tables.append(Dataset.from_dict(table, features=_NUMBERS))
     mixed = _joined(tables, weights, seed)
     numbers = {name: mixed.with_format("numpy")[name][:] for name in _NUMBERS}

@@ -7,7 +7,7 @@ from typing import Any
 
 from saccade.data.chat import apply_chat_template
 from saccade.data.conversation import images_of, text_of, used_columns, videos_of
-from saccade.data.turns import TrainingText, TurnWriter
+from saccade.data.turns import TrainingText, TurnWriter, common_start
 from saccade.errors import RecordError
 from saccade.prompt_start import start_token
 from saccade.values import check_choice
@@ -32,7 +32,7 @@ def row_writer(
 class PlainWriter:
     """Writes rows with images or videos and one answer, the caption. The user's text is left out.
 
-    The caption and the line break are learned.
+    The caption and one line break are learned.
     """
 
     processor: Any
@@ -57,7 +57,8 @@ class PlainWriter:
         before = self._start + self._image * images
         if videos:
             before += self._video * videos
-        caption = f"{text_of(answers[0])}\n"
+        # More line breaks than one may be another token.
+        caption = text_of(answers[0]).rstrip("\n") + "\n"
         return TrainingText(before + caption, ((len(before), len(before + caption)),))
 
     @cached_property
@@ -73,12 +74,25 @@ class PlainWriter:
         return self._place("video")
 
     def _place(self, kind: str) -> str:
-        """What the chat template prints for an image or a video, without surrounding whitespace."""
+        """What the chat template prints for an image or a video, without surrounding whitespace.
+
+        Raises:
+            RecordError: if that has no token of the tokenizer's for one.
+        """
         text = {"type": "text", "text": _WORD}
         without, shown = (
             apply_chat_template(self.processor, [{"role": "user", "content": content}], tokenize=False)
             for content in ([text], [{"type": kind}, text])
         )
-        pairs = enumerate(zip(without, shown, strict=False))
-        start = next((place for place, (one, other) in pairs if one != other), len(without))
-        return shown[start : len(shown) - len(without) + start].strip()
+        # What is before a text may differ too: Idefics3 leaves out the space before an image.
+        start = common_start(without, shown)
+        end = common_start(without[start:][::-1], shown[start:][::-1])
+        place = shown[start : len(shown) - end].strip()
+        known = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values()}
+        known |= {getattr(self.processor, f"{kind}_token", None)} - {None}
+        if not any(word in place for word in known):
+            raise RecordError(
+                f"conversation='plain': the chat template prints {place[:40]!r} for {kind}s, which is no token: use "
+                "conversation='chat'"
+            )
+        return place

@@ -217,7 +217,7 @@ def _stripped(answer: Message) -> Message:
 
 def _rest(text: str, seen: str) -> str:
     if not text.startswith(seen):
-        change = seen[_common(text, seen) :]
+        change = seen[common_start(text, seen) :]
         raise RecordError(
             f"the chat template no longer writes {change[:40]!r} once other turns follow: use one that writes a turn "
             "the same way in every position (chat_template_path takes a file), or rows with one answer each"
@@ -229,7 +229,7 @@ def _after(asked: str, answered: str) -> str:
     """What follows the generation prompt. Whitespace at its end may differ (LLaVA-OneVision's has less)."""
     if answered.startswith(asked):
         return answered[len(asked) :]
-    common = _common(asked, answered)
+    common = common_start(asked, answered)
     if asked[common:].strip():
         raise RecordError(
             f"the chat template asks for an answer with {asked[common:][:40]!r}, but writes "
@@ -238,7 +238,7 @@ def _after(asked: str, answered: str) -> str:
     return answered[common:].lstrip()
 
 
-def _common(one: str, other: str) -> int:
+def common_start(one: str, other: str) -> int:
     """The length of the common prefix of two texts."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (first, second) in pairs if first != second), min(len(one), len(other)))

@@ -12,9 +12,11 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import (
+    EMPTY_ANSWER,
+    NO_ANSWER,
     checked_message,
     images_of,
-    place_media,
+    place_row_media,
     text_of,
     used_columns,
     videos_of,
@@ -286,13 +288,18 @@ _stock_call = DataCollatorForVisionLanguageModeling.torch_call
 
 
 def _check_learnable(example: dict[str, Any]) -> None:
-    """Refuse a row without any answer to learn."""
+    """Refuse a row without any answer to learn, or with an empty one: it would be learned as to stop at once."""
     answers = example.get("messages", example.get("completion"))
     if isinstance(answers, list):
         spoken = [message for message in answers if message["role"] == "assistant"]
-        answers = " ".join(text_of(message) + str(message.get("tool_calls") or "") for message in spoken)
-    if isinstance(answers, str) and not answers.strip():
-        raise RecordError("there is no answer to learn: add a turn of the assistant, or remove the row", "no_answer")
+        said = [bool(text_of(message).strip() or message.get("tool_calls")) for message in spoken]
+        if any(said) and not all(said):
+            raise RecordError(EMPTY_ANSWER, "empty_answer")
+        nothing = not any(said)
+    else:
+        nothing = isinstance(answers, str) and not answers.strip()
+    if nothing:
+        raise RecordError(NO_ANSWER, "no_answer")
 
 
 def _process(
@@ -340,10 +347,7 @@ def prepare_example(
     images = [open_image(image, max_image_pixels, padded) for image in images_of(example)]
     videos = [open_video(video, sampling, max_image_pixels) for video in videos_of(example)]
     prepared = {**beside, **_checked_words(example), "images": images, "videos": videos}
-    for column in ("messages", "prompt"):
-        if isinstance(prepared.get(column), list):
-            prepared[column] = place_media(prepared[column], len(images), len(videos))
-    return prepared
+    return place_row_media(prepared, len(images), len(videos))
 
 
 def _checked_words(example: dict[str, Any]) -> dict[str, Any]:

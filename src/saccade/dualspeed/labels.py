@@ -35,8 +35,9 @@ def learned_tokens(
     """bool `(B, L)`, true on the tokens of the learned parts of each text.
 
     In the batch, each image has been expanded to many tokens. A learned part contains no image tokens and ends with a
-    token that images do not bring along. The part is located by that token: the k-th occurrence in the text is also
-    the k-th occurrence in the batch.
+    token that later images do not bring along. The part is located by that token: the k-th occurrence from the end of
+    the text is also the k-th from the end in the batch. The line break that ends a caption, which comes after all
+    images, may be within them: between the rows of tiles of Idefics3.
 
     Raises:
         RecordError: if a learned part has other tokens in the batch than in its text, or the tokenizer does not return
@@ -55,8 +56,8 @@ def learned_tokens(
         for part in text.learned:
             first, last = _tokens_of(part, text.text, spans)
             places = [place for place, token in enumerate(made) if token == ids[last] and there[place]]
-            number = ids[:last].count(ids[last])
-            stop = places[number] + 1 if number < len(places) else 0
+            number = ids[last:].count(ids[last])
+            stop = places[-number] + 1 if number <= len(places) else 0
             start = stop - (last + 1 - first)
             if made[max(start, 0) : stop] != ids[first : last + 1]:
                 words = text.text[slice(*part)][:40]

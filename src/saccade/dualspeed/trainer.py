@@ -78,7 +78,7 @@ from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.pushes import CheckpointPushes
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
-from saccade.dualspeed.weights import check_files, load_by_name
+from saccade.dualspeed.weights import BASE_WEIGHTS, check_files, identify_weights, load_by_name
 from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
@@ -295,6 +295,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.pushes = CheckpointPushes(self)
         self.add_callback(self.pushes)
         self._identity: dict[str, Any] | None = None
+        self._base_weights: dict[str, str] = {}
         self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
         self.add_callback(self.sigterm)
         self.add_callback(self.guard)
@@ -819,6 +820,7 @@ class DualSpeedTrainer(SFTTrainer):
         found = None if checkpoint is None else agreed(args, lambda: (read_run_file(checkpoint) or {}).get("run_id"))
         self.run_id = agreed(args, lambda: found or new_id())
         self._identity = agreed(args, self._identify)
+        self._base_weights = agreed(args, self._identify_base)
         if checkpoint is not None:
             check_same_run(checkpoint, self._resume_state())
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
@@ -890,7 +892,7 @@ class DualSpeedTrainer(SFTTrainer):
                 for mode in drops[:1]:
                     mode.pruning.replace(isolator=str(folder) if mode.isolator else None).save_pretrained(folder)
                 step, tokens = self.state.global_step, self.meter.tokens
-                write_run_file(folder, state, self.run_id, global_step=step, tokens=tokens)
+                write_run_file(folder, state, self.run_id, global_step=step, tokens=tokens, **self._base_weights)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
@@ -1000,6 +1002,12 @@ class DualSpeedTrainer(SFTTrainer):
             "model": identify_model(self.model, self.family.model.config, self.model is not self.family.model),
             "processor": identify_processor(self.processing_class),
         }
+
+    def _identify_base(self) -> dict[str, str]:
+        """The weights that adapters belong to, for the run file: what PEFT writes is only where they were."""
+        places = {config.base_model_name_or_path for config in getattr(self.model, "peft_config", {}).values()}
+        found = [identify_weights(place) for place in places if place]
+        return {BASE_WEIGHTS: found[0]} if len(found) == 1 and found[0] is not None else {}
 
     def _load_best_model(self) -> None:
         check_files(self.state.best_model_checkpoint)

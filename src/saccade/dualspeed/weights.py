@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from saccade.companions import ENDING
-from saccade.dualspeed.folder import EVALUATION_FILE
+from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE, read_run_file
 from saccade.errors import SaccadeError
 from saccade.files import check_entries, reading
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from saccade.dualspeed.config import DualSpeedConfig
 
 ADAPTER_FILE = "adapter_config.json"
+BASE_WEIGHTS = "base_weights"
+"""In the run file beside adapters: what `identify_weights` found in the folder of their base."""
 # Computed buffers, which some released checkpoints contain nevertheless.
 _COMPUTED = ("position_ids", "inv_freq", "num_batches_tracked")
 _KINDS = ("missing", "unexpected", "mismatched")
@@ -201,14 +203,18 @@ def read_evaluation(folder: str | Path) -> tuple[dict[str, Any] | None, str | No
 
 
 def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
-    """Merge the adapters in `folder` into the model that they were trained on.
+    """Merge the adapters in `folder` into `model`, which was loaded from the place that they name as their base.
 
     If input and output embeddings are tied and adapters change one of them, or both differently, they are untied:
     merged into one table they would give other logits.
+
+    Raises:
+        SaccadeError: if they do not fit, or were trained on other weights than those that are there now.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    _check_base(folder)
     found = load_peft_weights(str(folder), device="cpu")
     _untie(model, found)
     with reading(f"model={str(folder)!r}: its adapters cannot be loaded"):
@@ -224,6 +230,22 @@ def merge_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedMode
         },
     )
     return adapted.merge_and_unload()
+
+
+def _check_base(folder: str | Path) -> None:
+    """Refuse adapters where the weights of their base are not those that they were trained on.
+
+    The base is known by its path, where another model may lie since. One from the hub is not compared.
+    """
+    base = base_of(folder)
+    recorded = (read_run_file(folder) or {}).get(BASE_WEIGHTS)
+    found = identify_weights(base) if base and recorded else None
+    if found not in (None, recorded):
+        raise SaccadeError(
+            f"model={str(folder)!r}: its adapters were trained on other weights than those that are in {base!r} now: "
+            f"put these back, or name their folder as base_model_name_or_path in {ADAPTER_FILE}; if they are the same "
+            f"in other files, remove {BASE_WEIGHTS} from {RUN_FILE}"
+        )
 
 
 def _untie(model: PreTrainedModel, adapters: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The plan of a sweep: a grid over a recipe and seeds, what is checked before anything long starts, and its file."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ import yaml
 from saccade.data import digit_scenes
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference
-from saccade.files import write_json_atomically
+from saccade.files import reading, to_json, write_json_atomically
 from saccade.recipes import put_over
 from saccade.sweeps.spec import STAGES, Evaluation, RunSpec, stage_names, standard_inferences
 from saccade.training import ModelOptions, load_rows, make_recipe
@@ -55,13 +56,14 @@ class Plan:
         """Read what `write` wrote.
 
         Raises:
-            SaccadeError: if the folder contains no sweep.
+            SaccadeError: if the folder contains no sweep, or a damaged one.
         """
         path = output / PLAN_FILE
         if not path.is_file():
             raise SaccadeError(f"output={str(output)!r} has no sweep: there is no {PLAN_FILE} in it")
-        values = json.loads(path.read_text())
-        return cls(**{**values, "runs": tuple(RunSpec.from_json(run) for run in values["runs"])})
+        with reading(f"output={str(output)!r}: {PLAN_FILE} is damaged, restore it or give another output"):
+            values = json.loads(path.read_text())
+            return cls(**{**values, "runs": tuple(RunSpec.from_json(run) for run in values["runs"])})
 
 
 def make_plan(
@@ -79,6 +81,7 @@ def plan_grid(
     scenes: int = 1000,
     split: str = "test",
     threads: int = 1,
+    overrides: Mapping[str, Any] | None = None,
 ) -> list[RunSpec]:
     """The product of a grid and seeds, seed by seed, so that an interrupted sweep contains complete comparisons.
 
@@ -87,32 +90,54 @@ def plan_grid(
         pretrain: those of the recipe that runs before it, or None.
         grid: values by field, which apply to the stages as in `place`.
         scenes: number of scenes of `split` to evaluate on if the recipe trains on "digits".
+        overrides: further fields, which apply to the stages before those of the grid.
 
     Raises:
-        SaccadeError: on a number below 1, a grid over seeds together with `seeds`, or a stage that does not exist.
+        SaccadeError: on a number below 1, a grid over seeds together with `seeds`, a stage that does not exist, or a
+            grid that makes the same run twice.
     """
     check_counts(seeds=seeds, scenes=scenes, threads=threads)
     if seeds is not None and "seed" in grid:
         raise SaccadeError("--grid seed and --seeds both choose the seeds: give one of them")
-    first = {} if pretrain is None else {STAGES[0]: dict(pretrain)}
+    recipes = ({} if pretrain is None else {STAGES[0]: pretrain}) | {STAGES[1]: recipe}
+    overrides = overrides or {}
+    own_seed = place(recipes, overrides)[STAGES[1]].get("seed", 0)
     seeded = seeds is not None or "seed" in grid
-    values_by_field = {**grid, "seed": grid.get("seed", range(seeds) if seeds else [recipe.get("seed", 0)])}
+    values_by_field = {**grid, "seed": grid.get("seed", range(seeds) if seeds else [own_seed])}
     fields = ["seed", *(name for name in grid if name != "seed")]
     specs: list[RunSpec] = []
     for seed, *values in product(*(values_by_field[name] for name in fields)):
         given = {**dict(zip(fields[1:], values, strict=True)), "seed": seed}
         labels = {name: label_of(value) for name, value in given.items()}
-        stages = {name: dict(stage) for name, stage in (first | {STAGES[1]: dict(recipe)}).items()}
-        place(stages, given)
-        for stage in stages.values() if seeded else ():
-            if stage.get("dataset", "digits") == "digits":
+        stages = place(recipes, overrides, given)
+        for key, stage in stages.items() if seeded else ():
+            asked = {"dataset_seed", f"{key}.dataset_seed"} & {*overrides, *given}
+            if stage.get("dataset", "digits") == "digits" and not asked:
                 stage["dataset_seed"] = seed
         last, evaluation = stages[STAGES[1]], None
         if last.get("dataset", "digits") == "digits":
             evaluation = Evaluation(standard_inferences(last), split, scenes)
         name = re.sub(r"[^A-Za-z0-9.=_+-]+", "_", "-".join(f"{name}={value}" for name, value in labels.items()))
+        if any(spec.name == name for spec in specs):  # labels that differ in what a folder's name leaves out
+            name += f"-{hashlib.sha256(to_json(labels).encode()).hexdigest()[:8]}"
         specs.append(RunSpec(name, labels, tuple(stages.values()), evaluation, threads))
+    _check_different(specs)
     return specs
+
+
+def _check_different(specs: Sequence[RunSpec]) -> None:
+    """Refuse runs with different labels that train and evaluate the same: their table would show a difference of
+    nothing.
+    """
+    for number, spec in enumerate(specs):
+        for other in specs[:number]:
+            if (spec.stage_ids, spec.evaluation) == (other.stage_ids, other.evaluation):
+                names = [name for name, value in spec.labels.items() if value != other.labels[name]]
+                if names:
+                    raise SaccadeError(
+                        f"the runs {other.name} and {spec.name} would be the same: {' and '.join(names)} has no "
+                        "effect on them; leave it out of --grid, or name the stage that it is for"
+                    )
 
 
 def label_of(value: Any) -> Any:
@@ -122,25 +147,28 @@ def label_of(value: Any) -> Any:
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf")).strip()
 
 
-def place(stages: dict[str, dict[str, Any]], fields: Mapping[str, Any]) -> None:
-    """Set fields in the stages that they belong to, as `put_over` does.
+def place(stages: Mapping[str, Mapping[str, Any]], *given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The stages with fields put over those that they belong to, as `put_over` does; later mappings go over earlier.
 
     A field of `BOTH_STAGES` belongs to both stages, any other to the last only; `pretrain.field` and `sft.field` name
-    the stage.
+    the stage, and go over all fields that name none.
 
     Raises:
         SaccadeError: on a stage that does not exist.
     """
-    given: dict[str, dict[str, Any]] = {key: {} for key in stages}
-    for name, value in fields.items():
-        stage, dot, field = name.rpartition(".")
-        if dot and stage not in stages:
-            raise SaccadeError(f"{name}: there is no stage {stage!r}, the stages are {', '.join(stages)}")
-        for key in stages:
-            if key == stage or (not dot and (key == STAGES[1] or field in BOTH_STAGES)):
-                given[key][field] = value
-    for key, values in stages.items():
-        stages[key] = put_over(values, given[key])
+    placed = {key: dict(values) for key, values in stages.items()}
+    for named in (False, True):
+        for fields in given:
+            mine: dict[str, dict[str, Any]] = {key: {} for key in stages}
+            for name, value in fields.items():
+                stage, dot, field = name.rpartition(".")
+                if dot and stage not in stages:
+                    raise SaccadeError(f"{name}: there is no stage {stage!r}, the stages are {', '.join(stages)}")
+                for key in stages if bool(dot) == named else ():
+                    if key == stage or (not dot and (key == STAGES[1] or field in BOTH_STAGES)):
+                        mine[key][field] = value
+            placed = {key: put_over(values, mine[key]) for key, values in placed.items()}
+    return placed
 
 
 def choose(specs: Sequence[RunSpec], only: Mapping[str, Sequence[Any]]) -> list[RunSpec]:

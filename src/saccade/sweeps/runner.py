@@ -144,17 +144,22 @@ def run_specs(
 
 def read_result(output: Path, spec: RunSpec) -> dict[str, Any] | None:
     """The content of a run's `result.json` if it exists and has exactly this spec, from any commit; else None."""
-    path = output / RUNS / spec.name / RESULT_FILE
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text())
-    return found if found["spec"] == spec.as_json() else None
+    found = _read(output / RUNS / spec.name / RESULT_FILE)
+    return found if found is not None and found.get("spec") == spec.as_json() else None
 
 
 def read_failure(output: Path, spec: RunSpec) -> str | None:
     """Why a run failed the last time, or None."""
-    path = output / RUNS / spec.name / ERROR_FILE
-    return json.loads(path.read_text())["error"] if path.is_file() else None
+    return (_read(output / RUNS / spec.name / ERROR_FILE) or {}).get("error")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a run or a stage left in a JSON file; a damaged one counts as missing, and what it was of is made again."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -233,8 +238,8 @@ class _Runner:
         return self.any_commit or same_code(record.get("environment", {}), self.environment)
 
     def _has(self, stage: str, file: str = RESULT_FILE) -> bool:
-        path = self.stages / stage / file
-        return path.is_file() and self._fits(json.loads(path.read_text()))
+        found = _read(self.stages / stage / file)
+        return found is not None and self._fits(found)
 
     def _work(self, job: int) -> None:
         """Body of each thread: make the first run that can start, then the next, until none are left."""

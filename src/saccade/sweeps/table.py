@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from saccade.files import write_json_atomically, write_text_atomically
+from saccade.reducers.config import PRUNING_OPTIONS
 from saccade.report.environment import environment
 from saccade.report.tables import markdown_table, print_table
 from saccade.sweeps.digits import LABELS
@@ -32,6 +33,14 @@ FIGURES: Mapping[str, tuple[str, str | None]] = {
 """The columns of a table: heading, and the format of figures that are not fractions."""
 EVALUATED = ("prune_ratio", "positions")
 """Labels that distinguish the rows of a run that was evaluated in several ways."""
+HOW = frozenset(
+    (
+        *PRUNING_OPTIONS, "schedule", "slow_probability", "modes", "ratio_schedule", "prune_ratio_start", "fit_slow",
+        "isolator_length", "distill_weight", "distill_temperature", "skip_vision", "skip_mode",
+        "method", "part", "pruned_stages",
+    )
+)  # fmt: skip
+"""Labels that say how many tokens are kept and how: fields of recipes, and the words for them in studies."""
 SYMBOLS = {"prune_ratio": "p", "slow_probability": "r", "isolator_length": "l"}
 """The papers' symbols for options, for short names."""
 Spread = Mapping[str, float]
@@ -50,12 +59,10 @@ class Standing:
         found = {spec.name: read_result(output, spec) for spec in plan.runs}
         self.results = {name: result for name, result in found.items() if result is not None}
         self.failed = [spec.name for spec in plan.runs if found[spec.name] is None and read_failure(output, spec)]
-        done = [spec for spec in plan.runs if spec.name in self.results]
-        self._baseline_runs = baseline_runs(plan.runs)
-        self.baselines = {
-            spec.labels["seed"]: self.results[spec.name] for spec in done if spec.name in self._baseline_runs
-        }
-        """Results of training and answering with all tokens, by seed."""
+        compared = baselines_of(plan.runs)
+        self._baseline_runs = set(compared.values())
+        self.baselines = {name: self.results[base] for name, base in compared.items() if base in self.results}
+        """By name of a run, the result of training and answering with all tokens that it is compared with."""
         self.rows = self._rows()
         labels = {label for spec in plan.runs for label in spec.labels} | set(EVALUATED)
         self.keys = list(dict.fromkeys(name for row in self.rows for name in row if name in labels - {"seed"}))
@@ -68,7 +75,7 @@ class Standing:
             if result is None:
                 continue
             if has_own_training(result):
-                figures = run_figures(result, self.baselines.get(spec.labels["seed"]))
+                figures = run_figures(result, self.baselines.get(spec.name))
                 rows.append({**spec.labels, **figures, "is_baseline": spec.name in self._baseline_runs})
                 continue
             for entry in result["evaluations"]:
@@ -203,10 +210,32 @@ def is_baseline(spec: RunSpec) -> bool:
     return "full" in ways and ordinary
 
 
-def baseline_runs(runs: Sequence[RunSpec]) -> set[str]:
-    """The names of the runs that others are compared with: of those on all tokens, the ones of most steps."""
-    lengths = {spec.name: _length(spec.stages[-1]) for spec in runs if is_baseline(spec)}
-    return {name for name, length in lengths.items() if length == max(lengths.values())}
+def baselines_of(runs: Sequence[RunSpec]) -> dict[str, str]:
+    """By name of each run, the name of the run on all tokens that it is compared with, if there is one such run.
+
+    Both have the same seed, and whatever else their labels say, except how many tokens are kept and how. Of several,
+    it is the one of most steps, and of those the one with most labels in common.
+    """
+    ordinary = [spec for spec in runs if is_baseline(spec)]
+    found = {}
+    for spec in runs:
+        ranks = {
+            other.name: (_length(other.stages[-1]), len(spec.labels.items() & other.labels.items()))
+            for other in ordinary
+            if all(
+                other.labels[name] == spec.labels[name] or _says_how(name)
+                for name in spec.labels.keys() & other.labels
+            )
+        }
+        best = [name for name, rank in ranks.items() if rank == max(ranks.values())]
+        if len(best) == 1:
+            found[spec.name] = best[0]
+    return found
+
+
+def _says_how(label: str) -> bool:
+    """Whether a label says how many tokens are kept or how, rather than what else runs have in common."""
+    return label.rpartition(".")[2] in HOW
 
 
 def _length(stage: Mapping[str, Any]) -> tuple[float, float]:

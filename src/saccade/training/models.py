@@ -245,15 +245,16 @@ def _processor(model: str, **loading: Any) -> ProcessorMixin:
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
     """The family of a model, without reading its weights."""
     check_files(model)
-    base = base_of(model)
+    base, what = base_of(model), f"model={model!r}"
     if base is not None:
+        what = f"the adapters in {what} name the base {base!r}, which"
         model = base
         check_files(model)
     where = "cannot be loaded"
     if not Path(model).is_dir():
         near = similar_path(model, "")
         where = f"is not a local folder{near and f' ({near})'}, and {where} from the hub"
-    with reading(f"model={model!r} {where}"):
+    with reading(f"{what} {where}"):
         config = AutoConfig.from_pretrained(
             model, trust_remote_code=trust_remote_code, local_files_only=local_files_only
         )

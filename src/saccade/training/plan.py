@@ -166,9 +166,10 @@ def _plan_stage(
         "batch": {**sizes, "global": batch},
         "lengths": {**replace(lengths, samples=tuple(cut)).means(), "source": lengths.source},
     }
+    trained = lengths.records - round((recipe.options.eval_share or 0.0) * lengths.records)
     stage = {
         "recipe": plan["recipe"],
-        "samples": args.max_steps * batch if args.max_steps > 0 else lengths.records * args.num_train_epochs,
+        "samples": args.max_steps * batch if args.max_steps > 0 else trained * args.num_train_epochs,
         "speedup": baseline.flops / expected,
         "baseline_flops": baseline.flops,
         "flops": expected,

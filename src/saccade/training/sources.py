@@ -4,6 +4,7 @@ import logging
 import random
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 from datasets import Dataset, IterableDataset
 
@@ -27,10 +28,8 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     each source.
     """
     given = options.dataset if isinstance(options.dataset, list) else [options.dataset]
-    folders = options.image_folder
-    if isinstance(folders, str):
-        folders = folders.split(",")
-    sources = source_options(given, format=options.dataset_format, image_folder=folders, split=options.dataset_split)
+    mine = {"format": options.dataset_format, "image_folder": options.image_folder, "split": options.dataset_split}
+    sources = source_options(given, **mine)
     if any(source.path == DIGITS for source in sources):
         check_choice("dataset_split", options.dataset_split, SPLITS)
         if options.dataset_streaming:
@@ -74,7 +73,11 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
         return stream(sources, options.allow_outside_images, *order, image_addresses(options))
     if options.dataset == DIGITS:
         return _digits(options, options.dataset_rows)
-    opened = [open_source(source, options) for source in sources]
+    # A file that is listed twice is one source: each of its rows is one record, however often it is trained on.
+    kinds = [replace(one, weight=None, rows=one.rows if one.path == DIGITS else None) for one in sources]
+    firsts = [kinds.index(kind) for kind in kinds]
+    distinct = {first: open_source(sources[first], options) for first in dict.fromkeys(firsts)}
+    opened = [distinct[first] for first in firsts]
     weights = None if sources[0].weight is None else [source.weight for source in sources]
     mixed = mix(opened, weights, [source.rows for source in sources], options.dataset_seed)
     _warn_without_images(opened)
@@ -101,19 +104,32 @@ def _eval_options(options: ModelOptions) -> ModelOptions | None:
 def hold_out(rows: Dataset, share: float, seed: int, most: int | None = None) -> tuple[Dataset, Dataset]:
     """Split rows into those to train on and those to evaluate on, in the order as before.
 
+    A weighted mixture repeats records: one that is held out is evaluated on once, and no repeat of it is trained on.
+
     Args:
-        share: of the rows to hold out, in (0, 1), drawn by `seed`.
+        share: of the records to hold out, in (0, 1), drawn by `seed`.
         most: evaluate on at most so many of those held out.
     """
-    number = round(share * len(rows))
-    if not 0 < number < len(rows):
+    records = _records(rows)
+    first = sorted({record: index for index, record in reversed(list(enumerate(records)))}.values())
+    number = round(share * len(first))
+    if not 0 < number < len(first):
         raise SaccadeError(
-            f"eval_share={share}: {number} of {len(rows)} rows would be held out, and both parts need one: "
+            f"eval_share={share}: {number} of {len(first)} rows would be held out, and both parts need one: "
             "give another share"
         )
-    held = set(random.Random(f"saccade eval {seed}").sample(range(len(rows)), number))
-    kept = [index for index in range(len(rows)) if index not in held]
-    return rows.select(kept), rows.select(sorted(held)[:most])
+    places = sorted(random.Random(f"saccade eval {seed}").sample(first, number))
+    held = {records[index] for index in places}
+    kept = [index for index, record in enumerate(records) if record not in held]
+    return rows.select(kept), rows.select(places[:most])
+
+
+def _records(rows: Dataset) -> list[Any]:
+    """What tells the record of each row: its source and its place there, or the row itself if no row is repeated."""
+    if not {"source", "row"} <= set(rows.column_names):
+        return list(range(len(rows)))
+    numbers = rows.with_format("numpy")
+    return list(zip(numbers["source"][:].tolist(), numbers["row"][:].tolist(), strict=True))
 
 
 def _warn_without_images(sources: list[Source]) -> None:
