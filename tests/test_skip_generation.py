@@ -258,6 +258,41 @@ def test_a_loop_of_forwards(name):
     torch.testing.assert_close(torch.stack(got), torch.stack(expected.logits), **CLOSE)
 
 
+def test_a_row_answers_as_alone_beside_a_longer_one_that_skips_nothing(llava):
+    """The batch then has as many columns as before, but those of the row that skips are in other places."""
+    prompts, options = llava.prompts([0]), greedy_options(llava.model, 16)
+    ids, longer = prompts["input_ids"], prompts["input_ids"].shape[1] + 10
+    text = torch.randint(20, 60, (1, longer), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, longer, dtype=torch.long)
+    mask[0, :10] = 0
+    both = {**prompts, "input_ids": torch.cat((torch.nn.functional.pad(ids, (10, 0)), text)), "attention_mask": mask}
+    with skipping(llava.model, options_for("llava")):
+        alone = torch.stack(llava.model.generate(**prompts, **options).logits)
+        together = torch.stack(llava.model.generate(**both, **options).logits)
+    torch.testing.assert_close(together[:, 0], alone[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_loop_of_forwards_whatever_its_mask(name, drop):
+    """With the mask of the conversation as given, or as laid out, or none: each row of a batch as by itself."""
+    case, tokens = CASES[name], torch.tensor([[20], [21], [22], [23]])
+
+    def steps(prompts, tokens, *masks):
+        output = case.model(**prompts, use_cache=True)
+        for mask in masks:
+            output = case.model(input_ids=tokens, attention_mask=mask, **with_cache(case.model, cache_of(output)))
+        return output.logits[:, -1]
+
+    with skipping(case.model, options_for(name, drop_kv=drop)) as skip, torch.no_grad():
+        prompts = case.prompts()
+        alone = [steps(case.prompts([row]), tokens[row : row + 1], None, None) for row in range(4)]
+        for mask in (prompts["attention_mask"], skip.prepare(prompts, padding_side="left")["attention_mask"]):
+            masks = [torch.nn.functional.pad(mask, (0, count), value=1) for count in (1, 2)]
+            for given in (masks, (masks[0], None), (None, None)):
+                torch.testing.assert_close(steps(prompts, tokens, *given), torch.cat(alone), **CLOSE)
+
+
 def test_prepared_inputs_generate_too(llava):
     """Their output begins with the laid-out prompt."""
     prompts = llava.prompts()

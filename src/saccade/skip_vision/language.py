@@ -80,7 +80,8 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         blind = _blind(config, now, beyond)
     if blind is not None and bool(blind.any()):
         kwargs["attention_mask"] = _four_dimensional(module, mask, valid, skipped, blind, given)
-    elif state is not None and state.gap:
+    elif state is not None and (state.gap or _is_plain(mask)):
+        # The columns are those of the laid-out prompt, in places of their own once rows were compacted.
         _check_plain(mask)
         kwargs["attention_mask"] = None if mask is None and state.dense else valid.long()
     positions = kwargs.get("position_ids")
@@ -104,6 +105,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is not None:
         state = _advance(cache, state, valid, skipped, positions)
         state.has_skip |= skips
+        state.dense &= mask is None
         whole = roles is None or read + length >= roles.shape[1]
         if state.has_skip and freeing and whole:
             compact(cache, state)
@@ -168,8 +170,12 @@ def _four_dimensional(
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def _is_plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
 def _check_plain(mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+    if not _is_plain(mask):
         raise SaccadeError(
             "attention_mask: this model makes its own masks before its language model, which cannot hide skipped "
             "tokens; use text_visibility='all' and drop_kv=False"
