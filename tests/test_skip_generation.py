@@ -293,6 +293,46 @@ def test_a_loop_of_forwards_whatever_its_mask(name, drop):
                 torch.testing.assert_close(steps(prompts, tokens, *given), torch.cat(alone), **CLOSE)
 
 
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_a_loop_of_forwards_after_padding_on_the_right(name, drop):
+    """Positions continue from the last token of each row, and tokens of a later call may be padding too."""
+    case = CASES[name]
+    tokens = torch.tensor([[20, 21], [0, 22], [23, 24], [0, 25]])
+    mask = (tokens != 0).long()
+    assert not case.inputs["attention_mask"][:, -1].all()
+    with skipping(case.model, options_for(name, drop_kv=drop)) as skip:
+        found = []
+        for prompts in (case.inputs, skip.prepare(case.inputs, padding_side="left")):
+            output = case.model(**prompts, use_cache=True)
+            longer = torch.cat((prompts["attention_mask"], mask), dim=1)
+            for ids, given in ((tokens, longer), (tokens[:, 1:], None)):
+                output = case.model(input_ids=ids, attention_mask=given, **with_cache(case.model, cache_of(output)))
+            found.append(output.logits[:, -1])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@torch.no_grad()
+def test_rows_of_a_cache_may_be_moved(llava, drop):
+    """Selected, sorted or repeated, by the methods of the cache."""
+    tokens, model = torch.tensor([[20], [21], [22], [23]]), llava.model
+    with skipping(model, options_for("llava", drop_kv=drop)):
+        cache = cache_of(model(**llava.prompts(), use_cache=True))
+        moved = {
+            "batch_select_indices": torch.tensor([3, 1]),
+            "reorder_cache": torch.tensor([2, 0, 3, 1]),
+            "batch_repeat_interleave": torch.arange(4).repeat_interleave(2),
+        }
+        twins = [copy.deepcopy(cache) for _ in moved]
+        expected = model(input_ids=tokens, **with_cache(model, cache)).logits
+        for twin, (method, rows) in zip(twins, moved.items(), strict=True):
+            getattr(twin, method)(2 if "repeat" in method else rows)
+            found = model(input_ids=tokens[rows], **with_cache(model, twin)).logits
+            torch.testing.assert_close(found, expected[rows], **CLOSE)
+
+
 def test_prepared_inputs_generate_too(llava):
     """Their output begins with the laid-out prompt."""
     prompts = llava.prompts()
@@ -334,3 +374,12 @@ def test_what_cannot_work_says_so(llava):
             model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], **with_cache(model, cache))
         with pytest.raises(SaccadeError, match="cache has 1 rows"):
             model.generate(input_ids=ids.repeat(2, 1), **with_cache(model, cache))
+        cache.crop(-4)
+        for call in (model, model.generate):
+            with pytest.raises(SaccadeError, match="cache was cropped to 10 tokens, within a prompt that is laid out"):
+                call(input_ids=ids, **with_cache(model, cache))
+    with skipping(model, options_for("llava", drop_kv=False)), torch.no_grad():
+        cache = cache_of(model(**prompts, use_cache=True))
+        cache.crop(-1)
+        with pytest.raises(SaccadeError, match="cache was cropped to 37 tokens, within a prompt that is laid out"):
+            model(input_ids=ids, **with_cache(model, cache))

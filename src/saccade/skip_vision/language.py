@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import by_name, changed, check_takes
-from saccade.pruning.cache import cache_of
+from saccade.pruning.cache import cache_of, next_positions
 from saccade.pruning.patching import call_original
 from saccade.skip_vision.cache import (
     CacheState,
@@ -21,6 +21,7 @@ from saccade.skip_vision.cache import (
     cache_name,
     check_cache,
     compact,
+    greatest_so_far,
     read_length,
     state_of,
     stored_length,
@@ -86,9 +87,10 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs["attention_mask"] = None if mask is None and state.dense else valid.long()
     positions = kwargs.get("position_ids")
     if positions is None:
-        first = torch.full((batch,), read, device=given.device) if state is None else state.next_position
-        positions = first.unsqueeze(1) + torch.arange(length, device=given.device)  # (B, Q)
-        if state is not None:
+        if state is None:
+            positions = read + torch.arange(length, device=given.device).unsqueeze(0)  # (1, Q)
+        else:
+            positions = next_positions(state.next_position.unsqueeze(1) - 1, valid[:, -length:])  # (B, Q)
             kwargs["position_ids"] = positions
     rows = KeptRows((~skip).flatten().nonzero().squeeze(1)) if skips else None
     if rows is not None:
@@ -109,6 +111,8 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         whole = roles is None or read + length >= roles.shape[1]
         if state.has_skip and freeing and whole:
             compact(cache, state)
+            # Assisted decoding reads its first candidates along with the prompt, and crops those that it rejects.
+            state.laid_out = read + length if roles is None else roles.shape[1]
     return output
 
 
@@ -184,11 +188,13 @@ def _check_plain(mask: Any) -> None:
 
 def _advance(cache: Cache, state: CacheState | None, valid: Tensor, skipped: Tensor, positions: Tensor) -> CacheState:
     """The state of the cache after this call."""
-    last = positions[..., -1]  # of every axis, or (B,)
-    last = last.amax(dim=0) if positions.dim() == 3 else last
-    last = last.expand(valid.shape[0]) + 1
+    new = positions.amax(dim=0) if positions.dim() == 3 else positions  # (B, Q), or (1, Q)
+    new = new.expand(valid.shape[0], -1)
+    # A cache without a state holds text.
+    before = valid[:, : -new.shape[1]].cumsum(dim=1) - 1 if state is None else state.position
+    position = greatest_so_far(torch.cat((before, new.to(before)), dim=1), valid)
     if state is None:
-        state = CacheState(valid, skipped, last)
+        state = CacheState(valid, skipped, position)
         attach(cache, state)
-    state.valid, state.skip, state.next_position = valid, skipped, last
+    state.valid, state.skip, state.position = valid, skipped, position
     return state

@@ -244,9 +244,9 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = state_of(cache_of(kwargs))
         if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
             # The model would continue from its own last call, regardless of this cache.
-            new = kwargs["input_ids"]
-            before = state.next_position.unsqueeze(1) - 1
-            kwargs["position_ids"] = next_positions(before, torch.ones_like(new), (3,))
+            mask, new = kwargs.get("attention_mask"), torch.ones_like(kwargs["input_ids"])
+            new = mask[:, -new.shape[1] :].to(new) if isinstance(mask, Tensor) and mask.dim() == 2 else new
+            kwargs["position_ids"] = next_positions(state.next_position.unsqueeze(1) - 1, new, (3,))
         output = call_original(model, **kwargs)
         idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
         if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
@@ -261,7 +261,12 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         prepared = go_on(prepared, cache, state_of(cache), inputs.get("attention_mask"))
         prepared["input_ids"] = prepared["input_ids"][:, -length:]
         prepared["position_ids"] = prepared["position_ids"][..., -length:]
-    return call_original(model, **others, **prepared)
+    output = call_original(model, **others, **prepared)
+    cache = cache_of(output) if cache is None else cache
+    state = state_of(cache)
+    if state is not None:
+        state.laid_out = read_length(cache)
+    return output
 
 
 def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
