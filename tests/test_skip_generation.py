@@ -240,6 +240,94 @@ def test_new_tokens_alone_may_be_given(llava):
     assert torch.equal(whole.sequences[:, -6:], alone.sequences[:, -6:])
 
 
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_further_turn_however_the_cache_was_filled(name, drop):
+    """By forwards, by `generate` on new tokens only, or by both: what `generate` writes after the whole conversation.
+
+    The penalty depends on every token before, which the cache therefore has to know.
+    """
+    case = CASES[name]
+    model, prompts = case.model, case.prompts([0])
+    options = {**greedy_options(model, 3), "repetition_penalty": 1.5}
+    text, _ = second_turn(case, prompts, 3)
+
+    def on(output, *ids):
+        return {"input_ids": torch.cat(ids, dim=1), **with_cache(model, cache_of(output))}
+
+    with skipping(model, options_for(name, drop_kv=drop)), torch.no_grad():
+        first = model.generate(**prompts, **options)
+        second = model.generate(**on(copy.deepcopy(first), first.sequences, text["input_ids"]), **options)
+        whole = torch.cat((second.sequences, text["input_ids"]), dim=1)
+        expected = model.generate(**on(copy.deepcopy(second), whole), **options)
+        read = first.sequences.shape[1] - 1
+        rest = whole[:, read:-4]
+
+        filled = {"generate, forward": model(**on(copy.deepcopy(first), rest))}
+        steps = copy.deepcopy(first)
+        for token in rest.T:
+            steps = model(**on(steps, token.unsqueeze(1)))
+        filled["generate, forwards"] = steps
+        alone = on(copy.deepcopy(first), whole[:, read : -3 - text["input_ids"].shape[1]])
+        mask = torch.ones(1, read + alone["input_ids"].shape[1], dtype=torch.long)
+        filled["generate, new tokens"] = model.generate(**alone, attention_mask=mask, **options)
+        if not drop:  # else the answer would see other tokens
+            output = model(**prompts, use_cache=True)
+            filled["forward, forward"] = model(**on(output, whole[:, prompts["input_ids"].shape[1] : -4]))
+        for way, output in filled.items():
+            found = model.generate(**on(output, whole), **options)
+            assert torch.equal(found.sequences, expected.sequences), way
+            torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+
+
+@pytest.mark.parametrize("with_forward", [False, True], ids=["generate", "forward"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_padding_behind_a_shorter_answer_is_hidden_from_later_turns(name, with_forward):
+    """The mask of a further turn says where it is, in the cache or not."""
+    case = CASES[name]
+    text, _ = second_turn(case, None, 3)
+    with skipping(case.model, options_for(name)), torch.no_grad():
+        found = []
+        for rows, count in (([0, 3], 6), ([0], 3)):
+            prompts = case.prompts(rows)
+            first = case.model.generate(**prompts, **greedy_options(case.model, count))
+            new = text["input_ids"].expand(len(rows), -1)
+            ids = torch.cat((first.sequences, new), dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, : prompts["attention_mask"].shape[1]] = prompts["attention_mask"]
+            mask[0, -new.shape[1] - count + 3 : -new.shape[1]] = 0
+            cache = with_cache(case.model, cache_of(first))
+            if with_forward:
+                unread = new.shape[1] + 1
+                output = case.model(input_ids=ids[:, -unread:], attention_mask=mask, **cache)
+                found.append(output.logits[0, -1])
+            else:
+                output = case.model.generate(
+                    input_ids=ids, attention_mask=mask, **cache, **greedy_options(case.model, 3)
+                )
+                found.append(torch.stack(output.logits)[:, 0])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_a_forward_of_a_further_image_takes_either_mask(name):
+    """That of the whole conversation, or of the new tokens: what `generate` does."""
+    case, picture = CASES[name], CASES[name].prompts([3])
+    with skipping(case.model, options_for(name)), torch.no_grad():
+        first = case.model.generate(**case.prompts([0]), **greedy_options(case.model, 3))
+        ids, last = picture["input_ids"], first.sequences[:, -1:]
+        part = {**picture, "input_ids": torch.cat((last, ids), dim=1)}
+        for types in {"token_type_ids", "mm_token_type_ids"} & picture.keys():
+            part[types] = torch.nn.functional.pad(picture[types], (1, 0))
+        masks = [torch.ones_like(part["input_ids"]), torch.ones(1, first.sequences.shape[1] + ids.shape[1]).long()]
+        given = {**part, "attention_mask": masks[1], **with_cache(case.model, cache_of(copy.deepcopy(first)))}
+        expected = case.model.generate(**given, **greedy_options(case.model, 1)).logits[0]
+        for mask in masks:
+            cache = with_cache(case.model, cache_of(copy.deepcopy(first)))
+            found = case.model(**{**part, "attention_mask": mask}, **cache).logits[:, -1]
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
 @pytest.mark.interfaces
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_a_loop_of_forwards(name):

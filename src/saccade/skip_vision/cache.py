@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -38,8 +39,8 @@ class CacheState:
         gap: number of columns that were read but are no longer stored.
         has_skip: whether any column may be true in `skip`.
         dense: whether every column is known to be valid.
-        sequence: long `(B, T)`, the rearranged tokens of the conversation so far, once `generate` is done.
-        cut: how many tokens shorter `sequence` is than what was returned to the user.
+        ids: long `(B, T)`, the tokens that were read, where they were given by their ids.
+        cut: how many tokens fewer were read than there are in the conversation as given.
         laid_out: number of tokens read up to the end of the last prompt that was rearranged. Later ones are as given.
         inside: whether the language model is running.
     """
@@ -50,7 +51,7 @@ class CacheState:
     gap: int = 0
     has_skip: bool = False
     dense: bool = False
-    sequence: Tensor | None = None
+    ids: Tensor | None = None
     cut: int = 0
     laid_out: int = 0
     inside: bool = False
@@ -78,7 +79,24 @@ class CacheState:
         """Follow the rows of the cache, which are now these of its former ones: long `(B',)`, or bool `(B,)`."""
         rows = rows.to(self.valid.device)
         self.valid, self.skip, self.position = self.valid[rows], self.skip[rows], self.position[rows]
-        self.sequence = None if self.sequence is None else self.sequence[rows]
+        self.ids = None if self.ids is None else self.ids[rows]
+
+    def hide(self, mask: Tensor) -> None:
+        """Take tokens after the rearranged prompt for padding where a mask `(B, T)` up to the last column has zeros.
+
+        Such as those that fill a batch after the end of a shorter answer.
+        """
+        later = self.valid.shape[1] + self.gap - self.laid_out
+        if 0 < later <= mask.shape[1]:
+            seen = self.valid[:, -later:] & mask[:, -later:].to(self.valid)
+            self.valid = torch.cat((self.valid[:, :-later], seen), dim=1)
+            self.position = greatest_so_far(self.position, self.valid)
+            self.dense = False
+
+    def ids_of(self, read: int) -> Tensor:
+        """The first `read` tokens, long `(B, read)`; zeros where their ids are not known."""
+        ids = self.position.new_zeros(len(self.position), 0) if self.ids is None else self.ids[:, :read]
+        return pad(ids, (0, read - ids.shape[1]))
 
 
 def greatest_so_far(position: Tensor, valid: Tensor) -> Tensor:

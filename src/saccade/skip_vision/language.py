@@ -109,10 +109,12 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state.has_skip |= skips
         state.dense &= mask is None
         whole = roles is None or read + length >= roles.shape[1]
-        if state.has_skip and freeing and whole:
+        removes = state.has_skip and freeing and whole
+        if removes:
             compact(cache, state)
+        if skips or removes:
             # Assisted decoding reads its first candidates along with the prompt, and crops those that it rejects.
-            state.laid_out = read + length if roles is None else roles.shape[1]
+            state.laid_out = read + length if roles is None else min(read + length, roles.shape[1])
     return output
 
 

@@ -15,10 +15,18 @@ from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
 from saccade.pruning.cache import cache_of, next_positions
-from saccade.pruning.patching import HANDLE, call_original, like, patch, sort_arguments, unpatch
-from saccade.skip_vision.cache import cache_name, check_config, read_length, state_of
+from saccade.pruning.patching import (
+    HANDLE,
+    call_original,
+    like,
+    patch,
+    sort_arguments,
+    unpatch,
+    with_given_prompt,
+)
+from saccade.skip_vision.cache import CacheState, cache_name, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
-from saccade.skip_vision.conversation import as_given, go_on, new_part
+from saccade.skip_vision.conversation import go_on, last_part, note_ids, note_layout, unread
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.rows import STATE, patch_layers
 from saccade.skip_vision.skipper import Skipper
@@ -240,37 +248,50 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, after rearranging visual tokens."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.forward, args, kwargs)
+    cache = cache_of(kwargs)
+    state, read = state_of(cache), read_length(cache)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
-        state = state_of(cache_of(kwargs))
-        if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
-            # The model would continue from its own last call, regardless of this cache.
-            mask, new = kwargs.get("attention_mask"), torch.ones_like(kwargs["input_ids"])
-            new = mask[:, -new.shape[1] :].to(new) if isinstance(mask, Tensor) and mask.dim() == 2 else new
-            kwargs["position_ids"] = next_positions(state.next_position.unsqueeze(1) - 1, new, (3,))
-        output = call_original(model, **kwargs)
-        idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
-        if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
-            output["loss"] = output["loss"] + skip.summary.idle()
-        return output
+        return _laid_out_forward(skip, kwargs, state, read)
     inputs, others = sort_arguments(skip.family, kwargs)
-    cache = cache_of(others)
     labels = others.pop("labels", None)
-    prepared = skip.prepare(inputs, labels)
-    if read_length(cache):
-        length = prepared["input_ids"].shape[1]
-        prepared = go_on(prepared, cache, state_of(cache), inputs.get("attention_mask"))
+    given = inputs["input_ids"].shape[1]
+    part, earlier = last_part(inputs, given)
+    prepared = skip.prepare(part, labels)
+    length = prepared["input_ids"].shape[1]
+    if read:
+        prepared = go_on(prepared, cache, state, earlier)
         prepared["input_ids"] = prepared["input_ids"][:, -length:]
         prepared["position_ids"] = prepared["position_ids"][..., -length:]
     output = call_original(model, **others, **prepared)
     cache = cache_of(output) if cache is None else cache
-    state = state_of(cache)
-    if state is not None:
-        state.laid_out = read_length(cache)
+    note_ids(cache, prepared["input_ids"], read)
+    note_layout(cache, given, length, read + length)
+    return output
+
+
+def _laid_out_forward(skip: SkipVision, kwargs: dict[str, Any], state: CacheState | None, read: int) -> Any:
+    """The stock forward on tokens that are not to be rearranged, after `read` ones of a cache with this state."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    masked = isinstance(mask, Tensor) and mask.dim() == 2
+    if state is not None and ids is not None:
+        length = ids.shape[1]
+        if masked and kwargs.get(ROLES_KEYWORD) is None:
+            state.hide(mask[:, :-length])
+        if skip.family.uses_mrope and kwargs.get("position_ids") is None:
+            # The model would continue from its own last call, regardless of this cache.
+            new = mask[:, -length:].to(ids) if masked else torch.ones_like(ids)
+            kwargs["position_ids"] = next_positions(state.next_position.unsqueeze(1) - 1, new, (3,))
+    output = call_original(skip.model, **kwargs)
+    cache = cache_of(kwargs)
+    note_ids(cache_of(output) if cache is None else cache, ids, read)
+    idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
+    if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
+        output["loss"] = output["loss"] + skip.summary.idle()
     return output
 
 
 def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock `generate`, after rearranging visual tokens."""
+    """The stock `generate`, after rearranging visual tokens; its output begins with the original prompt."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
@@ -285,13 +306,20 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get(ROLES_KEYWORD) is not None or (not images and state is None):
         return call_original(model, method="generate", **kwargs)
     inputs, others = sort_arguments(skip.family, kwargs)
-    given = inputs["input_ids"]
+    length, read = inputs["input_ids"].shape[1], read_length(cache)
     with torch.no_grad():
-        if read_length(cache):
-            part = new_part(inputs, cache, state)
-            prepared = go_on(skip.prepare(part, padding_side="left"), cache, state, inputs.get("attention_mask"))
-        else:
-            prepared = skip.prepare(inputs, padding_side="left")
-    laid_out = prepared["input_ids"]
+        length = unread(inputs, cache, state) if read else length
+        part, earlier = last_part(inputs, length)
+        new = skip.prepare(part, padding_side="left")
+        prepared = go_on(new, cache, state, earlier) if read else new
+    sequence = prepared["input_ids"].shape[1]
     output = call_original(model, method="generate", **others, **prepared)
-    return as_given(output, given, laid_out, cache)
+    if isinstance(output, ModelOutput):
+        cache = cache_of(output) if cache is None else cache
+        output.sequences = with_given_prompt(output.sequences, inputs["input_ids"], sequence)
+    else:
+        output = with_given_prompt(output, inputs["input_ids"], sequence)
+    moved = images or not torch.equal(new["attention_mask"], part["attention_mask"].to(new["attention_mask"]))
+    if moved:
+        note_layout(cache, length, sequence - read, sequence)
+    return output
