@@ -253,7 +253,8 @@ def test_a_further_turn_however_the_cache_was_filled(name, drop):
     text, _ = second_turn(case, prompts, 3)
 
     def on(output, *ids):
-        return {"input_ids": torch.cat(ids, dim=1), **with_cache(model, cache_of(output))}
+        new = torch.cat(ids, dim=1)
+        return {"input_ids": new, "attention_mask": torch.ones_like(new), **with_cache(model, cache_of(output))}
 
     with skipping(model, options_for(name, drop_kv=drop)), torch.no_grad():
         first = model.generate(**prompts, **options)
@@ -269,8 +270,8 @@ def test_a_further_turn_however_the_cache_was_filled(name, drop):
             steps = model(**on(steps, token.unsqueeze(1)))
         filled["generate, forwards"] = steps
         alone = on(copy.deepcopy(first), whole[:, read : -3 - text["input_ids"].shape[1]])
-        mask = torch.ones(1, read + alone["input_ids"].shape[1], dtype=torch.long)
-        filled["generate, new tokens"] = model.generate(**alone, attention_mask=mask, **options)
+        alone["attention_mask"] = torch.ones(1, read + alone["input_ids"].shape[1], dtype=torch.long)
+        filled["generate, new tokens"] = model.generate(**alone, **options)
         if not drop:  # else the answer would see other tokens
             output = model(**prompts, use_cache=True)
             filled["forward, forward"] = model(**on(output, whole[:, prompts["input_ids"].shape[1] : -4]))

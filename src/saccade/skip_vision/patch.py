@@ -15,6 +15,7 @@ from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
 from saccade.pruning.cache import cache_of, next_positions
+from saccade.pruning.given_prompt import generate_on, mask_of
 from saccade.pruning.patching import (
     HANDLE,
     call_original,
@@ -22,7 +23,6 @@ from saccade.pruning.patching import (
     patch,
     sort_arguments,
     unpatch,
-    with_given_prompt,
 )
 from saccade.skip_vision.cache import CacheState, cache_name, check_config, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
@@ -296,6 +296,7 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    kwargs["attention_mask"] = mask_of(model, kwargs)
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError(
             "assistant_model: an assistant would need a separate layout; leave it out, or use prompt_lookup_num_tokens"
@@ -313,12 +314,9 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         new = skip.prepare(part, padding_side="left")
         prepared = go_on(new, cache, state, earlier) if read else new
     sequence = prepared["input_ids"].shape[1]
-    output = call_original(model, method="generate", **others, **prepared)
-    if isinstance(output, ModelOutput):
-        cache = cache_of(output) if cache is None else cache
-        output.sequences = with_given_prompt(output.sequences, inputs["input_ids"], sequence)
-    else:
-        output = with_given_prompt(output, inputs["input_ids"], sequence)
+    output = generate_on(model, inputs["input_ids"], {**others, **prepared})
+    if cache is None and isinstance(output, ModelOutput):
+        cache = cache_of(output)
     moved = images or not torch.equal(new["attention_mask"], part["attention_mask"].to(new["attention_mask"]))
     if moved:
         note_layout(cache, length, sequence - read, sequence)
