@@ -8,6 +8,7 @@ from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from peft import LoraConfig, get_peft_model
 from skip_tester import CLOSE, options_for, oracle_logits, skipping, without_roles
 
+from saccade import SaccadeError
 from saccade.reducers import get_reducer
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
@@ -283,3 +284,72 @@ def test_a_model_wrapped_by_peft_skips_generates_and_is_restored():
         assert torch.equal(without_summary, direct)
         skip.remove()
         assert torch.equal(wrapped.generate(**inputs, max_new_tokens=4, do_sample=False), stock)
+
+
+@pytest.mark.interfaces
+@pytest.mark.parametrize(
+    "adapters",
+    [{"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "modules_to_save": ["skip_summary"]}],
+    ids=["all linear", "head saved"],
+)
+def test_adapters_on_a_skipping_model_are_part_of_its_summary_head(adapters, tmp_path):
+    """They get gradients, change what the head does, and once they are merged it is saved like any other."""
+    case = tester.Case("llava", FAMILIES["llava"])
+    stock = copy.deepcopy(case.model)
+    with skipping(case.model, options_for("llava")) as skip:
+        wrapped = get_peft_model(case.model, LoraConfig(**adapters, init_lora_weights=False))
+        wrapped(**case.batch).loss.backward()
+        trained = {name: p for name, p in wrapped.named_parameters() if "skip_summary" in name and p.requires_grad}
+        assert trained
+        assert all(parameter.grad is not None for parameter in trained.values())
+        before = logits_and_roles(wrapped, skip, case.inputs)[0]
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.mul_(2)
+        expected = logits_and_roles(wrapped, skip, case.inputs)[0]
+        assert not torch.allclose(before, expected, atol=1e-3)
+        saved(stock, tmp_path)
+        for call in (skip.save_pretrained, skip.load_summary):
+            with pytest.raises(SaccadeError, match=r"the summary head has a '.*PEFT wrapped it after"):
+                call(tmp_path)
+        merged = wrapped.merge_and_unload()
+        torch.testing.assert_close(logits_and_roles(merged, skip, case.inputs)[0], expected, **CLOSE)
+        skip.save_pretrained(tmp_path)
+        head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
+    with_head = apply_skip_vision(stock, tmp_path)
+    assert all(torch.equal(value, head[name]) for name, value in with_head.summary.state_dict().items())
+
+
+def saved(model, folder):
+    """The head of a model, saved to `folder`, and its tensors."""
+    with skipping(model, options_for("llava")) as skip:
+        skip.save_pretrained(folder)
+        return {name: value.clone() for name, value in skip.summary.state_dict().items()}
+
+
+def test_a_module_that_was_replaced_while_it_skipped_is_said_to_be():
+    case = tester.Case("llava", FAMILIES["llava"])
+    wrapped = get_peft_model(case.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with skipping(case.model, options_for("llava")):
+        merged = wrapped.merge_and_unload()
+        with pytest.raises(
+            SaccadeError, match=r"was replaced after `apply_skip_vision`, as by `merge_and_unload\(\)`"
+        ):
+            merged(**case.inputs)
+
+
+def test_a_head_can_be_saved_after_removal_and_is_not_made_up_for_a_folder_without_one(tmp_path):
+    case = CASES["llava"]
+    head = saved(case.model, tmp_path)
+    skip = apply_skip_vision(case.model, tmp_path)
+    skip.remove()
+    skip.save_pretrained(tmp_path)
+    skip = apply_skip_vision(case.model, tmp_path)
+    try:
+        assert all(torch.equal(value, head[name]) for name, value in skip.summary.state_dict().items())
+    finally:
+        skip.remove()
+    with skipping(case.model, options_for("llava", summary=False)) as skip:
+        skip.save_pretrained(tmp_path)
+    with pytest.raises(SaccadeError, match=r"summary=True: the model of .* was trained without summary tokens"):
+        apply_skip_vision(case.model, tmp_path, summary=True)

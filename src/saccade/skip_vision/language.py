@@ -98,7 +98,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with stored_lengths(state):
         output = call_original(module, **kwargs)
     if rows is not None:
-        check_rows_arrived(rows, module.__dict__[SKIPPING])
+        check_rows_arrived(rows, module.__dict__[SKIPPING], module)
 
     wanted = cache is not None or (kwargs.get("use_cache") is True and not module.training)
     cache = cache_of(output)

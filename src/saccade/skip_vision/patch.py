@@ -30,7 +30,7 @@ from saccade.skip_vision.conversation import go_on, last_part, note_ids, note_la
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.rows import STATE, patch_layers
 from saccade.skip_vision.skipper import Skipper
-from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead
+from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead, check_names, head_of
 
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
 
@@ -43,6 +43,7 @@ class SkipVision:
         self.config = config
         self._patched: list[nn.Module] = []
         self._ignored_before: Any = None
+        self._removed: SummaryHead | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -50,8 +51,8 @@ class SkipVision:
 
     @property
     def summary(self) -> SummaryHead | None:
-        """The summary head, a module of the stock model; None without summaries."""
-        return getattr(self.model, SUMMARY_NAME, None)
+        """The summary head, a module of the stock model until `remove()`; None without summaries."""
+        return head_of(self.model) if self._removed is None else self._removed
 
     def prepare(
         self,
@@ -99,21 +100,24 @@ class SkipVision:
 
         Raises:
             OSError: if the file cannot be written.
+            SaccadeError: if PEFT has wrapped the head, whose tensors then have other names.
         """
         if tensors is None:
             tensors = {} if self.summary is None else self.summary.state_dict()
+        check_names(tensors.keys())
         return save_companion(folder, SUMMARY_FILE, tensors, asdict(self.config))
 
     def load_summary(self, folder: str | Path) -> None:
         """Load the summary head's weights that `save_pretrained` wrote to `folder`; the options do not change.
 
         Raises:
-            SaccadeError: if there is no such file, or it belongs to another model.
+            SaccadeError: if there is no such file, or it belongs to another model; if PEFT has wrapped the head.
         """
         if self.summary is None:
             return
         _, tensors = read_companion(folder, SUMMARY_FILE, "folder")
         own = dict(self.summary.named_parameters())
+        check_names(own.keys())
         if {name: tuple(value.shape) for name, value in tensors.items()} != {
             name: tuple(value.shape) for name, value in own.items()
         }:
@@ -137,6 +141,7 @@ class SkipVision:
             self.family.language_model.__dict__.pop(name)
         del self.model.__dict__[HANDLE]
         if self.summary is not None:
+            self._removed = self.summary  # it can be saved still
             delattr(self.model, SUMMARY_NAME)
             del self.model.__dict__[KEYS_TO_IGNORE]
             if self._ignored_before is not None:
@@ -161,7 +166,7 @@ class SkipVision:
             self._ignored_before = model.__dict__.get(KEYS_TO_IGNORE)
             names = {f"{SUMMARY_NAME}.{name}" for name in head.state_dict()}
             setattr(model, KEYS_TO_IGNORE, set(getattr(model, KEYS_TO_IGNORE) or ()) | names)
-        self._skipper = Skipper(self.family, config, self.summary)
+        self._skipper = Skipper(self.family, config)
         model.__dict__[HANDLE] = self
 
 
@@ -194,6 +199,11 @@ def apply_skip_vision(
         raise SaccadeError(f"config is {kind_of(config)}: give a SkipVisionConfig, or the folder of a model")
     has_summary = folder is not None and config.summary
     config = config.replace(**options) if options else config
+    if folder is not None and config.summary and not has_summary:
+        raise SaccadeError(
+            f"summary=True: the model of {str(folder)!r} was trained without summary tokens, so there is no head for "
+            "them; leave summary out"
+        )
     family = get_family(model)
     if HANDLE in family.model.__dict__:
         raise SaccadeError("model: it skips or prunes already; call `remove()` on what switched that on first")
