@@ -351,5 +351,28 @@ def test_a_head_can_be_saved_after_removal_and_is_not_made_up_for_a_folder_witho
         skip.remove()
     with skipping(case.model, options_for("llava", summary=False)) as skip:
         skip.save_pretrained(tmp_path)
-    with pytest.raises(SaccadeError, match=r"summary=True: the model of .* was trained without summary tokens"):
+    with pytest.raises(SaccadeError, match=r"folder=.*: its model was trained without summary tokens, so it"):
         apply_skip_vision(case.model, tmp_path, summary=True)
+
+
+def test_what_is_replaced_of_a_folder_need_not_be_known_here(tmp_path):
+    """Such as a reducer of the trainer's own, with its options."""
+    case = CASES["llava"]
+    with skipping(case.model, options_for("llava")) as skip:
+        skip.config.split, skip.config.split_options, skip.config.merge = "mine", {"sharpness": 3}, "mine too"
+        skip.save_pretrained(tmp_path)
+    for options, name in (({}, "split='mine'"), ({"split": "divprune"}, "merge='mine too'")):
+        with pytest.raises(SaccadeError, match=name):
+            apply_skip_vision(case.model, tmp_path, **options)
+    skip = apply_skip_vision(case.model, tmp_path, split="divprune", merge="tome")
+    skip.remove()
+    assert skip.config == options_for("llava", merge="tome")
+
+
+def test_text_visibility_and_sliding_windows():
+    """A mask that hides skipped tokens would replace those of every layer."""
+    case = CASES["gemma3"]
+    for visibility in ("prompt_only", "none"):
+        with pytest.raises(SaccadeError, match=rf"text_visibility='{visibility}': .*DynamicSlidingWindowLayer"):
+            apply_skip_vision(case.model, options_for("gemma3", text_visibility=visibility))
+    assert not hasattr(case.model, "skip_summary")

@@ -216,14 +216,10 @@ def compact(cache: Cache, state: CacheState) -> None:
     state.has_skip, state.dense = False, bool(state.valid.all())
 
 
-def check_config(config: PreTrainedConfig) -> None:
-    """Check that skipped tokens can be removed from the caches of a language model with this configuration."""
+def other_layers(config: PreTrainedConfig) -> str:
+    """The kinds of layers in the caches of such a language model that do not keep all tokens as they are, in words."""
     kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
-    if kinds:
-        raise SaccadeError(
-            f"drop_kv=True: this language model has layers with a {', '.join(sorted(kinds))}, which count tokens by "
-            "position, so none can be removed; set drop_kv=False"
-        )
+    return ", ".join(sorted(kinds))
 
 
 def check_cache(cache: Cache) -> None:

@@ -24,7 +24,7 @@ from saccade.pruning.patching import (
     sort_arguments,
     unpatch,
 )
-from saccade.skip_vision.cache import CacheState, cache_name, check_config, read_length, state_of
+from saccade.skip_vision.cache import CacheState, cache_name, other_layers, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
 from saccade.skip_vision.conversation import go_on, last_part, note_ids, note_layout, unread
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
@@ -116,6 +116,11 @@ class SkipVision:
         if self.summary is None:
             return
         _, tensors = read_companion(folder, SUMMARY_FILE, "folder")
+        if not tensors:
+            raise SaccadeError(
+                f"folder={str(folder)!r}: its model was trained without summary tokens, so it has no head for them; "
+                "set summary=False"
+            )
         own = dict(self.summary.named_parameters())
         check_names(own.keys())
         if {name: tuple(value.shape) for name, value in tensors.items()} != {
@@ -124,7 +129,7 @@ class SkipVision:
             width = self.model.config.get_text_config().hidden_size
             raise SaccadeError(
                 f"folder={str(folder)!r}: its summary head does not fit a model of width {width}: it was trained for "
-                "another model, or without summary tokens"
+                "another model"
             )
         for name, parameter in own.items():
             copy_whole(tensors[name], parameter)
@@ -192,25 +197,20 @@ def apply_skip_vision(
     """
     folder = config if isinstance(config, (str, Path)) else None
     if folder is not None:
-        config = SkipVisionConfig.from_pretrained(folder)
+        config = SkipVisionConfig.from_pretrained(folder, **options)
     elif config is None:
-        config = SkipVisionConfig()
+        config = SkipVisionConfig().replace(**options)
     elif not isinstance(config, SkipVisionConfig):
         raise SaccadeError(f"config is {kind_of(config)}: give a SkipVisionConfig, or the folder of a model")
-    has_summary = folder is not None and config.summary
-    config = config.replace(**options) if options else config
-    if folder is not None and config.summary and not has_summary:
-        raise SaccadeError(
-            f"summary=True: the model of {str(folder)!r} was trained without summary tokens, so there is no head for "
-            "them; leave summary out"
-        )
+    elif options:
+        config = config.replace(**options)
     family = get_family(model)
     if HANDLE in family.model.__dict__:
         raise SaccadeError("model: it skips or prunes already; call `remove()` on what switched that on first")
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
-    if has_summary:
+    if folder is not None:
         try:
             skip.load_summary(folder)
         except SaccadeError:
@@ -238,8 +238,17 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
     cache_name(type(family.model).forward)
     check_language_model(language)
-    if config.drop_kv:
-        check_config(language.config)
+    others = other_layers(language.config)
+    if config.drop_kv and others:
+        raise SaccadeError(
+            f"drop_kv=True: this language model has layers with a {others}, which count tokens by position, so none "
+            "can be removed; set drop_kv=False"
+        )
+    if config.text_visibility != "all" and others:
+        raise SaccadeError(
+            f"text_visibility={config.text_visibility!r}: this language model has layers with a {others}, whose masks "
+            "differ from the one that hides skipped tokens; use text_visibility='all'"
+        )
     kind = language.config._attn_implementation
     if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
         raise SaccadeError(
