@@ -311,6 +311,22 @@ def test_padding_behind_a_shorter_answer_is_hidden_from_later_turns(name, with_f
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_a_further_turn_of_a_batch(name):
+    """Each row as by itself, also if the model makes its masks before its language model."""
+    case = CASES[name]
+    answers, options = [], greedy_options(case.model, 4)
+    with skipping(case.model, options_for(name)):
+        for rows in (range(4), *([row] for row in range(4))):
+            prompts = case.prompts(rows)
+            first = case.model.generate(**prompts, **options)
+            whole = {"input_ids": torch.nn.functional.pad(first.sequences, (0, 3), value=21)}
+            whole["attention_mask"] = torch.nn.functional.pad(prompts["attention_mask"], (0, 7), value=1)
+            second = case.model.generate(**whole, **with_cache(case.model, cache_of(first)), **options)
+            answers.append(torch.stack(second.logits))
+    torch.testing.assert_close(torch.cat(answers[1:], dim=1), answers[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
 def test_a_forward_of_a_further_image_takes_either_mask(name):
     """That of the whole conversation, or of the new tokens: what `generate` does."""
     case, picture = CASES[name], CASES[name].prompts([3])
@@ -361,8 +377,9 @@ def test_a_row_answers_as_alone_beside_a_longer_one_that_skips_nothing(llava):
     torch.testing.assert_close(together[:, 0], alone[:, 0], **CLOSE)
 
 
-@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize(
+    ("name", "drop"), [("llava", True), ("llava", False), ("qwen2_vl", True), ("qwen2_vl", False), ("gemma3", False)]
+)
 def test_a_loop_of_forwards_whatever_its_mask(name, drop):
     """With the mask of the conversation as given, or as laid out, or none: each row of a batch as by itself."""
     case, tokens = CASES[name], torch.tensor([[20], [21], [22], [23]])

@@ -75,7 +75,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         check_cache(cache)
 
     mask = kwargs.get("attention_mask")
-    valid, skipped = _columns(state, cache, mask, skip)  # (B, C + Q) each
+    valid, skipped = _columns(state, cache, mask, now)  # (B, C + Q) each
     blind = None
     if skips or (state is not None and state.has_skip):
         blind = _blind(config, now, beyond)
@@ -130,16 +130,18 @@ def _roles_now(
     return now, beyond.expand(batch, length)
 
 
-def _columns(state: CacheState | None, cache: Cache | None, mask: Any, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the stored columns and of this call's are real, and which are skipped: bool `(B, C + Q)` each."""
-    batch, length = skip.shape
-    stored = stored_length(cache)
-    ones = torch.ones(batch, stored + length, dtype=torch.bool, device=skip.device)
+def _columns(state: CacheState | None, cache: Cache | None, mask: Any, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the stored columns and of this call's, with the roles `now` `(B, Q)`, are real, and which are skipped:
+    bool `(B, C + Q)` each."""
+    batch, length = now.shape
+    stored, skip = stored_length(cache), now == Role.SKIPPED
     two = isinstance(mask, Tensor) and mask.dim() == 2
-    new = mask[:, -length:].bool() if two else ones[:, :length]
+    # Models that make their masks before their language model leave it the roles to tell padding by.
+    new = mask[:, -length:].bool() if two else now != Role.PADDING
     if state is not None:
         return torch.cat((state.valid, new), dim=1), torch.cat((state.skip, skip), dim=1)
-    old = mask[:, :stored].bool() if two and mask.shape[1] == stored + length else ones[:, :stored]
+    whole = two and mask.shape[1] == stored + length
+    old = mask[:, :stored].bool() if whole else new.new_ones(batch, stored)
     return torch.cat((old, new), dim=1), torch.cat((torch.zeros_like(old), skip), dim=1)
 
 

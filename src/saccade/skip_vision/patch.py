@@ -294,11 +294,14 @@ def _laid_out_forward(skip: SkipVision, kwargs: dict[str, Any], state: CacheStat
     masked = isinstance(mask, Tensor) and mask.dim() == 2
     if state is not None and ids is not None:
         length = ids.shape[1]
+        new = mask[:, -length:].to(ids) if masked else torch.ones_like(ids)
         if masked and kwargs.get(ROLES_KEYWORD) is None:
             state.hide(mask[:, :-length])
+        if not state.gap and (masked or mask is None):
+            # Some models make their masks before their language model, which could then not do this for them.
+            kwargs["attention_mask"] = torch.cat((state.valid.to(new), new), dim=1)
         if skip.family.uses_mrope and kwargs.get("position_ids") is None:
             # The model would continue from its own last call, regardless of this cache.
-            new = mask[:, -length:].to(ids) if masked else torch.ones_like(ids)
             kwargs["position_ids"] = next_positions(state.next_position.unsqueeze(1) - 1, new, (3,))
     output = call_original(skip.model, **kwargs)
     cache = cache_of(kwargs)
