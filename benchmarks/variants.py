@@ -134,7 +134,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         def active() -> Iterator[Loss]:
             skip = apply_skip_vision(model, config)
             try:
-                plan = ModePlan(Skipper(family, config, skip.summary))
+                plan = ModePlan(Skipper(family, config))
                 step = DualSpeedStep(family, {"mode": plan}, 1.0, 1.0)
                 yield lambda batch: step("mode", batch, label_count(batch)).loss
             finally:

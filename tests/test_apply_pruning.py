@@ -11,6 +11,7 @@ import torch
 from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from skip_tester import options_for, skipping
 from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
@@ -32,6 +33,16 @@ from saccade.testing.tiny_models import Tiny
 
 CASES = {name: Case(name, FAMILIES[name]) for name in FAMILIES}
 CONFIG = PruningConfig("divprune", prune_ratio=0.7)
+IN_PLACE = {
+    "pruning": lambda model: apply_pruning(model, CONFIG),
+    "skip_vision": lambda model: skipping(model, options_for("llava")),
+}
+"""Context managers of each way in which `generate` runs on another prompt than the given one."""
+
+
+@pytest.fixture(params=IN_PLACE)
+def in_place(request):
+    return IN_PLACE[request.param]
 
 
 def same_answers(case, prompts, config=CONFIG, **options):
@@ -338,13 +349,13 @@ def test_a_cache_is_handed_from_forward_to_generate_and_back(name):
     assert gone() is None
 
 
-def test_limits_of_the_length_count_the_prompt_that_was_given():
+def test_limits_of_the_length_count_the_prompt_that_was_given(in_place):
     case = CASES["llava"]
     prompts = case.prompts([0])
     length = prompts["input_ids"].shape[1]
     options = {**generation_options(case), "max_length": length + 3}
     del options["max_new_tokens"], options["min_new_tokens"]
-    with apply_pruning(case.model, CONFIG):
+    with in_place(case.model):
         assert case.model.generate(**prompts, **options).shape[1] == length + 3
         config = GenerationConfig(max_length=length + 2, do_sample=False, pad_token_id=0)
         assert case.model.generate(**prompts, generation_config=config).shape[1] <= length + 2
@@ -358,7 +369,7 @@ LIMITS = [{"min_length": 3, "max_length": 9}, {"min_length": 3, "max_new_tokens"
 
 @pytest.mark.parametrize("places", ["keywords", "config", "model", "config and model", "keywords and model"])
 @pytest.mark.parametrize("limits", LIMITS, ids=" ".join)
-def test_limits_count_it_wherever_they_are_set(places, limits, monkeypatch):
+def test_limits_count_it_wherever_they_are_set(in_place, places, limits, monkeypatch):
     """The stock model's number of new tokens on as long a prompt, which ends once it may."""
     case = CASES["llava"]
     prompts = case.prompts([0])
@@ -386,7 +397,7 @@ def test_limits_count_it_wherever_they_are_set(places, limits, monkeypatch):
     if places == "keywords and model":
         given = {**rest, **{name: value for name, value in limits.items() if name not in lower}}
     expected = case.model.generate(**prompts, **given).shape[1] - length
-    with apply_pruning(case.model, CONFIG):
+    with in_place(case.model):
         assert case.model.generate(**prompts, **given).shape[1] - length == expected
     assert expected == (4 if lower else 3)
 
@@ -402,7 +413,7 @@ class Until(StoppingCriteria):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
-def test_functions_of_the_caller_see_the_prompt_that_was_given(options):
+def test_functions_of_the_caller_see_the_prompt_that_was_given(in_place, options):
     case = CASES["llava"]
     prompts = case.prompts([0, 1])
     length = prompts["input_ids"].shape[1]
@@ -420,7 +431,7 @@ def test_functions_of_the_caller_see_the_prompt_that_was_given(options):
         def expected(self, batch: int) -> torch.Tensor:
             return prompts["input_ids"].repeat_interleave(batch // 2, dim=0)
 
-    with apply_pruning(case.model, CONFIG):
+    with in_place(case.model):
         output = case.model.generate(**prompts, **given, logits_processor=[Seen()], prefix_allowed_tokens_fn=allowed)
         until = Until(int(output[0, length]), prompts["input_ids"])
         ended = case.model.generate(**prompts, **given, prefix_allowed_tokens_fn=allowed, stopping_criteria=[until])
@@ -433,7 +444,7 @@ def test_functions_of_the_caller_see_the_prompt_that_was_given(options):
         assert torch.equal(ids, prompts["input_ids"][number // several])
 
 
-def test_a_streamer_begins_with_the_prompt_that_was_given():
+def test_a_streamer_begins_with_the_prompt_that_was_given(in_place):
     case = CASES["llava"]
     prompts, put = case.prompts([0]), []
 
@@ -444,10 +455,34 @@ def test_a_streamer_begins_with_the_prompt_that_was_given():
         def end(self):
             put.append(None)
 
-    with apply_pruning(case.model, CONFIG):
+    with in_place(case.model):
         output = case.model.generate(**prompts, **generation_options(case), streamer=Streamer())
     assert put.pop() is None
     assert torch.equal(torch.cat([one.flatten() for one in put]), output[0])
+
+
+def test_a_mask_that_is_missing_is_inferred_as_by_the_stock_model(in_place):
+    """From padding, unless that ends answers too; in a further turn likewise."""
+    case = CASES["llava"]
+    prompts, options = case.prompts(), generation_options(case)
+    unmasked = {name: value for name, value in prompts.items() if name != "attention_mask"}
+    options |= {"min_new_tokens": options["max_new_tokens"], "return_dict_in_generate": True, "output_logits": True}
+    masks = {2: prompts["attention_mask"], 0: torch.ones_like(prompts["input_ids"])}
+    assert not masks[2].all()
+    for end, mask in masks.items():
+        answers = []
+        with in_place(case.model):
+            for given in (unmasked, {**prompts, "attention_mask": mask}):
+                output = case.model.generate(**given, **options, pad_token_id=0, eos_token_id=end)
+                answers += [torch.stack(output.logits)]
+                ids = torch.nn.functional.pad(output.sequences, (0, 2), value=7)
+                added = ids.shape[1] - mask.shape[1]
+                on = {cache_name(case.model.forward): cache_of(output), "input_ids": ids}
+                if "attention_mask" in given:
+                    on["attention_mask"] = torch.nn.functional.pad(mask, (0, added), value=1)
+                output = case.model.generate(**on, **options, pad_token_id=0, eos_token_id=end)
+                answers += [torch.stack(output.logits)]
+        torch.testing.assert_close(answers[:2], answers[2:])
 
 
 def test_a_further_turn_goes_on_with_several_answers():

@@ -251,8 +251,10 @@ def test_a_part_that_a_layer_no_longer_calls_is_an_error(case, part):
             unpatched.__dict__.pop(name)
         parent = layer.get_submodule(part.rpartition(".")[0])
         setattr(parent, part.rpartition(".")[2], unpatched)
+        layer.add_module("not_called", module)
         with pytest.raises(SaccadeError, match=rf"{VERSION}.*did not pass.*{type(module).__name__}, or did not call"):
             case.model(**case.prompts([1]))
+        del layer.not_called
         setattr(parent, part.rpartition(".")[2], module)
 
 

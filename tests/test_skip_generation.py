@@ -240,6 +240,111 @@ def test_new_tokens_alone_may_be_given(llava):
     assert torch.equal(whole.sequences[:, -6:], alone.sequences[:, -6:])
 
 
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_further_turn_however_the_cache_was_filled(name, drop):
+    """By forwards, by `generate` on new tokens only, or by both: what `generate` writes after the whole conversation.
+
+    The penalty depends on every token before, which the cache therefore has to know.
+    """
+    case = CASES[name]
+    model, prompts = case.model, case.prompts([0])
+    options = {**greedy_options(model, 3), "repetition_penalty": 1.5}
+    text, _ = second_turn(case, prompts, 3)
+
+    def on(output, *ids):
+        new = torch.cat(ids, dim=1)
+        return {"input_ids": new, "attention_mask": torch.ones_like(new), **with_cache(model, cache_of(output))}
+
+    with skipping(model, options_for(name, drop_kv=drop)), torch.no_grad():
+        first = model.generate(**prompts, **options)
+        second = model.generate(**on(copy.deepcopy(first), first.sequences, text["input_ids"]), **options)
+        whole = torch.cat((second.sequences, text["input_ids"]), dim=1)
+        expected = model.generate(**on(copy.deepcopy(second), whole), **options)
+        read = first.sequences.shape[1] - 1
+        rest = whole[:, read:-4]
+
+        filled = {"generate, forward": model(**on(copy.deepcopy(first), rest))}
+        steps = copy.deepcopy(first)
+        for token in rest.T:
+            steps = model(**on(steps, token.unsqueeze(1)))
+        filled["generate, forwards"] = steps
+        alone = on(copy.deepcopy(first), whole[:, read : -3 - text["input_ids"].shape[1]])
+        alone["attention_mask"] = torch.ones(1, read + alone["input_ids"].shape[1], dtype=torch.long)
+        filled["generate, new tokens"] = model.generate(**alone, **options)
+        if not drop:  # else the answer would see other tokens
+            output = model(**prompts, use_cache=True)
+            filled["forward, forward"] = model(**on(output, whole[:, prompts["input_ids"].shape[1] : -4]))
+        for way, output in filled.items():
+            found = model.generate(**on(output, whole), **options)
+            assert torch.equal(found.sequences, expected.sequences), way
+            torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), **CLOSE)
+
+
+@pytest.mark.parametrize("with_forward", [False, True], ids=["generate", "forward"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_padding_behind_a_shorter_answer_is_hidden_from_later_turns(name, with_forward):
+    """The mask of a further turn says where it is, in the cache or not."""
+    case = CASES[name]
+    text, _ = second_turn(case, None, 3)
+    with skipping(case.model, options_for(name)), torch.no_grad():
+        found = []
+        for rows, count in (([0, 3], 6), ([0], 3)):
+            prompts = case.prompts(rows)
+            first = case.model.generate(**prompts, **greedy_options(case.model, count))
+            new = text["input_ids"].expand(len(rows), -1)
+            ids = torch.cat((first.sequences, new), dim=1)
+            mask = torch.ones_like(ids)
+            mask[:, : prompts["attention_mask"].shape[1]] = prompts["attention_mask"]
+            mask[0, -new.shape[1] - count + 3 : -new.shape[1]] = 0
+            cache = with_cache(case.model, cache_of(first))
+            if with_forward:
+                unread = new.shape[1] + 1
+                output = case.model(input_ids=ids[:, -unread:], attention_mask=mask, **cache)
+                found.append(output.logits[0, -1])
+            else:
+                output = case.model.generate(
+                    input_ids=ids, attention_mask=mask, **cache, **greedy_options(case.model, 3)
+                )
+                found.append(torch.stack(output.logits)[:, 0])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_a_further_turn_of_a_batch(name):
+    """Each row as by itself, also if the model makes its masks before its language model."""
+    case = CASES[name]
+    answers, options = [], greedy_options(case.model, 4)
+    with skipping(case.model, options_for(name)):
+        for rows in (range(4), *([row] for row in range(4))):
+            prompts = case.prompts(rows)
+            first = case.model.generate(**prompts, **options)
+            whole = {"input_ids": torch.nn.functional.pad(first.sequences, (0, 3), value=21)}
+            whole["attention_mask"] = torch.nn.functional.pad(prompts["attention_mask"], (0, 7), value=1)
+            second = case.model.generate(**whole, **with_cache(case.model, cache_of(first)), **options)
+            answers.append(torch.stack(second.logits))
+    torch.testing.assert_close(torch.cat(answers[1:], dim=1), answers[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_a_forward_of_a_further_image_takes_either_mask(name):
+    """That of the whole conversation, or of the new tokens: what `generate` does."""
+    case, picture = CASES[name], CASES[name].prompts([3])
+    with skipping(case.model, options_for(name)), torch.no_grad():
+        first = case.model.generate(**case.prompts([0]), **greedy_options(case.model, 3))
+        ids, last = picture["input_ids"], first.sequences[:, -1:]
+        part = {**picture, "input_ids": torch.cat((last, ids), dim=1)}
+        for types in {"token_type_ids", "mm_token_type_ids"} & picture.keys():
+            part[types] = torch.nn.functional.pad(picture[types], (1, 0))
+        masks = [torch.ones_like(part["input_ids"]), torch.ones(1, first.sequences.shape[1] + ids.shape[1]).long()]
+        given = {**part, "attention_mask": masks[1], **with_cache(case.model, cache_of(copy.deepcopy(first)))}
+        expected = case.model.generate(**given, **greedy_options(case.model, 1)).logits[0]
+        for mask in masks:
+            cache = with_cache(case.model, cache_of(copy.deepcopy(first)))
+            found = case.model(**{**part, "attention_mask": mask}, **cache).logits[:, -1]
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
 @pytest.mark.interfaces
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
 def test_a_loop_of_forwards(name):
@@ -256,6 +361,82 @@ def test_a_loop_of_forwards(name):
             output = case.model(input_ids=token.unsqueeze(1), **with_cache(case.model, cache_of(output)))
             got.append(output.logits[:, -1])
     torch.testing.assert_close(torch.stack(got), torch.stack(expected.logits), **CLOSE)
+
+
+def test_a_row_answers_as_alone_beside_a_longer_one_that_skips_nothing(llava):
+    """The batch then has as many columns as before, but those of the row that skips are in other places."""
+    prompts, options = llava.prompts([0]), greedy_options(llava.model, 16)
+    ids, longer = prompts["input_ids"], prompts["input_ids"].shape[1] + 10
+    text = torch.randint(20, 60, (1, longer), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, longer, dtype=torch.long)
+    mask[0, :10] = 0
+    both = {**prompts, "input_ids": torch.cat((torch.nn.functional.pad(ids, (10, 0)), text)), "attention_mask": mask}
+    with skipping(llava.model, options_for("llava")):
+        alone = torch.stack(llava.model.generate(**prompts, **options).logits)
+        together = torch.stack(llava.model.generate(**both, **options).logits)
+    torch.testing.assert_close(together[:, 0], alone[:, 0], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"), [("llava", True), ("llava", False), ("qwen2_vl", True), ("qwen2_vl", False), ("gemma3", False)]
+)
+def test_a_loop_of_forwards_whatever_its_mask(name, drop):
+    """With the mask of the conversation as given, or as laid out, or none: each row of a batch as by itself."""
+    case, tokens = CASES[name], torch.tensor([[20], [21], [22], [23]])
+
+    def steps(prompts, tokens, *masks):
+        output = case.model(**prompts, use_cache=True)
+        for mask in masks:
+            output = case.model(input_ids=tokens, attention_mask=mask, **with_cache(case.model, cache_of(output)))
+        return output.logits[:, -1]
+
+    with skipping(case.model, options_for(name, drop_kv=drop)) as skip, torch.no_grad():
+        prompts = case.prompts()
+        alone = [steps(case.prompts([row]), tokens[row : row + 1], None, None) for row in range(4)]
+        for mask in (prompts["attention_mask"], skip.prepare(prompts, padding_side="left")["attention_mask"]):
+            masks = [torch.nn.functional.pad(mask, (0, count), value=1) for count in (1, 2)]
+            for given in (masks, (masks[0], None), (None, None)):
+                torch.testing.assert_close(steps(prompts, tokens, *given), torch.cat(alone), **CLOSE)
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen3_vl"])
+@torch.no_grad()
+def test_a_loop_of_forwards_after_padding_on_the_right(name, drop):
+    """Positions continue from the last token of each row, and tokens of a later call may be padding too."""
+    case = CASES[name]
+    tokens = torch.tensor([[20, 21], [0, 22], [23, 24], [0, 25]])
+    mask = (tokens != 0).long()
+    assert not case.inputs["attention_mask"][:, -1].all()
+    with skipping(case.model, options_for(name, drop_kv=drop)) as skip:
+        found = []
+        for prompts in (case.inputs, skip.prepare(case.inputs, padding_side="left")):
+            output = case.model(**prompts, use_cache=True)
+            longer = torch.cat((prompts["attention_mask"], mask), dim=1)
+            for ids, given in ((tokens, longer), (tokens[:, 1:], None)):
+                output = case.model(input_ids=ids, attention_mask=given, **with_cache(case.model, cache_of(output)))
+            found.append(output.logits[:, -1])
+    torch.testing.assert_close(*found, **CLOSE)
+
+
+@pytest.mark.parametrize("drop", [True, False], ids=["drop_kv", "full cache"])
+@torch.no_grad()
+def test_rows_of_a_cache_may_be_moved(llava, drop):
+    """Selected, sorted or repeated, by the methods of the cache."""
+    tokens, model = torch.tensor([[20], [21], [22], [23]]), llava.model
+    with skipping(model, options_for("llava", drop_kv=drop)):
+        cache = cache_of(model(**llava.prompts(), use_cache=True))
+        moved = {
+            "batch_select_indices": torch.tensor([3, 1]),
+            "reorder_cache": torch.tensor([2, 0, 3, 1]),
+            "batch_repeat_interleave": torch.arange(4).repeat_interleave(2),
+        }
+        twins = [copy.deepcopy(cache) for _ in moved]
+        expected = model(input_ids=tokens, **with_cache(model, cache)).logits
+        for twin, (method, rows) in zip(twins, moved.items(), strict=True):
+            getattr(twin, method)(2 if "repeat" in method else rows)
+            found = model(input_ids=tokens[rows], **with_cache(model, twin)).logits
+            torch.testing.assert_close(found, expected[rows], **CLOSE)
 
 
 def test_prepared_inputs_generate_too(llava):
@@ -299,3 +480,12 @@ def test_what_cannot_work_says_so(llava):
             model.generate(input_ids=ids, pixel_values=prompts["pixel_values"], **with_cache(model, cache))
         with pytest.raises(SaccadeError, match="cache has 1 rows"):
             model.generate(input_ids=ids.repeat(2, 1), **with_cache(model, cache))
+        cache.crop(-4)
+        for call in (model, model.generate):
+            with pytest.raises(SaccadeError, match="cache was cropped to 10 tokens, within a prompt that is laid out"):
+                call(input_ids=ids, **with_cache(model, cache))
+    with skipping(model, options_for("llava", drop_kv=False)), torch.no_grad():
+        cache = cache_of(model(**prompts, use_cache=True))
+        cache.crop(-1)
+        with pytest.raises(SaccadeError, match="cache was cropped to 37 tokens, within a prompt that is laid out"):
+            model(input_ids=ids, **with_cache(model, cache))

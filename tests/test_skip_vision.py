@@ -8,6 +8,7 @@ from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from peft import LoraConfig, get_peft_model
 from skip_tester import CLOSE, options_for, oracle_logits, skipping, without_roles
 
+from saccade import SaccadeError
 from saccade.reducers import get_reducer
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
@@ -283,3 +284,95 @@ def test_a_model_wrapped_by_peft_skips_generates_and_is_restored():
         assert torch.equal(without_summary, direct)
         skip.remove()
         assert torch.equal(wrapped.generate(**inputs, max_new_tokens=4, do_sample=False), stock)
+
+
+@pytest.mark.interfaces
+@pytest.mark.parametrize(
+    "adapters",
+    [{"target_modules": "all-linear"}, {"target_modules": ["q_proj"], "modules_to_save": ["skip_summary"]}],
+    ids=["all linear", "head saved"],
+)
+def test_adapters_on_a_skipping_model_are_part_of_its_summary_head(adapters, tmp_path):
+    """They get gradients, change what the head does, and once they are merged it is saved like any other."""
+    case = tester.Case("llava", FAMILIES["llava"])
+    stock = copy.deepcopy(case.model)
+    with skipping(case.model, options_for("llava")) as skip:
+        wrapped = get_peft_model(case.model, LoraConfig(**adapters, init_lora_weights=False))
+        wrapped(**case.batch).loss.backward()
+        trained = {name: p for name, p in wrapped.named_parameters() if "skip_summary" in name and p.requires_grad}
+        assert trained
+        assert all(parameter.grad is not None for parameter in trained.values())
+        before = logits_and_roles(wrapped, skip, case.inputs)[0]
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.mul_(2)
+        expected = logits_and_roles(wrapped, skip, case.inputs)[0]
+        assert not torch.allclose(before, expected, atol=1e-3)
+        saved(stock, tmp_path)
+        for call in (skip.save_pretrained, skip.load_summary):
+            with pytest.raises(SaccadeError, match=r"the summary head has a '.*PEFT wrapped it after"):
+                call(tmp_path)
+        merged = wrapped.merge_and_unload()
+        torch.testing.assert_close(logits_and_roles(merged, skip, case.inputs)[0], expected, **CLOSE)
+        skip.save_pretrained(tmp_path)
+        head = {name: value.clone() for name, value in skip.summary.state_dict().items()}
+    with_head = apply_skip_vision(stock, tmp_path)
+    assert all(torch.equal(value, head[name]) for name, value in with_head.summary.state_dict().items())
+
+
+def saved(model, folder):
+    """The head of a model, saved to `folder`, and its tensors."""
+    with skipping(model, options_for("llava")) as skip:
+        skip.save_pretrained(folder)
+        return {name: value.clone() for name, value in skip.summary.state_dict().items()}
+
+
+def test_a_module_that_was_replaced_while_it_skipped_is_said_to_be():
+    case = tester.Case("llava", FAMILIES["llava"])
+    wrapped = get_peft_model(case.model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with skipping(case.model, options_for("llava")):
+        merged = wrapped.merge_and_unload()
+        with pytest.raises(
+            SaccadeError, match=r"was replaced after `apply_skip_vision`, as by `merge_and_unload\(\)`"
+        ):
+            merged(**case.inputs)
+
+
+def test_a_head_can_be_saved_after_removal_and_is_not_made_up_for_a_folder_without_one(tmp_path):
+    case = CASES["llava"]
+    head = saved(case.model, tmp_path)
+    skip = apply_skip_vision(case.model, tmp_path)
+    skip.remove()
+    skip.save_pretrained(tmp_path)
+    skip = apply_skip_vision(case.model, tmp_path)
+    try:
+        assert all(torch.equal(value, head[name]) for name, value in skip.summary.state_dict().items())
+    finally:
+        skip.remove()
+    with skipping(case.model, options_for("llava", summary=False)) as skip:
+        skip.save_pretrained(tmp_path)
+    with pytest.raises(SaccadeError, match=r"folder=.*: its model was trained without summary tokens, so it"):
+        apply_skip_vision(case.model, tmp_path, summary=True)
+
+
+def test_what_is_replaced_of_a_folder_need_not_be_known_here(tmp_path):
+    """Such as a reducer of the trainer's own, with its options."""
+    case = CASES["llava"]
+    with skipping(case.model, options_for("llava")) as skip:
+        skip.config.split, skip.config.split_options, skip.config.merge = "mine", {"sharpness": 3}, "mine too"
+        skip.save_pretrained(tmp_path)
+    for options, name in (({}, "split='mine'"), ({"split": "divprune"}, "merge='mine too'")):
+        with pytest.raises(SaccadeError, match=name):
+            apply_skip_vision(case.model, tmp_path, **options)
+    skip = apply_skip_vision(case.model, tmp_path, split="divprune", merge="tome")
+    skip.remove()
+    assert skip.config == options_for("llava", merge="tome")
+
+
+def test_text_visibility_and_sliding_windows():
+    """A mask that hides skipped tokens would replace those of every layer."""
+    case = CASES["gemma3"]
+    for visibility in ("prompt_only", "none"):
+        with pytest.raises(SaccadeError, match=rf"text_visibility='{visibility}': .*DynamicSlidingWindowLayer"):
+            apply_skip_vision(case.model, options_for("gemma3", text_visibility=visibility))
+    assert not hasattr(case.model, "skip_summary")

@@ -352,7 +352,7 @@ class DualSpeedTrainer(SFTTrainer):
         if mode.action == "keep":
             return None
         if mode.action == "skip":
-            return Skipper(self.family, mode.skip_vision, self.skip.summary)
+            return Skipper(self.family, mode.skip_vision)
         return Pruner(mode.pruning, self.isolator if mode.isolator else None)
 
     # The loss of a micro-batch

@@ -1,20 +1,18 @@
 """`apply_pruning`: patch a stock model in place so that it prunes its inputs, until `remove()`."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import by_name
 from saccade.pruning.cache import Turn, cache_of, last_position, next_positions, remember, turn_of
+from saccade.pruning.given_prompt import generate_on, mask_of
 from saccade.pruning.patching import (
     HANDLE,
     PER_IMAGE,
@@ -23,7 +21,6 @@ from saccade.pruning.patching import (
     patch,
     sort_arguments,
     unpatch,
-    with_given_prompt,
 )
 from saccade.pruning.prune_inputs import isolator_rows, prune_inputs, pruning_config
 from saccade.reducers import FROM_WORDS, PruningConfig
@@ -213,12 +210,13 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    kwargs["attention_mask"] = mask_of(model, kwargs)
     cache = cache_of(kwargs)
     turn = turn_of(cache)
     if not pruning.takes(kwargs):
         if turn is None:
             return call_original(model, method="generate", **kwargs)
-        return _generate_on(model, kwargs.get("input_ids"), pruning.go_on(kwargs, turn))
+        return generate_on(model, kwargs.get("input_ids"), pruning.go_on(kwargs, turn))
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError("assistant_model: an assistant would need a separate, shorter prompt; leave it out")
     given, cached = kwargs.get("input_ids"), 0 if cache is None else cache.get_seq_length()
@@ -228,7 +226,7 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{name}: it holds a conversation that did not begin with pruned images; pass all of it without the cache"
         )
     shorter = pruning.go_on_with_images(kwargs, turn, cached) if cached else pruning.shorten(kwargs, "left")
-    output = _generate_on(model, given, shorter)
+    output = generate_on(model, given, shorter)
     if cache is None and isinstance(output, ModelOutput):
         cache = cache_of(output)
     if cache is not None:
@@ -236,100 +234,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return output
 
 
-def _generate_on(model: nn.Module, given: Tensor, shorter: dict[str, Any]) -> Any:
-    """The stock `generate` on a shorter prompt than the given one, `(B, P)`, which its output contains."""
-    length = shorter["input_ids"].shape[1]
-    _count_from(length - given.shape[1], model, shorter)
-    _show_given(given, length, model, shorter)
-    output = call_original(model, method="generate", **shorter)
-    if isinstance(output, ModelOutput):
-        output.sequences = with_given_prompt(output.sequences, given, length)
-        return output
-    return with_given_prompt(output, given, length)
-
-
 def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     raise SaccadeError(
         "init_continuous_batching: continuous batching reads text only, and would leave the images out; use generate, "
         "or serve the model with vLLM (docs/serve.md)"
     )
-
-
-def _count_from(change: int, model: nn.Module, given: dict[str, Any]) -> None:
-    """Adjust limits on the total length, so that they allow as many new tokens as with the original prompt."""
-    names = ("max_length", "min_length")
-    for name in names:
-        if given.get(name) is not None:
-            given[name] += change
-    limits = {name: _setting(name, given, model) for name in names if given.get(name) is None}
-    if _setting("max_new_tokens", given, model) is not None:
-        limits.pop("max_length", None)
-    limits = {name: value + change for name, value in limits.items() if value}
-    if given.get("generation_config") is None:
-        given.update(limits)
-    else:
-        given["generation_config"] = copy.deepcopy(given["generation_config"])
-        for name, value in limits.items():
-            setattr(given["generation_config"], name, value)
-
-
-def _setting(name: str, given: Mapping[str, Any], model: nn.Module) -> Any:
-    """What `generate` takes as a setting: a keyword, or what the config that it is given says, or the model's."""
-    configs = (given.get("generation_config"), model.generation_config)
-    values = (given.get(name), *(getattr(config, name, None) for config in configs))
-    return next((value for value in values if value is not None), None)
-
-
-def _show_given(given: Tensor, length: int, model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Let the caller's own functions see the given prompt `(B, P)` in place of the shorter one of `length` tokens."""
-    for name, shown in (("stopping_criteria", _ShownCriterion), ("logits_processor", _ShownProcessor)):
-        if arguments.get(name):
-            seen = [shown(function, given, length) for function in arguments[name]]
-            arguments[name] = type(arguments[name])(seen)
-    if arguments.get("streamer") is not None:
-        arguments["streamer"] = _ShownStreamer(arguments["streamer"], given)
-    allowed = arguments.get("prefix_allowed_tokens_fn")
-    if allowed is not None:
-        beams, several = (_setting(name, arguments, model) for name in ("num_beams", "num_return_sequences"))
-        # All beams of a prompt share its number; sampled sequences are numbered one by one.
-        several = 1 if (beams or 1) > 1 else several or 1
-        arguments["prefix_allowed_tokens_fn"] = lambda number, ids: allowed(
-            number, torch.cat((given[number // several], ids[length:]))
-        )
-
-
-class _Shown:
-    """A function of the caller's that sees the prompt as it was given."""
-
-    def __init__(self, function: Any, given: Tensor, length: int) -> None:
-        self._function, self._given, self._length = function, given, length
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._function, name)
-
-    def _whole(self, input_ids: Tensor) -> Tensor:
-        return with_given_prompt(input_ids, self._given, self._length)
-
-
-class _ShownCriterion(_Shown, StoppingCriteria):
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return self._function(self._whole(input_ids), scores, **kwargs)
-
-
-class _ShownProcessor(_Shown, LogitsProcessor):
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self._function(self._whole(input_ids), scores)
-
-
-class _ShownStreamer(BaseStreamer):
-    """A streamer whose first tokens are the prompt as it was given."""
-
-    def __init__(self, streamer: BaseStreamer, given: Tensor) -> None:
-        self._streamer, self._given = streamer, given
-
-    def put(self, value: Tensor) -> None:
-        self._streamer.put(value if self._given is None else self._given.to(value.device))
-        self._given = None
-
-    def end(self) -> None:
-        self._streamer.end()

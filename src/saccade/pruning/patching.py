@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saccade.errors import SaccadeError
 from saccade.families import Family
@@ -78,13 +77,3 @@ def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, 
     # None among the others says something: `top_k=None` unsets what the model's generation_config has.
     others = names | {"position_ids", "inputs_embeds"}
     return inputs, {name: value for name, value in given.items() if name not in others}
-
-
-def with_given_prompt(sequences: Tensor, given: Tensor, length: int) -> Tensor:
-    """Replace the prompt of `length` tokens in what `generate` returned, `(B', length + n)`, by the given one
-    `(B, T)`.
-
-    If there are several sequences per prompt, they are consecutive.
-    """
-    several = sequences.shape[0] // given.shape[0]
-    return torch.cat((given.repeat_interleave(several, dim=0), sequences[:, length:]), dim=1)

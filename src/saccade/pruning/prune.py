@@ -31,8 +31,11 @@ class Method(Protocol):
     """"compact" or "original", see [`PruningConfig`]."""
     roles_keyword: str | None
     """The keyword by which the language model receives each token's role; None if it does not need roles."""
-    trainable_modules: tuple[nn.Module, ...]
-    """Saccade's own modules that receive a gradient through it."""
+
+    @property
+    def trainable_modules(self) -> tuple[nn.Module, ...]:
+        """Saccade's own modules that receive a gradient through it."""
+        ...
 
     def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
         """The tokens that now represent the images; `text`, long `(B,)`, counts each sample's other tokens."""

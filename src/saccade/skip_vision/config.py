@@ -166,31 +166,39 @@ class SkipVisionConfig:
             raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
 
     def replace(self, **changes: Any) -> "SkipVisionConfig":
-        """The same with other values.
+        """The same with other values. Another `split` starts without the options of the one before.
 
         Raises:
             SaccadeError: on an unknown name, or as for a new config.
         """
-        check_options(changes, [entry.name for entry in fields(self)], "Skip-Vision")
-        return SkipVisionConfig(**{**asdict(self), **changes})
+        return SkipVisionConfig(**_replaced(asdict(self), changes))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> "SkipVisionConfig":
         """The options of a model that skips, which [`SkipVision.save_pretrained`] wrote beside its weights.
 
         Args:
-            changes: other values for some of them.
+            changes: other values for some of them, as for `replace`.
 
         Raises:
-            SaccadeError: if the folder holds no `skip_vision.saccade`, or it does not hold these options.
+            SaccadeError: if the folder holds no `skip_vision.saccade`, or it does not hold these options, or wrong
+                values that are not replaced.
         """
         saved = read_companion(folder, SUMMARY_FILE, "folder")[0]
         try:
-            return cls(**saved).replace(**changes)
+            # Before values are checked: one that is replaced need not be known here, such as a reducer of one's own.
+            return cls(**_replaced({"split": cls.split, **saved}, changes))
         except TypeError as error:
             raise SaccadeError(
                 f"folder={str(folder)!r}: options do not fit this version of saccade: {error}"
             ) from error
+
+
+def _replaced(given: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config with some replaced; only names are checked."""
+    check_options(changes, [entry.name for entry in fields(SkipVisionConfig)], "Skip-Vision")
+    kept = changes.get("split", given["split"]) == given["split"]
+    return {**given, **({} if kept else {"split_options": {}}), **changes}
 
 
 PRESETS: dict[str, dict[str, Any]] = {

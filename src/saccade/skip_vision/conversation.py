@@ -1,7 +1,6 @@
-"""`generate` on a skipping model: prompts are rearranged, but the output begins with the original prompt.
+"""Further turns on the cache of a skipping model, in `forward` and `generate`.
 
-A second turn continues from the cache of the first: tokens that the cache has already read are left out, and only new
-images are encoded.
+Tokens that the cache has already read are left out, and only new images are encoded.
 """
 
 from collections.abc import Mapping
@@ -10,45 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
 
 from saccade.errors import SaccadeError
-from saccade.pruning.cache import cache_of
-from saccade.pruning.patching import with_given_prompt
 from saccade.skip_vision.cache import CacheState, read_length, state_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.tokens import Role
 
 
-def new_part(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -> dict[str, Any]:
-    """The part of a conversation's processor outputs that the cache has not read yet.
+def unread(given: Mapping[str, Any], cache: Cache, state: CacheState | None) -> int:
+    """How many tokens at the end of a conversation's processor outputs the cache has not read yet.
 
     `input_ids` is either the whole conversation, as returned by `generate` with the new tokens appended, or the new
     tokens only, with an `attention_mask` that covers the whole conversation.
+
+    Raises:
+        SaccadeError: if there are none.
     """
     ids, mask = given["input_ids"], given.get("attention_mask")
     known = read_length(cache) + (0 if state is None else state.cut)
     only_new = mask is not None and mask.shape[1] > ids.shape[1]
-    new = ids if only_new else ids[:, known:]
-    if new.shape[1] == 0:
+    length = ids.shape[1] if only_new else ids.shape[1] - known
+    if length <= 0:
         raise SaccadeError(
             f"input_ids has {ids.shape[1]} tokens, of which the key-value cache has read {known}: pass the whole "
             "conversation with the new tokens appended"
         )
-    per_token = {name: value for name, value in given.items() if _is_per_token(value, ids)}
-    part = {name: value[:, -new.shape[1] :] for name, value in per_token.items()}
-    part["attention_mask"] = torch.ones_like(new) if mask is None else mask[:, -new.shape[1] :]
-    return {**given, **part}
+    return length
+
+
+def last_part(given: Mapping[str, Any], length: int) -> tuple[dict[str, Any], Tensor | None]:
+    """The last `length` tokens of a conversation's processor outputs, and the mask of those before, if it is given."""
+    ids, mask = given["input_ids"], given.get("attention_mask")
+    part = {name: value[:, -length:] for name, value in given.items() if _is_per_token(value, ids)}
+    part["attention_mask"] = torch.ones_like(part["input_ids"]) if mask is None else mask[:, -length:]
+    return {**given, **part}, None if mask is None else mask[:, :-length]
 
 
 def _is_per_token(value: Any, ids: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == ids.shape
 
 
-def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask: Tensor | None) -> dict[str, Any]:
+def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, earlier: Tensor | None) -> dict[str, Any]:
     """Prepend what the cache has read to the prepared inputs of a new part.
 
-    `mask` is the user's for the whole conversation, for a cache that was filled without images.
+    `earlier` is the user's mask of the tokens before that part.
     """
     read = read_length(cache)
     ids = prepared["input_ids"]
@@ -58,13 +62,16 @@ def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask
             f"the key-value cache has {state.valid.shape[0]} rows, input_ids {batch}: continue with the rows that it "
             "was made for"
         )
+    old_mask, old_ids = ids.new_ones(batch, read), ids.new_zeros(batch, read)
+    if earlier is not None and earlier.shape[1] == 0:  # it was the mask of the new part only
+        earlier = None
     if state is None:
-        old_mask = ids.new_ones(batch, read) if mask is None else mask[:, :read]
+        old_mask = old_mask if earlier is None else earlier[:, :read]
         following = old_mask.sum(dim=1)
     else:
-        old_mask, following = ids.new_ones(batch, read), state.next_position
-    known = None if state is None else state.sequence
-    old_ids = ids.new_zeros(batch, read) if known is None else known[:, :read]
+        if earlier is not None:
+            state.hide(earlier)
+        old_ids, following = state.ids_of(read).to(ids), state.next_position
     positions = prepared["position_ids"] + following.unsqueeze(1)
     extras = {
         name: torch.cat((value.new_zeros(batch, read), value), dim=1)
@@ -81,20 +88,16 @@ def go_on(prepared: dict[str, Any], cache: Cache, state: CacheState | None, mask
     }
 
 
-def as_given(output: Any, given: Tensor, laid_out: Tensor, cache: Cache | None) -> Any:
-    """The output of `generate`, with the rearranged prompt replaced by the user's `(B, T)`.
-
-    The cache stores the rearranged conversation, from which the next turn continues.
-    """
-    sequences = output.sequences if isinstance(output, ModelOutput) else output
-    returned = with_given_prompt(sequences, given, laid_out.shape[1])
-    returned_cache = cache_of(output) if isinstance(output, ModelOutput) else None
-    cache = cache if returned_cache is None else returned_cache
+def note_ids(cache: Cache | None, ids: Tensor | None, read: int) -> None:
+    """Note the tokens of a call, long `(B, Q)`, before which the cache had read `read`."""
     state = state_of(cache)
-    # After beam search the cache contains the beams, not the returned sequences.
-    if state is not None and state.valid.shape[0] == sequences.shape[0]:
-        state.sequence, state.cut = sequences, given.shape[1] - laid_out.shape[1]
-    if not isinstance(output, ModelOutput):
-        return returned
-    output.sequences = returned
-    return output
+    if state is not None and ids is not None:
+        state.ids = torch.cat((state.ids_of(read).to(ids), ids), dim=1)
+
+
+def note_layout(cache: Cache | None, given: int, prepared: int, laid_out: int) -> None:
+    """Note that the cache has read `prepared` tokens in place of `given` ones, which end after `laid_out` in all."""
+    state = state_of(cache)
+    if state is not None:
+        state.cut += given - prepared
+        state.laid_out = laid_out

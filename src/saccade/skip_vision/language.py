@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from saccade.errors import SaccadeError
 from saccade.interfaces import by_name, changed, check_takes
-from saccade.pruning.cache import cache_of
+from saccade.pruning.cache import cache_of, next_positions
 from saccade.pruning.patching import call_original
 from saccade.skip_vision.cache import (
     CacheState,
@@ -21,6 +21,7 @@ from saccade.skip_vision.cache import (
     cache_name,
     check_cache,
     compact,
+    greatest_so_far,
     read_length,
     state_of,
     stored_length,
@@ -74,20 +75,22 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         check_cache(cache)
 
     mask = kwargs.get("attention_mask")
-    valid, skipped = _columns(state, cache, mask, skip)  # (B, C + Q) each
+    valid, skipped = _columns(state, cache, mask, now)  # (B, C + Q) each
     blind = None
     if skips or (state is not None and state.has_skip):
         blind = _blind(config, now, beyond)
     if blind is not None and bool(blind.any()):
         kwargs["attention_mask"] = _four_dimensional(module, mask, valid, skipped, blind, given)
-    elif state is not None and state.gap:
+    elif state is not None and (state.gap or _is_plain(mask)):
+        # The columns are those of the laid-out prompt, in places of their own once rows were compacted.
         _check_plain(mask)
         kwargs["attention_mask"] = None if mask is None and state.dense else valid.long()
     positions = kwargs.get("position_ids")
     if positions is None:
-        first = torch.full((batch,), read, device=given.device) if state is None else state.next_position
-        positions = first.unsqueeze(1) + torch.arange(length, device=given.device)  # (B, Q)
-        if state is not None:
+        if state is None:
+            positions = read + torch.arange(length, device=given.device).unsqueeze(0)  # (1, Q)
+        else:
+            positions = next_positions(state.next_position.unsqueeze(1) - 1, valid[:, -length:])  # (B, Q)
             kwargs["position_ids"] = positions
     rows = KeptRows((~skip).flatten().nonzero().squeeze(1)) if skips else None
     if rows is not None:
@@ -95,7 +98,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with stored_lengths(state):
         output = call_original(module, **kwargs)
     if rows is not None:
-        check_rows_arrived(rows, module.__dict__[SKIPPING])
+        check_rows_arrived(rows, module.__dict__[SKIPPING], module)
 
     wanted = cache is not None or (kwargs.get("use_cache") is True and not module.training)
     cache = cache_of(output)
@@ -104,9 +107,14 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if cache is not None:
         state = _advance(cache, state, valid, skipped, positions)
         state.has_skip |= skips
+        state.dense &= mask is None
         whole = roles is None or read + length >= roles.shape[1]
-        if state.has_skip and freeing and whole:
+        removes = state.has_skip and freeing and whole
+        if removes:
             compact(cache, state)
+        if skips or removes:
+            # Assisted decoding reads its first candidates along with the prompt, and crops those that it rejects.
+            state.laid_out = read + length if roles is None else min(read + length, roles.shape[1])
     return output
 
 
@@ -122,16 +130,18 @@ def _roles_now(
     return now, beyond.expand(batch, length)
 
 
-def _columns(state: CacheState | None, cache: Cache | None, mask: Any, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the stored columns and of this call's are real, and which are skipped: bool `(B, C + Q)` each."""
-    batch, length = skip.shape
-    stored = stored_length(cache)
-    ones = torch.ones(batch, stored + length, dtype=torch.bool, device=skip.device)
+def _columns(state: CacheState | None, cache: Cache | None, mask: Any, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the stored columns and of this call's, with the roles `now` `(B, Q)`, are real, and which are skipped:
+    bool `(B, C + Q)` each."""
+    batch, length = now.shape
+    stored, skip = stored_length(cache), now == Role.SKIPPED
     two = isinstance(mask, Tensor) and mask.dim() == 2
-    new = mask[:, -length:].bool() if two else ones[:, :length]
+    # Models that make their masks before their language model leave it the roles to tell padding by.
+    new = mask[:, -length:].bool() if two else now != Role.PADDING
     if state is not None:
         return torch.cat((state.valid, new), dim=1), torch.cat((state.skip, skip), dim=1)
-    old = mask[:, :stored].bool() if two and mask.shape[1] == stored + length else ones[:, :stored]
+    whole = two and mask.shape[1] == stored + length
+    old = mask[:, :stored].bool() if whole else new.new_ones(batch, stored)
     return torch.cat((old, new), dim=1), torch.cat((torch.zeros_like(old), skip), dim=1)
 
 
@@ -168,8 +178,12 @@ def _four_dimensional(
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def _is_plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+
+
 def _check_plain(mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+    if not _is_plain(mask):
         raise SaccadeError(
             "attention_mask: this model makes its own masks before its language model, which cannot hide skipped "
             "tokens; use text_visibility='all' and drop_kv=False"
@@ -178,11 +192,13 @@ def _check_plain(mask: Any) -> None:
 
 def _advance(cache: Cache, state: CacheState | None, valid: Tensor, skipped: Tensor, positions: Tensor) -> CacheState:
     """The state of the cache after this call."""
-    last = positions[..., -1]  # of every axis, or (B,)
-    last = last.amax(dim=0) if positions.dim() == 3 else last
-    last = last.expand(valid.shape[0]) + 1
+    new = positions.amax(dim=0) if positions.dim() == 3 else positions  # (B, Q), or (1, Q)
+    new = new.expand(valid.shape[0], -1)
+    # A cache without a state holds text.
+    before = valid[:, : -new.shape[1]].cumsum(dim=1) - 1 if state is None else state.position
+    position = greatest_so_far(torch.cat((before, new.to(before)), dim=1), valid)
     if state is None:
-        state = CacheState(valid, skipped, last)
+        state = CacheState(valid, skipped, position)
         attach(cache, state)
-    state.valid, state.skip, state.next_position = valid, skipped, last
+    state.valid, state.skip, state.position = valid, skipped, position
     return state

@@ -15,14 +15,22 @@ from saccade.families import Encoded, Family, get_family
 from saccade.interfaces import by_name, check_takes
 from saccade.pruning import prune
 from saccade.pruning.cache import cache_of, next_positions
-from saccade.pruning.patching import HANDLE, call_original, like, patch, sort_arguments, unpatch
-from saccade.skip_vision.cache import cache_name, check_config, read_length, state_of
+from saccade.pruning.given_prompt import generate_on, mask_of
+from saccade.pruning.patching import (
+    HANDLE,
+    call_original,
+    like,
+    patch,
+    sort_arguments,
+    unpatch,
+)
+from saccade.skip_vision.cache import CacheState, cache_name, other_layers, read_length, state_of
 from saccade.skip_vision.config import SkipVisionConfig
-from saccade.skip_vision.conversation import as_given, go_on, new_part
+from saccade.skip_vision.conversation import go_on, last_part, note_ids, note_layout, unread
 from saccade.skip_vision.language import CONFIG, ROLES_KEYWORD, SKIPPING, check_language_model, language_forward
 from saccade.skip_vision.rows import STATE, patch_layers
 from saccade.skip_vision.skipper import Skipper
-from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead
+from saccade.skip_vision.summary import SUMMARY_FILE, SUMMARY_NAME, SummaryHead, check_names, head_of
 
 KEYS_TO_IGNORE = "_keys_to_ignore_on_save"
 
@@ -35,6 +43,7 @@ class SkipVision:
         self.config = config
         self._patched: list[nn.Module] = []
         self._ignored_before: Any = None
+        self._removed: SummaryHead | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -42,8 +51,8 @@ class SkipVision:
 
     @property
     def summary(self) -> SummaryHead | None:
-        """The summary head, a module of the stock model; None without summaries."""
-        return getattr(self.model, SUMMARY_NAME, None)
+        """The summary head, a module of the stock model until `remove()`; None without summaries."""
+        return head_of(self.model) if self._removed is None else self._removed
 
     def prepare(
         self,
@@ -91,28 +100,36 @@ class SkipVision:
 
         Raises:
             OSError: if the file cannot be written.
+            SaccadeError: if PEFT has wrapped the head, whose tensors then have other names.
         """
         if tensors is None:
             tensors = {} if self.summary is None else self.summary.state_dict()
+        check_names(tensors.keys())
         return save_companion(folder, SUMMARY_FILE, tensors, asdict(self.config))
 
     def load_summary(self, folder: str | Path) -> None:
         """Load the summary head's weights that `save_pretrained` wrote to `folder`; the options do not change.
 
         Raises:
-            SaccadeError: if there is no such file, or it belongs to another model.
+            SaccadeError: if there is no such file, or it belongs to another model; if PEFT has wrapped the head.
         """
         if self.summary is None:
             return
         _, tensors = read_companion(folder, SUMMARY_FILE, "folder")
+        if not tensors:
+            raise SaccadeError(
+                f"folder={str(folder)!r}: its model was trained without summary tokens, so it has no head for them; "
+                "set summary=False"
+            )
         own = dict(self.summary.named_parameters())
+        check_names(own.keys())
         if {name: tuple(value.shape) for name, value in tensors.items()} != {
             name: tuple(value.shape) for name, value in own.items()
         }:
             width = self.model.config.get_text_config().hidden_size
             raise SaccadeError(
                 f"folder={str(folder)!r}: its summary head does not fit a model of width {width}: it was trained for "
-                "another model, or without summary tokens"
+                "another model"
             )
         for name, parameter in own.items():
             copy_whole(tensors[name], parameter)
@@ -129,6 +146,7 @@ class SkipVision:
             self.family.language_model.__dict__.pop(name)
         del self.model.__dict__[HANDLE]
         if self.summary is not None:
+            self._removed = self.summary  # it can be saved still
             delattr(self.model, SUMMARY_NAME)
             del self.model.__dict__[KEYS_TO_IGNORE]
             if self._ignored_before is not None:
@@ -153,7 +171,7 @@ class SkipVision:
             self._ignored_before = model.__dict__.get(KEYS_TO_IGNORE)
             names = {f"{SUMMARY_NAME}.{name}" for name in head.state_dict()}
             setattr(model, KEYS_TO_IGNORE, set(getattr(model, KEYS_TO_IGNORE) or ()) | names)
-        self._skipper = Skipper(self.family, config, self.summary)
+        self._skipper = Skipper(self.family, config)
         model.__dict__[HANDLE] = self
 
 
@@ -179,20 +197,20 @@ def apply_skip_vision(
     """
     folder = config if isinstance(config, (str, Path)) else None
     if folder is not None:
-        config = SkipVisionConfig.from_pretrained(folder)
+        config = SkipVisionConfig.from_pretrained(folder, **options)
     elif config is None:
-        config = SkipVisionConfig()
+        config = SkipVisionConfig().replace(**options)
     elif not isinstance(config, SkipVisionConfig):
         raise SaccadeError(f"config is {kind_of(config)}: give a SkipVisionConfig, or the folder of a model")
-    has_summary = folder is not None and config.summary
-    config = config.replace(**options) if options else config
+    elif options:
+        config = config.replace(**options)
     family = get_family(model)
     if HANDLE in family.model.__dict__:
         raise SaccadeError("model: it skips or prunes already; call `remove()` on what switched that on first")
     _check_model(family, config)
     skip = SkipVision(family, config)
     skip._attach()
-    if has_summary:
+    if folder is not None:
         try:
             skip.load_summary(folder)
         except SaccadeError:
@@ -220,8 +238,17 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
     check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
     cache_name(type(family.model).forward)
     check_language_model(language)
-    if config.drop_kv:
-        check_config(language.config)
+    others = other_layers(language.config)
+    if config.drop_kv and others:
+        raise SaccadeError(
+            f"drop_kv=True: this language model has layers with a {others}, which count tokens by position, so none "
+            "can be removed; set drop_kv=False"
+        )
+    if config.text_visibility != "all" and others:
+        raise SaccadeError(
+            f"text_visibility={config.text_visibility!r}: this language model has layers with a {others}, whose masks "
+            "differ from the one that hides skipped tokens; use text_visibility='all'"
+        )
     kind = language.config._attn_implementation
     if config.text_visibility != "all" and kind not in ("sdpa", "eager"):
         raise SaccadeError(
@@ -240,36 +267,58 @@ def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, after rearranging visual tokens."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.forward, args, kwargs)
+    cache = cache_of(kwargs)
+    state, read = state_of(cache), read_length(cache)
     if kwargs.get(ROLES_KEYWORD) is not None or not skip.family.has_images(kwargs):
-        state = state_of(cache_of(kwargs))
-        if state is not None and skip.family.uses_mrope and kwargs.get("position_ids") is None:
-            # The model would continue from its own last call, regardless of this cache.
-            new = kwargs["input_ids"]
-            before = state.next_position.unsqueeze(1) - 1
-            kwargs["position_ids"] = next_positions(before, torch.ones_like(new), (3,))
-        output = call_original(model, **kwargs)
-        idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
-        if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
-            output["loss"] = output["loss"] + skip.summary.idle()
-        return output
+        return _laid_out_forward(skip, kwargs, state, read)
     inputs, others = sort_arguments(skip.family, kwargs)
-    cache = cache_of(others)
     labels = others.pop("labels", None)
-    prepared = skip.prepare(inputs, labels)
-    if read_length(cache):
-        length = prepared["input_ids"].shape[1]
-        prepared = go_on(prepared, cache, state_of(cache), inputs.get("attention_mask"))
+    given = inputs["input_ids"].shape[1]
+    part, earlier = last_part(inputs, given)
+    prepared = skip.prepare(part, labels)
+    length = prepared["input_ids"].shape[1]
+    if read:
+        prepared = go_on(prepared, cache, state, earlier)
         prepared["input_ids"] = prepared["input_ids"][:, -length:]
         prepared["position_ids"] = prepared["position_ids"][..., -length:]
-    return call_original(model, **others, **prepared)
+    output = call_original(model, **others, **prepared)
+    cache = cache_of(output) if cache is None else cache
+    note_ids(cache, prepared["input_ids"], read)
+    note_layout(cache, given, length, read + length)
+    return output
+
+
+def _laid_out_forward(skip: SkipVision, kwargs: dict[str, Any], state: CacheState | None, read: int) -> Any:
+    """The stock forward on tokens that are not to be rearranged, after `read` ones of a cache with this state."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    masked = isinstance(mask, Tensor) and mask.dim() == 2
+    if state is not None and ids is not None:
+        length = ids.shape[1]
+        new = mask[:, -length:].to(ids) if masked else torch.ones_like(ids)
+        if masked and kwargs.get(ROLES_KEYWORD) is None:
+            state.hide(mask[:, :-length])
+        if not state.gap and (masked or mask is None):
+            # Some models make their masks before their language model, which could then not do this for them.
+            kwargs["attention_mask"] = torch.cat((state.valid.to(new), new), dim=1)
+        if skip.family.uses_mrope and kwargs.get("position_ids") is None:
+            # The model would continue from its own last call, regardless of this cache.
+            kwargs["position_ids"] = next_positions(state.next_position.unsqueeze(1) - 1, new, (3,))
+    output = call_original(skip.model, **kwargs)
+    cache = cache_of(kwargs)
+    note_ids(cache_of(output) if cache is None else cache, ids, read)
+    idle = skip.summary is not None and kwargs.get("mm_encoder_outputs") is None and torch.is_grad_enabled()
+    if idle and isinstance(output, ModelOutput) and output.get("loss") is not None:
+        output["loss"] = output["loss"] + skip.summary.idle()
+    return output
 
 
 def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The stock `generate`, after rearranging visual tokens."""
+    """The stock `generate`, after rearranging visual tokens; its output begins with the original prompt."""
     skip: SkipVision = model.__dict__[HANDLE]
     kwargs = by_name(model.generate, args, kwargs)
     if kwargs.get("inputs") is not None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    kwargs["attention_mask"] = mask_of(model, kwargs)
     if kwargs.get("assistant_model") is not None:
         raise SaccadeError(
             "assistant_model: an assistant would need a separate layout; leave it out, or use prompt_lookup_num_tokens"
@@ -280,13 +329,17 @@ def _model_generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get(ROLES_KEYWORD) is not None or (not images and state is None):
         return call_original(model, method="generate", **kwargs)
     inputs, others = sort_arguments(skip.family, kwargs)
-    given = inputs["input_ids"]
+    length, read = inputs["input_ids"].shape[1], read_length(cache)
     with torch.no_grad():
-        if read_length(cache):
-            part = new_part(inputs, cache, state)
-            prepared = go_on(skip.prepare(part, padding_side="left"), cache, state, inputs.get("attention_mask"))
-        else:
-            prepared = skip.prepare(inputs, padding_side="left")
-    laid_out = prepared["input_ids"]
-    output = call_original(model, method="generate", **others, **prepared)
-    return as_given(output, given, laid_out, cache)
+        length = unread(inputs, cache, state) if read else length
+        part, earlier = last_part(inputs, length)
+        new = skip.prepare(part, padding_side="left")
+        prepared = go_on(new, cache, state, earlier) if read else new
+    sequence = prepared["input_ids"].shape[1]
+    output = generate_on(model, inputs["input_ids"], {**others, **prepared})
+    if cache is None and isinstance(output, ModelOutput):
+        cache = cache_of(output)
+    moved = images or not torch.equal(new["attention_mask"], part["attention_mask"].to(new["attention_mask"]))
+    if moved:
+        note_layout(cache, length, sequence - read, sequence)
+    return output

@@ -62,10 +62,20 @@ def kept_rows_forward(module: nn.Module, x: Tensor) -> Tensor:
     return whole.unflatten(0, x.shape[:2])
 
 
-def check_rows_arrived(rows: KeptRows, modules: Iterable[nn.Module]) -> None:
-    """Check after a call that each of the modules received the kept rows."""
+def check_rows_arrived(rows: KeptRows, modules: Iterable[nn.Module], language: nn.Module) -> None:
+    """Check after a call of the language model that each of the modules received the kept rows.
+
+    Raises:
+        SaccadeError: if one did not.
+    """
     for module in modules:
         if id(module) not in rows.reached:
+            if all(module is not other for other in language.modules()):
+                raise SaccadeError(
+                    f"{type(module).__name__}: this module of the language model was replaced after "
+                    "`apply_skip_vision`, as by `merge_and_unload()`; call `remove()` before, and "
+                    "`apply_skip_vision` again after"
+                )
             raise changed(
                 f"the language model's forward did not pass {ROWS_KEYWORD!r} on to {type(module).__name__}, or did "
                 "not call it: nothing would be skipped"

@@ -15,7 +15,7 @@ from saccade.reducers.shared_budget import Units
 from saccade.skip_vision.config import SkipVisionConfig, amount_of
 from saccade.skip_vision.language import ROLES_KEYWORD
 from saccade.skip_vision.split import Split, split_tokens
-from saccade.skip_vision.summary import SummaryHead, pool
+from saccade.skip_vision.summary import head_of, pool
 from saccade.tokens import Places, Reduction, Role, VisualContext, VisualTokens
 
 
@@ -25,12 +25,16 @@ class Skipper:
     positions = "compact"
     roles_keyword: str | None = ROLES_KEYWORD
 
-    def __init__(self, family: Family, config: SkipVisionConfig, head: SummaryHead | None) -> None:
+    def __init__(self, family: Family, config: SkipVisionConfig) -> None:
+        self.family = family
         self.config = config
-        self.head = head
         self.needs = config.needs
-        self.trainable_modules: tuple[nn.Module, ...] = () if head is None else (head,)
         self.share = skipped_share(family, config)
+
+    @property
+    def trainable_modules(self) -> tuple[nn.Module, ...]:
+        head = head_of(self.family.model)
+        return () if head is None else (head,)
 
     def reduce(self, family: Family, encoded: Encoded, places: Places, text: Tensor) -> VisualTokens:
         """Split, merge and summarise the tokens of each image. A summary takes the place of its group's last token.
@@ -78,9 +82,10 @@ class Skipper:
         own = torch.where(group.valid, int(role), int(Role.PADDING))
         token = group.index.clamp(min=0)
         parts = [(own, token, taken)]
-        if self.head is not None and own.shape[1]:
+        head = head_of(self.family.model)
+        if head is not None and own.shape[1]:
             last = group.counts - 1  # (G,)
-            weight = self.head(taken[0], pooled)  # (G, K)
+            weight = head(taken[0], pooled)  # (G, K)
             # A group without tokens has no summary.
             there = torch.where((last >= 0).unsqueeze(1), int(Role.SUMMARY), int(Role.PADDING))
             at = token.gather(1, last.clamp(min=0).unsqueeze(1))
