@@ -94,8 +94,6 @@ def test_overrides_are_typed():
         (["--lora", "true", "--lora_r", "0"], "lora_r=0: give 1"),
         (["--lora", "true", "--lora_alpha", "-1"], "lora_alpha=-1: give 1"),
         (["--lora", "true", "--lora_dropout", "1.0"], r"lora_dropout=1.0 is outside \[0, 1\)"),
-        (["--resume", "false"], "resume=False is a bool, expected str"),
-        (["--dataset", "no"], "dataset=False is a bool, expected list or str"),
     ],
 )
 def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path, capsys):
@@ -104,12 +102,6 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
     assert status == 2
     assert printed.startswith("saccade: error: ")
     assert re.search(message, printed), printed
-
-
-def test_yaml_reads_a_strategy_of_no_as_false():
-    for value in (False, "no"):
-        recipe = make_recipe({"save_strategy": value, "eval_strategy": value, "use_cpu": True, "bf16": False})
-        assert recipe.trainer.save_strategy == recipe.trainer.eval_strategy == "no"
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
             else:
                 check_finite(name, number)
                 return number
-    if value is False and name.endswith("_strategy") and str in allowed:
+    if value is False and str in allowed and bool not in allowed:
         return "no"  # YAML reads a bare `no`, as in `save_strategy: no`, as false
     if isinstance(value, bool) and bool not in allowed and plain:
         raise SaccadeError(f"{name}={value!r} is a bool, expected {_names(plain)}")
