@@ -364,10 +364,10 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     groups: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     shares: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     names, samples, varied = ["all"], 0, []
-    for name, result in standing.results.items():
+    for run, result in standing.results.items():
         labels = result["spec"]["labels"]
         varied = [name for name in labels if name not in ("method", "seed")]
-        every = _accuracies(standing.baselines[name], "full") if name in standing.baselines else {}
+        every = _accuracies(standing.baselines[run], "full") if run in standing.baselines else {}
         for entry in result["evaluations"]:
             key = (labels["method"], *(labels[name] for name in varied), entry["inference"])
             found = _accuracies(result, entry["inference"])
@@ -394,8 +394,7 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
                 f"{mean(one['cpu'] for one in found):.0f} s" if all(one["cpu"] for one in found) else "",
             ]
         )
-    varied = [name.replace("_", " ") for name in varied]
-    return ["training", *varied, "answers from", "seeds", *columns], cells
+    return ["training", *(name.replace("_", " ") for name in varied), "answers from", "seeds", *columns], cells
 
 
 def _accuracies(result: dict[str, Any], inference: str) -> dict[str, float]:

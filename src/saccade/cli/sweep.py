@@ -70,10 +70,9 @@ def run(args: argparse.Namespace) -> int:
         overrides = [_of_any_stage(word) for word in args.overrides]
         check_early(args.recipe, [*overrides, *(f"{_of_any_stage(f'--{name}')}=" for name in grid)], vars(args))
         recipe, given = check_early(args.recipe, []), parse_overrides(args.overrides)
+        parts = {name: name.rpartition(".") for name in given}
         for stage in ("", *STAGES):  # a ratio for one stage and a number of tokens for all are no conflict
-            mine = {
-                name.rpartition(".")[2]: value for name, value in given.items() if name.rpartition(".")[0] == stage
-            }
+            mine = {field: given[name] for name, (of, _, field) in parts.items() if of == stage}
             check_values(put_over(recipe, mine))
         for name, values in grid.items():
             for value in values:

@@ -300,7 +300,7 @@ def place_row_media(row: Mapping[str, Any], images: int, videos: int = 0) -> dic
     if not columns or not all(isinstance(row[name], list) for name in columns):
         return dict(row)
     messages = [message for name in columns for message in row[name]]
-    placed = iter(place_media(messages, images, videos) if columns else ())
+    placed = iter(place_media(messages, images, videos))
     return {**row, **{name: [next(placed) for _ in row[name]] for name in columns}}
 
 

@@ -82,7 +82,7 @@ def language_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if blind is not None and bool(blind.any()):
         kwargs["attention_mask"] = _four_dimensional(module, mask, valid, skipped, blind, given)
     elif state is not None and (state.gap or _is_plain(mask)):
-        # The columns are those of the laid-out prompt, in places of their own once rows were compacted.
+        # The caller's mask is for the prompt as given. The cache holds the laid-out one, compacted or not.
         _check_plain(mask)
         kwargs["attention_mask"] = None if mask is None and state.dense else valid.long()
     positions = kwargs.get("position_ids")
