@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ class _Runner:
         self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(self.results))
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for worker in [pool.submit(self._work, job) for job in range(jobs)]:
+                for worker in as_completed([pool.submit(self._work, job) for job in range(jobs)]):
                     worker.result()
             except BaseException as error:
                 with self.changed:
@@ -314,6 +314,9 @@ class _Runner:
                 process_group=0,
             )
             self.processes.add(process)
+            if self.stopped:
+                # It began while the others were being ended.
+                process.kill()
             for line in process.stdout:
                 words = line.split()
                 if len(words) == 4 and words[0] == "progress":
