@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from saccade.errors import SaccadeError
 from saccade.sweeps.worker import TIMES_FILE, TrainingClock, train_stage
+from saccade.training import make_recipe, train_recipe
 
 VALUES = {
     "model": "tiny",
@@ -57,6 +58,34 @@ def test_a_stage_goes_on_from_its_checkpoint_or_anew(tmp_path: Path, save_steps:
         # More than what the first part took, in both clocks.
         assert result["cpu_seconds"] > before["2"][0] > 0
         assert result["seconds"] > before["2"][1] > 0
+
+
+@pytest.mark.parametrize("times", [None, "{", '{"1": [1.0, 1.0]}'])
+def test_a_stage_whose_times_are_not_known_is_trained_anew(tmp_path: Path, times: str | None) -> None:
+    recipe = {**VALUES, "save_steps": 1, "resume": "auto", "output_dir": str(tmp_path)}
+    with pytest.raises(SaccadeError, match="broken off"):
+        train_stage("sft", VALUES, recipe, [BrokenOff(2)])
+    (tmp_path / TIMES_FILE).unlink()
+    if times is not None:
+        (tmp_path / TIMES_FILE).write_text(times)
+    watch = Watch()
+    train_stage("sft", VALUES, recipe, [watch])
+    assert watch.started == 0
+
+
+def test_a_process_that_is_killed_after_a_checkpoint_has_told_its_times(tmp_path: Path) -> None:
+    class Killed(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            raise SaccadeError("killed")
+
+    recipe = {**VALUES, "save_steps": 2, "resume": "auto", "output_dir": str(tmp_path)}
+    with pytest.raises(SaccadeError, match="killed"):
+        train_recipe(make_recipe(recipe), callbacks=[Killed(), TrainingClock(tmp_path)])
+    before = json.loads((tmp_path / TIMES_FILE).read_text())["2"]
+    watch = Watch()
+    result = train_stage("sft", {**VALUES, "save_steps": 2}, recipe, [watch])
+    assert watch.started == 2
+    assert result["cpu_seconds"] > before[0] > 0
 
 
 def test_the_clock_counts_every_part_and_nothing_that_was_lost(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from saccade.data import digit_scenes
-from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.dualspeed.checkpoint import newest_checkpoint, step_of
 from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
@@ -55,16 +55,22 @@ class TrainingClock(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._before = self.spent
-        if state.global_step and self._file.is_file():
-            times = json.loads(self._file.read_text())
+        if state.global_step:
+            times = _read_times(self._file)
             self._before = tuple(times.get(str(state.global_step), self._before))
             self._times = {step: spent for step, spent in times.items() if int(step) <= state.global_step}
         self._started = self._now()
 
     def on_step_end(self, args, state, control, **kwargs):
         tell(self._stage, state.global_step, state.max_steps)
+        if control.should_save:
+            # A process that is killed after the checkpoint and before `on_save` has told its times all the same.
+            self._note(state)
 
     def on_save(self, args, state, control, **kwargs):
+        self._note(state)
+
+    def _note(self, state) -> None:
         self._times[str(state.global_step)] = list(self._elapsed())
         write_json_atomically(self._file, self._times)
 
@@ -150,10 +156,20 @@ def train_stage(
     }
 
 
+def _read_times(file: Path) -> dict[str, list[float]]:
+    """The content of `times.json`; one that is missing or damaged tells nothing."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def _resuming(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a stage that has no result yet: it resumes from its newest checkpoint if its recipe asks for that
-    and there is a complete one; otherwise it replaces what an interrupted attempt left in its folder."""
-    if recipe.get("resume") and newest_checkpoint(recipe["output_dir"]) is not None:
+    """The recipe of a stage that has no result yet: it resumes from its newest checkpoint if its recipe asks for that,
+    there is a complete one, and what it took is known; otherwise it replaces what an interrupted attempt left in its
+    folder."""
+    newest = newest_checkpoint(recipe["output_dir"]) if recipe.get("resume") else None
+    if newest is not None and str(step_of(newest)) in _read_times(Path(recipe["output_dir"]) / TIMES_FILE):
         return recipe
     return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
 
