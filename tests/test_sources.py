@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 
 from saccade import SaccadeError
 from saccade.data.folders import ImageFolders
-from saccade.data.mixture import mix, source_options, stream
+from saccade.data.mixture import SourceOptions, mix, source_options, stream
 from saccade.data.sources import TableSource
 from saccade.errors import RecordError
 from saccade.images import image_size, open_image
@@ -206,6 +206,15 @@ def test_several_image_folders_are_named_alike_everywhere(tmp_path, monkeypatch,
     ):
         (row,) = load_rows(options)
         assert (row["fault"], [os.path.basename(image) for image in row["images"]]) == (None, ["a.png"])
+
+
+@pytest.mark.parametrize("names", ["", "images,", ["images", ""]])
+def test_a_folder_without_a_name_is_not_the_current_one(tmp_path, monkeypatch, names):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(SaccadeError, match="image_folder='' is not a folder"):
+        SourceOptions("a.json", image_folder=names).folders(False)
 
 
 def test_the_wrong_image_folder_shows_at_once(tmp_path):

@@ -18,7 +18,7 @@ class ImageFolders:
         addresses: fetches images that are named by their address; none are when left out.
 
     Raises:
-        SaccadeError: if a folder does not exist.
+        SaccadeError: if a folder does not exist, or has no name.
     """
 
     def __init__(
@@ -28,7 +28,8 @@ class ImageFolders:
         addresses: ImageAddresses | None = None,
     ) -> None:
         for folder in folders:
-            if not Path(folder).is_dir():
+            # `Path("")` is the current folder, which nobody named.
+            if not str(folder).strip() or not Path(folder).is_dir():
                 raise SaccadeError(f"image_folder={str(folder)!r} is not a folder: correct the path")
         self.folders = [str(folder) for folder in folders]
         self.allow_outside = allow_outside
