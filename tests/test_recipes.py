@@ -111,6 +111,8 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
         ({"dataset": "rows.json", "image_folder": ["images", "nope"]}, "image_folder='nope' is not a folder"),
         ({"dataset": [{"path": "rows.json", "wieght": 1}]}, "unknown field 'wieght': did you mean 'weight'"),
         ({"dataset": ["rows.json", "rowz.json"]}, "dataset='rowz.json' does not exist: did you mean 'rows.json'"),
+        ({"dataset": "table.csv"}, "dataset='table.csv' is a file of a kind that is not read"),
+        ({"dataset": ["rows.json", "UPPER.JSON"]}, "dataset='UPPER.JSON' is a file of a kind that is not read"),
         ({"dataset": 7}, "dataset=7 is an int, expected list or str"),
         ({"dataset_stage": "foo"}, "dataset_stage='foo' is unknown"),
         ({"dataset_split": "tets"}, "dataset_split='tets' is unknown: did you mean 'test'"),
@@ -127,7 +129,8 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
 def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
-    (tmp_path / "rows.json").write_text("[]")
+    for name in ("rows.json", "table.csv", "UPPER.JSON"):
+        (tmp_path / name).write_text("[]")
     words = [word for name, value in fields.items() for word in (f"--{name}", json.dumps(value))]
     assert main(["train", "tiny-digits/sft", "--model", "tiny", "--check", *words]) == 2
     assert message in capsys.readouterr().err

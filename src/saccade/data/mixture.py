@@ -22,6 +22,7 @@ from saccade.data.sources import (
     Source,
     TableSource,
     faulty_row,
+    is_data_file,
     is_json,
     open_table,
     stream_source,
@@ -78,11 +79,17 @@ class SourceOptions:
         """The folders of its images; the arguments are those of `ImageFolders`.
 
         Raises:
-            SaccadeError: if one does not exist, or the source is a JSON file that does not.
+            SaccadeError: if one does not exist, or the source is a JSON file that does not, or a file of another kind.
         """
         if is_json(self.path) and not Path(self.path).is_file():
             raise no_dataset(self.path)
         given = self.image_folder
+        # `datasets` would ask the hub for a data set of this name.
+        if Path(self.path).is_file() and not is_data_file(self.path):
+            raise SaccadeError(
+                f"dataset={self.path!r} is a file of a kind that is not read: give one whose name ends in .json, "
+                ".jsonl or .parquet"
+            )
         if given is None:
             place = Path(self.path)
             given = place if place.is_dir() else place.parent if place.exists() else []

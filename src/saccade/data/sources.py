@@ -293,6 +293,11 @@ def is_json(path: str) -> bool:
     return Path(path).suffix in (".json", ".jsonl")
 
 
+def is_data_file(path: str) -> bool:
+    """Whether a source has the suffix of a single file that is read; it has no splits."""
+    return is_json(path) or Path(path).suffix == ".parquet"
+
+
 def _has_parquet(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
 
