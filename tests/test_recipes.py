@@ -116,6 +116,14 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
         ({"dataset": 7}, "dataset=7 is an int, expected list or str"),
         ({"dataset_stage": "foo"}, "dataset_stage='foo' is unknown"),
         ({"dataset_split": "tets"}, "dataset_split='tets' is unknown: did you mean 'test'"),
+        (
+            {"dataset": "rows.json", "dataset_split": "train[:9]"},
+            "dataset_split='train[:9]': 'rows.json' is a single file",
+        ),
+        (
+            {"dataset": [{"path": "rows.json", "split": "train"}]},
+            "dataset split='train' of 'rows.json', a single file",
+        ),
         ({"dataset_format": "csv"}, "dataset_format='csv' is unknown"),
         ({"dataset_turns": 0}, "dataset_turns=0: give at least 1"),
         ({"dataset_shuffle_buffer": -1}, "dataset_shuffle_buffer=-1"),

@@ -83,13 +83,13 @@ class SourceOptions:
         """
         if is_json(self.path) and not Path(self.path).is_file():
             raise no_dataset(self.path)
-        given = self.image_folder
         # `datasets` would ask the hub for a data set of this name.
         if Path(self.path).is_file() and not is_data_file(self.path):
             raise SaccadeError(
                 f"dataset={self.path!r} is a file of a kind that is not read: give one whose name ends in .json, "
                 ".jsonl or .parquet"
             )
+        given = self.image_folder
         if given is None:
             place = Path(self.path)
             given = place if place.is_dir() else place.parent if place.exists() else []
@@ -128,6 +128,10 @@ def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions
                 hint = did_you_mean(str(name), types, f"use {', '.join(types)}")
                 raise SaccadeError(f"dataset has the unknown field {name!r}: {hint}")
         given = {name: coerce(f"dataset {name}", one, types[name]) for name, one in value.items()}
+        if "split" in given and is_data_file(str(value["path"])):
+            raise SaccadeError(
+                f"dataset split={given['split']!r} of {value['path']!r}, a single file, which has no splits: remove it"
+            )
         sources.append(SourceOptions(**{**defaults, **given}))
     if not sources:
         raise SaccadeError("dataset=[] is empty: give at least one source")

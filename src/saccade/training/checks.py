@@ -17,7 +17,7 @@ from saccade.families.padding import pads_to_square
 from saccade.recipes import is_recipe, put_over
 from saccade.training.models import load_processor
 from saccade.training.recipe import Recipe, load_recipe, make_recipe
-from saccade.training.sources import dataset_sources, open_source
+from saccade.training.sources import check_split, dataset_sources, open_source
 
 ANY_MACHINE = {"bf16": False, "fp16": False, "tf32": None, "use_cpu": True}
 """Training options that a machine may not support, and that a check does not need."""
@@ -47,6 +47,7 @@ def check_data(
     recipe = _recipe(path, dict(given or {}))
     options, args = recipe.options, recipe.trainer
     names, opened, counts = [], [], []
+    check_split(options)
     for source in dataset_sources(options):
         rows = open_source(replace(source, rows=None) if source.path != "digits" else source, options)
         limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]

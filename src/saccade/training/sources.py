@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from saccade.data import digit_scenes
 from saccade.data.addresses import ImageAddresses
 from saccade.data.mixture import SourceOptions, mix, source_options, stream
-from saccade.data.sources import PROBED, Source, TableSource
+from saccade.data.sources import PROBED, Source, TableSource, is_data_file
 from saccade.errors import RecordError, SaccadeError
 from saccade.training.models import ModelOptions
 from saccade.values import SPLITS, check_choice
@@ -37,6 +37,18 @@ def dataset_sources(options: ModelOptions) -> list[SourceOptions]:
     return sources
 
 
+def check_split(options: ModelOptions) -> None:
+    """Refuse a split where all rows, to train and to evaluate on, come from single files, which have none."""
+    sources = [
+        source for one in (options, _eval_options(options)) if one is not None for source in dataset_sources(one)
+    ]
+    if options.dataset_split != ModelOptions.dataset_split and all(is_data_file(source.path) for source in sources):
+        raise SaccadeError(
+            f"dataset_split={options.dataset_split!r}: {sources[0].path!r} is a single file, which has no splits: "
+            "remove it, and give dataset_rows for the first rows, or eval_share to hold some out"
+        )
+
+
 def dataset_name(options: ModelOptions) -> str:
     """What a recipe trains on, in a few words."""
     names = ["digits, the embedded scenes" if one.path == DIGITS else one.path for one in dataset_sources(options)]
@@ -48,6 +60,7 @@ def check_rows(options: ModelOptions) -> None:
     """Refuse what can be known of the rows to train and to evaluate on without reading one: options of a source, files
     and folders that are not there.
     """
+    check_split(options)
     addresses = image_addresses(options)
     for one in (options, _eval_options(options)):
         for source in [] if one is None else dataset_sources(one):
