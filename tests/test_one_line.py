@@ -195,6 +195,10 @@ def test_without_a_gpu_a_run_is_in_float32_unless_it_is_told_otherwise(no_gpu, t
     assert DualSpeedConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16 is True
 
 
+def test_without_a_gpu_no_memory_is_pinned_of_which_torch_would_warn(no_gpu, tmp_path):
+    assert DualSpeedConfig(output_dir=str(tmp_path)).dataloader_pin_memory is False
+
+
 def test_the_two_lines_of_the_readme_run_on_a_cpu_as_they_are(model, processor, tmp_path, monkeypatch, no_gpu):
     code = re.search(
         r"```python\n(from saccade import DualSpeedConfig.*?)```", (ROOT / "README.md").read_text(), re.DOTALL

@@ -411,6 +411,9 @@ class DualSpeedConfig(SFTConfig):
             self.bf16 = False
             if not self.use_cpu:
                 logger.warning("no GPU was found: training on the CPU in float32; use_cpu=True says that it is meant")
+        if on_cpu:
+            # As transformers does for use_cpu: without a device to copy to, torch warns at each loader that it cannot.
+            self.dataloader_pin_memory = False
         for name in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
             if getattr(self, name) and not self.use_cpu and on_cpu:
                 raise NoGPUError(
