@@ -168,6 +168,8 @@ def one(**changes):
         ({"modes": one() * 2}, "two of them have name='fast'"),
         ({"modes": one(action="skip"), "adaptive": True}, "adaptive=True: a mode that skips"),
         ({"skip_vision": "99/1"}, "preset='99/1'"),
+        ({"skip_vision": "fast_then_slow"}, "skip_vision: preset='fast_then_slow' is unknown"),
+        ({"skip_vision": {"summary": "maybe"}}, "skip_vision: summary='maybe'"),
         ({"skip_vision": 3}, "skip_vision=3 is an int, expected dict or str"),
         ({"skip_vision": {"retain": 5}}, "skip_vision: unknown option 'retain'"),
         ({"skip_vision": "100/156", "skip_mode": "medium"}, "skip_mode='medium'"),

@@ -164,6 +164,9 @@ class SkipVisionConfig:
         except TypeError as error:
             unknown = str(error).partition("argument ")[2] or str(error)
             raise SaccadeError(f"skip_vision: unknown option {unknown}: docs/skip-vision.md lists them") from error
+        except SaccadeError as error:
+            # A recipe has options of the same names, such as `preset`.
+            raise SaccadeError(f"skip_vision: {error}") from error
 
     def replace(self, **changes: Any) -> "SkipVisionConfig":
         """The same with other values. Another `split` starts without the options of the one before.
