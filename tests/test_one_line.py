@@ -141,6 +141,23 @@ def test_an_unknown_tracker_or_template_is_named():
     assert "chat_template_path='none.jinja' does not exist" in refused("--chat_template_path", "none.jinja")
 
 
+def test_a_template_that_is_no_text_is_named(tmp_path, capfd):
+    """Also where the data are checked, or the cost is estimated, which load no model."""
+    path, rows = tmp_path / "latin.jinja", tmp_path / "rows.json"
+    path.write_bytes("caf\xe9".encode("latin-1"))
+    message = f"chat_template_path={str(path)!r} is not a Jinja file in UTF-8: 'utf-8' codec"
+    assert message in refused("--chat_template_path", str(path))
+    rows.write_text('[{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]}]')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: tiny\ndataset: {rows}\nchat_template_path: {path}\noutput_dir: {tmp_path / 'out'}\n")
+    for words in (
+        ["data", "check", str(recipe), "--output", str(tmp_path / "check.json")],
+        ["train", str(recipe), "--dry-run"],
+    ):
+        assert main(words) == 2
+        assert message in capfd.readouterr().err
+
+
 def test_what_trl_and_the_hub_refuse_is_one_line(model, processor, tmp_path):
     with pytest.raises(SaccadeError, match=r"offline|hub|reach"):
         make_trainer(model, processor, tmp_path, push_to_hub=True)

@@ -13,7 +13,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 from saccade.dualspeed.config import DualSpeedConfig
 from saccade.errors import SaccadeError, did_you_mean, kind_of, needs_package
 from saccade.families import Family
-from saccade.files import check_writable
+from saccade.files import check_writable, reading
 
 BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "paged_", "ademamix", "lion_", "rmsprop_bnb")
 OPTIMIZER_PACKAGES = (
@@ -108,6 +108,18 @@ def check_at_hand(args: DualSpeedConfig) -> None:
     # A relative path without a suffix may be a model on the hub.
     if not template.exists() and (template.suffix or template.is_absolute()):
         raise SaccadeError(f"chat_template_path={str(template)!r} does not exist: name a Jinja file")
+    if template.is_file():
+        read_template(template)
+
+
+def read_template(path: Path) -> str:
+    """The text of a recipe's own chat template.
+
+    Raises:
+        SaccadeError: if it is no text.
+    """
+    with reading(f"chat_template_path={str(path)!r} is not a Jinja file in UTF-8"):
+        return path.read_text(encoding="utf-8")
 
 
 @contextmanager

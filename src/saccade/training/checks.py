@@ -10,6 +10,7 @@ from transformers import ProcessorMixin
 
 from saccade.data.check import check_sources
 from saccade.data.lengths import TokenCounter
+from saccade.dualspeed.checks import read_template
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.labels import check_turns
 from saccade.errors import SaccadeError
@@ -46,8 +47,8 @@ def check_data(
     """
     recipe = _recipe(path, dict(given or {}))
     options, args = recipe.options, recipe.trainer
-    names, opened, counts = [], [], []
     check_split(options)
+    names, opened, counts = [], [], []
     for source in dataset_sources(options):
         rows = open_source(replace(source, rows=None) if source.path != "digits" else source, options)
         limits = [limit for limit in (source.rows, options.dataset_rows) if limit is not None]
@@ -91,7 +92,7 @@ def use_own_template(recipe: Recipe, processor: ProcessorMixin) -> None:
     """Set the processor's chat template to the recipe's own, if that is a file."""
     path = recipe.trainer.chat_template_path
     if path is not None and Path(path).is_file():
-        processor.chat_template = Path(path).read_text()
+        processor.chat_template = read_template(Path(path))
 
 
 def _recipe(path: str, given: dict[str, Any]) -> Recipe:
