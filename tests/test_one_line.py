@@ -4,10 +4,12 @@ import math
 import re
 import tomllib
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from family_models import FAMILIES
 from helpers import make_trainer
 from peft import LoraConfig
 
@@ -18,7 +20,7 @@ from saccade.dualspeed import checks
 from saccade.errors import EXTRAS, needs_package
 from saccade.testing.training import make_config
 from saccade.training import load_recipe
-from saccade.training.models import ModelOptions
+from saccade.training.models import ModelOptions, load_processor
 from saccade.training.recipe import make_recipe
 from saccade.training.run import check_recipe
 from saccade.values import BOUNDS
@@ -167,6 +169,17 @@ def test_a_model_that_cannot_be_fetched_is_one_line(capfd):
     assert main(["train", "tiny-digits/sft", "--model", "someone/nothing", *HERE]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "model='someone/nothing' is not a local folder, and cannot be loaded from the hub" in line
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision_says_so(tmp_path):
+    """As stock folders of Qwen-VL have it, whose processors load their video processor beside that of images."""
+    model, processor = FAMILIES["qwen2_5_vl"].build()
+    for part in (model.config, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(SaccadeError, match="has a processor that needs torchvision, which is not installed") as found:
+        load_processor(ModelOptions(model=str(tmp_path)))
+    assert "\n" not in str(found.value)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     if fault:
         warnings.append(
             f"torchvision is installed but broken ({fault}), which breaks the model classes of transformers: "
-            "`pip uninstall torchvision`, Saccade does not need it"
+            "`pip uninstall torchvision`, or install the build that belongs to your torch (docs/install.md)"
         )
     return warnings
 

@@ -21,7 +21,7 @@ from transformers import (
 from saccade.data.conversation import FORMATS
 from saccade.dualspeed.labels import stop_ids
 from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
-from saccade.errors import SaccadeError, needs_package
+from saccade.errors import MissingPackageError, SaccadeError, needs_package
 from saccade.families import Family, family_class, get_family, use_released_names
 from saccade.families.fitting import check_processor
 from saccade.files import reading, similar_path
@@ -239,7 +239,16 @@ def load_processor(
 def _processor(model: str, **loading: Any) -> ProcessorMixin:
     files = "processor_config.json, tokenizer.json and the files beside them"
     with reading(f"model={model!r} has no processor that loads, from {files}"):
-        return AutoProcessor.from_pretrained(model, **loading)
+        try:
+            return AutoProcessor.from_pretrained(model, **loading)
+        except ImportError as error:
+            if find_spec("torchvision") is not None or "torchvision" not in str(error).lower():
+                raise
+            # Not as `needs_package` says: PyPI's torchvision breaks the model classes beside the CPU build of torch.
+            raise MissingPackageError(
+                f"model={model!r} has a processor that needs torchvision, which is not installed: install the release "
+                'that belongs to your torch, from the index that torch came from (docs/install.md, "torchvision")'
+            ) from error
 
 
 def check_family(model: str, trust_remote_code: bool = False, local_files_only: bool = False) -> type[Family]:
