@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from contextlib import redirect_stdout
 from io import StringIO
 
@@ -63,6 +64,19 @@ def test_a_run_ends_with_what_to_do_next(said):
         f"saccade report {folder}",
         f"saccade eval {folder}",
         f"saccade export {folder} --output {folder}-export",
+    ]
+
+
+def test_what_to_do_next_can_be_pasted_and_works(tmp_path, capsys):
+    """Where a shell would split the folder's name, and where no loss was logged, of which a report has no page."""
+    folder = tmp_path / "my run"
+    words = ["--output_dir", str(folder), *FLAGS, "--max_steps", "1"]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line.strip().split("  ")[0]) for line in lines[lines.index("next:") + 1 :]]
+    assert commands == [
+        ["saccade", "eval", str(folder)],
+        ["saccade", "export", str(folder), "--output", f"{folder}-export"],
     ]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -126,24 +127,24 @@ def run(args: argparse.Namespace) -> int:
     elif recipe.trainer.should_save:
         isolator = "" if trainer.isolator is None else "isolator, "
         print(f"saved {recipe.trainer.output_dir} (model, processor, {isolator}{LOG_FILE})")
-        print(_next(recipe))
+        print(_next(recipe, logged=any("loss" in entry for entry in trainer.state.log_history)))
     # If a rank exits while another is still saving, the run may be aborted.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
 
 
-def _next(recipe: "Recipe") -> str:
-    """What to do with a trained model."""
+def _next(recipe: "Recipe", logged: bool) -> str:
+    """What to do with a trained model; a run that has `logged` no loss has no page."""
     from saccade.report.lines import room
 
-    folder = recipe.trainer.output_dir
+    folder, exported = (shlex.quote(f"{recipe.trainer.output_dir}{end}") for end in ("", "-export"))
     merged = ", adapters merged" if recipe.options.lora else ""
-    steps = {f"saccade report {folder}": "one page: losses, speed, what is kept"}
+    steps = {f"saccade report {folder}": "one page: losses, speed, what is kept"} if logged else {}
     # The embedded scenes are the only data that the library has a test split of.
     if recipe.options.dataset == "digits":
         steps[f"saccade eval {folder}"] = "accuracy on all visual tokens and on a few"
-    steps[f"saccade export {folder} --output {folder}-export"] = f"a plain checkpoint{merged}, for `saccade serve`"
+    steps[f"saccade export {folder} --output {exported}"] = f"a plain checkpoint{merged}, for `saccade serve`"
     width, columns = max(map(len, steps)), room()
     below = columns is not None and max(2 + width + 2 + len(what) for what in steps.values()) > columns
     ends = [f"{command}\n      {what}" if below else f"{command:<{width}}  {what}" for command, what in steps.items()]

@@ -1,5 +1,6 @@
 """The demo: a small LLaVA trained on handwritten digits with all tokens, with pruning only, and with DualSpeed."""
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -87,7 +88,7 @@ def run_demo(
     draw_scene(Path(chosen["model"]), settings, output / "kept_tokens.png")
     console.print(
         f"\nWritten to {output}: table.md, table.json, accuracy_over_time.png, kept_tokens.png, loss.png; "
-        f"`saccade report {output}` makes a page of it",
+        f"`saccade report {shlex.quote(str(output))}` makes a page of it",
         highlight=False,
     )
     console.print(f"\n{conclusion(standing)}", highlight=False)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +170,9 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
         if file.name == DIGIT_FILE and weight_files(file.parent):
             _, fault = read_evaluation(file.parent)
             if fault is not None:
-                raise SaccadeError(f"{fault}: `saccade eval {file.parent}` measures those next to it")
+                raise SaccadeError(
+                    f"{fault}: `saccade eval {shlex.quote(str(file.parent))}` measures those next to it"
+                )
         of, rows = _measured_on(content)
         measured = str(content.get("weights") or content.get("model"))
         for entry in results:

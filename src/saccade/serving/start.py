@@ -4,6 +4,7 @@ import http.client
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -141,7 +142,8 @@ def check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         hint = "give a folder with a config.json"
         if (folder / "adapter_config.json").is_file():
-            hint = f"it has adapters only: `saccade export {folder} --output FOLDER` makes a complete model of them"
+            command = f"saccade export {shlex.quote(str(folder))} --output FOLDER"
+            hint = f"it has adapters only: `{command}` makes a complete model of them"
         raise SaccadeError(f"model={str(folder)!r} is not a complete model: {hint}")
 
 

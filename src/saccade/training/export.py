@@ -1,6 +1,7 @@
 """Export a trained folder to a plain Hugging Face checkpoint: merge adapters, check keys, write a model card."""
 
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -86,7 +87,9 @@ def export_model(
         **{name: facts[name] for name in ("base_model", "parameters", "dtype", "own_classes")},
         "bytes": sum(path.stat().st_size for path in files),
         "files": [path.name for path in files],
-        "notes": [] if note is None else [f"{note}, and was left out: `saccade eval {source}` measures these"],
+        "notes": []
+        if note is None
+        else [f"{note}, and was left out: `saccade eval {shlex.quote(str(source))}` measures these"],
     }
 
 
