@@ -20,7 +20,7 @@ from saccade.dualspeed import checks
 from saccade.errors import EXTRAS, needs_package
 from saccade.testing.training import make_config
 from saccade.training import load_recipe
-from saccade.training.models import ModelOptions, load_processor
+from saccade.training.models import ModelOptions, load_model, load_processor
 from saccade.training.recipe import make_recipe
 from saccade.training.run import check_recipe
 from saccade.values import BOUNDS
@@ -169,6 +169,13 @@ def test_a_model_that_cannot_be_fetched_is_one_line(capfd):
     assert main(["train", "tiny-digits/sft", "--model", "someone/nothing", *HERE]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "model='someone/nothing' is not a local folder, and cannot be loaded from the hub" in line
+
+
+def test_a_processor_that_does_not_load_is_told_before_the_weights_are_read(model, tmp_path, monkeypatch):
+    model.config.save_pretrained(tmp_path)
+    monkeypatch.setattr("saccade.training.models.load_whole", lambda *_, **__: pytest.fail("the weights were loaded"))
+    with pytest.raises(SaccadeError, match="has no processor that loads"):
+        load_model(ModelOptions(model=str(tmp_path)))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")

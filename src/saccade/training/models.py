@@ -140,6 +140,8 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
     check_family(options.model, trust_remote_code)
     loading = {"dtype": options.dtype, "trust_remote_code": trust_remote_code}
     with reading(f"model={options.model!r} cannot be loaded"):
+        # Before the weights, which take minutes to load and longer to fetch.
+        processor = _processor(options.model, trust_remote_code=trust_remote_code)
         if options.load_in_4bit:
             config = AutoConfig.from_pretrained(options.model, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
@@ -154,7 +156,6 @@ def load_model(options: ModelOptions, trust_remote_code: bool = False) -> tuple[
         if options.dtype == "auto" and model.dtype == torch.float16 and not options.load_in_4bit:
             model = model.float()
         use_released_names(model)
-        processor = _processor(options.model, trust_remote_code=trust_remote_code)
         check_processor(processor, model.config)
         return _with_attention(model, options.attn_implementation), processor
 
