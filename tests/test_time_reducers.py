@@ -113,6 +113,21 @@ def test_within_a_frame_another_reducer_chooses():
         assert mine == sorted(best.tolist())
 
 
+def test_within_each_frame_a_random_choice_is_its_own():
+    """In training, rows have seeds: a frame keeps what `random` keeps of the row of features that it is."""
+    frames, places = 4, 16
+    clip = clip_context(frames, 4, 4, still=0.0)
+    rows = VisualContext(
+        clip.features.reshape(frames, places, 8),
+        grid=torch.tensor([[1, 4, 4]]).expand(frames, 3),
+        group=torch.zeros(frames, dtype=torch.long),
+        seed=torch.arange(frames) + 5,
+    )
+    reduction = reduce(rows, PruningConfig("frames", {"within": "random"}, prune_ratio=0.75, budget="image"))
+    assert kept(reduction) == kept(get_reducer("random")(rows, reduction.counts))
+    assert len(set(map(tuple, kept(reduction)))) == frames
+
+
 @pytest.mark.parametrize("name", KNOW_TIME)
 @pytest.mark.parametrize(
     ("options", "message"),

@@ -74,7 +74,11 @@ class Frames:
         # The whole row, whatever shape it has.
         grid[single] = context.grid[single]
         rows = self.units.context(context, grid.repeat_interleave(counted.shape[1], dim=0))
-        return rows.replace(valid=rows.valid & counted.reshape(-1, 1))
+        seed = rows.seed
+        if seed is not None:
+            # With the clip's own seed in each frame, a random reducer would keep the same places in all of them.
+            seed = seed + torch.arange(counted.shape[1], device=seed.device).repeat(counted.shape[0])
+        return rows.replace(valid=rows.valid & counted.reshape(-1, 1), seed=seed)
 
     def distances(self, context: VisualContext, row: int) -> Tensor:
         """How far the tokens at a place are apart in any two frames: `STEPS` times 1 - cos, long `(P, T, T)`.
