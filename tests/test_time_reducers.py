@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from family_models import FAMILIES, VideoCase
 
 from saccade import SaccadeError
 from saccade.reducers import PruningConfig, get_reducer, keep_count, reduce
 from saccade.reducers.changes import changed_tokens
 from saccade.reducers.frames import KNOW_TIME, STEPS
+from saccade.testing import families as tester
 from saccade.testing.reducers import kept, take_tokens
 from saccade.tokens import VisualContext
 
@@ -193,6 +195,43 @@ def test_frames_that_are_rows_share_a_budget(name):
     # With a budget per frame there is nothing to compare.
     single = reduce(rows, PruningConfig(name, prune_ratio=0.75))
     assert kept(single) == kept(reduce(rows, PruningConfig("divprune", prune_ratio=0.75)))
+
+
+@pytest.mark.parametrize("name", KNOW_TIME)
+def test_crops_are_not_frames(name):
+    """An image of four crops beside a clip of four frames: the image is left to the reducer within, as one row."""
+    both = clip_context(4, 3, 4, rows=2)
+    rows = VisualContext(
+        both.features.reshape(8, 12, 8),
+        grid=torch.tensor([[1, 3, 4]]).expand(8, 3),
+        group=torch.arange(2).repeat_interleave(4),
+        sample=torch.arange(2).repeat_interleave(4),
+        video=torch.arange(8) >= 4,
+    )
+    for budget in ("image", "sample"):
+        shared, plain, all_video = (
+            kept(reduce(context, PruningConfig(reducer, prune_ratio=0.75, budget=budget)))
+            for reducer, context in ((name, rows), ("divprune", rows), (name, rows.replace(video=None)))
+        )
+        assert shared == plain[:4] + all_video[4:]
+        assert plain[:4] != all_video[:4]
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm", "qwen3_vl", "llava_onevision"])
+def test_families_tell_crops_from_frames(name):
+    """Rows of several crops are not of a video; where a processor gives frames as images, a row by itself may be."""
+    images = tester.Case(name, FAMILIES[name])
+    context = images.family.encode(images.inputs).context
+    group = context.group.tolist()
+    if name in ("internvl", "smolvlm"):
+        assert context.video.tolist() == [group.count(one) == 1 for one in group]
+        assert max(map(group.count, group)) > 1
+        return
+    assert not context.video.any()
+    clips = VideoCase(name, FAMILIES[name])
+    encoded = clips.family.encode(clips.inputs)
+    assert encoded.context.video.tolist() == list(encoded.videos)
+    assert any(encoded.videos)
 
 
 @pytest.mark.parametrize("name", KNOW_TIME)

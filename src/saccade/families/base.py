@@ -128,6 +128,8 @@ class Family(ABC):
         with tower, watching(block) as calls, first_arguments(entry) as given:
             encoded = self._encode(inputs) if needs.patch_tolerance is None else self._encode_some(inputs, needs)
         known: dict[str, Tensor] = {}
+        if encoded.context.video is None:
+            known["video"] = alone_in_group(encoded.context.group)
         if seed is not None:
             known["seed"] = torch.arange(encoded.context.shape[0], device=encoded.context.features.device) + seed
         if "sample" in needs.fields:
@@ -337,6 +339,15 @@ def joined_rows(features: Sequence[Tensor]) -> Tensor:
     if len({row.shape[0] for row in features}) == 1:
         return torch.stack(tuple(features))
     return torch.cat(tuple(features)).unsqueeze(1)
+
+
+def alone_in_group(group: Tensor) -> Tensor:
+    """Which rows may be frames of a clip, where a processor gives these as images: bool `(R,)`, from long `(R,)`.
+
+    Several rows of a group, which are next to one another, are the crops of an image.
+    """
+    border = torch.nn.functional.pad(group.diff() != 0, (1, 1), value=True)
+    return (border[:-1] & border[1:])[: len(group)]
 
 
 def run_numbers(placeholder: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def assemble(
         valid=valid,
         grid=torch.tensor([row.grid for row in rows], device=device),
         group=torch.tensor(group, device=device),
+        video=torch.tensor(order, device=device),
         protected=protected,
         absent=absent,
     )

@@ -37,16 +37,21 @@ class Frames:
 
     @classmethod
     def of(cls, context: VisualContext) -> "Frames | None":
-        """The frames of each row's grid; None if no row has two. A row whose tokens do not fill its grid has one.
+        """The frames of each row's grid; None if no row has two. A row that is not of a video, or whose tokens do not
+        fill its grid, has one.
 
         Reads the grids back to the host, unless they are known to have one frame each.
         """
         if context.single_frame or 0 in context.shape[:2]:
             return None
         available = context.valid.sum(dim=1)
-        numbers = torch.cat((context.grid, available.unsqueeze(1)), dim=1).tolist()
-        counts = [frames if frames * high * wide == tokens and tokens else 1 for frames, high, wide, tokens in numbers]
-        sizes = [tokens // frames for (*_, tokens), frames in zip(numbers, counts, strict=True)]
+        follow = torch.ones_like(available) if context.video is None else context.video.long()
+        numbers = torch.cat((context.grid, available.unsqueeze(1), follow.unsqueeze(1)), dim=1).tolist()
+        counts = [
+            frames if follows and tokens and frames * high * wide == tokens else 1
+            for frames, high, wide, tokens, follows in numbers
+        ]
+        sizes = [tokens // frames for (*_, tokens, _), frames in zip(numbers, counts, strict=True)]
         if max(counts) == 1:
             return None
         device = context.features.device

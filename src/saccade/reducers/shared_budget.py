@@ -83,6 +83,8 @@ class Units:
         values = {name: getattr(context, name) for name in (entry.name for entry in fields(context) if entry.init)}
         given = {name: value for name, value in values.items() if value is not None and name != "valid"}
         per_row = {name: given[name][self.first] for name in ("sample", "seed", "words") if name in given}
+        if context.video is not None:
+            per_row["video"] = (context.video[self.row.clamp(min=0)] | (self.place < 0)).all(dim=1)
         joined = {name: self.join(value) for name, value in given.items() if name not in PER_ROW}
         grid = self._grid(context) if grid is None else grid
         return VisualContext(**joined, **per_row, valid=None if bool(valid.all()) else valid, grid=grid)

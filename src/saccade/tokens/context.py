@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PER_ROW = frozenset({"grid", "group", "sample", "seed", "words"})
+PER_ROW = frozenset({"grid", "group", "sample", "video", "seed", "words"})
 """The fields of a context that have one value per row, not per token."""
 
 
@@ -23,6 +23,8 @@ class VisualContext:
             square if N is a square number, a single row otherwise.
         group: long `(B,)`, the image or video that a row belongs to, for budgets shared by crops or frames.
         sample: long `(B,)`, the sample that a row belongs to, for budgets shared by its images.
+        video: bool `(B,)`, whether a row is of a video, or may be: its frames, and rows that share a budget with it,
+            then follow one another in time, as the crops of an image do not. If omitted, all may be.
         seed: long `(B,)`, the row's seed for stochastic reducers. If omitted, they derive one from the features.
         saliency: `(B, N)`, how much attention the encoder pays to each token.
         keys: `(B, N, Dk)`, the encoder's attention keys.
@@ -48,6 +50,7 @@ class VisualContext:
     grid: Tensor | None = None
     group: Tensor | None = None
     sample: Tensor | None = None
+    video: Tensor | None = None
     seed: Tensor | None = None
     saliency: Tensor | None = None
     keys: Tensor | None = None
