@@ -15,7 +15,7 @@ from saccade import SaccadeError
 from saccade.data.conversation import place_media
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed.collator import DualSpeedCollator, prepare_example
-from saccade.dualspeed.engines import DummyImageCollator
+from saccade.dualspeed.engines import BLANK_ROW, DummyImageCollator
 from saccade.families import get_family
 from saccade.images import open_image
 from saccade.reducers import PruningConfig
@@ -95,6 +95,7 @@ def test_a_blank_image_has_the_form_of_the_rows(form):
     batch = DummyImageCollator(collator, collator.placeholder_id, processor)([row, row])
     blank = (batch["input_ids"] == collator.placeholder_id).any(dim=1)
     assert blank.tolist() == [False, False, True]
+    assert batch[BLANK_ROW]
     assert ((batch["labels"] != -100).any(dim=1) == ~blank).all()
     # A row that cannot be used, and is replaced, says nothing of the form.
     lenient = replace(collator, max_bad_records=1)

@@ -21,6 +21,7 @@ from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
 from saccade.companions import read_companion
 from saccade.data import digit_scenes
+from saccade.dualspeed.engines import DummyImageCollator
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
 from saccade.pruning import ISOLATOR_FILE, ModeIsolator
@@ -412,6 +413,23 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
     result = trainer.evaluate()
     batch = dict(trainer.data_collator([rows[index] for index in range(8)]))
     assert result["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), abs=1e-4)
+
+
+def test_predictions_are_of_the_rows_alone(model, processor, tmp_path):
+    """Where ranks shard the model, a batch of texts has a row with a blank image too."""
+    kinds = ["text_only"] * 2 + ["count"] * 3 + ["text_only"]
+    rows = [digit_scenes("sft", "train", 1, seed=number, kinds=[kind])[0] for number, kind in enumerate(kinds)]
+    trainer = make_trainer(model, processor, tmp_path, per_device_eval_batch_size=2, include_for_metrics=["inputs"])
+    seen = []
+    trainer.compute_metrics = lambda found: seen.append(found) or {}
+    trainer.evaluate(Dataset.from_list(rows))
+    trainer.data_collator = DummyImageCollator(trainer.data_collator, trainer.family.placeholder_id, processor)
+    trainer.evaluate(Dataset.from_list(rows))
+    plain, sharded = seen
+    # The blank image makes some batches longer.
+    learned, found = ([row[row != -100].tolist() for row in one.label_ids] for one in (plain, sharded))
+    assert found == learned
+    assert len(sharded.predictions) == len(sharded.inputs) == len(rows)
 
 
 @pytest.mark.parametrize(

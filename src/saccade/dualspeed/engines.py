@@ -14,6 +14,8 @@ from saccade.interfaces import changed, replaced_forward
 from saccade.tokens import IGNORE_INDEX
 
 _SIDE = 64
+BLANK_ROW = "blank_row"
+"""The entry of a batch whose last row is not of the dataset, see `DummyImageCollator`."""
 Result = TypeVar("Result")
 
 
@@ -49,7 +51,8 @@ class DummyImageCollator:
 
     FSDP and ZeRO-3 gather a module's parameters from all ranks when it runs. A rank whose micro-batch is all text
     would run neither the vision tower nor a teacher, and the others would wait for it forever. The added sample goes
-    through every module in every mode and, having no labels, contributes zero gradients.
+    through every module in every mode and, having no labels, contributes zero gradients. The entry `BLANK_ROW` says
+    that it is there, so that it is not taken for a row of the dataset.
     """
 
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
@@ -64,7 +67,7 @@ class DummyImageCollator:
         batch = self.collate([*rows, self._sample(rows)])
         blank = (batch["input_ids"] == self.placeholder_id).any(dim=1)  # (B + 1,)
         batch["labels"] = batch["labels"].masked_fill(blank[:, None], IGNORE_INDEX)
-        return batch
+        return {**batch, BLANK_ROW: True}
 
     def _sample(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A sample with a blank image in the format of the rows, some of which may be unusable."""

@@ -55,7 +55,7 @@ from saccade.dualspeed.checkpoint import (
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.engines import DummyImageCollator, gathered, layer_classes, redirect_forward
+from saccade.dualspeed.engines import BLANK_ROW, DummyImageCollator, gathered, layer_classes, redirect_forward
 from saccade.dualspeed.folder import (
     MEASURED,
     PARTIAL_DIR,
@@ -558,6 +558,8 @@ class DualSpeedTrainer(SFTTrainer):
         if not has_length(self.train_dataset):
             batches = self._fill_up(batches, num_batches)
         if batches:
+            for batch in batches:
+                batch.pop(BLANK_ROW, None)
             found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
             self._note_bad_records(found, given_up=not all(batches))
         return super().get_batch_samples(iter(batches), num_batches, device)
@@ -591,12 +593,12 @@ class DualSpeedTrainer(SFTTrainer):
         return getattr(self._train_loader, "base_dataloader", self._train_loader)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The stock step. Every rank must call it.
+        """The stock step, whose logits and labels are of the rows of the dataset. Every rank must call it.
 
         Raises:
             SaccadeError: on all ranks, if there are too many bad records.
         """
-        found = inputs.pop(BAD_RECORDS, ())
+        found, blank_row = inputs.pop(BAD_RECORDS, ()), inputs.pop(BLANK_ROW, False)
         self._note_bad_records(found, given_up=not inputs)
         self._ignore_unlearned(inputs, self.args.eval_batch_size)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -604,6 +606,9 @@ class DualSpeedTrainer(SFTTrainer):
             counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
             step = torch.stack([loss.detach().float() * counted, counted, torch.full_like(counted, len(found))])
             self._evaluated = step if self._evaluated is None else self._evaluated + step
+        if blank_row:
+            inputs["input_ids"] = inputs["input_ids"][:-1]  # which metrics may be given too
+            logits, labels = (None if rows is None else rows[:-1] for rows in (logits, labels))
         return loss, logits, labels
 
     def evaluation_loop(
