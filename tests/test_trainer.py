@@ -415,6 +415,21 @@ def test_evaluation_during_training_is_on_all_tokens(model, processor, tmp_path)
     assert result["eval_loss"] == pytest.approx(model.eval()(**batch).loss.item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"fit_length": 60, "fit_slow": True}, {"skip_vision": {}, "skip_mode": "slow"}])
+def test_an_evaluation_that_computes_the_loss_alone(processor, tmp_path, options):
+    """Rows that are made to fit, and models that skip, have no logits of the full sequence."""
+    rows = digit_scenes("sft", "validation", 4)
+    trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, **options)
+    found = trainer.predict(rows)
+    assert found.predictions is None
+    assert found.metrics["test_loss"] == pytest.approx(trainer.evaluate(rows)["eval_loss"])
+    why = "fit_slow=True" if "fit_slow" in options else "modes that skip"
+    with pytest.raises(SaccadeError, match=f"compute_metrics is given with {why}: an evaluation then"):
+        DualSpeedTrainer(
+            "not loaded", args=make_config(tmp_path, **options), train_dataset=rows, compute_metrics=lambda found: {}
+        )
+
+
 def test_predictions_are_of_the_rows_alone(model, processor, tmp_path):
     """Where ranks shard the model, a batch of texts has a row with a blank image too."""
     kinds = ["text_only"] * 2 + ["count"] * 3 + ["text_only"]

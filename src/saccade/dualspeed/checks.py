@@ -64,6 +64,19 @@ def check_not_ignored(model: str | nn.Module, peft_config: Any, compute_loss_fun
             )
 
 
+def check_metrics(args: DualSpeedConfig, compute_metrics: Any) -> None:
+    """Refuse metrics where an evaluation has no logits to compute them from."""
+    if compute_metrics is None:
+        return
+    skips = any(mode.action == "skip" for mode in args.all_modes())
+    if skips or args.fit_slow:
+        why = "modes that skip" if skips else "fit_slow=True"
+        raise SaccadeError(
+            f"compute_metrics is given with {why}: an evaluation then computes the loss alone, so leave it out, and "
+            "run `saccade eval` on the trained model"
+        )
+
+
 def check_precision(model: nn.Module, args: DualSpeedConfig) -> None:
     """Refuse weights that do not work with mixed precision: many released checkpoints are float16."""
     # TRL converts the unquantized weights of a quantized model to float32.

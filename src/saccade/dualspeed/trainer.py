@@ -31,6 +31,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
 from trl import SFTTrainer
 
@@ -133,7 +134,8 @@ class DualSpeedTrainer(SFTTrainer):
         compute_loss_func (`Callable`, *optional*):
             A loss in place of the cross-entropy. Only with the options of ordinary fine-tuning.
         compute_metrics (`Callable`, *optional*):
-            Metrics of an evaluation, of an [`~transformers.EvalPrediction`].
+            Metrics of an evaluation, of an [`~transformers.EvalPrediction`]. Not with modes that skip or `fit_slow`,
+            whose evaluations compute the loss alone.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
             Callbacks beside the trainer's own.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -186,6 +188,7 @@ class DualSpeedTrainer(SFTTrainer):
         if not isinstance(args, DualSpeedConfig):
             raise SaccadeError(f"args is {kind_of(args)}: give a DualSpeedConfig, which takes the same options")
         checks.check_at_hand(args)
+        checks.check_metrics(args, compute_metrics)
         if isinstance(model, nn.Module):
             config, placed = stock_model(model).config, getattr(model, "hf_device_map", None)
         else:
@@ -367,7 +370,8 @@ class DualSpeedTrainer(SFTTrainer):
             mode = self.meter.full or self.modes[-1].name
             count = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
             mean = self._run_step(model, mode, inputs, count).cross_entropy
-            return (mean, {"loss": mean}) if return_outputs else mean
+            # TRL reads `logits`, which there are none of: the sequences are not those of the stock forward.
+            return (mean, CausalLMOutput(loss=mean)) if return_outputs else mean
         # The factor that turns means per rank, or per micro-batch, into terms of a global mean.
         is_whole = num_items_in_batch is not None or not self.model.training
         parts = 1 if is_whole else self.current_gradient_accumulation_steps
