@@ -21,6 +21,7 @@ from saccade.dualspeed.checkpoint import check_same_run, newest_checkpoint, reso
 from saccade.dualspeed.config import FREE_TO_CHANGE
 from saccade.dualspeed.folder import LOCK_FILE, OWNER_FILE, RUN_FILE, read_owner, read_run_file
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
+from saccade.dualspeed.weights import read_evaluation
 from saccade.files import file_lock
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava, build_tiny_processor
@@ -180,6 +181,26 @@ def test_the_command_line_refuses_and_overwrites(tmp_path, capsys):
     assert not (tmp_path / "model.safetensors").exists()
     # The base that the adapters belong to was written by this run too.
     load_model(ModelOptions(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("length", [["--max_steps", "2"], ["--max_steps", "-1", "--num_train_epochs", "1"]])
+def test_a_finished_run_that_is_resumed_keeps_what_was_measured(tmp_path, length):
+    fields = {**RECIPE, "dataset_rows": 4, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    flags = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    command = ["train", "tiny-digits/sft", *flags, *length, "--lr_scheduler_type", "constant"]
+    command += ["--output_dir", str(tmp_path), "--resume", "auto"]
+    assert main(command) == 0
+    assert main(["eval", str(tmp_path), "--num-samples", "1"]) == 0
+    measured = {name: (tmp_path / name).read_bytes() for name in ("log.json", "eval.json")}
+    (tmp_path / "model.safetensors").unlink()
+    assert main(command) == 0
+    assert {name: (tmp_path / name).read_bytes() for name in measured} == measured
+    assert read_evaluation(tmp_path)[0] is not None
+    # One that goes on does not.
+    (tmp_path / "checkpoint-2").rename(tmp_path / "away")
+    assert main(command) == 0
+    assert not (tmp_path / "eval.json").exists()
+    assert (tmp_path / "log.json").read_bytes() != measured["log.json"]
 
 
 def test_a_model_that_is_to_answer_is_put_on_the_accelerator(monkeypatch):

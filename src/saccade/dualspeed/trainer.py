@@ -293,6 +293,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.run_id: str | None = None
+        self._resumed_at: int | None = None
         self.best = BestOfRun()
         self.add_callback(self.best)
         self.pushes = CheckpointPushes(self)
@@ -833,6 +834,7 @@ class DualSpeedTrainer(SFTTrainer):
         if checkpoint is not None:
             check_same_run(checkpoint, self._resume_state())
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
+        self._resumed_at = None
         if checkpoint is None:
             self.best.path = None
             if args.should_save:
@@ -840,6 +842,7 @@ class DualSpeedTrainer(SFTTrainer):
         else:
             self.bad_records.read()
             state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+            self._resumed_at = state.global_step
             best = find_best(state.best_model_checkpoint, checkpoint.parent, Path(args.output_dir))
             if best is None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 raise SaccadeError(
@@ -877,7 +880,8 @@ class DualSpeedTrainer(SFTTrainer):
             if self.args.should_save:
                 # Until the new weights are complete they have no run file, and measurements of the old ones no longer
                 # apply.
-                for name in (RUN_FILE, *MEASURED):
+                outdated = () if self._has_not_gone_on(folder) else MEASURED
+                for name in (RUN_FILE, *outdated):
                     (folder / name).unlink(missing_ok=True)
             with disk_errors(folder):
                 super().save_model(output_dir, _internal_call)
@@ -902,6 +906,16 @@ class DualSpeedTrainer(SFTTrainer):
                     mode.pruning.replace(isolator=str(folder) if mode.isolator else None).save_pretrained(folder)
                 step, tokens = self.state.global_step, self.meter.tokens
                 write_run_file(folder, state, self.run_id, global_step=step, tokens=tokens, **self._base_weights)
+
+    def _has_not_gone_on(self, folder: Path) -> bool:
+        """Whether the model is the one that `folder` holds: a finished run was resumed, and had no step left."""
+        if self._resumed_at is None or self.state.global_step != self._resumed_at:
+            return False
+        try:
+            found = read_run_file(folder) or {}
+        except SaccadeError:
+            return False
+        return (found.get("run_id"), found.get("global_step")) == (self.run_id, self._resumed_at)
 
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)

@@ -104,7 +104,9 @@ def _train_and_save(
             # The next run resumes from the checkpoint; saving a final model would make training look finished.
             return trainer
         trainer.save_model(args.output_dir)
-        if args.should_save:
+        log = Path(args.output_dir) / LOG_FILE
+        # A finished run that was resumed, and had no step left, keeps its own.
+        if args.should_save and not log.is_file():
             record = {
                 "recipe": recipe.given,
                 "run_id": trainer.run_id,
@@ -112,7 +114,7 @@ def _train_and_save(
                 "environment": environment(),
                 "finished": date.today().isoformat(),
             }
-            write_json_atomically(Path(args.output_dir) / LOG_FILE, record)
+            write_json_atomically(log, record)
     return trainer
 
 
