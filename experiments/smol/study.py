@@ -201,7 +201,8 @@ def prepare(output: Path, settings: Settings, log: Callable[[str], None]) -> dic
     setup = _read_setup(output)
     model = output / f"model-{settings.grid}"
     wanted = {
-        "language_model": language_model,
+        # Not where the package lies, which is elsewhere in another environment.
+        "language_model": settings.language_model or GGUF_FILE,
         "tower_steps": settings.tower_steps,
         "projector_batches": settings.projector_batches,
     }
