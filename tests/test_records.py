@@ -123,6 +123,17 @@ def test_files_without_rows(tmp_path, name, content, message):
         RecordFile(tmp_path / name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_file_in_another_encoding_is_told(tmp_path, name, encoding):
+    (tmp_path / name).write_text('[{"a": 1}]\n' if name == "rows.json" else '{"a": 1}\n', encoding=encoding)
+    message = f"{name}' starts like a file in {encoding.upper()}: save it as UTF-8"
+    with pytest.raises(SaccadeError, match=message):
+        RecordFile(tmp_path / name)
+    with pytest.raises(SaccadeError, match=message):
+        next(stream_records(tmp_path / name))
+
+
 def test_shards_are_disjoint_and_whole(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(f'{{"a": {number}}}\n' for number in range(11)))

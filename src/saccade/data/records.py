@@ -35,7 +35,7 @@ class RecordFile:
         path: the file. One that starts with a bracket is a list, one that starts with a brace is JSON lines.
 
     Raises:
-        SaccadeError: if the file does not exist, is empty, or starts with neither.
+        SaccadeError: if the file does not exist, is empty, starts with neither, or is not in UTF-8.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -140,7 +140,12 @@ def _is_list(path: Path) -> bool:
     if not path.is_file():
         raise no_dataset(path)
     with path.open("rb") as file:
-        head = file.read(_HEAD).removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
+        head = file.read(_HEAD)
+    encoding = json.detect_encoding(head)
+    if not encoding.startswith("utf-8"):
+        # Lines are found by a byte, which is half of a character there.
+        raise SaccadeError(f"dataset={str(path)!r} starts like a file in {encoding.upper()}: save it as UTF-8")
+    head = head.removeprefix(_BYTE_ORDER_MARK).lstrip(_SPACE)
     if not head:
         raise SaccadeError(f"dataset={str(path)!r} has no rows")
     if path.suffix == ".json" and head[:1] == b"{":
