@@ -111,6 +111,11 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
         ({"dataset": "rows.json", "image_folder": ["images", "nope"]}, "image_folder='nope' is not a folder"),
         ({"dataset": [{"path": "rows.json", "wieght": 1}]}, "unknown field 'wieght': did you mean 'weight'"),
         ({"dataset": ["rows.json", "rowz.json"]}, "dataset='rowz.json' does not exist: did you mean 'rows.json'"),
+        (
+            {"dataset": ["rows.json", "rowz.parquet"]},
+            "dataset='rowz.parquet' does not exist: did you mean 'rows.json'",
+        ),
+        ({"eval_dataset": "rowz.parquet", "eval_strategy": "epoch"}, "dataset='rowz.parquet' does not exist"),
         ({"dataset": "table.csv"}, "dataset='table.csv' is a file of a kind that is not read"),
         ({"dataset": ["rows.json", "UPPER.JSON"]}, "dataset='UPPER.JSON' is a file of a kind that is not read"),
         ({"dataset": 7}, "dataset=7 is an int, expected list or str"),

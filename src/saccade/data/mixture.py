@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -79,9 +80,12 @@ class SourceOptions:
         """The folders of its images; the arguments are those of `ImageFolders`.
 
         Raises:
-            SaccadeError: if one does not exist, or the source is a JSON file that does not, or a file of another kind.
+            SaccadeError: if one does not exist, or the source is a data file that does not, or a file of another kind.
         """
         if is_json(self.path) and not Path(self.path).is_file():
+            raise no_dataset(self.path)
+        # Patterns and addresses are left to `datasets`.
+        if is_data_file(self.path) and not (Path(self.path).exists() or "://" in self.path or glob(self.path)):
             raise no_dataset(self.path)
         # `datasets` would ask the hub for a data set of this name.
         if Path(self.path).is_file() and not is_data_file(self.path):
