@@ -33,6 +33,8 @@ from saccade.training import ModelOptions
 
 MISTYPED = """
 train tiny-digit/sft | recipe 'tiny-digit/sft' does not exist: did you mean 'tiny-digits/sft'?
+train out/sft | recipe 'out/sft' is a folder: give a YAML file or a shipped recipe, such as tiny-digits/sft; a model's
+train llava-1.5-13b | is a folder: use one of llava-1.5-13b/pretrain, llava-1.5-13b/sft_full, llava-1.5-13b/sft_lora
 train tiny-digits/sft --prune_ratoi 0.5 | unknown field 'prune_ratoi': did you mean 'prune_ratio'?
 train tiny-digits/sft --learning-rat 1 | unknown field 'learning_rat': did you mean 'learning_rate'?
 train tiny-digits/sft --dry-runn | unknown field 'dry_runn': did you mean 'dry_run'?

@@ -59,6 +59,13 @@ def find_recipe(name: str | Path) -> Path:
             return candidate
     names = sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
     folders = sorted({name.partition("/")[0] for name in names})
+    for folder in (path, RECIPES / path):
+        if folder.is_dir():
+            inside = sorted(file.name if folder == path else file.stem for file in folder.glob("*.yaml"))
+            hint = "give a YAML file or a shipped recipe, such as tiny-digits/sft; a model's folder goes with --model"
+            if inside:
+                hint = f"use one of {', '.join(str(path / one) for one in inside)}"
+            raise SaccadeError(f"recipe {str(name)!r} is a folder: {hint}")
     otherwise = f"give a YAML file, or a shipped recipe, such as tiny-digits/sft (there are {', '.join(folders)})"
     hint = did_you_mean(str(name), names, similar_path(path, otherwise))
     raise SaccadeError(f"recipe {str(name)!r} does not exist: {hint}")
