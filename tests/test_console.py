@@ -80,6 +80,18 @@ def test_what_to_do_next_can_be_pasted_and_works(tmp_path, capsys):
     ]
 
 
+def test_one_of_a_thing_is_no_plural(tmp_path, capsys):
+    flags = ["--max_steps", "1", "--dataset_rows", "1", "--per_device_train_batch_size", "1"]
+    words = ["--output_dir", str(tmp_path / "run"), *FLAGS, *flags, "--save_steps", "1", "--prune_ratio", "0"]
+    assert main(["train", "tiny-digits/sft", "--model", "tiny", *words]) == 0
+    text = capsys.readouterr().out
+    assert ": 1 row, 144 visual tokens in the first" in text
+    assert ": 1 step, " in text
+    assert ": 1 steps" not in text
+    assert "steps   1 of 1 row, on" in text
+    assert "a checkpoint every step\n" in text
+
+
 def test_the_stock_printers_are_gone(tmp_path):
     trainer = train_recipe(load_recipe("tiny-digits/sft", [*FLAGS, "--model", "tiny", "--output_dir", str(tmp_path)]))
     kinds = [type(one) for one in trainer.callback_handler.callbacks]

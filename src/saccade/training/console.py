@@ -10,7 +10,7 @@ from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.modes import ModeConfig
-from saccade.report.lines import room, wrapped
+from saccade.report.lines import counted, room, wrapped
 from saccade.skip_vision.config import amount_of
 
 REST = ("runtime", "samples_per_second", "steps_per_second")
@@ -73,20 +73,20 @@ def opening(trainer: DualSpeedTrainer, model: str, data: str, visual_tokens: int
     # Under ZeRO-3 a rank holds parts, and the number stands beside them.
     sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in trainer.model.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
-    rows = f"{len(trainer.train_dataset):,} rows" if has_length(trainer.train_dataset) else "a stream of rows"
+    rows = counted(len(trainer.train_dataset), "row") if has_length(trainer.train_dataset) else "a stream of rows"
     lines = [f"model   {model}: {_size(total)} parameters, {_size(trained)} of them trained"]
-    images = f"{visual_tokens:,} visual tokens" if visual_tokens else "no image"
+    images = counted(visual_tokens, "visual token") if visual_tokens else "no image"
     lines.append(f"data    {data}: {rows}, {images} in the first")
     counts = trainer.schedule.count(state.max_steps)
     for number, mode in enumerate(trainer.modes):
         taught = "" if mode.teacher is None else f", taught by {mode.teacher}"
-        what = _what(mode, visual_tokens)
-        lines.append(f"{'' if number else 'modes':<7} {mode.name}: {counts[mode.name]:,} steps, {what}{taught}")
+        steps, what = counted(counts[mode.name], "step"), _what(mode, visual_tokens)
+        lines.append(f"{'' if number else 'modes':<7} {mode.name}: {steps}, {what}{taught}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     devices = f"one {args.device.type}" if args.world_size == 1 else f"{args.world_size} of {args.device.type}"
     resumed = f", from step {state.global_step:,} on" if state.global_step else ""
     padding = ", without padding" if trainer.packs_rows else ""
-    lines.append(f"steps   {state.max_steps:,} of {batch:,} rows{resumed}, on {devices}{padding}")
+    lines.append(f"steps   {state.max_steps:,} of {counted(batch, 'row')}{resumed}, on {devices}{padding}")
     lines.append(f"output  {args.output_dir}{_saves(args)}")
     return lines
 
@@ -100,14 +100,14 @@ def _what(mode: ModeConfig, visual_tokens: int) -> str:
         if options.retained is None:
             kept = "the visual tokens"
         elif isinstance(options.retained, int):
-            kept = f"{options.retained:,} tokens of each crop"
+            kept = f"{counted(options.retained, 'token')} of each crop"
         else:
             number = f" ({amount_of(options.retained, visual_tokens):,} of {visual_tokens:,})" if visual_tokens else ""
             kept = f"{100 * options.retained:.3g} % of the visual tokens{number}"
         return f"{kept} by {options.split}, the others skip the feed-forward layers"
     pruning = mode.pruning
     if pruning.keep_tokens is not None:
-        kept = f"{pruning.keep_tokens:,} tokens of each {pruning.budget}"
+        kept = f"{counted(pruning.keep_tokens, 'token')} of each {pruning.budget}"
     else:
         number = f" ({pruning.count(visual_tokens):,} of {visual_tokens:,})" if visual_tokens else ""
         kept = f"{100 * (1 - pruning.prune_ratio):.3g} % of the visual tokens{number}"
@@ -119,7 +119,7 @@ def _what(mode: ModeConfig, visual_tokens: int) -> str:
 
 def _saves(args: TrainingArguments) -> str:
     if args.save_strategy == "steps":
-        return f", a checkpoint every {args.save_steps:g} steps"
+        return f", a checkpoint every {'step' if args.save_steps == 1 else f'{args.save_steps:g} steps'}"
     return ", a checkpoint per epoch" if args.save_strategy == "epoch" else ""
 
 
