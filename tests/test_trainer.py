@@ -298,6 +298,23 @@ def test_there_is_nothing_beside_new_adapters(model, processor, tmp_path, caplog
     assert "PeftModel" not in caplog.text
 
 
+def test_merged_adapters_leave_the_isolator_behind_and_it_is_said_so(model, processor, tmp_path, caplog):
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*_proj")
+    first = make_trainer(model, processor, tmp_path / "one", peft_config=lora)
+    first.save_model(str(tmp_path / "one"))
+    merged = first.model.merge_and_unload()
+
+    make_trainer(merged, processor, tmp_path / "two")
+    (warned,) = [record.message for record in caplog.records if "merge_and_unload" in record.message]
+    assert "starts from random values; to go on with the trained one, set isolator_path to its run's folder" in warned
+
+    caplog.clear()
+    del merged._modules["mode_isolator"]
+    second = make_trainer(merged, processor, tmp_path / "three", isolator_path=str(tmp_path / "one"))
+    assert torch.equal(second.isolator.weight, first.isolator.weight)
+    assert "merge_and_unload" not in caplog.text
+
+
 def test_projector_learning_rate(model, processor, tmp_path):
     trainer = make_trainer(model, processor, tmp_path, projector_learning_rate=5e-3)
     optimizer = trainer.create_optimizer()

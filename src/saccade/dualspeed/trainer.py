@@ -1066,6 +1066,14 @@ class DualSpeedTrainer(SFTTrainer):
         elif source is None:
             source = self._find_beside(ISOLATOR_FILE)
             self._warn_of_adapters("mode isolator", source or start, "set isolator_path to their folder")
+            # Adapters that are merged or unloaded leave it behind: it was attached to the model around them.
+            ignored = self.family.model._keys_to_ignore_on_save or ()
+            if held is None and f"{ISOLATOR_NAME}.weight" in ignored and not self._adapters_loaded:
+                logger.warning(
+                    "model was trained with a mode isolator and has lost it, as in `merge_and_unload()`: the mode "
+                    "isolator starts from %s; to go on with the trained one, set isolator_path to its run's folder",
+                    source or start,
+                )
         if source is not None:
             self._copy_isolator(ModeIsolator.from_pretrained(source), source)
         logger.info("the mode isolator starts from %s", source or start)
