@@ -82,7 +82,8 @@ def test_what_to_do_next_can_be_pasted_and_works(tmp_path, capsys):
 
 def test_one_of_a_thing_is_no_plural(tmp_path, capsys):
     flags = ["--max_steps", "1", "--dataset_rows", "1", "--per_device_train_batch_size", "1"]
-    words = ["--output_dir", str(tmp_path / "run"), *FLAGS, *flags, "--save_steps", "1", "--prune_ratio", "0"]
+    flags += ["--save_strategy", "steps", "--save_steps", "1", "--prune_ratio", "0"]
+    words = ["--output_dir", str(tmp_path / "run"), *FLAGS, *flags]
     assert main(["train", "tiny-digits/sft", "--model", "tiny", *words]) == 0
     text = capsys.readouterr().out
     assert ": 1 row, 144 visual tokens in the first" in text
