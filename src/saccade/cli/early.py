@@ -89,4 +89,4 @@ def check_dataset(path: Any) -> None:
         SaccadeError: with the most similar file.
     """
     if isinstance(path, str) and path.endswith(DATA_SUFFIXES):
-        check_exists(path, "dataset", "give a JSON or JSON-lines file")
+        check_exists(path, "dataset", "give a JSON, JSON-lines or Parquet file")

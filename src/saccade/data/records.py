@@ -127,7 +127,7 @@ def parse(content: bytes) -> dict[str, Any]:
 
 def no_dataset(path: str | Path) -> SaccadeError:
     """The error for a data file that does not exist."""
-    hint = similar_path(path, "give a JSON or JSON-lines file")
+    hint = similar_path(path, "give a JSON, JSON-lines or Parquet file")
     return SaccadeError(f"dataset={str(path)!r} does not exist: {hint}")
 
 
