@@ -129,7 +129,7 @@ def read_template(path: Path) -> str:
     """The text of a recipe's own chat template.
 
     Raises:
-        SaccadeError: if it is no text.
+        SaccadeError: if it is not text in UTF-8.
     """
     with reading(f"chat_template_path={str(path)!r} is not a Jinja file in UTF-8"):
         return path.read_text(encoding="utf-8")

@@ -29,7 +29,7 @@ from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
 from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs, choose
 from saccade.sweeps.spec import RunSpec
-from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE
+from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE, read_record
 from saccade.values import check_counts
 
 RUNS, STAGES = "runs", "stages"
@@ -144,22 +144,13 @@ def run_specs(
 
 def read_result(output: Path, spec: RunSpec) -> dict[str, Any] | None:
     """The content of a run's `result.json` if it exists and has exactly this spec, from any commit; else None."""
-    found = _read(output / RUNS / spec.name / RESULT_FILE)
+    found = read_record(output / RUNS / spec.name / RESULT_FILE)
     return found if found is not None and found.get("spec") == spec.as_json() else None
 
 
 def read_failure(output: Path, spec: RunSpec) -> str | None:
     """Why a run failed the last time, or None."""
-    return (_read(output / RUNS / spec.name / ERROR_FILE) or {}).get("error")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a run or a stage left in a JSON file; a damaged one counts as missing, and what it was of is made again."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return (read_record(output / RUNS / spec.name / ERROR_FILE) or {}).get("error")
 
 
 def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -238,7 +229,7 @@ class _Runner:
         return self.any_commit or same_code(record.get("environment", {}), self.environment)
 
     def _has(self, stage: str, file: str = RESULT_FILE) -> bool:
-        found = _read(self.stages / stage / file)
+        found = read_record(self.stages / stage / file)
         return found is not None and self._fits(found)
 
     def _work(self, job: int) -> None:

@@ -56,7 +56,7 @@ class TrainingClock(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._before = self.spent
         if state.global_step:
-            times = _read_times(self._file)
+            times = read_record(self._file) or {}
             self._before = tuple(times.get(str(state.global_step), self._before))
             self._times = {step: spent for step, spent in times.items() if int(step) <= state.global_step}
         self._started = self._now()
@@ -156,12 +156,13 @@ def train_stage(
     }
 
 
-def _read_times(file: Path) -> dict[str, list[float]]:
-    """The content of `times.json`; one that is missing or damaged tells nothing."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a run or a stage left in a JSON file; a damaged one counts as missing, and what it was of is made again."""
     try:
-        return json.loads(file.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _resuming(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +170,8 @@ def _resuming(recipe: dict[str, Any]) -> dict[str, Any]:
     there is a complete one, and what it took is known; otherwise it replaces what an interrupted attempt left in its
     folder."""
     newest = newest_checkpoint(recipe["output_dir"]) if recipe.get("resume") else None
-    if newest is not None and str(step_of(newest)) in _read_times(Path(recipe["output_dir"]) / TIMES_FILE):
+    times = read_record(Path(recipe["output_dir"]) / TIMES_FILE) or {}
+    if newest is not None and str(step_of(newest)) in times:
         return recipe
     return {**{name: value for name, value in recipe.items() if name != "resume"}, "overwrite": True}
 
