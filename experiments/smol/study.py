@@ -55,6 +55,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "fast_then_few_slow_longer": PRESETS["fast_then_few_slow"],
+    "fast_then_few_slow_half": PRESETS["fast_then_few_slow"],
+    "fast_then_slow_half": {**PRESETS["fast_then_few_slow"], "slow_probability": 0.1},
     "milder_teacher": {
         "modes": [
             {"name": "fast", "probability": 0.9, "teacher": "milder"},
@@ -74,6 +76,8 @@ STEPS = {
     "fast_then_slow_longer_original": 1.4,
     "fast_then_more_slow": 1.4,
     "fast_then_few_slow_longer": 1.65,
+    "fast_then_few_slow_half": 1.55,
+    "fast_then_slow_half": 1.3,
 }
 """Methods with another number of steps of stage two than the others, and how many times theirs."""
 VARIED = (
@@ -92,6 +96,8 @@ WORDS = {
     "fast_then_slow_higher": "fast, then slow, longer, higher rate",
     "fast_then_slow_longer_original": "fast, then slow, longer, original positions",
     "fast_then_few_slow_longer": "fast, then few slow, longer",
+    "fast_then_few_slow_half": "fast, then few slow, half the time",
+    "fast_then_slow_half": "fast, then slow, half the time",
 }
 """The names of all methods in tables and pictures."""
 
@@ -124,6 +130,7 @@ class Settings:
         threads: compute threads per run.
         precision: of weights and products, "float32", or "bfloat16" on processors that have it; what learns does so in
             float32.
+        compiled: compile the decoder layers, which costs about a minute per run.
 
     Raises:
         SaccadeError: on an unknown grid, task, split or precision, or a number below 1.
@@ -151,6 +158,7 @@ class Settings:
     split: str = "test"
     threads: int = 1
     precision: str = "float32"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -469,6 +477,7 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
         "padding_free": True,
         "bf16": settings.precision == "bfloat16",
         "dtype": settings.precision,
+        **({"torch_compile": True} if settings.compiled else {}),
         # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
         "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
         "save_total_limit": 1,

@@ -41,6 +41,7 @@ from saccade.data.turns import is_plain_text
 from saccade.dualspeed import checks
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint
+from saccade.dualspeed.casts import spare_casts
 from saccade.dualspeed.checkpoint import (
     STATE_FILE,
     BestOfRun,
@@ -336,6 +337,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.packs_rows = self._packs()
         if self.packs_rows:
             allow_packing(self.family)
+        spare_casts(self.model)
         if args.linear_patches:
             use_linear_patches(self.family.vision_tower)
         else:
