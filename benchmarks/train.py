@@ -128,7 +128,7 @@ def bench_train(
     if ledger is not None:
         check_ledger(ledger)
     torch.set_num_threads(bench.threads)
-    model = _model(bench)
+    model = build_model(bench)
     timings: dict[str, dict[str, Timing]] = {}
     for stage in bench.stages:
         progress(f"stage {stage.name}")
@@ -190,7 +190,8 @@ def show(result: Mapping[str, Any]) -> None:
         print_table(title, columns, cells)
 
 
-def _model(bench: TrainBench) -> PreTrainedModel:
+def build_model(bench: TrainBench) -> PreTrainedModel:
+    """The shape, cut down as asked, with adapters where they train."""
     model = build_shape(
         bench.shape,
         bench.layers,

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor
@@ -13,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks.batches import label_count
 from benchmarks.released import ReleasedProcedure
+from saccade.dualspeed.casts import CAST, spare_casts
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.packing import allow_packing
 from saccade.dualspeed.parts import InParts
@@ -119,12 +121,12 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
 
         def loss(batch: Mapping[str, Any]) -> Tensor:
             rows = len(batch["labels"])
-            parts = InParts(-(-rows // PARTS), Tensor.backward) if in_parts else None
+            parts = InParts(-(-rows // PARTS), backward_of_part) if in_parts else None
             return step("mode", batch, label_count(batch), in_parts=parts).loss
 
         @contextmanager
         def active() -> Iterator[Loss]:
-            with packing(family, padding_free), compiling(family, compiled):
+            with packing(family, padding_free), compiling(family, compiled), sparing(family):
                 yield loss
 
         return active
@@ -136,7 +138,8 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             try:
                 plan = ModePlan(Skipper(family, config))
                 step = DualSpeedStep(family, {"mode": plan}, 1.0, 1.0)
-                yield lambda batch: step("mode", batch, label_count(batch)).loss
+                with sparing(family):
+                    yield lambda batch: step("mode", batch, label_count(batch)).loss
             finally:
                 skip.remove()
 
@@ -200,6 +203,30 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
     return variants, mixes
 
 
+def under_autocast(variant: Variant, model: PreTrainedModel) -> Variant:
+    """The variant as a trainer with `bf16: true` runs it, if the model is in bfloat16."""
+    place = get_family(model).model
+
+    @contextmanager
+    def active() -> Iterator[Loss]:
+        with variant.active() as loss:
+
+            def cast(batch: Mapping[str, Any]) -> Tensor:
+                half = place.dtype == torch.bfloat16
+                with torch.autocast(place.device.type, torch.bfloat16, enabled=half):
+                    return loss(batch)
+
+            yield cast
+
+    return replace(variant, active=active)
+
+
+def backward_of_part(loss: Tensor) -> None:
+    """The backward pass of a part, without autocast, as the trainer runs it."""
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+
+
 @contextmanager
 def plain(loss: Loss) -> Iterator[Loss]:
     """A loss that needs no change to the model."""
@@ -229,6 +256,17 @@ def compiling(family: Family, wanted: bool) -> Iterator[None]:
     finally:
         for layer in family.language_layers:
             layer._compiled_call_impl = None
+
+
+@contextmanager
+def sparing(family: Family) -> Iterator[None]:
+    """Leave out the casts of LoRA layers that autocast undoes, inside this context."""
+    spare_casts(family.model)
+    try:
+        yield
+    finally:
+        for layer in family.model.modules():
+            layer.__dict__.pop(CAST, None)
 
 
 @contextmanager

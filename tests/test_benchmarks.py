@@ -9,7 +9,7 @@ import torch
 from family_models import FAMILIES
 from peft import LoraConfig, get_peft_model
 
-from benchmarks import flops, generate, images, short_rows, steps, train
+from benchmarks import flops, generate, images, lora_casts, short_rows, steps, train
 from benchmarks.batches import image_inputs, label_count, make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.flops import cache_bytes, prefill_flops
@@ -409,3 +409,12 @@ def test_bad_input_is_one_line(command, flags, message, capsys, tmp_path, monkey
 def test_bad_counts():
     with pytest.raises(SaccadeError, match="images=0"):
         measure_generation(generation_model("tiny"), SkipVisionConfig(), PruningConfig(), images=0)
+
+
+def test_lora_steps_with_and_without_casts(capsys):
+    flags = ["--shape", "tiny", "--batch-size", "2", "--repeats", "1"]
+    assert guarded(lambda: lora_casts.main(flags)) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [row[0].strip() for row in rows] == ["pruning only, no padding", "all tokens, no padding"]
+    for *_, more, fewer in rows:
+        assert int(more.split()[0]) > int(fewer.split()[0])
