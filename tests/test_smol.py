@@ -268,6 +268,21 @@ class TestPlan:
         by_epochs = [replace(run, stages=({**run.stages[-1], "max_steps": -1},)) for run in runs[1:2]]
         assert set(baselines_of([*runs[:1], *by_epochs]).values()) == {"all_tokens-seed0"}
 
+    def test_pruning_in_one_stage_only(self) -> None:
+        methods = ("prune_pretraining", "prune_fine_tuning", "prune_only", "all_tokens")
+        runs = plan_runs(PREPARED, Settings(), methods, [0])
+        firsts, seconds = ([run.stages[number] for run in runs] for number in (0, 1))
+        assert [stage["prune_ratio"] for stage in firsts] == [0.9, 0, 0.9, 0]
+        assert [stage["prune_ratio"] for stage in seconds] == [0, 0.9, 0.9, 0]
+        assert [run.stage_ids[0] for run in runs[:2]] == [runs[2].stage_ids[0], runs[3].stage_ids[0]]
+        assert len({run.stage_ids[1] for run in runs}) == 4
+        assert set(baselines_of(runs).values()) == {"all_tokens-seed0"}
+
+    def test_layers_are_compiled_where_asked(self) -> None:
+        plain, compiled = (plan_runs(PREPARED, Settings(compiled=asked), ["dualspeed"], [0])[0] for asked in (0, 1))
+        assert all("torch_compile" not in stage for stage in plain.stages)
+        assert all(make_recipe(stage, "compiled").trainer.torch_compile for stage in compiled.stages)
+
     def test_every_candidate_is_a_recipe(self) -> None:
         published, *others = plan_runs(PREPARED, Settings(), ["dualspeed", *CANDIDATES], [0])
         for run in others:
@@ -426,9 +441,10 @@ def test_bad_input_is_told_before_anything_is_made(tmp_path: Path, words: list[s
 def test_help_tells_every_setting(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "--pretrain-steps INT steps of stage one, captions, projector only (default: 20)" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--pretrain-steps INT steps of stage one, captions, projector only (default: 20)" in told
+    assert "--tower-steps INT steps of a tower's pretraining, or 0 for the tower that lies in" in told
+    assert "--compiled compile the decoder layers, which costs about a minute per run --jobs" in told
 
 
 def small_command(folder: Path, *words: str) -> list[str]:

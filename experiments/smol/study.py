@@ -40,6 +40,8 @@ PRECISIONS = ("float32", "bfloat16")
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "all_tokens_shorter": METHODS["all_tokens"],
+    "prune_pretraining": METHODS["all_tokens"],
+    "prune_fine_tuning": METHODS["prune_only"],
     # Modes that skip are not packed.
     "skip_vision": {**METHODS["all_tokens"], "skip_vision": "100/156", "padding_free": False},
     "dualspeed_skip": {"skip_vision": {"summary": True}, "padding_free": False},
@@ -66,8 +68,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     },
 }
 """What to compare beside `METHODS`: the options in which each differs from DualSpeed. First training on all
-tokens for about the time that the longer preset takes, then Skip-Vision at its budget of 576 tokens and both methods
-together, then DualSpeed with more steps, then settings that may do better than the published one."""
+tokens for about the time that the longer preset takes, then pruning in one stage only, then Skip-Vision at its budget
+of 576 tokens and both methods together, then DualSpeed with more steps, then settings that may do better than the
+published one."""
+FIRST_STAGE = {"prune_pretraining": METHODS["prune_only"], "prune_fine_tuning": METHODS["all_tokens"]}
+"""The methods whose first stage has other options than the second, and its options."""
 STEPS = {
     "all_tokens_shorter": 0.5,
     "dualspeed_longer": 1.4,
@@ -89,6 +94,8 @@ WORDS = {
     **LABELS,
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
     "all_tokens_shorter": "all tokens, shorter",
+    "prune_pretraining": "pruning in stage one only",
+    "prune_fine_tuning": "pruning in stage two only",
     "skip_vision": "Skip-Vision",
     "dualspeed_skip": "DualSpeed, skipping",
     "dualspeed_longer": "DualSpeed, longer",
@@ -271,7 +278,8 @@ def plan_runs(
     for seed in seeds:
         for method in methods:
             own = replace(settings, steps=round(settings.steps * STEPS.get(method, 1)))
-            stages = tuple({**_recipe(stage, prepared, own, seed), **fields[method]} for stage in ("pretrain", "sft"))
+            given = {"pretrain": FIRST_STAGE.get(method, fields[method]), "sft": fields[method]}
+            stages = tuple({**_recipe(stage, prepared, own, seed), **given[stage]} for stage in given)
             inferences = standard_inferences(
                 {"reducer": settings.reducer, "positions": settings.positions, **stages[-1]}
             )
