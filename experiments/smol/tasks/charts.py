@@ -79,7 +79,7 @@ def _bars(page: Page, rng: random.Random, split: str, ink: Colour) -> list[Quest
             Question("value", f"What is the value of {name}?", str(value))
             for name, value in zip(names, values, strict=True)
         ),
-        Question("largest", "What has the largest value?", names[values.index(max(values))]),
+        Question("largest", "Which name has the largest value?", names[values.index(max(values))]),
         *(
             Question(
                 "smaller",
