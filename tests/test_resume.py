@@ -198,6 +198,38 @@ def test_a_finished_run_is_not_trained_on(interrupted, processor):
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in saved.items())
 
 
+@pytest.mark.parametrize("epochs", [1.0, 1.5, 2.0])
+def test_a_finished_run_of_epochs_is_not_trained_on(processor, tmp_path, epochs):
+    options = {**LONGER, "max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": 4}
+    rows = digit_scenes("sft", "train", 8)
+    for _ in range(2):
+        options |= {"save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(build_tiny_llava(processor, seed=0), processor, tmp_path, rows, **options)
+        found = newest_checkpoint(tmp_path)
+        trainer.train(resume_from_checkpoint=found is not None)
+        assert trainer.state.global_step == 2 * epochs
+        assert newest_checkpoint(tmp_path).name == f"checkpoint-{round(2 * epochs)}"
+
+
+def test_weights_of_several_dtypes_come_back_as_they_were(processor, tmp_path):
+    """A projector in float32 in a model in bfloat16, as in stage one of a run in bfloat16."""
+
+    def trainer():
+        model = build_tiny_llava(processor, seed=0).to(torch.bfloat16)
+        model.model.multi_modal_projector.float()
+        return make_trainer(model, processor, tmp_path, **options)
+
+    options = {"bf16": True, "freeze_language_model": True, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trained = trainer()
+    trained.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    states = [one.model.state_dict() for one in (trained, resumed)]
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+        assert states[1][name].dtype == value.dtype
+
+
 def test_damaged_checkpoints_are_passed_over_by_name(interrupted, caplog):
     whole = interrupted / "checkpoint-2"
     files = sorted(path.name for path in whole.iterdir())
@@ -343,6 +375,18 @@ def test_the_best_model_comes_back_at_the_end(processor, tmp_path, lora):
     for name, value in saved.items():
         assert torch.equal(value, final[name]), name
     assert torch.equal(trainer.isolator.weight, ModeIsolator.from_pretrained(best).weight)
+    told, last = read_run_file(tmp_path / "final"), read_run_file(tmp_path / "checkpoint-4")
+    assert (told["global_step"], told["weights_step"]) == (4, 2)
+    assert told["tokens"] == last["tokens"]
+    # A job that is started once more resumes it, and has no step left.
+    resumed = with_a_best(processor, tmp_path, adapters if lora else None)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    resumed.save_model(str(tmp_path / "again"))
+    again = load_file(tmp_path / "again" / file)
+    for name, value in saved.items():
+        assert torch.equal(value, again[name]), name
+    assert read_run_file(tmp_path / "again")["weights_step"] == 2
 
 
 def test_the_best_model_is_one_of_the_runs_own(processor, tmp_path):

@@ -21,6 +21,7 @@ from benchmarks.variants import WITHOUT_CHECKPOINTING
 from saccade import DualSpeedConfig, DualSpeedTrainer, SaccadeError
 from saccade.companions import read_companion
 from saccade.data import digit_scenes
+from saccade.dualspeed.callbacks import WorkerStart
 from saccade.dualspeed.engines import DummyImageCollator
 from saccade.dualspeed.trainer import ISOLATOR_NAME
 from saccade.families import LlavaFamily
@@ -613,3 +614,28 @@ def test_persistent_workers_end_with_training(model, processor, tmp_path, max_st
     assert not multiprocessing.active_children()
     trainer.train()
     assert not multiprocessing.active_children()
+
+
+def test_workers_of_evaluations_survive_a_signal_to_the_group(model, processor, tmp_path):
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    rows = digit_scenes("sft", "validation", 4)
+    trainer = DualSpeedTrainer(
+        model,
+        args=make_config(tmp_path, **options),
+        train_dataset=digit_scenes("sft", "train", 4),
+        eval_dataset={"digits": rows},
+        processing_class=processor,
+    )
+    # The second is the first again.
+    loaders = [trainer.get_eval_dataloader("digits") for _ in range(2)] + [trainer.get_test_dataloader(rows)]
+    for loader in loaders:
+        start = getattr(loader, "base_dataloader", loader).worker_init_fn
+        assert isinstance(start, WorkerStart)
+        assert not isinstance(start.then, WorkerStart)
+
+
+def test_adapters_of_another_name_are_refused(model, processor, tmp_path):
+    """PEFT saves them in a subfolder, where neither resuming nor exporting would look."""
+    named = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="mine")
+    with pytest.raises(SaccadeError, match="adapters that are named 'mine': leave adapter_name out"):
+        make_trainer(named, processor, tmp_path)

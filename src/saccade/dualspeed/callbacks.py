@@ -106,10 +106,7 @@ class SigtermCheckpoint(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if train_dataloader is None:
             raise changed("callbacks are not given 'train_dataloader' when training begins")
-        # Accelerate's loaders iterate over the loader that they wrap.
-        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        if getattr(loader, "num_workers", 0):
-            loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+        surviving(train_dataloader)
 
     def on_step_end(self, args, state, control, **kwargs):
         # The signal may reach only one rank, or several in different steps, so the ranks have to agree.
@@ -226,6 +223,15 @@ class WorkerStart:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.then is not None:
             self.then(worker)
+
+
+def surviving(given: Any) -> Any:
+    """The data loader `given`, whose workers survive a signal to the whole process group."""
+    # Accelerate's loaders iterate over the loader that they wrap.
+    loader = getattr(given, "base_dataloader", given)
+    if getattr(loader, "num_workers", 0) and not isinstance(loader.worker_init_fn, WorkerStart):
+        loader.worker_init_fn = WorkerStart(loader.worker_init_fn)
+    return given
 
 
 def _is_dead_worker(error: Exception) -> bool:

@@ -6,7 +6,7 @@ projections share, each keeps its own for the backward pass. PEFT's quantized la
 way.
 """
 
-from types import MethodType
+from functools import partial
 
 import torch
 from peft.tuners.lora import Linear
@@ -18,9 +18,11 @@ CAST = "_cast_input_dtype"
 
 
 def spare_casts(model: nn.Module) -> None:
-    """Leave out, in all LoRA layers of `model`, casts that autocast would undo. Results stay the same to the bit.
+    """Leave out, in all LoRA layers of `model`, casts that autocast would undo.
 
-    Without autocast, and with adapters that do more than two products, such as DoRA's, nothing changes.
+    Results stay the same to the bit, except that with dropout on a GPU another mask may be drawn. Nothing changes
+    without autocast, with adapters that do more than two products, such as DoRA's, and where dropout is active on a
+    CPU, which would round the factor of what it keeps to the dtype of the input.
 
     Raises:
         SaccadeError: if the installed PEFT casts elsewhere.
@@ -28,12 +30,17 @@ def spare_casts(model: nn.Module) -> None:
     check_methods(Linear, (CAST,), "peft")
     for layer in model.modules():
         if type(layer) is Linear:
-            setattr(layer, CAST, MethodType(_cast_unless_undone, layer))
+            # Not a bound method, which a model saved as a whole could not be loaded with.
+            setattr(layer, CAST, partial(_cast_unless_undone, layer))
 
 
 def _cast_unless_undone(layer: Linear, x: Tensor, dtype: torch.dtype) -> Tensor:
     kind = x.device.type
     undone = torch.is_autocast_enabled(kind) and x.dtype == torch.get_autocast_dtype(kind)
-    if undone and not getattr(layer, "lora_variant", None):
+    if undone and not getattr(layer, "lora_variant", None) and not (kind == "cpu" and _drops(layer)):
         return x
     return Linear._cast_input_dtype(layer, x, dtype)
+
+
+def _drops(layer: Linear) -> bool:
+    return layer.training and any(getattr(dropout, "p", 0.0) > 0 for dropout in layer.lora_dropout.values())

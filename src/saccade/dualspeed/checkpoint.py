@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
@@ -345,7 +346,11 @@ def load_weights_strictly(model: nn.Module, checkpoint: Path, ignored: Collectio
         ignored: names of Saccade's own parameters, which the checkpoint does not contain.
     """
     assert isinstance(model, PreTrainedModel)
-    loaded = load_whole(checkpoint, type(model), dtype=model.dtype)
+    dtypes = {
+        weight.dtype for name, weight in model.named_parameters() if name not in ignored and weight.is_floating_point()
+    }
+    # Where some weights are in float32, one dtype for all must not round them.
+    loaded = load_whole(checkpoint, type(model), dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32)
     result = model.load_state_dict(loaded.state_dict(), strict=False)
     missing = [name for name in result.missing_keys if name not in ignored]
     check_keys(checkpoint, {"missing": missing, "unexpected": result.unexpected_keys})

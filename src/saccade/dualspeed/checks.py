@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -27,6 +28,18 @@ OPTIMIZER_PACKAGES = (
     (("stable_adamw",), "optimi", "torch-optimi"),
 )
 """Prefixes of optimizer names, the module that each needs, and the package that provides it."""
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters whose checkpoints could be neither resumed nor exported: PEFT saves those of another name in a
+    subfolder."""
+    if isinstance(model, PeftModel):
+        others = [name for name in model.active_adapters if name != "default"]
+        if others:
+            raise SaccadeError(
+                f"model trains adapters that are named {others[0]!r}: leave adapter_name out of get_peft_model, or "
+                "name them 'default'"
+            )
 
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:

@@ -32,7 +32,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from trl import SFTTrainer
 
 from saccade.companions import copy_whole, find_companion
@@ -40,7 +40,7 @@ from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.turns import is_plain_text
 from saccade.dualspeed import checks
 from saccade.dualspeed.bad_records import BadRecordLog
-from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint
+from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint, surviving
 from saccade.dualspeed.casts import spare_casts
 from saccade.dualspeed.checkpoint import (
     STATE_FILE,
@@ -53,6 +53,7 @@ from saccade.dualspeed.checkpoint import (
     remove_old_checkpoints,
     remove_other_kind,
     resolve_resume,
+    step_of,
 )
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
@@ -238,6 +239,7 @@ class DualSpeedTrainer(SFTTrainer):
         # Some stock classes declare that their loss takes no normaliser. This trainer's losses do, for every family:
         # the number of labels in the global batch, however it is split into micro-batches and ranks.
         self.model_accepts_loss_kwargs = True
+        checks.check_adapters(self.model)
         self.family = get_family(self.model)
         check_processor(self.processing_class, self.family.model.config)
         use_released_names(self.family.model)
@@ -295,6 +297,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.run_id: str | None = None
         self._resumed_at: int | None = None
+        self._weights_step: int | None = None  # where the best model was loaded from
         self.best = BestOfRun()
         self.add_callback(self.best)
         self.pushes = CheckpointPushes(self)
@@ -480,14 +483,14 @@ class DualSpeedTrainer(SFTTrainer):
         size = self.args.eval_batch_size
         with self._collating(rows, learn_stand_ins=False):
             # For a dataset given by name, the stock loader may be reused in the next evaluation.
-            return super().get_eval_dataloader(
-                eval_dataset if has_length(rows) else self._in_whole_batches(rows, size)
-            )
+            given = eval_dataset if has_length(rows) else self._in_whole_batches(rows, size)
+            return surviving(super().get_eval_dataloader(given))
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         """The same for `predict`, where replacements of bad records have no labels, only -100."""
         with self._collating(test_dataset, learn_stand_ins=False):
-            return super().get_test_dataloader(self._in_whole_batches(test_dataset, self.args.eval_batch_size))
+            rows = self._in_whole_batches(test_dataset, self.args.eval_batch_size)
+            return surviving(super().get_test_dataloader(rows))
 
     def _in_whole_batches(self, rows: Any, size: int) -> Any:
         """A stream, filled up to whole batches on all ranks; other rows, which accelerate splits evenly, unchanged.
@@ -836,7 +839,7 @@ class DualSpeedTrainer(SFTTrainer):
         if checkpoint is not None:
             check_same_run(checkpoint, self._resume_state())
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
-        self._resumed_at = None
+        self._resumed_at = self._weights_step = None
         if checkpoint is None:
             self.best.path = None
             if args.should_save:
@@ -852,11 +855,6 @@ class DualSpeedTrainer(SFTTrainer):
                     f"checkpoint of {checkpoint.parent}: put it there, or set load_best_model_at_end to false"
                 )
             self.best.path = best
-            if 0 < args.max_steps <= state.global_step:
-                # The stock loop checks max_steps after a step, and would train one step too many.
-                self._load_from_checkpoint(str(checkpoint))
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
         try:
             with self.sigterm.training():
                 return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
@@ -906,8 +904,10 @@ class DualSpeedTrainer(SFTTrainer):
                 drops = [mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all]
                 for mode in drops[:1]:
                     mode.pruning.replace(isolator=str(folder) if mode.isolator else None).save_pretrained(folder)
-                step, tokens = self.state.global_step, self.meter.tokens
-                write_run_file(folder, state, self.run_id, global_step=step, tokens=tokens, **self._base_weights)
+                facts = {"global_step": self.state.global_step, "tokens": self.meter.tokens, **self._base_weights}
+                if self._weights_step is not None:
+                    facts["weights_step"] = self._weights_step
+                write_run_file(folder, state, self.run_id, **facts)
 
     def _has_not_gone_on(self, folder: Path) -> bool:
         """Whether the model is the one that `folder` holds: a finished run was resumed, and had no step left."""
@@ -973,7 +973,12 @@ class DualSpeedTrainer(SFTTrainer):
         start = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if resume_from_checkpoint is None or has_length(self.train_dataset):
+        if resume_from_checkpoint is None:
+            return start
+        if self.state.global_step >= max_steps:
+            # The stock loop looks only after a step, and would train one too many.
+            return num_train_epochs, 0
+        if has_length(self.train_dataset):
             return start
         # The stock loop takes all steps for one epoch of a stream, and counts micro-batches as a share of them.
         saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
@@ -1035,12 +1040,16 @@ class DualSpeedTrainer(SFTTrainer):
         return {BASE_WEIGHTS: found[0]} if len(found) == 1 and found[0] is not None else {}
 
     def _load_best_model(self) -> None:
-        check_files(self.state.best_model_checkpoint)
+        best, tokens = self.state.best_model_checkpoint, dict(self.meter.tokens)
+        check_files(best)
         if isinstance(self.model, PreTrainedModel) and self.engine == "ddp":
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+            self._load_from_checkpoint(best)
         else:
             super()._load_best_model()
-            self._load_own(self.state.best_model_checkpoint)
+            self._load_own(best)
+        # The run went on after it.
+        self.meter.tokens.update(tokens)
+        self._weights_step = step_of(Path(best))
 
     def _stage_schedule(self) -> ModeSchedule:
         """The configured schedule; always the first mode if no parameter of the decoder layers trains."""

@@ -84,7 +84,8 @@ def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, A
     words = f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['dtype']}"
     # Of a local path, only the last part means anything elsewhere.
     words += f", trained from `{Path(base).name if Path(base).exists() else base}`" if base else ""
-    step = f" It is the model after step {run['global_step']}." if "global_step" in run else ""
+    after = run.get("weights_step", run.get("global_step"))
+    step = "" if after is None else f" It is the model after step {after}."
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
 
 
