@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import FAMILIES, RELATIVES
+from peft import LoraConfig
 from PIL import Image
 
 from saccade.cli.main import main
@@ -76,6 +77,13 @@ class TestChoosing:
         with pytest.raises(SaccadeError, match="is not a folder"):
             open_model("llava-hf/llava-1.5-7b-hf")
 
+    def test_a_base_on_the_hub_is_never_downloaded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("saccade.play.ask.load_to_run", lambda *given: pytest.fail("it was loaded"))
+        for base in ("llava-hf/llava-1.5-7b-hf", "/nowhere/at/all"):
+            LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
+            with pytest.raises(SaccadeError, match=f"has adapters of '{base}', which is not on this machine"):
+                open_model(str(tmp_path))
+
 
 class TestSetting:
     def test_a_folder_is_pruned_as_it_was_trained(self, opened: OpenModel, folder: Path) -> None:
@@ -94,6 +102,16 @@ class TestSetting:
         assert counted.ratio == 0.91
         assert counted.setting("divprune", 0.91).keep_tokens == 13
         assert counted.setting("divprune", 0.5).prune_ratio == 0.5
+        few = OpenModel("x", opened.model, opened.processor, PruningConfig(keep_tokens=2), 576, 2)
+        assert few.ratio == 0.99  # as far as the slider goes
+        assert few.setting("divprune", few.ratio).keep_tokens == 2
+
+    def test_a_model_trained_on_all_tokens_drops_what_the_slider_says(self, opened: OpenModel) -> None:
+        whole = OpenModel("x", opened.model, opened.processor, PruningConfig(reducer="none"), 144, 144)
+        assert whole.ratio == 0
+        assert whole.setting("none", 0.0) == whole.pruning
+        assert whole.setting("divprune", 0.0).prune_ratio == 0
+        assert whole.setting("divprune", 0.5).prune_ratio == 0.5
 
     @pytest.mark.parametrize(("budget", "kept"), [("crop", 10), ("image", 2)])
     def test_a_number_of_tokens_is_that_of_each_crop_or_of_all(

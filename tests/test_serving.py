@@ -7,19 +7,22 @@ import base64
 import importlib.util
 import io
 import json
+import logging
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import family_models
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config
+from transformers import AutoConfig, Dinov2Config
 from transformers.cli.serving.model_manager import ModelManager
 
 from saccade import (
@@ -39,6 +42,7 @@ from saccade.serving.requests import TAKES_ROWS
 from saccade.serving.shorten import FIELDS, Shortener, serving_reducers
 from saccade.serving.start import (
     INSTALL_VLLM,
+    TRANSFORMERS,
     VLLM,
     engine_environment,
     ready_text,
@@ -47,7 +51,17 @@ from saccade.serving.start import (
 )
 from saccade.serving.tower import bare_family, tower_family
 from saccade.serving.transformers_server import prune_when_loaded
-from saccade.serving.vllm_plugin import ARCHITECTURES, TESTED, fingerprint, folder_pruning, untested
+from saccade.serving.vllm_plugin import (
+    ARCHITECTURES,
+    RESOLVED,
+    SETTING,
+    TESTED,
+    fingerprint,
+    folder_pruning,
+    pruning_of,
+    settle,
+    untested,
+)
 from saccade.tiny import load_tiny
 
 RATIO = PruningConfig(prune_ratio=0.75)
@@ -191,6 +205,11 @@ def test_models_that_vllm_cannot_prune_are_refused_before_it_starts(tmp_path, ca
         assert main(["serve", str(folder)]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert reasons.get(name, f"{str(folder)!r} cannot be pruned in vLLM: {type(model).__name__} is not") in line
+    for damaged in ({"architectures": ["LlavaForConditionalGeneration"]}, {"architectures": 3}, {"vision_config": 3}):
+        (folder / "config.json").write_text(json.dumps(damaged))
+        assert main(["serve", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"model={str(folder)!r}: its config.json cannot be read" in line
 
 
 def test_the_reducers_that_are_offered_do_serve(tmp_path):
@@ -338,6 +357,10 @@ def test_what_a_server_is_started_with(tmp_path):
     assert half == [*start, "--hf-overrides", '{"saccade": {"prune_ratio": 0.5}}']
     with pytest.raises(SaccadeError, match="--hf-overrides: put the setting there"):
         vllm_command(folder, {"prune_ratio": 0.5}, ["--hf-overrides={}"], "127.0.0.1", 8000, "export")
+    # vLLM's parser takes these for the same flag, and the last one counts.
+    for flag in ("--hf_overrides={}", "--hf-overrides.rope_theta", "--hf_overrides.rope_theta=1"):
+        with pytest.raises(SaccadeError, match="--hf-overrides: put the setting there"):
+            vllm_command(folder, False, [flag, "1"], "127.0.0.1", 8000, "export")
     command = transformers_command(folder, {"keep_tokens": 8}, ["--device", "cpu"], "127.0.0.1", 8000)
     assert command[3:5] == [str(folder), '{"keep_tokens": 8}']
     assert command[5:] == ["--host", "127.0.0.1", "--port", "8000", "--device", "cpu"]
@@ -372,6 +395,45 @@ def test_what_the_server_of_transformers_loads_runs_as_it_was_trained(kind, tmp_
     assert (stored[1] < inputs["input_ids"].shape[1]) == (kind != "all tokens")
 
 
+@pytest.mark.parametrize(
+    ("options", "line"), [({"patch_tolerance": 0.1}, "patch_tolerance"), ({"isolator": "."}, "mode_isolator.saccade")]
+)
+def test_what_the_server_of_transformers_cannot_prune_ends_before_it_loads(options, line, tmp_path):
+    for part in load_tiny():
+        part.save_pretrained(tmp_path)
+    file = PruningConfig().save_pretrained(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    done = subprocess.run(
+        [sys.executable, "-m", TRANSFORMERS, str(tmp_path), "null"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert line in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("multimodal", [True, False])
+@pytest.mark.parametrize("overrides", [{}, {"saccade": False}, None])
+def test_the_config_of_a_stranger_prunes_nothing(multimodal, overrides, tmp_path, monkeypatch):
+    """Neither of the names by which the plug-in passes settings on is read from a model's config.json."""
+    logger = SimpleNamespace(init_logger=logging.getLogger)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(logger=logger))
+    monkeypatch.setitem(sys.modules, "vllm.logger", logger)
+    saved("llava", tmp_path)
+    file = tmp_path / "config.json"
+    secret = {"reducer": "uniform", "prune_ratio": 0.99, "isolator": "/home/someone/secret"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {SETTING: secret, RESOLVED: secret}))
+    model = SimpleNamespace(
+        hf_config=AutoConfig.from_pretrained(tmp_path),
+        hf_overrides=(lambda config: config) if overrides is None else overrides,
+        multimodal_config=SimpleNamespace() if multimodal else None,
+        model=str(tmp_path),
+        revision=None,
+    )
+    assert pruning_of(model) is not None
+    settle(SimpleNamespace(model_config=model))
+    assert pruning_of(model) is None
+
+
 def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monkeypatch):
     absent = ("vllm", "fastapi", "uvicorn")
     find = importlib.util.find_spec
@@ -380,7 +442,12 @@ def test_a_folder_that_cannot_be_served_ends_in_one_line(tmp_path, capsys, monke
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").write_text("{}")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "config.json").write_text("{}")
+    index = {"weight_map": {"tower": "../whole/config.json"}}
+    (tmp_path / "away" / "model.safetensors.index.json").write_text(json.dumps(index))
     for words, line in {
+        (str(tmp_path / "away"),): "it names '../whole/config.json', which is not a file beside it",
         ("nowhere",): "model='nowhere' is not a folder",
         (str(tmp_path / "adapters"),): "is not a complete model: it has adapters only: `saccade export",
         (str(tmp_path / "whole"), "--prune-ratio", "2"): "prune_ratio=2.0 is outside [0, 1)",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from forked import Forked
 
+from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.serving import start
 from saccade.values import check_port
@@ -181,3 +182,9 @@ def test_a_command_that_ignores_closed_terminals_goes_on(folder, port, engine, m
         assert start.serve_folder(folder, port=port) == 1  # it was not told to stop: the engine failed by itself
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_server_of_transformers_has_no_other_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "installed_engine", lambda engine: "transformers")
+    with pytest.raises(SaccadeError, match="name='mine': the server of transformers calls a model by its path"):
+        start.serve_folder(folder, name="mine")

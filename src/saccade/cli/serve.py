@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder of a trained model: an export, or a run without LoRA")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: %(default)s)")
-    parser.add_argument("--name", default=None, help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--name",
+        default=None,
+        help="what clients call the model (default: the folder's name; with transformers, always its path)",
+    )
     parser.add_argument("--engine", default=None, help="vllm or transformers (default: vllm where it is installed)")
     parser.add_argument("--all-tokens", action="store_true", help="prune nothing, whatever the folder says")
     add_pruning_flags(parser, "as the folder says")

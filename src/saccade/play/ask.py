@@ -1,5 +1,6 @@
 """Ask a model about a picture twice: with all of its visual tokens, and with those that a reducer keeps."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import CONFIG_NAME
 
 from saccade.data import digit_scenes
+from saccade.dualspeed.weights import base_of
 from saccade.errors import SaccadeError
 from saccade.evaluation.digits import GREEDY, prepare_prompts, trained_pruning
 from saccade.families.padding import pads_to_square
@@ -29,6 +33,7 @@ USUAL = ("out/sft", "out/demo", "out/smol")
 """Where the documented commands write: what is offered if no folder is named, as far as it exists."""
 SCENE_KINDS = ("read", "count", "max", "where", "leftmost", "has", "rightmost", "min")
 LONGEST_ANSWER = 64  # tokens
+HIGHEST_RATIO = 0.99
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class OpenModel:
 
     @property
     def ratio(self) -> float:
-        """The share of the tokens that its own setting drops, to two digits."""
-        return round(1 - self.kept / self.tokens, 2)
+        """The share of the tokens that its own setting drops, to two digits, and as far as the page's slider goes."""
+        return min(HIGHEST_RATIO, round(1 - self.kept / self.tokens, 2))
 
     def setting(self, reducer: str, ratio: float) -> PruningConfig:
         """Its own setting, in which the reducer or the ratio is replaced if it is another one.
@@ -60,7 +65,9 @@ class OpenModel:
         Raises:
             SaccadeError: on an unknown reducer or a ratio out of range.
         """
-        changes: dict[str, Any] = {} if ratio == self.ratio else {"prune_ratio": ratio}
+        # `none` drops nothing, whatever ratio stands beside it.
+        same = ratio == self.ratio and (reducer == self.pruning.reducer or self.pruning.reducer != "none")
+        changes: dict[str, Any] = {} if same else {"prune_ratio": ratio}
         return self.pruning.replace(reducer=reducer, **changes)
 
     def describe(self) -> str:
@@ -165,6 +172,12 @@ def open_model(name: str) -> OpenModel:
         SaccadeError: if it is not on this machine, or cannot be loaded.
     """
     check_folder(name)
+    base = None if name == TINY else base_of(name)
+    if base is not None and not _is_here(base):
+        raise SaccadeError(
+            f"model={name!r} has adapters of {base!r}, which is not on this machine: this page downloads nothing, "
+            f"fetch it with `hf download {shlex.quote(base)}`"
+        )
     pruning = PruningConfig() if name == TINY else trained_pruning(name)
     model, processor = load_to_run(ModelOptions(model=name))
     model.eval()
@@ -175,6 +188,13 @@ def open_model(name: str) -> OpenModel:
     for prune in (False, True):
         _answer(opened, inputs, pruning if prune else None, longest=2)
     return opened
+
+
+def _is_here(base: str) -> bool:
+    try:
+        return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, CONFIG_NAME), str)
+    except ValueError:  # not a name that the hub could have
+        return False
 
 
 def compare(opened: OpenModel, picture: Any, question: str, pruning: PruningConfig) -> Comparison:

@@ -17,7 +17,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from saccade.errors import SaccadeError
 from saccade.play import HOST
-from saccade.play.ask import Answer, Comparison, OpenModel, Scene, compare, open_model, scenes
+from saccade.play.ask import HIGHEST_RATIO, Answer, Comparison, OpenModel, Scene, compare, open_model, scenes
 from saccade.reducers import list_reducers
 from saccade.values import check_port
 
@@ -98,7 +98,7 @@ def build(models: Mapping[str, str], embedded: list[Scene], table: Table) -> gr.
                 question = gr.Textbox(label="Question", value="how many digits are there ?", elem_id="question")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 reducer = gr.Dropdown(list_reducers(), label="Reducer", elem_id="reducer")
-                ratio = gr.Slider(0, 0.99, step=0.01, label="Share of visual tokens to drop", elem_id="ratio")
+                ratio = gr.Slider(0, HIGHEST_RATIO, step=0.01, label="Share of visual tokens to drop", elem_id="ratio")
             with gr.Column(scale=3, min_width=300):
                 trouble = gr.HTML(elem_id="trouble")
                 picture = gr.Image(

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from saccade.dualspeed.weights import check_files
 from saccade.errors import SaccadeError
 from saccade.files import check_exists, reading
 from saccade.launch.processes import end_with
@@ -54,7 +55,8 @@ def serve_folder(
     Args:
         setting: pruning options that override the folder's, False for all tokens, None for the folder's own.
         flags: further flags of the engine's command.
-        name: what clients call the model; defaults to the folder's name. transformers uses the folder's path instead.
+        name: what clients call the model; defaults to the folder's name. Not with transformers, whose clients use the
+            folder's path.
         engine: one of `ENGINES`; defaults to vLLM if it is installed, otherwise transformers.
 
     Raises:
@@ -73,6 +75,11 @@ def serve_folder(
         name = folder.resolve().name if name is None else name
         command = vllm_command(folder, setting, flags, host, port, name)
     else:
+        if name is not None:
+            raise SaccadeError(
+                f"name={name!r}: the server of transformers calls a model by its path, here {str(folder)!r}: leave "
+                "--name out, or use --engine vllm"
+            )
         name = str(folder)
         command = transformers_command(folder, setting, flags, host, port)
     # An engine takes long to say so itself, and meanwhile whoever has the port would answer in its place.
@@ -139,6 +146,7 @@ def check_folder(folder: Path) -> None:
         SaccadeError: saying what is wrong with it.
     """
     check_exists(folder, "model", "name the folder of an export or of a run", folder=True)
+    check_files(folder)
     if not (folder / "config.json").is_file():
         hint = "give a folder with a config.json"
         if (folder / "adapter_config.json").is_file():
@@ -177,7 +185,9 @@ def vllm_command(
     """
     given = ["--host", host, "--port", str(port), "--served-model-name", name]
     if setting is not None:
-        if any(flag.partition("=")[0] == "--hf-overrides" for flag in flags):
+        # vLLM takes underscores for dashes, and a key behind a dot; of several, the last one would win.
+        names = [flag.partition("=")[0].partition(".")[0].replace("_", "-") for flag in flags]
+        if "--hf-overrides" in names:
             raise SaccadeError(
                 f'--hf-overrides: put the setting there, as {{"{SETTING}": ...}}, and leave its flags out'
             )

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from saccade.companions import find_companion
+from saccade.errors import SaccadeError
+from saccade.files import reading
 from saccade.interfaces import check_methods
 from saccade.pruning import apply_pruning
+from saccade.pruning.prune_inputs import isolator_rows
+from saccade.serving.tower import bare_family
 from saccade.serving.vllm_plugin import folder_pruning
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 
@@ -28,6 +32,12 @@ def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | No
     skips = config is None and setting is not False and find_companion(Path(folder), SUMMARY_FILE) is not None
     if config is None and not skips:
         return
+    if config is not None:
+        # Before the weights are read, which takes long.
+        with reading(f"model={str(folder)!r}: its config.json cannot be read"):
+            family = bare_family(folder)
+        family.check_gives(config.needs)
+        isolator_rows(family, config.isolator)
     load = ModelManager._load_model
 
     def load_and_patch(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -57,4 +67,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except SaccadeError as error:
+        sys.exit(f"saccade: {error}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from saccade.companions import find_companion
 from saccade.errors import SaccadeError
+from saccade.files import reading
 from saccade.interfaces import installed
 
 if TYPE_CHECKING:
@@ -104,11 +105,13 @@ def settle(vllm_config: Any) -> None:
 
     logger = init_logger("vllm.saccade")
     model = vllm_config.model_config
+    # Both are attributes that a stranger's config.json can bring along: nothing in it may choose a file.
+    model.hf_config.__dict__.pop(RESOLVED, None)
     if model.multimodal_config is None:
         return
     folder = local_folder(model)
-    setting = getattr(model.hf_config, SETTING, None)
-    config = folder_pruning(folder, setting)
+    given = model.hf_overrides
+    config = folder_pruning(folder, given.get(SETTING) if isinstance(given, Mapping) else None)
     if folder is not None and find_companion(folder, SUMMARY_FILE) is not None:
         logger.warning("saccade: %s was trained to skip visual tokens; vLLM does not support this", folder)
     if config is None:
@@ -145,15 +148,17 @@ def check_prunes(
     from saccade.serving.shorten import check_serves
     from saccade.serving.tower import bare_family
 
-    architecture = next(iter(stock.get("architectures") or ()), None)
-    tower = (stock.get("vision_config") or {}).get("model_type", LLAVA_TOWERS[0])
+    with reading(f"model={str(folder)!r}: its config.json cannot be read"):
+        architecture = next(iter(stock.get("architectures") or ()), None)
+        tower = (stock.get("vision_config") or {}).get("model_type", LLAVA_TOWERS[0])
     known = ", ".join(name.removesuffix("ForConditionalGeneration") for name in ARCHITECTURES)
     if architecture not in ARCHITECTURES:
         reason = f"{architecture} is not one of the models that the plug-in knows ({known})"
     elif architecture.startswith("Llava") and tower not in LLAVA_TOWERS:
         reason = f"vLLM's LLaVA does not know the tower {tower!r}, only {', '.join(LLAVA_TOWERS)}"
     else:
-        family = bare_family(folder, revision)
+        with reading(f"model={str(folder)!r}: its config.json cannot be read"):
+            family = bare_family(folder, revision)
         check_serves(family, config, config.isolator is not None)
         return family
     raise SaccadeError(
