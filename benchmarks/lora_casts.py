@@ -86,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{1000 * with_casts:.0f} ms",
             f"{1000 * without:.0f} ms",
             f"{with_casts / without:.2f}x",
-            f"{more / 2**20:.0f} MiB",
-            f"{fewer / 2**20:.0f} MiB",
+            f"{more / 2**20:.2f} MiB",
+            f"{fewer / 2**20:.2f} MiB",
         ]
         for step, found in measure_casts(bench).items()
         for (with_casts, more), (without, fewer) in [(found[True], found[False])]
