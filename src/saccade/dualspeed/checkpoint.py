@@ -19,9 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from saccade.companions import ENDING
 from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.identity import through_json
-from saccade.dualspeed.weights import INDEX_ENDING, check_keys, check_names, checksums, load_whole
+from saccade.dualspeed.weights import check_keys, checksums, load_whole
 from saccade.errors import SaccadeError, kind_of
 from saccade.files import check_entries, to_json, write_json_atomically
+from saccade.model_files import INDEX_ENDING, check_names
 from saccade.pruning import ISOLATOR_FILE
 from saccade.reducers import PRUNING_FILE
 from saccade.skip_vision import SUMMARY_FILE

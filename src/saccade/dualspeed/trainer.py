@@ -81,7 +81,7 @@ from saccade.dualspeed.parts import InParts
 from saccade.dualspeed.pushes import CheckpointPushes
 from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
-from saccade.dualspeed.weights import BASE_WEIGHTS, check_files, identify_weights, load_by_name
+from saccade.dualspeed.weights import BASE_WEIGHTS, identify_weights, load_by_name
 from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
@@ -91,6 +91,7 @@ from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.families.tower import depths_below_features
 from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
+from saccade.model_files import check_files
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from saccade.dualspeed.weights import check_files
 from saccade.errors import SaccadeError
 from saccade.files import check_exists, reading
 from saccade.launch.processes import end_with
+from saccade.model_files import check_files
 from saccade.serving.vllm_plugin import SETTING, check_prunes, folder_pruning
 from saccade.values import ENGINES, check_choice, check_port
 

@@ -20,11 +20,12 @@ from transformers import (
 
 from saccade.data.conversation import FORMATS
 from saccade.dualspeed.labels import stop_ids
-from saccade.dualspeed.weights import base_of, check_files, load_whole, merge_adapters
+from saccade.dualspeed.weights import base_of, load_whole, merge_adapters
 from saccade.errors import MissingPackageError, SaccadeError, needs_package
 from saccade.families import Family, family_class, get_family, use_released_names
 from saccade.families.fitting import check_processor
 from saccade.files import reading, similar_path
+from saccade.model_files import check_files
 from saccade.tiny import build_tiny_processor, load_tiny
 from saccade.values import DTYPES, STAGES, check_choice, check_counts
 
