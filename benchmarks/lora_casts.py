@@ -22,7 +22,7 @@ from benchmarks.batches import make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.steps import own_seconds_on, train_stage
 from benchmarks.train import TrainBench, build_model, options, shared_arguments
-from benchmarks.variants import ALL_PACKED, PRUNED_PACKED, training_variants, under_autocast
+from benchmarks.variants import ALL_PACKED, PRUNED_PACKED, training_variants
 from saccade.cli.main import Parser, guarded
 from saccade.families import get_family
 from saccade.report.tables import markdown_table
@@ -45,15 +45,14 @@ def measure_casts(bench: TrainBench) -> dict[str, dict[bool, tuple[float, int]]]
     batch = make_batch(family, draw_lengths(stage.sources, stage.batch_size, seed=0), seed=0)
     device, parameters = family.model.device, list(model.parameters())
     found: dict[str, dict[bool, tuple[float, int]]] = {}
-    for variant in training_variants(model, bench.settings, slow=True)[0]:
-        if variant.name not in (ALL_PACKED, PRUNED_PACKED):
-            continue
+    every, _ = training_variants(model, bench.settings, slow=True)
+    for variant in (one for one in every if one.name in (ALL_PACKED, PRUNED_PACKED)):
         seconds: dict[bool, list[float]] = {True: [], False: []}
         saved = {}
         for number in range(bench.warm_up + bench.repeats):
             for casts in (True, False) if number % 2 else (False, True):
                 kept = patch.object(variants, "spare_casts") if casts else nullcontext()
-                with kept, under_autocast(variant, model).active() as loss:
+                with kept, variant.active() as loss:
                     if number == 0:
                         with count_saved_bytes(iter(parameters)) as memory:
                             loss(batch)

@@ -30,7 +30,6 @@ from benchmarks.variants import (
     Settings,
     Variant,
     training_variants,
-    under_autocast,
 )
 from saccade.evaluation.counting import count_flops
 from saccade.families import Family, get_family
@@ -126,7 +125,6 @@ def measure_stage(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     variants, mixes = training_variants(model, settings, slow=stage.language)
-    variants = [under_autocast(variant, model) for variant in variants]
     timings = {variant.name: Timing(stage.name, variant.name) for variant in variants}
     texts = draw_lengths(stage.sources, stage.batch_size * (repeats + 1), seed=0)
     batches = [

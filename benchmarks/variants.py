@@ -173,7 +173,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
             Variant(f"{BOTH}, fast step", ours(fast, padding_free=True, compiled=True)),
         ]
     if not slow:
-        return variants, []
+        return [under_autocast(variant, model) for variant in variants], []
     variants += [
         Variant("DualSpeed, slow step", ours(None, fast)),
         Variant("released procedure, slow step", lambda: plain(released.slow)),
@@ -200,23 +200,18 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         Mix(name, {f"{fast_name}, fast step": 1 - rate, f"{slow_name}, slow step": rate})
         for name, fast_name, slow_name in pairs
     ]
-    return variants, mixes
+    return [under_autocast(variant, model) for variant in variants], mixes
 
 
 def under_autocast(variant: Variant, model: PreTrainedModel) -> Variant:
     """The variant as a trainer with `bf16: true` runs it, if the model is in bfloat16."""
-    place = get_family(model).model
+    if model.dtype != torch.bfloat16:
+        return variant
 
     @contextmanager
     def active() -> Iterator[Loss]:
         with variant.active() as loss:
-
-            def cast(batch: Mapping[str, Any]) -> Tensor:
-                half = place.dtype == torch.bfloat16
-                with torch.autocast(place.device.type, torch.bfloat16, enabled=half):
-                    return loss(batch)
-
-            yield cast
+            yield torch.autocast(model.device.type, torch.bfloat16)(loss)
 
     return replace(variant, active=active)
 

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from saccade.errors import SaccadeError
 from saccade.families import Family, family_class
+from saccade.files import reading
 
 LANGUAGE = ("language_model", "text_model", "lm_head")
 """Parts of the names of weights that belong to neither the tower nor the projector."""
@@ -18,12 +19,11 @@ def bare_family(folder: str | Path, revision: str | None = None) -> Family:
     """The family of the model in `folder`, with a model without weights, which can count tokens but not encode.
 
     Raises:
-        SaccadeError: if no family is known for it.
+        SaccadeError: if its config cannot be read, or no family is known for it.
     """
-    config = without_layers(AutoConfig.from_pretrained(folder, revision=revision))
-    kind = family_class(config)
-    with torch.device("meta"):
-        return kind(AutoModelForImageTextToText.from_config(config))
+    with reading(f"model={str(folder)!r}: its config.json cannot be read"), torch.device("meta"):
+        config = without_layers(AutoConfig.from_pretrained(folder, revision=revision))
+        return family_class(config)(AutoModelForImageTextToText.from_config(config))
 
 
 def tower_family(

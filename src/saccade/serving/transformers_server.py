@@ -8,7 +8,6 @@ from typing import Any
 
 from saccade.companions import find_companion
 from saccade.errors import SaccadeError
-from saccade.files import reading
 from saccade.interfaces import check_methods
 from saccade.pruning import apply_pruning
 from saccade.pruning.prune_inputs import isolator_rows
@@ -34,8 +33,7 @@ def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | No
         return
     if config is not None:
         # Before the weights are read, which takes long.
-        with reading(f"model={str(folder)!r}: its config.json cannot be read"):
-            family = bare_family(folder)
+        family = bare_family(folder)
         family.check_gives(config.needs)
         isolator_rows(family, config.isolator)
     load = ModelManager._load_model

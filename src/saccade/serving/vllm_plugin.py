@@ -157,8 +157,7 @@ def check_prunes(
     elif architecture.startswith("Llava") and tower not in LLAVA_TOWERS:
         reason = f"vLLM's LLaVA does not know the tower {tower!r}, only {', '.join(LLAVA_TOWERS)}"
     else:
-        with reading(f"model={str(folder)!r}: its config.json cannot be read"):
-            family = bare_family(folder, revision)
+        family = bare_family(folder, revision)
         check_serves(family, config, config.isolator is not None)
         return family
     raise SaccadeError(
