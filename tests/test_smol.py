@@ -13,7 +13,7 @@ from assemble_parts import make_language_model
 from smol_parts import parts_of_the_tests
 from transformers import AutoTokenizer, CLIPVisionModel, LlavaForConditionalGeneration
 
-from experiments.smol import projector, study, tower
+from experiments.smol import projector, study, tower, worker
 from experiments.smol.__main__ import main
 from experiments.smol.rows import REQUEST, make_rows, read_rows, rows_file
 from experiments.smol.study import (
@@ -411,6 +411,47 @@ def test_the_best_reducer_comes_first() -> None:
     assert cells[1][3:] == ["50.0 %", "25.0 %", "50.0 %", "25.0 %"]
 
 
+class TestCheckpoints:
+    def test_without_them_stages_are_as_before_and_with_them_there_is_no_limit(self) -> None:
+        settings = Settings(steps=200)
+        (before,) = plan_runs(PREPARED, settings, ["dualspeed"], [0])
+        (after,) = plan_runs(PREPARED, replace(settings, checkpoints=5), ["dualspeed"], [0])
+        assert before.extra == {}
+        assert before.stages[1]["save_total_limit"] == 1
+        assert after.extra == {"checkpoints": 5}
+        assert after.stages[1]["save_steps"] == 40
+        assert "save_total_limit" not in after.stages[1]
+        assert after.stage_ids[0] == before.stage_ids[0]
+        assert after.stage_ids[1] != before.stage_ids[1]
+
+    def test_each_method_has_as_many(self) -> None:
+        names = ("all_tokens", "all_tokens_shorter", "fast_then_few_slow_longer")
+        runs = plan_runs(PREPARED, Settings(steps=200, checkpoints=5), names, [0])
+        assert [run.stages[1]["save_steps"] for run in runs] == [40, 20, 66]
+
+    def test_they_are_asked_at_their_steps_and_the_last_is_the_model(self, tmp_path: Path, monkeypatch) -> None:
+        (run,) = plan_runs(PREPARED, Settings(steps=6, checkpoints=3), ["all_tokens"], [0])
+        folder = Path(run.recipes(tmp_path)[1]["output_dir"])
+        # That of step 3 was saved because the run was asked to stop.
+        write_json_atomically(folder / "times.json", {str(step): [step, 2 * step] for step in (2, 3, 4, 6)})
+        asked = []
+
+        def evaluate(evaluation, folder, recipe) -> list[dict]:
+            asked.append((evaluation.inferences, evaluation.scenes, folder.name))
+            return [{"accuracy": 0.25 * len(asked), "accuracy_by_task": {"charts": 0.5}}]
+
+        monkeypatch.setattr(worker, "evaluate_tasks", evaluate)
+        last = {"inference": "full", "accuracy": 0.75, "accuracy_by_task": {"charts": 1.0}}
+        found = worker.ask_checkpoints(run, tmp_path, {"evaluations": [{"inference": "pruned"}, last]})
+        assert asked == [(({"name": "full"},), 200, "checkpoint-2"), (({"name": "full"},), 200, "checkpoint-4")]
+        assert [(one["step"], one["cpu_seconds"], one["seconds"]) for one in found] == [
+            (2, 2, 4),
+            (4, 4, 8),
+            (6, 6, 12),
+        ]
+        assert [one["accuracy"] for one in found] == [0.25, 0.5, 0.75]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -429,6 +470,7 @@ def test_the_best_reducer_comes_first() -> None:
         (["--vary", "learning_rate=1e-3,fast"], "learning_rate='fast' is a str, expected float"),
         (["--vary", "steps=0"], "steps=0: give at least 1"),
         (["--vary", "reducer=tome", "--rank", "tome"], "--vary and --rank: give one of them"),
+        (["--checkpoints", "201"], r"checkpoints=201: give at most one per step \(200\)"),
         (["--table"], "has no sweep"),
     ],
 )
@@ -444,7 +486,7 @@ def test_help_tells_every_setting(capsys) -> None:
     told = " ".join(capsys.readouterr().out.split())
     assert "--pretrain-steps INT steps of stage one, captions, projector only (default: 20)" in told
     assert "--tower-steps INT steps of a tower's pretraining, or 0 for the tower that lies in" in told
-    assert "--compiled compile the decoder layers, which costs about a minute per run --jobs" in told
+    assert "--compiled compile the decoder layers, which costs about a minute per run --checkpoints INT" in told
 
 
 def small_command(folder: Path, *words: str) -> list[str]:
@@ -487,6 +529,15 @@ def test_from_nothing_to_a_table(tmp_path: Path, capfd, monkeypatch) -> None:
     assert "charts, p = 0.9" in table
     table = (runs / "tasks.md").read_text().splitlines()
     assert len(table) == 2 + 2 + 3
+    # And with their checkpoints.
+    assert main([*command, "--methods", "all_tokens,fast_then_few_slow_longer", "--checkpoints", "2"]) == 0
+    over_time = tmp_path / "smol" / "runs-over-time-12"
+    assert (over_time / "over_time.png").is_file()
+    assert (over_time / "over_time.md").read_text().startswith("| checkpoint | all tokens | CPU time | fast, then few")
+    timed = json.loads((over_time / "runs" / "all_tokens-seed0" / "result.json").read_text())
+    assert [one["step"] for one in timed["checkpoints"]] == [1, 2]
+    full, _ = timed["evaluations"]
+    assert timed["checkpoints"][1]["accuracy_by_task"] == full["accuracy_by_task"]
     setup = json.loads((tmp_path / "smol" / "setup.json").read_text())
     assert setup["tower-12"]["cpu_seconds"] > 0
     assert setup["model-12"]["visual_tokens"] == 144

@@ -6,6 +6,7 @@ python -m experiments.smol --tasks easy_vqa --output out/smol                one
 python -m experiments.smol --grid 24 --output out/smol                       576 visual tokens
 python -m experiments.smol --methods all_tokens --rank all --output out/smol  every reducer, at inference
 python -m experiments.smol --methods dualspeed --vary reducer=fastervlm,random --output out/smol  each as plug-in
+python -m experiments.smol --checkpoints 5 --output out/smol                 accuracy over the time of training
 python -m experiments.smol --output out/smol --table                         what is done so far
 
 The same command goes on after a kill: with the rows, the tower, the stage and the task at which it was.
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SaccadeError("--vary and --rank: give one of them, since --rank asks the models of one setting")
     chosen = "" if settings.tasks == Settings.tasks else f"-{'-'.join(settings.task_names)}"
     kind = "ranking" if args.rank else "-".join(["varied", *grid]) if grid else "runs"
+    kind += "-over-time" if settings.checkpoints else ""
     folder, console = args.output / f"{kind}-{settings.grid}{chosen}", Console()
     if args.table:
         _show(Standing(Plan.read(folder), folder, WORDS), folder, console)

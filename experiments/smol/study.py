@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from pathlib import Path
 from statistics import mean
 from typing import Any, get_type_hints
@@ -17,6 +18,7 @@ from experiments.smol.rows import asked_file, rows_file
 from experiments.smol.tasks import TASKS
 from experiments.smol.tasks.base import GRIDS
 from experiments.smol.tower import REPORT_FILE, train_tower
+from experiments.studies.over_time import checkpoint_table, checkpointed_runs, draw_over_time, reach_table
 from saccade.data.digits import SPLITS
 from saccade.errors import SaccadeError, one_of
 from saccade.evaluation import Inference
@@ -135,6 +137,8 @@ class Settings:
         precision: of weights and products, "float32", or "bfloat16" on processors that have it; what learns does so in
             float32.
         compiled: compile the decoder layers, which costs about a minute per run.
+        checkpoints: evenly spaced checkpoints of stage two that are asked the questions too, from all tokens; 0 for
+            none.
 
     Raises:
         SaccadeError: on an unknown grid, task, split or precision, or a number below 1.
@@ -163,6 +167,7 @@ class Settings:
     threads: int = 1
     precision: str = "float32"
     compiled: bool = False
+    checkpoints: int = 0
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -187,6 +192,10 @@ class Settings:
         if self.tower_steps < 0:
             raise SaccadeError(
                 f"tower_steps={self.tower_steps}: give at least 1, or 0 for the tower that lies in {SHIPPED_TOWER}"
+            )
+        if not 0 <= self.checkpoints <= self.steps:
+            raise SaccadeError(
+                f"checkpoints={self.checkpoints}: give at most one per step ({self.steps}), or 0 for none"
             )
 
     @property
@@ -282,7 +291,8 @@ def plan_runs(
             )
             evaluation = Evaluation(inferences, settings.split, settings.questions)
             labels = {"method": method, "seed": seed}
-            runs.append(RunSpec(f"{method}-seed{seed}", labels, stages, evaluation, settings.threads))
+            extra = {"checkpoints": settings.checkpoints} if settings.checkpoints else {}
+            runs.append(RunSpec(f"{method}-seed{seed}", labels, stages, evaluation, settings.threads, extra))
     return runs
 
 
@@ -419,7 +429,8 @@ def _accuracies(result: dict[str, Any], inference: str) -> dict[str, float]:
 
 def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[list[str]]]:
     """Write `tasks.md` and return what is in it, the ranking where reducers were ranked; otherwise draw
-    `trade_off.png` too, the mean accuracy over the CPU time of training."""
+    `trade_off.png` too, the mean accuracy over the CPU time of training, and where checkpoints were asked
+    `over_time.png`, with its figures in `over_time.md`."""
     ways = {entry["inference"] for result in standing.results.values() for entry in result["evaluations"]}
     ranked = ways == {"pruned"}
     columns, cells = (ranking_table if ranked else task_table)(standing)
@@ -428,6 +439,11 @@ def write_task_table(standing: Standing, output: Path) -> tuple[list[str], list[
     if cells and timed and not ranked:
         points = trade_off(standing.groups(), train_cpu_seconds)
         plot_trade_off(points, output / "trade_off.png", CPU_TIME)
+    if over_time := checkpointed_runs(standing):
+        draw_over_time(over_time, output / "over_time.png", WORDS)
+        seeds = len({spec.labels["seed"] for spec in standing.plan.runs})
+        tables = [checkpoint_table(over_time, seeds, WORDS), reach_table(over_time, seeds, WORDS)]
+        write_text_atomically(output / "over_time.md", "\n".join(filter(None, tables)))
     return columns, cells
 
 
@@ -483,11 +499,16 @@ def _recipe(stage: str, prepared: dict[str, Any], settings: Settings, seed: int)
         "bf16": settings.precision == "bfloat16",
         "dtype": settings.precision,
         **({"torch_compile": True} if settings.compiled else {}),
-        # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
-        "save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20),
-        "save_total_limit": 1,
+        **_checkpoints(pretrain, steps, settings.checkpoints),
         "dataloader_num_workers": 0,
     }
+
+
+def _checkpoints(pretrain: bool, steps: int, asked: int) -> dict[str, Any]:
+    if asked and not pretrain:
+        return {"save_steps": ceil(steps / asked)}
+    # A step of stage two may take minutes, and its checkpoints are small; those of stage one hold the whole model.
+    return {"save_steps": max(10, steps // 8) if pretrain else max(5, steps // 20), "save_total_limit": 1}
 
 
 def _read_setup(output: Path) -> dict[str, Any]:

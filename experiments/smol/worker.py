@@ -3,10 +3,13 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.smol.rows import asked_file, read_rows
 from experiments.smol.tasks import TASKS
@@ -15,19 +18,47 @@ from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import to_json, write_json_atomically
 from saccade.sweeps import RunSpec
 from saccade.sweeps.spec import Evaluation
-from saccade.sweeps.worker import main, run_one, tell
+from saccade.sweeps.worker import TIMES_FILE, main, read_record, run_one, tell
 from saccade.training import ModelOptions, load_to_run
 
 BATCH = 20
 
 
 def run_smol(spec: RunSpec, stages: Path) -> dict[str, Any]:
-    """Train what is missing of a run, evaluate it on every task, and return the result.
+    """Train what is missing of a run, evaluate it on every task, with its checkpoints if the run has any to ask, and
+    return the result.
 
     Raises:
         SaccadeError: if SIGTERM ended the training of a stage.
     """
-    return run_one(spec, stages, evaluate=evaluate_tasks)
+    result = run_one(spec, stages, evaluate=evaluate_tasks)
+    return {**result, "checkpoints": ask_checkpoints(spec, stages, result)} if spec.extra else result
+
+
+def ask_checkpoints(spec: RunSpec, stages: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoints of a run's last stage in order: `step`, the `cpu_seconds` and `seconds` of the stage up to it,
+    and `accuracy` and `accuracy_by_task` from all tokens.
+
+    Args:
+        result: of the run, whose model is the last checkpoint.
+    """
+    recipe = spec.recipes(stages)[-1]
+    folder, every = Path(recipe["output_dir"]), recipe["save_steps"]
+    times = {int(step): spent for step, spent in (read_record(folder / TIMES_FILE) or {}).items()}
+    found = []
+    for step in sorted(times):
+        if step == max(times):
+            entry = next(entry for entry in result["evaluations"] if entry["inference"] == "full")
+        elif step % every == 0:
+            asked = replace(spec.evaluation, inferences=({"name": "full"},))
+            (entry,) = evaluate_tasks(asked, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", recipe)
+        else:
+            # Saved because the run was asked to stop.
+            continue
+        cpu_seconds, seconds = times[step]
+        told = {name: entry[name] for name in ("accuracy", "accuracy_by_task")}
+        found.append({"step": step, "cpu_seconds": cpu_seconds, "seconds": seconds, **told})
+    return found
 
 
 def evaluate_tasks(evaluation: Evaluation, folder: Path, recipe: dict[str, Any]) -> list[dict[str, Any]]:

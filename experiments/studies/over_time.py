@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import mean
 from typing import Any
 
@@ -13,6 +14,8 @@ from saccade.sweeps.table import Standing, mean_and_range, percent, spread
 
 BASELINE = "all_tokens"
 STYLES = {BASELINE: ("#000000", "s"), "prune_only": (COLORS[1], "^"), "dualspeed": (COLORS[0], "o")}
+OTHER_STYLES = ((COLORS[2], "D"), (COLORS[3], "v"), (COLORS[4], "P"), (COLORS[5], "X"))
+"""Of methods that have no style of their own, in turn."""
 REACHED = (0.5, 0.75, 0.9, 1.0)
 """Shares of the final accuracy of all-token training."""
 Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
@@ -28,23 +31,34 @@ def checkpointed_runs(standing: Standing) -> Runs:
     return {method: runs[method] for method in sorted(runs, key=lambda method: method != BASELINE)}
 
 
-def time_curves(runs: Runs) -> list[TimeCurve]:
-    """Each method's curve over the CPU time of stage two."""
+def time_curves(runs: Runs, words: Mapping[str, str] = WORDS) -> list[TimeCurve]:
+    """Each method's curve over the CPU time of stage two.
+
+    Args:
+        words: the methods' names in the legend.
+    """
+    others = [method for method in runs if method not in STYLES]
+    styles = {**STYLES, **dict(zip(others, cycle(OTHER_STYLES), strict=False))}
     return [
-        TimeCurve(WORDS[method], *STYLES[method], [_points(checkpoints) for checkpoints in seeds.values()])
+        TimeCurve(words[method], *styles[method], [_points(checkpoints) for checkpoints in seeds.values()])
         for method, seeds in runs.items()
     ]
 
 
-def draw_over_time(runs: Runs, path: str | os.PathLike[str]) -> None:
+def draw_over_time(runs: Runs, path: str | os.PathLike[str], words: Mapping[str, str] = WORDS) -> None:
     """Draw the curves as a PNG, with a line at the final accuracy of all-token training if a run of it has finished.
+
+    Args:
+        words: the methods' names in the legend.
 
     Raises:
         ValueError: if there are no runs.
     """
     ends = [checkpoints[-1]["accuracy"] for checkpoints in runs.get(BASELINE, {}).values()]
     reference = ("all tokens, at the end", mean(ends)) if ends else None
-    plot_time_curves(time_curves(runs), path, "CPU time of stage two (s)", "accuracy on all tokens (%)", reference)
+    plot_time_curves(
+        time_curves(runs, words), path, "CPU time of stage two (s)", "accuracy on all tokens (%)", reference
+    )
 
 
 def seconds_to(points: Sequence[tuple[float, float]], accuracy: float) -> float | None:
@@ -64,17 +78,19 @@ def seconds_to(points: Sequence[tuple[float, float]], accuracy: float) -> float 
     return None
 
 
-def checkpoint_table(runs: Runs, seeds: int) -> str:
+def checkpoint_table(runs: Runs, seeds: int, words: Mapping[str, str] = WORDS) -> str:
     """Accuracy and training time at each checkpoint, two columns per method.
 
     Args:
         seeds: number of planned seeds; the table says so if fewer have finished.
+        words: the methods' names.
     """
-    columns = ["step"]
-    first = next(iter(next(iter(runs.values())).values()))
-    rows: list[list[Any]] = [[entry["step"]] for entry in first]
+    taken = [[entry["step"] for entry in entries] for members in runs.values() for entries in members.values()]
+    same = all(steps == taken[0] for steps in taken)
+    columns = ["step" if same else "checkpoint"]
+    rows: list[list[Any]] = [[step if same else number] for number, step in enumerate(taken[0], 1)]
     for method, members in runs.items():
-        columns += [WORDS[method], "CPU time"]
+        columns += [words[method], "CPU time"]
         missing = f", n = {len(members)}" if len(members) < seeds else ""
         for row, entries in zip(rows, zip(*members.values(), strict=True), strict=True):
             row.append(percent(mean_and_range([entry["accuracy"] for entry in entries])) + missing)
@@ -82,11 +98,12 @@ def checkpoint_table(runs: Runs, seeds: int) -> str:
     return markdown_table(columns, rows)
 
 
-def reach_table(runs: Runs, seeds: int) -> str | None:
+def reach_table(runs: Runs, seeds: int, words: Mapping[str, str] = WORDS) -> str | None:
     """When each method reaches shares of the final accuracy of all-token training, and how much sooner, per seed.
 
     Args:
         seeds: number of planned seeds; the table says so if fewer have finished.
+        words: the methods' names.
 
     Returns:
         None until a seed of all-token training has finished.
@@ -99,7 +116,7 @@ def reach_table(runs: Runs, seeds: int) -> str | None:
         curves = {seed: _points(members[seed]) for seed in members if seed in baseline}
         if not curves:
             continue
-        row: list[Any] = [WORDS[method]]
+        row: list[Any] = [words[method]]
         for share in REACHED:
             goals = {seed: share * baseline[seed][-1][1] for seed in curves}
             found = {seed: seconds_to(curves[seed], goals[seed]) for seed in curves}
