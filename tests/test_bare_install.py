@@ -87,6 +87,8 @@ VERBS = [
     ["demo"],
     ["eval", "tiny"],
     ["data", "check", "someone/rows"],
+    ["assemble", "--vision-tower", "tiny", "--language-model", "tiny", "--output", "out2"],
+    ["grow", "none", "--image-size", "448", "--output", "out2"],
 ]
 """Verbs that need none, the first two, and that need an extra."""
 
@@ -94,7 +96,6 @@ OTHERS = {
     ("view", "none.png"): "image='none.png'",
     ("export", "out", "--output", "out2"): "'out'",
     ("serve", "out"): "model='out' is not a folder",
-    ("assemble", "--vision-tower", "tiny", "--language-model", "none", "--output", "out2"): "none",
 }
 """Verbs that need no extra, and what they complain of instead."""
 

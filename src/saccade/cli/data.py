@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video-frames", type=int, metavar="N", help="most frames taken of a video (default: 32)")
     parser.add_argument("--video-fps", type=float, metavar="N", help="frames taken per second (default: evenly)")
     parser.add_argument("--model", metavar="FOLDER", help="count tokens with this model's processor; tiny is embedded")
-    add_pruning_flags(parser, "as the recipe says, or a ratio of 0.9", ("prune_ratio", "keep_tokens", "fit_length"))
+    add_pruning_flags(parser, "as the recipe says, or a ratio of 0.9", ("prune_ratio", "keep_tokens"))
+    add_pruning_flags(parser, "as the recipe says, or none", ("fit_length",))
     parser.add_argument("--max-length", type=int, metavar="N", help="count rows longer than this (default: 2048)")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="reducers, one panel each, or all of them with `all` (default: %(default)s)",
     )
-    add_pruning_flags(parser, "a ratio of 0.9", ("prune_ratio", "keep_tokens", "patch_tolerance"))
+    add_pruning_flags(parser, "a ratio of 0.9", ("prune_ratio", "keep_tokens"))
+    add_pruning_flags(parser, "none", ("patch_tolerance",))
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="folder of a model (default: the embedded one, tiny)"
     )

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import accelerate  # noqa: F401  transformers needs it for the meta device: told before anything is made
 import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
