@@ -1,6 +1,7 @@
 """A model that prunes in place: the answers of `prune_inputs`, after the prompt as it was given."""
 
 import copy
+import io
 import json
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -574,6 +575,22 @@ def test_adapters_threads_and_copies():
     pruning.remove()
     pruning.remove()
     assert torch.equal(twin.generate(**batches[0], **options)[:, -6:], expected[0])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_model_that_is_pickled_prunes(name):
+    case = Case(name, FAMILIES[name])
+    batch, options, file = case.prompts([0]), generation_options(case), io.BytesIO()
+    pruning = apply_pruning(case.model, CONFIG)
+    # Before its first forward, in which transformers adds hooks that cannot be pickled.
+    torch.save(case.model, file)
+    expected, answer = case.model(**batch).logits, case.model.generate(**batch, **options)
+    pruning.remove()
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(**batch).logits, expected)
+    assert expected.shape != case.model(**batch).logits.shape
+    assert torch.equal(loaded.generate(**batch, **options), answer)
 
 
 def test_a_pipeline_prunes():

@@ -1,6 +1,7 @@
 """`saccade assemble`: a stock LLaVA of any CLIP or SigLIP tower and any language model, and bad parts refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -371,6 +372,41 @@ def test_weights_that_miss_a_key_are_refused(tmp_path):
     with pytest.raises(SaccadeError, match=r"its weights are incomplete.*q_proj"):
         assemble_model(tmp_path / "tower", tmp_path / "language", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["language", "tower"]
+
+
+def test_weights_that_a_llava_misses_count_where_they_are_taken_from(tmp_path):
+    make_language_model(tmp_path / "language", "qwen2")
+    assemble_model("tiny", tmp_path / "language", tmp_path / "whole")
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    for part, key in (("eyes", "fc1.weight"), ("words", "q_proj")):
+        damaged = tmp_path / part
+        shutil.copytree(tmp_path / "whole", damaged)
+        missing = next(name for name in weights if key in name and ("tower" in name) == (part == "eyes"))
+        left = {name: weight for name, weight in weights.items() if name != missing}
+        save_file(left, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SaccadeError, match=r"vision_tower='.*eyes': its weights are incomplete.*fc1"):
+        assemble_model(tmp_path / "eyes", tmp_path / "language", tmp_path / "out")
+    with pytest.raises(SaccadeError, match=r"language_model='.*words': its weights are incomplete.*q_proj"):
+        assemble_model("tiny", tmp_path / "words", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assemble_model(tmp_path / "words", tmp_path / "language", tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+def test_a_part_s_index_reads_no_file_of_another_folder(part, tmp_path):
+    make_tower(tmp_path / "tower")
+    make_language_model(tmp_path / "language", "llama")
+    folder = tmp_path / ("tower" if part == "vision_tower" else "language")
+    (tmp_path / "private").mkdir()
+    (folder / "model.safetensors").rename(tmp_path / "private" / "private.safetensors")
+    names = load_file(tmp_path / "private" / "private.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../private/private.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        SaccadeError, match=rf"{part}='.*': model.safetensors.index.json is damaged .*not a file beside it"
+    ):
+        assemble_model(tmp_path / "tower", tmp_path / "language", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_tower_of_a_llava_and_the_embedded_one(tmp_path):

@@ -39,6 +39,11 @@ def test_generation_at_ratio_zero(name):
     tester.check_generation_at_ratio_zero(CASES[name])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_without_images_reaches_every_parameter(name):
+    tester.check_step_without_images(CASES[name])
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize(
     ("name", "reducer"),

@@ -76,6 +76,16 @@ def test_merging_and_saliency(name):
     tester.check_original_equals_masked(CASES[name], "visionzip")
 
 
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_step_without_images_reaches_every_parameter(name):
+    tester.check_step_without_images(CASES[name])
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_parts_train_as_the_whole(name):
+    tester.check_in_parts(CASES[name], "divprune")
+
+
 @pytest.mark.parametrize("name", RECURRENT)
 def test_what_recurrent_layers_cannot_do_is_refused(name):
     assert CASES[name].family.recurrent
@@ -83,6 +93,12 @@ def test_what_recurrent_layers_cannot_do_is_refused(name):
         tester.check_padding_free(CASES[name], "divprune")
     with pytest.raises(SaccadeError, match=f"model_type='{name}': layers of its language model carry a state"):
         apply_skip_vision(CASES[name].model, split="divprune")
+
+
+def test_lines_with_text_between_them_cannot_skip():
+    """Counts are per image, and each line would be laid out by itself."""
+    with pytest.raises(SaccadeError, match="model_type='mistral3': text stands after each line"):
+        apply_skip_vision(CASES["mistral3"].model, split="divprune")
 
 
 def test_without_recurrent_layers_original_positions_equal_masking():

@@ -1,6 +1,8 @@
 """Skip-Vision on every family: what a skipping forward must equal, and that removing it leaves nothing behind."""
 
 import copy
+import inspect
+import io
 
 import pytest
 import torch
@@ -201,6 +203,21 @@ def test_a_deep_copy_skips_on_its_own(case):
         finally:
             for parameter in case.family.language_layers.parameters():
                 parameter.sub_(0.1)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_model_that_is_pickled_skips(name):
+    fresh = tester.Case(name, FAMILIES[name])
+    file = io.BytesIO()
+    with skipping(fresh.model, options_for(name)):
+        # Before its first forward, in which transformers adds hooks that cannot be pickled.
+        torch.save(fresh.model, file)
+        expected = tester.logits(fresh.model, fresh.inputs)
+        stock = inspect.signature(type(fresh.model).forward).parameters
+        assert [*stock][1:-1] == [*inspect.signature(fresh.model.forward).parameters][:-2]
+    assert not torch.equal(expected, tester.logits(fresh.model, fresh.inputs))
+    file.seek(0)
+    assert torch.equal(tester.logits(torch.load(file, weights_only=False), fresh.inputs), expected)
 
 
 @pytest.mark.parametrize("visibility", ["prompt_only", "none"])

@@ -22,14 +22,19 @@ _NAMES = ("fast_tokenizer_files", "gguf_file")
 """Fields in which a tokenizer's config names other files."""
 
 
-def check_files(place: str | Path) -> None:
-    """Refuse a model's folder with a damaged file, for which stock loading raises an error that does not name it."""
+def check_files(place: str | Path, field: str = "model") -> None:
+    """Refuse a model's folder with a damaged file, for which stock loading raises an error that does not name it, or
+    with one that names a file of another folder.
+
+    Args:
+        field: what the user named it by.
+    """
     folder = Path(place)
     if folder.exists() and not folder.is_dir():  # stock loading would read it as a config
-        raise SaccadeError(f"model={str(place)!r} is not a folder: name the folder of a model")
+        raise SaccadeError(f"{field}={str(place)!r} is not a folder: name the folder of a model")
     if not folder.is_dir():
         return
-    check_entries(folder, "model")
+    check_entries(folder, field)
     for path in sorted(folder.iterdir()):
         try:
             if path.name in _READ or path.name.endswith(INDEX_ENDING):
@@ -38,7 +43,7 @@ def check_files(place: str | Path) -> None:
                 with safe_open(path, framework="pt"):  # compares the length of the file with its header
                     pass
         except (OSError, ValueError, SafetensorError) as error:
-            raise damaged(place, path.name, error) from error
+            raise damaged(place, path.name, error, field) from error
 
 
 def check_names(path: Path) -> None:
@@ -58,7 +63,7 @@ def check_names(path: Path) -> None:
             raise ValueError(f"it names {name[:100]!r}, which is not a file beside it")
 
 
-def damaged(place: str | Path, name: str, error: Exception) -> SaccadeError:
+def damaged(place: str | Path, name: str, error: Exception, field: str = "model") -> SaccadeError:
     """The error for a model with an unreadable file."""
     reason = " ".join(str(error).split())[:200]
-    return SaccadeError(f"model={str(place)!r}: {name} is damaged ({reason}): restore it, or name another model")
+    return SaccadeError(f"{field}={str(place)!r}: {name} is damaged ({reason}): restore it, or name another model")

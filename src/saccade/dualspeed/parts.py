@@ -97,7 +97,8 @@ class MicroBatches:
         layers = (whole.context.features, *whole.deepstack_features)
         features, *deepstack = (self._features(x[rows], cut) for x in layers)
         context = whole.context.select_rows(rows).replace(features=features)
-        part = Encoded(context, {}, tuple(deepstack), whole.videos[rows])
+        markers = None if whole.markers is None else self._features(whole.markers, cut)
+        part = Encoded(context, {}, tuple(deepstack), whole.videos[rows], markers)
         if not whole.outputs:
             return part
         valid = [[row[keep] for row, keep in zip(x, context.valid, strict=True)] for x in (features, *deepstack)]

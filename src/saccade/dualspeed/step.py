@@ -4,7 +4,7 @@ Other modes of a run go through the same code.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -142,6 +142,8 @@ class DualSpeedStep:
                 loss = loss + module.idle()
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
+        elif all(encoded.videos) and encoded.videos:
+            loss = loss + 0 * self._vision_parameters(but=(self.family.projector, self.family.vision_tower))
         return StepOutput(
             loss=loss / normaliser + carried,
             cross_entropy=sums.cross_entropy.detach() / normaliser,
@@ -159,10 +161,18 @@ class DualSpeedStep:
         methods = [plan.method for plan in self.modes.values() if plan.method is not None]
         return list({id(module): module for method in methods for module in method.trainable_modules}.values())
 
-    def _vision_parameters(self) -> Tensor | float:
-        """The sum of the trainable parameters that only images use."""
-        parameters = (*self.family.projector.parameters(), *self.family.vision_tower.parameters())
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters if p.requires_grad)
+    def _vision_parameters(self, but: Sequence[nn.Module] = ()) -> Tensor | float:
+        """The sum of the trainable parameters that are not the language model's, such as the newline of anyres images,
+        which videos of LLaVA-NeXT do not use.
+
+        Args:
+            but: modules whose parameters are left out.
+        """
+        model = self.family.model
+        without = (self.family.language_model, model.get_output_embeddings(), *but)
+        left_out = {id(p) for module in without if module is not None for p in module.parameters()}
+        parameters = (p for p in model.parameters() if p.requires_grad and id(p) not in left_out)
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in parameters)
         return sum((p.sum() for p in local), start=0.0)
 
     def _label_rows(self, laid: ModeInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,12 +21,15 @@ class Encoded:
         deepstack_features: features `(R, N, D)` added at deeper layers of the language model, one tensor per layer.
             They are reduced like the context's features, and are zero on isolator rows.
         videos: one bool per row, true if it comes from a video; empty if there are no videos.
+        markers: features `(M, D)` of tokens that stand around the crops of every image, which the model learns; None
+            if it has none.
     """
 
     context: VisualContext
     outputs: dict[str, ModelOutput]
     deepstack_features: tuple[Tensor, ...] = ()
     videos: tuple[bool, ...] = ()
+    markers: Tensor | None = None
 
     def with_all(self) -> "Encoded":
         """The encoding for a pass that takes every token.

@@ -65,13 +65,13 @@ class Ovis2Family(Family):
             grid=square_grid(rows, side, side, features.device),
             group=images_of_crops(self.placeholder(inputs["input_ids"]), [tokens] * rows),
         )
-        return Encoded(context, {"image": self._wrap(features, output.visual_indicator_features)})
+        markers = output.visual_indicator_features
+        return Encoded(context, {"image": self._wrap(features, markers)}, markers=markers)
 
     def wrap_features(
         self, features: Sequence[Tensor], encoded: Encoded, deepstack_features: Sequence[Sequence[Tensor]] = ()
     ) -> dict[str, BaseModelOutputWithPooling]:
-        markers = encoded.outputs["image"].visual_indicator_features
-        return {"image": self._wrap(joined_rows(features), markers)}
+        return {"image": self._wrap(joined_rows(features), encoded.markers)}
 
     def _wrap(self, features: Tensor, markers: Tensor) -> BaseModelOutputWithPooling:
         """The model's output for features `(R, n, D)`, with those of the markers `(5, D)`."""

@@ -17,8 +17,7 @@ from saccade.pruning.patching import (
     HANDLE,
     PER_IMAGE,
     call_original,
-    like,
-    patch,
+    patch_as_stock,
     sort_arguments,
     unpatch,
 )
@@ -168,11 +167,11 @@ def apply_pruning(model: nn.Module, config: PruningConfig | str | Path | None = 
     isolator = None if rows is None else rows.detach()
     pruning = Pruning(family, config, isolator)
     stock = family.model
-    patch(stock, like(stock.forward, _forward))
-    patch(stock, like(stock.generate, _generate), "generate")
+    patch_as_stock(stock, _forward)
+    patch_as_stock(stock, _generate, "generate")
     # `generate_batch` and the server of transformers go through it as well.
     if hasattr(stock, "init_continuous_batching"):
-        patch(stock, like(stock.init_continuous_batching, _init_continuous_batching), "init_continuous_batching")
+        patch_as_stock(stock, _init_continuous_batching, "init_continuous_batching")
     stock.__dict__[HANDLE] = pruning
     return pruning
 

@@ -1,12 +1,12 @@
 """Replace methods of a module in place, and restore them.
 
 A patched method is bound to its module, and shared state is kept in module attributes, so that a deep copy of the
-model is patched too and independent of the original.
+model, or one that was pickled, is patched too and independent of the original.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -25,9 +25,25 @@ PER_IMAGE = (
 
 
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
-    """Replace the module's method `name` by `function`, which receives the module and the arguments."""
+    """Replace the module's method `name` by `function`, of a module's own level, which receives the module and the
+    arguments."""
     module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
-    setattr(module, name, MethodType(function, module))
+    # Not a bound method: pickle would look it up by its name, and find the stock one.
+    setattr(module, name, partial(function, module))
+
+
+def patch_as_stock(module: nn.Module, function: Callable[..., Any], name: str = "forward", *more: str) -> None:
+    """`patch`, with the signature of the stock method and `more` keywords: generate and trainers read it."""
+    stock = getattr(module, name)
+    named = inspect.signature(stock).parameters.values()
+    keywords = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in more]
+    # Without annotations, of which not all can be pickled.
+    bare = [entry.replace(annotation=inspect.Parameter.empty) for entry in named]
+    rest = [entry for entry in bare if entry.kind is entry.VAR_KEYWORD]
+    patch(module, function, name)
+    patched = module.__dict__[name]
+    patched.__name__, patched.__qualname__, patched.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+    patched.__signature__ = inspect.Signature([entry for entry in bare if entry not in rest] + keywords + rest)
 
 
 def unpatch(module: nn.Module) -> None:
@@ -42,23 +58,6 @@ def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwar
     """Call the module's method as it was before it was patched."""
     before = module.__dict__[ORIGINALS][method]
     return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
-
-
-def like(stock: Callable[..., Any], function: Callable[..., Any], *more: str) -> Callable[..., Any]:
-    """`function` with the signature of the bound method `stock` and `more` keywords: generate and trainers read it."""
-
-    def wrapped(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return function(self, *args, **kwargs)
-
-    # Not `functools.wraps`, whose `__wrapped__` would make a deep copy of the model keep this one alive.
-    wrapped.__name__, wrapped.__qualname__, wrapped.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
-    signature = inspect.signature(stock)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    keywords = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in more]
-    named = [entry for entry in signature.parameters.values() if entry.kind is not entry.VAR_KEYWORD]
-    rest = [entry for entry in signature.parameters.values() if entry.kind is entry.VAR_KEYWORD]
-    wrapped.__signature__ = signature.replace(parameters=[own, *named, *keywords, *rest])
-    return wrapped
 
 
 def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,8 +22,9 @@ class SkipVisionConfig:
     """
     Which visual tokens a language model skips, and what it does about them.
 
-    Counts are per image. An int is a number of tokens; a float is a share of the image's tokens or, under
-    `split="thumbnail"`, of the thumbnail's. The defaults are the published 100 and 156 of 576, as shares.
+    Counts are per image, or per crop where text stands between crops. An int is a number of tokens; a float is a share
+    of the image's tokens or, under `split="thumbnail"`, of the thumbnail's. The defaults are the published 100 and 156
+    of 576, as shares.
 
     Args:
         retained (`int` or `float`, *optional*, defaults to `100 / 576`):

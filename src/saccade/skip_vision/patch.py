@@ -19,8 +19,8 @@ from saccade.pruning.given_prompt import generate_on, mask_of
 from saccade.pruning.patching import (
     HANDLE,
     call_original,
-    like,
     patch,
+    patch_as_stock,
     sort_arguments,
     unpatch,
 )
@@ -161,8 +161,8 @@ class SkipVision:
         language.__dict__[SKIPPING] = [module for module in self._patched if STATE in module.__dict__]
         patch(language, language_forward)
         language.__dict__[CONFIG] = config
-        patch(model, like(model.forward, _model_forward, ROLES_KEYWORD))
-        patch(model, like(model.generate, _model_generate), "generate")
+        patch_as_stock(model, _model_forward, "forward", ROLES_KEYWORD)
+        patch_as_stock(model, _model_generate, "generate")
         self._patched += [language, model]
         if config.summary:
             # In bfloat16 its entries would be too coarse for updates at fine-tuning rates.
@@ -234,6 +234,11 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
         raise SaccadeError(
             f"model_type={family.model.config.model_type!r}: its layers have experts beside the feed-forward network, "
             "which Skip-Vision does not know; train it with DualSpeed"
+        )
+    if family.text_between_lines:
+        raise SaccadeError(
+            f"model_type={family.model.config.model_type!r}: text stands after each line of an image's tokens, so "
+            "that there is no place where all that is kept of an image stands together; train it with DualSpeed"
         )
     check_takes(type(family.model).forward, ("input_ids", "attention_mask", "position_ids"))
     cache_name(type(family.model).forward)

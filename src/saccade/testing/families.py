@@ -423,6 +423,23 @@ def check_same_step(case: Case, reducer: str, positions: str, samples: int | Non
         torch.testing.assert_close(other[name], value, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def check_step_without_images(case: Case) -> None:
+    """A batch of text gives every parameter a gradient: DDP waits for each, ZeRO-3 applies that of the step before."""
+    family = get_family(copy.deepcopy(case.model))
+    isolator = ModeIsolator(3, case.model.config.get_text_config().hidden_size)
+    step = fast_slow_step(family, "divprune", PruningConfig(prune_ratio=RATIO), isolator)
+    shape = case.batch["input_ids"].shape
+    text = {name: value[2:3] for name, value in case.batch.items() if value.shape == shape}
+    assert not family.placeholder(text["input_ids"]).any()
+
+    def reached(batch: dict[str, Tensor]) -> set[str]:
+        family.model.zero_grad()
+        step("fast", batch, 1.0).loss.backward()
+        return {name for name, parameter in family.model.named_parameters() if parameter.grad is not None}
+
+    assert reached(case.batch) <= reached(text)
+
+
 def check_padding_free(case: Case, reducer: str) -> None:
     """Concatenated rows have the losses and gradients of padded rows, in each position mode."""
     assert not case.batch["attention_mask"].bool().all()
@@ -434,5 +451,6 @@ def check_in_parts(case: Case, reducer: str) -> None:
     """Two samples or one at a time give the losses and gradients of all at once, for padded and for packed rows."""
     for positions in case.positions:
         check_same_step(case, reducer, positions, samples=2)
-    packed = {} if case.family.bidirectional_image_attention else {"padding_free": True}
+    unpacked = case.family.bidirectional_image_attention or case.family.recurrent
+    packed = {} if unpacked else {"padding_free": True}
     check_same_step(case, reducer, case.positions[0], samples=1, **packed)

@@ -38,6 +38,7 @@ from saccade.families import family_class, use_released_names
 from saccade.families.chain_of_sight import SCALES, ChainOfSightConfig
 from saccade.families.padding import HdPadImageProcessor
 from saccade.files import check_new_folder, reading
+from saccade.model_files import check_files
 from saccade.tiny import tiny_checkpoint
 from saccade.training.assemble_options import AssembleOptions
 from saccade.training.chat_format import make_template
@@ -221,14 +222,19 @@ class _Tower:
         if not self.class_token:
             self.config.vision_use_head = False
         if self.from_llava:
-            tower = AutoModelForImageTextToText.from_pretrained(self.place, dtype=dtype).model.vision_tower
+            whole, info = AutoModelForImageTextToText.from_pretrained(
+                self.place, dtype=dtype, output_loading_info=True
+            )
+            tower = whole.model.vision_tower
+            # The rest of that model is not used.
+            info = {kind: [key for key in keys if "vision_tower" in str(key)] for kind, keys in info.items()}
         else:
             config = deepcopy(self.config)
             config.image_size = self.own_size or config.image_size
             tower, info = TOWERS[self.config.model_type].from_pretrained(
                 self.place, config=config, dtype=dtype, output_loading_info=True
             )
-            _check_whole(self.place, "vision_tower", info)
+        _check_whole(self.place, "vision_tower", info)
         if self.own_size is None:
             return tower
         weights = tower.state_dict()
@@ -267,6 +273,7 @@ class _Tower:
 
 
 def _config(place: str, field: str, **options: Any) -> PreTrainedConfig:
+    check_files(place, field)
     where = "cannot be loaded" if Path(place).is_dir() else "is not a folder, and cannot be loaded from the hub"
     with reading(f"{field}={place!r} {where}"):
         return AutoConfig.from_pretrained(place, **options)

@@ -33,6 +33,8 @@ IDENTITY = {"adapters", "data", "model", "processor"}
 # Options about output and logging, which do not affect the model.
 HOUSEKEEPING = {"overwrite", "output_dir", "resume", "report_to", "disable_tqdm"}
 HOUSEKEEPING |= {"logging_steps", "save_steps", "save_total_limit"}
+SECRET = {"hub_token", "model_init_kwargs"}
+"""Recipes take no tokens today. Logs of earlier versions may hold some."""
 
 
 def model_card(
@@ -127,7 +129,11 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Ma
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
     values = {**recipe, **config, **lora, "lora": bool(adapters)}
     order = [*(name for name in config if name not in IDENTITY), "lora", *lora, *recipe]
-    names = [name for name in dict.fromkeys(order) if values[name] not in (None, {}, []) and name not in HOUSEKEEPING]
+    names = [
+        name
+        for name in dict.fromkeys(order)
+        if values[name] not in (None, {}, []) and name not in HOUSEKEEPING | SECRET
+    ]
     rows = [[f"`{name}`", _value(values[name])] for name in names]
     return f"## Settings\n\n{markdown_table(['option', 'value'], rows)}" if rows else ""
 

@@ -45,6 +45,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return make_recipe(put_over(values, parse_overrides(overrides)), source=str(find_recipe(path)))
 
 
+def check_no_secrets(values: Mapping[str, Any]) -> None:
+    """Refuse an account's token. Recipes and command lines are recorded beside the model, and in its published card.
+
+    Raises:
+        SaccadeError: naming the field, and not its value.
+    """
+    inner = values.get("model_init_kwargs")
+    given = ["hub_token"] if values.get("hub_token") else []
+    given += ["model_init_kwargs.token"] if isinstance(inner, Mapping) and isinstance(inner.get("token"), str) else []
+    if given:
+        raise SaccadeError(
+            f"{given[0]}: what a recipe and a command line say is recorded and published with the model; log in with "
+            "`hf auth login`, or set HF_TOKEN, and leave it out"
+        )
+
+
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from a mapping of fields to values.
 
@@ -56,6 +72,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     types = {name: annotation for cls in classes for name, annotation in get_type_hints(cls).items()}
     known = {entry.name: types[entry.name] for cls in classes for entry in fields(cls) if entry.init}
     check_fields(values, known, source)
+    check_no_secrets(values)
     typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
     own = {entry.name for entry in fields(ModelOptions)}
     options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
