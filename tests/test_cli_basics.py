@@ -398,3 +398,21 @@ class TestEnv:
     def test_an_output_that_is_a_folder_is_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["env", "--output", str(tmp_path)]) == 2
         assert "exists and is not a file" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eval.json", ["eval", "tiny", "--dataset", "eval.json"]),
+        ("view.png", ["view", "view.png"]),
+        ("data_check.json", ["data", "check", "./data_check.json"]),
+        ("my.yaml", ["train", "my.yaml", "--dry-run", "--output", "my.yaml"]),
+    ],
+)
+def test_no_command_writes_over_what_it_reads(name, words, tmp_path, monkeypatch, capsys):
+    """Also where the output is a default."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("mine")
+    assert main(words) == 2
+    assert f"{name}' is the file that the command reads: give another --output" in capsys.readouterr().err
+    assert Path(name).read_text() == "mine"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from family_models import FAMILIES, VideoCase
-from helpers import losses
+from helpers import losses, make_trainer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -417,3 +417,18 @@ def test_a_sweep_evaluates_what_was_trained():
     full, pruned, with_isolator = standard_inferences({"prune_ratio": 0.5, "fit_length": 300})
     assert "fit_length" not in full
     assert pruned["fit_length"] == with_isolator["fit_length"] == 300
+
+
+def test_with_modes_a_sweep_evaluates_the_first_that_drops_as_the_trainer_saves_it(model, processor, tmp_path):
+    drop = {"name": "fast", "probability": 0.8, "keep_tokens": 40, "reducer": "uniform", "positions": "original"}
+    whole = {"name": "whole", "probability": 0.1, "prune_ratio": 0}
+    last = {"name": "slow", "probability": 0.1, "action": "keep"}
+    fields = {"prune_ratio": 0.75, "newlines": "drop", "modes": [whole, drop, last]}
+    full, *pruned = standard_inferences(fields)
+    assert [full["name"], *(way.pop("name") for way in pruned)] == ["full", "pruned", "pruned_isolator"]
+    trainer = make_trainer(model, processor, tmp_path, **fields)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = PruningConfig.from_pretrained(tmp_path / "saved")
+    for way in pruned:
+        assert PruningConfig(**way) == saved.replace(isolator=None)
+    assert len(standard_inferences({"modes": [{**drop, "isolator": False}, last]})) == 2

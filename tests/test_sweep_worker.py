@@ -54,10 +54,19 @@ def test_a_stage_goes_on_from_its_checkpoint_or_anew(tmp_path: Path, save_steps:
     result = train_stage("sft", VALUES, recipe, [watch])
     assert watch.started == starts_at
     assert result["samples"] == 3 * 2
+    # Also what was counted since the last log before the checkpoint.
+    assert result["tokens"] == train_stage("sft", VALUES, {**VALUES, "output_dir": str(tmp_path / "whole")})["tokens"]
     if starts_at:
         # More than what the first part took, in both clocks.
         assert result["cpu_seconds"] > before["2"][0] > 0
         assert result["seconds"] > before["2"][1] > 0
+
+
+def test_the_last_batch_of_an_epoch_may_be_smaller(tmp_path: Path) -> None:
+    values = {**{name: value for name, value in VALUES.items() if name != "max_steps"}, "num_train_epochs": 2}
+    values |= {"dataset_rows": 5, "per_device_train_batch_size": 4}
+    result = train_stage("sft", values, {**values, "output_dir": str(tmp_path)})
+    assert result["samples"] == 2 * 5
 
 
 @pytest.mark.parametrize("times", [None, "{", '{"1": [1.0, 1.0]}'])

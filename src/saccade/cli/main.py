@@ -154,8 +154,19 @@ def _run(verb: str, argv: list[str]) -> int:
     args = _parse(parser, module, argv)
     given = [] if getattr(args, "output", None) is None else [args.output]
     for path in module.outputs(args) if hasattr(module, "outputs") else given:
+        _check_not_read(path, args)
         check_writable(path, "output", getattr(module, "OUTPUT_IS_FOLDER", False))
     return module.run(args)
+
+
+def _check_not_read(output: str, args: argparse.Namespace) -> None:
+    """Refuse to write over a file that the same command reads, also where the output is a default."""
+    if not os.path.isfile(output):
+        return
+    values = [value for name, value in vars(args).items() if name != "output"]
+    for given in (each for value in values for each in (value if isinstance(value, list) else [value])):
+        if isinstance(given, str) and os.path.isfile(given) and os.path.samefile(given, output):
+            raise SaccadeError(f"output={output!r} is the file that the command reads: give another --output")
 
 
 def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Namespace:

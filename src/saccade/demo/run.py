@@ -100,7 +100,8 @@ def conclusion(standing: Standing) -> str:
     entries = {one["method"]: one for one in standing.ranked() if one["positions"] == "compact"}
     every, only, dualspeed = (entries[method] for method in MAIN_METHODS)
     reached, time = [percent(entry["accuracy_full"]) for entry in (dualspeed, every, only)], dualspeed["speedup"]
-    early = dualspeed["share_of_all_tokens"]["mean"] > 1
+    # There is no share of nothing.
+    early = "share_of_all_tokens" in dualspeed and dualspeed["share_of_all_tokens"]["mean"] > 1
     return (
         f"Answering from all tokens, DualSpeed reaches {reached[0]} after {100 / time['mean']:.0f} % of the time in "
         f"which training on all tokens reaches {reached[1]}; pruning only reaches {reached[2]}."

@@ -70,7 +70,9 @@ class ModeMeter:
         self.step_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.teacher_seconds: dict[str, list[float]] = {mode: [] for mode in self.modes}
         self.tokens: dict[str, float] = dict.fromkeys(TOKENS, 0.0)
-        """Tokens of all ranks so far: of the full batches, of the trained passes, of the teacher."""
+        """Tokens of all ranks until the last log: of the full batches, of the trained passes, of the teacher."""
+        self.samples = 0
+        """Rows of all ranks until the last log."""
         self.steps: dict[str, int] = dict.fromkeys(self.modes, 0)
         """Optimizer steps so far, including those before a resume."""
         self._window_steps: dict[str, int] = dict.fromkeys(self.modes, 0)
@@ -128,18 +130,29 @@ class ModeMeter:
         Args:
             gather: sums a float64 `(n,)` tensor over ranks; every rank must then call this at the same time.
         """
-        device = next((value.device for value in self.window.values() if isinstance(value, Tensor)), "cpu")
-        names = (*(f"loss_{mode}" for mode in self.modes), *SUMS)
-        values = torch.stack([torch.as_tensor(self.window[name], device=device).double() for name in names])
-        sums = dict(zip(names, (values if gather is None else gather(values)).tolist(), strict=True))
+        sums = self._sums((*(f"loss_{mode}" for mode in self.modes), *SUMS), gather)
         for name in TOKENS:
             self.tokens[name] += sums[name]
+        self.samples += round(sums["samples"])
         self.window.clear()
         for mode, span, teacher in self._steps_to_read:
             self.step_seconds[mode].append(span.seconds)
             self.teacher_seconds[mode].append(sum(one.seconds for one in teacher))
         self._steps_to_read.clear()
         return sums
+
+    def so_far(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """`tokens` and `samples` up to now, those since the last log included; `gather` as for `collect`, and not
+        called where there are none, as after training."""
+        since = self._sums((*TOKENS, "samples"), gather) if self.window else dict.fromkeys((*TOKENS, "samples"), 0.0)
+        tokens = {name: self.tokens[name] + since[name] for name in TOKENS}
+        return {"tokens": tokens, "samples": self.samples + round(since["samples"])}
+
+    def _sums(self, names: Sequence[str], gather: Callable[[Tensor], Tensor] | None) -> dict[str, float]:
+        """The window's sums over all ranks."""
+        device = next((value.device for value in self.window.values() if isinstance(value, Tensor)), "cpu")
+        values = torch.stack([torch.as_tensor(self.window.get(name, 0.0), device=device).double() for name in names])
+        return dict(zip(names, (values if gather is None else gather(values)).tolist(), strict=True))
 
     def read(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
         """Return the metrics of the window, for modes that occurred, and reset it; `gather` as for `collect`."""

@@ -889,6 +889,7 @@ class DualSpeedTrainer(SFTTrainer):
             weight = None if self.isolator is None else gathered(self.isolator.weight)
             head = None if self.skip is None else self.skip.summary
             summary = {} if head is None else {name: gathered(value) for name, value in head.named_parameters()}
+            counted = self.meter.so_far(self.sum_over_ranks)
             if self.args.should_save:
                 state = self._resume_state()
                 remove_other_kind(
@@ -905,7 +906,7 @@ class DualSpeedTrainer(SFTTrainer):
                 drops = [mode for mode in self.modes if mode.action == "drop" and not mode.pruning.keeps_all]
                 for mode in drops[:1]:
                     mode.pruning.replace(isolator=str(folder) if mode.isolator else None).save_pretrained(folder)
-                facts = {"global_step": self.state.global_step, "tokens": self.meter.tokens, **self._base_weights}
+                facts = {"global_step": self.state.global_step, **counted, **self._base_weights}
                 if self._weights_step is not None:
                     facts["weights_step"] = self._weights_step
                 write_run_file(folder, state, self.run_id, **facts)
@@ -1003,7 +1004,10 @@ class DualSpeedTrainer(SFTTrainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             self._load_own(checkpoint)
-            self.meter.tokens.update((read_run_file(checkpoint) or {}).get("tokens", {}))
+            before = read_run_file(checkpoint) or {}
+            self.meter.tokens.update(before.get("tokens", {}))
+            samples = before.get("samples", 0)
+            self.meter.samples = samples if isinstance(samples, int) else 0
 
     def _load_own(self, checkpoint: str | Path) -> None:
         """Load the isolator and the summary head."""
@@ -1041,7 +1045,7 @@ class DualSpeedTrainer(SFTTrainer):
         return {BASE_WEIGHTS: found[0]} if len(found) == 1 and found[0] is not None else {}
 
     def _load_best_model(self) -> None:
-        best, tokens = self.state.best_model_checkpoint, dict(self.meter.tokens)
+        best, tokens, samples = self.state.best_model_checkpoint, dict(self.meter.tokens), self.meter.samples
         check_files(best)
         if isinstance(self.model, PreTrainedModel) and self.engine == "ddp":
             self._load_from_checkpoint(best)
@@ -1050,6 +1054,7 @@ class DualSpeedTrainer(SFTTrainer):
             self._load_own(best)
         # The run went on after it.
         self.meter.tokens.update(tokens)
+        self.meter.samples = samples
         self._weights_step = step_of(Path(best))
 
     def _stage_schedule(self) -> ModeSchedule:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.files import to_json
+from saccade.recipes import put_over
 from saccade.reducers.config import PRUNE_RATIO, trained_options
 
 STAGES = ("pretrain", "sft")
@@ -88,14 +89,22 @@ class RunSpec:
 
 
 def standard_inferences(values: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """Inferences for a recipe: on all tokens, pruned as in training, and with the isolator or skipping it trains."""
-    common = {"reducer": "divprune", "positions": "compact", **trained_options(values)}
+    """Inferences for a recipe: on all tokens, pruned as in training, and with the isolator or skipping it trains.
+
+    With `modes`, pruned is as in the first that drops anything, which is what the trainer saves beside the model.
+    """
+    modes = values.get("modes") or ()
+    dropping = [mode for mode in modes if mode.get("action", "drop") == "drop"]
+    each = [put_over(values, mode) for mode in dropping]
+    pruning = next((one for one in each if one.get("keep_tokens") or one.get("prune_ratio") != 0), values)
+    common = {"reducer": "divprune", "positions": "compact", **trained_options(pruning)}
     if "keep_tokens" not in common:
         common.setdefault("prune_ratio", PRUNE_RATIO)
     ways = [{"name": "full"}, {"name": "pruned", **common}]
-    actions = {mode.get("action", "drop") for mode in values.get("modes") or ()}
-    skips = values.get("skip_vision") is not None or "skip" in actions
-    drops = "drop" in actions if values.get("modes") else not skips or values.get("skip_mode") == "slow"
+    skips = values.get("skip_vision") is not None or any(mode.get("action") == "skip" for mode in modes)
+    drops = not skips or values.get("skip_mode") == "slow"
+    if modes:
+        drops = any(mode.get("isolator", True) for mode in dropping)
     if values.get("isolator_length", 4) and drops:
         ways.append({"name": "pruned_isolator", **common})
     if skips:

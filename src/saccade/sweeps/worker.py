@@ -141,18 +141,16 @@ def train_stage(
             f"stage {stage} was asked to stop after step {state.global_step} of {state.max_steps}: "
             "run the same command again"
         )
-    args, history = trainer.args, trainer.state.log_history
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return {
         "values": values,
         "environment": found,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "samples": trainer.state.global_step * rows,
+        "samples": trainer.meter.samples,
         "tokens": {name: float(value) for name, value in trainer.meter.tokens.items()},
         "step_seconds": trainer.meter.step_seconds,
         "step_speedup": trainer.meter.time_speedup(),
-        "log_history": history,
+        "log_history": trainer.state.log_history,
     }
 
 
