@@ -19,6 +19,7 @@ from saccade.cli.main import main
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 from saccade.training import export
+from saccade.training.card import model_card
 from saccade.training.export import export_model
 
 
@@ -108,6 +109,44 @@ def test_the_card_says_what_was_set_and_measured(trained, tmp_path):
     assert "## Evaluation" not in body
     assert str(tmp_path) not in card
     assert str(folder.parent) not in card
+
+
+FACTS = {"architecture": "Llava", "parameters": 1, "dtype": "float32", "base_model": None, "own_classes": []}
+
+
+@pytest.mark.parametrize(
+    ("model", "local", "shown"),
+    [("out/pretrain", True, None), ("../pretrain", None, None), ("me/pretrain", False, "me/pretrain")],
+)
+def test_the_card_names_no_folder_as_a_model_of_the_hub(model, local, shown, tmp_path):
+    """Also from where its relative path leads nowhere: the hub would take "out" for a user."""
+    log = {"recipe": {"model": model}} | ({} if local is None else {"local_model": local})
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    _, front, body = model_card("x", tmp_path, FACTS).split("---\n", 2)
+    assert yaml.safe_load(front).get("base_model") == shown
+    assert f"trained from `{shown or 'pretrain'}`." in body
+    assert f"| `model` | {model} |" in body.replace("  ", " ")
+
+
+def test_the_card_says_how_images_were_pruned(tmp_path):
+    entry = {"accuracy": 0.4, "samples": 5, "mean_prompt_length": 30.0}
+    pruned = {"inference": "pruned", "reducer": "random", "prune_ratio": 0.3, "positions": "original", **entry}
+    card = model_card("x", tmp_path, FACTS, {"results": [{"inference": "full", "reducer": None, **entry}, pruned]})
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in card.splitlines() if line.startswith("|")]
+    assert ["full", ""] in rows
+    assert ["pruned", "random, ratio 0.3, positions=original"] in rows
+
+
+def test_the_token_of_an_account_is_recorded_nowhere(tmp_path, capsys):
+    """Nor in a card, from the log of a version that took one in a recipe."""
+    for command in (["train", "tiny-digits/pretrain", "--output_dir"], ["sweep", "tiny-digits/pretrain", "--output"]):
+        assert main([*command, str(tmp_path / "run"), "--hub_token", "hf_SECRET"]) == 2
+        said = capsys.readouterr()
+        assert "hub_token: what a recipe and a command line say is recorded" in said.err
+        assert "SECRET" not in said.out + said.err
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "log.json").write_text(json.dumps({"recipe": {"model": "a/b", "hub_token": "hf_SECRET"}}))
+    assert "SECRET" not in model_card("x", tmp_path, FACTS)
 
 
 def test_the_command_line_and_a_dtype(trained, tmp_path, capsys):

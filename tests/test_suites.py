@@ -246,6 +246,31 @@ def test_other_splits_and_other_rows_are_told_apart(tmp_path: Path) -> None:
     assert compare_results(base, base)["notes"] == compare_results(base, tmp_path / "None")["notes"] == []
 
 
+def test_answers_from_images_that_were_pruned_otherwise_are_told_apart(tmp_path: Path) -> None:
+    for name, reducer, ratio in (("a", "divprune", 0.5), ("b", "random", 0.95)):
+        result = {**RESULT, "inference": "pruned", "reducer": reducer, "prune_ratio": ratio}
+        path = write_evaluation(tmp_path / name)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "results": [result]}))
+    notes = compare_results(tmp_path / "a", tmp_path / "b")["notes"]
+    assert notes == ["digits/pruned: pruned by divprune, ratio 0.5 against random, ratio 0.95"]
+    assert compare_results(tmp_path / "a", tmp_path / "a")["notes"] == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"results": [{"inference": 1, "accuracy": None}]},
+        {"results": [{"inference": "full", "accuracy": "high"}]},
+        {"results": {"gqa": {"exact_match,none": 0.5}}, "config": [1]},
+        {"results": {"gqa": {"exact_match,none": 0.5}}, "n-samples": {"gqa": 3}},
+    ],
+)
+def test_a_damaged_result_is_one_line(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps(content))
+    with pytest.raises(SaccadeError, match=r"eval.json' has results that cannot be read; evaluate again"):
+        read_scores(tmp_path / "eval.json")
+
+
 def test_an_evaluation_says_which_rows_it_is_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of the same name are told apart by their texts, and a file is the same wherever it lies."""
     monkeypatch.setattr("saccade.evaluation.evaluate_inferences", lambda *given: [dict(RESULT)])

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from saccade.dualspeed.weights import read_evaluation, weight_files
 from saccade.errors import SaccadeError
 from saccade.evaluation.suites import BENCHMARKS, SUITES, Suite, get_suite
-from saccade.files import check_exists
+from saccade.files import check_exists, reading
+from saccade.reducers.config import pruned_how
 from saccade.values import is_number
 
 LMMS_FILES = "*results.json"
@@ -28,6 +29,7 @@ class Score(NamedTuple):
         prompt_length: mean number of tokens read by the language model, if known.
         ours: whether `saccade eval` measured it.
         rows: which rows of a data file or which scenes it was measured on, if known.
+        pruned: how images were pruned, if they were and `saccade eval` measured it.
     """
 
     value: float
@@ -36,6 +38,7 @@ class Score(NamedTuple):
     prompt_length: float | None = None
     ours: bool = False
     rows: str | None = None
+    pruned: str | None = None
 
 
 Scores = dict[str, Score]
@@ -141,7 +144,9 @@ def read_scores(path: str | Path) -> Scores:
     ways: dict[bool, tuple[str, Path]] = {}
     # Files of equal time are ordered by name, which in lmms-eval begins with the date.
     for file in sorted(files, key=lambda file: (file.stat().st_mtime, file.name)):
-        for task, score in _read(file, must=file is place):
+        with reading(f"file={str(file)!r} has results that cannot be read; evaluate again, or remove it"):
+            found = list(_read(file, must=file is place))
+        for task, score in found:
             if score.ours and file != origin.setdefault(task, file):
                 raise SaccadeError(f"{shown} has {task} in {origin[task]} and in {file}: name the folder of one")
             settings, first = ways.setdefault(score.ours, (score.settings, file))
@@ -176,8 +181,11 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
         of, rows = _measured_on(content)
         measured = str(content.get("weights") or content.get("model"))
         for entry in results:
+            if not is_number(entry["accuracy"]):
+                raise ValueError(f"accuracy={entry['accuracy']!r} is not a number")
             known = entry.get("samples"), entry.get("mean_prompt_length")
-            yield of + entry["inference"], Score(100 * entry["accuracy"], measured, *known, ours=True, rows=rows)
+            score = Score(100 * entry["accuracy"], measured, *known, True, rows, pruned_how(entry))
+            yield of + entry["inference"], score
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
         for task, metrics in results.items():
@@ -260,6 +268,9 @@ def _notes(rows: Sequence[dict[str, Any]], both: Mapping[str, Scores]) -> list[s
             notes.append(f"{name}: {counts[0]} documents against {counts[1]}, not the same benchmark")
         elif _differ(data):
             notes.append(f"{name}: other rows under the same name, not the same benchmark")
+        ways = [score.pruned for score in found]
+        if _differ(ways):
+            notes.append(f"{name}: pruned by {ways[0]} against {ways[1]}")
         if row["baseline"] == 0:
             notes.append(f"{name}: the baseline's score is 0, so there is no share")
     return notes

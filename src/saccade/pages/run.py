@@ -14,6 +14,7 @@ from saccade.evaluation import Inference, plan_inferences
 from saccade.evaluation.digits import GREEDY, collate_prompts
 from saccade.pages.page import Page, blocks, html_table, option_text, settings_table
 from saccade.pages.source import RunRecord, read_run
+from saccade.reducers.config import pruned_how
 from saccade.report.plots import SMALL, plot_curves, way_name
 from saccade.report.training_log import curve, last, losses, modes_of, not_finite, part_of, time_parts
 from saccade.report.view import view_reducers
@@ -138,6 +139,7 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
     for kind in kinds:
         rows.append([kind.replace("_", " "), *(_percent(result["accuracy_by_kind"].get(kind)) for result in results)])
     rows.append(["mean tokens per prompt", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
+    rows.append(["pruned by", *(pruned_how(result) or "" for result in results)])
     where = record.evaluation.get("dataset") or f"the {record.evaluation.get('split', '?')} split"
     samples = results[0]["samples"]
     caption = f"This share of the answers to {samples} questions of {where} is right, by kind of question."

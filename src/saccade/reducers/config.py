@@ -213,3 +213,16 @@ def trained_options(values: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: values[name] for name in PRUNING_OPTIONS if values.get(name)}
     # Here 0 is a value: only exact copies are dropped.
     return given if values.get("patch_tolerance") is None else {**given, "patch_tolerance": values["patch_tolerance"]}
+
+
+def pruned_how(entry: Mapping[str, Any]) -> str | None:
+    """How an evaluation pruned, in words, from its entry in `eval.json`: the reducer, how many tokens, and what
+    differs from the defaults. None if it did not prune, or does not say."""
+    if not isinstance(entry.get("reducer"), str):
+        return None
+    kept, ratio = entry.get("keep_tokens"), entry.get("prune_ratio")
+    defaults = PruningConfig()
+    others = [name for name in PRUNING_OPTIONS if name not in ("reducer", "prune_ratio", "keep_tokens")]
+    changed = [name for name in others if name in entry and entry[name] != getattr(defaults, name)]
+    amount = f"{kept} tokens" if kept else f"ratio {ratio}"
+    return ", ".join([entry["reducer"], amount, *(f"{name}={entry[name]}" for name in changed)])

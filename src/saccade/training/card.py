@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 
 from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
 from saccade.reducers import PRUNING_FILE
+from saccade.reducers.config import pruned_how
 from saccade.report.tables import markdown_table
 
 MEASURED = {
@@ -58,10 +59,11 @@ def model_card(
     recipe = log["recipe"] if isinstance(log.get("recipe"), dict) else {}
     history = history if isinstance(history, list) else []
     base = facts["base_model"] or recipe.get("model")
+    local = isinstance(base, str) and (log.get("local_model") is True or _looks_local(base))
     parts = [
-        _front_matter(base),
+        _front_matter(None if local else base),
         f"# {name}\n",
-        _first_words(facts, base, run, source),
+        _first_words(facts, Path(base).name if local else base, run, source),
         _usage(facts["architecture"], facts["own_classes"], (source / PRUNING_FILE).is_file()),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
@@ -71,8 +73,8 @@ def model_card(
 
 
 def _front_matter(base: str | None) -> str:
-    # The hub links to this name, so a local folder would be a dead link.
-    named = base if base and base != "tiny" and not Path(base).exists() else None
+    # The hub links to this name, so that a local folder's would be a dead link, or one to somebody else's model.
+    named = base if base and base != "tiny" else None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -82,10 +84,14 @@ def _front_matter(base: str | None) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
+def _looks_local(base: str) -> bool:
+    """Whether this is no hub id. A log of today says it, since a relative path may lead nowhere from here."""
+    return Path(base).exists() or base.startswith((".", "/", "~")) or base.count("/") > 1
+
+
 def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, Any], source: Path) -> str:
     words = f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['dtype']}"
-    # Of a local path, only the last part means anything elsewhere.
-    words += f", trained from `{Path(base).name if Path(base).exists() else base}`" if base else ""
+    words += f", trained from `{base}`" if base else ""
     after = run.get("weights_step", run.get("global_step"))
     step = "" if after is None else f" It is the model after step {after}."
     return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
@@ -123,12 +129,12 @@ def _settings(config: Mapping[str, Any], recipe: Mapping[str, Any], adapters: Ma
     config = {
         name: value
         for name, value in config.items()
-        if name not in stock or (stock[name] is not MISSING and value != stock[name])
+        if name not in IDENTITY and (name not in stock or (stock[name] is not MISSING and value != stock[name]))
     }
     entries = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     lora = {name: adapters[entry] for name, entry in entries.items() if entry in adapters}
     values = {**recipe, **config, **lora, "lora": bool(adapters)}
-    order = [*(name for name in config if name not in IDENTITY), "lora", *lora, *recipe]
+    order = [*config, "lora", *lora, *recipe]
     names = [
         name
         for name in dict.fromkeys(order)
@@ -155,11 +161,19 @@ def _training(
 def _evaluation(result: Mapping[str, Any]) -> str:
     names = ("inference", "accuracy", "samples", "mean_prompt_length")
     results = [entry for entry in result.get("results", []) if set(names) <= entry.keys()]
-    found = [[entry[name] for name in names] for entry in results]
-    rows = [[kind, f"{100 * accuracy:.1f} %", count, f"{length:.0f}"] for kind, accuracy, count, length in found]
+    rows = [
+        [
+            entry["inference"],
+            pruned_how(entry) or "",
+            f"{100 * entry['accuracy']:.1f} %",
+            entry["samples"],
+            f"{entry['mean_prompt_length']:.0f}",
+        ]
+        for entry in results
+    ]
     if not rows:
         return ""
-    table = markdown_table(["inference", "accuracy", "samples", "tokens per prompt"], rows)
+    table = markdown_table(["inference", "pruned by", "accuracy", "samples", "tokens per prompt"], rows)
     where = f"the {result.get('split', 'test')} split of the digit scenes"
     if "dataset" in result:
         where = f"rows of `{result['dataset']}`, by exact match"

@@ -109,6 +109,7 @@ def _train_and_save(
         if args.should_save and not log.is_file():
             record = {
                 "recipe": recipe.given,
+                "local_model": Path(options.model).exists(),
                 "run_id": trainer.run_id,
                 "log_history": trainer.state.log_history,
                 "environment": environment(),
