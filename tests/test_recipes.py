@@ -92,6 +92,9 @@ def test_overrides_are_typed():
         (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs=0.*, or set max_steps"),
         (["--save_strategy", "steps", "--save_steps", "0"], "save_steps=0.*save_strategy"),
         (["--lora", "true", "--lora_r", "0"], "lora_r=0: give 1"),
+        (["--lora_target_modules", "[q_proj]"], "lora_target_modules=.* has no effect without lora: give both"),
+        (["--dataset_shuffle_buffer", "9"], "dataset_shuffle_buffer=9 has no effect without dataset_streaming"),
+        (["--image_cache", "x"], "image_cache='x' has no effect without image_urls"),
         (["--lora", "true", "--lora_alpha", "-1"], "lora_alpha=-1: give 1"),
         (["--lora", "true", "--lora_dropout", "1.0"], r"lora_dropout=1.0 is outside \[0, 1\)"),
     ],
@@ -375,7 +378,7 @@ def test_the_isolator_of_a_lora_run_comes_along_and_new_adapters_on_adapters_are
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
     assert ModeIsolator.from_pretrained(tmp_path / "one").weight.equal(first.isolator.weight)
     again = {**values, "model": str(tmp_path / "one"), "dataset": "digits", "output_dir": str(tmp_path / "two")}
-    again["learning_rate"] = 1e-12
+    again |= {"learning_rate": 1e-12, "lora": False}
     second = train_recipe(make_recipe(again))
     torch.testing.assert_close(second.isolator.weight, first.isolator.weight)
     assert all(weight.requires_grad for weight in second.family.language_model.parameters())
@@ -392,6 +395,7 @@ def test_the_summary_head_of_a_lora_run_comes_along(tmp_path):
     }
     first = train_recipe(make_recipe({**values, "output_dir": str(tmp_path / "one"), "lora": True}))
     again = {**values, "model": str(tmp_path / "one"), "output_dir": str(tmp_path / "two"), "learning_rate": 1e-12}
+    again["lora"] = False
     second = train_recipe(make_recipe(again))
     for name, value in first.skip.summary.named_parameters():
         torch.testing.assert_close(dict(second.skip.summary.named_parameters())[name], value)

@@ -23,6 +23,7 @@ from saccade import SaccadeError
 from saccade.cli.main import main
 from saccade.files import file_lock, write_json_atomically
 from saccade.sweeps import QUICK, digit_run, run_specs
+from saccade.sweeps.inputs import inputs_of
 from saccade.sweeps.plan import Plan, make_plan, plan_grid
 from saccade.sweeps.runner import _Runner, check_folder, same_code
 from saccade.sweeps.table import Standing, baselines_of
@@ -367,3 +368,36 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path) -> None:
     ):
         run_specs([], tmp_path)
     assert run_specs([], tmp_path).results == {}
+
+
+def test_runs_that_have_read_other_data_are_made_again(tmp_path: Path, capfd) -> None:
+    def write(answer: str) -> None:
+        turns = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": answer}]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+
+    recipe = {"model": "tiny", "dataset": str(tmp_path / "rows.jsonl"), "max_steps": 1, "use_cpu": True, "bf16": False}
+    recipe |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "gradient_checkpointing": False}
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    command = ["sweep", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "out"), "--any-commit"]
+    losses = []
+    for answer, said in (("3", "trained in"), ("3", "found, not trained again"), ("12", "have read a data file")):
+        if not losses or said.startswith("have"):
+            write(answer)
+        assert main(command) == 0
+        assert said in " ".join(capfd.readouterr().out.split())
+        (result,) = (json.loads(path.read_text()) for path in (tmp_path / "out").glob("runs/*/result.json"))
+        losses.append(result["stages"]["sft"]["log_history"][-1]["train_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_what_a_stage_reads(tmp_path: Path) -> None:
+    """Rows and weights, however they are named; neither pictures nor what is written beside weights."""
+    names = ("a.json", "mixed/b.parquet", "mixed/photo.png", "model/model.safetensors", "model/eval.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    parts = [str(tmp_path / "a.json"), {"path": str(tmp_path / "mixed"), "weight": 2}, "someone/rows"]
+    values = {"model": str(tmp_path / "model"), "dataset": parts, "eval_dataset": "digits"}
+    found = inputs_of(values)
+    assert sorted(found) == sorted(str(tmp_path / name) for name in (names[0], names[1], names[3]))
+    assert {size for size, _ in found.values()} == {len(Path(name).relative_to(tmp_path).as_posix()) for name in found}

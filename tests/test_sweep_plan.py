@@ -91,6 +91,12 @@ class TestGrid:
             (None, 6),
         ]
 
+    def test_an_override_that_grid_or_seeds_would_replace_is_refused(self) -> None:
+        with pytest.raises(SaccadeError, match="--seed 3 and --seeds both choose the seeds: give one of them"):
+            plan_grid(SFT, PRETRAIN, {}, 2, overrides={"seed": 3})
+        with pytest.raises(SaccadeError, match=r"--prune_ratio 0\.5 and --grid prune_ratio both set it: give one"):
+            plan_grid(SFT, PRETRAIN, {"prune_ratio": [0.8, 0.9]}, None, overrides={"prune_ratio": 0.5})
+
     def test_scenes_follow_the_seed_unless_they_are_chosen(self) -> None:
         specs = plan_grid(SFT, PRETRAIN, {"dataset_seed": [10, 11]}, 2)
         for spec in specs:

@@ -7,7 +7,8 @@ from typing import Any
 from saccade.cli.early import check_dataset, check_model
 from saccade.cli.field_flags import listed
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
-from saccade.values import check_choice
+from saccade.errors import SaccadeError
+from saccade.values import check_choice, check_counts
 
 EXAMPLES = """
 saccade data check llava_v1_5_mix665k.json --image-folder data/images
@@ -64,6 +65,14 @@ def run(args: argparse.Namespace) -> int:
     check_dataset(args.path)
     if is_recipe(args.path):
         check_dataset(check_early(args.path, []).get("dataset"))
+    elif args.model is None:
+        check_counts(max_length=args.max_length)
+        for name in ("prune_ratio", "keep_tokens", "fit_length", "max_length"):
+            if name in given:
+                flag = f"--{name.replace('_', '-')} {given[name]}"
+                raise SaccadeError(
+                    f"{flag} counts tokens, for which it takes a processor: give --model, or leave it out"
+                )
     check_model(args.model)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

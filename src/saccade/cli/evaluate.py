@@ -79,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
     for name in args.inference or ():
         check_choice("inference", name, INFERENCES)
     given = given_pruning(args)
+    if args.inference and not any(name.startswith("pruned") for name in args.inference):
+        _refuse(
+            args, FLAGS, f"has no effect on --inference {','.join(args.inference)}, which does not prune: leave it out"
+        )
     check_model(args.model)
     if args.dataset is None:
         _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")

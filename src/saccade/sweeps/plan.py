@@ -99,6 +99,11 @@ def plan_grid(
     check_counts(seeds=seeds, scenes=scenes, threads=threads)
     if seeds is not None and "seed" in grid:
         raise SaccadeError("--grid seed and --seeds both choose the seeds: give one of them")
+    if seeds is not None and "seed" in (overrides or {}):
+        raise SaccadeError(f"--seed {overrides['seed']} and --seeds both choose the seeds: give one of them")
+    for name in grid:
+        if name in (overrides or {}):
+            raise SaccadeError(f"--{name} {overrides[name]} and --grid {name} both set it: give one of them")
     recipes = ({} if pretrain is None else {STAGES[0]: pretrain}) | {STAGES[1]: recipe}
     overrides = overrides or {}
     own_seed = place(recipes, overrides)[STAGES[1]].get("seed", 0)

@@ -27,6 +27,7 @@ from rich.progress import (
 from saccade.errors import SaccadeError
 from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
+from saccade.sweeps.inputs import same_inputs, stage_inputs_are_as_before
 from saccade.sweeps.plan import PLAN_FILE, Plan, check_runs, choose
 from saccade.sweeps.spec import RunSpec
 from saccade.sweeps.worker import RESULT_FILE, SPEC_FILE, read_record
@@ -181,16 +182,23 @@ class _Runner:
 
     def run(self, specs: list[RunSpec], jobs: int) -> Outcome:
         """Run what is missing, and return the outcome in the order of `specs`."""
-        others = 0
+        others = changed = 0
         self.pending = []
         for spec in specs:
             result = read_result(self.folder.parent, spec)
-            if result is not None and self._fits(result):
+            if result is not None and not same_inputs(result):
+                changed += 1
+                self.pending.append(spec)
+            elif result is not None and self._fits(result):
                 self.results[spec.name] = result
                 self.progress.console.print(f"{spec.name}: found, not trained again")
             else:
                 self.pending.append(spec)
                 others += result is not None
+        if changed:
+            self.progress.console.print(
+                f"{changed} runs have read a data file or a model that has changed since, and are made again"
+            )
         if others:
             self.progress.console.print(
                 f"{others} runs are of another commit or other versions, and are made again: any_commit reuses them"
@@ -230,7 +238,9 @@ class _Runner:
 
     def _has(self, stage: str, file: str = RESULT_FILE) -> bool:
         found = read_record(self.stages / stage / file)
-        return found is not None and self._fits(found)
+        if found is None or not self._fits(found):
+            return False
+        return stage_inputs_are_as_before(found.get("values", {}), found)
 
     def _work(self, job: int) -> None:
         """Body of each thread: make the first run that can start, then the next, until none are left."""

@@ -27,6 +27,7 @@ from saccade.errors import SaccadeError
 from saccade.evaluation import Inference, evaluate_inferences
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
+from saccade.sweeps.inputs import inputs_of
 from saccade.sweeps.spec import Evaluation, RunSpec, stage_names
 from saccade.training import ModelOptions, load_to_run, make_recipe, train_recipe
 
@@ -129,8 +130,8 @@ def train_stage(
     Raises:
         SaccadeError: if SIGTERM ended it.
     """
-    found = environment()
-    write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, {"values": values, "environment": found})
+    record = {"values": values, "environment": environment(), "inputs": inputs_of(values)}
+    write_json_atomically(Path(recipe["output_dir"]) / SPEC_FILE, record)
     clock = TrainingClock(Path(recipe["output_dir"]), stage=stage)
     made = make_recipe(_resuming(recipe), source=f"stage {stage}")
     trainer = train_recipe(made, callbacks=[clock, *callbacks])
@@ -142,8 +143,7 @@ def train_stage(
             "run the same command again"
         )
     return {
-        "values": values,
-        "environment": found,
+        **record,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "samples": trainer.meter.samples,

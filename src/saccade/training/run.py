@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 from datetime import date
 from itertools import islice
@@ -139,6 +139,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_dataset_given(recipe, recipe.given.get("model"))
     check_lora(recipe)
     check_evaluation(recipe)
+    _check_effect(recipe, "dataset_streaming", ("dataset_shuffle_buffer",))
+    _check_effect(recipe, "image_urls", ("image_cache",))
     check_rows(recipe.options)
     check_at_hand(recipe.trainer)
 
@@ -190,6 +192,7 @@ def check_evaluation(recipe: Recipe) -> None:
 def check_lora(recipe: Recipe) -> None:
     """Check the options of adapters."""
     options = recipe.options
+    _check_effect(recipe, "lora", [name for name in vars(options) if name.startswith("lora_")])
     if options.load_in_4bit and not options.lora:
         raise SaccadeError("load_in_4bit=true freezes the language model in four bits: train adapters with lora=true")
     if not options.lora:
@@ -208,6 +211,13 @@ def check_lora(recipe: Recipe) -> None:
             f"model={options.model!r} contains LoRA adapters, and new ones would refer to a base without them: "
             "set lora to false, or merge them into a model first"
         )
+
+
+def _check_effect(recipe: Recipe, needed: str, names: Iterable[str]) -> None:
+    """Refuse fields without effect in a recipe that does not say anything of the one that they need."""
+    for name in names:
+        if recipe.given.get(name) is not None and needed not in recipe.given:
+            raise SaccadeError(f"{name}={recipe.given[name]!r} has no effect without {needed}: give both, or neither")
 
 
 def lora_config(model, recipe: Recipe) -> LoraConfig:
