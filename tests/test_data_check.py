@@ -11,6 +11,7 @@ from datasets import Dataset
 from family_models import FAMILIES
 from PIL import Image
 
+from saccade import prune_inputs
 from saccade.cli.main import main
 from saccade.data import digit_scenes
 from saccade.data.check import check_sources
@@ -132,6 +133,20 @@ def test_text_that_the_model_takes_for_an_image(tmp_path):
     collator([rows[0]])
     with pytest.raises(RecordError, match=r"data.json, row 2: .* is in a text"):
         collator([rows[1]])
+
+
+@pytest.mark.parametrize("unit", ["crop", "image", "sample"])
+@pytest.mark.parametrize("amount", [{"keep_tokens": 20}, {"prune_ratio": 0.75}])
+def test_lengths_are_those_of_pruned_inference(amount, unit, model, processor):
+    budget = PruningConfig(**amount, budget=unit)
+    counter = TokenCounter(processor, model.config.image_token_id, budget)
+    for images in (1, 3):
+        content = [{"type": "image"}] * images + [{"type": "text", "text": "how many digits are there ?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(images=[Image.new("RGB", (96, 96))] * images, text=text, return_tensors="pt")
+        full, shortened = counter.lengths(0, [(96, 96)] * images)
+        pruned = prune_inputs(model, inputs, budget)
+        assert inputs["input_ids"].shape[1] - pruned["input_ids"].shape[1] == full - shortened
 
 
 def test_lengths_are_those_of_training(processor, collator):

@@ -270,6 +270,32 @@ def test_lengths_come_from_the_recipes_own_rows(tmp_path):
     assert "without a tokenizer" in by_characters.source
 
 
+def test_a_mixture_is_counted_by_the_weights_of_its_sources(tmp_path):
+    """However few rows a source has: training draws it as often as its weight says."""
+    parts = []
+    for name, rows, words, weight in (("short", 10, 5, 0.9), ("long", 500, 400, 0.1)):
+        turns = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": "3 " * words}]
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * rows)
+        parts.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    alone = [
+        recipe_lengths(make_recipe({"model": "tiny", "dataset": [part], "use_cpu": True}), "tiny").means()
+        for part in parts
+    ]
+    both = recipe_lengths(make_recipe({"model": "tiny", "dataset": parts, "use_cpu": True}), "tiny")
+    expected = 0.9 * alone[0]["text_tokens"] + 0.1 * alone[1]["text_tokens"]
+    assert both.means()["text_tokens"] == pytest.approx(expected, rel=0.03)
+    assert both.source.startswith("36 rows of the recipe's own data")
+
+
+def test_images_of_a_sample_share_a_budget():
+    recipe = load_recipe("llava-1.5-7b/sft_full", ["--use_cpu", "true", "--keep_tokens", "20", "--budget", "sample"])
+    shape, config = get_shape("llava-1.5-7b"), shape_config("llava-1.5-7b", layers=1)
+    isolator = recipe.trainer.isolator_length
+    for images in (1, 3):
+        fast, _ = Costs(recipe, meta_model(recipe, config), shape, config, {SampleLength(100, 50, images): 1}).modes()
+        assert fast.length == 100 + 20 + images * isolator
+
+
 def test_captions_and_conversations_have_lengths_of_their_own():
     one, two = plan_recipe("llava-1.5-7b/pretrain"), plan_recipe("llava-1.5-7b/sft_lora")
     assert one["lengths"]["text_tokens"] < 40 < 150 < two["lengths"]["text_tokens"]

@@ -171,10 +171,14 @@ class TokenCounter:
     def _unbounded(self, text_tokens: int, sizes: Sequence[Shape]) -> tuple[int, int]:
         """`lengths` without a bound."""
         full = shortened = text_tokens
+        every = 0
         for size in sizes:
             added, visual = self.tokens(size)
-            full += added
-            shortened += added - visual + self._kept(size) + self.isolator_length
+            full, every = full + added, every + visual
+            kept = 0 if self.budget.budget == "sample" else self._kept(size)
+            shortened += added - visual + kept + self.isolator_length
+        if self.budget.budget == "sample" and sizes:
+            shortened += self.budget.count(every)
         return full, shortened
 
     def check_fits(self, text_tokens: int, sizes: Sequence[Shape]) -> None:

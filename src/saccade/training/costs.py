@@ -118,11 +118,12 @@ class Costs:
         isolator = self.recipe.trainer.isolator_length if mode.isolator else 0
         return VisualRows(self._kept(mode.mean_pruning)), isolator
 
-    def _kept(self, pruning: PruningConfig) -> int:
-        """Number of tokens kept of the image, with one budget for its thumbnail and its large picture or one each."""
+    def _kept(self, pruning: PruningConfig, images: int = 1) -> int:
+        """Number of tokens kept of an image, with one budget for its thumbnail and its large picture or one each; or
+        of several images that share a budget."""
         if pruning.keeps_fitting:
-            return self.shape.visual_tokens
-        newlines, tokens = self.shape.newlines, self.shape.visual_tokens
+            return images * self.shape.visual_tokens
+        newlines, tokens = images * self.shape.newlines, images * self.shape.visual_tokens
         small = self.shape.grid[0] * self.shape.grid[1]
         pictures = [(tokens, newlines)]
         if newlines and pruning.budget == "crop":
@@ -171,6 +172,8 @@ class Costs:
         """Visual and isolator rows of a sample in a mode, and whether visual ones were dropped to make it fit."""
         rows, isolator = self.rows(mode)
         retained, summary, skipped = (sample.images * count for count in (rows.retained, rows.summary, rows.skipped))
+        if mode.action == "drop" and mode.pruning.budget == "sample" and sample.images:
+            retained = self._kept(mode.mean_pruning, sample.images)
         rows, isolator = VisualRows(retained, summary, skipped), isolator * sample.images
         bound = mode.pruning.fit_length if mode.action == "drop" else None
         if bound is None or rows.total + isolator + sample.text <= bound:

@@ -117,12 +117,17 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
         sizes.append(size)
     weights = [source.weight for source, _ in opened]
     shares = [size if weight is None else weight for size, weight in zip(sizes, weights, strict=True)]
-    samples = []
+    samples, counted = [], 0
+    number = number if weights[0] is not None else min(number, sum(sizes))
     for (_, rows), size, share in zip(opened, sizes, shares, strict=True):
         there = min(size, len(rows))
-        count = min(there, max(1, round(number * share / sum(shares))))
-        for place in range(count):
-            samples.extend(_count(rows.read, place * there // count, counter))
+        count = max(1, round(number * share / sum(shares)))
+        # As many samples as its share, of a source with fewer rows some of them again.
+        known = {
+            place: tuple(_count(rows.read, place, counter)) for place in {n * there // count for n in range(count)}
+        }
+        samples.extend(sample for n in range(count) for sample in known[n * there // count])
+        counted += len(known)
     if not samples:
         raise SaccadeError(f"none of the rows of {opened[0][0].path} that were tried can be used")
     records = sum(sizes)
@@ -133,7 +138,7 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
     how = "its tokenizer" if counter is not None else f"{CHARACTERS} characters per token, without a tokenizer"
     if any(sample.videos for sample in samples):
         how += ", and each video as one image (`saccade data check --model` counts the tokens of all its frames)"
-    return Lengths(tuple(samples), records, f"{len(samples)} rows of the recipe's own data, counted by {how}")
+    return Lengths(tuple(samples), records, f"{counted} rows of the recipe's own data, counted by {how}")
 
 
 def _count(read: Callable[[int], dict[str, Any]], index: int, counter: TokenCounter | None) -> Iterator[SampleLength]:
