@@ -107,6 +107,18 @@ def test_bad_fields_end_in_one_line_before_training(overrides, message, tmp_path
     assert re.search(message, printed), printed
 
 
+def test_names_that_look_like_numbers_stay_as_they_are_written(tmp_path):
+    """For the stock YAML loader they are 202411, 493, 750 and a date."""
+    for name in ("2024_11", "0755", "12:30", "2024-11-12", "0x10", "7"):
+        recipe = load_recipe("tiny-digits/pretrain", ["--run_name", name, "--learning_rate", "1e-3"])
+        assert (recipe.trainer.run_name, recipe.trainer.learning_rate) == (name, 0.001)
+    with pytest.raises(SaccadeError, match=r"run_name=1\.1 is read as a number: put it into quotes"):
+        load_recipe("tiny-digits/pretrain", ["--run_name", "1.10"])
+    assert load_recipe("tiny-digits/pretrain", ["--run_name", "'1.10'"]).trainer.run_name == "1.10"
+    with pytest.raises(SaccadeError, match="max_steps='1_000' is a str, expected int"):
+        load_recipe("tiny-digits/pretrain", ["--max_steps", "1_000"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -97,6 +97,12 @@ def test_json_lines_may_be_called_json(tmp_path):
     assert RecordFile(path).name(2) == f"{path}, line 3"
 
 
+def test_the_first_of_json_lines_may_be_long(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('\n{"a": "' + "b" * (1 << 17) + '"}\n{"a": 2}\n')
+    assert [len(str(row["a"])) for row in read_all(path)] == [1 << 17, 1]
+
+
 def test_a_list_in_one_line_of_json_lines_is_bad(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('[1]\n{"a": 1}\n')

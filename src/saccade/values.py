@@ -65,6 +65,8 @@ def coerce(name: str, value: Any, annotation: Any) -> Any:
     if plain == allowed and not _is_one_of(value, plain):
         # A name may be a number. Where a list may stand instead, a number is more likely a mistake.
         if str in plain and isinstance(value, (int, float)) and not plain & {list, dict}:
+            if isinstance(value, float):
+                raise SaccadeError(f"{name}={value!r} is read as a number: put it into quotes, as in '\"{value!r}\"'")
             return str(value)
         raise SaccadeError(f"{name}={value!r} is {kind_of(value)}, expected {_names(plain)}")
     if isinstance(value, (list, tuple)):

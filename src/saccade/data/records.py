@@ -151,7 +151,7 @@ def _is_list(path: Path) -> bool:
     if path.suffix == ".json" and head[:1] == b"{":
         # JSON lines are often called .json. A single object over several lines is something else.
         try:
-            json.loads(head.partition(b"\n")[0])
+            json.loads(_first_line(path))
         except (ValueError, RecursionError) as error:
             what = "is a single object"
             if path.stat().st_size > _HEAD:  # too large to find out
@@ -161,6 +161,14 @@ def _is_list(path: Path) -> bool:
             raise SaccadeError(f"{path} {what}: expected a list of rows, or one row per line") from error
         return False
     return path.suffix != ".jsonl" and head[:1] == b"["
+
+
+def _first_line(path: Path) -> bytes:
+    """The first line with anything in it, which may be longer than the beginning of a file that is looked at."""
+    with path.open("rb") as file:
+        return next(line for line in file if line.removeprefix(_BYTE_ORDER_MARK).strip(_SPACE)).removeprefix(
+            _BYTE_ORDER_MARK
+        )
 
 
 def _is_valid(content: bytes) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -21,8 +21,25 @@ FIELD_FILES = (
 """The files of the dataclasses whose fields a recipe may have."""
 
 
+_DECIMAL = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)$",
+    "tag:yaml.org,2002:float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$|"
+    r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$",
+}
+_NUMBERS = (*_DECIMAL, "tag:yaml.org,2002:timestamp")
+
+
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, as YAML says; of two, the stock loader takes the last."""
+    """Refuses a key that is given twice, as YAML says; of two, the stock loader takes the last.
+
+    Numbers are decimal, as in YAML 1.2: for the stock loader `2024_11` is 202411, `0755` 493, `12:30` 750,
+    `2024-11-12` a date and `1e-3` a text.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag not in _NUMBERS]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         # Here rather than where mappings are constructed: there, keys that `<<` merges in are beside the own ones.
@@ -36,6 +53,10 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.YAMLError(f"{key.value!r} is given {where} {line}: remove one")
                 lines[name] = line
         return node
+
+
+for _tag, _pattern in _DECIMAL.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
 
 
 def _read_yaml(text: str) -> Any:

@@ -4,6 +4,7 @@ import logging
 import random
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -87,7 +88,7 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     if options.dataset == DIGITS:
         return _digits(options, options.dataset_rows)
     # A file that is listed twice is one source: each of its rows is one record, however often it is trained on.
-    kinds = [replace(one, weight=None, rows=one.rows if one.path == DIGITS else None) for one in sources]
+    kinds = [_kind(one) for one in sources]
     firsts = [kinds.index(kind) for kind in kinds]
     distinct = {first: open_source(sources[first], options) for first in dict.fromkeys(firsts)}
     opened = [distinct[first] for first in firsts]
@@ -95,6 +96,23 @@ def load_rows(options: ModelOptions, shards: int = 1) -> Dataset | IterableDatas
     mixed = mix(opened, weights, [source.rows for source in sources], options.dataset_seed)
     _warn_without_images(opened)
     return mixed if options.dataset_rows is None else mixed.select(range(min(options.dataset_rows, len(mixed))))
+
+
+def _kind(source: SourceOptions) -> SourceOptions:
+    """What two sources of the same records have in common, however their paths are written."""
+    folders = source.image_folder
+    folders = [folders] if isinstance(folders, str) else folders
+    return replace(
+        source,
+        path=_resolved(source.path),
+        weight=None,
+        rows=source.rows if source.path == DIGITS else None,
+        image_folder=None if folders is None else [_resolved(folder) for folder in folders],
+    )
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).resolve()) if path != DIGITS and Path(path).exists() else path
 
 
 def load_eval_rows(options: ModelOptions) -> Dataset | None:
