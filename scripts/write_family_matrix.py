@@ -95,8 +95,8 @@ HOLES = {
     "batch of either. Fast and slow steps and `prune_inputs` pass on both together, which is tested. Where the stock "
     "model gets the batch as it is, in stock steps and for answers on all tokens, it fails on it",
     "Skip-Vision on Mistral 3 and Pixtral": "text after each line of tokens leaves no place where all that is kept of "
-    "an image stands together; refused in one line. Between crops (Idefics3, SmolVLM, Ovis 2) each crop is laid out by "
-    "itself",
+    "an image stands together; refused in one line. Between crops (Idefics3, SmolVLM, Ovis 2) each crop is laid out "
+    "by itself",
     "the text in images of Mistral 3 and Pixtral": "`[IMG_BREAK]` after each line of tokens is text, and is always "
     "kept",
     "LLaVA with other towers than CLIP": "`tests/test_towers.py` tests SigLIP (also SigLIP 2 of a fixed size), DINOv2 "

@@ -246,7 +246,10 @@ class TestErrors:
 
 
 class TestOverrides:
-    @pytest.mark.parametrize("overrides", [[], ["--speed", "9"], ["--a=1", "--out", "x", "--b", "-1", "--c", "-1e-3"]])
+    @pytest.mark.parametrize(
+        "overrides",
+        [[], ["--speed", "9"], ["-tp", "2"], ["--a=1", "--out", "x", "--b", "-1", "--c", "-1e-3"]],
+    )
     def test_a_verb_may_take_flags_it_did_not_declare(self, install: Install, overrides: list[str]) -> None:
         seen: list[argparse.Namespace] = []
         install(lambda args: seen.append(args) or 0, PASS_UNKNOWN=True)

@@ -179,7 +179,7 @@ def _parse(parser: Parser, module: ModuleType, argv: list[str]) -> argparse.Name
         if word.startswith("--") and word.partition("=")[0] not in flags:
             _refuse_flag(parser, word)
     args, unknown = parser.parse_known_args(words)
-    if unknown and (not passes or not unknown[0].startswith("--")):
+    if unknown and not (passes and unknown[0].startswith("-")):
         if not unknown[0].startswith("-"):
             parser.error(f"unknown argument {unknown[0]!r}")
         _refuse_flag(parser, unknown[0])
