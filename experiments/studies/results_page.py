@@ -25,7 +25,7 @@ INTRODUCTION = """# The paper's studies on the digit scenes
 This page repeats the studies of [DualSpeed](dualspeed.md) ([arXiv 2602.03815](https://arxiv.org/abs/2602.03815)) on
 the [digit scenes](digit-scenes.md) with the tiny LLaVA, and compares them with what the paper reports for
 LLaVA-1.5-7B. A model of 0.8 million parameters on a synthetic task shows the direction of an effect, not how large it
-is elsewhere. On [the testbed](testbed-earlier.md#three-tasks), with a language model of 135 million parameters,
+is elsewhere. On [the testbed](testbed-results.md#what-was-measured), with a language model of 135 million parameters,
 shapes, pages of text and charts, DualSpeed as published is further from all-token training than it is here.
 
 From the root of a clone, `python -m experiments.studies NAME --output OUT` runs a study, and `python -m

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,8 @@ NAMED_POINTS = 8
 # As fractions of the axes, since matplotlib only knows the extent of a text after drawing it.
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 LABEL_GAP = 0.026
+LABEL_LINE = 26
+"""Characters after which a point's name goes on in a second line."""
 ORDERS = 24  # in which labels are placed, to find the one with the shortest lines
 LETTER = 0.00165  # width of a letter of one point, in a picture of size `TALL`
 
@@ -182,6 +185,7 @@ def _name_points(axes: Axes, trainings: Sequence[Sequence[Mapping[str, Any]]], s
     labels = []
     for number, (first, *others) in enumerate(trainings, start=1):
         name = f"{short_name(first['training'], 30)}  {100 * first['accuracy']:.1f} %" if few else str(number)
+        name = textwrap.fill(name, LABEL_LINE, break_long_words=False)
         labels.append((first, name, {"color": INK, "fontweight": "bold", "fontsize": 10}))
         for point in others if few else ():
             labels.append((point, way_name(point["inference"]), {"color": "#6A6A6A", "fontsize": 9}))
@@ -217,8 +221,9 @@ def _lay_out(
         for number in order:
             point, text, style = labels[number]
             x, y = place(point)
-            width = scale * (style["fontsize"] * LETTER * len(text) + 0.012)
-            found[number], far = free_box(x, y, width, 0.04, boxes)
+            lines = text.split("\n")
+            width = scale * (style["fontsize"] * LETTER * max(map(len, lines)) + 0.012)
+            found[number], far = free_box(x, y, width, 0.04 + 0.03 * (len(lines) - 1), boxes)
             boxes.append(found[number][0])
             cost += far
         best = min(best, (cost, found), key=lambda one: one[0])
