@@ -139,7 +139,8 @@ This page tells you whether your model works with Saccade, and with which reduce
 
 `scripts/write_family_matrix.py` wrote this page on {date} from the results of `tests/test_families.py`,
 `tests/test_relatives.py` and `tests/test_video_processors.py`, with transformers {transformers} and torch {torch} on a
-CPU. The tests use tiny models of the stock classes with random weights; no released weights were run.
+CPU. The tests use tiny models of the stock classes with random weights; no released weights were run. Most figures
+are older than the page: [their dates](#which-pairs-work).
 
 | `model_type` | models | position axes | |
 |---|---|---|---|
