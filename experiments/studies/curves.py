@@ -100,10 +100,9 @@ def plot_time_curves(
     # From zero, so that lengths are proportional to times.
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    figure.legend(
-        loc="outside lower center", ncols=len(curves) + (reference is not None), frameon=False, fontsize=9.5,
-        labelcolor=INK,
-    )  # fmt: skip
+    entries = len(curves) + (reference is not None)
+    columns = entries if entries <= LEGEND_COLUMNS + 1 else LEGEND_COLUMNS
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9.5, labelcolor=INK)
     save_figure(figure, path)
 
 
