@@ -70,7 +70,7 @@ data check rowz.json | dataset='rowz.json' does not exist: did you mean 'rows.js
 data check qwen2.5-vl-7b/sft_lora | dataset='data/LLaVA-Instruct/llava_v1_5_mix665k.json' does not exist
 data check rows.json --format lava | dataset format='lava' is unknown: did you mean 'llava'?
 data check rows.json --prune-ratio 1.5 | prune_ratio=1.5 is outside [0, 1)
-data check rows.json --max-length 5 | --max-length 5 counts tokens, for which it takes a processor: give --model
+data check rows.json --max-length 5 | --max-length 5 counts tokens, which needs a processor: give --model
 eval out/sft --inference full --reducer random | --reducer has no effect on --inference full
 report out/sftt | folder='out/sftt' does not exist: did you mean 'out/sft'?
 export out/sftt --output o | model='out/sftt' is not a folder: did you mean 'out/sft'?

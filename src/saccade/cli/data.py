@@ -70,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
         for name in ("prune_ratio", "keep_tokens", "fit_length", "max_length"):
             if name in given:
                 flag = f"--{name.replace('_', '-')} {given[name]}"
-                raise SaccadeError(
-                    f"{flag} counts tokens, for which it takes a processor: give --model, or leave it out"
-                )
+                raise SaccadeError(f"{flag} counts tokens, which needs a processor: give --model, or leave it out")
     check_model(args.model)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
