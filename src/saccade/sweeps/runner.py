@@ -159,10 +159,6 @@ def same_code(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return all(before.get(name) == now.get(name) for name in ("commit", "packages"))
 
 
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
-
-
 def visible_gpus() -> list[str]:
     """The GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -201,11 +197,11 @@ class _Runner:
                 others += result is not None
         if changed:
             self.progress.console.print(
-                f"{_runs(changed)} read a data file or a model that has changed since: made again"
+                f"{changed} runs have read a data file or a model that has changed since, and are made again"
             )
         if others:
             self.progress.console.print(
-                f"{_runs(others)} of another commit or other versions: made again, any_commit reuses what is there"
+                f"{others} runs are of another commit or other versions, and are made again: any_commit reuses them"
             )
         self.whole = self.progress.add_task("all runs", total=len(specs), completed=len(self.results))
         with ThreadPoolExecutor(jobs) as pool:
