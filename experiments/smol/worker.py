@@ -45,13 +45,13 @@ def ask_checkpoints(spec: RunSpec, stages: Path, result: dict[str, Any]) -> list
     recipe = spec.recipes(stages)[-1]
     folder, every = Path(recipe["output_dir"]), recipe["save_steps"]
     times = {int(step): spent for step, spent in (read_record(folder / TIMES_FILE) or {}).items()}
-    found = []
+    full = replace(spec.evaluation, inferences=({"name": "full"},))
+    found, last = [], max(times)
     for step in sorted(times):
-        if step == max(times):
+        if step == last:
             entry = next(entry for entry in result["evaluations"] if entry["inference"] == "full")
         elif step % every == 0:
-            asked = replace(spec.evaluation, inferences=({"name": "full"},))
-            (entry,) = evaluate_tasks(asked, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", recipe)
+            (entry,) = evaluate_tasks(full, folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", recipe)
         else:
             # Saved because the run was asked to stop.
             continue

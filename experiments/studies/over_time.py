@@ -15,7 +15,7 @@ from saccade.sweeps.table import Standing, mean_and_range, percent, spread
 BASELINE = "all_tokens"
 STYLES = {BASELINE: ("#000000", "s"), "prune_only": (COLORS[1], "^"), "dualspeed": (COLORS[0], "o")}
 OTHER_STYLES = ((COLORS[2], "D"), (COLORS[3], "v"), (COLORS[4], "P"), (COLORS[5], "X"))
-"""Of methods that have no style of their own, in turn."""
+"""The styles of all other methods, in turn."""
 REACHED = (0.5, 0.75, 0.9, 1.0)
 """Shares of the final accuracy of all-token training."""
 Runs = Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]

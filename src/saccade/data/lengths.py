@@ -170,16 +170,11 @@ class TokenCounter:
 
     def _unbounded(self, text_tokens: int, sizes: Sequence[Shape]) -> tuple[int, int]:
         """`lengths` without a bound."""
-        full = shortened = text_tokens
-        every = 0
-        for size in sizes:
-            added, visual = self.tokens(size)
-            full, every = full + added, every + visual
-            kept = 0 if self.budget.budget == "sample" else self._kept(size)
-            shortened += added - visual + kept + self.isolator_length
-        if self.budget.budget == "sample" and sizes:
-            shortened += self.budget.count(every)
-        return full, shortened
+        counts = [self.tokens(size) for size in sizes]
+        full, visual = text_tokens + sum(added for added, _ in counts), sum(visual for _, visual in counts)
+        shared = self.budget.budget == "sample"
+        kept = self.budget.count(visual) if shared else sum(map(self._kept, sizes))
+        return full, full - visual + kept + len(sizes) * self.isolator_length
 
     def check_fits(self, text_tokens: int, sizes: Sequence[Shape]) -> None:
         """Refuse a row that cannot fit under the budget's `fit_length`."""

@@ -144,7 +144,7 @@ class ModeMeter:
     def so_far(self, gather: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
         """`tokens` and `samples` up to now, those since the last log included; `gather` as for `collect`, and not
         called where there are none, as after training."""
-        since = self._sums((*TOKENS, "samples"), gather) if self.window else dict.fromkeys((*TOKENS, "samples"), 0.0)
+        since = self._sums((*TOKENS, "samples"), gather if self.window else None)
         tokens = {name: self.tokens[name] + since[name] for name in TOKENS}
         return {"tokens": tokens, "samples": self.samples + round(since["samples"])}
 

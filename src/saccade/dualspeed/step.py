@@ -142,7 +142,7 @@ class DualSpeedStep:
                 loss = loss + module.idle()
         if encoded is None:
             loss = loss + 0 * self._vision_parameters()
-        elif all(encoded.videos) and encoded.videos:
+        elif encoded.videos and all(encoded.videos):
             loss = loss + 0 * self._vision_parameters(but=(self.family.projector, self.family.vision_tower))
         return StepOutput(
             loss=loss / normaliser + carried,

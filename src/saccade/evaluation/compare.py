@@ -184,8 +184,8 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
             if not is_number(entry["accuracy"]):
                 raise ValueError(f"accuracy={entry['accuracy']!r} is not a number")
             known = entry.get("samples"), entry.get("mean_prompt_length")
-            score = Score(100 * entry["accuracy"], measured, *known, True, rows, pruned_how(entry))
-            yield of + entry["inference"], score
+            how = {"ours": True, "rows": rows, "pruned": pruned_how(entry)}
+            yield of + entry["inference"], Score(100 * entry["accuracy"], measured, *known, **how)
     elif isinstance(results, dict) and all(isinstance(metrics, dict) for metrics in results.values()):
         settings = str((content.get("config") or {}).get("model_args", ""))
         for task, metrics in results.items():

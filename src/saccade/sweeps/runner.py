@@ -174,6 +174,8 @@ class _Runner:
         self.results: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         self.processes: set[subprocess.Popen] = set()
+        self.stale: set[str] = set()
+        """Stages that have read what has changed since, and were not trained again yet."""
         self.busy: set[str] = set()
         """Stages that are being trained."""
         self.stopped = False
@@ -184,6 +186,8 @@ class _Runner:
         """Run what is missing, and return the outcome in the order of `specs`."""
         others = changed = 0
         self.pending = []
+        # Once, since looking at the files of a large folder takes long.
+        self.stale = {stage for spec in specs for stage in spec.stage_ids if self._has_read_other(stage)}
         for spec in specs:
             result = read_result(self.folder.parent, spec)
             if result is not None and not same_inputs(result):
@@ -238,9 +242,12 @@ class _Runner:
 
     def _has(self, stage: str, file: str = RESULT_FILE) -> bool:
         found = read_record(self.stages / stage / file)
-        if found is None or not self._fits(found):
-            return False
-        return stage_inputs_are_as_before(found.get("values", {}), found)
+        return stage not in self.stale and found is not None and self._fits(found)
+
+    def _has_read_other(self, stage: str) -> bool:
+        """Whether a stage that is there has read a data file or a model that has changed since."""
+        found = read_record(self.stages / stage / RESULT_FILE) or read_record(self.stages / stage / SPEC_FILE)
+        return found is not None and not stage_inputs_are_as_before(found.get("values", {}), found)
 
     def _work(self, job: int) -> None:
         """Body of each thread: make the first run that can start, then the next, until none are left."""
@@ -274,6 +281,8 @@ class _Runner:
             # An unfinished stage made by this code may resume from its checkpoints; one made by other code goes.
             if (self.stages / stage / RESULT_FILE).is_file() or not self._has(stage, SPEC_FILE):
                 shutil.rmtree(self.stages / stage, ignore_errors=True)
+        with self.changed:
+            self.stale -= missing
         write_json_atomically(folder / SPEC_FILE, spec.as_json())
         task = self.progress.add_task(spec.name, total=None)
         try:

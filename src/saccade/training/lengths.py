@@ -123,10 +123,9 @@ def _own(options: ModelOptions, counter: TokenCounter | None, number: int) -> Le
         there = min(size, len(rows))
         count = max(1, round(number * share / sum(shares)))
         # As many samples as its share, of a source with fewer rows some of them again.
-        known = {
-            place: tuple(_count(rows.read, place, counter)) for place in {n * there // count for n in range(count)}
-        }
-        samples.extend(sample for n in range(count) for sample in known[n * there // count])
+        places = [place * there // count for place in range(count)]
+        known = {place: tuple(_count(rows.read, place, counter)) for place in dict.fromkeys(places)}
+        samples.extend(sample for place in places for sample in known[place])
         counted += len(known)
     if not samples:
         raise SaccadeError(f"none of the rows of {opened[0][0].path} that were tried can be used")
