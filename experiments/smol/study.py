@@ -59,6 +59,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "fast_then_slow_longer_original": {**PRESETS["fast_then_slow"], "positions": "original"},
     "fast_then_more_slow": {**PRESETS["fast_then_slow"], "slow_probability": 0.2},
     "fast_then_few_slow_longer": PRESETS["fast_then_few_slow"],
+    "fast_then_few_slow_half_time": PRESETS["fast_then_few_slow"],
     "fast_then_slow_distilled": {**PRESETS["fast_then_few_slow"], "slow_probability": 0.1, "distill_weight": 1.0},
     "milder_teacher": {
         "modes": [
@@ -82,6 +83,7 @@ STEPS = {
     "fast_then_slow_longer_original": 1.4,
     "fast_then_more_slow": 1.4,
     "fast_then_few_slow_longer": 1.65,
+    "fast_then_few_slow_half_time": 1.55,
     "fast_then_slow_distilled": 1.25,
 }
 """Methods with another number of steps of stage two than the others, and how many times theirs."""
@@ -103,6 +105,7 @@ WORDS = {
     "fast_then_slow_higher": "fast, then slow, longer, higher rate",
     "fast_then_slow_longer_original": "fast, then slow, longer, original positions",
     "fast_then_few_slow_longer": "fast, then few slow, longer",
+    "fast_then_few_slow_half_time": "fast, then few slow, half the time",
     "fast_then_slow_distilled": "fast, then slow, distilled",
 }
 """The names of all methods in tables and pictures."""
