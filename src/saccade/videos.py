@@ -161,10 +161,12 @@ def open_video(video: Any, sampling: Sampling | None = None, max_pixels: int = M
                 _check_size((pixels.shape[1], pixels.shape[0]), max_pixels, name, len(times))
             taken.append(pixels)
             seen.append(time)
+        # PyAV frees what it knows of a stream with its container.
+        shortest = _shortest_step(stream)
     if not taken:
         raise RecordError(f"{name} has no frames that can be decoded: replace it", "truncated_video")
     step = float(1 / rate)
-    end = max(last, seen[-1]) + min(step, _shortest_step(stream))
+    end = max(last, seen[-1]) + min(step, shortest)
     return Clip(np.stack(taken), tuple(seen), float(rate), end, sampling.frames)
 
 

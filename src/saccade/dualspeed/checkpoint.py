@@ -307,7 +307,8 @@ def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
     write_manifest(written)
     target = output_dir / written.name
     if target.exists():
-        shutil.rmtree(target)
+        # Not removed before the new one is in its place: a kill between the two would leave neither.
+        target.rename(partial / "replaced")
     written.rename(target)
     shutil.rmtree(partial, ignore_errors=True)
     return target
