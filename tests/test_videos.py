@@ -94,7 +94,9 @@ def test_bad_frames(frames, options, kind, message):
 
 
 @pytest.mark.usefixtures("needs_av")
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.webm", "libvpx"), ("a.avi", "mpeg4")]
+)
 def test_a_file(tmp_path, name, codec):
     path = write_clip(tmp_path / name, 20, rate=10, codec=codec)
     clip = open_video(path, Sampling(5))
