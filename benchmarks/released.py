@@ -77,12 +77,18 @@ class ReleasedProcedure(nn.Module):
         """Encode, splice sample by sample, and run the language model: logits of every row, and their labels."""
         family = self.family
         # `encode` would stop the tower at the last layer that is used; the released code runs all of them.
-        features = family._encode(inputs).context.features
+        context = family._encode(inputs).context
+        # Images of LLaVA-NeXT differ in their number of rows, and are padded.
+        features = [image[valid] for image, valid in zip(context.features, context.valid, strict=True)]
         if prune:
-            keep = max(1, int((1 - self.prune_ratio) * features.shape[1]))
-            isolator = self.isolator.weight.to(features.dtype)
-            features = [torch.cat((isolator, image[self.select(image.detach(), keep)])) for image in features]
-        rows, labels = self._splice(inputs, list(features))
+            isolator = self.isolator.weight.to(features[0].dtype)
+            features = [
+                torch.cat(
+                    (isolator, image[self.select(image.detach(), max(1, int((1 - self.prune_ratio) * len(image))))])
+                )
+                for image in features
+            ]
+        rows, labels = self._splice(inputs, features)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in labels], batch_first=True)
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         padded = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
