@@ -82,12 +82,9 @@ class ReleasedProcedure(nn.Module):
         features = [image[valid] for image, valid in zip(context.features, context.valid, strict=True)]
         if prune:
             isolator = self.isolator.weight.to(features[0].dtype)
-            features = [
-                torch.cat(
-                    (isolator, image[self.select(image.detach(), max(1, int((1 - self.prune_ratio) * len(image))))])
-                )
-                for image in features
-            ]
+            counts = [max(1, int((1 - self.prune_ratio) * len(image))) for image in features]
+            kept = [image[self.select(image.detach(), keep)] for image, keep in zip(features, counts, strict=True)]
+            features = [torch.cat((isolator, image)) for image in kept]
         rows, labels = self._splice(inputs, features)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in labels], batch_first=True)
         embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
