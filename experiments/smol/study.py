@@ -42,6 +42,10 @@ PRECISIONS = ("float32", "bfloat16")
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "all_tokens_shorter": METHODS["all_tokens"],
+    "all_tokens_preset_rate": {
+        **METHODS["all_tokens"],
+        **{field: PRESETS["fast_then_few_slow"][field] for field in ("lr_scheduler_type", "lr_scheduler_kwargs")},
+    },
     "prune_pretraining": METHODS["all_tokens"],
     "prune_fine_tuning": METHODS["prune_only"],
     # Modes that skip are not packed.
@@ -70,9 +74,9 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     },
 }
 """What to compare beside `METHODS`: the options in which each differs from DualSpeed. First training on all
-tokens for about the time that the longer preset takes, then pruning in one stage only, then Skip-Vision at its budget
-of 576 tokens and both methods together, then DualSpeed with more steps, then settings that may do better than the
-published one."""
+tokens for about the time that the longer preset takes, and at the preset's learning rate, then pruning in one stage
+only, then Skip-Vision at its budget of 576 tokens and both methods together, then DualSpeed with more steps, then
+settings that may do better than the published one."""
 FIRST_STAGE = {"prune_pretraining": METHODS["prune_only"], "prune_fine_tuning": METHODS["all_tokens"]}
 """The methods whose first stage has other options than the second, and its options."""
 STEPS = {
@@ -96,6 +100,7 @@ WORDS = {
     **LABELS,
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
     "all_tokens_shorter": "all tokens, shorter",
+    "all_tokens_preset_rate": "all tokens, learning rate of the preset",
     "prune_pretraining": "pruning in stage one only",
     "prune_fine_tuning": "pruning in stage two only",
     "skip_vision": "Skip-Vision",
