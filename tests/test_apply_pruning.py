@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from skip_tester import options_for, skipping
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LlavaForConditionalGeneration,
     LogitsProcessor,
@@ -312,6 +313,47 @@ def test_rows_of_a_cache_that_move(name):
             alone[number] = step(single, 2)[0]
         many = cache_of(case.model.generate(**case.prompts(rows), **options))
         torch.testing.assert_close(step(many, 6)[::2], alone, **CLOSE)
+
+
+class Gone(BaseStreamer):
+    """A reader who is gone after the prompt and two tokens."""
+
+    def __init__(self):
+        self.left = 3
+
+    def put(self, value):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_cache_of_a_call_that_raised_is_refused(second):
+    """What it begins with was not noted, so that a further turn would stand at wrong positions."""
+    case = CASES["llava"]
+    prompts, options = case.prompts([0]), generation_options(case)
+    key = cache_name(case.model.forward)
+    cache = DynamicCache(config=case.model.config.get_text_config())
+    words = torch.tensor([[7, 11, 9]])
+    with apply_pruning(case.model, CONFIG):
+        given = dict(prompts)
+        if second:
+            first = case.model.generate(**prompts, **options, **{key: cache})
+            given["input_ids"] = torch.cat((first, prompts["input_ids"]), dim=1)
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+        with pytest.raises(KeyboardInterrupt):
+            case.model.generate(**given, **options, streamer=Gone(), **{key: cache})
+        ids = torch.cat((given["input_ids"], words), dim=1)
+        for later in ({"input_ids": ids}, {**prompts, "input_ids": torch.cat((ids, prompts["input_ids"]), dim=1)}):
+            later["attention_mask"] = torch.ones_like(later["input_ids"])
+            with pytest.raises(SaccadeError, match="with pruned images that raised: pass the whole conversation"):
+                case.model.generate(**later, **options, **{key: copy.deepcopy(cache)})
+        cache.reset()
+        again = case.model.generate(**prompts, **options, **{key: cache})
+        assert torch.equal(again, case.model.generate(**prompts, **options))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from saccade.errors import SaccadeError
 from saccade.families import Family, get_family
 from saccade.interfaces import by_name
-from saccade.pruning.cache import Turn, cache_of, last_position, next_positions, remember, turn_of
+from saccade.pruning.cache import Turn, cache_of, last_position, next_positions, noting, remember, turn_of
 from saccade.pruning.given_prompt import generate_on, mask_of
 from saccade.pruning.patching import (
     HANDLE,
@@ -196,7 +196,8 @@ def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     mask = kwargs.get("attention_mask")
     ends = mask is None or bool(mask[:, -1].all())
     shorter = pruning.shorten(kwargs, "left" if ends else "right")
-    output = call_original(model, **shorter)
+    with noting(cache):
+        output = call_original(model, **shorter)
     cache = cache_of(output) if cache is None else cache
     if cache is not None:
         remember(cache, kwargs["input_ids"], pruning.per_token(shorter))
@@ -225,7 +226,8 @@ def _generate(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{name}: it holds a conversation that did not begin with pruned images; pass all of it without the cache"
         )
     shorter = pruning.go_on_with_images(kwargs, turn, cached) if cached else pruning.shorten(kwargs, "left")
-    output = generate_on(model, given, shorter)
+    with noting(cache):
+        output = generate_on(model, given, shorter)
     if cache is None and isinstance(output, ModelOutput):
         cache = cache_of(output)
     if cache is not None:

@@ -6,7 +6,8 @@ or continue from its own last call, whichever conversation that was.
 Shapes: B samples, P tokens of the prompt as given, S of the shortened one, Q tokens in this call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers.cache_utils import Cache
 from saccade.errors import SaccadeError
 
 TURN = "_saccade_turn"
+UNFINISHED = "unfinished"
+"""In the place of a turn: part of a prompt, or an answer to it, of a call that raised before it was noted."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,18 @@ def cache_of(values: Any) -> Cache | None:
     return next((value for value in values if isinstance(value, Cache)), None)
 
 
+@contextmanager
+def noting(cache: Cache | None) -> Iterator[None]:
+    """Mark a cache, if there is one, that gained tokens in a block that raised: what it begins with was not noted."""
+    before = 0 if cache is None else int(cache.get_seq_length())
+    try:
+        yield
+    except BaseException:
+        if cache is not None and int(cache.get_seq_length()) != before:
+            setattr(cache, TURN, UNFINISHED)
+        raise
+
+
 def remember(cache: Cache, given: Tensor, shorter: Mapping[str, Tensor]) -> None:
     """Note what a cache begins with: on the cache, so that the note is copied and ends with it."""
     known = (shorter["position_ids"], shorter["attention_mask"])
@@ -140,15 +155,21 @@ def turn_of(cache: Cache | None) -> Turn | None:
     """What a cache begins with that a pruning model filled, or None.
 
     Raises:
-        SaccadeError: if part of that has since been cut off.
+        SaccadeError: if part of that has since been cut off, or the call that filled it raised.
     """
-    turn: Turn | None = getattr(cache, TURN, None)
+    turn: Turn | str | None = getattr(cache, TURN, None)
     if cache is None or turn is None:
         return None
-    cached, length = int(cache.get_seq_length()), turn.shorter["input_ids"].shape[1]
+    cached = int(cache.get_seq_length())
     if cached == 0:  # it was reset
         delattr(cache, TURN)
         return None
+    if isinstance(turn, str):
+        raise SaccadeError(
+            "the key-value cache holds part of a call with pruned images that raised: pass the whole conversation to "
+            "`generate` without the cache"
+        )
+    length = turn.shorter["input_ids"].shape[1]
     if cached < length:
         raise SaccadeError(
             f"the key-value cache was cropped to {cached} tokens, within a pruned prompt of {length}: pass the whole "
