@@ -114,6 +114,28 @@ def test_rows_that_fill_up_the_last_batch_do_not_count(tmp_path, modes):
         assert two[step]["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-3), step
 
 
+def test_rows_that_fill_up_the_last_batch_do_not_count_after_a_resume(tmp_path):
+    """Accelerate counts no remainder in an epoch whose first batches are skipped."""
+    scenes = {"num_rows": 5, "kinds": ["count", "read"]}
+    options = {"scenes": scenes, "slow_probability": 0.0, "per_device_train_batch_size": 2, "max_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+    unbroken = launch(tmp_path, 2, **options)
+    resumed = launch(tmp_path, 2, resume=str(tmp_path / "checkpoint-1"), **options)
+    assert resumed[2]["loss"] == pytest.approx(unbroken[2]["loss"], rel=1e-5)
+    assert resumed[2]["grad_norm"] == pytest.approx(unbroken[2]["grad_norm"], rel=1e-4)
+
+
+def test_split_batches_lose_no_row(tmp_path):
+    """Of 7 rows the last batch has three, of which the second rank's part has one and one that was repeated."""
+    scenes = {"num_rows": 7, "kinds": ["count", "read"]}
+    options = {"scenes": scenes, "slow_probability": 0.0, "per_device_train_batch_size": 4, "max_steps": 2}
+    one = launch(tmp_path / "one", 1, **options)
+    two = launch(tmp_path / "two", 2, accelerator_config={"split_batches": True}, **options)
+    for step, entry in one.items():
+        assert two[step]["loss"] == pytest.approx(entry["loss"], rel=1e-4), step
+        assert two[step]["grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-3), step
+
+
 @pytest.mark.slow
 def test_two_processes_in_parts_and_without_padding_equal_one(one_process, tmp_path):
     """The parts before the last one run backwards inside the forward pass of DDP, which averages the last one's."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
@@ -564,7 +565,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         batches = []
         for batch in islice(epoch_iterator, num_batches):
-            self._ignore_unlearned(batch, self.args.train_batch_size)
+            self._ignore_unlearned(batch)
             batches.append(batch)
         if not has_length(self.train_dataset):
             batches = self._fill_up(batches, num_batches)
@@ -611,7 +612,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         found, blank_row = inputs.pop(BAD_RECORDS, ()), inputs.pop(BLANK_ROW, False)
         self._note_bad_records(found, given_up=not inputs)
-        self._ignore_unlearned(inputs, self.args.eval_batch_size)
+        self._ignore_unlearned(inputs)
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if loss is not None and "labels" in inputs:
             counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
@@ -638,33 +639,35 @@ class DualSpeedTrainer(SFTTrainer):
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
         return output
 
-    def _ignore_unlearned(self, batch: dict[str, Any], size: int) -> None:
+    def _ignore_unlearned(self, batch: dict[str, Any]) -> None:
         """Mask the labels that do not count, before anything counts them. A collator of the user's own, TRL's for
-        instance, labels image tokens too.
-
-        Args:
-            size: rows of a full batch on each rank.
-        """
+        instance, labels image tokens too."""
         if "labels" in batch:
             placeholder = self.family.placeholder(batch["input_ids"])
             batch["labels"] = learnable_labels(batch["labels"], placeholder, batch.get("attention_mask"))
-            self._ignore_repeated_rows(batch, size)
+            self._ignore_repeated_rows(batch)
 
-    def _ignore_repeated_rows(self, batch: dict[str, Any], size: int) -> None:
+    def _ignore_repeated_rows(self, batch: dict[str, Any]) -> None:
         """With several ranks, mask the labels of rows that merely pad the last batch of an epoch.
 
         Accelerate repeats rows there so that every rank has a batch of the same size; a single process would run a
         shorter batch, so without the mask these rows would count twice. They still go through the model, since engines
         need the same calls on all ranks.
-
-        Args:
-            size: rows of a full batch on each rank.
         """
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
+        if ranks == 1 or not state.end_of_dataloader:
             return
-        before = self.accelerator.process_index * size
-        batch["labels"][max(state.remainder - before, 0) :] = IGNORE_INDEX
+        loader = state.active_dataloader
+        shard = loader.batch_sampler
+        if isinstance(shard, SkipBatchSampler):  # of a resumed epoch; accelerate counts no remainder there
+            shard = shard.batch_sampler
+        repeats = isinstance(shard, BatchSamplerShard) and shard.even_batches and not shard.drop_last
+        if not repeats or shard.batch_size is None:
+            return
+        size = shard.batch_size // ranks if shard.split_batches else shard.batch_size
+        real = len(loader.dataset) % (size * ranks)
+        if real:
+            batch["labels"][max(real - self.accelerator.process_index * size, 0) :] = IGNORE_INDEX
 
     def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
         """Record the bad records of all ranks, and stop all of them if there are too many or one has no batch."""
