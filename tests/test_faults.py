@@ -16,7 +16,9 @@ from transformers import TrainerCallback
 
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
+from saccade.data import digit_scenes
 from saccade.dualspeed.checkpoint import newest_checkpoint
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 
@@ -58,6 +60,62 @@ def test_sigterm_saves_even_where_no_checkpoints_are_asked_for(processor, tmp_pa
     trainer.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     trainer.train()
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+
+
+class Seen(TrainerCallback):
+    """The steps after which a run saved and evaluated."""
+
+    def __init__(self):
+        self.saved, self.evaluated = [], []
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved.append(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated.append(state.global_step)
+
+
+BY_STEPS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+BEST = {"metric_for_best_model": "loss", "greater_is_better": True}  # the first one stays the best
+
+
+@pytest.mark.parametrize(
+    ("options", "before"),
+    [
+        ({**BY_STEPS, **BEST, "load_best_model_at_end": True, "save_total_limit": 1}, [2]),
+        ({**BY_STEPS, **BEST, "save_strategy": "best"}, [2]),
+        ({**BY_STEPS, "save_only_model": True}, [2]),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch", "per_device_train_batch_size": 2}, []),
+    ],
+    ids=["the best alone is kept", "the best alone is saved", "weights alone are saved", "in mid-epoch"],
+)
+def test_a_stopped_run_leaves_the_checkpoint_from_which_it_goes_on(processor, tmp_path, options, before):
+    """It is saved once, and neither an evaluation is begun nor the best model loaded: a cluster does not wait."""
+
+    def make():
+        trainer = DualSpeedTrainer(
+            build_tiny_llava(processor, seed=0),
+            args=make_config(tmp_path, max_steps=6, **options),
+            train_dataset=digit_scenes("sft", "train", 64),
+            eval_dataset=digit_scenes("sft", "validation", 2),
+            processing_class=processor,
+            callbacks=[seen := Seen()],
+        )
+        return trainer, seen
+
+    trainer, seen = make()
+    trainer.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert trainer.sigterm.stopped
+    assert seen.saved == [*before, 4]
+    assert seen.evaluated == before
+    assert trainer._weights_step is None
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    resumed, seen = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed._resumed_at == 4
+    assert resumed.state.global_step == 6
+    assert resumed.args.save_only_model == options.get("save_only_model", False)
 
 
 def test_the_first_ctrl_c_saves_and_says_how_to_go_on(processor, tmp_path, capfd):

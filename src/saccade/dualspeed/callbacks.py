@@ -31,7 +31,7 @@ class SigtermCheckpoint(TrainerCallback):
     """Saves a checkpoint before a run is stopped.
 
     On SIGTERM, and on the first Ctrl-C, all ranks finish the current step, save a checkpoint and stop; `stopped` is
-    then true.
+    then true. Nothing long is started before the checkpoint is saved or after: an evaluation that is due is left out.
     """
 
     def __init__(self, trainer) -> None:
@@ -118,6 +118,12 @@ class SigtermCheckpoint(TrainerCallback):
             self._asked = signal.SIGINT if interrupted else signal.SIGTERM
             self.stopped = True
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Called in mid-epoch too when a run stops, after its checkpoint is saved.
+        if self.stopped:
+            control.should_save = control.should_evaluate = False
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -103,8 +103,8 @@ logger = logging.getLogger(__name__)
 Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
-    *("_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model", "_load_from_checkpoint"),
-    *("_load_rng_state", "_push_from_checkpoint", "_save"),
+    *("_finalize_training", "_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model"),
+    *("_load_from_checkpoint", "_load_rng_state", "_push_from_checkpoint", "_save"),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -818,8 +818,9 @@ class DualSpeedTrainer(SFTTrainer):
             resume_from_checkpoint: a checkpoint's folder, or True for the newest complete checkpoint of the run that
                 `output_dir` belongs to.
 
-        On SIGTERM it saves a checkpoint and returns; `sigterm.stopped` is then true. On Ctrl-C it saves one too, and
-        raises `Interrupted`, a `KeyboardInterrupt`.
+        On SIGTERM it saves a checkpoint to resume from, whatever `save_strategy` and `save_only_model` are, and
+        returns without another evaluation; `sigterm.stopped` is then true. On Ctrl-C it saves one too, and raises
+        `Interrupted`, a `KeyboardInterrupt`.
 
         Raises:
             SaccadeError: if `output_dir` contains files of another run and `args.overwrite` is not set, or another run
@@ -925,12 +926,14 @@ class DualSpeedTrainer(SFTTrainer):
         return (found.get("run_id"), found.get("global_step")) == (self.run_id, self._resumed_at)
 
     def _save_checkpoint(self, model, trial) -> None:
-        run_dir = Path(self.args.output_dir)
+        run_dir, only_model = Path(self.args.output_dir), self.args.save_only_model
         partial = run_dir / PARTIAL_DIR
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.args.output_dir = str(partial)
+        # A run that was stopped is to be resumed, for which weights alone do not suffice.
+        self.args.save_only_model = only_model and not self.sigterm.stopped
         try:
             with disk_errors(run_dir):
                 super()._save_checkpoint(model, trial)
@@ -939,7 +942,7 @@ class DualSpeedTrainer(SFTTrainer):
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            self.args.output_dir = str(run_dir)
+            self.args.output_dir, self.args.save_only_model = str(run_dir), only_model
         self.accelerator.wait_for_everyone()
         best = self.state.best_model_checkpoint
         if best is not None and Path(best).is_relative_to(partial):
@@ -962,6 +965,16 @@ class DualSpeedTrainer(SFTTrainer):
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             remove_old_checkpoints(written, limit, best, self.pushes.reading())
         self.accelerator.wait_for_everyone()
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        """The stock end of training. A run that was stopped has not come to it: its model and checkpoints stay."""
+        best = self.state.best_model_checkpoint
+        if self.sigterm.stopped:
+            # The stock trainer loads it, and with save_total_limit=1 removes all others.
+            self.state.best_model_checkpoint = None
+        output = super()._finalize_training(trial, num_train_samples, start_time)
+        self.state.best_model_checkpoint = best
+        return output
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         checkpoint = Path(checkpoint_folder)
