@@ -95,6 +95,12 @@ def test_rows_are_not_grouped_by_a_length_that_they_do_not_have():
     assert "use group_by='shortened' or 'full'" in line
 
 
+def test_a_batch_size_is_not_searched_on_weights_that_are_trained_already():
+    line = refused("--auto_find_batch_size", "true")
+    assert "auto_find_batch_size=True" in line
+    assert "slow_micro_batch_size or max_tokens_per_batch" in line
+
+
 @pytest.mark.parametrize(
     ("words", "package"),
     [

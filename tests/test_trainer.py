@@ -533,6 +533,21 @@ def test_stage_two_on_the_model_of_stage_one(processor, tmp_path):
     assert make_trainer(model, processor, tmp_path, isolator_length=2).isolator.length == 2
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["stage one", "lora"])
+def test_an_isolator_does_not_train_alone(processor, tmp_path, lora):
+    model = build_tiny_llava(processor)
+    if lora:
+        adapters = LoraConfig(target_modules=r".*language_model.*q_proj", r=2)
+        get_peft_model(model, adapters).save_pretrained(tmp_path / "adapters")
+        # Without is_trainable=True, adapters come back frozen.
+        model = PeftModel.from_pretrained(build_tiny_llava(processor), tmp_path / "adapters")
+    else:
+        model.requires_grad_(False)
+    trainer = make_trainer(model, processor, tmp_path / "run", freeze_language_model=not lora)
+    with pytest.raises(SaccadeError, match="no weight trains: load .*" + ("is_trainable=True" if lora else "anew")):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

@@ -162,6 +162,21 @@ def as_bad_input() -> Iterator[None]:
         raise SaccadeError(" ".join(str(error).split())) from error
 
 
+def check_model_trains(model: nn.Module, added: Iterable[nn.Module]) -> None:
+    """Refuse a model of which nothing trains but the modules that the trainer has added to it.
+
+    Args:
+        added: the mode isolator and the summary head, where there are any.
+    """
+    own = {weight for module in added for weight in module.parameters()}
+    if any(weight.requires_grad and weight not in own for weight in model.parameters()):
+        return
+    fix = "load it anew, or call model.requires_grad_(True) first"
+    if isinstance(model, PeftModel):
+        fix = "load its adapters with PeftModel.from_pretrained(model, folder, is_trainable=True)"
+    raise SaccadeError(f"model is {kind_of(model)} of which no weight trains: {fix}")
+
+
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
     """Refuse a language model that is frozen by accident, as after stage one or after adapters were merged."""
     parts = (family.language_model, family.model.get_output_embeddings())

@@ -400,6 +400,12 @@ class DualSpeedConfig(SFTConfig):
                 "train_sampling_strategy='group_by_length' needs rows that are tokenized already, and evaluates them "
                 "in another order: use group_by='shortened' or 'full'"
             )
+        if self.auto_find_batch_size:
+            raise SaccadeError(
+                "auto_find_batch_size=True begins again at step 0, with weights that are trained already: leave it "
+                "out and give a smaller per_device_train_batch_size, or bound memory with slow_micro_batch_size or "
+                "max_tokens_per_batch"
+            )
         if self.deepspeed and find_spec("deepspeed") is None:
             raise needs_package(f"deepspeed={self.deepspeed!r}", "deepspeed")
         self._choose_precision()

@@ -742,13 +742,17 @@ class DualSpeedTrainer(SFTTrainer):
             self.masters = Float32Masters(self.model, stepped)
         return optimizer
 
+    def _added_modules(self) -> list[nn.Module]:
+        """The isolator and the summary head, where there are any."""
+        modules = (self.isolator, None if self.skip is None else self.skip.summary)
+        return [module for module in modules if module is not None]
+
     def _complete(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the user's own optimizer the isolator and the summary head, which are not there when it is made."""
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         left = {name: value for name, value in trained.items() if id(value) not in stepped}
-        modules = (self.isolator, None if self.skip is None else self.skip.summary)
-        own = {id(value) for module in modules if module is not None for value in module.parameters()}
+        own = {id(value) for module in self._added_modules() for value in module.parameters()}
         foreign = [name for name, value in left.items() if id(value) not in own]
         if foreign:
             raise SaccadeError(
@@ -830,6 +834,7 @@ class DualSpeedTrainer(SFTTrainer):
         """
         if self.model is self.family.model:
             checks.check_language_model_trains(self.family, self.args)
+        checks.check_model_trains(self.model, self._added_modules())
         with ExitStack() as held:
             agreed(self.args, lambda: held.enter_context(hold(self.args)))
             return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
