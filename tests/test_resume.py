@@ -18,7 +18,7 @@ from helpers import losses, make_trainer
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from watching import watched
 
 from saccade import DualSpeedTrainer, SaccadeError
@@ -355,6 +355,33 @@ def with_a_best(processor, output, adapters=None, **options):
 
     trainer.evaluate = numbered
     return trainer
+
+
+def test_early_stopping_goes_on_counting(processor, tmp_path):
+    """The first step is the best: the loss falls, and is to rise."""
+    falls = {"metric_for_best_model": "loss", "greater_is_better": True}
+
+    def stopping(patience, resume=None):
+        trainer = with_a_best(processor, tmp_path, max_steps=9, save_total_limit=None, **falls)
+        trainer.add_callback(EarlyStoppingCallback(patience))
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        return trainer.state.global_step
+
+    assert stopping(3) == 4
+    assert stopping(3, "checkpoint-3") == 4
+    # It may have more patience than the run had before.
+    assert stopping(4, "checkpoint-2") == 5
+
+
+def test_a_resumed_run_may_have_another_callback_with_a_state(processor, tmp_path):
+    """Without an entry for it in the checkpoint, stock saving raises a KeyError."""
+    options = {"max_steps": 3, "save_total_limit": None}
+    with_a_best(processor, tmp_path, **options).train()
+    trainer = with_a_best(processor, tmp_path, **options)
+    for _ in range(2):
+        trainer.add_callback(EarlyStoppingCallback(9))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.interfaces

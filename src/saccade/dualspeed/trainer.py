@@ -33,6 +33,7 @@ from transformers import (
     TrainerState,
 )
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from trl import SFTTrainer
 
@@ -104,7 +105,7 @@ Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     *("_finalize_training", "_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model"),
-    *("_load_from_checkpoint", "_load_rng_state", "_push_from_checkpoint", "_save"),
+    *("_load_callback_state", "_load_from_checkpoint", "_load_rng_state", "_push_from_checkpoint", "_save"),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -1008,6 +1009,28 @@ class DualSpeedTrainer(SFTTrainer):
         epoch = max(math.ceil(saved.epoch) - 1, 0)
         steps = 0.0 if self.args.ignore_data_skip else (saved.epoch - epoch) * saved.max_steps
         return epoch, round(steps * self.args.gradient_accumulation_steps)
+
+    def _load_callback_state(self) -> None:
+        """Let callbacks go on counting where the checkpoint's did: the evaluations without a better one, for instance.
+
+        With `restore_callback_states_from_checkpoint` the stock trainer replaces the callbacks, and the options that
+        they were made with, by those of the checkpoint.
+        """
+        super()._load_callback_state()
+        saved, kinds = self.state.stateful_callbacks, defaultdict(list)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                kinds[type(callback).__name__].append(callback)
+        for name, callbacks in kinds.items():
+            # Saving fails without an entry, as of a callback that the run did not have before. Of several callbacks of
+            # one kind, each save adds the states to a list.
+            found = saved.setdefault(name, callbacks[0].state() if len(callbacks) == 1 else [])
+            states = found[-len(callbacks) :] if isinstance(found, list) else [found]
+            for callback, state in zip(callbacks, states, strict=False):
+                held = callback.state().get("attributes", {})
+                for attribute, value in state.get("attributes", {}).items():
+                    if attribute in held:
+                        setattr(callback, attribute, value)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading(f"resume_from_checkpoint={checkpoint!r}: the random state cannot be read"):
