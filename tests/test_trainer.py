@@ -195,6 +195,24 @@ def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
     assert logs[-1]["speedup"] == pytest.approx((means["slow"] - teacher) / mean, rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{"slow_probability": 0.5}, ORDINARY], ids=["both modes", "stock steps"])
+def test_modes_are_logged_at_the_end_of_an_epoch_that_was_evaluated_before(processor, tmp_path, options):
+    options |= {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 2}
+    trainer = DualSpeedTrainer(
+        build_tiny_llava(processor),
+        make_config(tmp_path, max_steps=-1, **options),
+        train_dataset=digit_scenes("sft", "train", 16),
+        eval_dataset=digit_scenes("sft", "validation", 2),
+        processing_class=processor,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [sum(entry[f"steps_{mode}"] for mode in trainer.meter.modes) for entry in logs] == [4, 8]
+    assert logs[1]["num_tokens"] > 1.5 * logs[0]["num_tokens"]
+    if options["slow_probability"] == 1:
+        assert all("mean_token_accuracy" in entry for entry in logs)
+
+
 def test_projector_stage_is_always_fast_and_trains_projector_and_isolator_alone(model, processor, tmp_path):
     rows = digit_scenes("pretrain", "train", 32)
     trainer = make_trainer(

@@ -450,7 +450,9 @@ class DualSpeedTrainer(SFTTrainer):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training and "loss" in logs:
+        # Evaluations log `eval_loss`, and the end of the run `train_loss`.
+        of_steps, training = "loss" in logs, self.model.training
+        if of_steps:
             metrics = self.meter.read(self.sum_over_ranks)
             logs = {**logs, **{name: round(value, 6) for name, value in metrics.items()}}
             if self.bad_records:
@@ -458,7 +460,10 @@ class DualSpeedTrainer(SFTTrainer):
             # TRL's own count, which it also logs in evaluation, is of batches before they are shortened.
             self._total_train_tokens = int(metrics["num_tokens"])
         self._add_cache_hits(logs)
+        # TRL goes by the model's mode, which an evaluation before the end of the epoch leaves at that.
+        self.model.training = training or of_steps
         super().log(logs, start_time)
+        self.model.training = training
 
     # Rows and batches
 
