@@ -226,6 +226,26 @@ def test_the_reducers_that_are_offered_do_serve(tmp_path):
         assert found.rows.shape[0] == int(shortener.outline(ids, image).visual.sum()), name
 
 
+def test_outlines_leave_the_model_to_other_threads(tmp_path, monkeypatch):
+    """A server outlines one image while it encodes another, with the same model."""
+    model, processor = saved("llava", tmp_path)
+    _, ids, image = alone(model, asked(processor, picture()))
+    tower = tower_family(tmp_path, torch.float32, "cpu")
+    shortener = Shortener(tower, RATIO)
+    encode, meanwhile = type(tower).encode, []
+
+    def outlining(family, inputs):
+        monkeypatch.undo()
+        meanwhile.extend(shortener.features([ids], [image]))
+        return encode(family, inputs)
+
+    monkeypatch.setattr(type(tower), "encode", outlining)
+    outline = shortener.outline(ids, image)
+    (expected,) = shortener.features([ids], [image])
+    assert torch.equal(meanwhile[0].rows, expected.rows)
+    assert int(outline.visual.sum()) == len(expected.rows)
+
+
 def test_the_folders_setting_and_others_in_its_place(tmp_path):
     assert folder_pruning(tmp_path) is None
     assert folder_pruning(None, {"prune_ratio": 0.5}) == PruningConfig(prune_ratio=0.5)

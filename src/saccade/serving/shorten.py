@@ -8,6 +8,7 @@ Shapes: B images of L tokens each, of which S remain; D is the width of the lang
 axes.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -213,11 +214,11 @@ def _without_features(family: Family, inputs: Mapping[str, Tensor]) -> Encoded:
     if count == 0 or count % rows:
         raise SaccadeError(f"an image of {rows} crops has {count} placeholders, which is not a multiple of {rows}")
     blank = SimpleNamespace(pooler_output=torch.zeros(rows, count // rows, 1), deepstack_features=[])
-    family.model.get_image_features = lambda *_, **__: blank
-    try:
-        return family.encode(inputs)
-    finally:
-        del family.model.get_image_features
+    # A copy that shares everything else: other threads encode images with the same model.
+    blind = copy.copy(family)
+    blind.model = copy.copy(family.model)
+    blind.model.get_image_features = lambda *_, **__: blank
+    return blind.encode(inputs)
 
 
 def _as_laid(laid: ModeInputs) -> ModeInputs:
