@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -313,6 +315,51 @@ def test_rows_of_a_cache_that_move(name):
             alone[number] = step(single, 2)[0]
         many = cache_of(case.model.generate(**case.prompts(rows), **options))
         torch.testing.assert_close(step(many, 6)[::2], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
+def test_wrappers_around_a_patched_model_stay(way):
+    """accelerate wraps `forward` in place, of the model for autocast and of all its modules for offloading."""
+    case, seen = Case("llava", FAMILIES["llava"]), []
+    model, prompts = case.model, case.prompts([0])
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    expected = model(**prompts).logits
+    with IN_PLACE[way](model):
+        shorter = model(**prompts).logits
+    seen.clear()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    with IN_PLACE[way](model):
+        assert accelerator.prepare_model(model, evaluation_mode=True) is model
+        assert model(**prompts).logits.shape == shorter.shape
+    whole = model(**prompts).logits
+    torch.testing.assert_close(whole, expected, atol=0.2, rtol=0.0)  # in bfloat16
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    with IN_PLACE[way](model):
+        again = model(**prompts).logits
+    assert again.shape == shorter.shape
+    assert not torch.equal(again, whole)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert torch.equal(model(**prompts).logits, expected)
+
+    with IN_PLACE[way](model):
+        cpu_offload(model, execution_device="cpu")
+        model(**prompts)
+    assert torch.equal(model(**prompts).logits, expected)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(**prompts).logits, expected)
+
+
+def test_the_isolator_of_an_offloaded_model(tmp_path):
+    """The model's device is then "meta", which is where no tensor can be computed with."""
+    case = Case("llava", FAMILIES["llava"])
+    prompts, options = case.prompts([0, 1]), generation_options(case)
+    ModeIsolator(2, 32).save_pretrained(tmp_path)
+    config = CONFIG.replace(isolator=str(tmp_path))
+    with apply_pruning(case.model, config):
+        expected = case.model.generate(**prompts, **options)
+    cpu_offload(case.model, execution_device="cpu")
+    with apply_pruning(case.model, config):
+        assert torch.equal(case.model.generate(**prompts, **options), expected)
 
 
 class Gone(BaseStreamer):

@@ -27,18 +27,44 @@ PER_IMAGE = (
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
     """Replace the module's method `name` by `function`, of a module's own level, which receives the module and the
     arguments."""
-    module.__dict__.setdefault(ORIGINALS, {})[name] = module.__dict__.get(name)
+    state = {"active": True, "before": module.__dict__.get(name)}
     # Not a bound method: pickle would look it up by its name, and find the stock one.
-    setattr(module, name, partial(function, module))
+    patched = partial(_patched, state, function, module, name)
+    module.__dict__.setdefault(ORIGINALS, {})[name] = patched
+    setattr(module, name, patched)
+
+
+def _patched(
+    state: Mapping[str, Any],
+    function: Callable[..., Any],
+    module: nn.Module,
+    name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    # accelerate binds what it unwraps to the module, as if it were a function of its class.
+    if args and args[0] is module:
+        args = args[1:]
+    # Wrappers that were put around it since, such as accelerate's, still call it once the model is restored.
+    if not state["active"]:
+        return _original(state, module, name)(*args, **kwargs)
+    return function(module, *args, **kwargs)
+
+
+def _original(state: Mapping[str, Any], module: nn.Module, name: str) -> Callable[..., Any]:
+    before: Callable[..., Any] | None = state["before"]
+    return partial(getattr(type(module), name), module) if before is None else before
 
 
 def patch_as_stock(module: nn.Module, function: Callable[..., Any], name: str = "forward", *more: str) -> None:
     """`patch`, with the signature of the stock method and `more` keywords: generate and trainers read it."""
     stock = getattr(module, name)
-    named = inspect.signature(stock).parameters.values()
-    keywords = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in more]
+    named = inspect.signature(stock).parameters
+    # A wrapper that stayed around an earlier patch still names its keywords.
+    new = [keyword for keyword in more if keyword not in named]
+    keywords = [inspect.Parameter(keyword, inspect.Parameter.KEYWORD_ONLY, default=None) for keyword in new]
     # Without annotations, of which not all can be pickled.
-    bare = [entry.replace(annotation=inspect.Parameter.empty) for entry in named]
+    bare = [entry.replace(annotation=inspect.Parameter.empty) for entry in named.values()]
     rest = [entry for entry in bare if entry.kind is entry.VAR_KEYWORD]
     patch(module, function, name)
     patched = module.__dict__[name]
@@ -47,17 +73,21 @@ def patch_as_stock(module: nn.Module, function: Callable[..., Any], name: str = 
 
 
 def unpatch(module: nn.Module) -> None:
-    """Undo every `patch` of a module."""
-    for name, before in module.__dict__.pop(ORIGINALS).items():
+    """Undo every `patch` of a module. A wrapper that was put around it since stays, and calls what was before."""
+    for name, patched in module.__dict__.pop(ORIGINALS).items():
+        state = patched.args[0]
+        state["active"] = False
+        if module.__dict__.get(name) is not patched:
+            continue
         del module.__dict__[name]
-        if before is not None:
-            setattr(module, name, before)
+        if state["before"] is not None:
+            setattr(module, name, state["before"])
 
 
 def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
     """Call the module's method as it was before it was patched."""
-    before = module.__dict__[ORIGINALS][method]
-    return getattr(type(module), method)(module, *args, **kwargs) if before is None else before(*args, **kwargs)
+    state = module.__dict__[ORIGINALS][method].args[0]
+    return _original(state, module, method)(*args, **kwargs)
 
 
 def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

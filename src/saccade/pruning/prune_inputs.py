@@ -94,7 +94,7 @@ def pruning_config(config: PruningConfig | str | Path | None = None, **options: 
 
 
 def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path | None) -> Tensor | None:
-    """The rows `(l, D)` of an isolator on the model's device, or None.
+    """The rows `(l, D)` of an isolator, on the model's device unless its weights are offloaded, or None.
 
     Raises:
         SaccadeError: if it is not an isolator, or was trained for a model of another width.
@@ -111,7 +111,8 @@ def isolator_rows(family: Family, isolator: ModeIsolator | Tensor | str | Path |
     width = family.model.config.get_text_config().hidden_size
     if rows.shape[-1] != width:
         raise SaccadeError(f"isolator has width {rows.shape[-1]}, the model {width}: it was trained for another model")
-    return rows.to(family.model.device)
+    device = family.model.device
+    return rows if device.type == "meta" else rows.to(device)
 
 
 def _check_inputs(family: Family, inputs: Mapping[str, Any], padding_side: str) -> None:

@@ -139,7 +139,7 @@ def with_isolator(
         spread: whether the rows are placed at the image's first l placeholders, or as many as its first block has,
             instead of all at the first one.
     """
-    length = isolator.shape[0]
+    isolator, length = isolator.to(kept.features.device), isolator.shape[0]
     start, rows = _image_starts(places, context)  # (images,)
     number = torch.zeros_like(places.block).scatter_add_(0, places.block, torch.ones_like(places.block))  # of blocks
     last = number[places.block[start]].unsqueeze(1) - 1
