@@ -137,6 +137,55 @@ def test_the_card_says_how_images_were_pruned(tmp_path):
     assert ["pruned", "random, ratio 0.3, positions=original"] in rows
 
 
+def test_the_card_says_what_the_folder_was_trained_for(tmp_path):
+    """A model that skips is not one that prunes, and a file that is not there is not named."""
+
+    def read():
+        _, front, body = model_card("x", tmp_path, FACTS).split("---\n", 2)
+        return yaml.safe_load(front)["tags"], body
+
+    tags, body = read()
+    assert tags == ["saccade"]
+    assert "dualspeed.json" not in body
+    assert "from saccade import" not in body
+    (tmp_path / "skip_vision.saccade").touch()
+    tags, body = read()
+    assert tags == ["saccade", "skip-vision"]
+    assert "apply_skip_vision(model, folder)" in body
+    assert "prune_inputs" not in body
+    (tmp_path / "pruning_config.json").touch()
+    (tmp_path / "dualspeed.json").write_text("{}")
+    tags, body = read()
+    assert tags == ["saccade", "dualspeed", "visual-token-pruning", "skip-vision"]
+    assert "prune_inputs(model, inputs, folder)" in body
+    assert "settings in `dualspeed.json`" in body
+
+
+@pytest.mark.parametrize("name", ["mode_isolator.saccade", "skip_vision.saccade"])
+def test_files_beside_the_weights_are_read_not_copied(trained, tmp_path, name):
+    """A stranger's link to a private file would be published with the export."""
+    folder, secret = tmp_path / "run", tmp_path / "secret"
+    shutil.copytree(trained[0], folder)
+    secret.write_text("SECRET" * 20)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(SaccadeError, match=rf"{name} is not a whole safetensors file"):
+        export_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / name).unlink()
+    (folder / "pruning_config.json").write_text("nonsense")
+    with pytest.raises(SaccadeError, match=r"pruning_config.json' is damaged"):
+        export_model(folder, tmp_path / "out")
+
+
+def test_an_isolator_of_another_model_is_refused(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    ModeIsolator(2, 999).save_pretrained(folder)
+    with pytest.raises(SaccadeError, match="isolator has width 999"):
+        export_model(folder, tmp_path / "out")
+
+
 def test_the_token_of_an_account_is_recorded_nowhere(tmp_path, capsys):
     """Nor in a card, from the log of a version that took one in a recipe."""
     for command in (["train", "tiny-digits/pretrain", "--output_dir"], ["sweep", "tiny-digits/pretrain", "--output"]):

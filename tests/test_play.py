@@ -9,11 +9,12 @@ import torch
 from family_models import FAMILIES, RELATIVES
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from saccade.cli.main import main
 from saccade.errors import SaccadeError
 from saccade.play import HOST
-from saccade.play.ask import LONGEST_ANSWER, OpenModel, compare, find_models, open_model, scenes
+from saccade.play.ask import LONGEST_ANSWER, OpenModel, _is_here, compare, find_models, open_model, scenes
 from saccade.pruning import ModeIsolator
 from saccade.reducers import PruningConfig
 from saccade.testing.families import Case
@@ -83,6 +84,24 @@ class TestChoosing:
             LoraConfig(base_model_name_or_path=base).save_pretrained(tmp_path)
             with pytest.raises(SaccadeError, match=f"has adapters of '{base}', which is not on this machine"):
                 open_model(str(tmp_path))
+
+    def test_a_base_of_which_weights_are_missing_is_not_here(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Loading it would fetch the rest."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        repository = tmp_path / "hub" / "models--me--base"
+        snapshot = repository / "snapshots" / "a1"
+        for place, text in ((repository / "refs" / "main", "a1"), (snapshot / "config.json", "{}")):
+            place.parent.mkdir(parents=True)
+            place.write_text(text)
+        assert not _is_here("me/base")
+        shards = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(shards))
+        save_file({"a": torch.zeros(1)}, snapshot / "model-1.safetensors")
+        assert not _is_here("me/base")
+        save_file({"b": torch.zeros(1)}, snapshot / "model-2.safetensors")
+        assert _is_here("me/base")
 
 
 class TestSetting:

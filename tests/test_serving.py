@@ -56,6 +56,7 @@ from saccade.serving.vllm_plugin import (
     RESOLVED,
     SETTING,
     TESTED,
+    check_prunes,
     fingerprint,
     folder_pruning,
     pruning_of,
@@ -182,6 +183,22 @@ def test_what_an_engine_cannot_do_is_refused_before_it_starts(name, config, isol
     rows = torch.zeros(2, family_models.WIDTH) if isolator else None
     with pytest.raises(SaccadeError, match=line):
         Shortener(bare_family(tmp_path), config, rows)
+
+
+def test_an_isolator_that_does_not_fit_is_refused_before_the_engine_starts(tmp_path):
+    saved("llava", tmp_path)
+    stock = json.loads((tmp_path / "config.json").read_text())
+    config = RATIO.replace(isolator=str(tmp_path))
+    for write, line in (
+        (lambda: None, "has no mode_isolator.saccade"),
+        (lambda: (tmp_path / "mode_isolator.saccade").write_bytes(b"nonsense"), "not a whole safetensors file"),
+        (lambda: ModeIsolator(2, 999).save_pretrained(tmp_path), "isolator has width 999"),
+    ):
+        write()
+        with pytest.raises(SaccadeError, match=line):
+            check_prunes(tmp_path, stock, config)
+    ModeIsolator(2, family_models.WIDTH).save_pretrained(tmp_path)
+    check_prunes(tmp_path, stock, config)
 
 
 def test_models_that_vllm_cannot_prune_are_refused_before_it_starts(tmp_path, capsys, monkeypatch):

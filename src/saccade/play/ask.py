@@ -16,11 +16,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import CONFIG_NAME
 
 from saccade.data import digit_scenes
-from saccade.dualspeed.weights import base_of
+from saccade.dualspeed.weights import base_of, weight_files
 from saccade.errors import SaccadeError
 from saccade.evaluation.digits import GREEDY, prepare_prompts, trained_pruning
 from saccade.families.padding import pads_to_square
 from saccade.images import open_image
+from saccade.model_files import check_files
 from saccade.pages.source import read_json
 from saccade.play import TINY, check_folder
 from saccade.pruning import prune_inputs, reduce_inputs
@@ -191,10 +192,17 @@ def open_model(name: str) -> OpenModel:
 
 
 def _is_here(base: str) -> bool:
+    """Whether a base is a folder, or was fetched from the hub with all of its weights."""
+    if Path(base).is_dir():
+        return True
     try:
-        return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, CONFIG_NAME), str)
-    except ValueError:  # not a name that the hub could have
+        config = try_to_load_from_cache(base, CONFIG_NAME)
+        if not isinstance(config, str):
+            return False
+        check_files(Path(config).parent)  # all shards that an index names
+    except (ValueError, SaccadeError):  # ValueError: not a name that the hub could have
         return False
+    return bool(weight_files(Path(config).parent))
 
 
 def compare(opened: OpenModel, picture: Any, question: str, pruning: PruningConfig) -> Comparison:

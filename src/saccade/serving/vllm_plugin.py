@@ -145,6 +145,7 @@ def check_prunes(
     Raises:
         SaccadeError: naming the model, or the option, and what can be served.
     """
+    from saccade.pruning.prune_inputs import isolator_rows
     from saccade.serving.shorten import check_serves
     from saccade.serving.tower import bare_family
 
@@ -159,6 +160,7 @@ def check_prunes(
     else:
         family = bare_family(folder, revision)
         check_serves(family, config, config.isolator is not None)
+        isolator_rows(family, config.isolator)
         return family
     raise SaccadeError(
         f"model={str(folder)!r} cannot be pruned in vLLM: {reason}; `saccade serve --engine transformers` prunes it, "

@@ -14,6 +14,7 @@ from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
 from saccade.reducers import PRUNING_FILE
 from saccade.reducers.config import pruned_how
 from saccade.report.tables import markdown_table
+from saccade.skip_vision import SUMMARY_FILE
 
 MEASURED = {
     "loss": "training loss, last log",
@@ -60,11 +61,12 @@ def model_card(
     history = history if isinstance(history, list) else []
     base = facts["base_model"] or recipe.get("model")
     local = isinstance(base, str) and (log.get("local_model") is True or _looks_local(base))
+    prunes, skips = ((source / name).is_file() for name in (PRUNING_FILE, SUMMARY_FILE))
     parts = [
-        _front_matter(None if local else base),
+        _front_matter(None if local else base, prunes, skips),
         f"# {name}\n",
         _first_words(facts, Path(base).name if local else base, run, source),
-        _usage(facts["architecture"], facts["own_classes"], (source / PRUNING_FILE).is_file()),
+        _usage(facts["architecture"], facts["own_classes"], prunes, skips),
         _settings(run.get("config", {}), recipe, _read(source / "adapter_config.json")),
         _training(history, run, log.get("environment", {}), log.get("finished")),
         _evaluation(evaluation or {}),
@@ -72,13 +74,13 @@ def model_card(
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(base: str | None) -> str:
+def _front_matter(base: str | None, prunes: bool, skips: bool) -> str:
     # The hub links to this name, so that a local folder's would be a dead link, or one to somebody else's model.
     named = base if base and base != "tiny" else None
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["saccade", "dualspeed", "visual-token-pruning"],
+        tags=["saccade", *["dualspeed", "visual-token-pruning"] * prunes, *["skip-vision"] * skips],
         base_model=named,
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -94,17 +96,24 @@ def _first_words(facts: Mapping[str, Any], base: str | None, run: Mapping[str, A
     words += f", trained from `{base}`" if base else ""
     after = run.get("weights_step", run.get("global_step"))
     step = "" if after is None else f" It is the model after step {after}."
-    return f"{words}. Exported by Saccade from `{source.name}`, settings in `{RUN_FILE}`.{step}\n"
+    settings = f", settings in `{RUN_FILE}`" if (source / RUN_FILE).is_file() else ""
+    return f"{words}. Exported by Saccade from `{source.name}`{settings}.{step}\n"
 
 
-def _usage(architecture: str, own_classes: Sequence[str], pruned: bool) -> str:
-    pruned = (
-        "\nPruned inference, as the model was trained:\n\n```python\n"
-        "from saccade import prune_inputs\n\n"
-        "pruned = prune_inputs(model, inputs, folder)\n```\n"
-        if pruned
-        else ""
-    )
+def _usage(architecture: str, own_classes: Sequence[str], prunes: bool, skips: bool) -> str:
+    as_trained = ""
+    if prunes:
+        as_trained += (
+            "\nPruned inference, as the model was trained:\n\n```python\n"
+            "from saccade import prune_inputs\n\n"
+            "pruned = prune_inputs(model, inputs, folder)\n```\n"
+        )
+    if skips:
+        as_trained += (
+            "\nSkip-Vision, as the model was trained; without this call it runs every token through every layer:\n\n"
+            "```python\nfrom saccade import apply_skip_vision\n\n"
+            "apply_skip_vision(model, folder)\n```\n"
+        )
     needs, first = "Saccade is not needed", ""
     if own_classes:
         needs = f"Saccade has the code of {' and '.join(own_classes)}"
@@ -115,7 +124,7 @@ def _usage(architecture: str, own_classes: Sequence[str], pruned: bool) -> str:
         f"from transformers import {', '.join(sorted(('AutoProcessor', architecture)))}\n\n"
         'folder = "."  # where this file is\n'
         f"model = {architecture}.from_pretrained(folder)\n"
-        f"processor = AutoProcessor.from_pretrained(folder)\n```\n{pruned}"
+        f"processor = AutoProcessor.from_pretrained(folder)\n```\n{as_trained}"
     )
 
 

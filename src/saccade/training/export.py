@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from saccade.companions import find_companion
+from saccade.companions import find_companion, read_companion, save_companion
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
 from saccade.dualspeed.weights import base_of, check_keys, identify_weights, load_whole, read_evaluation
 from saccade.errors import SaccadeError
+from saccade.families import get_family
 from saccade.files import check_exists, check_new_folder, reading, write_json_atomically, write_text_atomically
 from saccade.pruning import ISOLATOR_FILE
-from saccade.reducers import PRUNING_FILE
+from saccade.pruning.prune_inputs import isolator_rows
+from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
 from saccade.training.models import ModelOptions, load_model
@@ -47,8 +49,8 @@ def export_model(
         transformers does not have), `bytes`, `files`, `notes` (what was left out, and why).
 
     Raises:
-        SaccadeError: if `source` is not a trained model, `output` is taken, or the written model does not load
-            unchanged.
+        SaccadeError: if `source` is not a trained model, a file beside its weights is damaged or does not fit it,
+            `output` is taken, or the written model does not load unchanged.
         OSError: if it cannot be written; nothing is left behind.
     """
     source, output = Path(source), Path(output)
@@ -56,16 +58,26 @@ def export_model(
     check_shard_size(max_shard_size)
     base = base_of(source)
     evaluation, note = read_evaluation(source)
+    if (source / PRUNING_FILE).is_file():
+        PruningConfig.from_pretrained(source)
+    learned = {
+        name: read_companion(source, name, "model")
+        for name in (ISOLATOR_FILE, SUMMARY_FILE)
+        if find_companion(source, name) is not None
+    }
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
+    if ISOLATOR_FILE in learned:
+        isolator_rows(get_family(model), source)
     with whole_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         check_loads(folder, model)
-        beside = {name: find_companion(source, name) for name in (ISOLATOR_FILE, SUMMARY_FILE)}
-        beside |= {name: source / name for name in (PRUNING_FILE, RUN_FILE) if (source / name).is_file()}
-        for name, path in beside.items():
-            if path is not None:
-                shutil.copy2(path, folder / name)
+        # Written anew: a copy would disclose whatever file a link in a stranger's folder leads to.
+        for name, (config, tensors) in learned.items():
+            save_companion(folder, name, tensors, config)
+        for name in (PRUNING_FILE, RUN_FILE):
+            if (source / name).is_file():
+                shutil.copy2(source / name, folder / name)
         if evaluation is not None:
             # Merging or another dtype changes the bytes; what it was measured on stays recorded.
             evaluation = {**evaluation, "exported_weights": identify_weights(folder)}
