@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
+from datasets import Dataset
 from family_models import FAMILIES
 from forked import forking
 from helpers import losses, make_trainer
@@ -214,6 +215,32 @@ def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, t
     assert len(batch["bad_records"]) == 2
     assert torch.equal(batch["input_ids"], expected["input_ids"][1:])
     assert set(trainer.training_collator()([rows[1], rows[2]])) == {"bad_records"}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"fault": "cracked", "kind": "metal", "index": "a7"}, {"record": {"lot": 3}, "index": 1007}],
+    ids=["fault", "record"],
+)
+def test_a_dataset_may_have_columns_of_the_names_that_mark_rows(model, processor, tmp_path, columns):
+    """Only together are they those of `mix`."""
+    scenes = list(digit_scenes("sft", "train", 6))
+    scenes[1]["messages"][-1]["content"] = ""
+    counter = TokenCounter(processor, get_family(model).placeholder_id, PruningConfig())
+
+    def look(name, columns):
+        rows = [{"messages": row["messages"], "images": row["images"], **columns} for row in scenes]
+        rows = Dataset.from_list(rows)
+        trainer = make_trainer(model, processor, tmp_path / name, rows=rows, max_bad_records=1)
+        return collate(trainer, range(4)), estimate_lengths(rows, counter, True)
+
+    (batch, lengths), (expected, plain) = look("named", columns), look("plain", {})
+    (bad,) = batch.pop("bad_records")
+    assert [bad] == expected.pop("bad_records")
+    assert bad["kind"] == "no_answer"
+    assert bad["record"].startswith("a row without a number (")
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+    assert lengths == plain
 
 
 def test_a_run_whose_first_batch_holds_nothing_good_stops(model, processor, tmp_path, data):

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from saccade import SaccadeError, prune_inputs
+from saccade import DualSpeedTrainer, SaccadeError, prune_inputs
+from saccade.data import digit_scenes
 from saccade.dualspeed.masters import MASTERS_FILE, Float32Masters, wants_masters
 from saccade.families import get_family
+from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava
 
 STAGE_ONE = {"freeze_language_model": True, "learning_rate": 2e-5, "max_steps": 20, "per_device_train_batch_size": 1}
@@ -90,6 +92,50 @@ def test_a_resumed_run_is_the_unbroken_one(processor, tmp_path):
     options = {**STEPS, "float32_masters": False}
     with pytest.raises(SaccadeError, match=r"float32_masters=False \(checkpoint: True\)"):
         run(in_bf16(processor), processor, tmp_path / "broken", resume=True, **options)
+
+
+class Averaging(torch.optim.SGD):
+    """Evaluates at other weights than it trains, as schedule-free optimizers do."""
+
+    distance = 0.0
+
+    def eval(self):
+        self._move(1.0)
+
+    def train(self):
+        self._move(0.0)
+
+    def _move(self, distance):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(distance - self.distance)
+        self.distance = distance
+
+
+def test_weights_follow_an_optimizer_that_evaluates_at_others(processor, tmp_path):
+    trainer = DualSpeedTrainer(
+        in_bf16(processor),
+        args=make_config(tmp_path, bf16=True, max_steps=2),
+        train_dataset=digit_scenes("sft", "train", 8),
+        eval_dataset=digit_scenes("sft", "validation", 2),
+        processing_class=processor,
+        optimizer_cls_and_kwargs=(Averaging, {"lr": 1e-3}),
+    )
+    trainer.train()
+    held = dict(trainer.model.named_parameters())
+    before = {name: master.clone() for name, master in trainer.masters.weights.items()}
+    trainer.evaluate()
+    for name, master in before.items():
+        torch.testing.assert_close(held[name], (master + 1).bfloat16())
+    trainer.optimizer.train()
+    for name, master in before.items():
+        torch.testing.assert_close(trainer.masters.weights[name], master)
+        torch.testing.assert_close(held[name], master.bfloat16(), rtol=1e-2, atol=1e-6)
+    # What is loaded in between is what it goes on with.
+    with torch.no_grad():
+        held[name].zero_()
+    trainer.optimizer.eval()
+    assert torch.equal(held[name], torch.ones_like(held[name]))
 
 
 class Generates(TrainerCallback):

@@ -8,7 +8,7 @@ import multiprocessing
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from family_models import FAMILIES
 from helpers import ORDINARY, PRUNE_ONLY, losses, make_trainer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
@@ -571,6 +571,7 @@ def test_an_isolator_does_not_train_alone(processor, tmp_path, lora):
     [
         (None, "train_dataset is None or has no rows"),
         (Dataset.from_dict({"messages": [], "images": []}), "no rows"),
+        (DatasetDict(train=Dataset.from_dict({"images": [[]]})), r"a DatasetDict with .* give .* dataset\['train'\]"),
         (Dataset.from_dict({"messages": [[]]}), "'images' column"),
         (Dataset.from_dict({"conversations": [[]], "image": ["a.png"]}), "'conversations' .* saccade.data.load_rows"),
     ],

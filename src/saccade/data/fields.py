@@ -13,6 +13,8 @@ from saccade.errors import RecordError, kind_of
 MEDIA_FIELDS = ("images", "image", "videos", "video")
 ROW_FIELDS = ("conversations", "messages", "prompt", "completion", *MEDIA_FIELDS, "system", "system_prompt")
 """The fields of a row that are read."""
+MARKS = ("record", "fault", "kind")
+"""Columns that `saccade.data.mix` and `stream` add to every row, for messages about it; `mix` adds its `index` too."""
 MESSAGE_FIELDS = ("role", "content", "from", "value")
 
 REFUSED_IN_ROWS = {
@@ -44,6 +46,11 @@ WEIGHTS = ("weight", "loss_weight", "loss", "train", "trainable", "loss_mask", "
 
 _VIDEO_NAME = re.compile(r"\S.*\.(mp4|m4v|mov|webm|mkv|avi|mpe?g|ogv|flv|wmv)", re.IGNORECASE | re.DOTALL)
 _IMAGE_NAME = re.compile(r"(data:image/.*)|(\S.*\.(jpe?g|png|webp|gif|bmp|tiff?))", re.IGNORECASE | re.DOTALL)
+
+
+def marks(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row if `mix` or `stream` marked it, otherwise nothing: other data has columns of these names too."""
+    return row if all(name in row for name in MARKS) else {}
 
 
 def is_given(value: Any) -> bool:

@@ -12,6 +12,7 @@ from PIL import Image
 from saccade.data.chat import apply_chat_template
 from saccade.data.clips import check_takes_videos, placeholder_ids, with_clips
 from saccade.data.conversation import TAGS, checked_message, images_of, text_of, used_columns, videos_of
+from saccade.data.fields import marks
 from saccade.data.plain import row_writer
 from saccade.errors import RecordError
 from saccade.images import MAX_PIXELS, image_size
@@ -283,7 +284,7 @@ def _measure_row(
     row: Mapping[str, Any], counter: TokenCounter, shortened: bool, max_pixels: int
 ) -> tuple[tuple[int, int, int], int]:
     """Characters and messages of a row's text, and 1, or zeros for an unusable row; and tokens of its images."""
-    if row.get("fault"):
+    if marks(row).get("fault"):
         return (0, 0, 0), 0
     try:
         sizes: list[Shape] = [

@@ -17,6 +17,7 @@ from saccade.data.conversation import (
     used_columns,
     videos_of,
 )
+from saccade.data.fields import marks
 from saccade.errors import RecordError
 
 _FIX = "use a chat template that writes answers right after its generation prompt (chat_template_path takes a file)"
@@ -187,7 +188,7 @@ class TurnWriter:
 
 def is_plain_text(row: Mapping[str, Any]) -> bool:
     """Whether a row is plain text, already in the model's chat format or in none."""
-    return not row.get("fault") and not any(isinstance(row.get(name), list) for name in used_columns(row))
+    return not marks(row).get("fault") and not any(isinstance(row.get(name), list) for name in used_columns(row))
 
 
 def with_places(messages: Sequence[Message], images: int, videos: int = 0) -> list[Message]:

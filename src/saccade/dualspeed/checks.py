@@ -44,6 +44,11 @@ def check_adapters(model: nn.Module) -> None:
 
 def first_columns(train_dataset: Iterable[Mapping[str, Any]] | None) -> list[str]:
     """The columns of a dataset's first row, which differ from the table's if rows are converted when they are read."""
+    if isinstance(train_dataset, Mapping):
+        splits, first = ", ".join(map(repr, train_dataset)), next(iter(train_dataset), "train")
+        raise SaccadeError(
+            f"train_dataset is {kind_of(train_dataset)} with the splits {splits}: give one, such as dataset[{first!r}]"
+        )
     first = None if train_dataset is None else next(iter(train_dataset), None)
     if first is None:
         raise SaccadeError("train_dataset is None or has no rows: give a dataset with at least one")

@@ -22,7 +22,7 @@ from saccade.data.conversation import (
     videos_of,
     with_system_prompt,
 )
-from saccade.data.fields import ROW_FIELDS, check_row_fields, check_text, system_prompt
+from saccade.data.fields import MARKS, ROW_FIELDS, check_row_fields, check_text, marks, system_prompt
 from saccade.data.lengths import check_words
 from saccade.data.plain import PlainWriter, row_writer
 from saccade.data.turns import TrainingText, TurnWriter
@@ -38,7 +38,7 @@ from saccade.videos import Sampling, open_video
 WORDS = ("messages", "prompt", "completion")
 STANDS_IN = "stands_in"
 """Column that is true on rows that merely fill up a batch, which have no labels."""
-OWN_COLUMNS = ("index", "record", "fault", "kind", STANDS_IN)
+OWN_COLUMNS = ("index", *MARKS, STANDS_IN)
 """Columns that `saccade.data.mix` adds to a row, for messages about it, and the mark of replacements."""
 BAD_RECORDS = "bad_records"
 """The entry of a batch that lists the bad records met while making it; the only entry of an empty batch."""
@@ -100,7 +100,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         bad: dict[str, dict[str, Any]] = {}
-        places = [_Place(example, example.get("index"), self._prepare(example, bad)) for example in examples]
+        places = [_Place(example, marks(example).get("index"), self._prepare(example, bad)) for example in examples]
         while self._fill(places, bad):
             batch, faults = self._collate([place.prepared for place in places])
             if not faults:
@@ -167,7 +167,7 @@ class DualSpeedCollator(DataCollatorForVisionLanguageModeling):
     def _note(
         self, example: dict[str, Any], error: RecordError, bad: dict[str, dict[str, Any]], name: str | None = None
     ) -> None:
-        record = example.get("record")
+        record = marks(example).get("record")
         if self.max_bad_records is None:
             where = record or name
             raise RecordError(f"{where}: {error}" if where else str(error), error.kind) from error
@@ -340,8 +340,9 @@ def prepare_example(
     Raises:
         RecordError: on a row with a fault, a bad image or video, or tags that do not match the images and videos.
     """
-    if example.get("fault"):
-        raise RecordError(example["fault"], example.get("kind") or "malformed")
+    fault = marks(example).get("fault")
+    if fault:
+        raise RecordError(fault, example["kind"])
     check_row_fields(example)
     beside = {name: value for name, value in example.items() if name not in (*OWN_COLUMNS, *ROW_FIELDS)}
     images = [open_image(image, max_image_pixels, padded) for image in images_of(example)]

@@ -6,6 +6,8 @@ the weights get their rounded values. The model keeps its own dtype in every pas
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +69,8 @@ class Float32Masters:
 
     The copies replace the weights in the optimizer's parameter groups. Before a step, the gradients move from the
     weights to the copies, so that both are never in memory at once; after it, the weights get the copies' rounded
-    values. If something else has changed a weight in between, such as loading, its copy is updated first.
+    values. If something else has changed a weight in between, such as loading, its copy is updated first. Where the
+    optimizer has a mode for evaluation, as schedule-free ones do, the weights follow when it is switched.
 
     Raises:
         SaccadeError: if the optimizer does not cover all trainable half-precision weights, or has already taken steps.
@@ -92,6 +95,11 @@ class Float32Masters:
             )
         optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
         optimizer.register_step_post_hook(lambda *_: self._write_back())
+        # Schedule-free optimizers evaluate with an average of the weights, and train on from others.
+        self._mode: str | None = None
+        for mode in ("train", "eval"):
+            if callable(getattr(optimizer, mode, None)):
+                setattr(optimizer, mode, partial(self._switch, mode, getattr(optimizer, mode)))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -125,9 +133,20 @@ class Float32Masters:
         return master
 
     @torch.no_grad()
+    def _switch(self, mode: str, switch: Callable[[], None]) -> None:
+        """Let the optimizer switch its parameters to another mode, and the weights with them."""
+        if mode == self._mode:  # in training, it is asked to in every micro-batch
+            return
+        for weight, master in self._pairs.values():
+            _follow(weight, master)
+        switch()
+        self._write_back()
+        self._mode = mode
+
+    @torch.no_grad()
     def _take_gradients(self) -> None:
         for weight, master in self._pairs.values():
-            master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
+            _follow(weight, master)
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
 
@@ -136,3 +155,8 @@ class Float32Masters:
         for weight, master in self._pairs.values():
             weight.copy_(master)
             master.grad = None
+
+
+def _follow(weight: Tensor, master: Tensor) -> None:
+    """Update the master of a weight that something else has changed, such as loading."""
+    master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
