@@ -90,6 +90,44 @@ def test_killed_run_resumes_on_the_same_curve(unbroken, tmp_path, kill):
             torch.testing.assert_close(final[key], whole[key], rtol=1e-6, atol=1e-7)
 
 
+def test_a_run_killed_while_a_checkpoint_is_replaced_goes_on_from_the_new_one(unbroken, tmp_path):
+    """Then there is none in its place: the old one is moved aside, and the new one is not there yet."""
+    reference, lora = unbroken
+    run(tmp_path, expect=-signal.SIGKILL, lora=lora, kill_at_step=7)
+    run(tmp_path, expect=-signal.SIGKILL, lora=lora, resume=str(tmp_path / "checkpoint-3"), kill_in_replacing=True)
+    assert sorted(path.name for path in (tmp_path / PARTIAL_DIR).glob("*/")) == ["checkpoint-6", "replaced"]
+    assert not (tmp_path / "checkpoint-6").exists()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    (tmp_path / "steps.jsonl").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / PARTIAL_DIR / "checkpoint-6"
+    run(tmp_path, lora=lora, resume=True)
+    got, expected = steps(tmp_path), steps(reference)
+    assert list(got) == [7, 8]
+    for step, entry in got.items():
+        assert entry.pop("mode") == expected[step].pop("mode"), step
+        assert entry == pytest.approx(expected[step], rel=1e-6), step
+    assert not (tmp_path / PARTIAL_DIR).exists()
+    assert (tmp_path / "checkpoint-6").is_dir()
+
+
+def test_an_interruption_while_a_checkpoint_is_replaced_removes_neither(processor, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        build_tiny_llava(processor, seed=0), processor, tmp_path, max_steps=1, save_strategy="steps"
+    )
+    trainer.train()
+    rename = Path.rename
+
+    def interrupted(path, target):
+        rename(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    monkeypatch.undo()
+    assert resolve_resume(True, tmp_path) == tmp_path / "checkpoint-1"
+
+
 def test_a_stream_goes_on_in_the_epoch_where_it_stopped(processor, tmp_path):
     """Three rows in batches of two, in another order in each epoch: the second step of each has a single row. It makes
     no difference how batches are cut, before the resume or after."""

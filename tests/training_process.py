@@ -2,7 +2,8 @@
 
 Keys: `output_dir`, `resume` (as for `train`), `kill_at_step` (kill -9 after that step), `signal_at_step` (SIGTERM),
 `kill_rank` (the rank that these happen to), `kill_in_checkpoint` (kill -9 in the middle of writing the checkpoint of
-that step), `text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `stream` (records to
+that step), `kill_in_replacing` (kill -9 once a checkpoint is moved aside for the one that replaces it),
+`text_only_rank` (a rank that sees no image), `scenes` (options of the dataset), `stream` (records to
 stream instead), `stream_parts` (in how many parts it can be read; one per rank by default), `lora`, `half` (weights in
 bfloat16), and options of the config. Each step's mode and loss is appended to `steps.jsonl` in `output_dir` as it
 happens. Started by a launcher whose environment asks for FSDP, it lets accelerate shard on the CPU.
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import make_trainer
 
 from saccade.data import digit_scenes
+from saccade.dualspeed.folder import PARTIAL_DIR
 from saccade.launch import check_engine
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 from saccade.training import ModelOptions, load_rows
@@ -71,6 +73,7 @@ def main(options: dict) -> None:
         allow_sharding_on_the_cpu()
     resume = options.pop("resume", None)
     kill_at_step, kill_in_checkpoint = options.pop("kill_at_step", None), options.pop("kill_in_checkpoint", None)
+    kill_in_replacing = options.pop("kill_in_replacing", False)
     lora = options.pop("lora", False)
     rows = {"num_rows": 64, "seed": 5, **options.pop("scenes", {})}
     # On one rank only: what happens when its batches hold no image.
@@ -95,6 +98,15 @@ def main(options: dict) -> None:
     check_engine(trainer.accelerator)
     here = trainer.args.process_index == kill_rank
     trainer.add_callback(Recorder(trainer, kill_at_step if here else None, signal_at_step if here else None))
+    if kill_in_replacing:
+        rename = Path.rename
+
+        def killing(path, target):
+            rename(path, target)
+            if Path(target).parent.name == PARTIAL_DIR:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Path.rename = killing
     if kill_in_checkpoint is not None:
         write = trainer._save_rng_state
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from saccade.companions import ENDING
-from saccade.dualspeed.folder import RUN_FILE, find_stranger, read_run_file
+from saccade.dualspeed.folder import PARTIAL_DIR, RUN_FILE, find_stranger, read_run_file
 from saccade.dualspeed.identity import through_json
 from saccade.dualspeed.weights import check_keys, checksums, load_whole
 from saccade.errors import SaccadeError, kind_of
@@ -54,9 +54,18 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Every checkpoint in `output_dir`, complete or not, from the highest step down."""
+    """Every checkpoint in `output_dir`, complete or not, from the highest step down.
+
+    One that a kill kept from its place, see `publish_checkpoint`, is among them.
+    """
     found = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0]
-    return sorted(found, key=step_of, reverse=True)
+    return sorted([*found, *unpublished(Path(output_dir))], key=step_of, reverse=True)
+
+
+def unpublished(output_dir: Path) -> list[Path]:
+    """The finished checkpoint, if any, that is still where it was written and has no other in its place."""
+    written = (output_dir / PARTIAL_DIR).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MANIFEST_FILE}")
+    return [path.parent for path in written if not (output_dir / path.parent.name).exists()]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -198,7 +207,8 @@ def _missing_part(path: Path) -> str | None:
 def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | None:
     """The checkpoint to resume from: a path as given, the newest complete one for True, None for none.
 
-    True considers only checkpoints of the run that `output_dir` belongs to.
+    True considers only checkpoints of the run that `output_dir` belongs to. One that a kill kept from its place is put
+    there first; no other process may be writing to `output_dir`.
 
     Raises:
         SaccadeError: if a checkpoint was requested and none is complete; the message says what is wrong with each.
@@ -207,6 +217,8 @@ def resolve_resume(resume: str | bool | None, output_dir: str | Path) -> Path | 
         return None
     if resume is True:
         faults = []
+        for path in unpublished(Path(output_dir)):
+            path.rename(Path(output_dir) / path.name)
         for path in checkpoints(output_dir):
             fault = find_fault(path) or find_stranger(path, output_dir) or find_fault(path, thorough=True)
             if fault is None:
@@ -302,7 +314,10 @@ def remove_other_kind(folder: Path, adapters: bool, isolator: bool, prunes: bool
 
 
 def publish_checkpoint(partial: Path, output_dir: Path) -> Path:
-    """Move the finished checkpoint inside `partial` to its place in `output_dir`, and remove `partial`."""
+    """Move the finished checkpoint inside `partial` to its place in `output_dir`, and remove `partial`.
+
+    After a kill in between, `resolve_resume` does the rest.
+    """
     (written,) = partial.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     write_manifest(written)
     target = output_dir / written.name

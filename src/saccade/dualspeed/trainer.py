@@ -56,6 +56,7 @@ from saccade.dualspeed.checkpoint import (
     remove_other_kind,
     resolve_resume,
     step_of,
+    unpublished,
 )
 from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
@@ -968,7 +969,8 @@ class DualSpeedTrainer(SFTTrainer):
                     card.replace(run_dir / card.name)
                 written = publish_checkpoint(partial, run_dir)
             except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
+                if not unpublished(run_dir):
+                    shutil.rmtree(partial, ignore_errors=True)
                 raise
             if self.args.push_to_hub:
                 with disk_errors(run_dir):
