@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.made: list[dict] = []
         self.refuses_commits = False
         self.exists = False
+        self.fails = False
 
     @property
     def url(self) -> str:
@@ -46,6 +47,8 @@ class Handler(BaseHTTPRequestHandler):
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if self.path == "/api/whoami-v2" and known:
             return self.answer(200, {"name": "me", "type": "user"})
+        if self.path.startswith("/api/models/me/") and self.server.fails:
+            return self.answer(500, {"error": "down"})
         if self.path.startswith("/api/models/me/") and self.server.exists:
             return self.answer(200, {"id": "me/model", "sha": "0" * 40, "private": False, "tags": [], "siblings": []})
         return self.answer(404 if known else 401, {"error": "no"})
@@ -136,6 +139,10 @@ def test_private_does_not_upload_to_what_is_public(hub: Hub, exported: Path, cap
     assert main([*words, "--private"]) == 2
     assert "push_to_hub='me/model' is public" in capsys.readouterr().err
     assert not exported.exists()
+    hub.fails = True
+    assert main([*words, "--private"]) == 2
+    assert f"push_to_hub='me/model': {hub.url} did not say whether it is private" in capsys.readouterr().err
+    hub.fails = False
     assert main(words) == 0
 
 

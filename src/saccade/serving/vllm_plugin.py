@@ -172,6 +172,7 @@ def local_folder(model_config: Any) -> Path | None:
     """The folder with the files next to a model's weights; None for a model from a hub without Saccade's files."""
     from saccade.pruning import ISOLATOR_FILE
     from saccade.reducers import PRUNING_FILE
+    from saccade.skip_vision import SUMMARY_FILE
 
     folder = Path(model_config.model)
     if folder.is_dir():
@@ -181,7 +182,9 @@ def local_folder(model_config: Any) -> Path | None:
 
     try:
         found = snapshot_download(
-            model_config.model, revision=model_config.revision, allow_patterns=[PRUNING_FILE, ISOLATOR_FILE]
+            model_config.model,
+            revision=model_config.revision,
+            allow_patterns=[PRUNING_FILE, ISOLATOR_FILE, SUMMARY_FILE],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None

@@ -7,6 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from saccade.errors import SaccadeError
+from saccade.files import reading
 
 
 def check_hub(repository: str, private: bool = False) -> None:
@@ -33,10 +34,13 @@ def check_hub(repository: str, private: bool = False) -> None:
             f"{name}: {api.endpoint} did not say who you are ({_short(error)}): run `hf auth login` or set HF_TOKEN, "
             "or try again when it can be reached"
         ) from error
-    if private and api.repo_exists(repository) and not api.repo_info(repository).private:
-        raise SaccadeError(
-            f"{name} is public, and private=true does not change that: make it private on the hub first"
-        )
+    if private:
+        with reading(f"{name}: {api.endpoint} did not say whether it is private"):
+            public = api.repo_exists(repository) and not api.repo_info(repository).private
+        if public:
+            raise SaccadeError(
+                f"{name} is public, and private=true does not change that: make it private on the hub first"
+            )
 
 
 def push_folder(folder: Path, repository: str, private: bool = False) -> str:
