@@ -124,6 +124,32 @@ def test_frames_at_irregular_times(tmp_path):
 
 
 @pytest.mark.usefixtures("needs_av")
+@pytest.mark.parametrize("start", [0, 125, 4 * 3600 * 25])
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.mp4", "mpeg4"),
+        ("a.mkv", "mpeg4"),
+        ("a.webm", "libvpx"),
+        ("a.ts", "mpeg4"),
+        ("a.flv", "flv"),
+        ("a.asf", "mpeg4"),
+        ("a.mpg", "mpeg1video"),
+        ("a.vob", "mpeg2video"),
+    ],
+)
+def test_the_frames_are_those_of_the_clip_whenever_it_starts(tmp_path, name, codec, start):
+    """A piece cut out of a film keeps its times, and some containers count their duration from 0, or store none."""
+    path = write_clip(tmp_path / name, 20, rate=25, codec=codec, ticks=range(start, start + 20))
+    clip = open_video(path, Sampling(4))
+    # Times in the container are rounded to its ticks.
+    assert np.allclose(numbers_of(clip), [0, 19 / 3, 38 / 3, 19], atol=0.7)
+    assert clip.times == pytest.approx([number / 25 for number in numbers_of(clip)], abs=0.01)
+    assert clip.duration == pytest.approx(0.8, abs=0.03)
+    assert video_shape(path, Sampling(50)) == (20, SIZE)
+
+
+@pytest.mark.usefixtures("needs_av")
 def test_an_hour_is_read_by_jumping(tmp_path, monkeypatch):
     monkeypatch.setattr("saccade.videos.MAX_DECODED", 200)
     # A frame every two seconds for an hour, with a key frame every twelve frames.

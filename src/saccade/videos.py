@@ -37,6 +37,10 @@ SEEK_SECONDS = 5.0
 CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,ogg,flv,asf"
 """The containers that are opened, by FFmpeg's names, regardless of the file name. Others, such as playlists, name
 further files or addresses, which FFmpeg would open."""
+_GUESSED_DURATION = ("mpeg", "mpegvideo")
+"""Containers that store no duration. FFmpeg's guess is too short, up to a whole clip."""
+_DURATION_FROM_ZERO = ("matroska,webm", "asf")
+"""Containers whose duration counts from 0 by some writers and from the first frame by others."""
 FRAME_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """Suffixes of the frames in a folder."""
 
@@ -349,13 +353,17 @@ def _too_long(name: str, seconds: float) -> str:
 def _timing(container: Any, stream: Any, name: str) -> tuple[Fraction, float]:
     """Frames per second on average, and when the last one is shown, in seconds after the first."""
     rate = stream.average_rate or stream.guessed_rate
-    seconds = None
-    if stream.duration and stream.time_base:
-        seconds = float(stream.duration * stream.time_base)
-    elif container.duration:
-        seconds = container.duration / 1_000_000
-    if seconds is None or not rate:
-        # The header says nothing: the packets do, without decoding them.
+    kind, seconds = container.format.name, None
+    if kind not in _GUESSED_DURATION:
+        if stream.duration and stream.time_base:
+            seconds = float(stream.duration * stream.time_base)
+        elif container.duration:
+            seconds = container.duration / 1_000_000
+    start = float((stream.start_time or 0) * stream.time_base)
+    # Encoders that reorder frames start a moment after 0, for which no long file is read to its end.
+    unsure = seconds is None or (kind in _DURATION_FROM_ZERO and start > 0.01 * seconds)
+    if unsure or not rate:
+        # The header does not say: the packets do, without decoding them.
         packets = [packet for packet in container.demux(stream) if packet.pts is not None]
         times = sorted(float(packet.pts * packet.time_base) for packet in packets)
         container.seek(0)
@@ -364,9 +372,11 @@ def _timing(container: Any, stream: Any, name: str) -> tuple[Fraction, float]:
         last = times[-1] - times[0]
         rate = rate or Fraction((len(times) - 1) / last if last > 0 else 1.0).limit_denominator(1000)
         seconds = last + float(1 / rate)
+    else:
+        last = max(0.0, seconds - min(float(1 / rate), _shortest_step(stream)))
     if seconds > MAX_SECONDS:
         raise RecordError(_too_long(name, seconds), "too_long")
-    return Fraction(rate), max(0.0, seconds - min(float(1 / rate), _shortest_step(stream)))
+    return Fraction(rate), last
 
 
 def _shortest_step(stream: Any) -> float:
