@@ -409,19 +409,24 @@ def test_what_a_server_is_started_with(tmp_path):
     assert json.loads(body)["messages"][0]["content"][0]["image_url"]["url"] == "data:image/png;base64,AAAA"
 
 
-@pytest.mark.parametrize("kind", ["pruned", "skipped", "all tokens"])
-def test_what_the_server_of_transformers_loads_runs_as_it_was_trained(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["pruned", "pruned and skipped", "skipped", "all tokens"])
+def test_what_the_server_of_transformers_loads_runs_as_it_was_trained(kind, tmp_path, monkeypatch, caplog):
+    """Of both methods it runs one, and says so."""
     model, processor = load_tiny()
     for part in (model, processor):
         part.save_pretrained(tmp_path)
-    if kind == "skipped":
-        apply_skip_vision(model, SkipVisionConfig(retained=20, skipped=40)).save_pretrained(tmp_path)
-    else:
+    if "skipped" in kind:
+        skip = apply_skip_vision(model, SkipVisionConfig(retained=20, skipped=40))
+        skip.save_pretrained(tmp_path)
+    if kind != "skipped":
+        if kind == "pruned and skipped":
+            skip.remove()
         RATIO.save_pretrained(tmp_path)
-        apply_pruning(model, RATIO if kind == "pruned" else ALL)
+        apply_pruning(model, ALL if kind == "all tokens" else RATIO)
     # As a server does it, which needs packages that are not needed here.
     monkeypatch.setattr(ModelManager, "_load_model", ModelManager._load_model)
     prune_when_loaded(tmp_path, False if kind == "all tokens" else None)
+    assert ("this server prunes, it does not skip" in caplog.text) == (kind == "pruned and skipped")
     served, _ = ModelManager(device="cpu").load_model_and_processor(str(tmp_path))
     inputs = asked(processor, picture(96, 96))
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}

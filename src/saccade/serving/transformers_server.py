@@ -1,6 +1,7 @@
 """`transformers serve` on a model that prunes, or skips, in place, see `main`."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,14 @@ from saccade.serving.tower import bare_family
 from saccade.serving.vllm_plugin import folder_pruning
 from saccade.skip_vision import SUMMARY_FILE, apply_skip_vision
 
+logger = logging.getLogger(__name__)
+
 
 def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | None) -> None:
     """Make the server prune in each model that it loads, according to `folder` and `setting`.
 
-    A folder that was trained to skip visual tokens skips them, unless `setting` says otherwise.
+    A folder that was trained to skip visual tokens skips them, unless `setting` or its `pruning_config.json` says
+    otherwise.
 
     Raises:
         SaccadeError: on a wrong setting, or if this version of transformers loads models in another way.
@@ -28,9 +32,14 @@ def prune_when_loaded(folder: str | Path, setting: Mapping[str, Any] | bool | No
 
     config = folder_pruning(Path(folder), setting)
     check_methods(ModelManager, ("_load_model",), "transformers")
-    skips = config is None and setting is not False and find_companion(Path(folder), SUMMARY_FILE) is not None
+    skips = setting is not False and find_companion(Path(folder), SUMMARY_FILE) is not None
     if config is None and not skips:
         return
+    if config is not None and skips:
+        skips = False
+        logger.warning(
+            "saccade: %s was trained to skip visual tokens too; this server prunes, it does not skip", folder
+        )
     if config is not None:
         # Before the weights are read, which takes long.
         family = bare_family(folder)
