@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import losses, make_trainer
 from torch.utils.data import get_worker_info
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from saccade import DualSpeedTrainer, SaccadeError
 from saccade.cli.main import main
@@ -80,17 +80,25 @@ BEST = {"metric_for_best_model": "loss", "greater_is_better": True}  # the first
 
 
 @pytest.mark.parametrize(
-    ("options", "before"),
+    ("options", "before", "after"),
     [
-        ({**BY_STEPS, **BEST, "load_best_model_at_end": True, "save_total_limit": 1}, [2]),
-        ({**BY_STEPS, **BEST, "save_strategy": "best"}, [2]),
-        ({**BY_STEPS, "save_only_model": True}, [2]),
-        ({"save_strategy": "epoch", "eval_strategy": "epoch", "per_device_train_batch_size": 2}, []),
+        ({**BY_STEPS, **BEST, "load_best_model_at_end": True, "save_total_limit": 1}, [2], [4, 6]),
+        ({**BY_STEPS, **BEST, "save_strategy": "best"}, [2], [4, 6]),
+        ({**BY_STEPS, "save_only_model": True}, [2], [4, 6]),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch", "per_device_train_batch_size": 2}, [], [6]),
+        ({"save_strategy": "epoch", "eval_strategy": "epoch", "per_device_train_batch_size": 16}, [], [4, 6]),
     ],
-    ids=["the best alone is kept", "the best alone is saved", "weights alone are saved", "in mid-epoch"],
+    ids=[
+        "the best alone is kept",
+        "the best alone is saved",
+        "weights alone are saved",
+        "in mid-epoch",
+        "at the end of an epoch",
+    ],
 )
-def test_a_stopped_run_leaves_the_checkpoint_from_which_it_goes_on(processor, tmp_path, options, before):
-    """It is saved once, and neither an evaluation is begun nor the best model loaded: a cluster does not wait."""
+def test_a_stopped_run_leaves_the_checkpoint_from_which_it_goes_on(processor, tmp_path, options, before, after):
+    """It is saved once, and neither an evaluation is begun nor the best model loaded: a cluster does not wait. An
+    evaluation that was due is the resumed run's first."""
 
     def make():
         trainer = DualSpeedTrainer(
@@ -114,8 +122,34 @@ def test_a_stopped_run_leaves_the_checkpoint_from_which_it_goes_on(processor, tm
     resumed, seen = make()
     resumed.train(resume_from_checkpoint=True)
     assert resumed._resumed_at == 4
+    assert seen.evaluated == after
     assert resumed.state.global_step == 6
     assert resumed.args.save_only_model == options.get("save_only_model", False)
+
+
+@pytest.mark.parametrize("stop", [2, 6], ids=["the best", "the last"])
+def test_early_stopping_counts_an_evaluation_that_was_left_out(processor, tmp_path, stop):
+    """As the unbroken run it ends after the second one without a better one, in step 6."""
+
+    def make():
+        return DualSpeedTrainer(
+            build_tiny_llava(processor, seed=0),
+            args=make_config(tmp_path, max_steps=10, **BY_STEPS, **BEST, load_best_model_at_end=True),
+            train_dataset=digit_scenes("sft", "train", 64),
+            eval_dataset=digit_scenes("sft", "validation", 2),
+            processing_class=processor,
+            callbacks=[EarlyStoppingCallback(2)],
+        )
+
+    trainer = make()
+    trainer.add_callback(At(stop - 1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert trainer.state.global_step == stop
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert resumed._weights_step == 2
 
 
 def test_the_first_ctrl_c_saves_and_says_how_to_go_on(processor, tmp_path, capfd):

@@ -31,7 +31,8 @@ class SigtermCheckpoint(TrainerCallback):
     """Saves a checkpoint before a run is stopped.
 
     On SIGTERM, and on the first Ctrl-C, all ranks finish the current step, save a checkpoint and stop; `stopped` is
-    then true. Nothing long is started before the checkpoint is saved or after: an evaluation that is due is left out.
+    then true. Nothing long is started before the checkpoint is saved or after: an evaluation that is due is
+    left to the resumed run.
     """
 
     def __init__(self, trainer) -> None:

@@ -30,10 +30,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from trl import SFTTrainer
 
@@ -106,7 +107,14 @@ Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     *("_finalize_training", "_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model"),
-    *("_load_callback_state", "_load_from_checkpoint", "_load_rng_state", "_push_from_checkpoint", "_save"),
+    *(
+        "_load_callback_state",
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_push_from_checkpoint",
+        "_run_epoch",
+        "_save",
+    ),
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
@@ -978,6 +986,26 @@ class DualSpeedTrainer(SFTTrainer):
             limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
             remove_old_checkpoints(written, limit, best, self.pushes.reading())
         self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, **options: Any) -> None:
+        """The stock loop, after the evaluation that the run left out when it was stopped."""
+        checkpoint = options["resume_from_checkpoint"]
+        if checkpoint is not None and options["epoch"] == options["epochs_trained"] and self._owes_evaluation():
+            metrics = self._evaluate(options["trial"], options["ignore_keys_for_eval"])
+            if self._determine_best_metric(metrics, options["trial"]):
+                self.state.best_model_checkpoint = checkpoint
+            if self.control.should_training_stop:
+                return
+        super()._run_epoch(**options)
+
+    def _owes_evaluation(self) -> bool:
+        """Whether an evaluation was due after the step that the run is resumed from, and is not in its log."""
+        state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(self.args, state, due)
+        if float(state.epoch or 0).is_integer():
+            flow.on_epoch_end(self.args, state, due)
+        seen = (entry for entry in state.log_history if entry.get("step") == state.global_step)
+        return due.should_evaluate and not any(name.startswith("eval_") for entry in seen for name in entry)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         """The stock end of training. A run that was stopped has not come to it: its model and checkpoints stay."""
