@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,7 @@ from saccade.cli import evaluate
 from saccade.cli.main import Parser, main
 from saccade.errors import SaccadeError
 from saccade.evaluation.compare import compare_results, read_scores
+from saccade.evaluation.rows import choose_split, file_rows
 from saccade.evaluation.suites import SUITES
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
@@ -288,6 +290,47 @@ def test_an_evaluation_says_which_rows_it_is_of(tmp_path: Path, monkeypatch: pyt
     assert found[0] == found[1] != found[2]
     notes = compare_results(tmp_path / "a", tmp_path / "c")["notes"]
     assert notes == ["test.json/full: other rows under the same name, not the same benchmark"]
+
+
+@pytest.fixture
+def splits(tmp_path: Path) -> list[str]:
+    """The data set of two splits as Parquet files, and as `save_to_disk` writes it."""
+    turns = {
+        name: [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": name}] for name in NAMES
+    }
+    tables = DatasetDict({name: Dataset.from_list([{"messages": turns[name]}] * 2) for name in NAMES})
+    for name in NAMES:
+        tables[name].to_parquet(tmp_path / "parquet" / "data" / f"{name}-00000-of-00001.parquet")
+    tables.save_to_disk(tmp_path / "saved")
+    return [str(tmp_path / "parquet"), str(tmp_path / "saved")]
+
+
+NAMES = ("train", "test")
+
+
+def test_the_split_to_evaluate_on_is_chosen_and_recorded(
+    tmp_path: Path, splits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    monkeypatch.setattr(
+        "saccade.evaluation.evaluate_inferences", lambda *given: seen.append(given[2]) or [dict(RESULT)]
+    )
+    for path in splits:
+        output = tmp_path / "results" / Path(path).name / "eval.json"
+        command = ["eval", "tiny", "--dataset", path, "--output", str(output)]
+        assert main([*command, "--split", "test"]) == 0
+        assert set(seen[-1]["answer"]) == {"test"}
+        assert json.loads(output.read_text())["split"] == "test"
+        assert set(read_scores(output)) == {f"{Path(path).name}/test/full"}
+        assert main(command) == 2
+        assert "has the splits train, test: choose one of them with --split" in capsys.readouterr().err
+        assert main([*command, "--split", "tset"]) == 2
+        assert "split='tset' is unknown: did you mean 'test'?" in capsys.readouterr().err
+    # The only split, whatever it is called.
+    (Path(splits[0]) / "data" / "train-00000-of-00001.parquet").unlink()
+    assert set(file_rows(splits[0], split=choose_split(splits[0]))["answer"]) == {"test"}
+    with pytest.raises(SaccadeError, match="a single file, which has no splits"):
+        file_rows("test.json", split=choose_split("test.json", "test"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ saccade eval out/sft --reducer vispruner --keep-tokens 16  16 tokens per image, 
 saccade eval out/sft --inference full --split validation  one way only, on another split
 saccade eval out/skip_vision --inference full,skip        with Skip-Vision as trained, and without
 saccade eval out/sft --dataset test.json                  your own rows, by exact match of the last answer
+saccade eval out/sft --dataset me/data --split test       a folder or a hub id, of which one split counts
 saccade eval compare out/eval/full out/eval/pruned        each score, and the mean share of the first folder's
 
 benchmarks run through lmms-eval's own command: python -m lmms_eval --model saccade, see docs/evaluation.md
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="full, pruned, pruned_isolator, skip (default: all that the folder allows)",
     )
     add_pruning_flags(parser, "as trained")
-    parser.add_argument("--dataset", default=None, metavar="FILE", help="rows to evaluate on in place of the scenes")
+    parser.add_argument("--dataset", default=None, metavar="PATH", help="rows to evaluate on in place of the scenes")
     parser.add_argument("--image-folder", type=listed, metavar="A,B", help="with --dataset: its images and videos")
     parser.add_argument(
         "--image-urls", type=listed, metavar="A,B", help="with --dataset: what addresses to fetch begin with (none)"
@@ -46,7 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-cache", default=None, metavar="DIR", help="where what was fetched is kept (default: the user's cache)"
     )
-    parser.add_argument("--split", default=None, help="split of the scenes: train, validation or test (default: test)")
+    parser.add_argument(
+        "--split",
+        default=None,
+        help="of the scenes: train, validation or test (default: test); of --dataset, where it has several",
+    )
     parser.add_argument("--num-samples", type=int, default=None, help="scenes or rows to evaluate on (default: 1000)")
     parser.add_argument(
         "--batch-size", type=int, default=None, help="prompts at a time (default: 100, with --dataset 8)"
@@ -88,7 +93,6 @@ def run(args: argparse.Namespace) -> int:
         _refuse(args, ("image_folder", "image_urls", "image_cache"), "is for --dataset only: leave it out")
         check_choice("split", args.split or "test", SPLITS)
     else:
-        _refuse(args, ("split",), "is of the scenes: leave it out, or leave out --dataset")
         check_dataset(args.dataset)
         if args.image_cache is not None and args.image_urls is None:
             raise SaccadeError("--image-cache goes with --image-urls: give both, or leave it out")
@@ -98,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.dualspeed.identity import identify_rows
     from saccade.dualspeed.weights import identify_weights
     from saccade.evaluation import evaluate_inferences, plan_inferences
-    from saccade.evaluation.rows import file_rows, trained_sampling
+    from saccade.evaluation.rows import choose_split, file_rows, trained_sampling
     from saccade.files import write_json_atomically
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
@@ -112,11 +116,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         # Its name alone: a model card repeats it.
         measured, batch_size = {"dataset": Path(args.dataset).name}, args.batch_size or 8
+        split = choose_split(args.dataset, args.split)
+        if split is not None:
+            measured["split"] = split
         addresses = None if args.image_urls is None else ImageAddresses(args.image_urls, args.image_cache)
-        scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses)
+        scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses, split)
         # Of the texts: images and videos may lie elsewhere on another machine.
         measured["rows"] = identify_rows(scenes.select_columns("messages"))["fingerprint"]
-        what = f"rows of {args.dataset}"
+        what = f"rows of {args.dataset}" if split is None else f"rows of the {split} split of {args.dataset}"
     weights = identify_weights(args.model)
     model, processor = load_to_run(ModelOptions(model=args.model))
     results = evaluate_inferences(model, processor, scenes, inferences, batch_size)

@@ -200,7 +200,8 @@ def _read(file: Path, must: bool) -> Iterator[tuple[str, Score]]:
 def _measured_on(content: Mapping[str, Any]) -> tuple[str, str | None]:
     """How the tasks of an `eval.json` begin, and which rows they are of, if that is known."""
     if "dataset" in content:
-        return f"{content['dataset']}/", content.get("rows")
+        parts = (content["dataset"], content.get("split"))
+        return "".join(f"{part}/" for part in parts if part is not None), content.get("rows")
     split = content.get("split", "test")
     return DIGITS if split == "test" else f"{DIGITS}{split}/", f"scenes of the {split} split"
 

@@ -5,14 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, get_dataset_split_names
 
 from saccade.data.addresses import ImageAddresses
 from saccade.data.conversation import text_of
-from saccade.data.mixture import SourceOptions
-from saccade.data.sources import Source
+from saccade.data.mixture import source_options
+from saccade.data.sources import Source, is_data_file
 from saccade.dualspeed.folder import read_run_file
 from saccade.errors import RecordError, SaccadeError
+from saccade.values import check_choice
 from saccade.videos import Sampling, open_video
 
 COLUMNS = ("images", "videos", "messages", "kind", "answer")
@@ -24,6 +25,7 @@ def file_rows(
     count: int | None = None,
     sampling: Sampling | None = None,
     addresses: ImageAddresses | None = None,
+    split: str | None = None,
 ) -> Dataset:
     """The rows of a data file with what `evaluate_inferences` reads, each opened when it is.
 
@@ -33,6 +35,7 @@ def file_rows(
         count: only the first so many rows.
         sampling: which frames are taken of a video.
         addresses: fetches images that are named by their address; none are when left out.
+        split: which split to read; as `choose_split` returns it.
 
     Returns:
         Columns `images`, `videos` (clips), `messages`, `kind` (the row's own, or "rows") and `answer`, the last turn.
@@ -40,11 +43,35 @@ def file_rows(
     Raises:
         SaccadeError: if there are no rows to read.
     """
-    source = SourceOptions(path, image_folder=image_folder).open(addresses=addresses)
+    given = {"path": path} if split is None else {"path": path, "split": split}
+    source = source_options([given], image_folder=image_folder)[0].open(addresses=addresses)
     rows = len(source) if count is None else min(count, len(source))
     return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(
         partial(_answers, source, sampling)
     )
+
+
+def choose_split(path: str, split: str | None = None) -> str | None:
+    """The split of a data set to evaluate on; None of a single file, which has none.
+
+    Args:
+        path: as for `file_rows`.
+        split: the one asked for. It can be left out where there is only one.
+
+    Raises:
+        SaccadeError: if there is no such split, or there are several to choose from.
+    """
+    if is_data_file(path):
+        return split
+    try:
+        splits = get_dataset_split_names(path)
+    except Exception:  # opening it says what is wrong
+        return split
+    if split is None and len(splits) > 1:
+        raise SaccadeError(f"dataset={path!r} has the splits {', '.join(splits)}: choose one of them with --split")
+    split = splits[0] if split is None else split
+    check_choice("split", split, splits)
+    return split
 
 
 def trained_sampling(folder: str | Path) -> Sampling:

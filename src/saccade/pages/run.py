@@ -140,7 +140,8 @@ def _add_accuracy(page: Page, record: RunRecord) -> None:
         rows.append([kind.replace("_", " "), *(_percent(result["accuracy_by_kind"].get(kind)) for result in results)])
     rows.append(["mean tokens per prompt", *(f"{result['mean_prompt_length']:.0f}" for result in results)])
     rows.append(["pruned by", *(pruned_how(result) or "" for result in results)])
-    where = record.evaluation.get("dataset") or f"the {record.evaluation.get('split', '?')} split"
+    named, split = (record.evaluation.get(name) for name in ("dataset", "split"))
+    where = named if named and not split else f"the {split or '?'} split{f' of {named}' if named else ''}"
     samples = results[0]["samples"]
     caption = f"This share of the answers to {samples} questions of {where} is right, by kind of question."
     page.add("Accuracy", html_table(["questions", *(way_name(one["inference"]) for one in results)], rows, caption))

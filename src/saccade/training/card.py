@@ -185,7 +185,8 @@ def _evaluation(result: Mapping[str, Any]) -> str:
     table = markdown_table(["inference", "pruned by", "accuracy", "samples", "tokens per prompt"], rows)
     where = f"the {result.get('split', 'test')} split of the digit scenes"
     if "dataset" in result:
-        where = f"rows of `{result['dataset']}`, by exact match"
+        of = f"the {result['split']} split of " if "split" in result else "rows of "
+        where = f"{of}`{result['dataset']}`, by exact match"
     title = f"## Evaluation\n\n`saccade eval` on {where}.\n\n"
     return f"{title}{table}{_where(result.get('environment', {}))}"
 
