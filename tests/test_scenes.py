@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -230,3 +231,23 @@ def test_evaluation_asks_for_one_greedy_answer_whatever_a_model_generates_with(m
     for name, value in (("num_beams", 3), ("num_return_sequences", 2)):
         monkeypatch.setattr(model.generation_config, name, value)
     assert evaluate_inferences(model, processor, rows, [Inference()], 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("after", "accuracy"), [(["</s>"], 1), (["</s>", "<user>", "3"], 1), (["3"], 0), (["<image>"], 0), ([], 0)]
+)
+def test_an_answer_counts_up_to_its_end_and_only_if_it_has_one(model, processor, monkeypatch, after, accuracy):
+    """What a model says when it is cut off may begin with the right answer."""
+    rows = digit_scenes("sft", "test", 1, kinds=["read"])
+    words = processor.tokenizer
+    said = [*words(rows["answer"][0], add_special_tokens=False).input_ids, *words.convert_tokens_to_ids(after)]
+    generate = model.generate
+
+    def answer(input_ids, max_new_tokens, **given):
+        if max_new_tokens == 1:
+            return generate(input_ids=input_ids, max_new_tokens=1, **given)
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    monkeypatch.setattr(model, "generate", answer)
+    (result,) = evaluate_inferences(model, processor, rows, [Inference()])
+    assert result["accuracy"] == accuracy

@@ -333,6 +333,30 @@ def test_the_split_to_evaluate_on_is_chosen_and_recorded(
         file_rows("test.json", split=choose_split("test.json", "test"))
 
 
+def test_an_answer_in_several_parts_is_one_text(tmp_path: Path) -> None:
+    """As chat templates write it, and training learns it."""
+    parts = [{"type": "text", "text": text} for text in ("1", "2")]
+    messages = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": parts}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"messages": messages}]))
+    assert file_rows(str(tmp_path / "rows.json"))["answer"] == ["12"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("content", ["1 </s> 2", [{"type": "text", "text": text} for text in ("1 </", "s> 2")]])
+def test_control_tokens_are_refused_in_rows_to_evaluate_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: int, content: Any
+) -> None:
+    messages = [{"role": "user", "content": "how many ?"}, {"role": "assistant", "content": "3"}]
+    messages[place]["content"] = content
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"messages": messages}]))
+    assert main(["eval", "tiny", "--dataset", str(rows), "--output", str(tmp_path / "eval.json")]) == 2
+    told = capsys.readouterr().err
+    assert "rows.json, row 1: '</s>' is in a text, and is a control token" in told
+    assert "Loading weights" not in told
+    assert not (tmp_path / "eval.json").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from saccade.report.environment import environment
     from saccade.report.tables import print_table
     from saccade.training import ModelOptions, load_to_run
+    from saccade.training.models import load_processor
 
     inferences = plan_inferences(args.model, args.inference, **given)
     count = args.num_samples or 1000
@@ -120,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
         if split is not None:
             measured["split"] = split
         addresses = None if args.image_urls is None else ImageAddresses(args.image_urls, args.image_cache)
-        scenes = file_rows(args.dataset, args.image_folder, count, trained_sampling(args.model), addresses, split)
+        reader = load_processor(ModelOptions(model=args.model))[:2]
+        sampling = trained_sampling(args.model)
+        scenes = file_rows(args.dataset, args.image_folder, count, sampling, addresses, split, reader)
+        scenes.select_columns("answer")[:]  # a bad row is named before the model is loaded
         # Of the texts: images and videos may lie elsewhere on another machine.
         measured["rows"] = identify_rows(scenes.select_columns("messages"))["fingerprint"]
         what = f"rows of {args.dataset}" if split is None else f"rows of the {split} split of {args.dataset}"

@@ -255,9 +255,9 @@ def check_no_media(answer: Message) -> None:
 
 
 def text_of(message: Message) -> str:
-    """The text of a message, including placeholders."""
+    """The text of a message, including placeholders: its parts one after the other, as chat templates write them."""
     content = message["content"]
-    return content if isinstance(content, str) else " ".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in content)
 
 
 def media_count(message: Message, kind: str) -> int:

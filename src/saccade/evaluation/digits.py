@@ -20,6 +20,7 @@ from saccade.data.clips import check_takes_videos, with_clips
 from saccade.data.conversation import TAGS
 from saccade.data.turns import with_places
 from saccade.dualspeed.collator import prepare_example
+from saccade.dualspeed.labels import stop_ids
 from saccade.errors import RecordError, SaccadeError, reason_of
 from saccade.evaluation.counting import count_flops
 from saccade.families.padding import pads_to_square
@@ -33,6 +34,9 @@ from saccade.values import INFERENCES, check_choice
 from saccade.videos import Clip, open_video
 
 MEDIA = ("messages", "images", "videos")
+MORE_TOKENS = 4
+"""How many tokens an answer may have beyond the longest right one: spaces, words cut otherwise, and the end of the
+turn."""
 GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 """The most probable answer, one, whatever a model's own generation config asks for."""
 
@@ -143,6 +147,8 @@ def evaluate_inferences(
 ) -> list[dict[str, Any]]:
     """Generate the last answer of every row in several ways, and compare it with the gold one.
 
+    An answer that the model does not end is wrong.
+
     Args:
         dataset: rows of `digit_scenes("sft", ...)`; each batch of them is processed only once.
         on_batch: called with the number of batches done and the total; each batch counts once per inference.
@@ -162,9 +168,9 @@ def evaluate_inferences(
     prompt_tokens = [0] * len(inferences)
     flops: dict[int, float] = {}
     done, total = 0, math.ceil(len(dataset) / batch_size) * len(inferences)
-    # The end-of-turn token needs one token more than the longest answer.
     answers = dataset.select_columns("answer")["answer"]
     longest = max(len(processor.tokenizer(answer, add_special_tokens=False).input_ids) for answer in answers)
+    stops = stop_ids(model.generation_config, processor.tokenizer)
     for rows in _batches(dataset, batch_size):
         processed = collate_prompts(processor, rows).to(model.device)
         for number, inference in enumerate(inferences):
@@ -173,11 +179,10 @@ def evaluate_inferences(
                 if number not in flops:
                     # From the pixels on: encode, and generate the first token.
                     flops[number] = count_flops(partial(_read, model, prepare, processed)) / len(rows)
-                outputs = model.generate(**inputs, max_new_tokens=longest + 1, **GREEDY)
+                outputs = model.generate(**inputs, max_new_tokens=longest + MORE_TOKENS, **GREEDY)
             prompt_tokens[number] += int(inputs["attention_mask"].sum())
-            texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text in zip(rows, texts, strict=True):
-                right[number][row["kind"]].append(text.split() == row["answer"].split())
+            for row, ids in zip(rows, outputs[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                right[number][row["kind"]].append(_said(processor, ids, stops) == row["answer"].split())
             done += 1
             if on_batch is not None:
                 on_batch(done, total)
@@ -185,6 +190,12 @@ def evaluate_inferences(
         _result(inference, kinds, tokens) | {"prefill_flops": flops[number]}
         for number, (inference, kinds, tokens) in enumerate(zip(inferences, right, prompt_tokens, strict=True))
     ]
+
+
+def _said(processor: ProcessorMixin, ids: list[int], stops: Sequence[int]) -> list[str] | None:
+    """The words of an answer, up to the first token that ends it; None if there is none."""
+    end = next((place for place, token in enumerate(ids) if token in stops), None)
+    return None if end is None else processor.decode(ids[:end], skip_special_tokens=True).split()
 
 
 def _read(model: nn.Module, prepare: Callable[[Mapping[str, Any]], dict[str, Any]], batch: Mapping[str, Any]) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, get_dataset_split_names
+from transformers import ProcessorMixin
 
 from saccade.data.addresses import ImageAddresses
 from saccade.data.conversation import text_of
+from saccade.data.lengths import check_words
 from saccade.data.mixture import source_options
 from saccade.data.sources import Source, is_data_file
 from saccade.dualspeed.folder import read_run_file
@@ -26,6 +28,7 @@ def file_rows(
     sampling: Sampling | None = None,
     addresses: ImageAddresses | None = None,
     split: str | None = None,
+    reader: tuple[ProcessorMixin, int] | None = None,
 ) -> Dataset:
     """The rows of a data file with what `evaluate_inferences` reads, each opened when it is.
 
@@ -36,6 +39,8 @@ def file_rows(
         sampling: which frames are taken of a video.
         addresses: fetches images that are named by their address; none are when left out.
         split: which split to read; as `choose_split` returns it.
+        reader: the model's processor and the token id of its visual tokens; with these, rows whose text the model
+            would take for something else are refused, as in training.
 
     Returns:
         Columns `images`, `videos` (clips), `messages`, `kind` (the row's own, or "rows") and `answer`, the last turn.
@@ -47,7 +52,7 @@ def file_rows(
     source = source_options([given], image_folder=image_folder)[0].open(addresses=addresses)
     rows = len(source) if count is None else min(count, len(source))
     return Dataset.from_dict({name: range(rows) for name in COLUMNS}).with_transform(
-        partial(_answers, source, sampling)
+        partial(_answers, source, sampling, reader)
     )
 
 
@@ -85,19 +90,25 @@ def trained_sampling(folder: str | Path) -> Sampling:
     return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
-def _answers(source: Source, sampling: Sampling | None, batch: dict[str, list]) -> dict[str, list]:
+def _answers(
+    source: Source, sampling: Sampling | None, reader: tuple[ProcessorMixin, int] | None, batch: dict[str, list]
+) -> dict[str, list]:
     """The transform from numbers of rows to the columns that are read of them."""
-    rows = [_row(source, sampling, number, clips="videos" in batch) for number in next(iter(batch.values()))]
+    rows = [_row(source, sampling, reader, number, clips="videos" in batch) for number in next(iter(batch.values()))]
     return {name: [row[name] for row in rows] for name in batch}
 
 
-def _row(source: Source, sampling: Sampling | None, number: int, clips: bool) -> dict[str, Any]:
+def _row(
+    source: Source, sampling: Sampling | None, reader: tuple[ProcessorMixin, int] | None, number: int, clips: bool
+) -> dict[str, Any]:
     try:
         record = source.record(number)
         row = source.row(record)
         messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
         if messages[-1]["role"] != "assistant":
             raise RecordError("it ends with a question: end it with the answer to find", "no_answer")
+        if reader is not None:
+            check_words(row, *reader)
         videos = [open_video(video, sampling) for video in row["videos"]] if clips else []
     except RecordError as error:
         raise SaccadeError(f"{source.name(number)}: {error}") from error
