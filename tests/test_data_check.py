@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_files import bad_records, good_records, turn, write_json
 from datasets import Dataset
-from family_models import FAMILIES
+from family_models import FAMILIES, RELATIVES
 from PIL import Image
 
 from saccade import prune_inputs
@@ -262,16 +262,17 @@ def test_an_interruption_leaves_a_whole_report(tmp_path, jobs):
     assert report["images"] == report["checked"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *RELATIVES])
 @pytest.mark.parametrize("size", [(640, 480), (333, 1000), (50, 50)])
 def test_visual_tokens_of_every_family(size, name):
     """Against what the family's processor makes of a real image of that size."""
-    model, processor = FAMILIES[name].build()
+    model, processor = (FAMILIES | RELATIVES)[name].build()
     placeholder = model.config.image_token_id
     counter = TokenCounter(processor, placeholder, budget=PruningConfig(prune_ratio=0.5))
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
     text = processor.apply_chat_template([message], tokenize=False)
-    ids = processor(images=[Image.effect_noise(size, 50).convert("RGB")], text=[text])["input_ids"][0]
+    image = Image.effect_noise(size, 50).convert("RGB")
+    ids = processor(images=[image], text=[text], return_tensors="pt")["input_ids"][0]
     bare = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert counter.tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
 

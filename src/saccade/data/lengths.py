@@ -196,8 +196,11 @@ class TokenCounter:
 
     def _measure(self, size: Size) -> tuple[int, int]:
         """`tokens` of an image, measured by processing a blank one."""
-        inputs = self.processor(images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False)
-        ids = list(inputs["input_ids"][0])
+        # Tensors, as training has them: Ovis 2's processor makes nothing else.
+        inputs = self.processor(
+            images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False, return_tensors="pt"
+        )
+        ids = inputs["input_ids"][0].tolist()
         return len(ids) - self._bare, ids.count(self.placeholder_id)
 
     def _compute(self, size: Size) -> tuple[int, int] | None:
