@@ -62,6 +62,18 @@ def test_a_record_that_a_mixture_repeats_is_held_out_whole(tmp_path, weight, sec
         assert len(trained) == sum(row["record"] not in held for row in rows)
 
 
+def test_a_file_that_is_read_in_two_ways_is_held_out_once(tmp_path):
+    """With other image folders, or in another format, its records are the same."""
+    path = tmp_path / "a.jsonl"
+    rows = ({"messages": [{"role": "user", "content": str(number)}, ANSWER]} for number in range(20))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for other in ({"image_folder": str(tmp_path)}, {"format": "chat"}):
+        rows = load_rows(ModelOptions(dataset=[{"path": str(path)}, {"path": str(path), **other}]))
+        trained, held = ([row["record"] for row in part] for part in hold_out(rows, 0.25, seed=0))
+        assert (len(trained), len(held)) == (30, 5)
+        assert not set(trained) & set(held)
+
+
 def test_the_best_checkpoint_is_what_is_saved(tmp_path):
     """The evaluation loss is that of the stock model on the rows; the model saved is that of the lowest one."""
     data = write_jsonl(digit_scenes("sft", "validation", 6), tmp_path / "validation")

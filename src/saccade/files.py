@@ -227,8 +227,6 @@ def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = Fa
     """Refuse a folder that contains a link leading outside, or a pipe. Reading such a link would disclose foreign
     files along with the folder's, writing to it would write outside the folder, and opening a pipe would block.
 
-    The hub's cache consists of such links into its own folder `blobs`; they count as inside.
-
     Args:
         field: the user's name for the folder.
         weights: also refuse weight files that are links, and check the checkpoints inside; for folders that are
@@ -237,24 +235,32 @@ def check_entries(folder: str | os.PathLike[str], field: str, weights: bool = Fa
     place = Path(folder)
     if not place.is_dir():
         return
-    inside = [place.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
     found = [*place.iterdir(), *(place.glob("checkpoint-*/*") if weights else ())]
     for path in sorted(found):
         if path.exists() and not path.is_file() and not path.is_dir():
             raise SaccadeError(f"{field}={str(folder)!r}: {path.relative_to(place)} is not a file: remove it")
         if not path.is_symlink() or (not weights and path.suffix in _TENSORS):
             continue
-        try:
-            target = path.resolve()
-        except (OSError, RuntimeError):  # a link to itself
-            target = None
-        if target is None or not any(target.is_relative_to(root) for root in inside):
+        if not is_inside(path, place):
             raise SaccadeError(
                 f"{field}={str(folder)!r}: {path.relative_to(place)} is a link that leads out of the folder: "
                 "replace it with its target, or move it elsewhere"
             )
+
+
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a place in `folder`, all links followed.
+
+    The hub's cache consists of links into its own folder `blobs`; they count as inside.
+    """
+    roots = [Path(folder).resolve()]
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    try:
+        target = Path(path).resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+    return any(target.is_relative_to(root) for root in roots)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Only what is certainly wrong is refused here. The rest passes, and the whole che
 
 import re
 from collections.abc import Mapping
+from glob import glob
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,10 @@ def stage_to_come(recipe: str, model: Any) -> str | None:
 
 
 def check_dataset(path: Any) -> None:
-    """Refuse a data file that does not exist. What does not end as one may be a hub id.
+    """Refuse a data file that does not exist. What does not end as one may be a hub id; patterns and addresses pass.
 
     Raises:
         SaccadeError: with the most similar file.
     """
-    if isinstance(path, str) and path.endswith(DATA_SUFFIXES):
+    if isinstance(path, str) and path.endswith(DATA_SUFFIXES) and not ("://" in path or glob(path, recursive=True)):
         check_exists(path, "dataset", "give a JSON, JSON-lines or Parquet file")

@@ -68,6 +68,8 @@ class ImageFolders:
                 path = os.path.join(folder, name)
                 if not (self.allow_outside or self._is_inside(path)):
                     left = True
+                    if os.path.lexists(path):
+                        break  # it is this one that is meant, not one of its name in another folder
                 elif exists(path):
                     return path
         except ValueError as error:  # a null byte in the name

@@ -1,6 +1,7 @@
 """One dataset from one or more sources: concatenated or sampled by weight, in memory or streamed."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -25,9 +26,9 @@ from saccade.data.sources import (
     faulty_row,
     is_data_file,
     is_json,
-    open_table,
     stream_source,
 )
+from saccade.data.tables import open_table
 from saccade.errors import RecordError, SaccadeError, did_you_mean
 from saccade.values import check_choice, coerce
 
@@ -85,7 +86,9 @@ class SourceOptions:
         if is_json(self.path) and not Path(self.path).is_file():
             raise no_dataset(self.path)
         # Patterns and addresses are left to `datasets`.
-        if is_data_file(self.path) and not (Path(self.path).exists() or "://" in self.path or glob(self.path)):
+        if is_data_file(self.path) and not (
+            Path(self.path).exists() or "://" in self.path or glob(self.path, recursive=True)
+        ):
             raise no_dataset(self.path)
         # `datasets` would ask the hub for a data set of this name.
         if Path(self.path).is_file() and not is_data_file(self.path):
@@ -105,9 +108,13 @@ class SourceOptions:
     def open(self, allow_outside: bool = False, addresses: ImageAddresses | None = None) -> Source:
         """Open its rows; the arguments are those of `ImageFolders`."""
         folders = self.folders(allow_outside, addresses)
+        source: Source
         if is_json(self.path):
-            return JsonSource(Path(self.path), self.format, folders)
-        return TableSource(open_table(self.path, self.split), self.path, self.format, folders)
+            source = JsonSource(Path(self.path), self.format, folders)
+        else:
+            source = TableSource(open_table(self.path, self.split), self.path, self.format, folders)
+        source.place = (os.path.realpath(self.path), None if is_data_file(self.path) else self.split)
+        return source
 
 
 def source_options(values: Sequence[Any], **defaults: Any) -> list[SourceOptions]:

@@ -1,18 +1,21 @@
 """Sources of rows: a JSON file, or anything that `datasets` reads. Rows are read and converted one at a time."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset
 
 from saccade.data.conversation import convert
 from saccade.data.fields import MEDIA_FIELDS
 from saccade.data.folders import ImageFolders
 from saccade.data.records import RecordFile, parse, stream_records
 from saccade.data.stamps import FileStamps
+from saccade.data.tables import is_parquet, stream_table
 from saccade.errors import RecordError, SaccadeError, kind_of
+from saccade.files import reading
 
 PROBED = 100
 """How many rows to try to find a usable one. If none is usable, the options are wrong rather than the rows."""
@@ -29,6 +32,9 @@ class Source(ABC):
         form: as for `convert`.
         folders: the folders of images and videos that are stored as paths; None leaves media as they are.
     """
+
+    place: Hashable = None
+    """Where its rows lie, the same for each source that reads them, in whatever way; None for rows of its own."""
 
     def __init__(self, form: str, folders: ImageFolders | None) -> None:
         self.form, self.folders = form, folders
@@ -123,6 +129,9 @@ class Rows:
                 f"dataset mixes sources with {' and '.join(map(repr, sorted(set(kinds))))}: train them separately"
             )
         self.columns = kinds[0]
+        places = [number if source.place is None else source.place for number, source in enumerate(sources)]
+        self.firsts = [places.index(place) for place in places]
+        """For each source the first one that has the same rows."""
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         rows = [self.read(*place) for place in zip(batch["source"], batch["row"], strict=True)]
@@ -181,7 +190,7 @@ def _found_video(video: Any, folders: ImageFolders) -> Any:
         path = folders.find_video(video)
         return path if isinstance(path, str) else {"frames": path}
     if isinstance(video, Mapping):
-        rate = {} if video.get("fps") is None else {"fps": video["fps"]}
+        rate = {} if video.get("fps") is None else {"fps": _rate(video["fps"])}
         if isinstance(video.get("frames"), (list, tuple)):
             return {"frames": [_found(frame, folders) for frame in video["frames"]], **rate}
         if isinstance(video.get("bytes"), bytes):
@@ -192,6 +201,16 @@ def _found_video(video: Any, folders: ImageFolders) -> Any:
     raise RecordError(
         f"a video is a path, a list of frames, or has 'path', 'bytes' or 'frames', found {str(video)[:80]}"
     )
+
+
+def _rate(fps: Any) -> float:
+    try:
+        rate = math.nan if isinstance(fps, bool) else float(fps)
+    except (TypeError, ValueError, OverflowError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise RecordError(f"a video's 'fps' is {str(fps)[:40]!r}: give its frames per second, a number above 0")
+    return rate
 
 
 def _columns(source: Source) -> tuple[str, ...]:
@@ -213,31 +232,6 @@ def _check_columns(row: Row, columns: tuple[str, ...]) -> None:
             f"this row has {[name for name in row if name not in MEDIA_FIELDS]}, the first one has {list(columns)}: "
             "a dataset that mixes rows with 'messages' and rows with 'prompt' and 'completion' is two datasets"
         )
-
-
-def open_table(path: str, split: str) -> Dataset:
-    """Open a dataset with `datasets`, without decoding images: Parquet, a folder, or a hub id.
-
-    Raises:
-        SaccadeError: if it cannot be read.
-    """
-    place = Path(path)
-    if place.is_dir() and not _has_parquet(place):
-        try:
-            dataset = load_from_disk(path)
-        except OSError as error:
-            raise SaccadeError(
-                f"dataset={path!r} is not a folder written by save_to_disk, and has no Parquet files: name a "
-                "JSON file in it, if there is one"
-            ) from error
-        except IndexError as error:  # raised by `datasets` for a table without rows
-            raise SaccadeError(f"dataset={path!r} has no rows") from error
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise SaccadeError(f"dataset_split={split!r} is not in {path}: use one of {', '.join(dataset)}")
-            dataset = dataset[split]
-        return dataset
-    return _load(path, split, streaming=False)
 
 
 def stream_source(
@@ -270,22 +264,19 @@ def _stream(path: str, split: str, shard: int, shards: int, by_file: bool) -> It
     if is_json(path):
         yield from stream_records(path, shard, shards)
         return
-    place = Path(path)
-    if place.is_dir() and not _has_parquet(place):
-        dataset: IterableDataset = open_table(path, split).to_iterable_dataset()
-    else:
-        dataset = _load(path, split, streaming=True)
+    dataset = stream_table(path, split)
     own_files = by_file and shards > 1 and dataset.num_shards >= shards
     if own_files:
         dataset = dataset.shard(shards, shard)
     number = 0
-    for table in dataset.with_format("arrow").iter(batch_size=16):
-        for raw in table.to_pylist():
-            number += 1
-            if own_files:
-                yield f"{path}, part {shard + 1} of {shards}, row {number}", raw
-            elif (number - 1) % shards == shard:
-                yield f"{path}, row {number}", raw
+    with reading(f"dataset={path!r} cannot be read"):
+        for table in dataset.with_format("arrow").iter(batch_size=16):
+            for raw in table.to_pylist():
+                number += 1
+                if own_files:
+                    yield f"{path}, part {shard + 1} of {shards}, row {number}", raw
+                elif (number - 1) % shards == shard:
+                    yield f"{path}, row {number}", raw
 
 
 def is_json(path: str) -> bool:
@@ -295,21 +286,4 @@ def is_json(path: str) -> bool:
 
 def is_data_file(path: str) -> bool:
     """Whether a source has the suffix of a single file that is read; it has no splits."""
-    return is_json(path) or Path(path).suffix == ".parquet"
-
-
-def _has_parquet(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*/*.parquet"))
-
-
-def _load(path: str, split: str, streaming: bool) -> Any:
-    try:
-        if Path(path).suffix == ".parquet":
-            # A single file has no splits; `datasets` calls its rows "train".
-            return load_dataset("parquet", data_files=path, split="train", streaming=streaming)
-        return load_dataset(path, split=split, streaming=streaming)
-    except Exception as error:
-        line = " ".join(str(error).split())[:300]
-        raise SaccadeError(
-            f"dataset={path!r} is neither a JSON file, nor a folder, nor a dataset that loads: {line}"
-        ) from error
+    return is_json(path) or is_parquet(path)

@@ -159,8 +159,11 @@ def _records(rows: Dataset) -> list[Any]:
     """What tells the record of each row: its source and its place there, or the row itself if no row is repeated."""
     if not {"source", "row"} <= set(rows.column_names):
         return list(range(len(rows)))
+    # A file that is listed with other image folders, or in another format, has the same records.
+    firsts = rows.format["format_kwargs"]["transform"].firsts
     numbers = rows.with_format("numpy")
-    return list(zip(numbers["source"][:].tolist(), numbers["row"][:].tolist(), strict=True))
+    sources = [firsts[number] for number in numbers["source"][:].tolist()]
+    return list(zip(sources, numbers["row"][:].tolist(), strict=True))
 
 
 def _warn_without_images(sources: list[Source]) -> None:

@@ -1,0 +1,172 @@
+"""Tables that `datasets` reads. A folder may come from a stranger, so that nothing outside it is opened.
+
+`datasets` would open, from a folder's README.md or `state.json`, any file or address that these name.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from glob import escape, glob
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
+from pyarrow.parquet import read_metadata
+
+from saccade.errors import SaccadeError
+from saccade.files import is_inside, reading
+
+FIRST_SPLIT = "train"
+"""What `datasets` calls rows without a split, and the default of `dataset_split`."""
+SPLIT_WORDS = {
+    FIRST_SPLIT: ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the name of a Parquet file, or of its folder, that stand for a split, as on the hub."""
+_SHARD = re.compile(r"(.+)-\d+-of-\d+")
+
+
+def open_table(path: str, split: str) -> Dataset:
+    """Open a dataset with `datasets`, without decoding images: Parquet, a folder, or a hub id.
+
+    Raises:
+        SaccadeError: if it cannot be read, has no such split, or is a folder that names files outside it.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or _parquet_files(folder):
+        return _load(path, split, streaming=False)
+    places = [folder]
+    with reading(f"dataset={path!r}, a folder written by save_to_disk, cannot be read"):
+        if (folder / DATASETDICT_JSON_FILENAME).is_file():
+            places = [folder / name for name in _read_json(folder / DATASETDICT_JSON_FILENAME)["splits"]]
+        elif not (folder / DATASET_STATE_JSON_FILENAME).is_file():
+            raise SaccadeError(
+                f"dataset={path!r} is not a folder written by save_to_disk, and has no Parquet files: name a JSON "
+                "file in it, if there is one"
+            )
+        for place in places:
+            entries = [
+                place / entry["filename"] for entry in _read_json(place / DATASET_STATE_JSON_FILENAME)["_data_files"]
+            ]
+            _check_inside(folder, entries)
+        try:
+            dataset = load_from_disk(path)
+        except IndexError as error:  # raised by `datasets` for a table without rows
+            raise SaccadeError(f"dataset={path!r} has no rows") from error
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise SaccadeError(f"dataset_split={split!r} is not in {path}: use one of {', '.join(dataset)}")
+        return dataset[split]
+    if split not in (FIRST_SPLIT, str(dataset.split)):
+        raise SaccadeError(f"dataset_split={split!r}: {path} has no splits, remove it")
+    return dataset
+
+
+def stream_table(path: str, split: str) -> IterableDataset:
+    """As `open_table`, without reading all of it first."""
+    folder = Path(path)
+    if folder.is_dir() and not _parquet_files(folder):
+        return open_table(path, split).to_iterable_dataset()
+    return _load(path, split, streaming=True)
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a source is a Parquet file, or a pattern of such files."""
+    return Path(path).suffix == ".parquet"
+
+
+def _load(path: str, split: str, streaming: bool) -> Any:
+    files = _local_files(path, split)
+    try:
+        if files is not None:
+            names = [escape(str(file.absolute())) for file in files]
+            return load_dataset("parquet", data_files=names, split=FIRST_SPLIT, streaming=streaming)
+        if is_parquet(path):
+            # A single file has no splits.
+            return load_dataset("parquet", data_files=path, split=FIRST_SPLIT, streaming=streaming)
+        return load_dataset(path, split=split, streaming=streaming)
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise SaccadeError(
+            f"dataset={path!r} is neither a JSON file, nor a folder, nor a dataset that loads: {line}"
+        ) from error
+
+
+def _local_files(path: str, split: str) -> list[Path] | None:
+    """The Parquet files of a folder, a pattern or a file, without those that have no rows; None if it is elsewhere.
+
+    Raises:
+        SaccadeError: if one is damaged, or none has rows.
+    """
+    if Path(path).is_dir():
+        files = _files_of_split(Path(path), split)
+    elif is_parquet(path) and "://" not in path:
+        files = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob(path, recursive=True))]
+    else:
+        return None
+    counts = []
+    for file in files:
+        with reading(f"dataset={path!r}: {file.name} is not a whole Parquet file"):
+            counts.append(read_metadata(file).num_rows)
+    if not any(counts):
+        raise SaccadeError(f"dataset={path!r} has no rows")
+    return [file for file, count in zip(files, counts, strict=True) if count]
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """The Parquet files in a folder and in those inside it, sorted, without hidden ones."""
+    found = (path for path in folder.rglob("*.parquet") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of a split: of all files, if no file's name says which split it is of."""
+    files = _parquet_files(folder)
+    _check_inside(folder, files)
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(split_of(file.relative_to(folder)), []).append(file)
+    if len(splits) > 1 and None in splits:
+        named = next(files[0] for name, files in splits.items() if name is not None)
+        raise SaccadeError(
+            f"dataset={str(folder)!r}: {named.name} is named by a split and {splits[None][0].name} is not: list the "
+            f"files to read, or give a pattern such as {str(folder / '*.parquet')!r}"
+        )
+    if None in splits and split == FIRST_SPLIT:
+        return splits[None]
+    if None in splits:
+        raise SaccadeError(f"dataset_split={split!r}: no Parquet file in {folder} is named by a split, remove it")
+    if split not in splits:
+        raise SaccadeError(f"dataset_split={split!r} is not in {folder}: use one of {', '.join(map(str, splits))}")
+    return splits[split]
+
+
+def split_of(path: Path) -> str | None:
+    """The split that a Parquet file is of, by its name or those of its folders: `train.parquet`, `test/0.parquet`,
+    `data/mine-00000-of-00001.parquet`; None if they do not say.
+
+    Args:
+        path: relative to the folder of the dataset.
+    """
+    for part in (path.stem, *reversed(path.parts[:-1])):
+        words = re.split(r"[^a-z0-9]+", part.lower())
+        for split, names in SPLIT_WORDS.items():
+            if set(names) & set(words):
+                return split
+    shard = _SHARD.fullmatch(path.stem)
+    return shard[1] if shard and path.parent.name == "data" else None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_inside(folder: Path, files: Sequence[Path]) -> None:
+    """Refuse files that are named, or linked to, outside a folder."""
+    for file in files:
+        if not is_inside(file, folder):
+            raise SaccadeError(
+                f"dataset={str(folder)!r} names {file}, which leads out of the folder: name the folder of that file"
+            )
