@@ -5,11 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade.data.conversation import IMAGE_TAG, as_parts, convert, media_count, place_row_media
+from saccade.data.turns import with_places
 from saccade.errors import RecordError
 
 words = st.text(alphabet="ab c.\n", min_size=0, max_size=12)
 answers = st.text(alphabet="abc ", min_size=1, max_size=12).filter(str.strip)
-tags = st.sampled_from(["<image>", "<image>\n", "\n<image>"])
+tags = st.sampled_from(["<image>", "<image>\n", "\n<image>", "<image>\r\n"])
 
 
 @st.composite
@@ -55,9 +56,9 @@ def test_parts_keep_the_words_and_the_places_of_images(question):
         else:
             pieces[-1] += part["text"]
     expected = [piece if piece.strip() else "" for piece in question.split(IMAGE_TAG)]
-    assert [piece.strip("\n") for piece in pieces] == [piece.strip("\n") for piece in expected]
+    assert [piece.strip("\r\n") for piece in pieces] == [piece.strip("\r\n") for piece in expected]
     if IMAGE_TAG in question:
-        assert not any(part.get("text", "").startswith("\n") for part in parts[1:])
+        assert not any(part.get("text", "").startswith(("\r", "\n")) for part in parts[1:])
 
 
 @given(count=st.integers(0, 3), given_images=st.integers(0, 3))
@@ -193,6 +194,20 @@ def test_tags_within_parts_are_images_too():
     answered = {**ANSWERED, "tool_calls": None}  # the empty field that `datasets` adds
     row = convert({"messages": [{"role": "user", "content": [IMAGE, text]}, answered], "images": ["a", "b", "c"]})
     assert row["messages"][1] == ANSWERED
+
+
+def test_line_breaks_of_windows_beside_a_tag_are_removed():
+    asked = as_parts({"role": "user", "content": "how\r\n<image>\r\nmany\r\nare there ?"})
+    assert [part.get("text") for part in asked["content"]] == ["how", None, "many\r\nare there ?"]
+
+
+def test_an_answer_in_parts_says_nothing_of_images():
+    """They come before the first question, unless a question in parts says where they are."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "3"}]}
+    for others in ([], [{"role": "system", "content": [{"type": "text", "text": "s"}]}]):
+        row = convert({"messages": [*others, ASKED, answer], "images": ["a"]})
+        places = with_places(row["messages"], 1)
+        assert places[len(others)]["content"] == [IMAGE, {"type": "text", "text": ASKED["content"]}]
 
 
 def test_a_format_that_is_named_is_not_guessed():

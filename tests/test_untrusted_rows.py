@@ -167,6 +167,21 @@ def test_weights_of_one_and_empty_fields_say_nothing():
     assert len(convert(row)["messages"]) == 2
 
 
+def test_where_an_image_was_found_is_not_an_image_itself(folder, tmp_path):
+    """As in ALLaVA's rows. Without the image, the address could be meant as one."""
+    rows = good_records(folder, 3)
+    rows[0]["url"] = rows[1]["image_url"] = "https://example.org/good.jpg"
+    rows[2] |= {"url": "https://example.org/good.jpg", "image": None}
+    path = write_json(folder / "data.json", rows)
+    assert main(["data", "check", str(path), "--jobs", "1", "--output", str(tmp_path / "report.json")]) == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(entry["index"], entry["kind"]) for entry in report["bad_records"]] == [(2, "field")]
+    assert report["ignored"]["url"] == 2
+    assert report["ignored"]["image_url"] == 1
+    with pytest.raises(RecordError, match="'second_url', which looks like an image"):
+        convert({"messages": chat("how many ?"), "images": ["a.png"], "second_url": "b.png"})
+
+
 def test_the_check_lists_what_it_left_aside(folder, capsys, tmp_path):
     rows = good_records(folder, 3)
     rows[1] |= {"source": "vqa", "metadata": {"a": 1}}

@@ -51,6 +51,7 @@ def test_bad_sampling(options, message):
 def test_a_folder_of_frames(tmp_path):
     folder = write_frames(tmp_path / "clip", 12)
     (folder / "notes.txt").write_text("not a frame")
+    (folder / "._frame0.png").write_bytes(b"what macOS knows of frame0.png")
     clip = open_video(folder, Sampling(4))
     # By the numbers in the names, not by the alphabet: 2 comes before 10.
     assert numbers_of(clip) == [0, 4, 7, 11]

@@ -222,7 +222,8 @@ def frames_of(video: Any) -> list[Any] | None:
 def frame_names(folder: str | os.PathLike) -> list[str]:
     """The names of the frames in a folder, in the order of the numbers in their names: 2 comes before 10."""
     names = [entry.name for entry in os.scandir(folder) if Path(entry.name).suffix.lower() in FRAME_SUFFIXES]
-    return sorted(names, key=_by_number)
+    # macOS puts a file "._1.png" beside "1.png" on other file systems and into archives.
+    return sorted((name for name in names if not name.startswith(".")), key=_by_number)
 
 
 _DIGITS = re.compile(r"(\d+)", re.ASCII)

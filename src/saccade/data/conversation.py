@@ -270,10 +270,13 @@ def place_media(messages: list[Message], images: int, videos: int = 0) -> list[M
     """Turn `<image>` and `<video>` tags in the messages' text into parts; messages without any are returned unchanged.
 
     Raises:
-        RecordError: if there are tags or parts of images or of videos, and their number differs from that of the
-            images or videos.
+        RecordError: if there are tags or parts of images or of videos, or a question in parts, and their number
+            differs from that of the images or videos; or if there are none, and no question to put these before.
     """
-    structured = any(isinstance(message.get("content"), list) for message in messages)
+    # A question in parts says where its images are; an answer or a system message in parts says nothing of them.
+    structured = any(
+        message.get("role") == "user" and isinstance(message.get("content"), list) for message in messages
+    )
     counts = {"image": images, "video": videos}
     tags = {kind: sum(media_count(message, kind) for message in messages) for kind in counts}
     if not any(tags.values()) and not structured:
@@ -331,9 +334,9 @@ def _split(content: str) -> list[dict[str, str]]:
             parts.append({"type": _KINDS[text]})
             continue
         if position:
-            text = text.lstrip("\n")
+            text = text.lstrip("\r\n")
         if position < len(texts) - 1:
-            text = text.rstrip("\n")
+            text = text.rstrip("\r\n")
         if text.strip():
             parts.append({"type": "text", "text": text})
     return parts

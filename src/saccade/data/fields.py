@@ -66,6 +66,8 @@ def check_row_fields(record: Mapping[str, Any]) -> None:
         if name in REFUSED_IN_ROWS:
             raise RecordError(f"a row has the field {name!r}: {REFUSED_IN_ROWS[name]}", "field")
         _check_weight(name, value)
+        if _is_source(name, value) and any(is_given(record.get(media)) for media in MEDIA_FIELDS):
+            continue
         if name not in ROW_FIELDS and any(map(_looks_like_an_image, _entries(value))):
             raise RecordError(
                 f"a row has the field {name!r}, which looks like an image: call it 'images' or 'image', or remove it",
@@ -141,6 +143,12 @@ def _check_weight(name: str, value: Any) -> None:
 
 def _entries(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _is_source(name: Any, value: Any) -> bool:
+    """Whether a field says where an image or a video was found, as ALLaVA's `url` does."""
+    named = isinstance(name, str) and (name == "url" or name.endswith("_url"))
+    return named and isinstance(value, str) and value.strip().startswith(("http://", "https://"))
 
 
 def _looks_like_an_image(value: Any) -> bool:

@@ -58,7 +58,7 @@ class PlainWriter:
         if videos:
             before += self._video * videos
         # More line breaks than one may be another token.
-        caption = text_of(answers[0]).rstrip("\n") + "\n"
+        caption = text_of(answers[0]).rstrip("\r\n") + "\n"
         return TrainingText(before + caption, ((len(before), len(before + caption)),))
 
     @cached_property
