@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from saccade import SaccadeError
 from saccade.cli.main import main
+from saccade.families import use_released_names
 from saccade.pruning import ModeIsolator
 from saccade.tiny import build_tiny_llava
 from saccade.training import export
@@ -204,6 +205,27 @@ def test_the_command_line_and_a_dtype(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     values = load_file(tmp_path / "out" / "model.safetensors").values()
     assert {value.dtype for value in values} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("tower", "rest", "kept"),
+    [
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+)
+def test_no_weight_is_rounded_or_grows_without_need(tower, rest, kept, processor, tmp_path):
+    model = build_tiny_llava(processor, seed=0).to(rest)
+    model.base_model.vision_tower.to(tower)
+    use_released_names(model)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    written, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "run"))
+    assert {value.dtype for value in written.values()} == {kept}
+    assert all(torch.equal(written[name].float(), value.float()) for name, value in before.items())
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
+from family_models import FAMILIES, RELATIVES
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForImageTextToText, MistralConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from benchmarks.shapes import build_shape, get_shape, shape_config
 from saccade import SaccadeError
@@ -23,6 +25,7 @@ from saccade.training.models import load_processor, quantization_options, quanti
 from saccade.training.plan import meta_model, plan_recipe, published_speedups
 from saccade.training.run import lora_config
 
+ALL_FAMILIES = FAMILIES | RELATIVES
 REAL = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "tiny-digits")
 TINY = sorted((RECIPES / "tiny-digits").glob("*.yaml"))
 BILLIONS = {
@@ -443,6 +446,21 @@ def test_four_bits_for_the_decoder_alone(name):
         if isinstance(module, nn.Linear):
             left_out = any(place == prefix or place.startswith(f"{prefix}.") for prefix in skipped)
             assert left_out == (id(module.weight) not in inside), place
+
+
+@pytest.mark.parametrize("name", ALL_FAMILIES)
+def test_every_linear_layer_of_the_decoder_is_adapted_and_quantized(name):
+    """And no other: Gemma 4, LFM2-VL and Qwen3.5 have layers with names of their own."""
+    model, _ = ALL_FAMILIES[name].build()
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = get_family(model).language_layers
+    inside = {names[id(module)] for module in layers.modules() if isinstance(module, nn.Linear)}
+    assert inside
+    config = lora_config(model, make_recipe({"lora": True, "use_cpu": True, "bf16": False, "freeze_projector": True}))
+    assert {name for name in names.values() if re.fullmatch(config.target_modules, name)} == inside
+    skipped = quantization_options(model)["llm_int8_skip_modules"]
+    linear = {names[id(module)] for module in model.modules() if isinstance(module, nn.Linear)}
+    assert {name for name in linear if should_convert_module(name, skipped)} == inside
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-4b"])

@@ -23,6 +23,7 @@ from saccade.dualspeed.folder import LOCK_FILE, OWNER_FILE, RUN_FILE, read_owner
 from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
 from saccade.dualspeed.weights import read_evaluation
 from saccade.files import file_lock
+from saccade.pruning import ISOLATOR_FILE, ModeIsolator
 from saccade.testing.training import make_config
 from saccade.tiny import build_tiny_llava, build_tiny_processor
 from saccade.training import ModelOptions, load_model, load_rows, load_to_run
@@ -156,6 +157,32 @@ RECIPE = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+
+
+@pytest.mark.parametrize("kind", ["model", "base", "isolator_path"])
+@pytest.mark.parametrize("place", [".", "checkpoint-3", "base"])
+def test_overwriting_in_python_keeps_what_the_run_starts_from(kind, place, processor, tmp_path):
+    """A folder inside that no run writes to stays as it is, so that it may hold the base."""
+    out, start = tmp_path / "out", tmp_path / "out" / place
+    model = build_tiny_llava(processor, seed=0)
+    model.save_pretrained(start)
+    ModeIsolator(4, model.config.get_text_config().hidden_size).save_pretrained(start)
+    if kind == "isolator_path":
+        fields = {"isolator_path": str(start), "isolator_length": 4}
+    else:
+        fields = {}
+        model = type(model).from_pretrained(start)
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    fields |= {"peft_config": lora} if kind == "base" else {}
+    trainer = make_trainer(model, processor, out, overwrite=True, max_steps=1, save_strategy="no", **fields)
+    if place == "base":
+        trainer.train()
+    else:
+        name = "isolator_path" if kind == "isolator_path" else "model"
+        with pytest.raises(SaccadeError, match=f"overwrite=true would remove {name}="):
+            trainer.train()
+    assert (start / "model.safetensors").is_file()
+    assert (start / ISOLATOR_FILE).is_file()
 
 
 def test_the_command_line_refuses_and_overwrites(tmp_path, capsys):

@@ -132,9 +132,14 @@ def check_unused(output_dir: str | Path) -> None:
         )
 
 
-def check_not_inside(path: str | Path | None, output_dir: str | Path, name: str) -> None:
-    """Refuse to overwrite what the new run starts from."""
-    if path and Path(path).exists() and Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
+def check_not_removed(path: str | Path | None, output_dir: str | Path, name: str) -> None:
+    """Refuse to overwrite what the new run starts from, as `remove_run` would: files and checkpoints of the folder.
+    What lies in other folders inside it stays."""
+    if not path or not Path(path).exists() or not Path(path).resolve().is_relative_to(Path(output_dir).resolve()):
+        return
+    first, *_ = (*Path(path).resolve().relative_to(Path(output_dir).resolve()).parts, None)
+    stays = first is not None and (Path(output_dir) / first).is_dir()
+    if not stays or first == PARTIAL_DIR or first.startswith(PREFIX_CHECKPOINT_DIR):
         raise SaccadeError(
             f"overwrite=true would remove {name}={str(path)!r}, which is inside output_dir={str(output_dir)!r}: "
             "name another output_dir"

@@ -68,6 +68,7 @@ from saccade.dualspeed.folder import (
     PARTIAL_DIR,
     RUN_FILE,
     agreed,
+    check_not_removed,
     claim,
     hold,
     new_id,
@@ -854,6 +855,13 @@ class DualSpeedTrainer(SFTTrainer):
             agreed(self.args, lambda: held.enter_context(hold(self.args)))
             return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
 
+    def _check_not_overwritten(self) -> None:
+        """Refuse to remove the folder that the model, or an adapter's base, was loaded from."""
+        bases = [config.base_model_name_or_path for config in getattr(self.model, "peft_config", {}).values()]
+        for path in (self.family.model.name_or_path, *bases):
+            check_not_removed(path, self.args.output_dir, "model")
+        check_not_removed(self.args.isolator_path, self.args.output_dir, "isolator_path")
+
     def _train_in_its_folder(self, resume: str | bool | None, **kwargs: Any):
         args = self.args
         checkpoint = agreed(args, lambda: resolve_resume(resume, args.output_dir))
@@ -863,6 +871,8 @@ class DualSpeedTrainer(SFTTrainer):
         self._base_weights = agreed(args, self._identify_base)
         if checkpoint is not None:
             check_same_run(checkpoint, self._resume_state())
+        if checkpoint is None and args.overwrite:
+            agreed(args, self._check_not_overwritten)
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
         self._resumed_at = self._weights_step = None
         if checkpoint is None:

@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel, ProcessorMixin
 
 from saccade.companions import find_companion, read_companion, save_companion
@@ -24,6 +26,9 @@ from saccade.reducers import PRUNING_FILE, PruningConfig
 from saccade.skip_vision import SUMMARY_FILE
 from saccade.training.card import model_card
 from saccade.training.models import ModelOptions, load_model
+
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+"""Names of dtypes in safetensors files."""
 
 
 def export_model(
@@ -41,7 +46,8 @@ def export_model(
     Args:
         source: `output_dir` of a run, or one of its checkpoints.
         output: folder to create; it must not exist, or be empty.
-        dtype: "auto" keeps that of the trained weights; "float32", "bfloat16" or "float16".
+        dtype: "auto" keeps that of the trained weights, or of an adapter's base, and of several the one that rounds
+            none of them; "float32", "bfloat16" or "float16".
         max_shard_size: size above which the weights are split into several files.
 
     Returns:
@@ -65,6 +71,8 @@ def export_model(
         for name in (ISOLATOR_FILE, SUMMARY_FILE)
         if find_companion(source, name) is not None
     }
+    if dtype == "auto":
+        dtype = stored_dtype(source if base is None else Path(base))
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
     if ISOLATOR_FILE in learned:
         isolator_rows(get_family(model), source)
@@ -124,6 +132,16 @@ def whole_folder(output: Path) -> Iterator[Path]:
         # Until its config is there, which comes last, a folder is not taken for a model.
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             path.rename(output / path.name)
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that holds every weight in a folder's safetensors files as it is; "auto" if there are none."""
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    found = [_FLOATS[name] for name in dtypes & _FLOATS.keys()]
+    return str(reduce(torch.promote_types, found)).removeprefix("torch.") if found else "auto"
 
 
 def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:

@@ -1,6 +1,7 @@
 """A recipe's options about the model and the data, and loading a model with its processor: the embedded one, a folder,
 or one from the hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -189,11 +190,9 @@ def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[st
         dtype: dtype of computations; "auto" is bfloat16.
     """
     inside = {id(weight) for weight in quantized_weights(model)}
-    others = {
-        ".".join(name.split(".")[:2])  # such as model.vision_tower
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and id(module.weight) not in inside
-    }
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantized = [name for name, module in linear.items() if id(module.weight) in inside]
+    others = {_part_without(name, quantized) for name in linear.keys() - set(quantized)}
     return {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
@@ -201,6 +200,13 @@ def quantization_options(model: PreTrainedModel, dtype: str = "auto") -> dict[st
         "bnb_4bit_compute_dtype": torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
         "llm_int8_skip_modules": sorted(others),
     }
+
+
+def _part_without(name: str, quantized: Sequence[str]) -> str:
+    """The largest part of the model that a module is in and no quantized one, such as model.vision_tower."""
+    words = name.split(".")
+    parts = (".".join(words[:count]) for count in range(1, len(words)))
+    return next((part for part in parts if not any(one.startswith(f"{part}.") for one in quantized)), name)
 
 
 def quantized_weights(model: PreTrainedModel) -> list[nn.Parameter]:

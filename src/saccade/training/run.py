@@ -19,7 +19,7 @@ from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import checkpoints
 from saccade.dualspeed.checks import check_at_hand, check_one_gpu
 from saccade.dualspeed.collator import BAD_RECORDS
-from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_inside, check_unused, hold
+from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_removed, check_unused, hold
 from saccade.errors import SaccadeError, did_you_mean
 from saccade.families import get_family
 from saccade.families.padding import check_aspect_ratio
@@ -237,10 +237,18 @@ def lora_config(model, recipe: Recipe) -> LoraConfig:
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=targets or rf"{layers}\.\d+\..*_proj".replace(".layers", r"\.layers"),
+        target_modules=targets or _linear_layers(layers, family.language_layers),
         modules_to_save=saved,
         task_type="CAUSAL_LM",
     )
+
+
+def _linear_layers(name: str, layers: nn.ModuleList) -> str:
+    """A regular expression for every linear layer of the decoder, whose layers are the module `name`."""
+    ends = {one.rpartition(".")[2] for one, module in layers.named_modules() if isinstance(module, nn.Linear)}
+    # In most models: what is recorded of a run stays short, and as it was.
+    words = ".*_proj" if all(end.endswith("_proj") for end in ends) else rf"(.*\.)?({'|'.join(sorted(ends))})"
+    return rf"{name}\.\d+\.{words}".replace(".layers", r"\.layers")
 
 
 def _check_modules(field: str, given: str | list[str] | None, names: Collection[str]) -> None:
@@ -290,7 +298,7 @@ def find_resume(recipe: Recipe) -> str | bool | None:
         return True
     if args.overwrite:
         for name, value in (("model", options.model), ("isolator_path", args.isolator_path)):
-            check_not_inside(value, args.output_dir, name)
+            check_not_removed(value, args.output_dir, name)
     else:
         check_unused(args.output_dir)
     return None
