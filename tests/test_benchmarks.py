@@ -8,6 +8,7 @@ import pytest
 import torch
 from family_models import FAMILIES
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks import flops, generate, images, lora_casts, short_rows, steps, train
 from benchmarks.batches import image_inputs, label_count, make_batch
@@ -30,7 +31,7 @@ from benchmarks.variants import (
 )
 from saccade.cli.main import guarded
 from saccade.errors import SaccadeError
-from saccade.evaluation.counting import count_flops
+from saccade.evaluation.counting import VARIABLE_LENGTH, count_flops
 from saccade.families import get_family
 from saccade.reducers import PruningConfig, get_reducer
 from saccade.skip_vision import SkipVisionConfig
@@ -105,6 +106,22 @@ def test_flops_of_the_cpus_attention_kernel_are_counted():
     assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query)) == 2 * 2 * (
         2 * 5 * 5 * 4
     )
+
+
+def test_flops_of_rows_without_padding_are_counted_by_a_torch_without_their_formulas(monkeypatch):
+    """Torch 2.11 has none: every variant without padding would seem to need no attention."""
+    for operation in VARIABLE_LENGTH:
+        monkeypatch.delitem(flop_registry, operation, raising=False)
+    query, ends = torch.randn(8, 2, 4, device="meta", requires_grad=True), torch.tensor([0, 3, 8])
+
+    def attend():
+        torch.nn.attention.varlen.varlen_attn(
+            query, query, query, ends, ends, 5, 5, window_size=(-1, 0)
+        ).sum().backward()
+
+    forward = 2 * 2 * 2 * (3 * 3 + 5 * 5) * 4
+    # The backward pass computes the scores anew, and four gradients.
+    assert count_flops(attend) == forward + forward // 2 * 5
 
 
 def test_saved_bytes_leave_out_parameters_and_count_memory_once():

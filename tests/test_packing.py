@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from family_models import FAMILIES, WITH_VIDEO, VideoCase
 from helpers import ORDINARY, losses, make_trainer
@@ -68,6 +69,44 @@ def test_attention_of_a_row_is_to_itself_alone(dtype, short, block, monkeypatch)
     (expected * weights).sum().backward()
     for one, other in zip((query, key, value), exact, strict=True):
         torch.testing.assert_close(one.grad.float(), other.grad, **near)
+
+
+@pytest.mark.parametrize("takes_groups", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_torch_that_takes_no_grouped_heads_is_given_as_many_keys_as_queries(key_heads, takes_groups, monkeypatch):
+    """With stand-ins that have the parameters of torch 2.11 and 2.13, on a CPU, where neither runs."""
+    heads = []
+
+    def attention(query, key, value, ends, scale, groups):
+        heads.append(key.shape[1])
+        rows = (x.split(ends.diff().tolist()) for x in (query, key, value))
+        options = {"is_causal": True, "scale": scale, "enable_gqa": groups}
+        return torch.cat(
+            [
+                F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in row), **options).transpose(0, 1)
+                for row in zip(*rows, strict=True)
+            ]
+        )
+
+    def torch_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert window_size == (-1, 0)
+        assert q.shape[1] == k.shape[1] == v.shape[1]
+        return attention(q, k, v, cu_seq_q, scale, False)
+
+    def torch_2_13(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert window_size == (-1, 0)
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        return attention(q, k, v, cu_seq_q, scale, enable_gqa)
+
+    monkeypatch.setattr(varlen, "varlen_attn", torch_2_13 if takes_groups else torch_2_11)
+    query, key, value = (torch.randn(1, count, 9, 8) for count in (4, key_heads, key_heads))
+    rows = PackedRows([3, 1, 5], torch.tensor([0, 3, 4, 9], dtype=torch.int32))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads
+    expected, _ = packed_attention(module, query, key, value, None, scaling=0.3, packed_rows=rows)
+    got = packing._variable_length_attention(query, key, value, 0.3, rows)
+    torch.testing.assert_close(got, expected)
+    assert heads == [key_heads if takes_groups else 4]
 
 
 def test_no_padding_runs_and_no_row_is_a_label_of_another(monkeypatch):

@@ -3,6 +3,7 @@
 Shapes: B rows, S tokens in the padded batch, T tokens of all rows without padding.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -158,15 +159,7 @@ def packed_attention(
         query, key, value = (x.to(dtype) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         # Torch implements variable-length attention for CUDA only.
-        from torch.nn.attention.varlen import varlen_attn
-
-        tensors = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, Dh)
-        ends, longest = packed_rows.ends, max(packed_rows.lengths)
-        grouped = query.shape[1] != key.shape[1]
-        output = varlen_attn(
-            *tensors, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=grouped
-        )
-        return output.unsqueeze(0), None
+        return _variable_length_attention(query, key, value, scaling, packed_rows), None
     rows = zip(*(x.split(packed_rows.lengths, dim=2) for x in (query, key, value)), strict=True)
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not dropout
     outputs = [
@@ -176,6 +169,26 @@ def packed_attention(
         for length, row in zip(packed_rows.lengths, rows, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
+
+
+def _variable_length_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, rows: PackedRows
+) -> Tensor:
+    """Causal attention `(1, T, H, Dh)` within each row, by one kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, heads, Dh)
+    shared, options = query.shape[1] // key.shape[1], {}
+    if shared > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif shared > 1:
+        # Torch 2.11 takes as many keys as queries only.
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    ends, longest = rows.ends, max(rows.lengths)
+    output = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return output.unsqueeze(0)
 
 
 def _short_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:

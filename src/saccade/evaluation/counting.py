@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+import torch.nn.attention.varlen
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 
@@ -21,6 +22,11 @@ CPU_KERNELS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+# Operations of rows without padding, which torch 2.11 does not count, by the kernel within that it does.
+VARIABLE_LENGTH = {
+    torch.ops.torch_attn._varlen_attn: aten._flash_attention_forward,
+    torch.ops.torch_attn._varlen_attn_backward: aten._flash_attention_backward,
+}
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -28,6 +34,8 @@ def count_flops(work: Callable[[], object]) -> int:
 
     For attention, every pair of query and key counts, masked or not, as in torch.
     """
+    for operation, kernel in VARIABLE_LENGTH.items():
+        flop_registry.setdefault(operation, flop_registry[kernel])
     with FlopCounterMode(display=False, custom_mapping=CPU_KERNELS) as counter:
         work()
     return counter.get_total_flops()
