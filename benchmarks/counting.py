@@ -1,7 +1,7 @@
 """Counts (not timings) of tensor operations, of waits for a device, and of bytes kept for the backward pass."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -95,7 +95,7 @@ class SavedBytes:
 
 
 @contextmanager
-def count_saved_bytes(parameters: Iterator[Tensor]) -> Iterator[SavedBytes]:
+def count_saved_bytes(parameters: Iterable[Tensor]) -> Iterator[SavedBytes]:
     """Count the bytes saved by forward passes and freed by backward passes in this context.
 
     Args:

@@ -14,7 +14,13 @@ ROW, HEAD = 0.36, 1.3  # Inches per bar, and for the title and axis together.
 
 
 def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.PathLike[str]) -> None:
-    """Draw each variant's speed-up by stage as PNG, with a mark at the speed-up that FLOPs allow."""
+    """Draw each variant's speed-up by stage as PNG, with a mark at the speed-up that FLOPs allow.
+
+    A stage without any, where the stock trainer ran out of memory, is left out, and so is a picture without stages.
+    """
+    stages = {stage: found for stage, found in stages.items() if found}
+    if not stages:
+        return
     most = max(len(found) for found in stages.values())
     figure, drawn = styled_figure(len(stages), (5.6 * len(stages), HEAD + ROW * most))
     for axes, (stage, found) in zip(drawn, stages.items(), strict=True):
@@ -42,7 +48,9 @@ def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.Pa
 
 
 def plot_parts(variants: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw the shares of a step's time as PNG, one stacked bar per variant."""
+    """Draw the shares of a step's time as PNG, one stacked bar per variant, if there are any."""
+    if not variants:
+        return
     names = list(variants)[::-1]
     parts = list(next(iter(variants.values())))
     figure, (axes,) = styled_figure(1, (9.0, HEAD + ROW * len(names)))

@@ -1,6 +1,7 @@
 """Time and tensor operations of every reducer, compared to a per-image loop.
 
-    python -m benchmarks.selection [--quick] [--only NAMES] [--threads 1] [--repeats 7] [--device cuda] [--ledger FILE]
+    python -m benchmarks.selection [--quick] [--only NAMES] [--rows 16,80] [--threads 1] [--repeats 7]
+        [--device cuda] [--ledger FILE]
 
 Each provider runs once to warm up; then all alternate until each has run `--repeats` times, so other load on the
 machine affects all equally. A provider that takes less than a fifth of a second runs once untimed before each timing.
@@ -192,11 +193,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table for each shape, and append to the ledger.
 
     Raises:
-        SaccadeError: on an unknown provider, or a file that is not a ledger, before anything is measured.
+        SaccadeError: on an unknown provider or number of rows, or a file that is not a ledger, before anything is
+            measured.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing saved unless --ledger is given")
     parser.add_argument("--only", default="", help="names of providers, separated by semicolons (default: all)")
+    parser.add_argument("--rows", metavar="A,B", help="shapes to measure, by their number of rows (default: all)")
     parser.add_argument("--width", type=int, default=1024, help="feature width D")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -215,8 +218,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in known]:
         raise SaccadeError(f"--only {unknown[0]!r}: choose from {'; '.join(known)}")
     chosen = {name: known[name] for name in names}
+    shapes = {str(shape[0]): shape for shape in (QUICK_SHAPES if arguments.quick else SHAPES)}
+    wanted = list(shapes) if arguments.rows is None else arguments.rows.split(",")
+    if unknown := [rows for rows in wanted if rows not in shapes]:
+        raise SaccadeError(f"--rows {unknown[0]!r}: choose from {', '.join(shapes)}")
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for shape in QUICK_SHAPES if arguments.quick else SHAPES:
+    for shape in (shapes[rows] for rows in wanted):
         dtype = getattr(torch, arguments.dtype)
         results = measure(chosen, shape, arguments.width, dtype, torch.device(arguments.device), arguments.repeats)
         rows = ledger_rows(shape, results, arguments)

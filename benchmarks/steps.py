@@ -1,10 +1,11 @@
 """Times of training steps: all variants interleaved in one run, after a warm-up, with FLOP and memory counts."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -74,6 +75,7 @@ class Timing:
         saved_bytes: bytes kept for the backward pass of that step.
         peak_bytes: peak memory of the device during a step; None on the CPU.
         parts: each part's share of a step's time; empty for a mix.
+        out_of_memory: whether the device had too little memory for it; then there are no times.
     """
 
     stage: str
@@ -86,6 +88,7 @@ class Timing:
     saved_bytes: int = 0
     peak_bytes: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    out_of_memory: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -112,45 +115,81 @@ def measure_stage(
     settings: Settings,
     repeats: int = 10,
     warm_up: int = 2,
+    timings: dict[str, Timing] | None = None,
+    save: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
     """Time every variant of a stage on the same batches, alternating in a rotating order.
+
+    A variant that runs out of memory is recorded as such, and the others go on.
 
     Args:
         model: a stock model, PEFT-wrapped or not, on its device. Afterwards its trainable parameters are the stage's.
         repeats: timed steps per variant, each on a different batch.
         warm_up: untimed steps per variant before the first timed one.
+        timings: what an interrupted run had measured, by variant; this one adds the rest to it.
+        save: called whenever `timings` has more. Steps are added by whole repeats, so that ratios compare those of
+            one process.
     """
     family = get_family(model)
     train_stage(model, family, stage)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     variants, mixes = training_variants(model, settings, slow=stage.language)
-    timings = {variant.name: Timing(stage.name, variant.name) for variant in variants}
+    timings = {} if timings is None else timings
+    for variant in variants:
+        timings.setdefault(variant.name, Timing(stage.name, variant.name))
     texts = draw_lengths(stage.sources, stage.batch_size * (repeats + 1), seed=0)
     batches = [
         make_batch(family, texts[start : start + stage.batch_size], seed=start)
         for start in range(0, len(texts), stage.batch_size)
     ]
     for variant in variants:
-        _count(variant, batches[0], timings[variant.name], optimizer)
-        for _ in range(warm_up):
-            _step(variant, batches[0], optimizer)
-    for number, batch in enumerate(batches[1:]):
+        timing = timings[variant.name]
+        if not timing.flops:
+            _attempt(timing, optimizer, _count, variant, batches[0], timing, model)
+            save()
+        for _ in range(0 if timing.parts else warm_up):
+            _attempt(timing, optimizer, _step, variant, batches[0])
+    done = max(len(timing.seconds) for timing in timings.values())
+    for number, batch in enumerate(batches[1 + done :], done):
         for variant in _rotated(variants, number):
             timing = timings[variant.name]
-            seconds, peak = _step(variant, batch, optimizer)
-            timing.seconds.append(seconds)
-            timing.tokens.append(int(batch["attention_mask"].sum()))
-            if peak is not None:
-                timing.peak_bytes = max(peak, timing.peak_bytes or 0)
+            measured = _attempt(timing, optimizer, _step, variant, batch)
+            if measured is not None:
+                seconds, peak = measured
+                timing.seconds.append(seconds)
+                timing.tokens.append(int(batch["attention_mask"].sum()))
+                if peak is not None:
+                    timing.peak_bytes = max(peak, timing.peak_bytes or 0)
+        save()
     for variant in variants:
-        timings[variant.name].parts = _parts(variant, family, batches[1:4], optimizer)
+        timing = timings[variant.name]
+        if not timing.parts:
+            timing.parts = _attempt(timing, optimizer, _parts, variant, family, batches[1:4]) or {}
+            save()
     found = [*timings.values(), *(_mixed(mix, timings) for mix in mixes)]
+    stock = timings[STOCK]
     for timing in found:
-        timing.ratios = [
-            stock / seconds for stock, seconds in zip(timings[STOCK].seconds, timing.seconds, strict=True)
-        ]
+        if not (stock.out_of_memory or timing.out_of_memory):
+            timing.ratios = [one / other for one, other in zip(stock.seconds, timing.seconds, strict=True)]
     return found
+
+
+def _attempt(timing: Timing, optimizer: torch.optim.Optimizer, work: Callable[..., Any], *args: Any) -> Any:
+    """What `work` returns, or None if the variant has run out of memory, before or now."""
+    if timing.out_of_memory:
+        return None
+    try:
+        return work(*args, optimizer)
+    except torch.OutOfMemoryError:
+        timing.out_of_memory = True
+    # Only here is the error gone, which holds what the step had computed.
+    timing.seconds, timing.tokens, timing.peak_bytes = [], [], None
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
@@ -168,7 +207,7 @@ def train_stage(model: nn.Module, family: Family, stage: Stage) -> None:
 
 
 def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, Timing]]) -> dict[str, float]:
-    """Each method's speed-up over both stages together, relative to the stock trainer in both.
+    """Each method's speed-up over both stages together, relative to the stock trainer in both, where all had memory.
 
     Args:
         timings: measurements by stage and variant.
@@ -192,12 +231,13 @@ def whole_schedule(stages: Sequence[Stage], timings: Mapping[str, Mapping[str, T
     def seconds(stage: Stage, variant: str) -> float:
         return stage.samples / stage.batch_size * statistics.median(timings[stage.name][variant].seconds)
 
-    stock = sum(seconds(stage, STOCK) for stage in stages)
-    return {
-        method: stock / sum(seconds(stage, variant) for stage, variant in zip(stages, names, strict=True))
-        for method, names in methods.items()
-        if all(variant in timings[stage.name] for stage, variant in zip(stages, names, strict=True))
-    }
+    def total(names: Sequence[str]) -> float | None:
+        named = list(zip(stages, names, strict=True))
+        timed = all(name in timings[stage.name] and timings[stage.name][name].seconds for stage, name in named)
+        return sum(seconds(stage, name) for stage, name in named) if timed else None
+
+    stock, totals = total((STOCK, STOCK)), {method: total(names) for method, names in methods.items()}
+    return {} if stock is None else {method: stock / found for method, found in totals.items() if found is not None}
 
 
 def _rotated(variants: Sequence[Variant], number: int) -> list[Variant]:
@@ -220,9 +260,14 @@ def _step(variant: Variant, batch: Mapping[str, Any], optimizer: torch.optim.Opt
     return seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer: torch.optim.Optimizer) -> None:
-    """FLOPs, waits and saved bytes of one step."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+def _count(
+    variant: Variant,
+    batch: Mapping[str, Any],
+    timing: Timing,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """FLOPs, waits and bytes saved beside the model's weights, frozen or not, of one step."""
     # The counters do not see inside compiled code; eager mode runs the same operations.
     with torch.compiler.set_stance("force_eager"), variant.active() as loss:
         timing.flops = count_flops(lambda: loss(batch).backward())
@@ -231,7 +276,7 @@ def _count(variant: Variant, batch: Mapping[str, Any], timing: Timing, optimizer
             loss(batch).backward()
         timing.syncs = waits.count
         optimizer.zero_grad(set_to_none=True)
-        with count_saved_bytes(parameters) as saved:
+        with count_saved_bytes(model.parameters()) as saved:
             loss(batch)
         timing.saved_bytes = saved.peak
 
@@ -241,6 +286,8 @@ def _mixed(mix: Mix, timings: Mapping[str, Timing]) -> Timing:
     parts = [(timings[name], share) for name, share in mix.parts.items()]
     first = parts[0][0]
     mixed = Timing(first.stage, mix.name, tokens=first.tokens)
+    if any(timing.out_of_memory for timing, _ in parts):
+        return replace(mixed, tokens=[], out_of_memory=True)
     mixed.seconds = [
         sum(share * timing.seconds[number] for timing, share in parts) for number in range(len(first.seconds))
     ]

@@ -7,6 +7,7 @@ python -m benchmarks.train --shape llava-1.5-7b --lora --gradient-checkpointing 
 """
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -28,7 +29,7 @@ from benchmarks.variants import STOCK, Settings
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.families import get_family
-from saccade.files import write_json_atomically
+from saccade.files import to_json, write_json_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, Source
@@ -49,6 +50,7 @@ whose numbers of rows the digit scenes are weighted by too."""
 
 ROOMS = ("dualspeed", "skip_vision", "pruning", "families", "reducers", "tokens")
 RESULT_FILE = "bench_train.json"
+UNFINISHED_FILE = "bench_train.unfinished.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure, write `bench_train.json` and the plots into `output`, append to the ledger, and return the result.
 
+    What is measured is kept in `output` at once: the same call goes on where one that was interrupted had come to.
+
     Raises:
         SaccadeError: on bad input, before a model is built.
     """
@@ -129,20 +133,32 @@ def bench_train(
         check_ledger(ledger)
     torch.set_num_threads(bench.threads)
     model = build_model(bench)
+    found, unfinished = environment(), output / UNFINISHED_FILE
+    origin = {"bench": asdict(bench), **{name: found[name] for name in ("packages", "commit", "cpu", "gpus")}}
+    kept = _measured_before(unfinished, origin)
+    output.mkdir(parents=True, exist_ok=True)
     timings: dict[str, dict[str, Timing]] = {}
     for stage in bench.stages:
         progress(f"stage {stage.name}")
-        found = measure_stage(model, stage, settings, bench.repeats, bench.warm_up)
-        timings[stage.name] = {timing.variant: timing for timing in found}
+        known = kept.setdefault(stage.name, {})
+        measured = measure_stage(
+            model,
+            stage,
+            settings,
+            bench.repeats,
+            bench.warm_up,
+            known,
+            lambda: write_json_atomically(unfinished, {"origin": origin, "timings": _as_json(kept)}),
+        )
+        timings[stage.name] = {timing.variant: timing for timing in measured}
     result = {
         "bench": asdict(bench),
-        "environment": environment(),
+        "environment": found,
         "date": date.today().isoformat(),
         "load": f"{os.getloadavg()[0]:.1f}",
-        "timings": {stage: [timing.as_json() for timing in found.values()] for stage, found in timings.items()},
+        "timings": _as_json(timings),
         "whole_schedule": whole_schedule(bench.stages, timings),
     }
-    output.mkdir(parents=True, exist_ok=True)
     write_json_atomically(output / RESULT_FILE, result)
     plot_speedups({name: _speedups(found) for name, found in timings.items()}, output / "bench_train_speedups.png")
     plot_parts(
@@ -151,7 +167,22 @@ def bench_train(
     )
     if ledger is not None:
         append_rows(ledger, _ledger_rows(bench, timings))
+    unfinished.unlink()
     return result
+
+
+def _measured_before(file: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Timing]]:
+    """Measurements by stage and variant of an interrupted run of the same benchmark, code and machine."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("origin") != json.loads(to_json(origin)):
+        return {}
+    return {
+        stage: {entry["variant"]: Timing(**entry) for entry in entries} for stage, entries in found["timings"].items()
+    }
+
+
+def _as_json(timings: Mapping[str, Mapping[str, Timing]]) -> dict[str, list[dict[str, Any]]]:
+    return {stage: [timing.as_json() for timing in found.values()] for stage, found in timings.items()}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[Any]]]]:
@@ -161,18 +192,24 @@ def tables(result: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[An
         timings = [Timing(**entry) for entry in entries]
         stock = timings[0]
         columns = ["training", "ms p20", "p50", "p80", "speed-up", "FLOPs allow", "share reached", "tokens/s", "waits"]
-        columns.append("MiB kept for backward" if stock.peak_bytes is None else "peak GiB")
+        on_gpu = any(timing.peak_bytes is not None for timing in timings)
+        columns.append("peak GiB" if on_gpu else "MiB kept for backward")
         cells = []
         for timing in timings:
+            if timing.out_of_memory:
+                cells.append([timing.variant, "out of memory", *[""] * (len(columns) - 2)])
+                continue
             milliseconds = percentiles([1000 * seconds for seconds in timing.seconds])
             times = [f"{value:.0f}" if value >= 1000 else f"{value:.4g}" for value in milliseconds]
-            speedup, allowed = statistics.median(timing.ratios), stock.flops / timing.flops
+            against = ["", "", ""]
+            if timing.ratios:
+                speedup, allowed = statistics.median(timing.ratios), stock.flops / timing.flops
+                against = [f"{speedup:.2f}x", f"{allowed:.2f}x", f"{100 * speedup / allowed:.0f} %"]
             memory = timing.saved_bytes / 2**20 if timing.peak_bytes is None else timing.peak_bytes / 2**30
             cells.append(
                 [
-                    timing.variant, *times, f"{speedup:.2f}x", f"{allowed:.2f}x",
-                    f"{100 * speedup / allowed:.0f} %", f"{token_rate(timing):.0f}",
-                    f"{timing.syncs:.4g}", f"{memory:.1f}",
+                    timing.variant, *times, *against,
+                    f"{token_rate(timing):.0f}", f"{timing.syncs:.4g}", f"{memory:.1f}",
                 ]
             )  # fmt: skip
         found[f"stage {stage}"] = (columns, cells)
@@ -222,7 +259,7 @@ def _speedups(found: Mapping[str, Timing]) -> dict[str, tuple[float, float, floa
     stock = found[STOCK]
     speedups = {}
     for name, timing in found.items():
-        if name == STOCK:
+        if name == STOCK or not timing.ratios:
             continue
         figure = figures(timing.ratios)
         low, middle, high = (float(figure[column]) for column in ("p20", "p50", "p80"))
@@ -243,6 +280,8 @@ def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]])
         shape = f"{bench.shape}{cuts}{kinds} {stage} B={bench.batch_size}"
         stock = found[STOCK]
         for name, timing in found.items():
+            if timing.out_of_memory:
+                continue
             metrics = [
                 ("step", "ms", [1000 * value for value in timing.seconds], [1000 * value for value in stock.seconds]),
                 ("flops", "count", [timing.flops], [stock.flops]),
@@ -254,7 +293,7 @@ def _ledger_rows(bench: TrainBench, timings: Mapping[str, Mapping[str, Timing]])
             for metric, unit, values, baseline in metrics:
                 digits = 5 if unit == "ms" else 12
                 row = {**shared, "shape": shape, "provider": name, "metric": metric, "unit": unit}
-                rows.append({**row, **figures(values, baseline, digits)})
+                rows.append({**row, **figures(values, None if stock.out_of_memory else baseline, digits)})
     return rows
 
 

@@ -5,7 +5,9 @@ python -m experiments.gpu --only train-llava-1.5-7b             one part
 python -m experiments.gpu --size small --device cpu             all of it at toy size, to see that it runs
 
 Weights are random: speed and memory do not depend on them. Each part runs in a separate process and leaves its
-results and `part.json` in a separate folder. A part that fails is reported, and the others go on.
+results and `part.json` in a separate folder. A part that fails is reported, and the others go on; the next call tries
+it last. One that runs out of time goes on at the next call: training steps with the variants that are not measured
+yet. A variant that runs out of memory is recorded as such.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.selection import SHAPES
 from benchmarks.shapes import check_place
 from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
@@ -31,7 +34,7 @@ from saccade.report.environment import environment
 from saccade.report.tables import print_table
 from saccade.values import check_choice
 
-PART_FILE, LOG_FILE, LEDGER_FILE = "part.json", "log.txt", "ledger.csv"
+PART_FILE, BEGUN_FILE, LOG_FILE, LEDGER_FILE = "part.json", "begun.json", "log.txt", "ledger.csv"
 SIZES = ("real", "small")
 MINIMUM = 30.0
 """Seconds that must be left for another part to be begun."""
@@ -86,19 +89,25 @@ PARTS: dict[str, Part] = {
         _train("llava-1.5-7b", 16, _LLAVA),
         _train("llava-next-7b", 4, _LLAVA),
         _train("qwen2.5-vl-7b", 16, _QWEN),
-        Part(
-            "generate-llava-1.5-7b",
-            "prefill, decoding and cache of all, pruned and skipped tokens",
-            "benchmarks.generate",
-            ("--shape", "llava-1.5-7b", "--images", "1,4,8"),
-            ("--images", "1", "--repeats", "1", "--new-tokens", "2"),
+        *(
+            Part(
+                f"generate-llava-1.5-7b-{images}",
+                f"prefill, decoding and cache of all, pruned and skipped tokens of {images} images",
+                "benchmarks.generate",
+                ("--shape", "llava-1.5-7b", "--images", images),
+                ("--images", "1", "--repeats", "1", "--new-tokens", "2"),
+            )
+            for images in ("1", "4", "8")
         ),
-        Part(
-            "selection",
-            "what each reducer takes, beside its loop over images",
-            "benchmarks.selection",
-            ("--repeats", "7"),
-            ("--quick", "--repeats", "1", "--only", "divprune; random"),
+        *(
+            Part(
+                f"selection-{rows}",
+                f"what each reducer takes of {rows} rows, beside its loop over images",
+                "benchmarks.selection",
+                ("--repeats", "7", "--rows", rows),
+                ("--quick", "--rows", "2", "--repeats", "1", "--only", "divprune; random"),
+            )
+            for rows in map(str, sorted(rows for rows, *_ in SHAPES))
         ),
         _train("llava-1.5-7b", 16, _LLAVA, ("--compile",), "-compiled"),
     )
@@ -120,13 +129,14 @@ def run_parts(
     Args:
         output: has a folder for each part.
         size: "real" or "small".
-        budget: seconds; a part that would outlast them is stopped, and begins anew at the next call.
+        budget: seconds; a part that would outlast them is stopped, and goes on at the next call.
 
     Returns:
         For each part "done", "failed", or "not reached".
     """
     started, state, tried = time.monotonic(), {}, False
-    for part in parts:
+    # A part that has failed before would otherwise take the time of those that were never tried, at each call.
+    for part in sorted(parts, key=lambda part: _begun(output / part.name).get("failed", False)):
         folder, left = output / part.name, budget - (time.monotonic() - started)
         command = part.command(folder, size, device, dtype)
         if _measured(folder, command):
@@ -146,18 +156,29 @@ def _measured(folder: Path, command: Sequence[str]) -> bool:
     return file.is_file() and json.loads(file.read_text())["command"] == shlex.join(command[1:])
 
 
+def _begun(folder: Path) -> dict[str, Any]:
+    """The command that was last begun in a folder, and whether it failed."""
+    file = folder / BEGUN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def _measure(part: Part, folder: Path, command: Sequence[str], left: float, log: Callable[[str], None]) -> str:
-    # What an earlier call left half done, or measured otherwise, must not mix with this one.
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    begun = {"command": shlex.join(command[1:])}
+    if _begun(folder).get("command") != begun["command"]:
+        # What was measured otherwise must not mix with this.
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LEDGER_FILE).unlink(missing_ok=True)
+    write_json_atomically(folder / BEGUN_FILE, begun)
     began = time.monotonic()
     with (folder / LOG_FILE).open("w", encoding="utf-8") as file:
         try:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False).returncode
         except subprocess.TimeoutExpired:
-            log(f"{part.name}: the time is up after {left:.0f} s; the next call measures it anew")
+            log(f"{part.name}: the time is up after {left:.0f} s; the next call goes on with it")
             return "not reached"
     if code:
+        write_json_atomically(folder / BEGUN_FILE, {**begun, "failed": True})
         last = (folder / LOG_FILE).read_text(encoding="utf-8").strip().splitlines()[-1:]
         log(f"{part.name}: failed with status {code}: {' '.join(last)} (all of it in {folder / LOG_FILE})")
         return "failed"
@@ -183,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", default="real", help="real or small (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="float32 or bfloat16 (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=570, metavar="SECONDS", help="(default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("out/gpu"), metavar="DIR", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     check_choice("size", args.size, SIZES)

@@ -304,6 +304,119 @@ def test_the_command_measures_both_stages_and_writes_ledger_json_and_pictures(tm
     assert "both stages" in capsys.readouterr().out
 
 
+QUICK = ["--repeats", "2", "--warm-up", "1", "--batch-size", "2"]
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """What would be measured, in order: (work, variant). Nothing is computed."""
+    done = []
+
+    def count(variant, batch, timing, model, optimizer):
+        done.append(("count", variant.name))
+        timing.flops, timing.saved_bytes = 1.0, 1
+
+    def step(variant, batch, optimizer):
+        done.append(("step", variant.name))
+        return 1.0, None
+
+    def parts(variant, family, batches, optimizer):
+        done.append(("parts", variant.name))
+        return {"backward": 1.0}
+
+    for name, stand_in in (("_count", count), ("_step", step), ("_parts", parts)):
+        monkeypatch.setattr(steps, name, stand_in)
+    return done
+
+
+@pytest.mark.parametrize("last", [5, 25, 35, 60, 100])
+def test_an_interrupted_benchmark_goes_on_with_what_is_missing(last, done, tmp_path, monkeypatch):
+    flags = [*QUICK, "--output", str(tmp_path)]
+    assert train.main(flags) == 0
+    whole, result = list(done), json.loads((tmp_path / train.RESULT_FILE).read_text())
+    assert not (tmp_path / train.UNFINISHED_FILE).exists()
+    (tmp_path / train.RESULT_FILE).unlink()
+    done.clear()
+    step = steps._step
+
+    def interrupted(*args):
+        if len(done) >= last:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(steps, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags)
+    monkeypatch.setattr(steps, "_step", step)
+    before = list(done)
+    assert train.main(flags) == 0
+    for work in ("count", "parts"):
+        assert [entry for entry in done if entry[0] == work] == [entry for entry in whole if entry[0] == work]
+    # At most one repeat and the warm-up are done once more.
+    assert len(whole) <= len(done) <= len(whole) + 2 * 20
+    assert len(done) - len(before) < len(whole)
+    assert json.loads((tmp_path / train.RESULT_FILE).read_text())["timings"] == result["timings"]
+    # Another benchmark takes none of it.
+    (tmp_path / train.UNFINISHED_FILE).write_text(json.dumps({"origin": {}, "timings": {}}))
+    done.clear()
+    assert train.main(flags) == 0
+    assert done == whole
+
+
+@pytest.mark.parametrize("short", ["released procedure, slow step", STOCK])
+@pytest.mark.parametrize("work", ["_count", "_step", "_parts"])
+def test_a_variant_without_enough_memory_is_recorded_and_ends_nothing(
+    work, short, done, tmp_path, monkeypatch, capsys
+):
+    original, calls = getattr(steps, work), []
+
+    def fails(variant, *args):
+        if variant.name == short:
+            calls.append(variant)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(variant, *args)
+
+    monkeypatch.setattr(steps, work, fails)
+    assert train.main([*QUICK, "--output", str(tmp_path), "--ledger", str(tmp_path / "ledger.csv")]) == 0
+    assert len(calls) == (2 if short == STOCK else 1)  # once a stage
+    result = json.loads((tmp_path / train.RESULT_FILE).read_text())
+    entries = {entry["variant"]: entry for entry in result["timings"]["sft"]}
+    missing = {name for name, entry in entries.items() if entry["out_of_memory"]}
+    assert missing == ({STOCK} if short == STOCK else {short, "released procedure"})
+    for name, entry in entries.items():
+        assert len(entry["seconds"]) == (0 if name in missing else 2)
+        assert len(entry["ratios"]) == (0 if name in missing or short == STOCK else 2)
+    methods = result["whole_schedule"]
+    assert "released procedure" not in methods
+    assert ("DualSpeed" in methods) == (short != STOCK)
+    shown = capsys.readouterr().out
+    assert "out of memory" in next(line for line in shown.splitlines()[::-1] if short in line)
+    rows = list(csv.DictReader((tmp_path / "ledger.csv").open()))
+    assert not [row for row in rows if row["provider"] == short and "sft" in row["shape"]]
+    assert [row for row in rows if row["provider"] == "DualSpeed" and "sft" in row["shape"]]
+
+
+def test_saved_bytes_of_a_step_leave_out_frozen_weights():
+    """They are in memory whatever trains; with adapters, nearly all weights are frozen."""
+    bench = train.TrainBench(lora=True, batch_size=1)
+    model = train.build_model(bench)
+    train_stage(model, get_family(model), bench.stages[1])
+    batch = make_batch(get_family(model), draw_lengths(bench.stages[1].sources, 1, 0), 0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    (variant, *_), _ = training_variants(model, bench.settings, slow=False)
+    timing = Timing("sft", variant.name)
+    steps._count(variant, batch, timing, model, torch.optim.AdamW(trained))
+    with variant.active() as loss, count_saved_bytes(trained) as more:
+        loss(batch)
+    frozen = {weight.untyped_storage().data_ptr(): weight.nbytes for weight in model.parameters()}
+    kept = []
+    with variant.active() as loss, torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        loss(batch)
+    memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    assert timing.saved_bytes == sum(size for address, size in memory.items() if address not in frozen)
+    assert timing.saved_bytes < more.peak
+
+
 def test_figures_are_percentiles_and_a_ratio():
     found = figures([3.0, 1.0, 2.0], [4.0])
     assert found["p50"] == "2"

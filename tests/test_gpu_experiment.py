@@ -30,7 +30,34 @@ def test_a_failure_is_reported_and_the_rest_goes_on(tmp_path):
     assert not (tmp_path / "bad" / PART_FILE).exists()
 
 
-def test_what_is_done_is_kept_and_what_is_not_begins_anew(tmp_path):
+def test_a_part_that_has_failed_is_tried_after_those_that_have_not(tmp_path):
+    order = tmp_path / "order"
+    lines = {
+        name: f"open({str(order)!r}, 'a').write({name!r}); raise SystemExit({code})"
+        for name, code in (("a", 1), ("b", 0), ("c", 0))
+    }
+    a, b, c = (part(name, line) for name, line in lines.items())
+    run_parts([a], tmp_path, "small", "cpu", "float32", 60)
+    assert run_parts([a, b, c], tmp_path, "small", "cpu", "float32", 60) == {"a": "failed", "b": "done", "c": "done"}
+    assert order.read_text() == "abca"
+
+
+def test_a_part_goes_on_with_what_it_had_left_unless_its_command_is_another(tmp_path):
+    def counting(seconds):
+        line = (
+            f"import pathlib, time; p = pathlib.Path({str(tmp_path / 'a')!r}, 'count'); "
+            "p.open('a').write('x'); time.sleep(60 if len(p.read_text()) < 2 else 0)"
+        )
+        return part("a", f"{line}  # {seconds}")
+
+    assert run_parts([counting(1)], tmp_path, "small", "cpu", "float32", 2) == {"a": "not reached"}
+    assert run_parts([counting(1)], tmp_path, "small", "cpu", "float32", 60) == {"a": "done"}
+    assert (tmp_path / "a" / "count").read_text() == "xx"
+    assert run_parts([counting(2)], tmp_path, "small", "cpu", "float32", 2) == {"a": "not reached"}
+    assert (tmp_path / "a" / "count").read_text() == "x"
+
+
+def test_what_is_done_is_kept_and_what_is_not_goes_on(tmp_path):
     slow = part("slow", "import time; time.sleep(60)")
     late = part("late", "pass")
     quick = part("quick", f"open({str(tmp_path / 'runs')!r}, 'a').write('x')")
@@ -50,6 +77,7 @@ def test_what_is_done_is_kept_and_what_is_not_begins_anew(tmp_path):
     ("flags", "message"),
     [
         (["--device", "cpu"], "device='cpu'"),
+        (["--only", "selection"], "only='selection'"),
         (["--only", "train"], "only='train'"),
         (["--size", "tiny"], "size='tiny'"),
         (["--size", "small", "--device", "cpu", "--budget", "0"], "budget=0"),
