@@ -323,9 +323,14 @@ def test_the_split_to_evaluate_on_is_chosen_and_recorded(
         assert json.loads(output.read_text())["split"] == "test"
         assert set(read_scores(output)) == {f"{Path(path).name}/test/full"}
         assert main(command) == 2
-        assert "has the splits train, test: choose one of them with --split" in capsys.readouterr().err
+        assert "has the splits test, train: choose one of them with --split" in capsys.readouterr().err
         assert main([*command, "--split", "tset"]) == 2
         assert "split='tset' is unknown: did you mean 'test'?" in capsys.readouterr().err
+    # What a stranger's README.md names is not opened.
+    (Path(splits[0]) / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: /none.parquet\n---\n"
+    )
+    assert choose_split(splits[0], "test") == "test"
     # The only split, whatever it is called.
     (Path(splits[0]) / "data" / "train-00000-of-00001.parquet").unlink()
     assert set(file_rows(splits[0], split=choose_split(splits[0]))["answer"]) == {"test"}

@@ -10,7 +10,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, get_dataset_split_names, load_dataset, load_from_disk
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from pyarrow.parquet import read_metadata
 
@@ -70,6 +70,28 @@ def stream_table(path: str, split: str) -> IterableDataset:
     if folder.is_dir() and not _parquet_files(folder):
         return open_table(path, split).to_iterable_dataset()
     return _load(path, split, streaming=True)
+
+
+def list_splits(path: str) -> list[str]:
+    """The names of a folder's or a hub id's splits; none where there are none, or where it does not open.
+
+    Raises:
+        SaccadeError: if a folder written by `save_to_disk` is damaged.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        named = dict.fromkeys(split_of(file.relative_to(folder)) for file in _parquet_files(folder))
+        saved = folder / DATASETDICT_JSON_FILENAME
+        if named or not saved.is_file():
+            return [name for name in named if name is not None]
+        with reading(f"dataset={path!r}, a folder written by save_to_disk, cannot be read"):
+            return list(_read_json(saved)["splits"])
+    if is_parquet(path):
+        return []
+    try:
+        return get_dataset_split_names(path)
+    except Exception:  # opening it says what is wrong
+        return []
 
 
 def is_parquet(path: str) -> bool:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, get_dataset_split_names
+from datasets import Dataset
 from transformers import ProcessorMixin
 
 from saccade.data.addresses import ImageAddresses
@@ -13,6 +13,7 @@ from saccade.data.conversation import text_of
 from saccade.data.lengths import check_words
 from saccade.data.mixture import source_options
 from saccade.data.sources import Source, is_data_file
+from saccade.data.tables import list_splits
 from saccade.dualspeed.folder import read_run_file
 from saccade.errors import RecordError, SaccadeError
 from saccade.values import check_choice
@@ -57,7 +58,7 @@ def file_rows(
 
 
 def choose_split(path: str, split: str | None = None) -> str | None:
-    """The split of a data set to evaluate on; None of a single file, which has none.
+    """The split of a data set to evaluate on; None where it has none.
 
     Args:
         path: as for `file_rows`.
@@ -68,12 +69,11 @@ def choose_split(path: str, split: str | None = None) -> str | None:
     """
     if is_data_file(path):
         return split
-    try:
-        splits = get_dataset_split_names(path)
-    except Exception:  # opening it says what is wrong
+    splits = list_splits(path)
+    if not splits:
         return split
     if split is None and len(splits) > 1:
-        raise SaccadeError(f"dataset={path!r} has the splits {', '.join(splits)}: choose one of them with --split")
+        raise SaccadeError(f"dataset={path!r} has the splits {', '.join(sorted(splits))}: choose one of them with --split")
     split = splits[0] if split is None else split
     check_choice("split", split, splits)
     return split
