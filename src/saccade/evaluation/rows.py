@@ -73,7 +73,8 @@ def choose_split(path: str, split: str | None = None) -> str | None:
     if not splits:
         return split
     if split is None and len(splits) > 1:
-        raise SaccadeError(f"dataset={path!r} has the splits {', '.join(sorted(splits))}: choose one of them with --split")
+        named = ", ".join(sorted(splits))
+        raise SaccadeError(f"dataset={path!r} has the splits {named}: choose one of them with --split")
     split = splits[0] if split is None else split
     check_choice("split", split, splits)
     return split
