@@ -152,6 +152,10 @@ def test_names_that_look_like_numbers_stay_as_they_are_written(tmp_path):
         ({"image_urls": "example.org"}, "image_urls='example.org' is not the beginning"),
         ({"dtype": "bf16"}, "dtype='bf16' is unknown: did you mean 'bfloat16'"),
         ({"skip_mode": "slow"}, "skip_mode='slow' says which mode skips"),
+        ({"resume_from_checkpoint": "out"}, "resume_from_checkpoint='out' has no effect in a recipe: use resume"),
+        ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs={'dtype': 'float16'} has no effect"),
+        ({"do_train": False}, "do_train=False has no effect in a recipe, which trains: remove it"),
+        ({"do_predict": True}, "do_predict=True has no effect in a recipe"),
     ],
 )
 def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):
@@ -297,6 +301,16 @@ def prepare_example_or_raise(row):
     from saccade.dualspeed import DualSpeedCollator
 
     return DualSpeedCollator(processor=None)([row])
+
+
+@pytest.mark.parametrize("steps", [{"num_train_epochs": 1}, {"max_steps": 2}])
+def test_rows_that_make_no_full_batch_are_refused(steps, tmp_path):
+    """Without any batch it was a traceback, or a model that was saved as trained after no step."""
+    values = {"dataset_rows": 3, "per_device_train_batch_size": 4, "dataloader_drop_last": True, **steps}
+    recipe = make_recipe({**values, "use_cpu": True, "bf16": False, "output_dir": str(tmp_path / "out")})
+    with pytest.raises(SaccadeError, match="dataloader_drop_last=True drops all 3 rows, which make no batch of 4"):
+        train_recipe(recipe)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_lora_covers_the_decoder_and_nothing_else(model):

@@ -182,6 +182,16 @@ def check_model_trains(model: nn.Module, added: Iterable[nn.Module]) -> None:
     raise SaccadeError(f"model is {kind_of(model)} of which no weight trains: {fix}")
 
 
+def check_full_batch(args: DualSpeedConfig, rows: int) -> None:
+    """Refuse rows that make no full batch where the others are dropped: there would be nothing to train on."""
+    batch = args.train_batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
+    if args.dataloader_drop_last and rows < batch:
+        raise SaccadeError(
+            f"dataloader_drop_last=True drops all {rows} rows, which make no batch of {batch} "
+            f"(per_device_train_batch_size={args.per_device_train_batch_size}): set it to False, or give more rows"
+        )
+
+
 def check_language_model_trains(family: Family, args: DualSpeedConfig) -> None:
     """Refuse a language model that is frozen by accident, as after stage one or after adapters were merged."""
     parts = (family.language_model, family.model.get_output_embeddings())

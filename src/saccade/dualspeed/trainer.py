@@ -851,6 +851,8 @@ class DualSpeedTrainer(SFTTrainer):
         if self.model is self.family.model:
             checks.check_language_model_trains(self.family, self.args)
         checks.check_model_trains(self.model, self._added_modules())
+        if isinstance(self.train_dataset, Sized):
+            checks.check_full_batch(self.args, len(self.train_dataset))
         with ExitStack() as held:
             agreed(self.args, lambda: held.enter_context(hold(self.args)))
             return self._train_in_its_folder(resume_from_checkpoint, **kwargs)

@@ -11,6 +11,15 @@ from saccade.recipes import check_fields, find_recipe, parse_overrides, put_over
 from saccade.training.models import ModelOptions
 from saccade.values import coerce
 
+INSTEAD = {
+    "resume_from_checkpoint": "use resume, a checkpoint or 'auto'",
+    "model_init_kwargs": "use model, dtype, attn_implementation, load_in_4bit and trust_remote_code",
+    "local_rank": "the launcher gives each process its own",
+}
+"""Fields of TRL's config without effect in a recipe, and what to do instead."""
+ALWAYS = {"do_train": True, "do_predict": False}
+"""Flags of TRL's config that scripts read, and the only value that a recipe agrees with."""
+
 
 @dataclass
 class Recipe:
@@ -61,6 +70,20 @@ def check_no_secrets(values: Mapping[str, Any]) -> None:
         )
 
 
+def check_have_effect(values: Mapping[str, Any]) -> None:
+    """Refuse fields of TRL's config that `train_recipe`, which loads the model and calls `train` itself, never reads.
+
+    Raises:
+        SaccadeError: naming the field to give in its place.
+    """
+    for name, instead in INSTEAD.items():
+        if values.get(name) is not None:
+            raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe: {instead}")
+    for name, only in ALWAYS.items():
+        if values.get(name, only) is not only:
+            raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe, which trains: remove it")
+
+
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Build a recipe from a mapping of fields to values.
 
@@ -74,6 +97,7 @@ def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     check_fields(values, known, source)
     check_no_secrets(values)
     typed = {name: coerce(name, value, known[name]) for name, value in values.items()}
+    check_have_effect(typed)
     own = {entry.name for entry in fields(ModelOptions)}
     options = ModelOptions(**{name: value for name, value in typed.items() if name in own})
     settings = {name: value for name, value in typed.items() if name not in own}
