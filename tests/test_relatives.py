@@ -7,12 +7,15 @@ import torch
 from datasets import Dataset
 from family_models import RELATIVES, build_qwen
 from helpers import ORDINARY
+from PIL import Image
 from skip_tester import masked_ffn, options_for, skipping, without_roles
 
+from saccade import prune_inputs
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.errors import SaccadeError
+from saccade.families import get_family
 from saccade.families.encoded import Patches
-from saccade.reducers import list_reducers
+from saccade.reducers import PruningConfig, list_reducers
 from saccade.skip_vision import apply_skip_vision
 from saccade.testing import families as tester
 from saccade.testing.tiny_models import WIDTH, Tiny, mixed_rows
@@ -124,6 +127,20 @@ def test_scores_of_mistrals_patches_stand_with_their_tokens():
         expected.append(number)
     got = case.family.patches_to_tokens([Patches(torch.cat(patches)[None, :, None], False)], encoded, case.inputs)
     assert torch.equal(got[encoded.context.valid].flatten(), torch.cat(expected))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reducer", ["divprune", "vispruner", "cdpruner"])
+def test_an_image_that_is_a_single_token_is_encoded_as_beside_others(reducer):
+    """By the tower and merger of Mistral 3, which fail on it alone."""
+    model, processor = RELATIVES["mistral3"].build()
+    family = get_family(model)
+    images = [Image.new("RGB", (side, side), (99, 9, 3)) for side in (4, 16)]
+    alone, beside = (processor(images=images[:count], text=["[IMG]" * count], return_tensors="pt") for count in (1, 2))
+    assert family.encode(alone).context.shape[:2] == (1, 1)
+    features = [family.encode(inputs).context.features[0, 0] for inputs in (alone, beside)]
+    torch.testing.assert_close(*features)
+    assert model(**prune_inputs(model, alone, PruningConfig(reducer=reducer))).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", EXPERTS)

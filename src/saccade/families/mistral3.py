@@ -20,14 +20,18 @@ class Mistral3Family(Family):
     model_types = ("mistral3",)
     takes_list = True
     text_between_lines = True
+    drops_only_token = True
+    """Whether the stock model fails on a batch of one token: it drops the dimension of tokens there."""
 
     def _encode(self, inputs: Mapping[str, Any]) -> Encoded:
-        sizes = inputs["image_sizes"]
-        output = self.model.get_image_features(
-            pixel_values=inputs["pixel_values"], image_sizes=sizes, return_dict=True
-        )
-        rows = list(output.pooler_output)
+        sizes, pixels = inputs["image_sizes"], inputs["pixel_values"]
         edge = self.model.config.vision_config.patch_size * self._merged
+        only = self.drops_only_token and pixels.shape[0] == 1 and tuple(pixels.shape[-2:]) == (edge, edge)
+        times = 2 if only else 1  # beside itself
+        output = self.model.get_image_features(
+            pixel_values=pixels.repeat(times, 1, 1, 1), image_sizes=sizes.repeat(times, 1), return_dict=True
+        )
+        rows = list(output.pooler_output)[: len(sizes)]
         grid = torch.cat((torch.ones_like(sizes[:, :1]), sizes // edge), dim=1)
         return self.as_encoded(rows, grid=grid.to(rows[0].device))
 
@@ -41,7 +45,8 @@ class Mistral3Family(Family):
         edge, width = self._merged, patches[0].values.shape[-1]
         shapes = [tuple(shape) for shape in encoded.context.grid[:, 1:].tolist()]
         values = torch.cat([entry.values.reshape(-1, width) for entry in patches])
-        images = values.split([rows * columns * edge**2 for rows, columns in shapes])
+        counts = [rows * columns * edge**2 for rows, columns in shapes]
+        images = values[: sum(counts)].split(counts)
         squares = [
             image.unflatten(0, (rows * edge, columns * edge))
             for image, (rows, columns) in zip(images, shapes, strict=True)
@@ -56,6 +61,7 @@ class PixtralFamily(Mistral3Family):
     model_types = ("llava",)
     towers = ("pixtral",)
     projects_tokens = True
+    drops_only_token = False
 
     @property
     def _merged(self) -> int:
