@@ -338,6 +338,32 @@ def test_the_split_to_evaluate_on_is_chosen_and_recorded(
         file_rows("test.json", split=choose_split("test.json", "test"))
 
 
+def test_another_evaluation_does_not_replace_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = [dict(RESULT)]
+    monkeypatch.setattr("saccade.evaluation.evaluate_inferences", lambda *given: results)
+    assert main(["eval", "tiny"]) == 0
+    # The same again, even with another score.
+    results[0]["accuracy"] = 0.75
+    assert main(["eval", "tiny"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+    assert main(["eval", "tiny", "--split", "validation"]) == 0
+    assert "eval.json was of another evaluation, and is now eval.1.json" in capsys.readouterr().out
+    results[0] |= {"inference": "pruned", "reducer": "random", "prune_ratio": 0.9}
+    assert main(["eval", "tiny", "--split", "validation"]) == 0
+    found = {path.name: json.loads(path.read_text()) for path in sorted(tmp_path.iterdir())}
+    assert [(name, one["split"], one["results"][0]["inference"]) for name, one in found.items()] == [
+        ("eval.1.json", "test", "full"),
+        ("eval.2.json", "validation", "full"),
+        ("eval.json", "validation", "pruned"),
+    ]
+    # A file that is named is replaced.
+    assert main(["eval", "tiny", "--output", "eval.json"]) == 0
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_an_answer_in_several_parts_is_one_text(tmp_path: Path) -> None:
     """As chat templates write it, and training learns it."""
     parts = [{"type": "text", "text": text} for text in ("1", "2")]

@@ -1,6 +1,8 @@
 """`saccade eval`: evaluate a trained model on all visual tokens and on a few; compare two result folders."""
 
 import argparse
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         default=None,
         metavar="PATH",
-        help="a JSON file (default: eval.json in the model's folder; with compare none)",
+        help="a JSON file (default: eval.json in the model's folder, where another evaluation is kept as eval.1.json; "
+        "with compare none)",
     )
 
 
@@ -139,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
     print_table(f"{args.model} on {model.device}, {len(scenes)} {what}", columns, rows)
     output = args.output or _beside(args.model)
     record = {"model": args.model, "weights": weights, **measured, "results": results}
+    if args.output is None:
+        _keep_earlier(Path(output), record)
     write_json_atomically(output, {**record, "environment": environment()})
     print(f"written to {output}")
     return 0
@@ -170,6 +175,26 @@ def _compare(args: argparse.Namespace) -> int:
     if args.output is not None:
         print(f"written to {write_json_atomically(args.output, comparison)}")
     return 0
+
+
+def _keep_earlier(path: Path, record: dict[str, Any]) -> None:
+    """Move aside what the same command with other options has written, which the new results would replace."""
+    from saccade.reducers.config import pruned_how
+
+    def what(content: dict[str, Any]) -> list[Any]:
+        """Everything but the scores: what was measured, and in which ways."""
+        ways = [(entry["inference"], entry["samples"], pruned_how(entry)) for entry in content["results"]]
+        return [ways, *(content.get(name) for name in ("model", "weights", "dataset", "split", "rows"))]
+
+    try:
+        same = what(json.loads(path.read_text(encoding="utf-8"))) == what(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no such results
+    if not same:
+        names = (path.with_suffix(f".{number}.json") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.rename(aside)
+        print(f"{path} was of another evaluation, and is now {aside}")
 
 
 def _refuse(args: argparse.Namespace, names: Any, why: str) -> None:
