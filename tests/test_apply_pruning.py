@@ -318,6 +318,19 @@ def test_rows_of_a_cache_that_move(name):
 
 
 @pytest.mark.parametrize("way", IN_PLACE)
+def test_a_compiled_forward_has_the_same_logits(way):
+    """Which tokens stay is decided outside of what is compiled."""
+    case = Case("llava", FAMILIES["llava"])
+    prompts = case.prompts([0, 1])
+    with IN_PLACE[way](case.model), torch.no_grad():
+        expected = case.model(**prompts).logits
+        torch.compiler.reset()
+        compiled = torch.compile(case.model.forward, backend="eager")
+        torch.testing.assert_close(compiled(**prompts).logits, expected, **CLOSE)
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("way", IN_PLACE)
 def test_wrappers_around_a_patched_model_stay(way):
     """accelerate wraps `forward` in place, of the model for autocast and of all its modules for offloading."""
     case, seen = Case("llava", FAMILIES["llava"]), []
@@ -725,6 +738,8 @@ def test_what_cannot_be_is_said_in_one_line():
                 SaccadeError, match=r"the key-value cache was cropped to \d+ tokens, within a pruned prompt of"
             ):
                 call(**{**step, **cropped})
+        with pytest.raises(SaccadeError, match="logits_to_keep: the places of a tensor are those of the prompt"):
+            case.model(**prompts, logits_to_keep=torch.tensor([3, 5]))
         with pytest.raises(SaccadeError, match="position_ids: visual tokens are dropped"):
             case.model.generate(**prompts, position_ids=torch.zeros_like(prompts["input_ids"]))
         for batching in (

@@ -62,6 +62,7 @@ class Pruning:
         """Whether the arguments of a call contain images that are not encoded yet."""
         return given.get(ENCODED) is None and self.family.has_images(given)
 
+    @torch.compiler.disable
     def shorten(self, given: dict[str, Any], padding_side: str) -> dict[str, Any]:
         """The arguments of a call with their prompt replaced by a shorter one."""
         inputs, others = sort_arguments(self.family, given)

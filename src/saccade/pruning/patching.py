@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from saccade.errors import SaccadeError
 from saccade.families import Family
@@ -99,6 +99,11 @@ def sort_arguments(family: Family, given: Mapping[str, Any]) -> tuple[dict[str, 
     for name in ("position_ids", "inputs_embeds"):
         if given.get(name) is not None:
             raise SaccadeError(f"{name}: visual tokens are dropped or moved, pass 'input_ids' and leave {name} out")
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        raise SaccadeError(
+            "logits_to_keep: the places of a tensor are those of the prompt as given, which changes: give a number, "
+            "which counts from the end, or select from all logits"
+        )
     if given.get("input_ids") is None:
         raise SaccadeError("inputs has no 'input_ids': pass what the processor returned with return_tensors='pt'")
     names = {"input_ids", "attention_mask", *family.vision_inputs, *family.token_inputs, *PER_IMAGE}

@@ -268,6 +268,7 @@ def _check_model(family: Family, config: SkipVisionConfig) -> None:
         )
 
 
+@torch.compiler.disable  # how many tokens stay depends on their values, which the compiler does not see
 def _model_forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, after rearranging visual tokens."""
     skip: SkipVision = model.__dict__[HANDLE]
