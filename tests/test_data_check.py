@@ -277,6 +277,23 @@ def test_visual_tokens_of_every_family(size, name):
     assert counter.tokens(size) == (len(ids) - len(bare), sum(int(token) == placeholder for token in ids))
 
 
+@pytest.mark.parametrize("name", [name for name in (*FAMILIES, *RELATIVES) if name != "chain_of_sight"])
+@pytest.mark.parametrize("size", [(64, 48), (24, 70), (50, 50)])
+def test_a_number_of_tokens_per_crop_is_counted_for_every_crop(size, name):
+    """Of every family, against the prompt that is pruned."""
+    model, processor = (FAMILIES | RELATIVES)[name].build()
+    # More than newlines, which are kept beyond the budget.
+    keep = 10 if name in ("llava_next", "llava_onevision") else 3
+    budget = PruningConfig(reducer="random", keep_tokens=keep, budget="crop")
+    counter = TokenCounter(processor, model.config.image_token_id, budget)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}
+    text = processor.apply_chat_template([message], tokenize=False)
+    inputs = processor(images=[Image.new("RGB", size)], text=[text], return_tensors="pt")
+    pruned = prune_inputs(model, inputs, budget)
+    full, shortened = counter.lengths(0, [size])
+    assert inputs["input_ids"].shape[1] - pruned["input_ids"].shape[1] == full - shortened
+
+
 def test_estimates_know_the_largest_image():
     model, processor = FAMILIES["qwen2_5_vl"].build()
     counter = TokenCounter(processor, model.config.image_token_id, PruningConfig(prune_ratio=0.0))

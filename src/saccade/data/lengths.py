@@ -88,6 +88,11 @@ class TokenCounter:
         measured = [self._measure(size) for size in _PROBES]
         self.fixed = measured[0] if len(set(measured)) == 1 else None
         """(tokens that an image adds, visual tokens among them) if they are the same for all sizes, else None."""
+        self._rows: dict[Size, list[int]] = {}
+        self._crops = budget.budget == "crop" and any(
+            len(_rows_of(self._processed(size), visual, processor)) > 1
+            for size, (_, visual) in zip(_PROBES, measured, strict=True)
+        )
         self._computes = not self.fixed and all(
             self._compute(size) == tokens for size, tokens in zip(_PROBES, measured, strict=True)
         )
@@ -135,10 +140,21 @@ class TokenCounter:
     def _kept(self, shape: Shape) -> int:
         """How many visual tokens of an image or a clip the budget keeps."""
         visual = self.tokens(shape)[1]
-        if not isinstance(shape, ClipShape) or self.budget.budget != "crop":
+        if self.budget.budget != "crop":
             return self.budget.count(visual)
-        rows = self._clip(shape)[2]
-        return sum(self.budget.count(visual // rows + (row < visual % rows)) for row in range(rows))
+        return sum(map(self.budget.count, self._row_tokens(shape, visual)))
+
+    def _row_tokens(self, shape: Shape, visual: int) -> list[int]:
+        """The visual tokens of each row of features: a crop, a thumbnail, a frame or a pair of frames."""
+        if isinstance(shape, ClipShape):
+            rows = self._clip(shape)[2]
+            return [visual // rows + (row < visual % rows) for row in range(rows)]
+        if not self._crops:
+            return [visual]
+        key = _PROBES[0] if self.fixed else shape
+        if key not in self._rows:
+            self._rows[key] = _rows_of(self._processed(key), visual, self.processor)
+        return self._rows[key]
 
     def text_tokens(self, row: Mapping[str, Any]) -> int:
         """Number of tokens of a row's text in the model's chat format, counting each image as a single token.
@@ -194,13 +210,16 @@ class TokenCounter:
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _measure(self, size: Size) -> tuple[int, int]:
-        """`tokens` of an image, measured by processing a blank one."""
+    def _processed(self, size: Size) -> Mapping[str, Any]:
+        """What the processor makes of a blank image."""
         # Tensors, as training has them: Ovis 2's processor makes nothing else.
-        inputs = self.processor(
+        return self.processor(
             images=[Image.new("RGB", size)], text=[self._one_image], add_special_tokens=False, return_tensors="pt"
         )
-        ids = inputs["input_ids"][0].tolist()
+
+    def _measure(self, size: Size) -> tuple[int, int]:
+        """`tokens` of an image, measured by processing a blank one."""
+        ids = self._processed(size)["input_ids"][0].tolist()
         return len(ids) - self._bare, ids.count(self.placeholder_id)
 
     def _compute(self, size: Size) -> tuple[int, int] | None:
@@ -210,6 +229,23 @@ class TokenCounter:
             return None
         visual = int(count(image_sizes=[(size[1], size[0])])["num_image_tokens"][0])
         return visual - 1, visual
+
+
+def _rows_of(inputs: Mapping[str, Any], visual: int, processor: Any) -> list[int]:
+    """How many of an image's visual tokens are in each row of features, as its processor's output shows. Of
+    Chain-of-Sight, whose rows are made by the model, they count as one."""
+    pixels = inputs["pixel_values"]
+    if pixels.ndim == 5 and "image_sizes" in inputs:
+        # LLaVA-NeXT and LLaVA-OneVision: the crops become one large picture beside the thumbnail.
+        small = getattr(processor, "num_image_tokens", None)
+        if small is None:
+            small = pixels.shape[-2] // processor.patch_size * (pixels.shape[-1] // processor.patch_size)
+        return [small, visual - small] if small < visual else [visual]
+    if "spatial_shapes" in inputs:
+        sizes = inputs["spatial_shapes"].prod(dim=1).tolist()  # LFM2-VL's crops and thumbnail
+    else:
+        sizes = [1] * (pixels.shape[1] if pixels.ndim == 5 else pixels.shape[0] if pixels.ndim == 4 else 1)
+    return [visual * size // sum(sizes) for size in sizes]
 
 
 def estimate_lengths(
