@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.report.environment import cpu_model
 
 COLUMNS = (
@@ -40,7 +40,7 @@ def origin(benchmark: str, device: torch.device, dtype: str, repeats: int, rooms
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "repeats": repeats,
-        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
+        "load": f"{os.getloadavg()[0]:.1f} on {counted(os.cpu_count(), 'core')}",
     }
 
 

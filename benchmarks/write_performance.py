@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.train import RESULT_FILE, tables
+from saccade.errors import counted
 from saccade.files import write_text_atomically
 from saccade.report.tables import markdown_table
 
@@ -34,9 +35,10 @@ def section(name: str, folder: Path) -> str:
     bench, found = result["bench"], result["environment"]
     given = ", ".join(f"{key} {value}" for key, value in bench.items() if value not in (None, False))
     versions = ", ".join(f"{package} {found['packages'][package]}" for package in ("torch", "transformers", "trl"))
+    cores = counted(found["cores"], "core")
     parts.append(
         f"*`python -m benchmarks.train` with {given}; {result['date']}; commit {(found['commit'] or 'unknown')[:7]}; "
-        f"{found['cpu']} ({found['cores']} cores), load {result['load']}; Python {found['python']}, {versions}.*\n"
+        f"{found['cpu']} ({cores}), load {result['load']}; Python {found['python']}, {versions}.*\n"
     )
     return "\n".join(parts)
 

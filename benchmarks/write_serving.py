@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.plots import plot_serving
 from benchmarks.serving_tables import selection_table, summarise, tables
 from benchmarks.write_performance import DOCS, fill
+from saccade.errors import counted
 from saccade.report.tables import markdown_table
 
 
@@ -44,7 +45,7 @@ def _origin(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
             "bursts: " + ", ".join(f"{count} of {size} at a time" for size, count in repeats.items()),
             "median (least to greatest)",
             f"{result['date']}; commit {(found['commit'] or 'unknown')[:7]}",
-            f"{found['cpu']} ({found['cores']} cores), load {loads[0]} to {loads[-1]}",
+            f"{found['cpu']} ({counted(found['cores'], 'core')}), load {loads[0]} to {loads[-1]}",
             f"Python {found['python']}, torch {packages['torch']}, transformers {packages['transformers']}",
             f"servers: vllm {engine['vllm']}, transformers {engine['transformers']}",
         ]

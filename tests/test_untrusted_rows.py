@@ -192,6 +192,7 @@ def test_the_check_lists_what_it_left_aside(folder, capsys, tmp_path):
     assert report["ignored"] == {"id": 3, "metadata": 1, "source": 1, "conversations.lang": 1}
     printed = " ".join(capsys.readouterr().out.split())
     assert "ignored fields: id (3 rows)" in printed
+    assert "metadata (1 row)" in printed
 
 
 def test_a_dataset_without_images_is_told(folder, capsys, tmp_path, caplog):

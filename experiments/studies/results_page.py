@@ -10,7 +10,7 @@ from experiments.studies.curves import CurvePanel, plot_panels
 from experiments.studies.methods import FIGURES, WORDS
 from experiments.studies.over_time import Runs, checkpoint_table, checkpointed_runs, draw_over_time, reach_table
 from experiments.studies.studies import STUDIES, Panel, Study
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.files import write_text_atomically
 from saccade.report.plots import CPU_TIME, plot_trade_off, way_name
 from saccade.report.tables import markdown_table
@@ -250,7 +250,7 @@ def origin(standing: Standing) -> str:
     packages = ("torch", "transformers", "trl")
     python = [f"Python {one['python']}" for one in found]
     versions = [", ".join(f"{name} {one['packages'][name]}" for name in packages) for one in found]
-    machines = [f"{one['cpu']} ({one['cores']} cores, {one['memory_gib']} GiB)" for one in found]
+    machines = [f"{one['cpu']} ({counted(one['cores'], 'core')}, {one['memory_gib']} GiB)" for one in found]
     commits = [(one["commit"] or "unknown")[:7] for one in found]
     days = [result.get("finished", plan.started) for result in results]
     steps = f"{settings['pretrain_steps']} and {settings['sft_steps']} steps of {settings['batch_size']} rows"

@@ -134,6 +134,11 @@ def kind_of(value: Any) -> str:
     return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
+def counted(number: Any, noun: str) -> str:
+    """A number of things, in the plural unless it is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def one_of(name: Any, known: Iterable[str]) -> str:
     """The hint for an unknown value of an option: the most similar known one, or else all of them."""
     known = list(known)

@@ -7,7 +7,7 @@ from typing import Any
 from saccade.cli.early import check_dataset, check_model
 from saccade.cli.field_flags import listed
 from saccade.cli.pruning_flags import add_pruning_flags, given_pruning
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.values import check_choice, check_counts
 
 EXAMPLES = """
@@ -131,7 +131,7 @@ def _show(report: dict[str, Any]) -> None:
                 f"{tokens['longer']} rows are longer than max_length={tokens['max_length']}: training truncates them"
             )
     if report["ignored"]:
-        named = ", ".join(f"{name} ({count} rows)" for name, count in report["ignored"].items())
+        named = ", ".join(f"{name} ({counted(count, 'row')})" for name, count in report["ignored"].items())
         print(f"ignored fields: {named}")
     if report["checked"] and not report["images"] and not report["videos"]:
         print("no row has an image or a video: there is nothing to prune")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from saccade.dualspeed.checkpoint import newest_checkpoint
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.files import atomic_path
 from saccade.interfaces import changed
 
@@ -205,7 +205,7 @@ class NonFiniteGuard(TrainerCallback):
                 torch.save(batch, partial)
             kept = f"the batch is in {path}; "
         return (
-            f"{what} in step {step}, micro-batch {number} of rank {rank}: {len(texts)} samples, {shown}"
+            f"{what} in step {step}, micro-batch {number} of rank {rank}: {counted(len(texts), 'sample')}, {shown}"
             f"{', ...' if len(texts) > 3 else ''}; {kept}look at these samples, lower learning_rate or train in "
             f"float32; {way_on(self.trainer)}"
         )

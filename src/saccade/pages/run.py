@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saccade.data import digit_scenes
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.evaluation import Inference, plan_inferences
 from saccade.evaluation.digits import GREEDY, collate_prompts
 from saccade.pages.page import Page, blocks, html_table, option_text, settings_table
@@ -106,7 +106,7 @@ def _add_summary(page: Page, record: RunRecord, parts: Mapping[str, float] | Non
         (
             "training time",
             _number(seconds, "{:.0f} s"),
-            f"{done} of {planned} steps" if planned > 0 and planned != done else f"{done} steps",
+            f"{done} of {planned} steps" if planned > 0 and planned != done else counted(done, "step"),
         ),
         (
             "last loss",

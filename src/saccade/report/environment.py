@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from saccade.errors import counted
 from saccade.interfaces import TESTED, installed, is_tested, known_range
 
 PACKAGES = ("saccade", *TESTED)
@@ -42,13 +43,14 @@ def environment_lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Pairs of name and readable text from what `environment` returned, now or in an older record."""
     packages = {name: version or "not installed" for name, version in found.get("packages", {}).items()}
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in found.get("gpus", []))
+    cores = counted(found.get("cores"), "core")
     saccade = packages.pop("saccade", "-")
     return [
         ("saccade", saccade + (f" at {found['commit']}" if found.get("commit") else "")),
         ("python", found.get("python", "-")),
         *packages.items(),
         ("platform", found.get("platform", "-")),
-        ("cpu", f"{found.get('cpu')}, {found.get('cores')} cores, {found.get('threads')} torch threads"),
+        ("cpu", f"{found.get('cpu')}, {cores}, {counted(found.get('threads'), 'torch thread')}"),
         ("memory", f"{found.get('memory_gib')} GiB"),
         ("gpu", gpus or "none"),
         ("cuda", found.get("cuda") or "none"),

@@ -24,7 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.files import file_lock, write_json_atomically
 from saccade.report.environment import environment
 from saccade.sweeps.inputs import same_inputs, stage_inputs_are_as_before
@@ -61,7 +61,8 @@ class Outcome:
         for failure in self.failures.values():
             print(f"saccade: {failure}", file=sys.stderr)
         if self.failures:
-            print(f"saccade: {len(self.failures)} runs failed; the same command tries them again", file=sys.stderr)
+            failed, again = counted(len(self.failures), "run"), "it" if len(self.failures) == 1 else "them"
+            print(f"saccade: {failed} failed; the same command tries {again} again", file=sys.stderr)
         return 1 if self.failures else 0
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments
 
 from saccade.dualspeed.folder import LOG_FILE, RUN_FILE, read_run_file
+from saccade.errors import counted
 from saccade.reducers import PRUNING_FILE
 from saccade.reducers.config import pruned_how
 from saccade.report.tables import markdown_table
@@ -195,7 +196,7 @@ def _where(environment: Mapping[str, Any], date: str | None = None) -> str:
     if not environment:
         return ""
     gpus = ", ".join(gpu["name"] for gpu in environment.get("gpus", []))
-    hardware = gpus or f"{environment.get('cpu')}, {environment.get('threads')} threads"
+    hardware = gpus or f"{environment.get('cpu')}, {counted(environment.get('threads'), 'thread')}"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {version}" for name, version in packages.items() if version)
     when = f" Date: {date}." if date else ""
