@@ -116,6 +116,8 @@ def test_rows_that_do_not_fit_are_counted(tmp_path, capsys):
     assert (tokens["cut"], free["cut"]) == (1, 0)
     assert tokens["lost"] == three - 62 > 0
     assert "1 rows do not fit under fit_length=62" in capsys.readouterr().out
+    check(path, "--model", "tiny", "--keep-tokens", "16")
+    assert "16 visual tokens per crop" in capsys.readouterr().out
 
 
 def test_text_that_the_model_takes_for_an_image(tmp_path):

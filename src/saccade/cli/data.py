@@ -119,7 +119,7 @@ def _show(report: dict[str, Any]) -> None:
     if tokens and tokens["full"]:
         rows = [[name, *tokens[name].values()] for name in ("full", "shortened")]
         kept, ratio = tokens["keep_tokens"], tokens["prune_ratio"]
-        budget = f"prune ratio {ratio}" if kept is None else f"{kept} visual tokens per image"
+        budget = f"prune ratio {ratio}" if kept is None else f"{counted(kept, 'visual token')} per {tokens['budget']}"
         print_table(f"tokens per row, {budget}", ["length", *tokens["full"]], rows)
         if tokens["cut"]:
             print(

@@ -213,6 +213,7 @@ def _token_report(found: Findings, counter: TokenCounter, max_length: int | None
     return {
         "prune_ratio": counter.budget.prune_ratio,
         "keep_tokens": counter.budget.keep_tokens,
+        "budget": counter.budget.budget,
         "isolator_length": counter.isolator_length,
         "visual": found.visual,
         "full": _percentiles(found.full),
