@@ -46,6 +46,7 @@ class ReleasedProcedure(nn.Module):
         width = self.family.model.config.get_text_config().hidden_size
         self.isolator = nn.Linear(width, isolator_length, bias=False, device=self.family.model.device)
         self.prune_ratio = prune_ratio
+        self.held: tuple[Tensor, ...] | None = None
 
     def select(self, features: Tensor, keep: int) -> Tensor:
         """The kept tokens of one image."""
@@ -92,8 +93,8 @@ class ReleasedProcedure(nn.Module):
         output = family.language_model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, output_hidden_states=hidden
         )
-        # The released code keeps them alive too, although nothing reads them.
-        self._held = output.hidden_states
+        # The released code keeps them alive through the step too, although nothing reads them.
+        self.held = output.hidden_states
         return family.model.get_output_embeddings()(output.last_hidden_state).float(), padded
 
     def _splice(self, inputs: Mapping[str, Any], features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

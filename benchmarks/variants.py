@@ -150,7 +150,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         Variant(STOCK, lambda: stock(model)),
         Variant("pruning only", ours(pruned(settings.reducer, False))),
         Variant("DualSpeed, fast step", ours(fast)),
-        Variant("released procedure, fast step", lambda: plain(released.fast)),
+        Variant("released procedure, fast step", lambda: releasing(released, released.fast)),
         Variant("Skip-Vision", skipping(SkipVisionConfig.preset(settings.skip))),
         Variant(
             "DualSpeed with a skip, fast step",
@@ -176,7 +176,7 @@ def training_variants(model: PreTrainedModel, settings: Settings, slow: bool) ->
         return [under_autocast(variant, model) for variant in variants], []
     variants += [
         Variant("DualSpeed, slow step", ours(None, fast)),
-        Variant("released procedure, slow step", lambda: plain(released.slow)),
+        Variant("released procedure, slow step", lambda: releasing(released, released.slow)),
         Variant(f"{NO_PADDING}, slow step", ours(None, fast, padding_free=True)),
         Variant(f"{IN_PARTS}, slow step", ours(None, fast, in_parts=True)),
     ]
@@ -223,9 +223,12 @@ def backward_of_part(loss: Tensor) -> None:
 
 
 @contextmanager
-def plain(loss: Loss) -> Iterator[Loss]:
-    """A loss that needs no change to the model."""
-    yield loss
+def releasing(released: ReleasedProcedure, loss: Loss) -> Iterator[Loss]:
+    """A loss of the released procedure. Its hidden states go: they would count in the peaks of other variants."""
+    try:
+        yield loss
+    finally:
+        released.held = None
 
 
 @contextmanager
@@ -294,7 +297,8 @@ def lower_resolution(model: PreTrainedModel, prune_ratio: float) -> Iterator[Los
 @contextmanager
 def stock(model: PreTrainedModel, compiled: bool = False) -> Iterator[Loss]:
     """The loss that TRL's trainer computes for a vision-language model, including its logged metrics."""
-    device = get_family(model).model.device
+    bare = get_family(model).model
+    device, forward = bare.device, bare.__dict__.get("forward")
     args = SFTConfig(
         output_dir="unused",
         report_to="none",
@@ -308,5 +312,11 @@ def stock(model: PreTrainedModel, compiled: bool = False) -> Iterator[Loss]:
     trainer = SFTTrainer(
         model, args, train_dataset=rows, data_collator=lambda batch: batch, processing_class=build_tiny_processor()
     )
-    with compiling(get_family(model), compiled):
-        yield lambda batch: trainer.compute_loss(model, dict(batch), num_items_in_batch=label_count(batch))
+    try:
+        with compiling(get_family(model), compiled):
+            yield lambda batch: trainer.compute_loss(model, dict(batch), num_items_in_batch=label_count(batch))
+    finally:
+        # The trainer has put its own around it, one more in each step.
+        bare.__dict__.pop("forward", None)
+        if forward is not None:
+            bare.forward = forward

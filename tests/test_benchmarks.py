@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -160,6 +161,47 @@ def test_the_released_slow_step_is_its_formula(small_batch, model):
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(rows_of_labels(full, labels), student)
     torch.testing.assert_close(shifted_cross_entropy(full, labels), model(**small_batch).loss)
+
+
+def test_the_released_procedure_is_given_the_valid_rows_of_llava_next():
+    """Its crops have unequal numbers of rows, and are padded; padding would be tokens, and candidates to be kept."""
+    model = build_shape("llava-next-7b", 1, 128, tower_layers=2)
+    family = get_family(model)
+    batch = make_batch(family, draw_lengths(LLAVA_665K, 2, seed=0), seed=0)
+    released, lengths = ReleasedProcedure(model, isolator_length=3), []
+    handle = family.language_model.register_forward_pre_hook(
+        lambda module, args, given: lengths.append(given["attention_mask"].sum(dim=1)), with_kwargs=True
+    )
+    with torch.no_grad():
+        valid = family._encode(batch).context.valid.sum(dim=1)
+        released._pass(batch, prune=False)
+        released._pass(batch, prune=True)
+    handle.remove()
+    assert valid.unique().numel() > 1
+    full, pruned = lengths
+    assert torch.equal(full, batch["attention_mask"].sum(dim=1))
+    kept = ((1 - 0.9) * valid.double()).int() + 3
+    text = full - family.placeholder(batch["input_ids"]).sum(dim=1)
+    assert torch.equal(pruned, text + kept.view(2, -1).sum(dim=1))
+
+
+def test_variants_leave_nothing_on_the_model(small_batch, model):
+    """Neither hidden states, which would count in the peaks of others, nor wrappers, one more in each step."""
+    variants = {variant.name: variant for variant in training_variants(model, Settings(), slow=True)[0]}
+    before = model.__dict__.get("forward")
+    for name in (STOCK, "released procedure, slow step"):
+        alive = []
+        handle = get_family(model).language_model.register_forward_hook(
+            lambda module, args, output: alive.extend(map(weakref.ref, output.hidden_states or ()))  # noqa: B023
+        )
+        with variants[name].active() as loss:
+            value = loss(small_batch)
+            assert any(state() is not None for state in alive) == (name != STOCK)
+            value.backward()
+        handle.remove()
+        del value
+        assert not [state for state in alive if state() is not None]
+        assert model.__dict__.get("forward") is before
 
 
 @pytest.mark.interfaces
