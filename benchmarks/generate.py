@@ -1,5 +1,8 @@
 """Prefill time, decoding time and cache size, with all visual tokens, with pruned and with skipped ones.
 
+`prefill` starts from prompts that are laid out. What choosing, merging and laying out tokens takes is `layout`: the
+first token of a pruned or skipping prompt takes both.
+
 python -m benchmarks.generate
 python -m benchmarks.generate --shape llama3-8b --device cuda --dtype bfloat16 --images 1,4
 """

@@ -30,15 +30,19 @@ def section(name: str, folder: Path) -> str:
         parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{markdown_table(columns, cells)}")
     for kind, alt in (("speedups", "Speed-ups of a step"), ("parts", "Where a step's time goes, stage two")):
         picture = f"images/bench_{name}_{kind}.png"
-        shutil.copyfile(folder / f"bench_train_{kind}.png", DOCS / picture)
-        parts.append(f"![{alt}]({picture})\n")
+        # Where the stock trainer ran out of memory there may be none.
+        if (drawn := folder / f"bench_train_{kind}.png").is_file():
+            shutil.copyfile(drawn, DOCS / picture)
+            parts.append(f"![{alt}]({picture})\n")
     bench, found = result["bench"], result["environment"]
+    gpus = "".join(f", {gpu['name']}" for gpu in found["gpus"]) if bench["device"] != "cpu" else ""
     given = ", ".join(f"{key} {value}" for key, value in bench.items() if value not in (None, False))
     versions = ", ".join(f"{package} {found['packages'][package]}" for package in ("torch", "transformers", "trl"))
     cores = counted(found["cores"], "core")
     parts.append(
-        f"*`python -m benchmarks.train` with {given}; {result['date']}; commit {(found['commit'] or 'unknown')[:7]}; "
-        f"{found['cpu']} ({cores}), load {result['load']}; Python {found['python']}, {versions}.*\n"
+        f"*`python -m benchmarks.train` with {given}; {result['date']}; "
+        f"commit {(found['commit'] or 'unknown')[:7]}; {found['cpu']} ({cores}){gpus}, "
+        f"load {result['load']}; Python {found['python']}, {versions}.*\n"
     )
     return "\n".join(parts)
 

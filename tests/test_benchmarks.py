@@ -11,7 +11,7 @@ from family_models import FAMILIES
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import flops, generate, images, lora_casts, short_rows, steps, train
+from benchmarks import flops, generate, images, lora_casts, short_rows, steps, train, write_performance
 from benchmarks.batches import image_inputs, label_count, make_batch
 from benchmarks.counting import count_saved_bytes
 from benchmarks.flops import cache_bytes, prefill_flops
@@ -436,6 +436,19 @@ def test_a_variant_without_enough_memory_is_recorded_and_ends_nothing(
     rows = list(csv.DictReader((tmp_path / "ledger.csv").open()))
     assert not [row for row in rows if row["provider"] == short and "sft" in row["shape"]]
     assert [row for row in rows if row["provider"] == "DualSpeed" and "sft" in row["shape"]]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_page_names_the_gpu_of_steps_on_one(device, done, tmp_path, monkeypatch):
+    assert train.main([*QUICK, "--output", str(tmp_path)]) == 0
+    file = tmp_path / train.RESULT_FILE
+    result = json.loads(file.read_text())
+    result["bench"]["device"] = device
+    result["environment"]["gpus"] = [{"name": "NVIDIA H200", "memory_gib": 139}]
+    file.write_text(json.dumps(result))
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    monkeypatch.setattr(write_performance, "DOCS", tmp_path / "docs")
+    assert ("NVIDIA H200" in write_performance.section("tiny", tmp_path)) == (device == "cuda")
 
 
 def test_saved_bytes_of_a_step_leave_out_frozen_weights():

@@ -386,6 +386,11 @@ def test_shares_are_of_all_token_training_with_the_same_seed() -> None:
     assert second[at["charts"]] == "40.0 %"
     assert second[at["mean (n = 8)"]] == "38.8 % (32.5-45.0)"
     assert [third[at[name]] for name in ("share", "lowest task's share")] == ["", ""]
+    # A seed without all-token training is in neither figure of a row that has shares, and is not counted.
+    standing.results[5] = result("dualspeed", 2, 0.9, 0.9, 8.0)
+    assert task_table(standing)[1][1] == second
+    assert (second[at["seeds"]], third[at["seeds"]]) == ("2", "1")
+    del standing.results[5]
     for number, one in enumerate(standing.results.values()):
         one["spec"]["labels"]["reducer"] = "tome" if number < 3 else "random"
     columns, cells = task_table(standing)

@@ -392,9 +392,11 @@ def ranking_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
 def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     """Columns and cells: by method, settings that vary, and what is answered from, the accuracy of each task over the
     seeds, its share of what training and answering with all tokens reaches with the same seed, the lowest share of a
-    task over the seeds, and the CPU time of both stages."""
-    groups: dict[tuple[Any, ...], list[dict[str, float]]] = {}
-    shares: dict[tuple[Any, ...], list[dict[str, float]]] = {}
+    task over the seeds, and the CPU time of both stages.
+
+    All figures of a row are of the same seeds: those that all tokens were trained with too, if there are any.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[dict[str, float], dict[str, float]]]] = {}
     names, samples, varied = ["all"], 0, []
     for run, result in standing.results.items():
         labels = result["spec"]["labels"]
@@ -403,15 +405,15 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
         for entry in result["evaluations"]:
             key = (labels["method"], *(labels[name] for name in varied), entry["inference"])
             found = _accuracies(result, entry["inference"])
-            groups.setdefault(key, []).append({**found, "cpu": train_cpu_seconds(result)})
-            if every and all(every.values()):
-                shares.setdefault(key, []).append({name: found[name] / every[name] for name in found})
+            share = {name: found[name] / every[name] for name in found} if every and all(every.values()) else {}
+            groups.setdefault(key, []).append(({**found, "cpu": train_cpu_seconds(result)}, share))
             names, samples = list(found), entry["samples"]
     columns = [name.replace("_", " ") for name in names[:-1]]
     columns += [f"mean (n = {samples})", "share", "lowest task's share", "CPU time of training"]
     cells = []
-    for (method, *values, inference), found in groups.items():
-        alike = shares.get((method, *values, inference))
+    for (method, *values, inference), runs in groups.items():
+        compared = [(one, share) for one, share in runs if share]
+        found, alike = [one for one, _ in compared or runs], [share for _, share in compared]
         share = {name: mean_and_range([one[name] for one in alike]) for name in names} if alike else {}
         tasks = [share[name] for name in names[:-1] if share]
         cells.append(
