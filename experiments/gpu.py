@@ -28,7 +28,7 @@ import torch
 from benchmarks.selection import SHAPES
 from benchmarks.shapes import check_place
 from saccade.cli.main import Parser, guarded
-from saccade.errors import SaccadeError
+from saccade.errors import SaccadeError, counted
 from saccade.files import write_json_atomically
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
@@ -92,7 +92,7 @@ PARTS: dict[str, Part] = {
         *(
             Part(
                 f"generate-llava-1.5-7b-{images}",
-                f"prefill, decoding and cache of all, pruned and skipped tokens of {images} images",
+                f"prefill, decoding and cache of all, pruned and skipped tokens of {counted(int(images), 'image')}",
                 "benchmarks.generate",
                 ("--shape", "llava-1.5-7b", "--images", images),
                 ("--images", "1", "--repeats", "1", "--new-tokens", "2"),
