@@ -156,6 +156,18 @@ def test_names_that_look_like_numbers_stay_as_they_are_written(tmp_path):
         ({"model_init_kwargs": {"dtype": "float16"}}, "model_init_kwargs={'dtype': 'float16'} has no effect"),
         ({"do_train": False}, "do_train=False has no effect in a recipe, which trains: remove it"),
         ({"do_predict": True}, "do_predict=True has no effect in a recipe"),
+        (
+            {"dataset_num_proc": 4},
+            "dataset_num_proc=4 has no effect in a recipe: rows are prepared as batches are made; use",
+        ),
+        (
+            {"dataset_kwargs": {"skip_prepare_dataset": True}},
+            "dataset_kwargs={'skip_prepare_dataset': True} has no eff",
+        ),
+        ({"shuffle_dataset": True}, "shuffle_dataset=True has no effect in a recipe"),
+        ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' has no effect in a recipe"),
+        ({"eval_packing": True}, "eval_packing=True has no effect in a recipe"),
+        ({"pad_token": "<pad>"}, "pad_token='<pad>' has no effect in a recipe"),
     ],
 )
 def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):

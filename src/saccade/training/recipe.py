@@ -15,6 +15,13 @@ INSTEAD = {
     "resume_from_checkpoint": "use resume, a checkpoint or 'auto'",
     "model_init_kwargs": "use model, dtype, attn_implementation, load_in_4bit and trust_remote_code",
     "local_rank": "the launcher gives each process its own",
+    # TRL prepares no rows with images, and the collator pads.
+    "dataset_num_proc": "rows are prepared as batches are made; use dataloader_num_workers",
+    "dataset_kwargs": "rows are prepared as batches are made; remove it",
+    "shuffle_dataset": "each epoch draws an order of its own; remove it",
+    "packing_strategy": "images are encoded before rows are packed; use padding_free",
+    "eval_packing": "images are encoded before rows are packed; use padding_free",
+    "pad_token": "rows are padded with the tokenizer's own; remove it",
 }
 """Fields of TRL's config without effect in a recipe, and what to do instead."""
 ALWAYS = {"do_train": True, "do_predict": False}
@@ -71,13 +78,14 @@ def check_no_secrets(values: Mapping[str, Any]) -> None:
 
 
 def check_have_effect(values: Mapping[str, Any]) -> None:
-    """Refuse fields of TRL's config that `train_recipe`, which loads the model and calls `train` itself, never reads.
+    """Refuse fields of TRL's config without effect in `train_recipe`, which loads the model and calls `train` itself.
 
     Raises:
         SaccadeError: naming the field to give in its place.
     """
+    unset = {entry.name: entry.default for entry in fields(DualSpeedConfig)}
     for name, instead in INSTEAD.items():
-        if values.get(name) is not None:
+        if values.get(name) not in (None, unset[name]):
             raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe: {instead}")
     for name, only in ALWAYS.items():
         if values.get(name, only) is not only:
