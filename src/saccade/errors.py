@@ -135,8 +135,9 @@ def kind_of(value: Any) -> str:
 
 
 def counted(number: Any, noun: str) -> str:
-    """A number of things, in the plural unless it is 1."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """A number of things, such as "1 step" or "1,000 steps"; what stands for a number that is not known, as it is."""
+    shown = f"{number:,}" if isinstance(number, (int, float)) else number
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
 def one_of(name: Any, known: Iterable[str]) -> str:

@@ -10,11 +10,6 @@ def room() -> int | None:
     return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else None
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things, such as "1 step" or "1,000 steps"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def wrapped(text: str, indent: int = 0) -> str:
     """`text` in lines that fit the terminal, without breaking a word; as it is if the output is none.
 

@@ -10,7 +10,8 @@ from transformers.trainer_utils import has_length
 
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.modes import ModeConfig
-from saccade.report.lines import counted, room, wrapped
+from saccade.errors import counted
+from saccade.report.lines import room, wrapped
 from saccade.skip_vision.config import amount_of
 
 REST = ("runtime", "samples_per_second", "steps_per_second")
