@@ -130,6 +130,15 @@ def test_a_split_has_its_files_alone(tmp_path, streaming):
         answers(tmp_path / "given", streaming, dataset_split="dev")
 
 
+def test_the_state_of_a_split_elsewhere_is_not_read(tmp_path, secret, streaming):
+    """It was read before the files that it names were refused."""
+    DatasetDict({"train": table("mine")}).save_to_disk(tmp_path / "given")
+    (tmp_path / "given" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "../secret/saved"]}))
+    (secret / "saved" / "state.json").write_text("not ours to read")
+    with pytest.raises(SaccadeError, match=r"state\.json, which leads out of the folder"):
+        answers(tmp_path / "given", streaming)
+
+
 def test_files_of_which_some_name_a_split_are_refused(tmp_path, streaming):
     """Either those with a split were dropped or those without, in silence."""
     for name in ("part_train", "part_b"):

@@ -47,6 +47,7 @@ def open_table(path: str, split: str) -> Dataset:
                 "file in it, if there is one"
             )
         for place in places:
+            _check_inside(folder, [place / DATASET_STATE_JSON_FILENAME])
             entries = [
                 place / entry["filename"] for entry in _read_json(place / DATASET_STATE_JSON_FILENAME)["_data_files"]
             ]
