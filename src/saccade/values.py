@@ -21,6 +21,9 @@ PROJECTORS = ("mlp", "resampler")
 INFERENCES = ("full", "pruned", "pruned_isolator", "skip")
 ENGINES = ("vllm", "transformers")
 SPLITS = ("train", "validation", "test")
+JSON_SUFFIXES = (".json", ".jsonl")
+DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+"""The single files of rows that are read."""
 STAGES = ("pretrain", "sft")
 ENTRY_POINT_GROUP = "saccade.reducers"
 """The entry points of other packages' reducers."""

@@ -13,12 +13,13 @@ from typing import Any
 from saccade.errors import SaccadeError, one_of
 from saccade.files import check_exists, nearest_path
 from saccade.recipes import RECIPES, earlier_stage
-from saccade.values import DTYPES, ENTRY_POINT_GROUP, check_choice, check_pruning, is_number
+from saccade.values import DATA_SUFFIXES, DTYPES, ENTRY_POINT_GROUP, check_choice, check_pruning, is_number
 
 REDUCERS = Path(__file__).parents[1] / "reducers"
 WRITTEN = ("pruning_config.json", "log.json", "eval.json")
 """Files of which a folder that this library trained or evaluated has at least one."""
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".arrow")
+FILE_SUFFIXES = (*DATA_SUFFIXES, ".csv", ".arrow")
+"""What no hub id ends in. Files of the last kinds are refused where they are opened."""
 NUMBERS = ("prune_ratio", "keep_tokens", "fit_length", "patch_tolerance")
 
 
@@ -89,5 +90,5 @@ def check_dataset(path: Any) -> None:
     Raises:
         SaccadeError: with the most similar file.
     """
-    if isinstance(path, str) and path.endswith(DATA_SUFFIXES) and not ("://" in path or glob(path, recursive=True)):
+    if isinstance(path, str) and path.endswith(FILE_SUFFIXES) and not ("://" in path or glob(path, recursive=True)):
         check_exists(path, "dataset", "give a JSON, JSON-lines or Parquet file")

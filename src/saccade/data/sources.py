@@ -13,9 +13,10 @@ from saccade.data.fields import MEDIA_FIELDS
 from saccade.data.folders import ImageFolders
 from saccade.data.records import RecordFile, parse, stream_records
 from saccade.data.stamps import FileStamps
-from saccade.data.tables import is_parquet, stream_table
+from saccade.data.tables import stream_table
 from saccade.errors import RecordError, SaccadeError, kind_of
 from saccade.files import reading
+from saccade.values import DATA_SUFFIXES, JSON_SUFFIXES
 
 PROBED = 100
 """How many rows to try to find a usable one. If none is usable, the options are wrong rather than the rows."""
@@ -281,9 +282,9 @@ def _stream(path: str, split: str, shard: int, shards: int, by_file: bool) -> It
 
 def is_json(path: str) -> bool:
     """Whether a file has the suffix of a JSON list or JSON lines."""
-    return Path(path).suffix in (".json", ".jsonl")
+    return Path(path).suffix in JSON_SUFFIXES
 
 
 def is_data_file(path: str) -> bool:
     """Whether a source has the suffix of a single file that is read; it has no splits."""
-    return is_json(path) or is_parquet(path)
+    return Path(path).suffix in DATA_SUFFIXES
