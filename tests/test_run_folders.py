@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import make_trainer
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from saccade import DualSpeedConfig, SaccadeError
@@ -183,6 +183,19 @@ def test_overwriting_in_python_keeps_what_the_run_starts_from(kind, place, proce
             trainer.train()
     assert (start / "model.safetensors").is_file()
     assert (start / ISOLATOR_FILE).is_file()
+
+
+@pytest.mark.parametrize("place", [".", "checkpoint-3"])
+def test_overwriting_in_python_keeps_adapters_that_train_on(place, processor, tmp_path):
+    out, start = tmp_path / "out", tmp_path / "out" / place
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    get_peft_model(build_tiny_llava(processor, seed=0), lora).save_pretrained(start)
+    model = PeftModel.from_pretrained(build_tiny_llava(processor, seed=0), start, is_trainable=True)
+    options = {"overwrite": True, "max_steps": 1, "save_strategy": "no"}
+    with pytest.raises(SaccadeError, match="overwrite=true would remove adapters, which the model may have"):
+        make_trainer(model, processor, out, **options).train()
+    assert (start / "adapter_model.safetensors").is_file()
+    make_trainer(model, processor, tmp_path / "other", **options).train()
 
 
 def test_the_command_line_refuses_and_overwrites(tmp_path, capsys):

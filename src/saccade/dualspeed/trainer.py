@@ -96,7 +96,7 @@ from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.families.tower import depths_below_features
 from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
-from saccade.model_files import check_files
+from saccade.model_files import ADAPTER_FILE, check_files
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
@@ -858,11 +858,16 @@ class DualSpeedTrainer(SFTTrainer):
             return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
 
     def _check_not_overwritten(self) -> None:
-        """Refuse to remove the folder that the model, or an adapter's base, was loaded from."""
+        """Refuse to remove the folder that the model, its adapters or their base were loaded from."""
         bases = [config.base_model_name_or_path for config in getattr(self.model, "peft_config", {}).values()]
         for path in (self.family.model.name_or_path, *bases):
             check_not_removed(path, self.args.output_dir, "model")
         check_not_removed(self.args.isolator_path, self.args.output_dir, "isolator_path")
+        if self._adapters_loaded:
+            # PEFT does not say from where.
+            out = Path(self.args.output_dir)
+            for path in (*out.glob(ADAPTER_FILE), *out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{ADAPTER_FILE}")):
+                check_not_removed(path.parent, out, "adapters, which the model may have been loaded from,")
 
     def _train_in_its_folder(self, resume: str | bool | None, **kwargs: Any):
         args = self.args
