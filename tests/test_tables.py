@@ -171,6 +171,16 @@ def test_a_damaged_file_of_several_is_named(tmp_path, streaming, kind):
         answers(tmp_path / "given", streaming)
 
 
+@pytest.mark.parametrize(
+    ("count", "line"), [(0, "rows.json' has no rows"), (1, "the only row is bad"), (2, "first 2 rows")]
+)
+def test_a_stream_says_how_many_rows_are_bad(tmp_path, count, line):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{}] * count))
+    with pytest.raises(SaccadeError, match=line):
+        answers(path, True)
+
+
 @pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
 @pytest.mark.parametrize("content", ["", "{", "{}"])
 def test_a_damaged_saved_folder_is_one_line(tmp_path, streaming, name, content):

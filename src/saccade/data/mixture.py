@@ -206,7 +206,7 @@ def stream(
         addresses: as for `ImageFolders`.
     """
     opened = [(source, source.folders(allow_outside, addresses)) for source in options]
-    columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]))
+    columns = _first_columns(_generate(tuple(opened[:1]), shards, columns=None, numbers=[0]), options[0].path)
     weights = None if options[0].weight is None else [source.weight for source in options]
     # Without weights, each part holds rows of every source in turn; otherwise ranks would read different sources.
     groups = [opened] if weights is None else [[source] for source in opened]
@@ -245,16 +245,17 @@ def _generate(
             yield from map(_pack, islice(rows, part))
 
 
-def _first_columns(packed: Iterator[Row]) -> tuple[str, ...]:
+def _first_columns(packed: Iterator[Row], path: str) -> tuple[str, ...]:
     """The columns of the first usable row of a stream."""
-    first = None
+    bad = []
     for row in islice(packed, PROBED):
         if row["fault"] is None:
             return tuple(json.loads(row["row"]))
-        first = first or row
-    if first is None:
-        raise SaccadeError("the first dataset to stream has no rows")
-    raise SaccadeError(f"the first {PROBED} rows are all bad; {first['record']}: {first['fault']}")
+        bad.append(f"{row['record']}: {row['fault']}")
+    if not bad:
+        raise SaccadeError(f"dataset={path!r} has no rows")
+    these = f"the first {len(bad)} rows are all" if len(bad) > 1 else "the only row is"
+    raise SaccadeError(f"{these} bad; {bad[0]}")
 
 
 def _pack(row: Row) -> Row:
