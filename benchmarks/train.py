@@ -30,8 +30,10 @@ from saccade.cli.main import Parser, guarded
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import to_json, write_json_atomically
+from saccade.reducers import PruningConfig
 from saccade.report.environment import environment
 from saccade.report.tables import print_table
+from saccade.skip_vision import SkipVisionConfig
 from saccade.training.length_table import LLAVA_558K, LLAVA_665K, Source
 from saccade.values import check_counts
 
@@ -67,6 +69,9 @@ class TrainBench:
         gradient_checkpointing: recompute activations in the backward pass.
         compile: measure compiled decoder layers too; compiling takes minutes.
         device, dtype, threads: where and how to run.
+
+    Raises:
+        SaccadeError: on an unknown name or a value out of range.
     """
 
     shape: str = "tiny"
@@ -96,14 +101,13 @@ class TrainBench:
             raise SaccadeError(f"slow_probability={self.slow_probability!r}: give a share between 0 and 1")
         if not get_shape(self.shape).crops:
             raise SaccadeError(f"shape={self.shape!r} has no vision tower: choose another shape")
+        # Both refuse what they do not know.
+        PruningConfig(self.reducer, prune_ratio=self.prune_ratio)
+        SkipVisionConfig.preset(self.skip)
 
     @property
     def settings(self) -> Settings:
-        """Settings of the methods.
-
-        Raises:
-            SaccadeError: on a value out of range.
-        """
+        """Settings of the methods."""
         return Settings(
             self.prune_ratio, self.slow_probability, reducer=self.reducer, skip=self.skip, compiled=self.compile
         )
