@@ -232,6 +232,16 @@ def test_a_run_is_compared_with_the_all_token_run_that_shares_its_other_labels(t
     runs = [spec for spec in plan.runs if (spec.labels["learning_rate"], spec.labels["prune_ratio"]) != (1e-3, 0)]
     for row in Standing(replace(plan, runs=tuple(runs)), tmp_path).rows:
         assert (row["share_of_all_tokens"] is None) == (row["speedup"] is None) == (row["learning_rate"] == 1e-3)
+    # Without that of one seed, a row's shares are of fewer seeds than its accuracy, and say so.
+    runs = [spec for spec in plan.runs if spec.labels != {"learning_rate": 1e-3, "prune_ratio": 0, "seed": 1}]
+    columns, cells = Standing(replace(plan, runs=tuple(runs)), tmp_path).table()
+    at = {name: place for place, name in enumerate(columns)}
+    shown = {
+        tuple(row[:2]): [row[at[name]] for name in ("seeds", "accuracy, all tokens", "share of all-token")]
+        for row in cells
+    }
+    assert shown["0.001", "0.9"] == [2, "60.0 %", "75.0 %, n = 1"]
+    assert shown["0.0001", "0.9"] == [2, "20.0 %", "50.0 %"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def begin_sweep(
             page.add("Summary", blocks.warning(f"A run failed: {read_failure(folder, spec)}"))
     _add_trade_off(page, standing)
     columns, cells = standing.table()
-    table = html_table(columns, cells, "Values are means over seeds, with minimum and maximum in brackets.")
+    words = "Values are means over seeds, with minimum and maximum in brackets, and n where they are of fewer seeds."
+    table = html_table(columns, cells, words)
     long = len(cells) > LONGEST_TABLE
     page.add("Results", blocks.fold(f"All {len(cells)} rows as a table", [table]) if long else table)
     page.record |= {"command": plan.command, "progress": standing.progress, "summary": standing.summary()}

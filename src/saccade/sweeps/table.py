@@ -121,7 +121,7 @@ class Standing:
             [
                 *(self.word(entry[key]) for key in keys),
                 entry["seeds"],
-                *(spread(entry.get(name), self.figures[name][1]) for name in shown),
+                *(_cell(entry.get(name), self.figures[name][1]) for name in shown),
             ]
             for entry in entries
         ]
@@ -320,7 +320,7 @@ def trade_off(groups: Mapping[str, Sequence[Mapping[str, Any]]], seconds_of: Any
 
 def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """One entry per combination of `keys`, in order of first occurrence: the keys, `seeds`, and the spread of every
-    number.
+    number, with "seeds" if fewer have it, as a share whose all-token run is missing.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -332,7 +332,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[di
             found = [row.get(name) for row in members]
             numbers = [one for one in found if is_number(one)]
             if numbers:
-                entry[name] = mean_and_range(numbers)
+                fewer = {"seeds": len(numbers)} if len(numbers) < len(members) else {}
+                entry[name] = {**mean_and_range(numbers), **fewer}
         entries.append(entry)
     return entries
 
@@ -345,6 +346,11 @@ def mean_and_range(numbers: Sequence[float]) -> dict[str, float]:
 def percent(value: Spread | None) -> str:
     """A spread of fractions as text in percent."""
     return spread(value, None)
+
+
+def _cell(value: Spread | None, form: str | None) -> str:
+    """As `spread`, with the number of seeds if it is not that of the row."""
+    return spread(value, form) + (f", n = {value['seeds']}" if value and "seeds" in value else "")
 
 
 def spread(value: Spread | None, form: str | None) -> str:
