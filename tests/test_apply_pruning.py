@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from accelerate.state import AcceleratorState
 from family_models import FAMILIES, RELATIVES, WITH_VIDEO, VideoCase, build_pixtral
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -340,6 +341,7 @@ def test_wrappers_around_a_patched_model_stay(way):
     with IN_PLACE[way](model):
         shorter = model(**prompts).logits
     seen.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test's has another precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     with IN_PLACE[way](model):
         assert accelerator.prepare_model(model, evaluation_mode=True) is model
@@ -360,6 +362,7 @@ def test_wrappers_around_a_patched_model_stay(way):
     assert torch.equal(model(**prompts).logits, expected)
     remove_hook_from_submodules(model)
     assert torch.equal(model(**prompts).logits, expected)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_isolator_of_an_offloaded_model(tmp_path):

@@ -197,10 +197,10 @@ def test_modes_follow_the_schedule_and_are_logged(model, processor, tmp_path):
 
 @pytest.mark.parametrize("options", [{"slow_probability": 0.5}, ORDINARY], ids=["both modes", "stock steps"])
 def test_modes_are_logged_at_the_end_of_an_epoch_that_was_evaluated_before(processor, tmp_path, options):
-    options |= {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 2}
+    evaluated = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 4, "num_train_epochs": 2}
     trainer = DualSpeedTrainer(
         build_tiny_llava(processor),
-        make_config(tmp_path, max_steps=-1, **options),
+        make_config(tmp_path, max_steps=-1, **options, **evaluated),
         train_dataset=digit_scenes("sft", "train", 16),
         eval_dataset=digit_scenes("sft", "validation", 2),
         processing_class=processor,

@@ -20,6 +20,7 @@ from saccade.dualspeed.weights import base_of, check_keys, identify_weights, loa
 from saccade.errors import SaccadeError
 from saccade.families import get_family
 from saccade.files import check_exists, check_new_folder, reading, write_json_atomically, write_text_atomically
+from saccade.model_files import check_files
 from saccade.pruning import ISOLATOR_FILE
 from saccade.pruning.prune_inputs import isolator_rows
 from saccade.reducers import PRUNING_FILE, PruningConfig
@@ -71,6 +72,8 @@ def export_model(
         for name in (ISOLATOR_FILE, SUMMARY_FILE)
         if find_companion(source, name) is not None
     }
+    for place in (source, *([] if base is None else [base])):
+        check_files(place)
     if dtype == "auto":
         dtype = stored_dtype(source if base is None else Path(base))
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
