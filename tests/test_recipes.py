@@ -316,8 +316,9 @@ def prepare_example_or_raise(row):
 
 
 @pytest.mark.parametrize("steps", [{"num_train_epochs": 1}, {"max_steps": 2}])
-def test_rows_that_make_no_full_batch_are_refused(steps, tmp_path):
+def test_rows_that_make_no_full_batch_are_refused(steps, tmp_path, monkeypatch):
     """Without any batch it was a traceback, or a model that was saved as trained after no step."""
+    monkeypatch.setattr("saccade.training.run.load_model", lambda *given: pytest.fail("a model was loaded"))
     values = {"dataset_rows": 3, "per_device_train_batch_size": 4, "dataloader_drop_last": True, **steps}
     recipe = make_recipe({**values, "use_cpu": True, "bf16": False, "output_dir": str(tmp_path / "out")})
     with pytest.raises(SaccadeError, match="dataloader_drop_last=True drops all 3 rows, which make no batch of 4"):

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sized
 from contextlib import ExitStack
 from datetime import date
 from itertools import islice
@@ -17,7 +17,7 @@ from saccade.companions import find_companion
 from saccade.dualspeed import DualSpeedTrainer
 from saccade.dualspeed.bad_records import BadRecordLog
 from saccade.dualspeed.checkpoint import checkpoints
-from saccade.dualspeed.checks import check_at_hand, check_one_gpu
+from saccade.dualspeed.checks import check_at_hand, check_full_batch, check_one_gpu
 from saccade.dualspeed.collator import BAD_RECORDS
 from saccade.dualspeed.folder import LOG_FILE, agreed, check_not_removed, check_unused, hold
 from saccade.errors import SaccadeError, did_you_mean
@@ -65,6 +65,8 @@ def _train_and_save(
     eval_dataset = load_eval_rows(options)
     if options.eval_share is not None:
         dataset, eval_dataset = hold_out(dataset, options.eval_share, options.dataset_seed, options.eval_rows)
+    if isinstance(dataset, Sized):
+        check_full_batch(args, len(dataset))
     model, processor = load_model(options, args.trust_remote_code)
     if options.load_in_4bit:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
