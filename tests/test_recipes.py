@@ -168,6 +168,11 @@ def test_names_that_look_like_numbers_stay_as_they_are_written(tmp_path):
         ({"packing_strategy": "wrapped"}, "packing_strategy='wrapped' has no effect in a recipe"),
         ({"eval_packing": True}, "eval_packing=True has no effect in a recipe"),
         ({"pad_token": "<pad>"}, "pad_token='<pad>' has no effect in a recipe"),
+        ({"length_column_name": "n"}, "length_column_name='n' has no effect in a recipe: rows have no column"),
+        ({"label_names": ["labels"]}, "label_names=['labels'] has no effect in a recipe"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics=['loss'] has no effect in a recipe"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics=True has no effect in a recipe"),
+        ({"do_eval": True}, "do_eval=True has no effect in a recipe: set eval_strategy, or use"),
     ],
 )
 def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypatch, capsys):

@@ -39,13 +39,13 @@ SHIPPED_TOWER = Path(__file__).parent / "tower-12"
 """How it was made stands in docs/testbed.md."""
 PRECISIONS = ("float32", "bfloat16")
 
-
+PRESET_RATE = {field: PRESETS["fast_then_few_slow"][field] for field in ("lr_scheduler_type", "lr_scheduler_kwargs")}
+"""The learning rate of the presets, which does not fall to zero."""
 CANDIDATES: dict[str, dict[str, Any]] = {
     "all_tokens_shorter": METHODS["all_tokens"],
-    "all_tokens_preset_rate": {
-        **METHODS["all_tokens"],
-        **{field: PRESETS["fast_then_few_slow"][field] for field in ("lr_scheduler_type", "lr_scheduler_kwargs")},
-    },
+    "all_tokens_preset_rate": {**METHODS["all_tokens"], **PRESET_RATE},
+    "dualspeed_preset_rate": PRESET_RATE,
+    "dualspeed_longer_preset_rate": PRESET_RATE,
     "prune_pretraining": METHODS["all_tokens"],
     "prune_fine_tuning": METHODS["prune_only"],
     # Modes that skip are not packed.
@@ -73,15 +73,16 @@ CANDIDATES: dict[str, dict[str, Any]] = {
         ]
     },
 }
-"""What to compare beside `METHODS`: the options in which each differs from DualSpeed. First training on all
-tokens for about the time that the longer preset takes, and at the preset's learning rate, then pruning in one stage
-only, then Skip-Vision at its budget of 576 tokens and both methods together, then DualSpeed with more steps, then
-settings that may do better than the published one."""
+"""What to compare beside `METHODS`: the options in which each differs from DualSpeed. First training on all tokens for
+about the time that the longer preset takes, and at the preset's learning rate, then DualSpeed at that rate, then
+pruning in one stage only, then Skip-Vision at its budget of 576 tokens and both methods together, then DualSpeed with
+more steps, then settings that may do better than the published one."""
 FIRST_STAGE = {"prune_pretraining": METHODS["prune_only"], "prune_fine_tuning": METHODS["all_tokens"]}
 """The methods whose first stage has other options than the second, and its options."""
 STEPS = {
     "all_tokens_shorter": 0.5,
     "dualspeed_longer": 1.4,
+    "dualspeed_longer_preset_rate": 1.4,
     "fast_then_slow_longer": 1.4,
     "fast_then_slow_higher": 1.4,
     "fast_then_slow_longer_original": 1.4,
@@ -101,6 +102,8 @@ WORDS = {
     **{name: name.replace("_then_", ", then ").replace("_", " ") for name in CANDIDATES},
     "all_tokens_shorter": "all tokens, shorter",
     "all_tokens_preset_rate": "all tokens, learning rate of the preset",
+    "dualspeed_preset_rate": "DualSpeed, learning rate of the preset",
+    "dualspeed_longer_preset_rate": "DualSpeed, longer, learning rate of the preset",
     "prune_pretraining": "pruning in stage one only",
     "prune_fine_tuning": "pruning in stage two only",
     "skip_vision": "Skip-Vision",

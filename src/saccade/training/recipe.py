@@ -22,6 +22,11 @@ INSTEAD = {
     "packing_strategy": "images are encoded before rows are packed; use padding_free",
     "eval_packing": "images are encoded before rows are packed; use padding_free",
     "pad_token": "rows are padded with the tokenizer's own; remove it",
+    "length_column_name": "rows have no column of lengths; use group_by",
+    # What a function for metrics gets, and a recipe has none.
+    "label_names": "its evaluations compute the loss; remove it",
+    "include_for_metrics": "its evaluations compute the loss; remove it",
+    "batch_eval_metrics": "its evaluations compute the loss; remove it",
 }
 """Fields of TRL's config without effect in a recipe, and what to do instead."""
 ALWAYS = {"do_train": True, "do_predict": False}
@@ -85,11 +90,13 @@ def check_have_effect(values: Mapping[str, Any]) -> None:
     """
     unset = {entry.name: entry.default for entry in fields(DualSpeedConfig)}
     for name, instead in INSTEAD.items():
-        if values.get(name) not in (None, unset[name]):
+        if values.get(name) not in (None, [], unset[name]):
             raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe: {instead}")
     for name, only in ALWAYS.items():
         if values.get(name, only) is not only:
             raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe, which trains: remove it")
+    if values.get("do_eval") and values.get("eval_strategy", "no") == "no":
+        raise SaccadeError("do_eval=True has no effect in a recipe: set eval_strategy, or use `saccade eval`")
 
 
 def make_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
