@@ -24,6 +24,7 @@ from saccade.data import digit_scenes
 from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.dualspeed import DualSpeedCollator
 from saccade.dualspeed.bad_records import BAD_RECORDS_FILE, BadRecordLog
+from saccade.dualspeed.collator import STANDS_IN
 from saccade.errors import RecordError
 from saccade.families import get_family
 from saccade.launch import make_plan, run_processes
@@ -207,7 +208,7 @@ def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, t
     assert [entry["kind"] for entry in batch.pop("bad_records")] == ["missing_image"]
     assert all(torch.equal(batch[name], value) for name, value in expected.items())
     # What takes the place of a row that only fills up the batch has no labels either.
-    filled = collator([rows[0], {**rows[1], "stands_in": True}, {**rows[13], "stands_in": True}])
+    filled = collator([rows[0], {**rows[1], STANDS_IN: True}, {**rows[13], STANDS_IN: True}])
     assert torch.equal(filled["labels"][0], batch["labels"][0])
     assert (filled["labels"][1:] == -100).all()
     # In a batch without any, the last sample before stands in.
@@ -219,8 +220,12 @@ def test_rows_without_a_number_are_replaced_within_the_batch(model, processor, t
 
 @pytest.mark.parametrize(
     "columns",
-    [{"fault": "cracked", "kind": "metal", "index": "a7"}, {"record": {"lot": 3}, "index": 1007}],
-    ids=["fault", "record"],
+    [
+        {"fault": "cracked", "kind": "metal", "index": "a7"},
+        {"record": {"lot": 3}, "index": 1007},
+        {"stands_in": True},
+    ],
+    ids=["fault", "record", "stands_in"],
 )
 def test_a_dataset_may_have_columns_of_the_names_that_mark_rows(model, processor, tmp_path, columns):
     """Only together are they those of `mix`."""

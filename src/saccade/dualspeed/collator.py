@@ -36,7 +36,7 @@ from saccade.tokens import IGNORE_INDEX
 from saccade.videos import Sampling, open_video
 
 WORDS = ("messages", "prompt", "completion")
-STANDS_IN = "stands_in"
+STANDS_IN = "saccade_stands_in"
 """Column that is true on rows that merely fill up a batch, which have no labels."""
 OWN_COLUMNS = ("index", *MARKS, STANDS_IN)
 """Columns that `saccade.data.mix` adds to a row, for messages about it, and the mark of replacements."""
