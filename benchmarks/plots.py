@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from matplotlib.axes import Axes
 
@@ -16,10 +17,12 @@ ROW, HEAD = 0.36, 1.3  # Inches per bar, and for the title and axis together.
 def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.PathLike[str]) -> None:
     """Draw each variant's speed-up by stage as PNG, with a mark at the speed-up that FLOPs allow.
 
-    A stage without any, where the stock trainer ran out of memory, is left out, and so is a picture without stages.
+    A stage without any, where the stock trainer ran out of memory, is left out, and so is a picture without stages, of
+    which none stays from before.
     """
     stages = {stage: found for stage, found in stages.items() if found}
     if not stages:
+        Path(path).unlink(missing_ok=True)
         return
     most = max(len(found) for found in stages.values())
     figure, drawn = styled_figure(len(stages), (5.6 * len(stages), HEAD + ROW * most))
@@ -48,8 +51,9 @@ def plot_speedups(stages: Mapping[str, Mapping[str, Speedup]], path: str | os.Pa
 
 
 def plot_parts(variants: Mapping[str, Mapping[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw the shares of a step's time as PNG, one stacked bar per variant, if there are any."""
+    """Draw the shares of a step's time as PNG, one stacked bar per variant. Without any, none stays from before."""
     if not variants:
+        Path(path).unlink(missing_ok=True)
         return
     names = list(variants)[::-1]
     parts = list(next(iter(variants.values())))

@@ -7,6 +7,7 @@ python -m benchmarks.train --shape llava-1.5-7b --lora --gradient-checkpointing 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -21,6 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
+import saccade
 from benchmarks.ledger import append_rows, check_ledger, figures, origin, percentiles
 from benchmarks.plots import plot_parts, plot_speedups
 from benchmarks.shapes import build_shape, check_place, get_shape
@@ -138,7 +140,7 @@ def bench_train(
     torch.set_num_threads(bench.threads)
     model = build_model(bench)
     found, unfinished = environment(), output / UNFINISHED_FILE
-    origin = {"bench": asdict(bench), **{name: found[name] for name in ("packages", "commit", "cpu", "gpus")}}
+    origin = {"bench": asdict(bench), "code": _code(), **{name: found[name] for name in ("packages", "cpu", "gpus")}}
     kept = _measured_before(unfinished, origin)
     output.mkdir(parents=True, exist_ok=True)
     timings: dict[str, dict[str, Timing]] = {}
@@ -173,6 +175,15 @@ def bench_train(
         append_rows(ledger, _ledger_rows(bench, timings))
     unfinished.unlink()
     return result
+
+
+def _code() -> str:
+    """A hash of what is measured and of what measures: a commit does not tell uncommitted changes apart."""
+    digest = hashlib.sha256()
+    for folder in (Path(saccade.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _measured_before(file: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Timing]]:

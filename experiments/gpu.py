@@ -175,7 +175,7 @@ def _measure(part: Part, folder: Path, command: Sequence[str], left: float, log:
         try:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False).returncode
         except subprocess.TimeoutExpired:
-            log(f"{part.name}: the time is up after {left:.0f} s; the next call goes on with it")
+            log(f"{part.name}: the time is up after {left:.0f} s; the next call goes on with it, or begins it anew")
             return "not reached"
     if code:
         write_json_atomically(folder / BEGUN_FILE, {**begun, "failed": True})

@@ -1,6 +1,7 @@
 """A model that prunes in place: the answers of `prune_inputs`, after the prompt as it was given."""
 
 import copy
+import inspect
 import io
 import json
 import weakref
@@ -353,8 +354,15 @@ def test_wrappers_around_a_patched_model_stay(way):
         again = model(**prompts).logits
     assert again.shape == shorter.shape
     assert not torch.equal(again, whole)
+    # A wrapper that stayed is bound to the model that it is called on: a copy's runs the copy.
+    blank = copy.deepcopy(model)
+    for weight in blank.parameters():
+        weight.data.zero_()
+    assert not blank(**prompts).logits.any()
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert torch.equal(model(**prompts).logits, expected)
+    assert next(iter(inspect.signature(model.forward).parameters)) == "input_ids"
+    assert torch.equal(copy.deepcopy(model)(**prompts).logits, expected)
 
     with IN_PLACE[way](model):
         cpu_offload(model, execution_device="cpu")
@@ -405,6 +413,8 @@ def test_a_cache_of_a_call_that_raised_is_refused(second):
         given = dict(prompts)
         if second:
             first = case.model.generate(**prompts, **options, **{key: cache})
+            before = cache.get_seq_length()
+            kept = copy.deepcopy(cache)
             given["input_ids"] = torch.cat((first, prompts["input_ids"]), dim=1)
             given["attention_mask"] = torch.ones_like(given["input_ids"])
         with pytest.raises(KeyboardInterrupt):
@@ -414,6 +424,13 @@ def test_a_cache_of_a_call_that_raised_is_refused(second):
             later["attention_mask"] = torch.ones_like(later["input_ids"])
             with pytest.raises(SaccadeError, match="with pruned images that raised: pass the whole conversation"):
                 case.model.generate(**later, **options, **{key: copy.deepcopy(cache)})
+        if second:  # without what that call left, it goes on as if there had been none
+            cut = copy.deepcopy(cache)
+            cut.crop(before - cut.get_seq_length())
+            text = torch.cat((first, words), dim=1)
+            later = {"input_ids": text, "attention_mask": torch.ones_like(text)}
+            answers = [case.model.generate(**later, **options, **{key: one}) for one in (cut, kept)]
+            assert torch.equal(*answers)
         cache.reset()
         again = case.model.generate(**prompts, **options, **{key: cache})
         assert torch.equal(again, case.model.generate(**prompts, **options))

@@ -391,6 +391,13 @@ def test_shares_are_of_all_token_training_with_the_same_seed() -> None:
     assert task_table(standing)[1][1] == second
     assert (second[at["seeds"]], third[at["seeds"]]) == ("2", "1")
     del standing.results[5]
+    # A seed with which all tokens reach nothing on one task is in every accuracy, and in the other shares.
+    standing.results[1]["evaluations"][0] |= {"accuracy_by_task": {"charts": 0.0, "documents": 0.9}}
+    first, second = task_table(standing)[1][:2]
+    assert [row[at["seeds"]] for row in (first, second)] == ["2", "2"]
+    assert first[at["charts"]] == "40.0 % (0.0-80.0)"
+    assert second[at["lowest task's share"]] == "50.0 %"
+    standing.results[1]["evaluations"][0] |= {"accuracy_by_task": {"charts": 0.4, "documents": 0.5}}
     for number, one in enumerate(standing.results.values()):
         one["spec"]["labels"]["reducer"] = "tome" if number < 3 else "random"
     columns, cells = task_table(standing)

@@ -397,7 +397,8 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
     seeds, its share of what training and answering with all tokens reaches with the same seed, the lowest share of a
     task over the seeds, and the CPU time of both stages.
 
-    All figures of a row are of the same seeds: those that all tokens were trained with too, if there are any.
+    All figures of a row are of the same seeds: those that all tokens were trained with too, if there are any. A task
+    of which all tokens reach nothing with a seed has no share with it.
     """
     groups: dict[tuple[Any, ...], list[tuple[dict[str, float], dict[str, float]]]] = {}
     names, samples, varied = ["all"], 0, []
@@ -408,17 +409,17 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
         for entry in result["evaluations"]:
             key = (labels["method"], *(labels[name] for name in varied), entry["inference"])
             found = _accuracies(result, entry["inference"])
-            share = {name: found[name] / every[name] for name in found} if every and all(every.values()) else {}
-            groups.setdefault(key, []).append(({**found, "cpu": train_cpu_seconds(result)}, share))
+            groups.setdefault(key, []).append(({**found, "cpu": train_cpu_seconds(result)}, every))
             names, samples = list(found), entry["samples"]
     columns = [name.replace("_", " ") for name in names[:-1]]
     columns += [f"mean (n = {samples})", "share", "lowest task's share", "CPU time of training"]
     cells = []
     for (method, *values, inference), runs in groups.items():
-        compared = [(one, share) for one, share in runs if share]
-        found, alike = [one for one, _ in compared or runs], [share for _, share in compared]
-        share = {name: mean_and_range([one[name] for one in alike]) for name in names} if alike else {}
-        tasks = [share[name] for name in names[:-1] if share]
+        compared = [(one, every) for one, every in runs if every]
+        found = [one for one, _ in compared or runs]
+        shares = {name: [one[name] / every[name] for one, every in compared if every[name]] for name in names}
+        share = {name: mean_and_range(values) for name, values in shares.items() if values}
+        tasks = [share[name] for name in names[:-1] if name in share]
         cells.append(
             [
                 standing.word(method),
@@ -426,7 +427,7 @@ def task_table(standing: Standing) -> tuple[list[str], list[list[str]]]:
                 way_name(inference),
                 str(len(found)),
                 *(percent(mean_and_range([one[name] for one in found])) for name in names),
-                percent(share["all"]) if share else "",
+                percent(share["all"]) if "all" in share else "",
                 percent(min(tasks, key=lambda one: one["mean"])) if tasks else "",
                 f"{mean(one['cpu'] for one in found):.0f} s" if all(one["cpu"] for one in found) else "",
             ]

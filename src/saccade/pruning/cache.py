@@ -18,8 +18,6 @@ from transformers.cache_utils import Cache
 from saccade.errors import SaccadeError
 
 TURN = "_saccade_turn"
-UNFINISHED = "unfinished"
-"""In the place of a turn: part of a prompt, or an answer to it, of a call that raised before it was noted."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,19 @@ class Turn:
         return rows
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """In the place of a turn: part of a prompt, or an answer to it, of a call that raised before it was noted.
+
+    Args:
+        before: what the cache began with until then, if anything.
+        length: the tokens that it held then.
+    """
+
+    before: Turn | None
+    length: int
+
+
 def last_position(positions: Tensor) -> Tensor:
     """The greatest position of each sample, `(B, 1)`, of `(B, S)`, or of `(A, B, S)` for several axes."""
     last = positions.amax(dim=-1, keepdim=True)
@@ -121,12 +132,13 @@ def cache_of(values: Any) -> Cache | None:
 @contextmanager
 def noting(cache: Cache | None) -> Iterator[None]:
     """Mark a cache, if there is one, that gained tokens in a block that raised: what it begins with was not noted."""
-    before = 0 if cache is None else int(cache.get_seq_length())
+    length = 0 if cache is None else int(cache.get_seq_length())
     try:
         yield
     except BaseException:
-        if cache is not None and int(cache.get_seq_length()) != before:
-            setattr(cache, TURN, UNFINISHED)
+        if cache is not None and int(cache.get_seq_length()) != length:
+            before = getattr(cache, TURN, None)
+            setattr(cache, TURN, before if isinstance(before, Unfinished) else Unfinished(before, length))
         raise
 
 
@@ -157,14 +169,19 @@ def turn_of(cache: Cache | None) -> Turn | None:
     Raises:
         SaccadeError: if part of that has since been cut off, or the call that filled it raised.
     """
-    turn: Turn | str | None = getattr(cache, TURN, None)
+    turn: Turn | Unfinished | None = getattr(cache, TURN, None)
     if cache is None or turn is None:
         return None
     cached = int(cache.get_seq_length())
+    if isinstance(turn, Unfinished) and cached <= turn.length:  # what that call left was cropped
+        turn = turn.before
+        setattr(cache, TURN, turn)
     if cached == 0:  # it was reset
         delattr(cache, TURN)
         return None
-    if isinstance(turn, str):
+    if turn is None:
+        return None
+    if isinstance(turn, Unfinished):
         raise SaccadeError(
             "the key-value cache holds part of a call with pruned images that raised: pass the whole conversation to "
             "`generate` without the cache"

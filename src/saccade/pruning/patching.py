@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor, nn
 
@@ -15,6 +16,8 @@ from saccade.errors import SaccadeError
 from saccade.families import Family
 
 ORIGINALS = "_saccade_originals"
+CALLS = "_saccade_calls"
+"""Attribute for what wrappers around patched methods call, by key."""
 HANDLE = "_saccade_in_place"
 """Attribute for the handle of the active patch: a model prunes or skips, not both."""
 PER_IMAGE = (
@@ -27,11 +30,19 @@ PER_IMAGE = (
 def patch(module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
     """Replace the module's method `name` by `function`, of a module's own level, which receives the module and the
     arguments."""
-    state = {"active": True, "before": module.__dict__.get(name)}
+    key = uuid4().hex
+    state = {"active": True, "before": module.__dict__.get(name), "key": key}
     # Not a bound method: pickle would look it up by its name, and find the stock one.
     patched = partial(_patched, state, function, module, name)
+    # As of a method: accelerate binds its wrapper of this to the module, and a deep copy's is then bound to the copy.
+    patched.__func__ = partial(_call, key)
+    module.__dict__.setdefault(CALLS, {})[key] = patched
     module.__dict__.setdefault(ORIGINALS, {})[name] = patched
     setattr(module, name, patched)
+
+
+def _call(key: str, module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    return module.__dict__[CALLS][key](*args, **kwargs)
 
 
 def _patched(
@@ -39,12 +50,10 @@ def _patched(
     function: Callable[..., Any],
     module: nn.Module,
     name: str,
+    /,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    # accelerate binds what it unwraps to the module, as if it were a function of its class.
-    if args and args[0] is module:
-        args = args[1:]
     # Wrappers that were put around it since, such as accelerate's, still call it once the model is restored.
     if not state["active"]:
         return _original(state, module, name)(*args, **kwargs)
@@ -68,8 +77,11 @@ def patch_as_stock(module: nn.Module, function: Callable[..., Any], name: str = 
     rest = [entry for entry in bare if entry.kind is entry.VAR_KEYWORD]
     patch(module, function, name)
     patched = module.__dict__[name]
-    patched.__name__, patched.__qualname__, patched.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
-    patched.__signature__ = inspect.Signature([entry for entry in bare if entry not in rest] + keywords + rest)
+    entries = [entry for entry in bare if entry not in rest] + keywords + rest
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    for call, described in ((patched, entries), (patched.__func__, [own, *entries])):
+        call.__name__, call.__qualname__, call.__doc__ = stock.__name__, stock.__qualname__, stock.__doc__
+        call.__signature__ = inspect.Signature(described)
 
 
 def unpatch(module: nn.Module) -> None:
@@ -79,7 +91,7 @@ def unpatch(module: nn.Module) -> None:
         state["active"] = False
         if module.__dict__.get(name) is not patched:
             continue
-        del module.__dict__[name]
+        del module.__dict__[name], module.__dict__[CALLS][state["key"]]
         if state["before"] is not None:
             setattr(module, name, state["before"])
 
