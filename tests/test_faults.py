@@ -152,6 +152,31 @@ def test_early_stopping_counts_an_evaluation_that_was_left_out(processor, tmp_pa
     assert resumed._weights_step == 2
 
 
+def test_a_run_stopped_in_its_last_step_is_evaluated_when_it_is_resumed(processor, tmp_path):
+    """No epoch is run then, and the last model may be the best one."""
+
+    def make():
+        return DualSpeedTrainer(
+            build_tiny_llava(processor, seed=0),
+            args=make_config(tmp_path, max_steps=4, **BY_STEPS, load_best_model_at_end=True),
+            train_dataset=digit_scenes("sft", "train", 64),
+            eval_dataset=digit_scenes("sft", "validation", 2),
+            processing_class=processor,
+        )
+
+    trainer = make()
+    trainer.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    trainer.train()
+    assert (trainer.state.global_step, trainer.sigterm.stopped) == (4, True)
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    losses = {entry["step"]: entry["eval_loss"] for entry in resumed.state.log_history if "eval_loss" in entry}
+    assert list(losses) == [2, 4]
+    best = min(losses, key=losses.get)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert resumed._weights_step == best
+
+
 def test_the_first_ctrl_c_saves_and_says_how_to_go_on(processor, tmp_path, capfd):
     trainer = trainer_for(processor, tmp_path)
     before = signal.getsignal(signal.SIGINT)

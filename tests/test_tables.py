@@ -213,3 +213,22 @@ def test_a_link_out_of_the_first_image_folder_is_not_replaced_by_another_picture
     assert ImageFolders(folders, allow_outside=True).find("1.jpg") == str(tmp_path / "first" / "1.jpg")
     (tmp_path / "first" / "1.jpg").unlink()
     assert ImageFolders(folders).find("1.jpg") == str(tmp_path / "second" / "1.jpg")
+
+
+@pytest.mark.parametrize("name", ["{}2017.parquet", "{}0.parquet", "{}2017/a.parquet", "my_{}1.parquet"])
+def test_digits_end_the_word_of_a_split(tmp_path, streaming, name):
+    write(tmp_path / name.format("train"), "to learn")
+    write(tmp_path / name.format("val"), "held out")
+    assert answers(tmp_path, streaming) == ["to learn 0"]
+    assert answers(tmp_path, streaming, dataset_split="validation") == ["held out 0"]
+
+
+def test_parts_of_splits_are_taken_as_datasets_takes_them(tmp_path):
+    write(tmp_path / "train.parquet", "to learn", 3)
+    write(tmp_path / "test.parquet", "asked", 2)
+    assert answers(tmp_path, False, dataset_split="train[:2]") == ["to learn 0", "to learn 1"]
+    assert answers(tmp_path, False, dataset_split="train[2:]+test") == ["to learn 2", "asked 0", "asked 1"]
+    with pytest.raises(SaccadeError, match=r"dataset_split='train\+dev' is not in .*: use one of test, train"):
+        answers(tmp_path, False, dataset_split="train+dev")
+    write(tmp_path / "plain" / "a.parquet", "unnamed", 3)
+    assert answers(tmp_path / "plain", False, dataset_split="train[1:]") == ["unnamed 1", "unnamed 2"]

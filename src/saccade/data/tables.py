@@ -101,13 +101,14 @@ def is_parquet(path: str) -> bool:
 
 
 def _load(path: str, split: str, streaming: bool) -> Any:
+    if is_parquet(path):  # a single file has no splits
+        split = FIRST_SPLIT
     files = _local_files(path, split)
     try:
         if files is not None:
-            names = [escape(str(file.absolute())) for file in files]
-            return load_dataset("parquet", data_files=names, split=FIRST_SPLIT, streaming=streaming)
+            names = {name: [escape(str(file.absolute())) for file in found] for name, found in files.items()}
+            return load_dataset("parquet", data_files=names, split=split, streaming=streaming)
         if is_parquet(path):
-            # A single file has no splits.
             return load_dataset("parquet", data_files=path, split=FIRST_SPLIT, streaming=streaming)
         return load_dataset(path, split=split, streaming=streaming)
     except Exception as error:
@@ -117,25 +118,31 @@ def _load(path: str, split: str, streaming: bool) -> Any:
         ) from error
 
 
-def _local_files(path: str, split: str) -> list[Path] | None:
-    """The Parquet files of a folder, a pattern or a file, without those that have no rows; None if it is elsewhere.
+def _local_files(path: str, split: str) -> dict[str, list[Path]] | None:
+    """The Parquet files of a folder, a pattern or a file by split, without those that have no rows; None if it is
+    elsewhere.
 
     Raises:
         SaccadeError: if one is damaged, or none has rows.
     """
     if Path(path).is_dir():
-        files = _files_of_split(Path(path), split)
+        splits = _files_of_splits(Path(path), split)
     elif is_parquet(path) and "://" not in path:
-        files = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob(path, recursive=True))]
+        found = [Path(path)] if Path(path).exists() else [Path(name) for name in sorted(glob(path, recursive=True))]
+        splits = {FIRST_SPLIT: found}
     else:
         return None
-    counts = []
-    for file in files:
-        with reading(f"dataset={path!r}: {file.name} is not a whole Parquet file"):
-            counts.append(read_metadata(file).num_rows)
-    if not any(counts):
-        raise SaccadeError(f"dataset={path!r} has no rows")
-    return [file for file, count in zip(files, counts, strict=True) if count]
+    filled = {}
+    for name, files in splits.items():
+        filled[name] = [file for file in files if _count_rows(file, path)]
+        if not filled[name]:
+            raise SaccadeError(f"dataset={path!r} has no rows{'' if len(splits) == 1 else f' in its split {name!r}'}")
+    return filled
+
+
+def _count_rows(file: Path, path: str) -> int:
+    with reading(f"dataset={path!r}: {file.name} is not a whole Parquet file"):
+        return read_metadata(file).num_rows
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -144,8 +151,13 @@ def _parquet_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The Parquet files of a split: of all files, if no file's name says which split it is of."""
+def _files_of_splits(folder: Path, split: str) -> dict[str, list[Path]]:
+    """The Parquet files of each split that is read: all files, if no file's name says which split it is of.
+
+    Args:
+        split: as `datasets` takes it, such as "train", "train[:1000]" or "train+validation".
+    """
+    wanted = [part.split("[")[0].strip() for part in split.split("+")]
     files = _parquet_files(folder)
     _check_inside(folder, files)
     splits: dict[str | None, list[Path]] = {}
@@ -157,13 +169,13 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"dataset={str(folder)!r}: {named.name} is named by a split and {splits[None][0].name} is not: list the "
             f"files to read, or give a pattern such as {str(folder / '*.parquet')!r}"
         )
-    if None in splits and split == FIRST_SPLIT:
-        return splits[None]
     if None in splits:
-        raise SaccadeError(f"dataset_split={split!r}: no Parquet file in {folder} is named by a split, remove it")
-    if split not in splits:
+        if set(wanted) != {FIRST_SPLIT}:
+            raise SaccadeError(f"dataset_split={split!r}: no Parquet file in {folder} is named by a split, remove it")
+        return {FIRST_SPLIT: splits[None]}
+    if not splits.keys() >= set(wanted):
         raise SaccadeError(f"dataset_split={split!r} is not in {folder}: use one of {', '.join(map(str, splits))}")
-    return splits[split]
+    return {name: splits[name] for name in wanted}
 
 
 def split_of(path: Path) -> str | None:
@@ -174,7 +186,7 @@ def split_of(path: Path) -> str | None:
         path: relative to the folder of the dataset.
     """
     for part in (path.stem, *reversed(path.parts[:-1])):
-        words = re.split(r"[^a-z0-9]+", part.lower())
+        words = re.split(r"[^a-z]+", part.lower())
         for split, names in SPLIT_WORDS.items():
             if set(names) & set(words):
                 return split

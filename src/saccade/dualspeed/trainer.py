@@ -310,6 +310,7 @@ class DualSpeedTrainer(SFTTrainer):
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
         self.run_id: str | None = None
         self._resumed_at: int | None = None
+        self._resumed_from: str | None = None
         self._weights_step: int | None = None  # where the best model was loaded from
         self.best = BestOfRun()
         self.add_callback(self.best)
@@ -882,6 +883,7 @@ class DualSpeedTrainer(SFTTrainer):
             agreed(args, self._check_not_overwritten)
         agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
         self._resumed_at = self._weights_step = None
+        self._resumed_from = None if checkpoint is None else str(checkpoint)
         if checkpoint is None:
             self.best.path = None
             if args.should_save:
@@ -899,7 +901,7 @@ class DualSpeedTrainer(SFTTrainer):
             self.best.path = best
         try:
             with self.sigterm.training():
-                return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+                return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
         except Exception as error:
             # Compared by name, so that `pickle` need not be imported.
             if type(error).__name__ != "UnpicklingError":
@@ -1006,17 +1008,21 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _run_epoch(self, **options: Any) -> None:
         """The stock loop, after the evaluation that the run left out when it was stopped."""
-        checkpoint = options["resume_from_checkpoint"]
-        if checkpoint is not None and options["epoch"] == options["epochs_trained"] and self._owes_evaluation():
-            metrics = self._evaluate(options["trial"], options["ignore_keys_for_eval"])
-            if self._determine_best_metric(metrics, options["trial"]):
-                self.state.best_model_checkpoint = checkpoint
-            if self.control.should_training_stop:
-                return
+        self._make_up_evaluation(options["trial"], options["ignore_keys_for_eval"])
+        if self.control.should_training_stop:
+            return
         super()._run_epoch(**options)
 
+    def _make_up_evaluation(self, trial: Any, ignore_keys: list[str] | None = None) -> None:
+        """Make the evaluation that was due after the step that the run is resumed from, if it is not in its log."""
+        if self._resumed_at != self.state.global_step or not self._owes_evaluation():
+            return
+        metrics = self._evaluate(trial, ignore_keys)
+        if self._determine_best_metric(metrics, trial):
+            self.state.best_model_checkpoint = self._resumed_from
+
     def _owes_evaluation(self) -> bool:
-        """Whether an evaluation was due after the step that the run is resumed from, and is not in its log."""
+        """Whether an evaluation was due after the current step, and is not in the log."""
         state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
         flow.on_step_end(self.args, state, due)
         if float(state.epoch or 0).is_integer():
@@ -1030,6 +1036,10 @@ class DualSpeedTrainer(SFTTrainer):
         if self.sigterm.stopped:
             # The stock trainer loads it, and with save_total_limit=1 removes all others.
             self.state.best_model_checkpoint = None
+        else:
+            # If the run was stopped in its last step, no epoch has been run since.
+            self._make_up_evaluation(trial)
+            best = self.state.best_model_checkpoint
         output = super()._finalize_training(trial, num_train_samples, start_time)
         self.state.best_model_checkpoint = best
         return output
