@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import make_trainer
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -226,6 +226,24 @@ def test_no_weight_is_rounded_or_grows_without_need(tower, rest, kept, processor
     written, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "run"))
     assert {value.dtype for value in written.values()} == {kept}
     assert all(torch.equal(written[name].float(), value.float()) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_adapters_keep_the_dtype_of_a_base_of_the_hub(dtype, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--me--base" / "snapshots" / "a1"
+    model = build_tiny_llava(processor, seed=0).to(dtype)
+    for part in (model, processor):
+        part.save_pretrained(snapshot)
+    refs = snapshot.parent.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a1")
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj"))
+    lora.peft_config["default"].base_model_name_or_path = "me/base"
+    for part in (lora, processor):
+        part.save_pretrained(tmp_path / "run")
+    export_model(tmp_path / "run", tmp_path / "out")
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
 
 
 @pytest.mark.parametrize(

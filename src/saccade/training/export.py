@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from saccade.companions import find_companion, read_companion, save_companion
 from saccade.dualspeed.folder import EVALUATION_FILE, RUN_FILE
@@ -75,7 +75,8 @@ def export_model(
     for place in (source, *([] if base is None else [base])):
         check_files(place)
     if dtype == "auto":
-        dtype = stored_dtype(source if base is None else Path(base))
+        whole = source if base is None else Path(base)
+        dtype = stored_dtype(whole) if whole.is_dir() else declared_dtype(str(base))
     model, processor = load_model(ModelOptions(model=str(source), dtype=dtype))
     if ISOLATOR_FILE in learned:
         isolator_rows(get_family(model), source)
@@ -145,6 +146,15 @@ def stored_dtype(folder: Path) -> str:
             dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     found = [_FLOATS[name] for name in dtypes & _FLOATS.keys()]
     return str(reduce(torch.promote_types, found)).removeprefix("torch.") if found else "auto"
+
+
+def declared_dtype(name: str) -> str:
+    """The dtype that the config of a model of the hub names; "auto" if that is not one of those to export."""
+    try:
+        dtype = AutoConfig.from_pretrained(name).dtype
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return "auto"
+    return str(dtype).removeprefix("torch.") if dtype in _FLOATS.values() else "auto"
 
 
 def own_classes(model: PreTrainedModel, processor: ProcessorMixin) -> list[str]:
