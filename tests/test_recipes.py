@@ -185,6 +185,13 @@ def test_the_check_finds_what_needs_no_model(fields, message, tmp_path, monkeypa
     assert message in capsys.readouterr().err
 
 
+def test_what_asks_for_nothing_is_taken():
+    """As other tools write a recipe, with every field."""
+    nothing = {"dataset_kwargs": {}, "model_init_kwargs": {}, "eval_packing": False, "include_for_metrics": []}
+    recipe = make_recipe({"model": "tiny", "dataset": "digits", **nothing, "do_eval": False, "shuffle_dataset": False})
+    assert recipe.options.model == "tiny"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -90,7 +90,7 @@ def check_have_effect(values: Mapping[str, Any]) -> None:
     """
     unset = {entry.name: entry.default for entry in fields(DualSpeedConfig)}
     for name, instead in INSTEAD.items():
-        if values.get(name) not in (None, [], unset[name]):
+        if values.get(name) and values[name] != unset[name]:
             raise SaccadeError(f"{name}={values[name]!r} has no effect in a recipe: {instead}")
     for name, only in ALWAYS.items():
         if values.get(name, only) is not only:
