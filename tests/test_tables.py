@@ -232,3 +232,11 @@ def test_parts_of_splits_are_taken_as_datasets_takes_them(tmp_path):
         answers(tmp_path, False, dataset_split="train+dev")
     write(tmp_path / "plain" / "a.parquet", "unnamed", 3)
     assert answers(tmp_path / "plain", False, dataset_split="train[1:]") == ["unnamed 1", "unnamed 2"]
+
+
+@pytest.mark.parametrize("names", [("dev", "validation"), ("train_sft", "train_gen"), ("train", "train_hard")])
+def test_shards_in_data_are_of_the_split_that_they_name_whole(tmp_path, streaming, names):
+    for name in names:
+        write(tmp_path / "data" / f"{name}-00000-of-00001.parquet", name)
+    for name in names:
+        assert answers(tmp_path, streaming, dataset_split=name) == [f"{name} 0"]

@@ -13,7 +13,7 @@ from video_models import build
 from saccade.data.conversation import convert
 from saccade.data.folders import ImageFolders
 from saccade.data.mixture import SourceOptions, mix, stream
-from saccade.data.sources import found
+from saccade.data.sources import _found_video, found
 from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.errors import RecordError, SaccadeError
 from saccade.families import get_family
@@ -218,3 +218,14 @@ def test_fast_slow_and_teacher_steps(folder, positions, tmp_path):
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(entry["loss"] == entry["loss"] for entry in log)
     assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("fps", [float("nan"), 0, "unknown"])
+def test_a_rate_beside_a_file_is_not_read(tmp_path, fps):
+    """As pandas fills a column: the file says how fast it is."""
+    (tmp_path / "a.mp4").write_bytes(b"clip")
+    folders = ImageFolders([str(tmp_path)])
+    assert _found_video({"path": "a.mp4", "fps": fps}, folders) == str(tmp_path / "a.mp4")
+    assert _found_video({"bytes": b"clip", "fps": fps}, folders) == {"bytes": b"clip", "path": None}
+    with pytest.raises(RecordError, match="a video's 'fps' is"):
+        _found_video({"frames": [], "fps": fps}, folders)

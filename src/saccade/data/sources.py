@@ -191,27 +191,30 @@ def _found_video(video: Any, folders: ImageFolders) -> Any:
         path = folders.find_video(video)
         return path if isinstance(path, str) else {"frames": path}
     if isinstance(video, Mapping):
-        rate = {} if video.get("fps") is None else {"fps": _rate(video["fps"])}
         if isinstance(video.get("frames"), (list, tuple)):
-            return {"frames": [_found(frame, folders) for frame in video["frames"]], **rate}
+            return {"frames": [_found(frame, folders) for frame in video["frames"]], **_rate(video)}
         if isinstance(video.get("bytes"), bytes):
             return {"bytes": video["bytes"], "path": video.get("path")}
         if video.get("bytes") is None and isinstance(video.get("path"), str):
             found = _found_video(video["path"], folders)
-            return {**found, **rate} if isinstance(found, dict) else found
+            return {**found, **_rate(video)} if isinstance(found, dict) else found
     raise RecordError(
         f"a video is a path, a list of frames, or has 'path', 'bytes' or 'frames', found {str(video)[:80]}"
     )
 
 
-def _rate(fps: Any) -> float:
+def _rate(video: Mapping[str, Any]) -> dict[str, float]:
+    """The "fps" of frames, if they have one. A file has its own, whatever stands beside it."""
+    fps = video.get("fps")
+    if fps is None:
+        return {}
     try:
         rate = math.nan if isinstance(fps, bool) else float(fps)
     except (TypeError, ValueError, OverflowError):
         rate = math.nan
     if not 0 < rate < math.inf:
         raise RecordError(f"a video's 'fps' is {str(fps)[:40]!r}: give its frames per second, a number above 0")
-    return rate
+    return {"fps": rate}
 
 
 def _columns(source: Source) -> tuple[str, ...]:

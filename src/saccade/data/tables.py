@@ -25,7 +25,7 @@ SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the name of a Parquet file, or of its folder, that stand for a split, as on the hub."""
-_SHARD = re.compile(r"(.+)-\d+-of-\d+")
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 
 
 def open_table(path: str, split: str) -> Dataset:
@@ -179,19 +179,22 @@ def _files_of_splits(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def split_of(path: Path) -> str | None:
-    """The split that a Parquet file is of, by its name or those of its folders: `train.parquet`, `test/0.parquet`,
-    `data/mine-00000-of-00001.parquet`; None if they do not say.
+    """The split that a Parquet file is of, as on the hub: by the whole name of a shard, as in
+    `data/dev-00000-of-00001.parquet`, or a word in its name or its folders', `train.parquet`, `test/0.parquet`; None
+    if they do not say.
 
     Args:
         path: relative to the folder of the dataset.
     """
+    shard = _SHARD.fullmatch(path.stem)
+    if shard and path.parent.name == "data":
+        return shard[1]
     for part in (path.stem, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", part.lower())
         for split, names in SPLIT_WORDS.items():
             if set(names) & set(words):
                 return split
-    shard = _SHARD.fullmatch(path.stem)
-    return shard[1] if shard and path.parent.name == "data" else None
+    return None
 
 
 def _read_json(path: Path) -> Any:

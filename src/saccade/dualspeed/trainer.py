@@ -1025,7 +1025,7 @@ class DualSpeedTrainer(SFTTrainer):
         """Whether an evaluation was due after the current step, and is not in the log."""
         state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
         flow.on_step_end(self.args, state, due)
-        if float(state.epoch or 0).is_integer():
+        if float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps:
             flow.on_epoch_end(self.args, state, due)
         seen = (entry for entry in state.log_history if entry.get("step") == state.global_step)
         return due.should_evaluate and not any(name.startswith("eval_") for entry in seen for name in entry)
