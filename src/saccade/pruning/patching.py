@@ -94,6 +94,8 @@ def unpatch(module: nn.Module) -> None:
         del module.__dict__[name], module.__dict__[CALLS][state["key"]]
         if state["before"] is not None:
             setattr(module, name, state["before"])
+    if not module.__dict__[CALLS]:
+        del module.__dict__[CALLS]
 
 
 def call_original(module: nn.Module, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
