@@ -179,11 +179,9 @@ def bench_train(
 
 def _code() -> str:
     """A hash of what is measured and of what measures: a commit does not tell uncommitted changes apart."""
-    digest = hashlib.sha256()
-    for folder in (Path(saccade.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    folders = (Path(saccade.__file__).parent, Path(__file__).parent)
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _measured_before(file: Path, origin: Mapping[str, Any]) -> dict[str, dict[str, Timing]]:

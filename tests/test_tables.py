@@ -240,3 +240,11 @@ def test_shards_in_data_are_of_the_split_that_they_name_whole(tmp_path, streamin
         write(tmp_path / "data" / f"{name}-00000-of-00001.parquet", name)
     for name in names:
         assert answers(tmp_path, streaming, dataset_split=name) == [f"{name} 0"]
+
+
+def test_a_folder_may_be_named_like_a_file(tmp_path, streaming):
+    """As other tools write tables. Its files are of no split, so that one that is asked for is not passed over."""
+    write(tmp_path / "table.parquet" / "part-00000.parquet", "mine")
+    assert answers(tmp_path / "table.parquet", streaming) == ["mine 0"]
+    with pytest.raises(SaccadeError, match=r"no Parquet file in .* is named by a split, remove it"):
+        answers(tmp_path / "table.parquet", streaming, dataset_split="test")

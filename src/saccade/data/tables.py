@@ -101,15 +101,15 @@ def is_parquet(path: str) -> bool:
 
 
 def _load(path: str, split: str, streaming: bool) -> Any:
-    if is_parquet(path):  # a single file has no splits
-        split = FIRST_SPLIT
     files = _local_files(path, split)
+    if is_parquet(path) and not Path(path).is_dir():  # a single file has no splits
+        split = FIRST_SPLIT
     try:
         if files is not None:
             names = {name: [escape(str(file.absolute())) for file in found] for name, found in files.items()}
             return load_dataset("parquet", data_files=names, split=split, streaming=streaming)
         if is_parquet(path):
-            return load_dataset("parquet", data_files=path, split=FIRST_SPLIT, streaming=streaming)
+            return load_dataset("parquet", data_files=path, split=split, streaming=streaming)
         return load_dataset(path, split=split, streaming=streaming)
     except Exception as error:
         line = " ".join(str(error).split())[:300]

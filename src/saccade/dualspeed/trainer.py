@@ -1008,18 +1008,23 @@ class DualSpeedTrainer(SFTTrainer):
 
     def _run_epoch(self, **options: Any) -> None:
         """The stock loop, after the evaluation that the run left out when it was stopped."""
-        self._make_up_evaluation(options["trial"], options["ignore_keys_for_eval"])
-        if self.control.should_training_stop:
+        made = self._make_up_evaluation(options["trial"], options["ignore_keys_for_eval"])
+        if made and self.control.should_training_stop:
             return
         super()._run_epoch(**options)
 
-    def _make_up_evaluation(self, trial: Any, ignore_keys: list[str] | None = None) -> None:
-        """Make the evaluation that was due after the step that the run is resumed from, if it is not in its log."""
+    def _make_up_evaluation(self, trial: Any, ignore_keys: list[str] | None = None) -> bool:
+        """Make the evaluation that was due after the step that the run is resumed from, if it is not in its log.
+
+        Returns:
+            Whether it was made.
+        """
         if self._resumed_at != self.state.global_step or not self._owes_evaluation():
-            return
+            return False
         metrics = self._evaluate(trial, ignore_keys)
         if self._determine_best_metric(metrics, trial):
             self.state.best_model_checkpoint = self._resumed_from
+        return True
 
     def _owes_evaluation(self) -> bool:
         """Whether an evaluation was due after the current step, and is not in the log."""

@@ -137,8 +137,7 @@ def noting(cache: Cache | None) -> Iterator[None]:
         yield
     except BaseException:
         if cache is not None and int(cache.get_seq_length()) != length:
-            before = getattr(cache, TURN, None)
-            setattr(cache, TURN, before if isinstance(before, Unfinished) else Unfinished(before, length))
+            setattr(cache, TURN, Unfinished(getattr(cache, TURN, None), length))
         raise
 
 

@@ -151,7 +151,7 @@ def stored_dtype(folder: Path) -> str:
 def declared_dtype(name: str) -> str:
     """The dtype that the config of a model of the hub names; "auto" if that is not one of those to export."""
     try:
-        dtype = AutoConfig.from_pretrained(name).dtype
+        dtype = AutoConfig.from_pretrained(name, trust_remote_code=False).dtype
     except (OSError, ValueError):  # loading the model says what is wrong
         return "auto"
     return str(dtype).removeprefix("torch.") if dtype in _FLOATS.values() else "auto"
