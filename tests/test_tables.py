@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from saccade import SaccadeError
 from saccade.cli.early import check_dataset
 from saccade.data.folders import ImageFolders
-from saccade.data.tables import split_of
+from saccade.data.tables import list_splits, split_of
 from saccade.errors import RecordError
 from saccade.training import ModelOptions, load_rows
 
@@ -248,3 +248,36 @@ def test_a_folder_may_be_named_like_a_file(tmp_path, streaming):
     assert answers(tmp_path / "table.parquet", streaming) == ["mine 0"]
     with pytest.raises(SaccadeError, match=r"no Parquet file in .* is named by a split, remove it"):
         answers(tmp_path / "table.parquet", streaming, dataset_split="test")
+
+
+def test_two_words_for_one_split_are_refused(tmp_path, streaming):
+    """As in a clone whose README.md tells `dev` from `validation`: both were read as one split."""
+    for name in ("dev", "validation", "test"):
+        write(tmp_path / "given" / "accounting" / f"{name}-00000-of-00001.parquet", name)
+    with pytest.raises(SaccadeError, match=r"dev-\S+ and \S+/validation-\S+ may be of one split, 'validation', or of"):
+        answers(tmp_path / "given", streaming, dataset_split="validation")
+    assert answers(tmp_path / "given", streaming, dataset_split="test") == ["test 0"]
+    assert answers(tmp_path / "given" / "**" / "dev-*.parquet", streaming) == ["dev 0"]
+
+
+def test_all_splits_are_read_together(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / "given" / f"{name}.parquet", name)
+    write(tmp_path / "plain" / "a.parquet", "a")
+    assert sorted(answers(tmp_path / "given", False, dataset_split="all")) == ["test 0", "train 0"]
+    assert answers(tmp_path / "plain", False, dataset_split="all") == ["a 0"]
+
+
+def test_a_saved_folder_is_read_whatever_else_lies_in_it(tmp_path, streaming):
+    DatasetDict({"train": table("saved")}).save_to_disk(tmp_path / "given")
+    write(tmp_path / "given" / "raw" / "test.parquet", "raw")
+    assert answers(tmp_path / "given", streaming) == ["saved 0"]
+    assert list_splits(str(tmp_path / "given")) == ["train"]
+
+
+def test_a_linked_folder_of_tables_is_not_left_out_in_silence(tmp_path, streaming, caplog):
+    write(tmp_path / "given" / "a.parquet", "a")
+    write(tmp_path / "elsewhere" / "b.parquet", "b")
+    (tmp_path / "given" / "more").symlink_to(tmp_path / "elsewhere")
+    assert answers(tmp_path / "given", streaming) == ["a 0"]
+    assert "given/more is a link to a folder, which is not followed" in caplog.text

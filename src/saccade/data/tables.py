@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from glob import escape, glob
@@ -16,6 +17,8 @@ from pyarrow.parquet import read_metadata
 
 from saccade.errors import SaccadeError
 from saccade.files import is_inside, reading
+
+logger = logging.getLogger(__name__)
 
 FIRST_SPLIT = "train"
 """What `datasets` calls rows without a split, and the default of `dataset_split`."""
@@ -35,7 +38,7 @@ def open_table(path: str, split: str) -> Dataset:
         SaccadeError: if it cannot be read, has no such split, or is a folder that names files outside it.
     """
     folder = Path(path)
-    if not folder.is_dir() or _parquet_files(folder):
+    if not folder.is_dir() or (not _is_saved(folder) and _parquet_files(folder)):
         return _load(path, split, streaming=False)
     places = [folder]
     with reading(f"dataset={path!r}, a folder written by save_to_disk, cannot be read"):
@@ -68,7 +71,7 @@ def open_table(path: str, split: str) -> Dataset:
 def stream_table(path: str, split: str) -> IterableDataset:
     """As `open_table`, without reading all of it first."""
     folder = Path(path)
-    if folder.is_dir() and not _parquet_files(folder):
+    if folder.is_dir() and (_is_saved(folder) or not _parquet_files(folder)):
         return open_table(path, split).to_iterable_dataset()
     return _load(path, split, streaming=True)
 
@@ -81,18 +84,25 @@ def list_splits(path: str) -> list[str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        named = dict.fromkeys(split_of(file.relative_to(folder)) for file in _parquet_files(folder))
         saved = folder / DATASETDICT_JSON_FILENAME
-        if named or not saved.is_file():
-            return [name for name in named if name is not None]
-        with reading(f"dataset={path!r}, a folder written by save_to_disk, cannot be read"):
-            return list(_read_json(saved)["splits"])
+        if saved.is_file():
+            with reading(f"dataset={path!r}, a folder written by save_to_disk, cannot be read"):
+                return list(_read_json(saved)["splits"])
+        if _is_saved(folder):
+            return []
+        named = dict.fromkeys(split_of(file.relative_to(folder)) for file in _parquet_files(folder))
+        return [name for name in named if name is not None]
     if is_parquet(path):
         return []
     try:
         return get_dataset_split_names(path)
     except Exception:  # opening it says what is wrong
         return []
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in (DATASETDICT_JSON_FILENAME, DATASET_STATE_JSON_FILENAME))
 
 
 def is_parquet(path: str) -> bool:
@@ -157,25 +167,35 @@ def _files_of_splits(folder: Path, split: str) -> dict[str, list[Path]]:
     Args:
         split: as `datasets` takes it, such as "train", "train[:1000]" or "train+validation".
     """
-    wanted = [part.split("[")[0].strip() for part in split.split("+")]
+    wanted = {part.split("[")[0].strip() for part in split.split("+")}
     files = _parquet_files(folder)
     _check_inside(folder, files)
+    _warn_of_linked_folders(folder)
     splits: dict[str | None, list[Path]] = {}
     for file in files:
         splits.setdefault(split_of(file.relative_to(folder)), []).append(file)
+    instead = f"list the files to read, or give a pattern such as {str(folder / '**' / '*.parquet')!r}"
     if len(splits) > 1 and None in splits:
         named = next(files[0] for name, files in splits.items() if name is not None)
         raise SaccadeError(
-            f"dataset={str(folder)!r}: {named.name} is named by a split and {splits[None][0].name} is not: list the "
-            f"files to read, or give a pattern such as {str(folder / '*.parquet')!r}"
+            f"dataset={str(folder)!r}: {named.name} is named by a split and {splits[None][0].name} is not: {instead}"
         )
+    if wanted == {"all"}:
+        wanted = {name or FIRST_SPLIT for name in splits}
     if None in splits:
-        if set(wanted) != {FIRST_SPLIT}:
+        if wanted != {FIRST_SPLIT}:
             raise SaccadeError(f"dataset_split={split!r}: no Parquet file in {folder} is named by a split, remove it")
         return {FIRST_SPLIT: splits[None]}
-    if not splits.keys() >= set(wanted):
+    if not splits.keys() >= wanted:
         raise SaccadeError(f"dataset_split={split!r} is not in {folder}: use one of {', '.join(map(str, splits))}")
-    return {name: splits[name] for name in wanted}
+    for name in wanted:
+        by_word = {_split_and_word(file.relative_to(folder))[1]: file.relative_to(folder) for file in splits[name]}
+        if len(by_word) > 1:
+            first, second = list(by_word.values())[:2]
+            raise SaccadeError(
+                f"dataset={str(folder)!r}: {first} and {second} may be of one split, {name!r}, or of two: {instead}"
+            )
+    return {name: files for name, files in splits.items() if name in wanted}
 
 
 def split_of(path: Path) -> str | None:
@@ -186,19 +206,32 @@ def split_of(path: Path) -> str | None:
     Args:
         path: relative to the folder of the dataset.
     """
+    return _split_and_word(path)[0]
+
+
+def _split_and_word(path: Path) -> tuple[str | None, str | None]:
+    """The split that a Parquet file is of, and what in its path says so."""
     shard = _SHARD.fullmatch(path.stem)
     if shard and path.parent.name == "data":
-        return shard[1]
+        return shard[1], shard[1]
     for part in (path.stem, *reversed(path.parts[:-1])):
         words = re.split(r"[^a-z]+", part.lower())
         for split, names in SPLIT_WORDS.items():
-            if set(names) & set(words):
-                return split
-    return None
+            for name in names:
+                if name in words:
+                    return split, name
+    return None, None
 
 
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _warn_of_linked_folders(folder: Path) -> None:
+    """Say which Parquet files are left out because a link leads to their folder."""
+    for link in folder.rglob("*"):
+        if link.is_symlink() and next(link.rglob("*.parquet"), None):
+            logger.warning("%s is a link to a folder, which is not followed: to read it, list it in dataset", link)
 
 
 def _check_inside(folder: Path, files: Sequence[Path]) -> None:

@@ -868,7 +868,10 @@ class DualSpeedTrainer(SFTTrainer):
             # PEFT does not say from where.
             out = Path(self.args.output_dir)
             for path in (*out.glob(ADAPTER_FILE), *out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{ADAPTER_FILE}")):
-                check_not_removed(path.parent, out, "adapters, which the model may have been loaded from,")
+                raise SaccadeError(
+                    f"overwrite=true would remove adapters, which the model may have been loaded from: {path}; name "
+                    "another output_dir, or remove them yourself if it was not"
+                )
 
     def _train_in_its_folder(self, resume: str | bool | None, **kwargs: Any):
         args = self.args
