@@ -505,6 +505,7 @@ def test_predictions_are_of_the_rows_alone(model, processor, tmp_path):
         ({"vision_layer_decay": 0.9}, "needs a tower that trains: set freeze_vision_tower to false"),
         ({"freeze_projector": True, "freeze_language_model": True}, "nothing would train"),
         ({"loss_type": "dft"}, "loss_type='dft'"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config has dispatch_batches=True"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1"),
         ({"max_bad_records": None}, "max_bad_records=None, expected int"),
         ({"isolator_length": "4"}, "isolator_length='4' is a str, expected int"),

@@ -346,6 +346,11 @@ class DualSpeedConfig(SFTConfig):
                 "packing=True joins texts before their images are encoded: set padding_free=True, which packs the "
                 "rows of a micro-batch after that"
             )
+        if self.accelerator_config.dispatch_batches:
+            raise SaccadeError(
+                "accelerator_config has dispatch_batches=True: one rank would read the rows of all, and which of them "
+                "are bad or repeated would be lost; leave it out"
+            )
         skips = any(mode.action == "skip" for mode in self.all_modes())
         for name in ("padding_free", "torch_compile"):
             if skips and getattr(self, name):

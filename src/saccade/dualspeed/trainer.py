@@ -223,8 +223,8 @@ class DualSpeedTrainer(SFTTrainer):
             )
         # The collator selects columns itself; the stock trainer would drop columns that rows are made from.
         args.remove_unused_columns = False
-        # With dispatched batches, which rank 0 makes for all ranks, lists of bad records would be lost.
-        args.accelerator_config.dispatch_batches = args.accelerator_config.dispatch_batches or False
+        # If nobody said so, streams are dispatched from rank 0, whose lists of bad records would be lost.
+        args.accelerator_config.dispatch_batches = False
         if args.assistant_only_loss is None:
             args.assistant_only_loss = "messages" in columns
         own_collator = data_collator is None
