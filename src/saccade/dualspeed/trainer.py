@@ -1,27 +1,22 @@
 """`DualSpeedTrainer`: TRL's `SFTTrainer` with fast and slow steps."""
 
 import logging
-import math
 import random
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import (
     AutoConfig,
     BitsAndBytesConfig,
@@ -30,12 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_callback import DefaultFlowCallback, ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from trl import SFTTrainer
 
 from saccade.companions import copy_whole, find_companion
@@ -43,50 +34,24 @@ from saccade.data.lengths import TokenCounter, estimate_lengths
 from saccade.data.turns import is_plain_text
 from saccade.dualspeed import checks
 from saccade.dualspeed.bad_records import BadRecordLog
-from saccade.dualspeed.callbacks import NonFiniteGuard, SigtermCheckpoint, surviving
+from saccade.dualspeed.callbacks import NonFiniteGuard
 from saccade.dualspeed.casts import spare_casts
-from saccade.dualspeed.checkpoint import (
-    STATE_FILE,
-    BestOfRun,
-    adapter_options,
-    check_same_run,
-    find_best,
-    load_weights_strictly,
-    publish_checkpoint,
-    remove_old_checkpoints,
-    remove_other_kind,
-    resolve_resume,
-    step_of,
-    unpublished,
-)
-from saccade.dualspeed.collator import BAD_RECORDS, DualSpeedCollator
+from saccade.dualspeed.checkpoint import load_weights_strictly, remove_other_kind, step_of
+from saccade.dualspeed.collator import DualSpeedCollator
 from saccade.dualspeed.compiling import compile_layers
 from saccade.dualspeed.config import DualSpeedConfig
-from saccade.dualspeed.engines import BLANK_ROW, DummyImageCollator, gathered, layer_classes, redirect_forward
-from saccade.dualspeed.folder import (
-    MEASURED,
-    PARTIAL_DIR,
-    RUN_FILE,
-    agreed,
-    check_not_removed,
-    claim,
-    hold,
-    new_id,
-    read_run_file,
-    write_run_file,
-)
-from saccade.dualspeed.identity import identify_model, identify_processor, identify_rows
+from saccade.dualspeed.engines import DummyImageCollator, gathered, layer_classes, redirect_forward
+from saccade.dualspeed.folder import MEASURED, RUN_FILE, read_run_file, write_run_file
 from saccade.dualspeed.labels import check_turns, stop_ids
-from saccade.dualspeed.loss import learnable_labels
 from saccade.dualspeed.masters import Float32Masters, wants_masters
 from saccade.dualspeed.metrics import ModeMeter, StepClock
 from saccade.dualspeed.modes import ModeConfig, ModeSchedule
 from saccade.dualspeed.packing import allow_packing, packing_pays
 from saccade.dualspeed.parts import InParts
-from saccade.dualspeed.pushes import CheckpointPushes
-from saccade.dualspeed.sampler import EpochStart, GroupedSampler, WholeBatches
+from saccade.dualspeed.resumable import ResumableTrainer
+from saccade.dualspeed.sampler import EpochStart, GroupedSampler
 from saccade.dualspeed.step import DualSpeedStep, ModePlan, StepOutput
-from saccade.dualspeed.weights import BASE_WEIGHTS, identify_weights, load_by_name
+from saccade.dualspeed.weights import load_by_name
 from saccade.errors import SaccadeError, kind_of
 from saccade.families import Family, family_class, get_family, stock_model, use_released_names
 from saccade.families.cache import FeatureCache
@@ -96,7 +61,7 @@ from saccade.families.padding import check_aspect_ratio, pad_to_square
 from saccade.families.tower import depths_below_features
 from saccade.files import check_entries, disk_errors, reading
 from saccade.interfaces import check_methods
-from saccade.model_files import ADAPTER_FILE, check_files
+from saccade.model_files import check_files
 from saccade.pruning import ISOLATOR_FILE, Method, ModeIsolator, Pruner
 from saccade.reducers import PruningConfig
 from saccade.skip_vision import SUMMARY_FILE, SUMMARY_NAME, Skipper, SkipVision, apply_skip_vision
@@ -108,23 +73,17 @@ Rows = Dataset | IterableDataset
 ISOLATOR_NAME = "mode_isolator"
 REPLACED = (
     *("_finalize_training", "_get_grad_norm", "_get_train_sampler", "_init_training_state", "_load_best_model"),
-    *(
-        "_load_callback_state",
-        "_load_from_checkpoint",
-        "_load_rng_state",
-        "_push_from_checkpoint",
-        "_run_epoch",
-        "_save",
-    ),
+    *("_load_callback_state", "_load_from_checkpoint", "_load_rng_state", "_push_from_checkpoint", "_run_epoch"),
+    "_save",
     *("_load_optimizer_and_scheduler", "_save_checkpoint", "_save_optimizer_and_scheduler", "compute_loss", "log"),
     *("compute_loss_context_manager", "create_optimizer", "evaluation_loop", "get_batch_samples", "prediction_step"),
     *("get_eval_dataloader", "get_test_dataloader", "get_train_dataloader", "save_model", "train"),
 )
-"""Methods of the stock trainer that are overridden here: if one is renamed, the override is never called."""
+"""Methods of the stock trainer that are overridden: if one is renamed, the override is never called."""
 check_methods(SFTTrainer, REPLACED, "transformers")
 
 
-class DualSpeedTrainer(SFTTrainer):
+class DualSpeedTrainer(ResumableTrainer):
     """
     Trainer for fast-slow fine-tuning of a vision-language model (DualSpeed, arXiv 2602.03815).
 
@@ -173,13 +132,9 @@ class DualSpeedTrainer(SFTTrainer):
     """
 
     _tag_names = ("trl", "saccade", "dualspeed")
-    args: DualSpeedConfig
     feature_cache: FeatureCache | None = None
     masters: Float32Masters | None = None
     """The float32 masters, once training has begun, if the trainer keeps them itself."""
-    _evaluated: Tensor | None = None
-    """Sums of the current evaluation on this rank: losses of rows, number of rows, number of bad records."""
-    _train_loader: DataLoader | None = None
     _rows_before: tuple[int, int] = (0, 0)
 
     def __init__(
@@ -308,18 +263,8 @@ class DualSpeedTrainer(SFTTrainer):
         self.add_callback(StepClock(self))
         self.add_callback(EpochStart())
         self.bad_records = BadRecordLog(args.output_dir, args.max_bad_records)
-        self.run_id: str | None = None
-        self._resumed_at: int | None = None
-        self._resumed_from: str | None = None
-        self._weights_step: int | None = None  # where the best model was loaded from
-        self.best = BestOfRun()
-        self.add_callback(self.best)
-        self.pushes = CheckpointPushes(self)
-        self.add_callback(self.pushes)
-        self._identity: dict[str, Any] | None = None
-        self._base_weights: dict[str, str] = {}
-        self.sigterm, self.guard = SigtermCheckpoint(self), NonFiniteGuard(self)
-        self.add_callback(self.sigterm)
+        self._attach_run()
+        self.guard = NonFiniteGuard(self)
         self.add_callback(self.guard)
         self.micro_batch = 0
         """Micro-batches of the current step so far."""
@@ -478,80 +423,6 @@ class DualSpeedTrainer(SFTTrainer):
 
     # Rows and batches
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over ranks. Every rank must call it."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The stock loader, with a collator that replaces bad records and lists them in the batch."""
-        rows = self.train_dataset
-        with self._collating(rows):
-            if getattr(rows, "num_shards", 1) < self.accelerator.num_processes:
-                # There is not a part for each rank: all of them read all of it.
-                self.train_dataset = self._in_whole_batches(rows, self.args.train_batch_size)
-            try:
-                self._train_loader = super().get_train_dataloader()
-            finally:
-                self.train_dataset = rows
-        return self._train_loader
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """The stock loader, with a collator that lists bad records and does not count their replacements."""
-        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
-        size = self.args.eval_batch_size
-        with self._collating(rows, learn_stand_ins=False):
-            # For a dataset given by name, the stock loader may be reused in the next evaluation.
-            given = eval_dataset if has_length(rows) else self._in_whole_batches(rows, size)
-            return surviving(super().get_eval_dataloader(given))
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """The same for `predict`, where replacements of bad records have no labels, only -100."""
-        with self._collating(test_dataset, learn_stand_ins=False):
-            rows = self._in_whole_batches(test_dataset, self.args.eval_batch_size)
-            return surviving(super().get_test_dataloader(rows))
-
-    def _in_whole_batches(self, rows: Any, size: int) -> Any:
-        """A stream, filled up to whole batches on all ranks; other rows, which accelerate splits evenly, unchanged.
-
-        Args:
-            size: rows of a batch on each rank.
-        """
-        if has_length(rows) or self.accelerator.num_processes == 1:
-            return rows
-        return WholeBatches(rows, size * self.accelerator.num_processes)
-
-    @contextmanager
-    def _collating(self, rows: Any, **options: Any) -> Iterator[None]:
-        strict, self.data_collator = self.data_collator, self._lenient(rows, **options)
-        try:
-            yield
-        finally:
-            self.data_collator = strict
-
-    def end_workers(self) -> None:
-        """End the data workers of training; persistent ones would otherwise keep waiting for work.
-
-        The garbage collector would close their queues before telling them to end, and then wait ten seconds for them.
-        """
-        if self._train_loader is not None:
-            self._base_loader()._iterator = None
-        self._train_loader = None
-
-    def training_collator(self) -> Any:
-        """The collator as training uses it: bad records are replaced, up to `max_bad_records`."""
-        return self._lenient(self.train_dataset)
-
-    def _lenient(self, rows: Any, **options: Any) -> Any:
-        """The collator with bad records replaced by others of `rows`, or of the batch if rows have no index."""
-        outer = self.data_collator
-        collate = outer.collate if isinstance(outer, DummyImageCollator) else outer
-        if not isinstance(collate, DualSpeedCollator):
-            return outer
-        rows = rows if isinstance(rows, Dataset) else None
-        collate = replace(collate, max_bad_records=self.args.max_bad_records, rows=rows, **options)
-        return replace(outer, collate=collate) if isinstance(outer, DummyImageCollator) else collate
-
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.group_by == "none":
@@ -573,136 +444,6 @@ class DualSpeedTrainer(SFTTrainer):
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedSampler(lengths, step, seed)
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The micro-batches of the next optimizer step. Every rank must call it.
-
-        Raises:
-            SaccadeError: on all ranks, if there are too many bad records.
-        """
-        batches = []
-        for batch in islice(epoch_iterator, num_batches):
-            self._ignore_unlearned(batch)
-            batches.append(batch)
-        if not has_length(self.train_dataset):
-            batches = self._fill_up(batches, num_batches)
-        if batches:
-            for batch in batches:
-                batch.pop(BLANK_ROW, None)
-            found = [bad for batch in batches for bad in batch.pop(BAD_RECORDS, ())]
-            self._note_bad_records(found, given_up=not all(batches))
-        return super().get_batch_samples(iter(batches), num_batches, device)
-
-    def _fill_up(self, batches: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-        """Bring the last step of a stream's epoch to `number` micro-batches on every rank.
-
-        An earlier batch, without labels, takes the place of one that is missing. A rank that ran out of rows would
-        otherwise begin the next epoch alone, and the stock loop adds the gradients of too few to the next step.
-        """
-        device, counts = self.accelerator.device, [len(batches)]
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.gather(torch.tensor(counts, device=device)).tolist()
-        if max(counts) == 0 or min(counts) == number:
-            return batches
-        first = batches[0] if batches else next(iter(self._base_loader()), None)
-        if min(counts) == 0:
-            empty = self.accelerator.gather(torch.tensor([first is None], device=device)).tolist()
-            if any(empty):
-                raise SaccadeError(
-                    f"the training stream has no rows for rank {empty.index(True)}: it has fewer rows than the "
-                    f"{len(empty)} processes and their data workers; use fewer of them"
-                )
-        stands_in = {name: value for name, value in first.items() if name != BAD_RECORDS}
-        if "labels" in stands_in:
-            stands_in["labels"] = torch.full_like(stands_in["labels"], IGNORE_INDEX)
-        return batches + [dict(stands_in) for _ in range(number - len(batches))]
-
-    def _base_loader(self) -> DataLoader | None:
-        """The loader that accelerate's wraps."""
-        return getattr(self._train_loader, "base_dataloader", self._train_loader)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The stock step, whose logits and labels are of the rows of the dataset. Every rank must call it.
-
-        Raises:
-            SaccadeError: on all ranks, if there are too many bad records.
-        """
-        found, blank_row = inputs.pop(BAD_RECORDS, ()), inputs.pop(BLANK_ROW, False)
-        self._note_bad_records(found, given_up=not inputs)
-        self._ignore_unlearned(inputs)
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if loss is not None and "labels" in inputs:
-            counted = (inputs["labels"][:, 1:] != IGNORE_INDEX).any(dim=1).sum().float().to(loss.device)
-            step = torch.stack([loss.detach().float() * counted, counted, torch.full_like(counted, len(found))])
-            self._evaluated = step if self._evaluated is None else self._evaluated + step
-        if blank_row:
-            inputs["input_ids"] = inputs["input_ids"][:-1]  # which metrics may be given too
-            logits, labels = (None if rows is None else rows[:-1] for rows in (logits, labels))
-        return loss, logits, labels
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """The stock loop. With bad records, and for streams, the loss is the mean over the rows that count."""
-        self._evaluated = None
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        if self._evaluated is not None:
-            # The stock loss averages over batches, but a batch without a usable row has none, and the last batch of a
-            # stream may be shorter than the others.
-            total, counted, bad = self.sum_over_ranks(self._evaluated).tolist()
-            if bad or not has_length(getattr(dataloader, "dataset", None)):
-                output.metrics[f"{metric_key_prefix}_loss"] = total / max(counted, 1)
-        return output
-
-    def _ignore_unlearned(self, batch: dict[str, Any]) -> None:
-        """Mask the labels that do not count, before anything counts them. A collator of the user's own, TRL's for
-        instance, labels image tokens too."""
-        if "labels" in batch:
-            placeholder = self.family.placeholder(batch["input_ids"])
-            batch["labels"] = learnable_labels(batch["labels"], placeholder, batch.get("attention_mask"))
-            self._ignore_repeated_rows(batch)
-
-    def _ignore_repeated_rows(self, batch: dict[str, Any]) -> None:
-        """With several ranks, mask the labels of rows that merely pad the last batch of an epoch.
-
-        Accelerate repeats rows there so that every rank has a batch of the same size; a single process would run a
-        shorter batch, so without the mask these rows would count twice. They still go through the model, since engines
-        need the same calls on all ranks.
-        """
-        state, ranks = self.accelerator.gradient_state, self.accelerator.num_processes
-        if ranks == 1 or not state.end_of_dataloader:
-            return
-        loader = state.active_dataloader
-        shard = loader.batch_sampler
-        if isinstance(shard, SkipBatchSampler):  # of a resumed epoch; accelerate counts no remainder there
-            shard = shard.batch_sampler
-        repeats = isinstance(shard, BatchSamplerShard) and shard.even_batches and not shard.drop_last
-        if not repeats or shard.batch_size is None:
-            return
-        size = shard.batch_size // ranks if shard.split_batches else shard.batch_size
-        real = len(loader.dataset) % (size * ranks)
-        if real:
-            batch["labels"][max(real - self.accelerator.process_index * size, 0) :] = IGNORE_INDEX
-
-    def _note_bad_records(self, found: list[dict[str, Any]], given_up: bool) -> None:
-        """Record the bad records of all ranks, and stop all of them if there are too many or one has no batch."""
-        new = self.bad_records.unknown(found)
-        if self.accelerator.num_processes > 1:
-            # Two numbers first: the lists are gathered only if they are not all empty.
-            count, given_up = self.sum_over_ranks(torch.tensor([len(new), given_up])).tolist()
-            new = gather_object(new) if count else []
-        if new:
-            self.bad_records.add(new)
-            if self.args.should_save:
-                self.bad_records.write()
-        if new or given_up:
-            self.bad_records.check()
-        if given_up:
-            raise SaccadeError(
-                f"no record of a batch can be used, and there is no replacement: see {self.bad_records.path}"
-            )
 
     # Features of the frozen tower on disk
 
@@ -741,13 +482,6 @@ class DualSpeedTrainer(SFTTrainer):
                 logs[f"{name.removesuffix('loss')}feature_cache_hits"] = round(read / (read + encoded), 6)
 
     # The optimizer
-
-    @property
-    def engine(self) -> str:
-        """The distributed engine: "ddp" (also for one process), "fsdp" or "deepspeed"."""
-        if self.is_fsdp_enabled:
-            return "fsdp"
-        return "deepspeed" if self.is_deepspeed_enabled else "ddp"
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         with checks.as_bad_input():
@@ -832,89 +566,12 @@ class DualSpeedTrainer(SFTTrainer):
 
     # Weights, isolator, checkpoints
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """Train, from the start or from a checkpoint.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete checkpoint of the run that
-                `output_dir` belongs to.
-
-        On SIGTERM it saves a checkpoint to resume from, whatever `save_strategy` and `save_only_model` are, and
-        returns without another evaluation; `sigterm.stopped` is then true. On Ctrl-C it saves one too, and raises
-        `Interrupted`, a `KeyboardInterrupt`.
-
-        Raises:
-            SaccadeError: if `output_dir` contains files of another run and `args.overwrite` is not set, or another run
-                is writing there; if there is no complete checkpoint, or it was trained with other options, rows or
-                another model; if a loss is not finite, or a process that prepares batches dies.
-            OSError: if a checkpoint cannot be written, for example on a full disk; the previous one is kept.
-        """
+    def _check_trainable(self) -> None:
         if self.model is self.family.model:
             checks.check_language_model_trains(self.family, self.args)
         checks.check_model_trains(self.model, self._added_modules())
         if isinstance(self.train_dataset, Sized):
             checks.check_full_batch(self.args, len(self.train_dataset))
-        with ExitStack() as held:
-            agreed(self.args, lambda: held.enter_context(hold(self.args)))
-            return self._train_in_its_folder(resume_from_checkpoint, **kwargs)
-
-    def _check_not_overwritten(self) -> None:
-        """Refuse to remove the folder that the model, its adapters or their base were loaded from."""
-        bases = [config.base_model_name_or_path for config in getattr(self.model, "peft_config", {}).values()]
-        for path in (self.family.model.name_or_path, *bases):
-            check_not_removed(path, self.args.output_dir, "model")
-        check_not_removed(self.args.isolator_path, self.args.output_dir, "isolator_path")
-        if self._adapters_loaded:
-            # PEFT does not say from where.
-            out = Path(self.args.output_dir)
-            for path in (*out.glob(ADAPTER_FILE), *out.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{ADAPTER_FILE}")):
-                raise SaccadeError(
-                    f"overwrite=true would remove adapters, which the model may have been loaded from: {path}; name "
-                    "another output_dir, or remove them yourself if it was not"
-                )
-
-    def _train_in_its_folder(self, resume: str | bool | None, **kwargs: Any):
-        args = self.args
-        checkpoint = agreed(args, lambda: resolve_resume(resume, args.output_dir))
-        found = None if checkpoint is None else agreed(args, lambda: (read_run_file(checkpoint) or {}).get("run_id"))
-        self.run_id = agreed(args, lambda: found or new_id())
-        self._identity = agreed(args, self._identify)
-        self._base_weights = agreed(args, self._identify_base)
-        if checkpoint is not None:
-            check_same_run(checkpoint, self._resume_state())
-        if checkpoint is None and args.overwrite:
-            agreed(args, self._check_not_overwritten)
-        agreed(args, lambda: claim(args.output_dir, self.run_id, checkpoint, args.overwrite))
-        self._resumed_at = self._weights_step = None
-        self._resumed_from = None if checkpoint is None else str(checkpoint)
-        if checkpoint is None:
-            self.best.path = None
-            if args.should_save:
-                self.bad_records.path.unlink(missing_ok=True)
-        else:
-            self.bad_records.read()
-            state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-            self._resumed_at = state.global_step
-            best = find_best(state.best_model_checkpoint, checkpoint.parent, Path(args.output_dir))
-            if best is None and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                raise SaccadeError(
-                    f"best_model_checkpoint={state.best_model_checkpoint!r} in {checkpoint / STATE_FILE} is not a "
-                    f"checkpoint of {checkpoint.parent}: put it there, or set load_best_model_at_end to false"
-                )
-            self.best.path = best
-        try:
-            with self.sigterm.training():
-                return super().train(resume_from_checkpoint=self._resumed_from, **kwargs)
-        except Exception as error:
-            # Compared by name, so that `pickle` need not be imported.
-            if type(error).__name__ != "UnpicklingError":
-                raise
-            raise SaccadeError(
-                f"resume_from_checkpoint={str(checkpoint)!r} contains something other than tensors and plain values, "
-                "which could run code: resume from your own checkpoint"
-            ) from error
-        finally:
-            self.end_workers()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save model, processor, isolator, and how they were trained. All ranks must call it.
@@ -957,155 +614,6 @@ class DualSpeedTrainer(SFTTrainer):
                     facts["weights_step"] = self._weights_step
                 write_run_file(folder, state, self.run_id, **facts)
 
-    def _has_not_gone_on(self, folder: Path) -> bool:
-        """Whether the model is the one that `folder` holds: a finished run was resumed, and had no step left."""
-        if self._resumed_at is None or self.state.global_step != self._resumed_at:
-            return False
-        try:
-            found = read_run_file(folder) or {}
-        except SaccadeError:
-            return False
-        return (found.get("run_id"), found.get("global_step")) == (self.run_id, self._resumed_at)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run_dir, only_model = Path(self.args.output_dir), self.args.save_only_model
-        partial = run_dir / PARTIAL_DIR
-        if self.args.should_save:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.args.output_dir = str(partial)
-        # A run that was stopped is to be resumed, for which weights alone do not suffice.
-        self.args.save_only_model = only_model and not self.sigterm.stopped
-        try:
-            with disk_errors(run_dir):
-                super()._save_checkpoint(model, trial)
-        except BaseException:
-            # Removing the partial checkpoint frees the space that the next attempt needs.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            self.args.output_dir, self.args.save_only_model = str(run_dir), only_model
-        self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).is_relative_to(partial):
-            self.state.best_model_checkpoint = str(run_dir / Path(best).relative_to(partial))
-        if self.args.should_save:
-            folder = partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            try:
-                if best != self.state.best_model_checkpoint:
-                    self.state.save_to_json(str(folder / "trainer_state.json"))
-                card = partial / "README.md"
-                if self.args.push_to_hub and card.is_file():
-                    card.replace(run_dir / card.name)
-                written = publish_checkpoint(partial, run_dir)
-            except BaseException:
-                if not unpublished(run_dir):
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-            if self.args.push_to_hub:
-                with disk_errors(run_dir):
-                    self._push_from_checkpoint(str(written))
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            remove_old_checkpoints(written, limit, best, self.pushes.reading())
-        self.accelerator.wait_for_everyone()
-
-    def _run_epoch(self, **options: Any) -> None:
-        """The stock loop, after the evaluation that the run left out when it was stopped."""
-        made = self._make_up_evaluation(options["trial"], options["ignore_keys_for_eval"])
-        if made and self.control.should_training_stop:
-            return
-        super()._run_epoch(**options)
-
-    def _make_up_evaluation(self, trial: Any, ignore_keys: list[str] | None = None) -> bool:
-        """Make the evaluation that was due after the step that the run is resumed from, if it is not in its log.
-
-        Returns:
-            Whether it was made.
-        """
-        if self._resumed_at != self.state.global_step or not self._owes_evaluation():
-            return False
-        metrics = self._evaluate(trial, ignore_keys)
-        if self._determine_best_metric(metrics, trial):
-            self.state.best_model_checkpoint = self._resumed_from
-        return True
-
-    def _owes_evaluation(self) -> bool:
-        """Whether an evaluation was due after the current step, and is not in the log."""
-        state, due, flow = self.state, TrainerControl(), DefaultFlowCallback()
-        flow.on_step_end(self.args, state, due)
-        if float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps:
-            flow.on_epoch_end(self.args, state, due)
-        seen = (entry for entry in state.log_history if entry.get("step") == state.global_step)
-        return due.should_evaluate and not any(name.startswith("eval_") for entry in seen for name in entry)
-
-    def _finalize_training(self, trial, num_train_samples, start_time):
-        """The stock end of training. A run that was stopped has not come to it: its model and checkpoints stay."""
-        best = self.state.best_model_checkpoint
-        if self.sigterm.stopped:
-            # The stock trainer loads it, and with save_total_limit=1 removes all others.
-            self.state.best_model_checkpoint = None
-        else:
-            # If the run was stopped in its last step, no epoch has been run since.
-            self._make_up_evaluation(trial)
-            best = self.state.best_model_checkpoint
-        output = super()._finalize_training(trial, num_train_samples, start_time)
-        self.state.best_model_checkpoint = best
-        return output
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        checkpoint = Path(checkpoint_folder)
-        # Called by the stock `_save_checkpoint` too, while the checkpoint is in a folder that will be gone by the time
-        # that an upload reads it.
-        if checkpoint.parent.name != PARTIAL_DIR:
-            with self.pushes.of(checkpoint):
-                super()._push_from_checkpoint(checkpoint_folder)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        """The epoch to begin with, and how many of its micro-batches a resumed run skips."""
-        start = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None:
-            return start
-        if self.state.global_step >= max_steps:
-            # The stock loop looks only after a step, and would train one too many.
-            return num_train_epochs, 0
-        if has_length(self.train_dataset):
-            return start
-        # The stock loop takes all steps for one epoch of a stream, and counts micro-batches as a share of them.
-        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
-        epoch = max(math.ceil(saved.epoch) - 1, 0)
-        steps = 0.0 if self.args.ignore_data_skip else (saved.epoch - epoch) * saved.max_steps
-        return epoch, round(steps * self.args.gradient_accumulation_steps)
-
-    def _load_callback_state(self) -> None:
-        """Let callbacks go on counting where the checkpoint's did: the evaluations without a better one, for instance.
-
-        With `restore_callback_states_from_checkpoint` the stock trainer replaces the callbacks, and the options that
-        they were made with, by those of the checkpoint.
-        """
-        super()._load_callback_state()
-        saved, kinds = self.state.stateful_callbacks, defaultdict(list)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState):
-                kinds[type(callback).__name__].append(callback)
-        for name, callbacks in kinds.items():
-            # Saving fails without an entry, as of a callback that the run did not have before. Of several callbacks of
-            # one kind, each save adds the states to a list.
-            found = saved.setdefault(name, callbacks[0].state() if len(callbacks) == 1 else [])
-            states = found[-len(callbacks) :] if isinstance(found, list) else [found]
-            for callback, state in zip(callbacks, states, strict=False):
-                held = callback.state().get("attributes", {})
-                for attribute, value in state.get("attributes", {}).items():
-                    if attribute in held:
-                        setattr(callback, attribute, value)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(f"resume_from_checkpoint={checkpoint!r}: the random state cannot be read"):
-            super()._load_rng_state(checkpoint)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with reading(f"resume_from_checkpoint={resume_from_checkpoint!r}: the weights cannot be loaded"):
             checkpoint = Path(resume_from_checkpoint)
@@ -1129,34 +637,6 @@ class DualSpeedTrainer(SFTTrainer):
             self._copy_isolator(ModeIsolator.from_pretrained(checkpoint))
         if self.skip is not None:
             self.skip.load_summary(checkpoint)
-
-    def _resume_state(self) -> dict[str, Any]:
-        """What a resumed run must have in common with this one."""
-        args, engine = self.args, self.engine
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # DeepSpeed saves the optimizer as one shard per rank, which another number of ranks cannot read.
-        ranks = {"num_processes": args.world_size} if engine == "deepspeed" else {}
-        masters = {"float32_masters": self.keeps_masters}
-        state = {**args.resume_state(), **masters, "global_batch_size": batch, "engine": engine, **ranks}
-        return {**state, "adapters": adapter_options(self.model), **(self._identity or {})}
-
-    def _identify(self) -> dict[str, Any]:
-        """What the run is trained on and from."""
-        rows = identify_rows(self.train_dataset)
-        if rows["rows"] is None:
-            # Each worker of each process reads its own part of a stream.
-            rows |= {"readers": self.args.world_size * max(1, self.args.dataloader_num_workers)}
-        return {
-            "data": rows,
-            "model": identify_model(self.model, self.family.model.config, self.model is not self.family.model),
-            "processor": identify_processor(self.processing_class),
-        }
-
-    def _identify_base(self) -> dict[str, str]:
-        """The weights that adapters belong to, for the run file: what PEFT writes is only where they were."""
-        places = {config.base_model_name_or_path for config in getattr(self.model, "peft_config", {}).values()}
-        found = [identify_weights(place) for place in places if place]
-        return {BASE_WEIGHTS: found[0]} if len(found) == 1 and found[0] is not None else {}
 
     def _load_best_model(self) -> None:
         best, tokens, samples = self.state.best_model_checkpoint, dict(self.meter.tokens), self.meter.samples
